@@ -1,0 +1,1 @@
+"""What two scripts must do identically, one module a subject."""

@@ -1,0 +1,228 @@
+"""Load a Qwen2.5-VL or Qwen3-VL checkpoint and turn chats into tensors, without torchvision.
+
+`AutoProcessor` needs torchvision for its video half, so the tokenizer and the PIL image processor are loaded on
+their own and `<|image_pad|>` is expanded here. One code path serves training, evaluation and the interventions: what
+is a token in one of them is a token in all.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
+
+from utils.images import smart_size
+from utils.rows import DataError
+
+IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
+
+
+@dataclass
+class Qwen:
+    """A checkpoint ready to use.
+
+    `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the tokens that
+    end a reply, from the generation config (the model config names only one of Qwen's two).
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    image_processor: Qwen2VLImageProcessorPil
+    path: str
+    factor: int
+    eos_ids: list[int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load(path: str, dtype: str = "auto", device: str | None = None,
+         min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
+    """Load model, tokenizer and image processor of a released-layout checkpoint (flat or nested config).
+
+    `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels` and `max_pixels` bound one image's area; None
+    keeps the checkpoint's own bound. Raises DataError if the folder is no such checkpoint.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
+    # The native class, never a subclass: keys of released checkpoints are renamed by class name.
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if model.config.model_type not in MODEL_TYPES:
+        raise DataError(f"{path}: model_type is {model.config.model_type!r}, expected one of {MODEL_TYPES}")
+    if len(tokenizer) > model.lm_head.out_features:
+        raise DataError(f"{path}: {len(tokenizer)} tokens but {model.lm_head.out_features} output rows; "
+                        "the tokenizer belongs to another checkpoint")
+    factor = image_processor.patch_size * image_processor.merge_size
+    return Qwen(model.to(device).eval(), tokenizer, image_processor, str(path), factor, eos_ids(path, tokenizer))
+
+
+def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
+    """Return (tokenizer, image processor) of a checkpoint, the pixel budget set and proven."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    except OSError as error:
+        raise DataError(f"{path}: not a local checkpoint folder and not reachable on the hub: {error}") from error
+    if tokenizer.chat_template is None:  # some releases keep the template in a file of its own
+        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template is None:
+            raise DataError(f"{path}: no chat template in tokenizer_config.json, chat_template.jinja or .json")
+        tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
+    set_pixel_budget(image_processor, min_pixels, max_pixels)
+    return tokenizer, image_processor
+
+
+def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Bound the area of one image, in pixels, and prove on a probe image that the bound holds.
+
+    `from_pretrained(size=...)` is silently ignored on checkpoints that store min_pixels and max_pixels, so the size
+    is assigned after loading; the probe catches a library version that would ignore that too.
+    """
+    low = min_pixels if min_pixels is not None else image_processor.size["shortest_edge"]
+    high = max_pixels if max_pixels is not None else image_processor.size["longest_edge"]
+    factor = image_processor.patch_size * image_processor.merge_size
+    if not factor * factor <= low <= high:
+        raise DataError(f"pixel budget {low}..{high}: expected {factor * factor} <= min_pixels <= max_pixels")
+    image_processor.size = {"shortest_edge": low, "longest_edge": high}
+    grid = image_processor([Image.new("RGB", PROBE_SIZE)], return_tensors="pt")["image_grid_thw"][0].tolist()
+    width, height = smart_size(*PROBE_SIZE, factor, low, high)
+    expected = [1, height // image_processor.patch_size, width // image_processor.patch_size]
+    if grid != expected:
+        raise DataError(f"pixel budget {low}..{high}: the image processor made a grid {grid} of a {PROBE_SIZE} probe, "
+                        f"expected {expected}; this version of transformers ignores the budget")
+
+
+def eos_ids(path: str, tokenizer) -> list[int]:
+    """Return the ids that end a reply: the generation config's, else the tokenizer's own."""
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+        if eos is not None:
+            return list(eos) if isinstance(eos, list) else [eos]
+    return [tokenizer.eos_token_id]
+
+
+def special_id(tokenizer, name: str) -> int:
+    """Return the id of an added token by its name; DataError if the tokenizer does not hold it as one token."""
+    ids = tokenizer(name, add_special_tokens=False).input_ids
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != name:
+        raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; "
+                        "is this a checkpoint trained with it?")
+    return ids[0]
+
+
+def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
+    """Add special tokens in the given order (a no-op for those already there) and return their ids.
+
+    The embedding is never shrunk, and grown only when the new ids do not fit the rows that the release left free.
+    """
+    qwen.tokenizer.add_tokens(list(names), special_tokens=True)
+    if len(qwen.tokenizer) > qwen.model.lm_head.out_features:
+        qwen.model.resize_token_embeddings(len(qwen.tokenizer))
+    return [special_id(qwen.tokenizer, name) for name in names]
+
+
+def user_content(text: str, n_images: int) -> list[dict]:
+    """Return chat content for one user turn: images where `<image>` stands in the text, or first if it stands nowhere.
+
+    Control tokens in `text` are broken (`<|` becomes `< |`): a question is data and cannot end a turn.
+    """
+    pieces = text.replace("<|", "< |").split("<image>")
+    if len(pieces) == 1:
+        return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
+    if len(pieces) - 1 != n_images:
+        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}; "
+                        "expected one each, or no marker at all")
+    content = [{"type": "text", "text": pieces[0]}]
+    for piece in pieces[1:]:
+        content += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [part for part in content if part.get("text") != ""]
+
+
+def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
+    """Return the prompt text of one user turn, up to and including the start of the assistant's turn.
+
+    `system` None leaves the system turn to the checkpoint's template (Qwen2.5-VL: "You are a helpful assistant.").
+    """
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append({"role": "user", "content": user_content(text, n_images)})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]], padding_side: str = "left") -> dict:
+    """Turn prompts, each with one `<|image_pad|>` an image, into the tensors of `collate` on the model's device.
+
+    A prompt may run on past the generation prompt: what follows is the assistant's own beginning.
+    """
+    ids = [qwen.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    pixels = [process_images(qwen.image_processor, row) for row in images]
+    batch = collate(qwen, ids, pixels, padding_side)
+    return {name: tensor.to(qwen.device) for name, tensor in batch.items()}
+
+
+def process_images(image_processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -> dict | None:
+    """Return {"pixel_values" [n_patches, 1176 or 1536], "image_grid_thw" [n_images, 3]} on the CPU; None for no image."""
+    return dict(image_processor(images, return_tensors="pt")) if images else None
+
+
+def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
+    """Return ids with each `<|image_pad|>` repeated once a visual token of its image."""
+    image_id = special_id(qwen.tokenizer, IMAGE_TOKEN)
+    grids = pixels["image_grid_thw"].tolist() if pixels else []
+    if ids.count(image_id) != len(grids):
+        raise DataError(f"{ids.count(image_id)} {IMAGE_TOKEN} in a prompt with {len(grids)} images; expected one each")
+    counts = iter(math.prod(grid) // qwen.image_processor.merge_size**2 for grid in grids)
+    return [i for token in ids for i in ([token] * next(counts) if token == image_id else [token])]
+
+
+def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None], padding_side: str) -> dict:
+    """Pad token lists into one batch, with positions.
+
+    Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L] and, when
+    there is an image, pixel_values and image_grid_thw of all images in order. Left-padded for generation.
+    mm_token_type_ids is always built: without it the library falls back to 1-D positions in silence.
+    """
+    rows = [expand_images(qwen, row, pixel) for row, pixel in zip(ids, pixels, strict=True)]
+    length = max(map(len, rows))
+    input_ids = torch.full((len(rows), length), qwen.tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+        input_ids[i, span] = torch.tensor(row)
+        attention_mask[i, span] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch["mm_token_type_ids"] = (input_ids == special_id(qwen.tokenizer, IMAGE_TOKEN)).int()
+    present = [pixel for pixel in pixels if pixel is not None]
+    if present:
+        batch["pixel_values"] = torch.cat([pixel["pixel_values"] for pixel in present])
+        batch["image_grid_thw"] = torch.cat([pixel["image_grid_thw"] for pixel in present])
+    batch["position_ids"], _ = qwen.model.model.get_rope_index(
+        input_ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"),
+        attention_mask=attention_mask)
+    return batch
+
+
+def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
+    """Return the merged features [n_visual_tokens, hidden] of every image in `inputs`, in order."""
+    if "pixel_values" not in inputs:
+        return []
+    return list(qwen.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"],
+                                                    return_dict=True).pooler_output)
+
+
+def save(qwen: Qwen, folder: str) -> None:
+    """Write a checkpoint in the released layout into `folder`, which is never the one it was loaded from."""
+    if Path(folder).resolve() == Path(qwen.path).resolve():
+        raise DataError(f"{folder}: the checkpoint was loaded from here; expected another folder, inputs are not edited")
+    qwen.model.save_pretrained(folder)
+    qwen.tokenizer.save_pretrained(folder)
+    qwen.image_processor.save_pretrained(folder)
