@@ -131,12 +131,14 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
     return [special_id(qwen.tokenizer, name) for name in names]
 
 
-def user_content(text: str, n_images: int) -> list[dict]:
-    """Return chat content for one user turn: images where `<image>` stands in the text, or first if it stands nowhere.
+def plain(text: str) -> str:
+    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn or hold an image."""
+    return text.replace("<|", "< |")
 
-    Control tokens in `text` are broken (`<|` becomes `< |`): a question is data and cannot end a turn.
-    """
-    pieces = text.replace("<|", "< |").split("<image>")
+
+def user_content(text: str, n_images: int) -> list[dict]:
+    """Return chat content for one user turn: images where `<image>` stands in the text, or first if it stands nowhere."""
+    pieces = plain(text).split("<image>")
     if len(pieces) == 1:
         return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
     if len(pieces) - 1 != n_images:
