@@ -1,0 +1,250 @@
+"""Keep the rewritten rows that are fit to train on, by rules first and then by the judgement of a model.
+
+Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one call a row that passes the rules)
+
+    python filter_data.py --input rewritten.jsonl --image_root . --model Qwen/Qwen3-VL-4B-Instruct --output sft.jsonl
+    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --rules_only
+
+Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from rewrite_captions.py
+Writes  --output: the kept rows, unchanged and in input order
+        <output>.run/: meta.json, calls-*.jsonl (one line a model call), verdicts.jsonl: every row's {"id", "subset",
+        "keep", "stage": rule | judge | error | null, "reasons", "detail", "flags", "judge"}
+        <output>.meta.json, <output>.metrics.json
+Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
+
+The model only fills in fields; code decides from them. A row on which the model failed is neither kept nor counted as
+dropped: it is an error, and the exit code is 3. Killed or interrupted, the same command goes on where it stopped and
+writes the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed
+calls; 130 interrupted.
+"""
+import argparse
+import json
+import re
+import time
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from utils.answers import answers_match, last_boxed, normalize
+from utils.backends import (CAPTION_REASONS, ERROR_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, SPAN, Call, Caller,
+                            ErrorRateError, IncompleteError, add_call_flags, ask, caption_fault, check_own, check_rows,
+                            fill, load_prompts, object_schema, open_run, parse_options, row_fault, show_calls)
+from utils.images import IMAGE_REASONS
+from utils.rows import cli, log, rank_world, read_rows, write_json, write_meta, write_rows
+
+PROMPTS_VERSION = 1  # raised with every change of a prompt below; the paper's own prompts are not public
+PROMPTS = {
+    "SYSTEM": "You check training examples strictly and reply with one JSON object and nothing else.",
+    "JUDGE": """\
+Question about the image above:
+{question}
+
+Line of reasoning, in which the passages between <think_image> and </think_image> say what was seen on looking closer:
+{chain}
+
+Stated answer: {answer}
+
+Look at the image yourself, then judge this example:
+"reason": your findings in 60 words at most.
+"answerable": is the question clear, and has it exactly one answer that the image shows? "yes", "no" or "unclear".
+"observation_supports_answer": is what was seen true of the image, and does it lead to the stated answer? "yes", "no" \
+or "unclear".
+"chain_consistent": does the reasoning hold together and end in the stated answer? "yes", "no" or "unclear".
+"problems": those that apply of "ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", \
+"garbled_text"; [] if none does.
+Reply with JSON: {"reason": "...", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": \
+"yes", "problems": []}""",
+    "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
+}
+VERDICT = {"type": "string", "enum": ["yes", "no", "unclear"]}
+PROBLEMS = ("ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", "garbled_text")
+SCHEMA = object_schema(
+    reason={"type": "string", "maxLength": 1200}, answerable=VERDICT, observation_supports_answer=VERDICT,
+    chain_consistent=VERDICT,
+    problems={"type": "array", "items": {"type": "string", "enum": list(PROBLEMS)}, "maxItems": 8})
+FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsupported",
+          "chain_consistent": "inconsistent"}  # a judge's field -> the reason if it is "no"
+RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
+JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values() for ending in ("", "_unclear")) + PROBLEMS
+FLAGS = ("unrefined", "answer_unseen")
+THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # what a chain may hold outside observations (Mirage: <think>)
+
+
+@dataclass
+class Verdict:
+    """What became of a row: kept if `stage` is None, else the stage that took it out and its closed reasons."""
+
+    stage: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    detail: str = ""
+    hashes: list[str] = field(default_factory=list)
+    judge: dict | None = None
+
+    def out(self, stage: str, reasons: list[str], detail: str = "") -> None:
+        assert set(reasons) <= {*RULE_REASONS, *JUDGE_REASONS, *ERROR_REASONS}, reasons
+        self.stage, self.reasons, self.detail = stage, reasons, detail
+
+
+# ------------------------------------------------------------------------------------------------ rules
+def chain_fault(row: dict) -> str | None:
+    """Return the closed reason why a row's texts are unfit, or None.
+
+    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if its observations are
+    not one an image step, or markup is left over; CAPTION_REASONS for an observation.
+    """
+    if reason := row_fault(row):
+        return reason
+    boxed = last_boxed(row["chain"])
+    if boxed is None or not answers_match(boxed, row["answer"], parse_options(row["question"]) or None):
+        return "answer"
+    spans = SPAN.findall(row["chain"])
+    left_over = {match[0] for match in MARKUP.finditer(SPAN.sub(" ", row["chain"]))} - THINK_TAGS
+    if len(spans) != sum("image" in step for step in row["steps"]) or left_over:
+        return "chain"
+    return next(filter(None, map(caption_fault, spans)), None)
+
+
+def find_flags(row: dict) -> list[str]:
+    """Return the FLAGS of a row: worth knowing, never a reason to drop it.
+
+    answer_unseen: no observation holds the answer, which is not yes or no, a number or the letter of an option.
+    """
+    answer = row["answer"].strip()
+    seen = any(normalize(answer) in normalize(span) for span in SPAN.findall(row["chain"]))
+    needs_no_words = answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer) or \
+        answer in parse_options(row["question"])
+    holds = row.get("refined") is False, not seen and not needs_no_words
+    return [flag for flag, hit in zip(FLAGS, holds, strict=True) if hit]
+
+
+def apply_rules(rows: list[dict], root: str) -> list[Verdict]:
+    """Return a verdict a row from all that needs no model."""
+    verdicts = []
+    for reason, detail, hashes in check_rows(rows, root, chain_fault):
+        verdicts.append(Verdict(hashes=hashes))
+        if reason:
+            verdicts[-1].out("rule", [reason], detail)
+    return verdicts
+
+
+# ------------------------------------------------------------------------------------------------ the judge
+def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) -> Call:
+    """Return the call that judges a row: its question images, question, chain and answer."""
+    n_images = len(row["images"])
+    text = fill(prompts["JUDGE"], question=row["question"].strip(), chain=row["chain"], answer=row["answer"])
+    return Call(row["id"], "judge", -1, text, tuple(Path(root, path) for path in row["images"]),
+                tuple(verdict.hashes[:n_images]), SCHEMA)
+
+
+def decide(value: dict, keep_unclear: bool) -> list[str]:
+    """Return the JUDGE_REASONS to drop a row for the fields that the judge filled in; [] keeps it."""
+    reasons = []
+    for name, reason in FIELDS.items():
+        if value[name] == "no":
+            reasons.append(reason)
+        elif value[name] == "unclear" and not keep_unclear:
+            reasons.append(f"{reason}_unclear")
+    return reasons + [problem for problem in PROBLEMS if problem in value["problems"]]
+
+
+def judge(pairs: list[tuple[dict, Verdict]], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+    """Judge in place the rows that passed the rules: a pure function of the rows and of the replies in the journal."""
+    alive = [(row, verdict) for row, verdict in pairs if verdict.stage is None]
+    calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
+    for (_, verdict), outcome in zip(alive, ask(caller, calls, lambda call, value: None, "judge")):
+        verdict.judge = outcome.value
+        if outcome.value is None:
+            verdict.out("error", [outcome.reason], outcome.detail)
+        elif reasons := decide(outcome.value, args.keep_unclear):
+            verdict.out("judge", reasons)
+
+
+# ------------------------------------------------------------------------------------------------ output
+def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
+    """Return counts over all rows and {subset: {"in", "rule", "judge", "error", "kept", "reasons"}}.
+
+    A row counts under the first of its reasons, so that the reasons of a subset add up to what it lost.
+    """
+    subsets = defaultdict(lambda: {"in": 0, "rule": 0, "judge": 0, "error": 0, "kept": 0, "reasons": Counter()})
+    for row, verdict in zip(rows, verdicts, strict=True):
+        subset = subsets[row["subset"]]
+        subset["in"] += 1
+        subset[verdict.stage or "kept"] += 1
+        subset["reasons"].update(f"{verdict.stage}:{reason}" for reason in verdict.reasons[:1])
+    for subset in subsets.values():
+        assert subset["in"] == subset["rule"] + subset["judge"] + subset["error"] + subset["kept"]
+        subset["reasons"] = dict(subset["reasons"].most_common())
+    totals = {name: sum(subset[name] for subset in subsets.values()) for name in ("rule", "judge", "error", "kept")}
+    share = round(totals["kept"] / len(rows), 4) if rows else None
+    return {"read": len(rows), "kept": totals["kept"], "kept_share": share,
+            "rule_rejected": totals["rule"], "judge_dropped": totals["judge"], "errors": totals["error"],
+            "subsets": dict(sorted(subsets.items()))}
+
+
+def show_table(counts: dict) -> None:
+    """Log one line a subset, under it its reasons."""
+    log(f"{'subset':<28}{'in':>9}{'rule':>9}{'judge':>9}{'error':>9}{'kept':>9}")
+    for name, subset in counts["subsets"].items():
+        log(f"{name:<28}" + "".join(f"{subset[column]:>9,}" for column in ("in", "rule", "judge", "error", "kept")))
+        for reason, n in subset["reasons"].items():
+            log(f"    {reason:<40}{n:>6,}  {n / subset['in']:.1%}")
+
+
+def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
+    """Write the kept rows and every verdict in input order; return the counts."""
+    counts = count_verdicts(rows, verdicts)
+    write_rows(f"{output}.run/verdicts.jsonl", (
+        {"id": row["id"], "subset": row["subset"], "keep": v.stage is None, "stage": v.stage, "reasons": v.reasons,
+         "detail": v.detail, "flags": find_flags(row), "judge": v.judge} for row, v in zip(rows, verdicts)))
+    write_rows(output, (row for row, verdict in zip(rows, verdicts) if verdict.stage is None))
+    return counts
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
+    add_call_flags(parser, max_new_tokens=384)
+    parser.add_argument("--keep_unclear", action="store_true", help="keep rows that the judge calls unclear")
+    parser.add_argument("--rules_only", action="store_true", help="no model: keep what passes the rules")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, began = parse_args(argv), time.monotonic()
+    prompts = load_prompts(args.prompts, PROMPTS)
+    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
+    for row in rows:
+        check_own(f"{args.input}: id {row['id']!r}", row)
+    verdicts = apply_rules(rows, args.image_root)
+    pairs = list(zip(rows, verdicts))
+    if args.dry_run:
+        calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in pairs if verdict.stage is None]
+        print(json.dumps({"calls": show_calls(calls, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)))
+        return 0
+    rank, world, _ = rank_world()
+    speed = {}
+    try:
+        with nullcontext() if args.rules_only else open_run(args, prompts, stage="filter_data") as caller:
+            if caller:
+                judge(pairs[rank::world], caller, args, prompts)
+                speed = caller.stats()
+            if caller and world > 1:  # the rank that finds every reply in the journals is the last one, and writes
+                caller.journal.reload()
+                rest = [pair for n, pair in enumerate(pairs) if n % world != rank]
+                judge(rest, replace(caller, backend=None, retry_errors=False), args, prompts)
+    except ErrorRateError as error:
+        log(f"stopped: {error}")
+        return 4
+    except IncompleteError:
+        return 0
+    metrics = export(rows, verdicts, args.output) | speed | {"seconds": round(time.monotonic() - began, 1)}
+    write_json(f"{args.output}.metrics.json", metrics)
+    write_meta(args.output, args, [args.input], metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)
+    show_table(metrics)
+    print(json.dumps(metrics))
+    return 3 if metrics["errors"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,457 @@
+"""Turn interleaved image-text chains into chains of text: every intermediate image becomes a caption of what it shows.
+
+Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one call an image and one a chain)
+
+    python rewrite_captions.py --input Visual_CoT/train.json --image_root . --model Qwen/Qwen3-VL-4B-Instruct \\
+        --output rewritten.jsonl
+    torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output rewritten.jsonl
+
+Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input", "image_input",
+        "text_output", "image_output") or rows in our own form; told apart by their keys
+Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"}, input order
+        <output>.run/: meta.json, calls-*.jsonl (one line a model call), rejected.jsonl (every other sample, its reason)
+        <output>.meta.json, <output>.metrics.json
+Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
+
+Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0 complete, also
+if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema, backend_error);
+2 usage, settings or damage; 4 too many failed calls; 130 interrupted. Under torchrun every rank asks its share of the
+samples, and the last one to finish writes the output.
+"""
+import argparse
+import json
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from utils.answers import BOX, last_boxed
+from utils.backends import (CAPTION_REASONS, ERROR_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, Call, Caller,
+                            ErrorRateError, IncompleteError, add_call_flags, ask, caption_fault, check_own, check_rows,
+                            fill, has_loop, load_prompts, object_schema, open_run, show_calls)
+from utils.images import IMAGE_REASONS
+from utils.rows import (DataError, check_fields, cli, located_rows, log, rank_world, write_json, write_meta, write_rows)
+
+PROMPTS_VERSION = 1  # raised with every change of a prompt below; the paper's own prompts are not public
+PROMPTS = {
+    "SYSTEM": "You describe images exactly and reply with one JSON object and nothing else.",
+    "ZOOM": """\
+The image is a region that was cut out of a larger image and enlarged, in order to answer this question:
+{question}
+
+Describe what the region shows, in one to three plain sentences of 80 words at most. Put first what matters for the \
+question. Copy text and numbers exactly. Name what cannot be made out instead of guessing. Describe only what is \
+visible: do not answer the question, and do not mention the image, the region or the question.
+"legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
+Reply with JSON: {"caption": "...", "legible": "yes"}""",
+    "DRAW": """\
+The first image is the original. The second image is the same one after something was drawn on it or changed in it, in \
+order to answer this question:
+{question}
+
+Say what was changed, and state the information that the change brings out: which values, words, rows or objects are \
+marked, highlighted, connected or hidden, and where. Copy text and numbers exactly. Do not answer the question, and do \
+not mention the images or the question.
+"marks" lists the marked things, at most 8 short entries; "description" says it in one to three plain sentences of 80 \
+words at most; "changed" is false if both images look the same.
+Reply with JSON: {"marks": ["..."], "description": "...", "changed": true}""",
+    "REFINE": """\
+Below are the numbered segments of a line of reasoning. Segments of kind "text" are thoughts; segments of kind \
+"observation" say what was seen at that moment. Rewrite them so that, read in order, they are one fluent text.
+Rules: keep every segment and its number. Keep each fact, number and quotation of an observation in that same segment. \
+Add no new fact, number or conclusion. Do not mention images, crops, captions or segments. Keep about the same length.
+
+{segments}
+
+Reply with JSON: {"segments": [{"id": 1, "text": "..."}, ...]} with ids 1 to {count}.""",
+    "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
+}
+TEXT = {"type": "string", "maxLength": 1200}
+SCHEMAS = {
+    "zoom": object_schema(caption=TEXT, legible={"type": "string", "enum": ["yes", "partly", "no"]}),
+    "draw": object_schema(marks={"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 16},
+                          description=TEXT, changed={"type": "boolean"}),
+    "refine": object_schema(segments={"type": "array", "items": object_schema(
+        id={"type": "integer"}, text={"type": "string", "maxLength": 8000})}),
+}
+INPUTS = {"monet": {"metadata": dict, "data": list},
+          "mirage": {"text_input": str, "image_input": (str, list), "text_output": str, "image_output": (str, list)},
+          "own": OWN_FIELDS}
+OPERATIONS = {"Visual_CoT": "zoom", "ReFocus": "draw", "CogCoM": "draw", "Mirage": "draw"}  # the paper's split
+REASONS = ("tag_missing", "tag_count", "no_observation", *ROW_REASONS, *IMAGE_REASONS, "duplicate", *CAPTION_REASONS,
+           "caption_illegible", "caption_unchanged", *ERROR_REASONS)
+# Monet-SFT's markup and rules: NOVAglow646/Monet src/task.py
+LATENT_PAIR = "<abs_vis_token></abs_vis_token>"
+OBSERVATION = re.compile(r"</?observation>")
+SUFFIX = "\nPut your final answer within \\boxed{}."
+KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=</think>)")
+MIN_RECALL = 0.6  # of a caption's words of four letters and more, in its refined segment
+LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
+
+
+@dataclass
+class Sample:
+    """One input sample on its way: `reason` is set once it is rejected; `hashes` of question images, then of steps."""
+
+    row: dict
+    reason: str | None = None
+    detail: str = ""
+    hashes: list[str] = field(default_factory=list)
+
+    def reject(self, reason: str, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        self.reason, self.detail = reason, detail
+
+
+# ------------------------------------------------------------------------------------------------ input -> our own rows
+def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
+    """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type."""
+    form = next((name for name, fields in INPUTS.items() if all(key in value for key in fields)), None)
+    if form is None:
+        raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; expected those of "
+                        + " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items()))
+    check_fields(where, value, INPUTS[form])
+    if form == "own":
+        return convert_own(where, value)
+    if form == "monet":
+        return convert_monet(where, value, operations)
+    return convert_mirage(where, value, index, operations)
+
+
+def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
+    """Return "zoom" or "draw" for a subset: --operation, the paper's split, or the ending of its name."""
+    if subset in operations:
+        return operations[subset]
+    if subset.startswith("Zebra_CoT_"):
+        return "zoom"
+    if subset.endswith(("_zoom", "_draw")):
+        return subset[-4:]
+    raise DataError(f"{where}: whether subset {subset!r} zooms or draws is not known; say it with "
+                    f"--operation {subset}=zoom or --operation {subset}=draw")
+
+
+def convert_monet(where: str, value: dict, operations: dict[str, str]) -> Sample:
+    """Convert a Monet-SFT sample by Monet's own preprocessing (latent pairs and observation tags are taken out)."""
+    check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
+    subset = value["metadata"]["dataset_name"]
+    operation = operation_of(where, subset, operations)
+    turns = [monet_turn(f"{where}: turn {n}", turn) for n, turn in enumerate(value["data"], 1)]
+    sample = Sample({"id": f"{subset}/{value['metadata']['sample_id']}", "subset": subset, "images": [], "question": "",
+                     "answer": "", "steps": []})
+    if [role for role, _ in turns] != ["system", "user", "assistant"]:
+        sample.reject("structure", "the turns are not system, user, assistant")
+        return sample
+    user, assistant = turns[1][1], turns[2][1]
+    images = [text for kind, text in user if kind == "image"]
+    in_front = [kind for kind, _ in user[:len(images)]].count("image") == len(images)
+    question = "".join(text if kind == "text" else "" if in_front else "<image>" for kind, text in user)
+    if not any(name in path for path in [subset, *images] for name in KEEPS_SUFFIX):
+        question = question.replace(SUFFIX, "")
+    steps, seen_image, observed, before = [], False, False, None
+    for kind, text in assistant:
+        if kind == "image":
+            if before is not None and LATENT_PAIR not in before:
+                sample.reject("tag_missing", "an image follows a text without the latent pair")
+            steps.append({"image": text, "operation": operation})
+            seen_image, before = True, None
+        else:
+            observed |= seen_image and "<observation>" in text
+            clean = OBSERVATION.sub("", text.replace(LATENT_PAIR, "")).strip()
+            steps += [{"text": clean}] if clean else []
+            before = text
+    n_pairs = sum(text.count(LATENT_PAIR) for kind, text in assistant if kind == "text")
+    if sample.reason is None and n_pairs != sum("image" in step for step in steps):
+        sample.reject("tag_count", f"{n_pairs} latent pairs for {sum('image' in step for step in steps)} images")
+    elif sample.reason is None and not observed:
+        sample.reject("no_observation", "no <observation> after an image")
+    sample.row |= {"images": images, "question": question, "steps": steps, "answer": final_answer(steps)}
+    return sample
+
+
+def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
+    """Return (role, [(kind, text or path)]) of one turn, checked."""
+    if not isinstance(turn, dict):
+        raise DataError(f"{where}: expected an object with role and content, got {str(turn)[:40]!r}")
+    check_fields(where, turn, {"role": str, "content": list})
+    content = []
+    for n, part in enumerate(turn["content"], 1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image"):
+            raise DataError(f"{where}, item {n}: expected type \"text\" or \"image\", got {str(part)[:60]!r}")
+        check_fields(f"{where}, item {n}", part, {kind: str})
+        content.append((kind, part[kind]))
+    return turn["role"], content
+
+
+def convert_mirage(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
+    """Convert a Mirage sample: texts verbatim, one image at each <output_image>."""
+    paths = {}
+    for name in ("image_input", "image_output"):
+        paths[name] = [value[name]] if isinstance(value[name], str) else value[name]
+        if not all(isinstance(path, str) for path in paths[name]):
+            raise DataError(f"{where}: field {name!r} should be a path or a list of paths, "
+                            f"got {str(value[name])[:60]!r}")
+    texts = value["text_output"].split("<output_image>")
+    sample = Sample({"id": f"mirage/{index}", "subset": "Mirage", "images": paths["image_input"],
+                     "question": value["text_input"], "answer": "", "steps": []})
+    if len(texts) - 1 != len(paths["image_output"]):
+        sample.reject("tag_count", f"{len(texts) - 1} <output_image> for {len(paths['image_output'])} images")
+        return sample
+    operation = operation_of(where, "Mirage", operations)
+    for n, text in enumerate(texts):
+        sample.row["steps"] += [{"text": text}] if text.strip() else []
+        sample.row["steps"] += [{"image": path, "operation": operation} for path in paths["image_output"][n:n + 1]]
+    sample.row["answer"] = final_answer(sample.row["steps"])
+    return sample
+
+
+def convert_own(where: str, value: dict) -> Sample:
+    """Take a row of our own form; captions that it may have are written anew."""
+    check_own(where, value)
+    steps = [{name: step[name] for name in ("text", "image", "operation") if name in step} for step in value["steps"]]
+    return Sample({name: value[name] for name in OWN_FIELDS} | {"steps": steps})
+
+
+def final_answer(steps: list[dict]) -> str:
+    """Return what the last text step boxes, or ""."""
+    texts = [step["text"] for step in steps if "text" in step]
+    return (last_boxed(texts[-1]) or "") if texts else ""
+
+
+def read_samples(paths: list[str], operations: dict[str, str], limit: int | None) -> list[Sample]:
+    """Read and convert the inputs in order; DataError for an id that stands twice."""
+    samples, seen = [], {}
+    for path in paths:
+        for index, (where, value) in enumerate(located_rows(path, None if limit is None else limit - len(samples))):
+            sample = convert(where, value, index, OPERATIONS | operations)
+            name = sample.row["id"]
+            if name in seen:
+                raise DataError(f"{where}: id {name!r} stands already at {seen[name]}; expected it once")
+            seen[name] = where
+            samples.append(sample)
+    return samples
+
+
+def apply_rules(samples: list[Sample], root: str) -> None:
+    """Reject in place what needs no model to be rejected, and note the hashes of the images of the others."""
+    sound = [sample for sample in samples if sample.reason is None]
+    for sample, (reason, detail, hashes) in zip(sound, check_rows([sample.row for sample in sound], root)):
+        sample.hashes = hashes
+        if reason:
+            sample.reject(reason, detail)
+
+
+# ------------------------------------------------------------------------------------------------ captions
+def caption_calls(sample: Sample, root: str, prompts: dict[str, str]) -> list[Call]:
+    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed one."""
+    row, calls = sample.row, []
+    hashes = iter(sample.hashes[len(row["images"]):])
+    for n, step in enumerate(row["steps"]):
+        if "image" not in step:
+            continue
+        kind = step["operation"]
+        shown = [(step["image"], next(hashes))]
+        if kind == "draw":
+            shown.insert(0, (row["images"][0], sample.hashes[0]))
+        text = fill(prompts[kind.upper()], question=row["question"].strip())
+        calls.append(Call(row["id"], kind, n, text, tuple(Path(root, path) for path, _ in shown),
+                          tuple(digest for _, digest in shown), SCHEMAS[kind]))
+    return calls
+
+
+def check_caption(call: Call, value: dict) -> tuple[str, str] | None:
+    """Return (closed reason, the fault in words) for a caption reply, or None."""
+    if call.kind == "zoom" and value["legible"] == "no":
+        return "caption_illegible", "the region was called illegible; describe what can be made out"
+    if call.kind == "draw" and not value["changed"]:
+        return "caption_unchanged", "no change was reported; look again at the second image"
+    reason = caption_fault(caption_of(call, value))
+    return (reason, f"the description was rejected: {reason.removeprefix('caption_')}") if reason else None
+
+
+def caption_of(call: Call, value: dict) -> str:
+    return " ".join(value["caption" if call.kind == "zoom" else "description"].split())
+
+
+# ------------------------------------------------------------------------------------------------ refinement
+def split_final(text: str) -> tuple[str, str]:
+    """Split off the sentence with the last boxed answer and all that follows it: (before, final)."""
+    boxed = [match.start() for match in BOX.finditer(text)][-1]
+    start = max((end.end() for end in SENTENCE_END.finditer(text) if end.end() <= boxed), default=0)
+    return text[:start].strip(), text[start:].strip()
+
+
+def make_segments(steps: list[dict]) -> tuple[list[tuple[str, str]], str]:
+    """Return ([(kind, text)], final sentence) of captioned steps; kind is "text" or "observation"."""
+    before, final = split_final(steps[-1]["text"])
+    segments = [("observation", step["caption"]) if "image" in step else ("text", step["text"].strip())
+                for step in steps[:-1]]
+    segments.append(("text", before))
+    return [(kind, text) for kind, text in segments if text], final
+
+
+def join_chain(segments: list[tuple[str, str]], final: str) -> str:
+    """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
+    pieces = [f"<think_image>{text}</think_image>" if kind == "observation" else text for kind, text in segments]
+    return " ".join([*pieces, final])
+
+
+def refine_call(sample: Sample, prompts: dict[str, str]) -> Call:
+    """Return the call that rewrites the whole chain; it shows no image and not the final sentence."""
+    segments, _ = make_segments(sample.row["steps"])
+    lines = "\n".join(f"[{n}] {kind}: {text}" for n, (kind, text) in enumerate(segments, 1))
+    text = fill(prompts["REFINE"], segments=lines, count=str(len(segments)))
+    return Call(sample.row["id"], "refine", -1, text, (), (), SCHEMAS["refine"])
+
+
+def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, str] | None:
+    """Return ("refine", the fault in words) if a refined chain lost, added or garbled something, or None."""
+    if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
+        return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
+    numbers = set(NUMBER.findall(" ".join(text for _, text in segments)))
+    for n, ((kind, before), part) in enumerate(zip(segments, value["segments"]), 1):
+        fault = segment_fault(before, part["text"].strip(), numbers)
+        if fault is None and kind == "observation":
+            fault = lost_facts(before, part["text"])
+        if fault:
+            return "refine", f"segment {n} {fault}"
+    n_before = sum(len(text.split()) for _, text in segments)
+    n_after = sum(len(part["text"].split()) for part in value["segments"])
+    if not LENGTH_RATIO[0] * n_before <= n_after <= LENGTH_RATIO[1] * n_before:
+        return "refine", f"it has {n_after} words where the segments had {n_before}; keep about the same length"
+    return None
+
+
+def segment_fault(before: str, after: str, numbers: set[str]) -> str | None:
+    """Return in words what a refined segment must not have: markup, a loop, a number not in `numbers`; or None."""
+    markup = {match[0] for match in MARKUP.finditer(after)} - {match[0] for match in MARKUP.finditer(before)}
+    new = sorted(set(NUMBER.findall(after)) - numbers)
+    if not after:
+        return "is empty"
+    if markup:
+        return f"has markup: {', '.join(sorted(markup))}"
+    if has_loop(after) and not has_loop(before):
+        return "repeats itself"
+    return f"has new numbers: {', '.join(new)}" if new else None
+
+
+def lost_facts(caption: str, refined: str) -> str | None:
+    """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or None."""
+    numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
+    quotes = [one or other for one, other in QUOTED.findall(caption) if (one or other) not in refined]
+    words, kept = (set(re.findall(r"\w{4,}", text.lower())) for text in (caption, refined))
+    if numbers or quotes:
+        return f"lost {', '.join([*numbers, *quotes])}"
+    if len(words & kept) < MIN_RECALL * len(words):
+        return f"lost too much of what was seen: {', '.join(sorted(words - kept)[:6])}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+def rewrite(samples: list[Sample], caller: Caller, root: str, prompts: dict[str, str], refine: bool) -> None:
+    """Caption and refine samples in place: a pure function of the samples and of the replies in the journal."""
+    alive = [sample for sample in samples if sample.reason is None]
+    calls = [(sample, call) for sample in alive for call in caption_calls(sample, root, prompts)]
+    for (sample, call), outcome in zip(calls, ask(caller, [call for _, call in calls], check_caption, "captions")):
+        if outcome.value is not None:
+            sample.row["steps"][call.step]["caption"] = caption_of(call, outcome.value)
+        elif sample.reason is None:
+            sample.reject(outcome.reason, outcome.detail)
+    alive = [sample for sample in alive if sample.reason is None]
+    parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
+    outcomes = {}
+    if refine:
+        replies = ask(caller, [refine_call(sample, prompts) for sample in alive],
+                      lambda call, value: check_refined(parts[call.id][0], value), "refinement", guarded=False)
+        outcomes = {sample.row["id"]: outcome.value for sample, outcome in zip(alive, replies)}
+    for sample in alive:
+        segments, final = parts[sample.row["id"]]
+        value = outcomes.get(sample.row["id"])
+        if value:
+            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"])]
+        sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
+
+
+def export(samples: list[Sample], args: argparse.Namespace) -> dict:
+    """Write the rewritten and the rejected rows in input order; return the counts."""
+    kept = [sample.row for sample in samples if sample.reason is None]
+    rejected = [{"id": s.row["id"], "subset": s.row["subset"], "reason": s.reason, "detail": s.detail}
+                for s in samples if s.reason is not None]
+    assert len(samples) == len(kept) + len(rejected)
+    reasons = defaultdict(Counter)
+    for row in rejected:
+        reasons[row["subset"]][row["reason"]] += 1
+    write_rows(f"{args.output}.run/rejected.jsonl", rejected)
+    write_rows(args.output, kept)
+    n_refined = sum(row["refined"] for row in kept)
+    return {"read": len(samples), "kept": len(kept), "rejected": len(rejected),
+            "errors": sum(row["reason"] in ERROR_REASONS for row in rejected), "refined": n_refined,
+            "refined_share": round(n_refined / len(kept), 4) if kept else None,
+            "reasons": {subset: dict(sorted(counts.items())) for subset, counts in sorted(reasons.items())}}
+
+
+def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+    """Show one prompt of each kind, with a stand-in for captions that are not written yet; return the counts."""
+    alive = [sample for sample in samples if sample.reason is None]
+    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args.image_root, prompts)]
+    for sample, call in calls:
+        sample.row["steps"][call.step]["caption"] = "(the caption)"
+    refine = [] if args.no_refine else [refine_call(sample, prompts) for sample in alive]
+    counts = show_calls([call for _, call in calls] + refine, prompts["SYSTEM"])
+    reasons = Counter(sample.reason for sample in samples if sample.reason)
+    return {"read": len(samples), "calls": counts, "rejected": dict(sorted(reasons.items()))}
+
+
+def parse_operation(text: str) -> tuple[str, str]:
+    subset, _, operation = text.rpartition("=")
+    if not subset or operation not in ("zoom", "draw"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected SUBSET=zoom or SUBSET=draw")
+    return subset, operation
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, nargs="+", help="one or more files, read in this order")
+    add_call_flags(parser, max_new_tokens=512)
+    parser.add_argument("--operation", type=parse_operation, action="append", default=[], metavar="SUBSET=zoom|draw",
+                        help="what the images of a subset of another name are; repeatable")
+    parser.add_argument("--no_refine", action="store_true", help="leave the chain as it is after captions are put in")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, began = parse_args(argv), time.monotonic()
+    prompts = load_prompts(args.prompts, PROMPTS)
+    samples = read_samples(args.input, dict(args.operation), args.limit)
+    apply_rules(samples, args.image_root)
+    if args.dry_run:
+        print(json.dumps(preview(samples, args, prompts)))
+        return 0
+    rank, world, _ = rank_world()
+    work = args.image_root, prompts, not args.no_refine
+    try:
+        with open_run(args, prompts, stage="rewrite_captions", refine=not args.no_refine) as caller:
+            rewrite(samples[rank::world], caller, *work)
+            if world > 1:  # the rank that finds every reply in the journals is the last one, and writes
+                caller.journal.reload()
+                rest = [sample for n, sample in enumerate(samples) if n % world != rank]
+                rewrite(rest, replace(caller, backend=None, retry_errors=False), *work)
+    except ErrorRateError as error:
+        log(f"stopped: {error}")
+        return 4
+    except IncompleteError:
+        return 0
+    metrics = export(samples, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
+    write_json(f"{args.output}.metrics.json", metrics)
+    write_meta(args.output, args, args.input, metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)
+    log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> {args.output}")
+    print(json.dumps(metrics))
+    return 3 if metrics["errors"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,264 @@
+"""Rules and decisions one by one, whole runs with a scripted judge, SIGKILL with a real model.
+
+    python -m pytest tests/test_filter_data.py
+"""
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import filter_data
+from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main
+from utils.backends import Reply
+from utils.rows import DataError, read_rows, write_rows
+
+ROOT = Path(__file__).parents[1]
+JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes",
+          "problems": []}
+
+
+def row(name: str = "s/1", caption: str = "The hull shows a white 42.", **changes) -> dict:
+    steps = [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": caption},
+             {"text": "The answer is \\boxed{42}."}]
+    chain = f"I look closer. <think_image>{caption}</think_image> The answer is \\boxed{{42}}."
+    return {"id": name, "subset": "s", "images": ["a.png"], "question": f"What number is on boat {name}?",
+            "answer": "42", "steps": steps, "chain": chain, "refined": True} | changes
+
+
+# ------------------------------------------------------------------------------------------------ rules and decisions
+@pytest.mark.parametrize("changes, reason", [
+    ({}, None), ({"images": []}, "structure"), ({"question": ""}, "question"), ({"answer": "43"}, "answer"),
+    ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}."}, "answer"),
+    ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is 42."}, "answer"),
+    ({"chain": "I look. The answer is \\boxed{42}."}, "chain"),
+    ({"chain": "<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}"}, "chain"),
+    ({"chain": "<think_image>A hull.</think_image> <think_image> \\boxed{42}"}, "chain"),
+    ({"chain": "I look. <abs_vis_token></abs_vis_token> <think_image>A hull with 42.</think_image> \\boxed{42}"},
+     "chain"),
+    ({"chain": "<think>I look.</think> <think_image>A hull with 42.</think_image> \\boxed{42}"}, None),
+    ({"chain": "I look. <think_image></think_image> \\boxed{42}"}, "caption_empty"),
+    ({"chain": "I look. <think_image>The answer is 42.</think_image> \\boxed{42}"}, "caption_leak"),
+    ({"chain": "I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}"}, "caption_refusal")])
+def test_chain_fault(changes, reason):
+    assert chain_fault(row(**changes)) == reason
+    assert reason is None or reason in RULE_REASONS
+
+
+OPTIONS = "Which?\nA. a cat\nB. a dog"
+
+
+@pytest.mark.parametrize("changes, flags", [
+    ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]), ({"answer": "white"}, []),
+    ({"answer": "yes"}, []), ({"answer": "7"}, []), ({"question": OPTIONS, "answer": "B"}, []),
+    ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"])])
+def test_find_flags(changes, flags):
+    assert find_flags(row(**changes)) == flags and set(flags) <= set(FLAGS)
+
+
+@pytest.mark.parametrize("changes, strict, lenient", [
+    ({}, [], []), ({"answerable": "no"}, ["unanswerable"], ["unanswerable"]),
+    ({"answerable": "unclear"}, ["unanswerable_unclear"], []),
+    ({"observation_supports_answer": "no", "chain_consistent": "unclear"}, ["unsupported", "inconsistent_unclear"],
+     ["unsupported"]),
+    ({"problems": ["garbled_text", "wrong_answer", "wrong_answer"]}, ["wrong_answer", "garbled_text"],
+     ["wrong_answer", "garbled_text"]), ({"reason": "I would drop this"}, [], [])])
+def test_code_decides_from_the_fields(changes, strict, lenient):
+    assert decide(JUDGED | changes, keep_unclear=False) == strict and set(strict) <= set(JUDGE_REASONS)
+    assert decide(JUDGED | changes, keep_unclear=True) == lenient
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+class Judge:
+    """Stands in for LocalBackend: judges by words in the caption."""
+
+    identity, asked = "scripted", []
+
+    def __init__(self, model_path, max_pixels, batch_size):
+        pass
+
+    def generate(self, requests, done=()):
+        for request in requests:
+            if request.key not in done:
+                self.asked.append(request)
+                yield Reply(request.key, self.reply(request.text), "stop", 10, 5, 0.1)
+
+    def reply(self, text: str) -> str:
+        if "garbage" in text:
+            return "no json"
+        verdicts = {"conflict": {"observation_supports_answer": "no", "problems": ["wrong_observation"]},
+                    "doubt": {"answerable": "unclear"}, "maybe": {"answerable": "maybe"}}
+        return json.dumps(JUDGED | next((change for word, change in verdicts.items() if word in text), {}))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    monkeypatch.setattr("utils.backends.LocalBackend", Judge)
+    Judge.asked = []
+    return Judge
+
+
+@pytest.fixture
+def world(tmp_path, picture):
+    """Return write(rows) -> path of a JSONL beside pictures a.png and b.png."""
+    picture("a.png"), picture("b.png", color="blue")
+
+    def write(rows: list) -> Path:
+        write_rows(tmp_path / "in.jsonl", rows)
+        return tmp_path / "in.jsonl"
+    return write
+
+
+def flags(path: Path, *more: str) -> list[str]:
+    return ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / "out.jsonl"),
+            "--model", "m", *more]
+
+
+def result(path: Path) -> tuple[list[str], dict]:
+    kept = [line["id"] for line in read_rows(path.parent / "out.jsonl", {"id": str})]
+    return kept, {line["id"]: line for line in read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl", {"id": str})}
+
+
+ROWS = [row("z"), row("conflict", "A conflict of 42."), row("doubt", "A doubt of 42."),
+        row("error", "Some garbage 42."),
+        row("schema", "A maybe 42."), row("rule", "The answer is 42."),
+        row("again", question="What number is on boat z?"),
+        row("lost", images=["no.png"]), row("a", subset="t", refined=False, answer="Anna", steps=[
+            {"image": "b.png", "operation": "zoom", "caption": "A red hull."}, {"text": "\\boxed{Anna}"}],
+            chain="<think_image>A red hull.</think_image> \\boxed{Anna}")]
+
+
+def test_every_row_has_a_verdict_and_an_error_is_no_drop(world, judge, capsys):
+    path = world(ROWS)
+    assert main(flags(path)) == 3
+    kept, verdicts = result(path)
+    assert kept == ["z", "a"] and list(verdicts) == [line["id"] for line in ROWS]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert (path.parent / "out.jsonl").read_text(encoding="utf-8").splitlines() == [lines[0], lines[-1]]  # unchanged
+    assert {name: (verdict["stage"], verdict["reasons"]) for name, verdict in verdicts.items()} == {
+        "z": (None, []), "conflict": ("judge", ["unsupported", "wrong_observation"]),
+        "doubt": ("judge", ["unanswerable_unclear"]),
+        "error": ("error", ["bad_json"]), "schema": ("error", ["bad_schema"]), "rule": ("rule", ["caption_leak"]),
+        "again": ("rule", ["duplicate"]), "lost": ("rule", ["image_missing"]), "a": (None, [])}
+    assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None and verdicts["z"]["keep"] is True
+    assert verdicts["a"]["flags"] == ["unrefined", "answer_unseen"] and verdicts["z"]["flags"] == []
+    captured = capsys.readouterr()
+    out = json.loads(captured.out.splitlines()[-1])
+    assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
+    assert (out["read"], out["kept"], out["rule_rejected"], out["judge_dropped"], out["errors"]) == (9, 2, 3, 2, 2)
+    assert out["subsets"]["s"]["reasons"] == {
+        "judge:unsupported": 1, "judge:unanswerable_unclear": 1, "error:bad_json": 1, "error:bad_schema": 1,
+        "rule:caption_leak": 1, "rule:duplicate": 1, "rule:image_missing": 1}
+    assert "s                                   8        3        2        2        1" in captured.err
+    assert out["n_calls"] == 5 + 1 + 2  # nothing was asked about what the rules took out; faults twice
+
+
+def test_keep_unclear_changes_the_decision_without_new_calls(world, judge):
+    path = world(ROWS)
+    main(flags(path))
+    judge.asked.clear()
+    assert main(flags(path, "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt", "a"] and judge.asked == []
+    assert main(flags(path, "--retry_errors")) == 3 and judge.asked
+    assert all("garbage" in request.text or "maybe" in request.text for request in judge.asked)
+
+
+def test_the_judge_sees_question_images_chain_and_answer(world, judge):
+    main(flags(world([row("z")])))
+    request = judge.asked[0]
+    assert [path.name for path in request.images] == ["a.png"] and "{question}" not in request.text
+    assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
+
+
+def test_rules_only_needs_no_model(world, judge, capsys):
+    path = world(ROWS)
+    assert main([*flags(path, "--rules_only"), "--model", "/no/such"]) == 0
+    assert result(path)[0] == ["z", "conflict", "doubt", "error", "schema", "a"] and judge.asked == []
+    assert json.loads(capsys.readouterr().out)["rule_rejected"] == 3
+
+
+def test_dry_run_and_limit(world, judge, capsys, tmp_path):
+    path = world(ROWS)
+    files = sorted(tmp_path.iterdir())
+    assert main(flags(path, "--dry_run")) == 0 and sorted(tmp_path.iterdir()) == files
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["calls"] == {"judge": 6} and "--- judge, sample z" in captured.err
+    assert main(flags(path, "--limit", "2")) == 0
+    assert list(result(path)[1]) == ["z", "conflict"] and len(judge.asked) == 2
+    judge.asked.clear()
+    assert main(flags(path)) == 3 and len(judge.asked) == 4 + 2
+
+
+def test_ranks_share_the_work_and_the_last_one_writes(world, judge, monkeypatch):
+    path = world(ROWS)
+    assert main(flags(path)) == 3
+    alone = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/verdicts.jsonl")]
+    (path.parent / "out.jsonl").unlink()
+    (path.parent / "out.jsonl.run").rename(path.parent / "old")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, code in ((1, 0), (0, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/verdicts.jsonl")] == alone
+
+
+def test_the_guard_stops_with_4(world, judge):
+    path = world([row(f"s/{n}", f"Some garbage {n} of 42.") for n in range(25)])
+    assert main(flags(path)) == 4 and not (path.parent / "out.jsonl").exists()
+    assert main(flags(path, "--no_guard")) == 3 and result(path)[0] == []
+
+
+@pytest.mark.parametrize("rows, match", [
+    ([{"id": "a"}], r"in\.jsonl:1: no field 'subset'"), ([row("a"), row("a")],
+                                                         r"in\.jsonl:2: id 'a' stands already at"),
+    ([row(answer=42)], r"in\.jsonl:1: field 'answer' should be str, got int"),
+    ([row(steps=["text"])], r"in\.jsonl: id 's/1': step 1 should be"), ([row(images=[1])],
+                                                                        "field 'images' should be a list of paths")])
+def test_damaged_input_is_told_with_its_place(world, judge, rows, match):
+    with pytest.raises(DataError, match=match):
+        main(flags(world(rows)))
+
+
+def test_a_missing_input_names_the_stage_before(tmp_path):
+    with pytest.raises(DataError, match="in.jsonl: No such file or directory; rewrite_captions.py writes it"):
+        main(flags(tmp_path / "in.jsonl"))
+
+
+def test_no_rows_are_no_error(world, judge):
+    path = world([])
+    assert main(flags(path)) == 0 and result(path) == ([], {})
+
+
+def test_prompts_have_their_names():
+    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "RETRY"}
+
+
+# ------------------------------------------------------------------------------------------------ SIGKILL
+def test_sigkill_changes_nothing(tmp_path, tiny_checkpoint, world):
+    path = world([row(f"s/{n}", f"The hull shows {n} of 42.") for n in range(9)])
+    (tmp_path / "prompts.json").write_text('{"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}')
+
+    def command(output: str) -> list[str]:
+        return [sys.executable, str(ROOT / "filter_data.py"), "--input", str(path), "--image_root", str(tmp_path),
+                "--no_guard",
+                "--output", str(tmp_path / output), "--model", str(tiny_checkpoint), "--prompts",
+                str(tmp_path / "prompts.json"),
+                "--batch_size", "2", "--max_new_tokens", "16", "--max_pixels", str(9 * 28 * 28)]
+
+    assert subprocess.run(command("whole.jsonl"), capture_output=True).returncode == 3
+    rng, journal = random.Random(0), tmp_path / "killed.jsonl.run" / "calls-00000-of-00001.jsonl"
+    for _ in range(3):
+        process = subprocess.Popen(command("killed.jsonl"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        size = journal.stat().st_size if journal.exists() else 0
+        while process.poll() is None:
+            if journal.exists() and journal.stat().st_size > size and rng.random() < 0.3:
+                break
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command("killed.jsonl"), capture_output=True).returncode == 3
+    for name in ("{}.jsonl", "{}.jsonl.run/verdicts.jsonl"):
+        assert (tmp_path / name.format("killed")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()

@@ -1,0 +1,484 @@
+"""Conversion of Monet and Mirage samples, refinement checks, whole runs with a scripted model, SIGKILL with a real one.
+
+    python -m pytest tests/test_rewrite_captions.py    # 5 kills; with "-m slow" the 20 kills
+"""
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import rewrite_captions
+from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, convert, join_chain, main, make_segments,
+                              operation_of, parse_args, split_final)
+from utils.backends import Reply
+from utils.rows import DataError, read_rows
+
+ROOT = Path(__file__).parents[1]
+PAIR = "<abs_vis_token></abs_vis_token>"
+
+
+def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "What number is on the boat?",
+          answer: str = "42",
+          images: tuple[str, str] = ("a.png", "b.png"), assistant: list | None = None,
+          user: list | None = None) -> dict:
+    default = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]),
+               ("text", f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}.")]
+    user = user or [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
+    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant or default)
+    return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
+            "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
+                     for role, content in turns]}
+
+
+def mirage(**changes) -> dict:
+    return {"text_input": "Map: <image>\nSafe?", "image_input": "a.png", "image_output": "b.png",
+            "text_output": "<think> Go on. </think><output_image>The answer is \\boxed{A}."} | changes
+
+
+def converted(value: dict, index: int = 0) -> Sample:
+    return convert("in.json:1", value, index, OPERATIONS)
+
+
+# ------------------------------------------------------------------------------------------------ conversion
+def test_monet_becomes_a_row():
+    sample = converted(monet())
+    assert sample.reason is None and sample.row == {
+        "id": "Visual_CoT/7", "subset": "Visual_CoT", "images": ["a.png"], "question": "What number is on the boat?",
+        "answer": "42", "steps": [{"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom"},
+                                  {"text": "The hull shows 42. The answer is \\boxed{42}."}]}
+
+
+@pytest.mark.parametrize("assistant, reason", [
+    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"), ("image", "c"),
+      ("text", "\\boxed{1}")], None),
+    ([("text", "Look."), ("image", "b"), ("text", "<observation>x</observation> \\boxed{1}")], "tag_missing"),
+    ([("text", f"Look. {PAIR}"), ("text", "more"), ("image", "b"), ("text", "<observation>x</observation>")],
+     "tag_missing"),
+    ([("text", f"Look. {PAIR}{PAIR}"), ("image", "b"), ("text", "<observation>x</observation> \\boxed{1}")],
+     "tag_count"),
+    ([("text", f"Look. {PAIR}"), ("image", "b"), ("image", "c"), ("text", "<observation>x</observation>")],
+     "tag_count"),
+    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", "It is 1. \\boxed{1}")], "no_observation"),
+    ([("text", f"<observation>x</observation> {PAIR}"), ("image", "b"), ("text", "\\boxed{1}")], "no_observation"),
+])
+def test_monets_discard_rules(assistant, reason):
+    sample = converted(monet(assistant=assistant))
+    assert sample.reason == reason
+    assert not any("abs_vis_token" in step.get("text", "") or "observation>" in step.get("text", "") for step in
+                   sample.row["steps"])
+
+
+@pytest.mark.parametrize("subset, keeps", [("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False),
+                                           ("Zebra_CoT_visual_search", True), ("Zebra_CoT_count", True)])
+def test_the_suffix_goes_except_where_monet_keeps_it(subset, keeps):
+    assert converted(monet(subset=subset)).row["question"].endswith("\\boxed{}.") is keeps
+
+
+def test_images_amid_the_question_become_markers():
+    user = [("image", "a"), ("text", "Is this "), ("image", "b"), ("text", " the same?")]
+    row = converted(monet(user=user)).row
+    assert row["images"] == ["a", "b"] and row["question"] == "<image>Is this <image> the same?"
+    assert converted(monet(user=[("image", "a"), ("image", "b"), ("text", "Same?")])).row["question"] == "Same?"
+
+
+def test_other_turns_are_rejected():
+    value = monet()
+    value["data"] = value["data"][1:]
+    assert converted(value).reason == "structure"
+
+
+@pytest.mark.parametrize("changes, texts, images, reason", [
+    ({}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"], None),
+    ({"image_output": ["b.png", "c.png"], "text_output": "x<output_image>y<output_image>\\boxed{A}"},
+     ["x", "y", "\\boxed{A}"],
+     ["b.png", "c.png"], None),
+    ({"text_output": "<output_image>\\boxed{A}"}, ["\\boxed{A}"], ["b.png"], None),
+    ({"image_input": ["a.png", "c.png"]}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"], None),
+    ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"), ({"image_output": ["b.png", "c.png"]}, [], [],
+                                                                "tag_count")])
+def test_mirage_becomes_a_row(changes, texts, images, reason):
+    sample = converted(mirage(**changes), index=3)
+    assert sample.reason == reason and sample.row["id"] == "mirage/3" and sample.row["subset"] == "Mirage"
+    assert sample.row["question"] == "Map: <image>\nSafe?"
+    assert [step["text"] for step in sample.row["steps"] if "text" in step] == texts
+    assert [step for step in sample.row["steps"] if "image" in step] == [{"image": i,
+                                                                          "operation": "draw"} for i in images]
+    assert sample.row["answer"] == ("A" if reason is None else "")
+
+
+def test_real_mirage_samples(shared_data, capsys):
+    folder = shared_data / "mirage_examples"
+    assert main(["--input", str(folder / "sample.jsonl"), "--image_root", str(folder), "--output", "unused",
+                 "--dry_run"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out == {"read": 10, "calls": {"draw": 10, "refine": 10}, "rejected": {}}
+
+
+@pytest.mark.parametrize("subset, operation", [("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"), ("ReFocus", "draw"),
+                                               ("CogCoM", "draw"), ("Mirage", "draw"), ("Toy_zoom", "zoom"),
+                                               ("Toy_draw", "draw")])
+def test_operation_of_a_subset(subset, operation):
+    assert operation_of("x", subset, OPERATIONS) == operation
+    with pytest.raises(DataError, match="x: whether subset 'New' zooms or draws is not known; .* --operation New=zoom"):
+        operation_of("x", "New", OPERATIONS)
+
+
+# ------------------------------------------------------------------------------------------------ refinement
+@pytest.mark.parametrize("text, before, final", [
+    ("The hull shows 42. The answer is \\boxed{42}.", "The hull shows 42.", "The answer is \\boxed{42}."),
+    ("The answer is \\boxed{42}.", "", "The answer is \\boxed{42}."), ("So 3.5 is \\boxed{3.5}", "",
+                                                                       "So 3.5 is \\boxed{3.5}"),
+    ("It shows. So \\fbox{1}.", "It shows.", "So \\fbox{1}."),
+    ("First \\boxed{1}. Then\nso \\boxed{2}. Done.", "First \\boxed{1}. Then", "so \\boxed{2}. Done."),
+    ("<think> Go on </think>The answer is \\boxed{A}.", "<think> Go on </think>", "The answer is \\boxed{A}.")])
+def test_split_final(text, before, final):
+    assert split_final(text) == (before, final)
+
+
+STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zoom",
+                                                  "caption": 'A red hull with "Anna" and 42.'},
+         {"text": "So the number is clear. The answer is \\boxed{42}."}]
+
+
+def test_chain_of_segments():
+    segments, final = make_segments(STEPS)
+    assert segments == [("text", "I look closer at the boat."), ("observation", 'A red hull with "Anna" and 42.'),
+                        ("text", "So the number is clear.")]
+    assert join_chain(segments, final) == ("I look closer at the boat. "
+                                           "<think_image>A red hull with \"Anna\" and 42.</think_image> "
+                                           "So the number is clear. The answer is \\boxed{42}.")
+
+
+@pytest.mark.parametrize("texts, fault", [
+    (["I look closely at the boat.", 'Its red hull says "Anna" and 42.', "So the number is clear."], None),
+    (["I look closely at the boat.", 'Its red hull says "Anna" and 42.'], "the ids were not 1 to 3"),
+    (["I look.", 'Its red hull says "Anna".', "So it is clear."], "segment 2 lost 42"),
+    (["I look.", "Its red hull says Anna_ and 42.".replace("Anna_", "Ann"), "So it is clear."], "segment 2 lost Anna"),
+    (["I look.", '"Anna" 42', "So the number is clear, I am sure of it."],
+     "segment 2 lost too much of what was seen: hull"),
+    (["I look at 7 boats.", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 has new numbers: 7"),
+    (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 has markup: <image>"),
+    (["I look.", 'A red hull with "Anna" and 42.', "So \\boxed{42}"], "segment 3 has markup"),
+    (["", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 is empty"),
+    (["I look I look I look I look I look I look", 'A red hull with "Anna" and 42.', "So."],
+     "segment 1 repeats itself"),
+    (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"),
+      'A red hull with "Anna" and 42.', "So it is clear."], "words where the segments had"),
+    (["Look.", 'hull with "Anna" 42.', "So."], "words where the segments had"),
+])
+def test_check_refined(texts, fault):
+    steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
+    segments, _ = make_segments(steps)
+    found = check_refined(segments, {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]})
+    assert found is None if fault is None else found[0] == "refine" and fault in found[1], found
+
+
+def test_check_refined_wants_ids_in_order_and_allows_markup_that_was_there():
+    segments = [("text", "<think> a few words </think>"), ("observation", "a red boat")]
+    good = [{"id": 1, "text": "<think> a few words </think>"}, {"id": 2, "text": "a red boat"}]
+    assert check_refined(segments, {"segments": good}) is None
+    assert "the ids were not" in check_refined(segments, {"segments": good[::-1]})[1]
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+class Captioner:
+    """Stands in for LocalBackend: captions and refinements from a rule, faults on demand by words in the question."""
+
+    identity, asked = "scripted", []
+
+    def __init__(self, model_path, max_pixels, batch_size):
+        pass
+
+    def generate(self, requests, done=()):
+        for request in requests:
+            if request.key not in done:
+                self.asked.append(request)
+                yield Reply(request.key, self.reply(request.text), "stop", 10, 5, 0.1)
+
+    def reply(self, text: str) -> str:
+        again = "could not be used" in text
+        if "garbage" in text or ("stumble" in text and not again):
+            return "no json"
+        if "refuse" in text:
+            return json.dumps({"caption": "I'm sorry, I cannot see it.", "legible": "yes"})
+        if "cut out of a larger image" in text:
+            return json.dumps({"caption": "The hull shows 42.", "legible": "no" if "dark" in text else "yes"})
+        if "The second image" in text:
+            return json.dumps({"marks": ["box"], "description": "A box marks 42.", "changed": "still" not in text})
+        parts = re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)
+        lose = any("spoil" in part for _, part in parts)
+        return json.dumps({"segments": [{"id": int(n), "text": part.replace("42", "x") if lose else f"Well, {part}"}
+                                        for n, part in parts]})
+
+
+@pytest.fixture
+def captioner(monkeypatch):
+    monkeypatch.setattr("utils.backends.LocalBackend", Captioner)
+    Captioner.asked = []
+    return Captioner
+
+
+@pytest.fixture
+def world(tmp_path, picture):
+    """Return write(samples, name) -> path of a JSON list beside pictures a.png and b.png."""
+    picture("a.png"), picture("b.png", color="blue"), picture("c.png", color="green")
+
+    def write(samples: list, name: str = "in.json") -> Path:
+        (tmp_path / name).write_text(json.dumps(samples))
+        return tmp_path / name
+    return write
+
+
+def flags(path: Path, *more: str) -> list[str]:
+    return ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / "out.jsonl"),
+            "--model", "m", *more]
+
+
+def result(path: Path) -> tuple[dict, dict]:
+    rows = {row["id"]: row for row in read_rows(path.parent / "out.jsonl", {"id": str})}
+    rejected = {row["id"]: row["reason"] for row in read_rows(path.parent / "out.jsonl.run" / "rejected.jsonl",
+                                                              {"id": str})}
+    return rows, rejected
+
+
+def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
+    questions = ["plain", "stumble", "garbage", "refuse", "dark", "plain"]
+    samples = [monet(n, question=f"{q}?") for n, q in enumerate(questions)]
+    samples += [monet(6, question="a?", images=("a.png", "no.png")), monet(7, question="b?",
+                                                                           images=("../a.png", "b.png")),
+                monet(8, question="c?", images=("a.png", "a.png")), monet(9, subset="CogCoM", question="drawn?"),
+                monet(10, subset="CogCoM", question="still?"), monet(11, question=" "),
+                monet(12, question="e?", answer=""),
+                monet(13, question="f?", assistant=[("text", "Look."), ("image", "b.png"), ("text", "\\boxed{1}")])]
+    path = world(samples)
+    assert main(flags(path)) == 3
+    rows, rejected = result(path)
+    assert list(rows) == ["Visual_CoT/0", "Visual_CoT/1", "CogCoM/9"]
+    assert rejected == {
+        "Visual_CoT/2": "bad_json", "Visual_CoT/3": "caption_refusal", "Visual_CoT/4": "caption_illegible",
+        "Visual_CoT/5": "duplicate", "Visual_CoT/6": "image_missing", "Visual_CoT/7": "image_outside_root",
+        "Visual_CoT/8": "image_no_op", "CogCoM/10": "caption_unchanged", "Visual_CoT/11": "question",
+        "Visual_CoT/12": "answer",
+        "Visual_CoT/13": "tag_missing"}
+    assert set(rejected.values()) <= set(REASONS)
+    assert rows["Visual_CoT/0"] == {
+        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?", "answer": "42",
+        "steps": [
+            {"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom",
+                                                     "caption": "The hull shows 42."},
+            {"text": "The hull shows 42. The answer is \\boxed{42}."}],
+        "chain": "Well, I look closer at the boat. <think_image>Well, The hull shows 42.</think_image> "
+                 "Well, The hull shows 42. The answer is \\boxed{42}.", "refined": True}
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
+    assert (out["read"], out["kept"], out["rejected"], out["errors"], out["refined_share"]) == (14, 3, 11, 1, 1.0)
+    assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1} and out["n_calls"] == len(captioner.asked) == 14
+    zoom, draw = (next(r for r in captioner.asked if word in r.text) for word in ("plain?", "drawn?"))
+    assert [p.name for p in zoom.images] == ["b.png"] and [p.name for p in draw.images] == ["a.png", "b.png"]
+    assert not any("42" in request.text for request in (zoom, draw))  # never the answer
+
+
+def test_rule_rejections_alone_are_no_error(world, captioner):
+    assert main(flags(world([monet(1), monet(2, question="refuse?")]))) == 0
+
+
+def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
+    sample = monet(1)
+    sample["data"][2]["content"][0]["text"] = f"I spoil it. {PAIR}"
+    path = world([sample])
+    assert main(flags(path)) == 0
+    row = result(path)[0]["Visual_CoT/1"]
+    assert row["refined"] is False and row["chain"] == (
+        "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. The answer is \\boxed{42}.")
+    refinements = [r.text for r in captioner.asked if "numbered segments" in r.text]
+    assert len(refinements) == 2 and "segment 2 lost 42" in refinements[1]
+    assert not any("The answer is" in text for text in refinements)  # the final sentence stays out of the call
+
+
+def test_no_refine(world, captioner):
+    path = world([monet(1)])
+    assert main(flags(path, "--no_refine")) == 0
+    assert result(path)[0]["Visual_CoT/1"]["refined"] is False and len(captioner.asked) == 1
+
+
+def test_several_inputs_of_all_forms(world, captioner, tmp_path):
+    own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42", "refined": True,
+           "chain": "old",
+           "steps": [{"image": "c.png", "operation": "draw", "caption": "old"}, {"text": "\\boxed{42}"}]}
+    paths = [world([monet(1)]), world([mirage()], "mirage.json"), world([own], "own.json")]
+    assert main([*flags(paths[0]), "--input", *map(str, paths)]) == 0
+    rows, _ = result(paths[0])
+    assert list(rows) == ["Visual_CoT/1", "mirage/0", "x/1"]
+    assert rows["x/1"]["steps"][0]["caption"] == "A box marks 42." and "old" not in json.dumps(rows["x/1"])
+    assert rows["mirage/0"]["question"] == "Map: <image>\nSafe?"
+
+
+def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, captioner, capsys):
+    path = world([monet(n, question=f"{q}?") for n, q in enumerate(("plain", "stumble", "refuse"))])
+    assert main(flags(path, "--limit", "2")) == 0
+    n_asked = len(captioner.asked)
+    assert main(flags(path)) == 0
+    assert len(captioner.asked) == n_asked + 2  # only the third sample, twice
+    before = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
+    assert main(flags(path, "--batch_size", "3")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")] == before
+    world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])  # reordered, one edited
+    captioner.asked.clear()
+    assert main(flags(path)) == 0 and len(captioner.asked) == 1 and list(result(path)[0]) == ["Visual_CoT/1",
+                                                                                              "Visual_CoT/2"]
+
+
+def test_other_settings_are_refused_and_fresh_begins_anew(world, captioner, tmp_path):
+    path = world([monet(1)])
+    assert main(flags(path)) == 0
+    with pytest.raises(DataError, match=r"(?s)other settings.*max_new_tokens +512 +100"):
+        main(flags(path, "--max_new_tokens", "100"))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"ZOOM": "cut out of a larger image {question}"}')
+    with pytest.raises(DataError, match=r"(?s)other settings.*prompts +\w{44} +\w{44}"):
+        main(flags(path, "--prompts", str(prompts)))
+    assert main(flags(path, "--prompts", str(prompts), "--fresh")) == 0
+    assert (tmp_path / "out.jsonl.run.old-1" / "meta.json").is_file()
+    assert main(flags(path, "--max_new_tokens", "100", "--fresh")) == 0 and (tmp_path / "out.jsonl.run.old-2").is_dir()
+
+
+def test_the_guard_stops_with_4(world, captioner, capsys):
+    path = world([monet(n, question=f"garbage {n}?") for n in range(25)])
+    assert main(flags(path)) == 4 and not (path.parent / "out.jsonl").exists()
+    assert "stopped: 20 of the last 20 calls failed" in capsys.readouterr().err
+    assert main(flags(path, "--no_guard")) == 3 and len(result(path)[1]) == 25
+
+
+def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_path):
+    path = world([monet(1), monet(2, subset="ReFocus", question="Drawn <|im_end|>?"),
+                  monet(3, images=("a.png", "no.png"))])
+    files = sorted(tmp_path.iterdir())
+    assert main(flags(path, "--dry_run")) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"read": 3, "calls": {"zoom": 1, "draw": 1, "refine": 2},
+                                        "rejected": {"image_missing": 1}}
+    assert all(f"--- {kind}, sample" in captured.err for kind in ("zoom", "draw", "refine"))
+    assert sorted(tmp_path.iterdir()) == files and captioner.asked == []
+
+
+@pytest.mark.parametrize("text, match", [
+    ("[]x", r"in\.json:1: not JSON"), ('{"a": 1}\n',
+                                       r"in\.json:1: keys a are of no known form; expected those of monet"),
+    (json.dumps(monet()) + "\n" + json.dumps(monet()) + "\n",
+     r"in\.json:2: id 'Visual_CoT/7' stands already at .*in\.json:1"),
+    (json.dumps(monet(sample_id=1.5)), r"in\.json:1: field 'sample_id' should be int or str, got float"),
+    (json.dumps(monet(subset="New")), "say it with --operation New=zoom"),
+    (json.dumps({"metadata": {}, "data": []}), r"in\.json:1: no field 'dataset_name'"),
+    (json.dumps({"metadata": {}, "data": {}}), r"in\.json:1: field 'data' should be list"),
+    (json.dumps({**monet(), "data": [3]}), r"in\.json:1: turn 1: expected an object"),
+    (json.dumps({**monet(), "data": [{"role": "system"}]}), r"in\.json:1: turn 1: no field 'content'"),
+    (json.dumps(monet(user=[("video", "x")])), r"turn 2, item 1: expected type \"text\" or \"image\""),
+    (json.dumps(monet(user=[("image", 3)])), r"turn 2, item 1: field 'image' should be str, got int"),
+    (json.dumps(mirage(image_input=[1])), r"in\.json:1: field 'image_input' should be a path or a list of paths"),
+    (json.dumps(mirage(text_input=1)), r"in\.json:1: field 'text_input' should be str")])
+def test_damaged_input_is_told_with_its_place(world, captioner, text, match):
+    path = world([])
+    path.write_text(text)
+    with pytest.raises(DataError, match=match):
+        main(flags(path))
+
+
+def test_operation_flag(world, captioner, capsys):
+    path = world([monet(1, subset="New")])
+    assert main(flags(path, "--operation", "New=draw")) == 0
+    assert result(path)[0]["New/1"]["steps"][1]["operation"] == "draw"
+    with pytest.raises(SystemExit):
+        parse_args(flags(path, "--operation", "New=cut"))
+    assert "expected SUBSET=zoom or SUBSET=draw" in capsys.readouterr().err
+
+
+def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypatch, capsys):
+    path = world([monet(n, question=f"{q} {n}?") for n,
+                  q in enumerate(["plain", "stumble", "refuse", "garbage", "plain"])])
+    assert main(flags(path)) == 3
+    alone = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
+    (path.parent / "out.jsonl").unlink()
+    (path.parent / "out.jsonl.run").rename(path.parent / "old")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    capsys.readouterr()
+    for rank, code in ((2, 0), (0, 0), (1, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
+        assert len(capsys.readouterr().out.splitlines()) == (rank == 1)
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")] == alone
+    with pytest.raises(DataError, match="--fresh with 3 processes"):
+        main(flags(path, "--fresh"))
+
+
+def test_every_prompt_fills(world, captioner):
+    assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "DRAW", "REFINE", "RETRY"}
+    main(flags(world([monet(1), monet(2, subset="CogCoM"), monet(3, question="stumble?")])))
+    assert not any(name in request.text for request in captioner.asked for name in ("{question}", "{segments}",
+                                                                                    "{count}", "{fault}"))
+
+
+# ------------------------------------------------------------------------------------------------ SIGKILL
+def command(folder: Path, checkpoint: Path, output: str) -> list[str]:
+    return [sys.executable, str(ROOT / "rewrite_captions.py"), "--input", str(folder / "in.json"), "--image_root",
+            str(folder),
+            "--output", str(folder / output), "--model", str(checkpoint), "--prompts", str(folder / "prompts.json"),
+            "--batch_size", "3", "--max_new_tokens", "24", "--max_pixels", str(9 * 28 * 28), "--no_guard"]
+
+
+def kill_and_compare(folder: Path, checkpoint: Path, world, n_kills: int, seed: int) -> None:
+    """A random model never writes JSON: each sample is asked twice and ends in rejected.jsonl, always alike."""
+    world([monet(n, question="which one " * (n % 5) + f"{n}?") for n in range(12)])
+    (folder / "prompts.json").write_text('{"SYSTEM": "", "ZOOM": "{question}", "RETRY": "{fault}"}')
+    began = time.monotonic()
+    whole = subprocess.run(command(folder, checkpoint, "whole.jsonl"), capture_output=True, text=True)
+    assert whole.returncode == 3, whole.stderr
+    takes_s, rng, n_killed = time.monotonic() - began, random.Random(seed), 0
+    journal = folder / "killed.jsonl.run" / "calls-00000-of-00001.jsonl"
+    for _ in range(n_kills):
+        process = subprocess.Popen(command(folder, checkpoint, "killed.jsonl"), stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)
+        # by time, or as soon as the journal grows: most of the time goes into loading, where a kill proves little
+        size = journal.stat().st_size if journal.exists() else 0
+        until = time.monotonic() + rng.uniform(0.3, 1.2) * takes_s
+        while process.poll() is None and time.monotonic() < until:
+            if journal.exists() and journal.stat().st_size > size and rng.random() < 0.3:
+                break
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        n_killed += process.wait() == -signal.SIGKILL
+    assert n_killed >= n_kills // 2
+    last = subprocess.run(command(folder, checkpoint, "killed.jsonl"), capture_output=True, text=True)
+    assert last.returncode == 3, last.stderr
+    for name in ("{}.jsonl", "{}.jsonl.run/rejected.jsonl"):
+        assert (folder / name.format("killed")).read_bytes() == (folder / name.format("whole")).read_bytes()
+    replies = [sorted((r["key"], r["text"]) for r in map(json.loads,
+                                                         (folder / f"{name}.jsonl.run" / journal.name).open()))
+               for name in ("whole", "killed")]
+    assert replies[0] == replies[1]  # word for word, and no call twice
+    out = json.loads(last.stdout.splitlines()[-1])
+    assert out["read"] == out["rejected"] == out["errors"] == 12 and out["n_calls"] + out["n_reused"] == 24
+
+
+def test_sigkill_changes_nothing(tmp_path, tiny_checkpoint, world):
+    kill_and_compare(tmp_path, tiny_checkpoint, world, n_kills=5, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_sigkills_change_nothing(tmp_path, tiny_checkpoint, world):
+    kill_and_compare(tmp_path, tiny_checkpoint, world, n_kills=20, seed=1)
+
+
+def test_the_unit_that_travels_needs_only_utils(tmp_path):
+    import shutil
+    shutil.copy(ROOT / "rewrite_captions.py", tmp_path)
+    shutil.copytree(ROOT / "utils", tmp_path / "utils")
+    helped = subprocess.run([sys.executable, "rewrite_captions.py", "--help"], cwd=tmp_path, capture_output=True,
+                            text=True)
+    assert helped.returncode == 0 and "Stage 1 of 6" in helped.stdout

@@ -1,0 +1,181 @@
+"""Open pictures safely and size them: EXIF, RGB, pixel budgets, closed reasons for what cannot be used."""
+import base64
+import hashlib
+import io
+import math
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageOps
+
+from utils.rows import DataError
+
+IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_unreadable", "image_too_small",
+                 "image_too_large", "image_aspect", "image_flat", "image_no_op")
+MIN_SIDE = 28  # pixels; one visual token of Qwen2.5-VL
+MAX_ASPECT = 200  # Qwen's smart_resize refuses more
+MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked from the header before anything is decoded
+THUMBNAIL = 256  # pixels a side, for comparing two pictures
+SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
+SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
+FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
+
+
+class ImageError(DataError):
+    """A picture that cannot be used; `reason` is one of IMAGE_REASONS."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def resolve_image(root: str | Path, relative: str) -> Path:
+    """Return the path of an existing file under `root`; ImageError if it is missing or leaves the root by any link."""
+    path = Path(root, relative).resolve()
+    if not path.is_relative_to(Path(root).resolve()):
+        raise ImageError("image_outside_root", f"{relative}: leaves the image root {root}; paths are relative to it")
+    if not path.is_file():
+        raise ImageError("image_missing", f"{path}: no such image; is --image_root {root} right?")
+    return path
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return a picture file's bytes; ImageError if there is none or it is empty."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError("image_missing", f"{path}: {error.strerror}") from error
+    if not data:
+        raise ImageError("image_empty", f"{path}: the file is empty")
+    return data
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Return the picture as RGB: turned as EXIF says, alpha laid on white, first frame of an animation.
+
+    Raises ImageError with a reason for anything that is no picture, is cut off, or has a size that Qwen cannot take.
+    """
+    return decode_image(read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: str | Path) -> Image.Image:
+    """`open_image` for bytes already read; `path` only names them in errors."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(image.size, path)
+            image.load()
+            return flatten(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", f"{path}: {error}") from error
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
+        raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error
+
+
+def check_size(size: tuple[int, int], path: str | Path) -> None:
+    """Raise ImageError for a (width, height) in pixels that cannot be used."""
+    low, high = min(size), max(size)
+    if low * high > MAX_PIXELS:
+        raise ImageError("image_too_large", f"{path}: {size[0]}x{size[1]} pixels, at most {MAX_PIXELS:,} are opened")
+    if low < MIN_SIDE:
+        raise ImageError("image_too_small", f"{path}: {size[0]}x{size[1]} pixels, expected {MIN_SIDE} a side at least")
+    if high / low > MAX_ASPECT:
+        raise ImageError("image_aspect", f"{path}: {size[0]}x{size[1]} pixels, expected an aspect up to {MAX_ASPECT}")
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return RGB: transparency on white (as vLLM does), 16-bit greys scaled to 8 bits instead of clipped."""
+    if image.mode.startswith("I"):  # greys of 0..65535, which Pillow's own conversion would clip at 255
+        image = image.convert("F").point(lambda value: value * 255 / 65535).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (width, height) in pixels from the header alone, before EXIF; ImageError if there is none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError("image_unreadable", f"{path}: no picture header ({error})") from error
+
+
+def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the (width, height) to which Qwen's image processor resizes: multiples of `factor`, area within bounds.
+
+    The numbers of `smart_resize` in transformers (Qwen2-VL), which takes height before width.
+    """
+    if max(width, height) / min(width, height) > MAX_ASPECT:
+        raise ImageError("image_aspect", f"{width}x{height} pixels, expected an aspect up to {MAX_ASPECT}")
+    new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
+    if new_width * new_height > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
+    if new_width * new_height < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        return tuple(math.ceil(side * scale / factor) * factor for side in (width, height))
+    return new_width, new_height
+
+
+def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
+                 factor: int = 28) -> list[tuple[int, int]]:
+    """Return the (width, height) of each image of one sample under a budget of visual tokens.
+
+    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py) with its defaults: nothing changes within the
+    total; above it every image shrinks by one ratio, and only then is each bounded by `image_tokens` of its own.
+    """
+    area, total = factor * factor, sum(width * height for width, height in sizes)
+    if total <= total_tokens * area:
+        return list(sizes)
+    ratio = math.sqrt(total_tokens * area / total)
+    budgeted = []
+    for width, height in sizes:
+        width, height = (max(factor, int(side * ratio) // factor * factor) for side in (width, height))
+        if width * height > image_tokens * area:
+            scale = math.sqrt(image_tokens * area / (width * height))
+            width, height = (max(factor, int(side * scale) // factor * factor) for side in (width, height))
+        budgeted.append((width, height))
+    return budgeted
+
+
+def data_url(path: str | Path) -> str:
+    """Return the file's own bytes as a data URL, its MIME type taken from the content, not from the name."""
+    data = read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mime = Image.MIME[image.format]
+    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
+        raise ImageError("image_unreadable", f"{path}: not a picture with a known MIME type ({error})") from error
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tuple[str | None, list[str]]:
+    """Return (reason, hashes) for a sample: the first of IMAGE_REASONS that holds or None, and each file's sha256.
+
+    `helpers` are the pictures of its steps; one that shows no more than the first question image is image_no_op.
+    """
+    hashes, first = [], None
+    try:
+        for n, name in enumerate([*images, *helpers]):
+            path = resolve_image(root, name)
+            data = read_bytes(path)
+            hashes.append(hashlib.sha256(data).hexdigest())
+            small = decode_image(data, path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+            first = first or small
+            if all(high - low <= FLAT_WITHIN for low, high in small.getextrema()):
+                return "image_flat", hashes
+            if n >= len(images) and not differ(first, small):
+                return "image_no_op", hashes
+    except ImageError as error:
+        return error.reason, hashes
+    return None, hashes
+
+
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    """Return whether two thumbnails of one size differ anywhere by more than JPEG noise."""
+    brightness = ImageChops.difference(one.convert("L"), other.convert("L")).getextrema()[1]
+    colours = ImageChops.difference(one.reduce(4), other.reduce(4)).getextrema()
+    return brightness > SAME_BRIGHTNESS or any(high > SAME_COLOUR for _, high in colours)

@@ -1,0 +1,288 @@
+"""JSON rows: read with checks, journal that survives SIGKILL, write by rename, describe the run beside its output.
+
+No torch here: a script that only reads rows starts at once.
+"""
+import argparse
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # named in <output>.meta.json
+FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
+
+
+class DataError(ValueError):
+    """Something only the user can mend: a file, a flag, a setting. The message says where, what, and what to do."""
+
+
+def rank_world() -> tuple[int, int, int]:
+    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) in a plain process."""
+    return tuple(int(os.environ.get(name, default))
+                 for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+
+
+def log(message: str) -> None:
+    """Write one line for people to stderr, from rank 0 only, without breaking a progress bar."""
+    if rank_world()[0] == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def cli(main: Callable[[], int]) -> int:
+    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C, both told in one line."""
+    try:
+        return main()
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here where the stage keeps a journal", file=sys.stderr)
+        return 130
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def located_rows(path: str | Path, limit: int | None = None, hint: str | None = None) -> Iterator[tuple[str, dict]]:
+    """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
+
+    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not one.
+    """
+    try:
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}{f'; {hint}' if hint else ''}") from error
+    parse = parse_list if data.lstrip()[:1] == b"[" else parse_lines
+    for n, (line, row) in enumerate(parse(str(path), data)):
+        if limit is not None and n >= limit:
+            return
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
+        yield f"{path}:{line}", row
+
+
+def decode_text(path: str, line: int, data: bytes) -> str:
+    """Decode UTF-8; DataError also for an escaped half of a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text = data.decode("utf-8")
+        if "\\ud" in text.lower():
+            json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data[:error.start].count(b"\n")
+        raise DataError(f"{path}:{line}: byte {data[error.start]:#x} is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{path}:{line}: {half!a} is half a surrogate pair, not a character") from error
+    except json.JSONDecodeError:
+        pass  # the caller parses again and says where
+    return text
+
+
+def parse_lines(path: str, data: bytes) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) for every line that is not blank."""
+    for line, text in enumerate(data.split(b"\n"), 1):
+        if text.strip():
+            try:
+                yield line, json.loads(decode_text(path, line, text))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno}); "
+                                "expected one object a line") from error
+
+
+def parse_list(path: str, data: bytes) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) for every item of a JSON list that fills the file."""
+    text = decode_text(path, 1, data)
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected one list of objects") from error
+    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    for item in items:  # parsed a second time, item by item, only to learn the line where each begins
+        while text[place] in " \t\r\n,":
+            place += 1
+        line, counted = line + text.count("\n", counted, place), place
+        yield line, item
+        place = decoder.raw_decode(text, place)[1]
+
+
+def check_fields(where: str, row: dict, fields: dict[str, type | tuple]) -> None:
+    """Raise DataError unless `row` holds every field with its type (a bool is not an int)."""
+    for name, kind in fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(k.__name__ for k in kinds)
+        if name not in row:
+            raise DataError(f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}")
+        value = row[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            raise DataError(f"{where}: field {name!r} should be {expected}, "
+                            f"got {type(value).__name__} {str(value)[:40]!r}")
+
+
+def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
+              unique: str | None = "id", hint: str | None = None) -> list[dict]:
+    """Read rows, check that each has `fields` and that no two share `unique` (None: not checked)."""
+    rows, seen = [], {}
+    for where, row in located_rows(path, limit, hint):
+        check_fields(where, row, fields)
+        if unique in fields:
+            if row[unique] in seen:
+                raise DataError(f"{where}: {unique} {row[unique]!r} stands already at {seen[row[unique]]}; "
+                                "expected it once")
+            seen[row[unique]] = where
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ writing
+def replace_file(path: str | Path, write: Callable) -> None:
+    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8", newline="\n") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write UTF-8 JSONL, whole or not at all."""
+    replace_file(path, lambda file: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write one JSON value, indented, whole or not at all."""
+    replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
+
+
+def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | Path], seconds: float, **extra) -> None:
+    """Write `<output>.meta.json`: flags, versions, sha256 of the input files, seconds, hardware, and `extra`."""
+    installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    write_json(f"{output}.meta.json", {
+        "flags": {name: value if isinstance(value, (int, float, bool, list, dict, type(None))) else str(value)
+                  for name, value in vars(args).items()},
+        "versions": {"python": platform.python_version(), **versions},
+        "inputs": {str(path): sha256_file(path) for path in inputs}, "seconds": round(seconds, 3),
+        "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()}, **extra})
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def call_key(**parts) -> str:
+    """Return the hex digest of the canonical JSON of `parts`: what a call is known by in the journal."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ the journal
+class Journal:
+    """One line a model call, appended and never rewritten; restarting a killed run repeats only calls in flight.
+
+    `folder/meta.json` holds `settings`; opening with others raises DataError. `folder/calls-<rank>-of-<world>.jsonl`
+    is this process's own file, locked against a second writer; the files of all ranks are read, so their number may
+    change between runs. Of two records with one key the later counts.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank, world, _ = rank_world()
+        self.path = self.folder / f"calls-{rank:05d}-of-{world:05d}.jsonl"
+        self.records: dict[str, dict] = {}
+        self.synced_at = time.monotonic()
+        with ExitStack() as stack:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            stack.callback(os.close, self.fd)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"{self.path}: another process writes here; wait for it, or give another "
+                                "--output") from error
+            self.check_settings(settings)
+            self.cut_torn_tail()
+            self.reload()
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        os.fsync(self.fd)
+        self.stack.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.records
+
+    def check_settings(self, settings: dict) -> None:
+        """Write meta.json, or compare with the one that is there."""
+        path = self.folder / "meta.json"
+        settings = json.loads(json.dumps(settings))
+        if not path.is_file():
+            write_json(path, settings)
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); restore it, or use --fresh") from error
+        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+        if changed:
+            table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
+            lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
+            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or --fresh\n"
+                            + "\n".join(lines))
+
+    def cut_torn_tail(self) -> None:
+        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with open(self.path.with_suffix(".torn"), "ab") as file:
+                file.write(data[whole:] + b"\n")
+            os.ftruncate(self.fd, whole)
+            log(f"{self.path}: {len(data) - whole} bytes of a torn last line moved to *.torn")
+
+    def reload(self) -> None:
+        """Read the whole lines of every rank's file; a bad one is damage: DataError naming it."""
+        for path in sorted(self.folder.glob("calls-*.jsonl")):
+            data = path.read_bytes()
+            for n, line in enumerate(data[:data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+                try:
+                    record = json.loads(line)
+                    self.records[record["key"]] = record
+                except (ValueError, TypeError, KeyError) as error:
+                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
+                                    "call, or use --fresh") from error
+
+    def get(self, key: str) -> dict | None:
+        """Return the record of a call, or None if it was not made."""
+        return self.records.get(key)
+
+    def forget(self, key: str) -> None:
+        """Treat a call as not made in this process (its line stays; a new record will count)."""
+        self.records.pop(key, None)
+
+    def append(self, record: dict) -> None:
+        """Write a record with its "key", in one write; DataError if the disk refuses it."""
+        line = json.dumps(record).encode("ascii") + b"\n"
+        try:
+            while line:
+                line = line[os.write(self.fd, line):]
+            if time.monotonic() - self.synced_at > FSYNC_EVERY_S:
+                os.fsync(self.fd)
+                self.synced_at = time.monotonic()
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}; make room and run the same command again") from error
+        self.records[record["key"]] = record
