@@ -1,0 +1,157 @@
+"""Answers read off replies, compared, and walked.    pytest tests/test_answers.py"""
+import json
+from collections import Counter, deque
+
+import pytest
+
+from utils.answers import answers_match, extract_choice, last_boxed, normalize, walk_vsp
+
+OPTIONS = {
+    "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"), "LR": ("left", "right"),
+    "BIN": ("To the right of the recycle bin", "In front of the recycle bin", "Behind the recycle bin",
+            "To the left of the recycle bin"),
+    "NUM": ("48", "49", "4", "9"), "TEN": ("1", "2", "3", "10"), "SNOW": ("red", "white", "blue", "green"),
+    "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color"),
+    "JIG": ("the second image", "the third image")}
+IMAGINED = ("Suppose the image had been zoomed in on the lower left region, so that the cup next to the laptop is enlarged. In "
+            "this imagined view the cup shows a matte surface whose colour is clearly red.")
+MARKED = "Suppose a rectangle had been drawn around the cup. A closer look shows the surface is red."
+# What harnesses in use get wrong, with the rule that should decide
+REPLIES = [
+    ("COL", "\\boxed{B}", "B", "boxed_letter"),
+    ("COL", "{R} \\boxed{B}", "B", "boxed_letter"),
+    ("COL", "{RA} \\boxed{B}", "B", "boxed_letter"),
+    ("COL", "Option B says red. {R} So the answer is \\boxed{B}.", "B", "boxed_letter"),
+    ("COL", "A white cup is visible in the enlarged crop of the lower left region. \\boxed{A}", "A", "boxed_letter"),
+    ("MAT", "The correct answer is \\boxed{\\text{C}}", "C", "boxed_letter"),
+    ("COL", "The answer is \\boxed{red}.", "B", "boxed_text"),
+    ("COL", "{R} \\boxed{red}", "B", "boxed_text"),
+    ("COL", "The answer is blue.", "C", "bare_text_in"),
+    ("COL", "The answer is clearly the black one.", "D", "tail_text"),
+    ("COL", "Zooming in, the answer is a deep shade: blue.", "C", "tail_text"),
+    ("COL", "The answer is **blue**, matching the plate next to it.", "C", "tail_text"),
+    ("COL", "Answer: B", "B", "phrase"),
+    ("COL", "**B. red**", "B", "bare_letter_text"),
+    ("COL", "B. red - the cup in the lower left corner is clearly painted red.", "B", "bare_letter_text"),
+    ("COL", "(B)", "B", "bare_letter"),
+    ("COL", "b", "B", "bare_letter"),
+    ("COL", "\\boxed{b}", "B", "boxed_letter"),
+    ("COL", "At first glance one Cannot determine the answer, but zooming in shows blue. \\boxed{C}",
+     "C", "boxed_letter"),
+    ("COL", "I'm sorry, but without the image provided I cannot answer.", None, "unresolved"),
+    ("COL", "{R}", "B", "tail_text"),
+    ("COL", "", None, "empty"),
+    ("COL", "My first guess is \\boxed{A}. Wait, looking again the cup is blue, so \\boxed{C}.", "C", "boxed_letter"),
+    ("COL", "The options are A, B, C, D. The right one is D.", None, "unresolved"),
+    ("LR", "The dog is on the left side of the river. \\boxed{A}", "A", "boxed_letter"),
+    ("LR", "left", "A", "bare_text"),
+    ("LR", "The dog is to the left of the river, not to the right.", None, "unresolved"),
+    ("NUM", "48", "A", "bare_text"),
+    ("TEN", "10", "D", "bare_text"),
+    ("TEN", "There are 3 people.", "C", "bare_text_in"),
+    ("SNOW", "The roof is covered in snow.", None, "unresolved"),
+    ("MAT", "The answer is (D) leather.", "D", "phrase"),
+    ("MAT", "The final answer is: $\\boxed{C}$", "C", "boxed_letter"),
+    ("COL", "\\boxed{C. blue}", "C", "boxed_letter_text"),
+    ("COL", "A   \n\n red", "B", "tail_text"),
+    ("MAT", "<abs_vis_token>词汇 A the</abs_vis_token> The glove is made of cotton. \\boxed{B}", "B", "boxed_letter"),
+    ("JIG", "The missing corner is completed by the third image (B).", "B", "bare_text_in"),
+    ("RW5", "E. The image does not feature the color.", "E", "bare_letter_text"),
+    ("RW5", "The answer is E, because the object in question is not visible anywhere.", "E", "phrase"),
+    ("RW5", "Based on the image, the car is yellow. \\boxed{C}", "C", "boxed_letter"),
+    ("COL", "答案是B。", "B", "phrase"),
+    ("COL", "<think>A red or blue cup? Clearly red.</think><answer>B</answer>", "B", "tag_letter"),
+    ("MAT", "\\boxed{\\textbf{(B)}}", "B", "boxed_letter"),
+    ("BIN", "Zoom in on region A of the map. The person stands behind the recycle bin.\n\nTherefore, the final answer is \\boxed{C}",
+     "C", "boxed_letter"),
+    ("BIN", "The person stands behind the recycle bin.", "C", "bare_text_in"),
+    ("COL", "The answer is **not** A; it is D", None, "unresolved"),
+    ("COL", "The cup is red, so the answer is \\boxed{B", "B", "boxed_open_letter"),
+    ("COL", "\\boxed{B. blue}", None, "boxed_conflict"),
+]
+
+
+def options_of(name):
+    return dict(zip("ABCDE", OPTIONS[name]))
+
+
+@pytest.mark.parametrize("name, reply, letter, rule", REPLIES)
+def test_extraction_table(name, reply, letter, rule):
+    found = extract_choice(reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), options_of(name))
+    assert (found.letter, found.rule) == (letter, rule)
+
+
+def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
+    reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
+    assert extract_choice(reply, options_of("COL")).rule == "tail_text"
+    assert extract_choice(reply, options_of("COL"), "length").rule == "unresolved"
+
+
+def test_of_nested_options_the_longest_counts():
+    options = {"A": "red", "B": "dark red"}
+    assert extract_choice("It is dark red.", options).letter == "B"
+    assert extract_choice("It is red.", options).letter == "A"
+
+
+def test_what_stands_in_a_latent_span_is_never_parsed():
+    options = options_of("COL")
+    assert extract_choice("<|latent_start|> A A <|latent_end|> It is red.", options).letter == "B"
+    assert extract_choice("<abs_vis_token> D </abs_vis_token>", options).rule == "empty"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a \\boxed{1} then \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\text{red}}", "red"),
+    ("\\boxed{1} and \\boxed{open", "1"), ("\\boxed{open", "open"), ("none", None)])
+def test_last_box(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("Red", "red.", True), ("the cat", "cat", True), ("two", "2", True), ("1,234", "1234", True), ("50%", "50", True),
+    ("B", "red", True), ("B. red", "red", True), ("blue", "red", False), ("12", "1", False), ("redish", "red", False)])
+def test_answers_are_compared_after_normalising(one, other, same):
+    assert answers_match(one, other, options_of("COL")) is same
+    assert normalize(normalize(one)) == normalize(one)
+
+
+def shortest_path(board):
+    """Breadth-first search, the second way to know what leads to the goal; None if nothing does."""
+    cells = {(r, c): value for r, row in enumerate(board) for c, value in enumerate(row)}
+    start = next(cell for cell, value in cells.items() if value == 1)
+    queue, seen = deque([(start, "")]), {start}
+    while queue:
+        (r, c), path = queue.popleft()
+        if cells[r, c] == 2:
+            return path
+        for move, (down, right) in {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}.items():
+            step = r + down, c + right
+            if cells.get(step, -1) != -1 and step not in seen:
+                seen.add(step)
+                queue.append((step, path + move))
+    return None
+
+
+@pytest.mark.parametrize("reply, right", [
+    ("\\boxed{D,D,R}", True), ("\\boxed{ddr}", True), ("\\boxed{U,L,D,D,R}", True),  # off the board is ignored
+    ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),  # hole; short; left again
+    ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False)])
+def test_walking_a_map(reply, right):
+    assert walk_vsp([[1, -1], [0, 0], [0, 2]], reply) is right
+
+
+def test_every_real_map_is_walked_by_its_shortest_path(shared_data):
+    boards = [json.loads(line)["map_desc"] for line in (shared_data / "vsp" / "test.jsonl").read_text().splitlines()]
+    assert len(boards) == 400
+    for board in boards:
+        path = shortest_path(board)
+        assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}") and not walk_vsp(board, f"\\boxed{{{path[:-1]}}}")
+
+
+def test_real_replies_against_a_judge(shared_data):
+    """304 replies of Monet-7B on V*. The one contradiction is the judge's: the reply boxes orange, the gold is orange."""
+    rows = [json.loads(line) for line in (shared_data / "real_outputs" / "vstar_dev.jsonl").read_text().splitlines()]
+    found = [extract_choice(row["output"], row["options"]) for row in rows]
+    resolved = [(row, f) for row, f in zip(rows, found) if f.letter is not None]
+    wrong = [row["id"] for row, f in resolved if (f.letter == row["gold"]) != row["judge_says_correct"]]
+    assert (len(rows), len(resolved), len(wrong)) == (304, 282, 1)
+    assert Counter(f.rule for f in found)["boxed_letter"] > 50

@@ -1,0 +1,142 @@
+"""Answering and scoring items.    pytest tests/test_evaluate.py"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from utils.decode import PRESETS
+from utils.qwen import add_tokens, load, save
+from utils.rows import DataError, write_rows
+from utils.stats import wilson
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def items(tmp_path, picture):
+    """Nine items of three pictures."""
+    rows = []
+    for n in range(9):
+        picture(f"{n // 3}.png", color=("red", "blue", "green")[n // 3])
+        rows.append({"id": f"t/{n}", "category": ("a", "b")[n % 2], "group_id": f"t/{n // 3}", "question": "What is it?" * (n % 4 + 1),
+                     "options": [["A", "red"], ["B", "blue"], ["C", "green"]], "metric": "mcq",
+                     "answer": {"type": "letter", "value": "ABC"[n // 3]}, "images": [{"path": f"{n // 3}.png"}]})
+    write_rows(tmp_path / "items.jsonl", rows)
+    return tmp_path / "items.jsonl"
+
+
+def flags(items, checkpoint, *more, output="out.jsonl"):
+    return ["--items", str(items), "--model", str(checkpoint), "--output", str(items.parent / output), "--max_new_tokens", "6",
+            "--batch_size", "2", *more]
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("text, verdict", [("\\boxed{B}", "correct"), ("\\boxed{red}", "incorrect"), ("It is nice.", "unresolved")])
+def test_verdicts_of_multiple_choice(text, verdict):
+    item = {"options": [["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "B"}}
+    assert evaluate.score_mcq(item, text, "stop")[0] == verdict
+
+
+@pytest.mark.parametrize("text, verdict", [("\\boxed{R}", "correct"), ("\\boxed{L}", "incorrect"), ("R", "unresolved")])
+def test_verdicts_of_paths(text, verdict):
+    assert evaluate.score_vsp({"answer": {"type": "path_map", "value": [[1, 2], [0, 0]]}}, text, "stop")[0] == verdict
+
+
+def test_summary_counts_unresolved_as_wrong_and_leaves_errors_out():
+    base = {"group_id": "g", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4, "extraction": {"rule": "phrase"}, "n_options": 4}
+    records = [base | {"verdict": verdict} for verdict in ("correct", "incorrect", "unresolved")]
+    records += [{"verdict": "error", "group_id": "g"}]
+    result = evaluate.summarize(records, with_latents=True)
+    assert (result["n"], result["accuracy"], result["incomplete"]) == (3, 1 / 3, True)
+    assert result["ci95"] == wilson(1, 3) and result["chance"] == 0.25 and result["emission"]["share"] == 1
+
+
+def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    results = rows(items.parent / "out.jsonl")
+    assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and printed["n"] == 9
+    assert sum(printed[v] for v in ("correct", "incorrect", "unresolved")) == 9 and "ci95_clustered" in printed
+    assert all(r["image_grids"] == [[1, 6, 4]] and 0 < r["n_tokens"] <= 6 for r in results)
+    assert sum(part["n"] for part in printed["categories"].values()) == 9
+    before = (items.parent / "out.jsonl").read_bytes()
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0  # all from the journal
+    assert (items.parent / "out.jsonl").read_bytes() == before
+    with pytest.raises(DataError, match="max_new_tokens"):
+        evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "7"))
+
+
+def test_latents_are_counted(tiny_checkpoint, items, tmp_path):
+    qwen = load(str(tiny_checkpoint), device="cpu")
+    add_tokens(qwen, PRESETS["mirage"].tokens)
+    save(qwen, str(tmp_path / "latent"))
+    assert evaluate.main(flags(items, tmp_path / "latent", "--latent", "mirage")) == 0
+    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == 4
+
+
+def test_a_missing_and_a_truncated_image_and_one_outside_are_counted_errors(tiny_checkpoint, items):
+    data = rows(items)
+    (items.parent / "cut.png").write_bytes((items.parent / "0.png").read_bytes()[:60])
+    for n, name in ((0, "gone.png"), (4, "cut.png"), (5, "../items.jsonl")):
+        data[n]["images"] = [{"path": name}]
+    write_rows(items, data)
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
+    results = rows(items.parent / "out.jsonl")
+    assert [r["verdict"] == "error" for r in results] == [n in (0, 4, 5) for n in range(9)]
+    assert {r["error"] for r in results if "error" in r} == {"image_missing", "image_unreadable", "image_outside_root"}
+    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
+
+
+def test_killed_and_started_again_gives_the_same_file(tiny_checkpoint, items):
+    arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="cut.jsonl")
+    journal = items.parent / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
+    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert evaluate.main(arguments) == 0
+    assert evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="whole.jsonl")) == 0
+    assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
+
+
+def test_comparison_of_two_results(tmp_path):
+    verdicts = [("correct", "incorrect"), ("unresolved", "correct"), ("correct", "correct"), ("incorrect", "correct")]
+    for side in (0, 1):
+        write_rows(tmp_path / f"{side}.jsonl", [{"id": str(n), "verdict": pair[side]} for n, pair in enumerate(verdicts)])
+    paths = [str(tmp_path / f"{side}.jsonl") for side in (0, 1)]
+    assert evaluate.main(["--compare", *paths, "--output", str(tmp_path / "c.json")]) == 0
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert (result["n"], result["difference"], result["mcnemar_p"]) == (4, 0.25, 1.0)
+    assert (result["right_to_wrong"], result["wrong_to_right"]) == (["0"], ["1", "3"])
+    write_rows(paths[1], [{"id": "0", "verdict": "correct"}])
+    with pytest.raises(DataError, match="3 items stand in one file only"):
+        evaluate.compare(paths)
+
+
+def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
+    source = shared_data / "vsp" / "test.jsonl"
+    assert evaluate.main(["--benchmark", "vsp", "--source", str(source), "--prepare", "--output", str(tmp_path / "v")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"items": 400, "categories": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
+    assert (evaluate.find_items(evaluate.parse_args(["--items", str(tmp_path / "v.items.jsonl"), "--model", "m",
+                                                     "--output", "o"]))[0][0]["question"].count("<image>")) == 1
+
+
+def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
+    arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
+                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--max_pixels", "50176"]
+    assert evaluate.main(arguments) == 0
+    assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}

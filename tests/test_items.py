@@ -1,0 +1,35 @@
+"""Benchmark items: checked on reading, asked in fixed words.    pytest tests/test_items.py"""
+import pytest
+
+from utils.items import question_text, read_items
+from utils.rows import DataError, write_rows
+
+ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], ["B", "blue"]],
+        "answer": {"type": "letter", "value": "B"}, "images": [{"path": "a.png"}], "metric": "mcq"}
+
+
+def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
+    words = "Question: What color is it?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
+    assert question_text(ITEM) == words
+    assert question_text(ITEM | {"hint": "Look."}, "\nBox it.") == f"Hint: Look.\n{words}\nBox it."
+    assert question_text(ITEM | {"metric": "vsp_path", "question": "Find <image> a path"}) == "Find <image> a path"
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"metric": "guess"}, "metric 'guess', expected one of mcq, vsp_path"),
+    ({"answer": {"type": "letter", "value": "C"}}, r"gold 'C' and letters \['A', 'B'\]"),
+    ({"answer": {"value": "B"}}, "expected type 'letter'"),
+    ({"options": [["A", "red"]]}, "expected at least two"),
+    ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}}, "unlike letters"),
+    ({"images": ["a.png"]}, "expected a list of"),
+    ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
+def test_a_bad_item_is_named(tmp_path, change, match):
+    write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
+    with pytest.raises(DataError, match=match):
+        read_items(tmp_path / "items.jsonl")
+
+
+def test_good_items_come_back_as_they_are(tmp_path):
+    items = [ITEM, {**ITEM, "id": "a/2", "category": "x", "raw": {"kept": 1}}]
+    write_rows(tmp_path / "items.jsonl", items)
+    assert read_items(tmp_path / "items.jsonl") == items and read_items(tmp_path / "items.jsonl", 1) == items[:1]

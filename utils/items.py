@@ -1,0 +1,55 @@
+"""Benchmark items: read with checks, and asked in the same words by every script that asks them."""
+from pathlib import Path
+
+from PIL import Image
+
+from utils.images import open_image, resolve_image
+from utils.rows import DataError, read_rows
+
+ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
+ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map"}  # metric -> type of the gold answer
+
+
+def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = tuple(ANSWER_TYPES)) -> list[dict]:
+    """Read items and check their parts; DataError with path and id for an unknown metric or a gold that is no option."""
+    items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
+    for item in items:
+        fault = item_fault(item, metrics)
+        if fault:
+            raise DataError(f"{path}: item {item['id']!r}: {fault}")
+    return items
+
+
+def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
+    """Return in words what is wrong with an item, or None."""
+    if item["metric"] not in metrics:
+        return f"metric {item['metric']!r}, expected one of {', '.join(metrics)}"
+    answer = item["answer"]
+    if answer.get("type") != ANSWER_TYPES[item["metric"]] or "value" not in answer:
+        return f"answer {str(answer)[:60]}, expected type {ANSWER_TYPES[item['metric']]!r} and a value"
+    if not all(isinstance(image, dict) and isinstance(image.get("path"), str) for image in item["images"]):
+        return f"images {str(item['images'])[:60]}, expected a list of {{\"path\": ...}}"
+    if item["metric"] == "mcq":
+        pairs = item["options"]
+        if len(pairs) < 2 or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs):
+            return f"options {str(pairs)[:60]}, expected at least two of [letter, text]"
+        letters = [letter for letter, _ in pairs]
+        if answer["value"] not in letters or len(set(letters)) < len(letters):
+            return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
+    return None
+
+
+def question_text(item: dict, suffix: str = "") -> str:
+    """Return the user's words. Multiple choice is asked in VLMEvalKit's words (vlmeval/dataset/image_mcq.py,
+    build_prompt), with its trailing space and newline; other items bring their whole text as the question."""
+    if item["metric"] != "mcq":
+        return item["question"] + suffix
+    hint = f"Hint: {item['hint']}\n" if item.get("hint") else ""
+    options = "".join(f"{letter}. {text}\n" for letter, text in item["options"])
+    return (f"{hint}Question: {item['question']}\nOptions:\n{options}"
+            f"Please select the correct answer from the options above. \n{suffix}")
+
+
+def open_images(item: dict, root: str | Path) -> list[Image.Image]:
+    """Open an item's images below `root`; ImageError names what cannot be used."""
+    return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
