@@ -27,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils.answers import answers_match, last_boxed, normalize
-from utils.backends import (CAPTION_REASONS, ERROR_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, SPAN, Call, Caller,
-                            ErrorRateError, IncompleteError, add_call_flags, ask, caption_fault, check_own, check_rows,
-                            fill, load_prompts, object_schema, open_run, parse_options, row_fault, show_calls)
+from utils.calls import (ERROR_REASONS, Call, Caller, ErrorRateError, IncompleteError, add_call_flags, ask, fill,
+                         load_prompts, object_schema, open_run, show_calls)
+from utils.checks import (CAPTION_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own, check_rows,
+                          parse_options, row_fault)
 from utils.images import IMAGE_REASONS
 from utils.rows import cli, log, rank_world, read_rows, write_json, write_meta, write_rows
 

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils.answers import BOX, last_boxed
-from utils.backends import (CAPTION_REASONS, ERROR_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, Call, Caller,
-                            ErrorRateError, IncompleteError, add_call_flags, ask, caption_fault, check_own, check_rows,
-                            fill, has_loop, load_prompts, object_schema, open_run, show_calls)
+from utils.calls import (ERROR_REASONS, Call, Caller, ErrorRateError, IncompleteError, add_call_flags, ask, fill,
+                         load_prompts, object_schema, open_run, show_calls)
+from utils.checks import (CAPTION_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
+                          has_loop)
 from utils.images import IMAGE_REASONS
 from utils.rows import (DataError, check_fields, cli, located_rows, log, rank_world, write_json, write_meta, write_rows)
 

@@ -257,16 +257,20 @@ class Objective(torch.nn.Module):
                                 f"expected at least --latent_size {size}")
             pooled = feature[:len(feature) // size * size].unflatten(0, (size, -1)).mean(1)
             mine = torch.stack([step[row] for step in latents[segment]])
-            distance = 1 - F.cosine_similarity(mine, pooled) if self.align_loss == "cosine" else (mine - pooled).square().mean(-1)
+            distance = (1 - F.cosine_similarity(mine, pooled) if self.align_loss == "cosine"
+                        else (mine - pooled).square().mean(-1))
             total = total + distance.mean() * weight
         return total
 
 
 # ---------------------------------------------------------------------------------------------- training
-def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps, then linear decay to 0 at `n_steps` (the Trainer's "linear", Monet's choice)."""
+def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
+    """Linear warm-up over `warmup` steps, then linear decay to 0 at `n_steps` (the Trainer's "linear", Monet's choice)
+    or no decay ("constant")."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
     return peak * (n_steps - step) / max(1, n_steps - warmup)
 
 
@@ -385,7 +389,7 @@ def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_o
                disable=not acc.is_main_process)
     for batches in loader:
         begun = time.perf_counter()
-        rate = learning_rate_at(run.step, n_steps, args.learning_rate, args.warmup_steps)
+        rate = learning_rate_at(run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
         record = train_step(acc, objective, optimizer, batches, args)
@@ -442,6 +446,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="rows a forward pass on one device")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--warmup_steps", type=int, default=10)
+    parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--train_vision", action="store_true", help="train the vision tower too (the paper freezes it)")

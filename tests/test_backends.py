@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import backends
-from utils.backends import (Call, Caller, ErrorRateError, Guard, IncompleteError, LocalBackend, Reply, Request, ask,
-                            caption_fault, check_own, check_rows, fill, has_loop, load_prompts, model_identity,
-                            object_schema, parse_json_reply, parse_options, quantiles, row_fault, schema_fault)
+from utils import calls, checks
+from utils.backends import LocalBackend, Reply, Request, model_identity
+from utils.calls import (Call, Caller, ErrorRateError, Guard, IncompleteError, ask, fill, load_prompts, object_schema,
+                         parse_json_reply, quantiles, schema_fault)
+from utils.checks import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
 from utils.rows import DataError, Journal
 
 ROOT = Path(__file__).parents[1]
@@ -366,5 +367,5 @@ def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
 
 
 def test_closed_reasons_are_distinct():
-    groups = (backends.ERROR_REASONS, backends.ROW_REASONS, backends.CAPTION_REASONS)
+    groups = (calls.ERROR_REASONS, checks.ROW_REASONS, checks.CAPTION_REASONS)
     assert len({reason for group in groups for reason in group}) == sum(map(len, groups))

@@ -97,7 +97,7 @@ class Judge:
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr("utils.backends.LocalBackend", Judge)
+    monkeypatch.setattr("utils.calls.LocalBackend", Judge)
     Judge.asked = []
     return Judge
 

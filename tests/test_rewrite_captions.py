@@ -219,7 +219,7 @@ class Captioner:
 
 @pytest.fixture
 def captioner(monkeypatch):
-    monkeypatch.setattr("utils.backends.LocalBackend", Captioner)
+    monkeypatch.setattr("utils.calls.LocalBackend", Captioner)
     Captioner.asked = []
     return Captioner
 

@@ -1,6 +1,6 @@
 """Make a tiny Qwen2.5-VL with random weights, in the layout of the released checkpoints.
 
-    python -m toy.make_model --texts work/base.jsonl --output work/random
+    python -m toy.make_model --texts work/see.jsonl work/base.jsonl --output work/random
 
 Reads   --texts: JSONL rows with "question" and "chain"; the tokenizer is trained on them
 Writes  --output: config.json (flat, as released), model.safetensors, vocab.json, merges.txt, tokenizer_config.json,
@@ -75,7 +75,7 @@ def flat_config(ids: dict[str, int], sizes: dict, vision_sizes: dict) -> dict:
         "vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"], "hidden_act": "silu",
         "initializer_range": 0.08,  # 0.02, the release's, learns far slower at this width
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
         "torch_dtype": "float32", "use_cache": True, "use_sliding_window": False, **sizes,
         "rope_scaling": {"type": "mrope", "mrope_section": [temporal, *[(head_dim // 2 - temporal) // 2] * 2]},
         "vision_config": {"hidden_act": "silu", "in_chans": 3, "out_hidden_size": sizes["hidden_size"], "patch_size": 14,
@@ -110,7 +110,7 @@ def make_model(texts: list[str], folder: Path, n_tokens: int = 640, seed: int = 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", required=True, help="JSONL rows whose question and chain train the tokenizer")
+    parser.add_argument("--texts", nargs="+", required=True, help="JSONL rows whose question and chain train the tokenizer")
     parser.add_argument("--output", required=True, help="folder of the checkpoint")
     parser.add_argument("--tokens", type=int, default=640, help="size of the byte-level BPE without the added tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    rows = read_rows(args.texts, {"id": str, "question": str, "chain": str})
+    rows = [row for path in args.texts for row in read_rows(path, {"id": str, "question": str, "chain": str})]
     made = make_model([text for row in rows for text in (row["question"], row["chain"])], Path(args.output), args.tokens,
                       args.seed)
     log(f"{made['parameters']:,} parameters, {made['tokens']} tokens -> {args.output}")

@@ -14,8 +14,8 @@ LATENT_SPANS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|
 BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 WRAPPER = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|mathsf)\s*\{(.*)\}$", re.DOTALL)
 LETTER_TEXT = re.compile(r"^\(?([A-Z])[.):,]\)?\s*(.+)$", re.DOTALL)
-PHRASE = re.compile(r"(?:(?i:answer is|answer|correct (?:option|choice) is|option is|choose)|答案是?)\s*[:：]?\s*(?:\*\*)?\(?([A-Z])"
-                    r"(?![A-Za-z0-9'’])")
+PHRASE = re.compile(r"(?:(?i:answer is|answer|correct (?:option|choice) is|option is|choose)|答案是?)"
+                    r"\s*[:：]?\s*(?:\*\*)?\(?([A-Z])(?![A-Za-z0-9'’])")
 NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|can't|isn't|aren't|wasn't|doesn't|don't|without)\b", re.I)
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}

@@ -1,0 +1,132 @@
+"""The toy: its world, its lessons, and (slow) the whole run.    pytest tests/test_toy.py"""
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from rewrite_captions import caption_calls, convert
+from toy import lessons, make_world
+from toy.world import CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text, zoom_in
+
+ROOT = Path(__file__).parents[1]
+SCENES = [make_scene(random.Random(n)) for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    arguments = ["--train_scenes", "40", "--test_scenes", "10", "--lesson_rows", "60"]
+    assert make_world.main(["--output", str(folder), *arguments]) == 0
+    return folder
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_scene_can_be_asked_about():
+    for scene in SCENES:
+        assert 4 <= len(scene) <= 5
+        for values in ([t.color for t in scene], [t.digit for t in scene], [(t.row, t.column) for t in scene]):
+            assert len(set(values)) == len(scene)
+
+
+def test_the_picture_shows_the_scene():
+    """Second way to know the scene: the pixels. Each thing's colour covers its cell's middle, no thing's colour the empty."""
+    for scene in SCENES:
+        image = draw_scene(scene)
+        assert image.size == (GRID * CELL, GRID * CELL)
+        things = {(t.row, t.column): t for t in scene}
+        for row, column in PLACES.values():
+            cell = image.crop((column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL))
+            counts = {color: n for n, color in cell.getcolors()}
+            shown = {name for name, color in COLORS.items() if counts.get(color, 0) > 60}
+            assert shown == ({things[row, column].color} if (row, column) in things else set())
+
+
+def test_pictures_of_two_values_differ():
+    """No two shapes and no two digits look the same."""
+    from dataclasses import replace
+    thing = SCENES[0][0]
+    pictures = {draw_scene([replace(thing, shape=shape, digit=digit)]).tobytes() for shape in SHAPES for digit in DIGITS}
+    assert len(pictures) == len(SHAPES) * len(DIGITS)
+
+
+@pytest.mark.parametrize("operation", ["zoom", "draw"])
+def test_one_option_is_right_and_no_question_gives_itself_away(operation):
+    rng = random.Random(0)
+    for scene in SCENES:
+        question = ask(rng, scene, operation)
+        assert len(set(question.options)) == 4 and question.options.count(question.answer) == 1
+        assert question.answer == getattr(question.thing, question.attribute) and question.thing in scene
+        assert question.answer not in question.text.split()
+        assert question.answer in question.thing.caption(operation).split()
+    assert zoom_in(draw_scene(scene), question.thing).size == (2 * CELL, 2 * CELL)
+
+
+def test_the_same_seed_gives_the_same_files(world, tmp_path):
+    arguments = ["--train_scenes", "40", "--test_scenes", "10", "--lesson_rows", "60"]
+    make_world.main(["--output", str(tmp_path), *arguments])
+    for name in ("Toy_zoom/train.json", "truth.jsonl", "bench.jsonl", "probe.jsonl", "base.jsonl", "bench/3.png"):
+        assert (tmp_path / name).read_bytes() == (world / name).read_bytes(), name
+
+
+def test_training_samples_are_monet_s_and_the_truth_stands_apart(world):
+    truth = {row["id"]: row["bad"] for row in rows(world / "truth.jsonl")}
+    assert set(truth.values()) == {None, *make_world.BAD} and "bad" not in (world / "Toy_zoom/train.json").read_text()
+    for subset in ("Toy_zoom", "Toy_draw"):
+        for n, value in enumerate(json.loads((world / subset / "train.json").read_text())):
+            sample = convert("x", value, n, {})
+            assert sample.reason is None
+            helper = next(step["image"] for step in sample.row["steps"] if "image" in step)
+            assert (world / helper).exists() == (truth[sample.row["id"]] != "missing_image")
+            assert (world / sample.row["images"][0]).exists()
+
+
+def test_the_base_learns_the_very_words_of_the_calls(world):
+    """The caption call of a training sample has the text that the lesson of the same question has."""
+    for subset in ("Toy_zoom", "Toy_draw"):
+        value = json.loads((world / subset / "train.json").read_text())[0]
+        sample = convert("x", value, 0, {})
+        sample.hashes = ["a", "b"]
+        call = caption_calls(sample, str(world), lessons.PROMPTS["rewrite"])[0]
+        assert call.text.endswith(sample.row["question"].strip()) and sample.row["question"].startswith("Question: What")
+        lesson = next(l for l in (lessons.caption_call(random.Random(n)) for n in range(50))
+                      if l[1].split("\n")[0] == call.text.split("\n")[0])
+        shared = prompt_text(ask(random.Random(0), SCENES[0], "zoom")).strip().split("\n")
+        assert lesson[1].count("\n") == call.text.count("\n") == len(shared)
+
+
+def test_replies_of_the_lessons_are_what_the_stages_accept(world):
+    from filter_data import SCHEMA
+    from rewrite_captions import SCHEMAS
+    from utils.calls import schema_fault
+    for n in range(30):
+        for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")), (lessons.refinement_call, ("refine",))):
+            reply = json.loads(lesson(random.Random(n))[2])
+            assert any(schema_fault(reply, SCHEMAS[name]) is None for name in schemas)
+        assert schema_fault(json.loads(lessons.judgement_call(random.Random(n))[2]), SCHEMA) is None
+
+
+@pytest.mark.slow
+def test_the_whole_run_killed_and_started_again(tmp_path):
+    """bash toy/run.sh, killed twice on the way, ends with its JSON object and its report."""
+    command = ["bash", str(ROOT / "toy" / "run.sh"), str(tmp_path)]
+    for seconds in (60, 200):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["accuracy"]["text"]["accuracy"] > max(0.8, result["accuracy"]["base"]["accuracy"])
+    assert result["text_directed"]["follow_rate"] > 0.5
+    report = (tmp_path / "report.md").read_text()
+    figures = [word.split(")")[0] for word in report.split("](")[1:]]
+    assert figures and all((tmp_path / name).is_file() for name in figures)

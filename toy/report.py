@@ -1,0 +1,110 @@
+"""Gather what the toy's stages measured into report.md and one JSON object.
+
+    python -m toy.report --work toy/work --seconds 600
+
+Reads   in --work: the *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections, world/truth.jsonl
+Writes  in --work: report.md (tables and figures), report.json
+Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, filter recall, seconds
+"""
+import argparse
+import json
+from pathlib import Path
+
+from toy.make_world import BAD
+from utils.rows import cli, read_rows, write_json
+
+VARIANTS = ("base", "text", "latent")
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def filter_quality(work: Path) -> dict:
+    """Return, by planted fault, how many rows stages 1 and 2 took out; and how many sound rows they lost."""
+    kept = {row["id"] for row in read_rows(work / "sft.jsonl", {"id": str})}
+    found = {}
+    for bad in (None, *BAD):
+        ids = [row["id"] for row in read_rows(work / "world" / "truth.jsonl", {"id": str}) if row["bad"] == bad]
+        found[bad or "sound"] = {"rows": len(ids), "taken_out": sum(name not in kept for name in ids)}
+    n_bad, n_caught = (sum(found[bad][name] for bad in BAD) for name in ("rows", "taken_out"))
+    n_out = n_caught + found["sound"]["taken_out"]
+    return {"precision": n_caught / n_out if n_out else None, "recall": n_caught / n_bad, "by_fault": found}
+
+
+def gather(work: Path) -> dict:
+    """Return the run in one object; every number stands in a stage's metrics file."""
+    accuracy, emission = {}, None
+    for name in VARIANTS:
+        metrics = load(work / f"evaluate_{name}.jsonl.metrics.json")
+        accuracy[name] = {key: metrics[key] for key in ("n", "accuracy", "ci95", "ci95_clustered", "unresolved")}
+        emission = metrics.get("emission", emission)
+    text, latent = (load(work / f"intervene_{name}.jsonl.metrics.json") for name in ("text", "latent"))
+    directed = text["conditions"]["directed"]
+    do_z = {name: entry["effect"] and {key: entry["effect"][key] for key in (
+        "n", "acc_clean", "acc_int", "delta", "ci90", "verdict", "changed")}
+        for name, entry in latent["conditions"].items()}
+    rewrite, kept = load(work / "rewritten.jsonl.metrics.json"), load(work / "sft.jsonl.metrics.json")
+    return {"accuracy": accuracy, "chance": load(work / "evaluate_base.jsonl.metrics.json")["chance"],
+            "emission": emission, "latent_do_z": do_z,
+            "text_sham": text["conditions"]["sham"]["effect"], "text_directed": {
+                "coverage": directed["coverage"], "follow_rate": directed["follow"]["share"], "follow": directed["follow"],
+                "effect": directed["effect"]},
+            "rewrite": {key: rewrite[key] for key in ("read", "kept", "errors", "refined_share")},
+            "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
+            "probing": {name: load(work / f"probe_{name}" / "metrics.json") for name in ("text", "latent")}}
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def interval(pair: list[float] | None) -> str:
+    return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+
+
+def write_report(result: dict, work: Path) -> None:
+    """Write report.md: a table a question, the figures below."""
+    lines = ["# The toy's report", "", f"Held-out items, chance {percent(result['chance'])} %.", "",
+             "| model | items | accuracy, % | 95 % interval | over pictures | unresolved |", "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {part['n']} | {percent(part['accuracy'])} | {interval(part['ci95'])} | "
+              f"{interval(part['ci95_clustered'])} | {part['unresolved']} |" for name, part in result["accuracy"].items()]
+    lines += ["", "## Data", "", "| planted fault | rows | taken out by stages 1 and 2 |", "|---|---|---|"]
+    lines += [f"| {name} | {part['rows']} | {part['taken_out']} |" for name, part in result["filter"]["by_fault"].items()]
+    lines += ["", f"Precision {percent(result['filter']['precision'])} %, recall {percent(result['filter']['recall'])} %; "
+              f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.", "", "## do(Z)", "",
+              "| imagination | condition | items | clean, % | intervened, % | change, 90 % interval | verdict |",
+              "|---|---|---|---|---|---|---|"]
+    effects = [("latent", name, effect) for name, effect in result["latent_do_z"].items()]
+    effects += [("text", "sham", result["text_sham"]), ("text", "directed", result["text_directed"]["effect"])]
+    for arm, name, effect in effects:
+        lines.append(f"| {arm} | {name} | too few items | | | | |" if effect is None else
+                     f"| {arm} | {name} | {effect['n']} | {percent(effect['acc_clean'])} | {percent(effect['acc_int'])} | "
+                     f"{percent(effect['delta'])} ({interval(effect['ci90'])}) | {effect['verdict']} |")
+    emission, follow = result["emission"], result["text_directed"]["follow"]
+    lines += ["", f"Latents were emitted on {emission['k']} of {emission['n']} items. The directed edit of the text was "
+              f"followed on {follow['k']} of {follow['n']} items.", "", "## Figures", ""]
+    lines += [f"![{path.stem}]({path.relative_to(work)})" for path in sorted(work.glob("intervene_*.png"))
+              + sorted(work.glob("probe_*/*.png"))]
+    (work / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True, help="folder of toy/run.sh")
+    parser.add_argument("--seconds", type=int, default=None, help="how long the run took")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    work = Path(args.work)
+    result = gather(work) | {"seconds": args.seconds}
+    write_report(result, work)
+    write_json(work / "report.json", result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: at most 15 minutes on 2 CPU cores.
+#
+#     bash toy/run.sh [folder]        (default: toy/work)
+#
+# Every stage is skipped if its output exists, and goes on where it stopped if it was killed. The last line of stdout is
+# one JSON object; report.md in the folder shows the same with the figures.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=${1:-toy/work}
+mkdir -p "$work"
+
+# stage NAME OUTPUT COMMAND...: run the command unless its output exists; its stdout goes to NAME.json. Exit 3 means
+# "complete, with errors on some samples", which a captioner this small may well have.
+stage() {
+  local name=$1 output=$2 begun=$SECONDS status=0
+  shift 2
+  if [ -e "$output" ]; then echo "== $name: $output exists" >&2; return; fi
+  echo "== $name" >&2
+  "$@" > "$work/$name.out" || status=$?
+  [ "$status" -eq 0 ] || [ "$status" -eq 3 ] || { echo "== $name failed with exit code $status" >&2; exit "$status"; }
+  echo "== $name took $((SECONDS - begun)) s" >&2
+}
+
+world=$work/world
+train="python train_sft.py --image_root $world --global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1"
+lessons="$train --train_vision --warmup_steps 20 --weight_decay 0.01"
+# Held-out items are asked in the words of the training rows; a reply is short.
+asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50"
+calls="--image_root $world --backend local --model $work/base --batch_size 50 --max_new_tokens 120 --no_guard"
+
+# The world, and a base model that can see, find and read (the stand-in for Qwen2.5-VL's pretraining)
+stage world "$world/base.jsonl" python -m toy.make_world --output "$world"
+stage random "$work/random/generation_config.json" \
+  python -m toy.make_model --texts "$world/see.jsonl" "$world/base.jsonl" --output "$work/random"
+stage see "$work/see" $lessons --data "$world/see.jsonl" --model "$work/random" --output "$work/see" \
+  --max_steps 250 --learning_rate 3e-3
+stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/see" --output "$work/base" \
+  --max_steps 250 --learning_rate 2e-3
+
+# Stages 1 and 2 with that base as captioner, refiner and judge
+stage rewrite "$work/rewritten.jsonl" python rewrite_captions.py \
+  --input "$world/Toy_zoom/train.json" "$world/Toy_draw/train.json" --output "$work/rewritten.jsonl" --prompts toy/prompts_rewrite.json $calls
+stage filter "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.jsonl" --output "$work/sft.jsonl" --prompts toy/prompts_filter.json $calls
+
+# Stage 3: text and latent imagination from the same rows
+for variant in text latent; do
+  stage "train_$variant" "$work/$variant" $train --data "$work/sft.jsonl" --model "$work/base" --output "$work/$variant" \
+    --imagination "$variant" --max_steps 100 --learning_rate 1e-3 --validation_rows 60 --eval_every 50
+done
+
+# Stage 4: base, text and latent on the held-out items; stages 5 and 6 on text and latent
+for variant in base text; do
+  stage "evaluate_$variant" "$work/evaluate_$variant.jsonl" \
+    python evaluate.py --model "$work/$variant" $asked --output "$work/evaluate_$variant.jsonl"
+done
+stage evaluate_latent "$work/evaluate_latent.jsonl" \
+  python evaluate.py --model "$work/latent" $asked --latent mirage --output "$work/evaluate_latent.jsonl"
+stage intervene_text "$work/intervene_text.jsonl" \
+  python intervene.py --model "$work/text" $asked --output "$work/intervene_text.jsonl"
+stage intervene_latent "$work/intervene_latent.jsonl" \
+  python intervene.py --model "$work/latent" $asked --latent mirage --output "$work/intervene_latent.jsonl"
+stage probe_text "$work/probe_text/metrics.json" \
+  python probe.py --model "$work/text" $asked --probe_items "$world/probe.jsonl" --output "$work/probe_text"
+stage probe_latent "$work/probe_latent/metrics.json" \
+  python probe.py --model "$work/latent" $asked --latent mirage --probe_items "$world/probe.jsonl" \
+  --output "$work/probe_latent"
+
+python -m toy.report --work "$work" --seconds "$SECONDS"

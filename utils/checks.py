@@ -1,0 +1,112 @@
+"""Rules for rows and captions that stages 1 and 2 must apply alike: what needs no model to be seen wrong.
+
+Every rule has a closed reason; the first that holds is the one that is given.
+"""
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from utils.answers import answers_match, last_boxed
+from utils.images import check_images
+from utils.rows import DataError, call_key
+
+OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
+ROW_REASONS = ("structure", "question", "answer")
+CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_loop",
+                   "caption_markup", "caption_leak")
+MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
+MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
+SPAN = re.compile(r"<think_image>(.*?)</think_image>", re.DOTALL)
+MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
+                    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]*\]|\\boxed|```")
+REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
+                     r"|answer|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b"
+                     r"|\bI apologi[sz]e\b", re.I)
+LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
+                  r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+OPTION = re.compile(r"^\s*(?:[-*]\s+)?\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
+NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
+
+
+def has_loop(text: str) -> bool:
+    """Return whether over MAX_REPEATED of a text's 4-grams stood before in it, or one of its lines stands 3 times."""
+    words = text.lower().split()
+    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    lines = Counter(line.strip() for line in text.splitlines() if line.strip())
+    return len(grams) >= 5 and 1 - len(set(grams)) / len(grams) > MAX_REPEATED or max(lines.values(), default=0) >= 3
+
+
+def caption_fault(text: str) -> str | None:
+    """Return the first of CAPTION_REASONS that holds for a caption, or None."""
+    n_words = len(text.split())
+    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, REFUSAL.search(text), has_loop(text),
+             MARKUP.search(text), LEAK.search(text))
+    return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
+
+
+def parse_options(question: str) -> dict[str, str]:
+    """Return {letter: text} of the options written one a line ("A. a cat"), or {} if there are not two from A on."""
+    options = dict(OPTION.findall(question))
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
+    return options if len(options) >= 2 and "".join(options) == letters else {}
+
+
+def check_own(where: str, row: dict) -> None:
+    """Raise DataError unless the images and steps of a row with OWN_FIELDS are of our form (captions optional)."""
+    if not all(isinstance(path, str) for path in row["images"]):
+        raise DataError(f"{where}: field 'images' should be a list of paths, got {str(row['images'])[:60]!r}")
+    for n, step in enumerate(row["steps"], 1):
+        kinds = {name: type(part) for name, part in step.items()} if isinstance(step, dict) else {}
+        is_text = kinds.get("text") is str and "image" not in kinds
+        if not is_text and (kinds.get("image") is not str or step.get("operation") not in ("zoom", "draw")):
+            raise DataError(f"{where}: step {n} should be {{\"text\"}} or {{\"image\", \"operation\": zoom or draw}}, "
+                            f"got {str(step)[:60]!r}")
+
+
+def row_fault(row: dict) -> str | None:
+    """Return the first of ROW_REASONS that holds for a row in our form (chain or not), or None.
+
+    structure: no question image, no helper image, or the last step is not a text. question: empty, options promised but
+    not there, or another number of <image> markers than images. answer: none, not what the last step boxes, or none of
+    the options.
+    """
+    steps, question, answer = row["steps"], row["question"], row["answer"]
+    if not row["images"] or not any("image" in step for step in steps) or "image" in steps[-1]:
+        return "structure"
+    if not question.strip() or NO_OPTIONS.search(question) or question.count("<image>") not in (0, len(row["images"])):
+        return "question"
+    options = parse_options(question)
+    boxed = last_boxed(steps[-1]["text"])
+    if not answer.strip() or boxed is None or not answers_match(boxed, answer, options or None):
+        return "answer"
+    if options and not any(answers_match(answer, text, options) for text in options.values()):
+        return "answer"
+    return None
+
+
+def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault) -> list[tuple]:
+    """Return (reason or None, detail, image hashes) a row, by all that needs no model.
+
+    `fault_of` first, then the images (utils.images.check_images), then "duplicate": a sound row before it has the same
+    question, question images and answer.
+    """
+    def look(row: dict) -> tuple[str | None, list[str]]:
+        if reason := fault_of(row):
+            return reason, []
+        return check_images(root, row["images"], [step["image"] for step in row["steps"] if "image" in step])
+
+    if not Path(root).is_dir():
+        raise DataError(f"--image_root {root}: no such folder; image paths are relative to it")
+    found, seen = [], {}
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        for row, (reason, hashes) in zip(rows, pool.map(look, rows)):
+            detail = ""
+            if reason is None:
+                same = call_key(question=row["question"], answer=row["answer"], images=hashes[:len(row["images"])])
+                if same in seen:
+                    reason, detail = "duplicate", f"question, images and answer of {seen[same]}"
+                seen.setdefault(same, row["id"])
+            found.append((reason, detail, hashes))
+    return found
