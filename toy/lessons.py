@@ -145,5 +145,5 @@ def judgement_call(rng: random.Random) -> Lesson:
 
 SEE = {"every_place": (11, every_place), "every_color": (9, every_color)}
 FIND = {"several": (8, several), "one": (2, one)}
-BASE = {"several": (25, several), "one": (15, one), "read": (12, read), "caption_call": (18, caption_call),
-        "refinement_call": (12, refinement_call), "judgement_call": (14, judgement_call)}
+BASE = {"several": (10, several), "one": (10, one), "read": (18, read), "caption_call": (18, caption_call),
+        "refinement_call": (26, refinement_call), "judgement_call": (18, judgement_call)}

@@ -24,19 +24,19 @@ stage() {
 
 world=$work/world
 train="python train_sft.py --image_root $world --global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1"
-lessons="$train --train_vision --warmup_steps 20 --weight_decay 0.01"
-# Held-out items are asked in the words of the training rows; a reply is short.
-asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50"
+lessons="$train --train_vision --warmup_steps 20 --learning_rate 3e-3"
+asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50 --dtype float32"
 calls="--image_root $world --backend local --model $work/base --batch_size 50 --max_new_tokens 120 --no_guard"
 
 # The world, and a base model that can see, find and read (the stand-in for Qwen2.5-VL's pretraining)
 stage world "$world/base.jsonl" python -m toy.make_world --output "$world"
-stage random "$work/random/generation_config.json" \
-  python -m toy.make_model --texts "$world/see.jsonl" "$world/base.jsonl" --output "$work/random"
+stage random "$work/random/generation_config.json" python -m toy.make_model \
+  --texts "$world/see.jsonl" "$world/find.jsonl" "$world/base.jsonl" --output "$work/random"
 stage see "$work/see" $lessons --data "$world/see.jsonl" --model "$work/random" --output "$work/see" \
-  --max_steps 250 --learning_rate 3e-3
-stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/see" --output "$work/base" \
-  --max_steps 250 --learning_rate 2e-3
+  --max_steps 170 --schedule constant
+stage find "$work/find" $lessons --data "$world/find.jsonl" --model "$work/see" --output "$work/find" \
+  --max_steps 170 --schedule constant
+stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/find" --output "$work/base" --max_steps 360
 
 # Stages 1 and 2 with that base as captioner, refiner and judge
 stage rewrite "$work/rewritten.jsonl" python rewrite_captions.py \
@@ -46,7 +46,7 @@ stage filter "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.js
 # Stage 3: text and latent imagination from the same rows
 for variant in text latent; do
   stage "train_$variant" "$work/$variant" $train --data "$work/sft.jsonl" --model "$work/base" --output "$work/$variant" \
-    --imagination "$variant" --max_steps 100 --learning_rate 1e-3 --validation_rows 60 --eval_every 50
+    --imagination "$variant" --max_steps 90 --learning_rate 1e-3 --validation_rows 60 --eval_every 50
 done
 
 # Stage 4: base, text and latent on the held-out items; stages 5 and 6 on text and latent

@@ -42,7 +42,7 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
 def question_text(item: dict, suffix: str = "") -> str:
     """Return the user's words. Multiple choice is asked in VLMEvalKit's words (vlmeval/dataset/image_mcq.py,
     build_prompt), with its trailing space and newline; other items bring their whole text as the question."""
-    if item["metric"] != "mcq":
+    if item.get("metric", "mcq") != "mcq":  # probe items, which are always multiple choice, name none
         return item["question"] + suffix
     hint = f"Hint: {item['hint']}\n" if item.get("hint") else ""
     options = "".join(f"{letter}. {text}\n" for letter, text in item["options"])

@@ -1,0 +1,172 @@
+"""Interventions on models whose truth is known by training.    pytest tests/test_intervene.py"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import intervene
+from imagining import make_latent_checkpoint, make_text_checkpoint, write_items
+from utils.decode import PRESETS
+from utils.edits import NotEditable, direct, find_spans, slot_values
+from utils.rows import DataError
+
+ROOT = Path(__file__).parents[1]
+MIRAGE = PRESETS["mirage"]
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("items")
+    return write_items(folder, 40)[0]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
+def text_model(request, tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "checkpoint"
+    return make_text_checkpoint(tiny_checkpoint, folder, follows=request.param), request.param
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
+def latent_model(request, tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latent") / "checkpoint"
+    return make_latent_checkpoint(tiny_checkpoint, folder, MIRAGE, follows=request.param), request.param
+
+
+def run(items, model, output, *more):
+    arguments = ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
+                 "--min_emitters", "8", "--calibration", "8", *more]
+    assert intervene.main(arguments) == 0
+    metrics = json.loads(Path(f"{output}.metrics.json").read_text())
+    return metrics, [json.loads(line) for line in Path(output).read_text().splitlines()]
+
+
+def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, items, tmp_path):
+    model, follows = text_model
+    metrics, records = run(items, model, tmp_path / "r.jsonl")
+    directed, sham = metrics["conditions"]["directed"], metrics["conditions"]["sham"]["effect"]
+    assert metrics["emission"]["share"] == 1 and metrics["acc_clean_all"]["share"] > 0.9
+    assert sham["same_answer"] == 1 and sham["b"] == sham["c"] == 0
+    assert directed["coverage"]["share"] > 0.9
+    if follows:
+        assert directed["follow"]["share"] > 0.9 and directed["effect"]["acc_int"] < 0.1
+        assert directed["effect"]["verdict"] == "effect"
+    else:
+        assert directed["follow"]["share"] < 0.1 and directed["resist"]["share"] > 0.9
+    assert len(records) == 40 * 3 and (tmp_path / "r.jsonl.png").stat().st_size > 10_000
+    for record in records:
+        if record["condition"] == "directed" and record["edit"]:
+            assert record["edit"]["before"] != record["edit"]["after"]
+            assert record["text"].split("<think_image>")[0] == "I look. "  # nothing outside the span changed
+
+
+def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(latent_model, items, tmp_path):
+    model, follows = latent_model
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage")
+    effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
+    assert metrics["emission"]["k"] == 32 and effects["identity"]["changed"] == 0
+    assert effects["identity"]["acc_clean"] > 0.9
+    if follows:
+        assert effects["tau"]["acc_int"] < 0.5 and effects["tau"]["verdict"] == "effect"
+        assert effects["noise"]["acc_int"] < 0.7
+    else:
+        assert all(effect["b"] == effect["c"] == 0 for effect in effects.values())
+    for record in records:
+        assert record["site"] == "fed" and 1 <= record["n_fed"] <= 4  # an edit may bring the end marker forward
+        assert (record["rel_change"] > 0) == (record["condition"] not in ("clean", "identity"))
+
+
+def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_checkpoint, items, tmp_path):
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", MIRAGE, emitting=("red", "blue"))
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau")
+    assert metrics["emission"]["share"] == 0.5 and metrics["conditions"]["tau"]["effect"]["n"] == 16
+    assert metrics["conditions"]["tau"]["effect"]["delta_all"] == pytest.approx(
+        0.5 * metrics["conditions"]["tau"]["effect"]["delta"])
+    few, _ = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau", "--min_emitters", "17")
+    assert few["conditions"]["tau"]["effect"] is None and "fewer than --min_emitters 17" in few["conditions"]["tau"]["reason"]
+
+
+def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path):
+    model, follows = latent_model
+    output = tmp_path / "cut.jsonl"
+    arguments = ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
+                 "--min_emitters", "8", "--calibration", "8", "--latent", "mirage", "--batch_size", "4"]
+    journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
+    process = subprocess.Popen([sys.executable, str(ROOT / "intervene.py"), *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 9):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert intervene.main(arguments) == 0
+    assert intervene.main([*arguments[:5], str(tmp_path / "whole.jsonl"), *arguments[6:]]) == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    keys = [(r["id"], r["condition"]) for r in map(json.loads, output.read_text().splitlines())]
+    assert len(keys) == len(set(keys)) == 32 * 6
+
+
+# ------------------------------------------------------------------------------------------- conditions and verdicts
+def test_noise_depends_on_seed_item_segment_and_step_alone():
+    z = torch.ones(8)
+    edits = [intervene.make_edit("noise", ids, None, 1.0, 0) for ids in (["a", "b"], ["b", "a"])]
+    assert torch.equal(edits[0](z, 0, 0, 2), edits[1](z, 1, 0, 2))
+    assert not torch.equal(edits[0](z, 0, 0, 2), edits[0](z, 0, 0, 3))
+    assert edits[0](z, 0, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("ci90, ci95, verdict", [
+    ((-0.02, 0.03), (-0.03, 0.04), "equivalent"), ((0.01, 0.03), (0.005, 0.04), "small effect inside the margin"),
+    ((-0.3, -0.1), (-0.32, -0.08), "effect"), ((-0.1, 0.02), (-0.12, 0.04), "inconclusive"),
+    ((-0.05, 0.01), (-0.06, 0.02), "inconclusive")])  # on the margin is not inside
+def test_verdicts(ci90, ci95, verdict):
+    assert intervene.give_verdict(ci90, ci95, 0.05) == verdict
+
+
+# ------------------------------------------------------------------------------------------- the rule editor
+def edited(span, gold, target):
+    item = {"options": [["A", gold], ["B", target]], "answer": {"type": "letter", "value": "A"}}
+    text = f"I look. <think_image>{span}</think_image>"
+    return direct(text, find_spans(text), item, "B")
+
+
+@pytest.mark.parametrize("span, gold, target, after", [
+    ("a red cup", "red", "blue", "a blue cup"), ("A Red cup, red inside", "red", "blue", "A Blue cup, blue inside"),
+    ("reddish, not bored", "red", "blue", None), ("an orange cup", "orange", "red", "a red cup"),
+    ("a red cup", "red", "orange", "an orange cup"), ("red left of blue", "red", "blue", "blue left of red"),
+    ("there are 3 cups", "3", "4", "there are 4 cups"), ("there are three cups", "3", "4", "there are four cups"),
+    ("13 cups, 3 red", "3", "4", "13 cups, 4 red"), ("made of cotton", "cotton", "dark wool", "made of dark wool"),
+    ("two dogs and a dog", "dog", "cat", "two cats and a cat"), ("the left side", "left", "right", "the right side"),
+    ("a 7", "seven", "two", "a 2"), ("RED SIGN", "red", "blue", "BLUE SIGN"),
+    ("it is behind the bin", "Behind the bin", "In front of the bin", "it is in front of the bin")])
+def test_the_rule_editor(span, gold, target, after):
+    text, edit = edited(span, gold, target)
+    if after is not None:
+        assert text == f"I look. <think_image>{after}</think_image>" and edit["n_replaced"] >= 1
+    assert "bored" in text or "bored" not in span  # words that merely hold the value are left
+
+
+@pytest.mark.parametrize("span, gold, target, reason", [
+    ("a green cup", "red", "blue", "gold_not_mentioned"), ("option (A) is red", "red", "blue", "letter_in_span"),
+    ("it is there", "yes", "no", "no_slot_value")])
+def test_what_cannot_be_edited_says_why(span, gold, target, reason):
+    with pytest.raises(NotEditable, match=reason):
+        edited(span, gold, target)
+
+
+def test_the_slot_is_what_two_options_do_not_share():
+    assert slot_values("The color of the cart is red.", "The color of the cart is blue.") == ("red", "blue")
+
+
+# ------------------------------------------------------------------------------------------- errors
+def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items, tmp_path):
+    model, _ = text_model
+    run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--conditions", "sham")
+    with pytest.raises(DataError, match="max_new_tokens"):
+        run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--max_new_tokens", "41")
+    with pytest.raises(SystemExit):
+        run(items, model, tmp_path / "o.jsonl", "--conditions", "tau")

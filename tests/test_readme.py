@@ -1,0 +1,43 @@
+"""What the README says can be run, and its numbers stand in results/.    pytest tests/test_readme.py"""
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = [line for line in LINES if re.search(r"\b\w+\.py\b", line)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_every_command_is_understood_by_its_script(command):
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = importlib.import_module(words[place].removesuffix(".py"))
+    script.parse_args(words[place + 1:])
+
+
+def test_every_stage_has_a_command():
+    named = {re.search(r"(\w+)\.py", command)[1] for command in COMMANDS}
+    assert named == {"rewrite_captions", "filter_data", "train_sft", "evaluate", "intervene", "probe"}
+
+
+def test_every_file_named_exists():
+    for name in re.findall(r"`((?:utils|toy|results|tests)/[\w./]*|\w+\.(?:py|txt))`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_numbers_of_the_toy_are_those_of_its_results_file():
+    """The table between the markers is made of results/toy.json, number by number."""
+    result = json.loads((ROOT / "results" / "toy.json").read_text())
+    table = README.split("<!-- results/toy.json -->")[1].split("<!-- end -->")[0]
+    for name, part in result["accuracy"].items():
+        low, high = part["ci95"]
+        assert f"| {name} | {100 * part['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} |" in table
+    follow, emission = result["text_directed"]["follow"], result["emission"]
+    assert f"{follow['k']} of {follow['n']}" in table and f"{emission['k']} of {emission['n']}" in table
