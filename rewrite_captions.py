@@ -90,7 +90,9 @@ KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=</think>)")
-MIN_RECALL = 0.6  # of a caption's words of four letters and more, in its refined segment
+MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
+SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
+FILLER = set("and are but for from has have its the their there this that was were which with".split())
 LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
 
 
@@ -344,10 +346,11 @@ def lost_facts(caption: str, refined: str) -> str | None:
     """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or None."""
     numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
     quotes = [one or other for one, other in QUOTED.findall(caption) if (one or other) not in refined]
-    words, kept = (set(re.findall(r"\w{4,}", text.lower())) for text in (caption, refined))
+    words, kept = (set(re.findall(r"\w{3,}", text.lower())) - FILLER for text in (caption, refined))
+    needed = len(words) if len(words) <= SHORT_CAPTION else MIN_RECALL * len(words)
     if numbers or quotes:
         return f"lost {', '.join([*numbers, *quotes])}"
-    if len(words & kept) < MIN_RECALL * len(words):
+    if len(words & kept) < needed:
         return f"lost too much of what was seen: {', '.join(sorted(words - kept)[:6])}"
     return None
 

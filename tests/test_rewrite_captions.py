@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import rewrite_captions
-from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, convert, join_chain, main, make_segments,
-                              operation_of, parse_args, split_final)
+from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, convert, join_chain, lost_facts, main,
+                              make_segments, operation_of, parse_args, split_final)
 from utils.backends import Reply
 from utils.rows import DataError, read_rows
 
@@ -482,3 +482,11 @@ def test_the_unit_that_travels_needs_only_utils(tmp_path):
     helped = subprocess.run([sys.executable, "rewrite_captions.py", "--help"], cwd=tmp_path, capture_output=True,
                             text=True)
     assert helped.returncode == 0 and "Stage 1 of 6" in helped.stdout
+
+
+@pytest.mark.parametrize("caption, refined, lost", [
+    ("red square, red four", "I see a red square, red four.", False), ("red square, red four", "I see a blue square, blue four.", True),
+    ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
+    ("A tall wooden door stands open beside a window with green curtains.", "A wooden door stands beside green curtains.", False)])
+def test_a_short_caption_has_no_word_to_spare(caption, refined, lost):
+    assert (lost_facts(caption, refined) is not None) is lost

@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from toy.lessons import BASE, FIND, SEE, ask_about_nothing
-from toy.world import (Question, Thing, ask, draw_scene, make_options, make_scene, observation, opening, prompt_text,
-                       zoom_in)
+from toy.world import (ATTRIBUTES, Question, Thing, ask, ask_about, draw_scene, make_scene, observation, opening,
+                       prompt_text, zoom_in)
 from utils.rows import cli, log, write_json, write_rows
 
 BAD = ("conflict", "unanswerable", "missing_image")
@@ -85,6 +85,12 @@ def item(name: str, scene_name: str, question: Question, image: str) -> dict:
             "answer": {"type": "letter", "value": letter}, "images": [{"path": image}], "metric": "mcq"}
 
 
+def probe_item(name: str, source: str, question: Question) -> dict:
+    """Return a question for probe.py about what the item `source` looks at."""
+    row = item(name, "", question, "")
+    return {"id": name, "source": source, **{key: row[key] for key in ("question", "options", "answer")}}
+
+
 def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
     """Write three items a held-out scene, and for each a question about another attribute of the same thing."""
     (folder / "bench").mkdir(parents=True, exist_ok=True)
@@ -97,13 +103,8 @@ def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
         for k, operation in enumerate(("zoom", "zoom", "draw")):
             question = ask(rng, scene, operation)
             items.append(item(f"toy/{n}/{k}", f"toy/{n}", question, image))
-            other = rng.choice([a for a in ("color", "shape", "digit") if a != question.attribute])
-            value = getattr(question.thing, other)
-            options = make_options(rng, scene, other, value)
-            probes.append({"id": f"probe/{n}/{k}", "source": f"toy/{n}/{k}",
-                           "question": f"What {other} does the region show?",
-                           "options": [list(pair) for pair in zip("ABCD", options)],
-                           "answer": {"type": "letter", "value": "ABCD"[options.index(value)]}})
+            rest = tuple(name for name in ATTRIBUTES[operation] if name != question.attribute)
+            probes.append(probe_item(f"probe/{n}/{k}", f"toy/{n}/{k}", ask_about(rng, scene, question.thing, operation, rest)))
     write_rows(folder / "bench.jsonl", items)
     write_rows(folder / "probe.jsonl", probes)
     return {"items": len(items), "probe_items": len(probes)}

@@ -36,7 +36,7 @@ stage see "$work/see" $lessons --data "$world/see.jsonl" --model "$work/random" 
   --max_steps 170 --schedule constant
 stage find "$work/find" $lessons --data "$world/find.jsonl" --model "$work/see" --output "$work/find" \
   --max_steps 170 --schedule constant
-stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/find" --output "$work/base" --max_steps 360
+stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/find" --output "$work/base" --max_steps 600
 
 # Stages 1 and 2 with that base as captioner, refiner and judge
 stage rewrite "$work/rewritten.jsonl" python rewrite_captions.py \
@@ -46,7 +46,7 @@ stage filter "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.js
 # Stage 3: text and latent imagination from the same rows
 for variant in text latent; do
   stage "train_$variant" "$work/$variant" $train --data "$work/sft.jsonl" --model "$work/base" --output "$work/$variant" \
-    --imagination "$variant" --max_steps 90 --learning_rate 1e-3 --validation_rows 60 --eval_every 50
+    --imagination "$variant" --max_steps 200 --learning_rate 1e-3 --validation_rows 60 --eval_every 50
 done
 
 # Stage 4: base, text and latent on the held-out items; stages 5 and 6 on text and latent

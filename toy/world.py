@@ -125,12 +125,16 @@ def ask(rng: random.Random, scene: list[Thing], operation: str) -> Question:
     return ask_about(rng, scene, rng.choice(things), operation)
 
 
-def ask_about(rng: random.Random, scene: list[Thing], thing: Thing, operation: str) -> Question:
+ATTRIBUTES = {"zoom": ("shape", "digit"), "draw": ("shape", "digit", "color")}  # what an operation's questions ask for
+
+
+def ask_about(rng: random.Random, scene: list[Thing], thing: Thing, operation: str,
+              attributes: tuple[str, ...] | None = None) -> Question:
     """Return a question about `thing`, with four options of which one is right and others stand elsewhere in the scene.
 
     "zoom" names the thing by its colour, "draw" by its place; neither asks for what it names.
     """
-    attribute = rng.choice(("shape", "digit") if operation == "zoom" else ("shape", "digit", "color"))
+    attribute = rng.choice(attributes or ATTRIBUTES[operation])
     looked_at = f"the {thing.color} shape" if operation == "zoom" else f"the {thing.place} shape"
     wording = {"digit": "What number is on {}?", "color": "What color is {}?", "shape": "What kind is {}?"}[attribute]
     answer = getattr(thing, attribute)
