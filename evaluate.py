@@ -9,10 +9,11 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py    (one r
 
 Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "answer": {"type", "value"}, "images":
         [{"path"}], "metric": mcq | vsp_path} and, if there, "category", "group_id", "hint"; or --source, which
-        --benchmark turns into such items at <output>.items.jsonl (--prepare stops there)
+        --benchmark turns into such items at <output>.items.jsonl, pictures in <output>.images (--prepare stops there)
 Writes  --output: a JSON line an item, in input order: {"id", "category", "group_id", "prompt_sha", "image_grids",
         "raw_output", "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
-        correct | incorrect | unresolved | error, "gold"}; <output>.metrics.json, <output>.meta.json, <output>.run/
+        correct | incorrect | unresolved | error, "gold", "n_options"} and, after an error, its reason as "error";
+        <output>.metrics.json, <output>.meta.json, <output>.run/ (what was said; scoring is done anew on every run)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with its interval, protocol
 
 Unresolved answers count as wrong. An item whose image cannot be used is an error: it is not scored, the result says
@@ -20,6 +21,7 @@ Unresolved answers count as wrong. An item whose image cannot be used is an erro
 damage, 130 interrupted.
 """
 import argparse
+import hashlib
 import json
 import time
 from collections import Counter
@@ -29,13 +31,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.answers import extract_choice, last_boxed, walk_vsp
+from utils.answers import extract_choice, vsp_moves, walk_vsp
+from utils.backends import find_checkpoint, model_identity
 from utils.decode import PRESETS, Generation, LatentSpec, clean_text, generate
-from utils.images import ImageError
-from utils.items import open_images, question_text, read_items
+from utils.images import ImageError, read_bytes, resolve_image
+from utils.items import board_fault, open_images, question_text, read_items
 from utils.qwen import Qwen, chat, encode, load, load_processors
-from utils.rows import (DataError, Journal, call_key, cli, log, rank_world, read_rows, sha256_file, write_json, write_meta,
-                        write_rows)
+from utils.rows import (DataError, Journal, call_key, check_fields, cli, located_rows, log, rank_world, read_rows,
+                        sha256_file, write_json, write_meta, write_rows)
 from utils.stats import cluster_bootstrap, mcnemar_exact, tango_ci, wilson
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
@@ -48,13 +51,12 @@ def prepare_vsp(source: str, limit: int | None) -> list[dict]:
 
     The gold is the map itself: 1 start, 2 goal, -1 hole, 0 safe; a reply is right if its path walks to the goal.
     """
-    rows = read_rows(source, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list}, limit, unique=None)
     items = []
-    for n, row in enumerate(rows, 1):
+    for where, row in located_rows(source, limit):
+        check_fields(where, row, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list})
+        if fault := board_fault(row["map_desc"]):
+            raise DataError(f"{where}: map_desc {fault}")
         level = len(row["map_desc"])
-        cells = [cell for line in row["map_desc"] for cell in line]
-        if any(len(line) != level for line in row["map_desc"]) or cells.count(1) != 1 or cells.count(2) != 1:
-            raise DataError(f"{source}:{n}: map_desc is no square with one start (1) and one goal (2)")
         name = f"vsp/level_{level}/{row['map_id']}"
         items.append({"id": name, "benchmark": "vsp", "category": f"level_{level}", "group_id": name,
                       "question": row["text_input"], "options": [], "answer": {"type": "path_map", "value": row["map_desc"]},
@@ -68,6 +70,18 @@ def prepare_vsp(source: str, limit: int | None) -> list[dict]:
 PREPARE = {"vsp": prepare_vsp}
 
 
+def collect_images(items: list[dict], root: str, folder: Path) -> None:
+    """Copy the items' pictures, bytes untouched, into `folder` under their hash, and let the items point there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        for image in item["images"]:
+            path = resolve_image(root, image["path"])
+            data = read_bytes(path)
+            image["sha256"] = hashlib.sha256(data).hexdigest()
+            image["path"] = f"{folder.name}/{image['sha256'][:16]}{path.suffix}"
+            (folder.parent / image["path"]).write_bytes(data)
+
+
 # ------------------------------------------------------------------------------------------------ scoring
 def score_mcq(item: dict, text: str, finish: str) -> tuple[str, dict]:
     """Return (verdict, extraction) of a multiple-choice reply."""
@@ -79,47 +93,81 @@ def score_mcq(item: dict, text: str, finish: str) -> tuple[str, dict]:
 
 def score_vsp(item: dict, text: str, finish: str) -> tuple[str, dict]:
     """Return (verdict, extraction) of a path: walked on the map as Mirage's simulate_vsp does; no box is unresolved."""
-    path = last_boxed(text)
-    if path is None:
+    moves = vsp_moves(text)
+    if moves is None:
         return "unresolved", {"value": None, "rule": "no_box"}
-    return "correct" if walk_vsp(item["answer"]["value"], text) else "incorrect", {"value": path, "rule": "boxed_path"}
+    return "correct" if walk_vsp(item["answer"]["value"], text) else "incorrect", {"value": moves, "rule": "boxed_path"}
 
 
 SCORE = {"mcq": score_mcq, "vsp_path": score_vsp}
 
 
 # ------------------------------------------------------------------------------------------------ answering
-def answer_batch(qwen: Qwen, spec: LatentSpec | None, batch: list[tuple[dict, str]], args: argparse.Namespace,
-                 journal: Journal) -> None:
-    """Answer a batch of (item, prompt) and write a record each; an unusable image is an error of its item alone."""
-    opened = []
-    for item, prompt in batch:
+def make_prompts(tokenizer, items: list[dict], args: argparse.Namespace) -> list[str]:
+    """Return every item's prompt as the checkpoint's chat template writes it."""
+    prompts = []
+    for item in items:
         try:
-            opened.append((item, prompt, open_images(item, args.image_root)))
+            prompts.append(chat(tokenizer, question_text(item, args.suffix), len(item["images"]), args.system))
+        except DataError as error:
+            raise DataError(f"item {item['id']!r}: {error}") from error
+    return prompts
+
+
+def make_keys(items: list[dict], prompts: list[str], root: str) -> list[str]:
+    """Return what each reply is known by: its prompt and its pictures' bytes. One that is mended is asked again."""
+    hashes = {}
+    for image in (image["path"] for item in items for image in item["images"]):
+        if image not in hashes:
+            try:
+                hashes[image] = hashlib.sha256(read_bytes(resolve_image(root, image))).hexdigest()
+            except ImageError as error:
+                hashes[image] = error.reason
+    return [call_key(id=item["id"], prompt=prompt, images=[hashes[image["path"]] for image in item["images"]])
+            for item, prompt in zip(items, prompts)]
+
+
+def answer_batch(qwen: Qwen, spec: LatentSpec | None, batch: list[tuple[dict, str, str]], args: argparse.Namespace,
+                 journal: Journal) -> None:
+    """Answer a batch of (item, prompt, key) and journal each reply; an unusable image is an error of its item alone."""
+    opened, records = [], []
+    for item, prompt, key in batch:
+        try:
+            opened.append((key, prompt, open_images(item, args.image_root)))
         except ImageError as error:
             log(f"{item['id']}: {error}")
-            record = {"verdict": "error", "error": error.reason}
-            put(journal, item, prompt, record)
-    if not opened:
-        return
-    inputs = encode(qwen, [prompt for _, prompt, _ in opened], [images for *_, images in opened])
-    grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
-    for (item, prompt, images), row in zip(opened, generate(qwen, inputs, args.max_new_tokens, spec)):
-        put(journal, item, prompt, describe(qwen, spec, item, row) | {"image_grids": [next(grids) for _ in images]})
+            records.append({"key": key, "error": error.reason})
+    if opened:
+        inputs = encode(qwen, [prompt for _, prompt, _ in opened], [images for *_, images in opened])
+        grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
+        for (key, _, images), row in zip(opened, generate(qwen, inputs, args.max_new_tokens, spec)):
+            records.append({"key": key, **describe(qwen, spec, row), "image_grids": [next(grids) for _ in images]})
+    for record in records:
+        if record["key"] not in journal:  # a batch that a kill left half done is computed again whole
+            journal.append(record)
 
 
-def put(journal: Journal, item: dict, prompt: str, record: dict) -> None:
-    key = call_key(id=item["id"], prompt=prompt)
-    if key not in journal:  # a batch that a kill left half done is computed again whole
-        journal.append({"key": key, **record})
+def describe(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> dict:
+    """Return what one reply was; its clean text holds no latent positions and no control tokens."""
+    return {"raw_output": qwen.tokenizer.decode(row.ids), "clean_output": clean_text(qwen.tokenizer, row.ids, spec),
+            "finish_reason": row.finish, "n_tokens": len(row.ids),
+            "n_latent": sum(segment.size for segment in row.segments)}
 
 
-def describe(qwen: Qwen, spec: LatentSpec | None, item: dict, row: Generation) -> dict:
-    """Return what one reply was and how it scores; what is parsed holds no latent positions and no control tokens."""
-    text = clean_text(qwen.tokenizer, row.ids, spec)
-    verdict, extraction = SCORE[item["metric"]](item, text, row.finish)
-    return {"raw_output": qwen.tokenizer.decode(row.ids), "clean_output": text, "finish_reason": row.finish,
-            "n_tokens": len(row.ids), "n_latent": sum(segment.size for segment in row.segments),
+NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0,
+            "image_grids": []}
+
+
+def score(item: dict, prompt: str, record: dict) -> dict:
+    """Return an item's result. The journal keeps what the model said; what it is worth is decided here, on every run."""
+    if "error" in record:
+        verdict, extraction = "error", {"value": None, "rule": record["error"]}
+    else:
+        verdict, extraction = SCORE[item["metric"]](item, record["clean_output"], record["finish_reason"])
+    return {"id": item["id"], "category": item.get("category"), "group_id": item.get("group_id") or item["id"],
+            "gold": item["answer"]["value"], "n_options": len(item["options"]),
+            "prompt_sha": call_key(prompt=prompt)[:16],
+            **NO_REPLY, **{name: value for name, value in record.items() if name != "key"},
             "extraction": extraction, "verdict": verdict}
 
 
@@ -159,19 +207,35 @@ def show(metrics: dict) -> None:
 
 
 def compare(paths: list[str]) -> dict:
-    """Return the difference between two result files on the same items: Tango interval, exact McNemar, flipped ids."""
-    sides = [{row["id"]: row["verdict"] for row in read_rows(path, {"id": str, "verdict": str})} for path in paths]
+    """Return the difference between two result files on the same items: Tango interval, exact McNemar, flipped ids.
+
+    Items that are an error in either file are left out and counted. Tango and McNemar take items as independent; where
+    several share a group, the cluster bootstrap's interval stands beside them.
+    """
+    where, sides = f"--compare {' '.join(paths)}", []
+    for path in paths:
+        sides.append({row["id"]: row for row in read_rows(path, {"id": str, "verdict": str})})
     if set(sides[0]) != set(sides[1]):
         odd = sorted(set(sides[0]) ^ set(sides[1]))
-        raise DataError(f"--compare {' '.join(paths)}: {len(odd)} items stand in one file only ({odd[0]}, ...); "
-                        "expected the same items")
-    names = [name for name in sides[0] if "error" not in (sides[0][name], sides[1][name])]
-    right = [[side[name] == "correct" for name in names] for side in sides]
-    lost = [name for name, a, b in zip(names, *right) if a and not b]
-    won = [name for name, a, b in zip(names, *right) if b and not a]
-    return {"n": len(names), "accuracy": [sum(side) / len(names) for side in right],
-            "difference": (len(won) - len(lost)) / len(names), "ci95": tango_ci(len(lost), len(won), len(names), level=0.95),
-            "mcnemar_p": mcnemar_exact(len(lost), len(won)), "right_to_wrong": lost, "wrong_to_right": won}
+        raise DataError(f"{where}: {len(odd)} items stand in one file only ({odd[0]}, ...); expected the same items")
+    pairs = [(row, sides[1][name]) for name, row in sides[0].items()]
+    if other := [one["id"] for one, two in pairs if one.get("gold") != two.get("gold")]:
+        raise DataError(f"{where}: {len(other)} items have another gold ({other[0]}, ...); expected the same items")
+    pairs = [pair for pair in pairs if "error" not in (pair[0]["verdict"], pair[1]["verdict"])]
+    if not pairs:
+        raise DataError(f"{where}: no item is answered in both; expected at least one")
+    n, groups = len(pairs), [one.get("group_id", one["id"]) for one, _ in pairs]
+    right = [[row["verdict"] == "correct" for row in side] for side in zip(*pairs)]
+    lost, won = ([one["id"] for (one, _), before, after in zip(pairs, *right) if (before, after) == change]
+                 for change in ((True, False), (False, True)))
+    result = {"n": n, "errors": len(sides[0]) - n, "incomplete": len(sides[0]) > n,
+              "accuracy": [sum(side) / n for side in right], "difference": (len(won) - len(lost)) / n,
+              "ci95": tango_ci(len(lost), len(won), n, level=0.95),
+              "mcnemar_p": mcnemar_exact(len(lost), len(won)), "right_to_wrong": lost, "wrong_to_right": won}
+    if 1 < len(set(groups)) < n:
+        changes = [after - before for before, after in zip(*right)]
+        result["ci95_clustered"] = cluster_bootstrap(changes, groups, level=0.95)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ the stage
@@ -197,6 +261,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=None, help="only the first N items")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items; no model")
     args = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "latent_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     if not args.compare and (args.items is None) == (args.benchmark is None):
         parser.error("expected either --items, or --benchmark with --source, or --compare")
     if args.benchmark and not args.source:
@@ -207,14 +274,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Return the items and the file that holds them; --benchmark writes it. Sets --image_root if it was not given."""
-    source = args.source if args.benchmark else args.items
-    args.image_root = args.image_root or str(Path(source).parent)
-    if not args.benchmark:
-        return read_items(source, args.limit), source
-    path = f"{args.output}.items.jsonl"
-    write_rows(path, PREPARE[args.benchmark](source, args.limit))
-    return read_items(path), path
+    """Return the items and the file that holds them; --benchmark writes it and its pictures. Settles --image_root."""
+    path = args.items
+    if args.benchmark:
+        path = f"{args.output}.items.jsonl"
+        made = PREPARE[args.benchmark](args.source, args.limit)
+        collect_images(made, args.image_root or str(Path(args.source).parent), Path(f"{args.output}.images"))
+        write_rows(path, made)
+        args.image_root = str(Path(path).parent)
+    args.image_root = args.image_root or str(Path(path).parent)
+    items = read_items(path, args.limit)
+    if not items:
+        raise DataError(f"{path}: no items; expected at least one")
+    return items, path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"items": len(items), "categories": Counter(item.get("category") for item in items)}))
         return 0
     tokenizer, _ = load_processors(args.model)
-    prompts = [chat(tokenizer, question_text(item, args.suffix), len(item["images"]), args.system) for item in items]
+    prompts = make_prompts(tokenizer, items, args)
     if args.dry_run:
         log(prompts[0])
         print(json.dumps({"items": len(items), "longest_prompt_characters": max(map(len, prompts))}))
@@ -241,22 +313,21 @@ def main(argv: list[str] | None = None) -> int:
                                                      size=args.latent_size or PRESETS[args.latent].size)
     free = ("output", "source", "image_root", "prepare", "compare", "dry_run", "limit", "items", "batch_size")
     settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["weights"] = model_identity(find_checkpoint(args.model))  # a name may come to hold another training
+    keys = make_keys(items, prompts, args.image_root)
     # Items of like length together, in an order that does not depend on what is done already.
-    pairs = sorted(zip(items, prompts), key=lambda pair: (-len(pair[1]), pair[0]["id"]))
-    batches = [pairs[i:i + args.batch_size] for i in range(0, len(pairs), args.batch_size)]
+    asked = sorted(zip(items, prompts, keys), key=lambda parts: (-len(parts[1]), parts[0]["id"]))
+    batches = [asked[i:i + args.batch_size] for i in range(0, len(asked), args.batch_size)]
     with Journal(f"{args.output}.run", settings) as journal:
         for batch in tqdm(batches[rank::world], desc="evaluate", unit="batch", disable=rank > 0):
-            if not all(call_key(id=item["id"], prompt=prompt) in journal for item, prompt in batch):
+            if not all(key in journal for *_, key in batch):
                 answer_batch(qwen, spec, batch, args, journal)
         if world > 1:  # the rank that finds every record in the journals is the last one, and writes
             journal.reload()
-        found = [journal.get(call_key(id=item["id"], prompt=prompt)) for item, prompt in zip(items, prompts)]
+        found = [journal.get(key) for key in keys]
     if not all(found):
         return 0
-    records = [{"id": item["id"], "category": item.get("category"), "group_id": item.get("group_id", item["id"]),
-                "gold": item["answer"]["value"], "n_options": len(item["options"]), "prompt_sha": call_key(prompt=prompt)[:16],
-                **{name: value for name, value in record.items() if name != "key"}}
-               for item, prompt, record in zip(items, prompts, found)]
+    records = [score(*parts) for parts in zip(items, prompts, found)]
     write_rows(args.output, records)
     protocol = {"model": args.model, "items": path, "items_sha256": sha256_file(path), "latent": args.latent,
                 "latent_size": spec.size if spec else None, "system": args.system, "suffix": args.suffix, "judge": "none",

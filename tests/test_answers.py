@@ -71,6 +71,24 @@ REPLIES = [
 ]
 
 
+# Replies that a looser rule would read as a letter that they do not choose
+NO_LETTER = [
+    ("COL", "B. blue", "bare_conflict"), ("COL", "B) The cup is blue.", "bare_conflict"), ("COL", "\\boxed{A, B}", "boxed_conflict"),
+    ("COL", "\\boxed{not red}", "boxed_unresolved"), ("COL", "\\boxed{red or blue}", "boxed_unresolved"),
+    ("COL", "The answer is B? No, it is clearly the blue one.", "unresolved"), ("COL", "Is the cup red?", "unresolved"),
+    ("COL", "To determine whether the cup is red, I will look closer at the lower part of the picture.", "unresolved"),
+    ("COL", "It couldn’t be red.", "unresolved"), ("TEN", "-3", "unresolved"), ("TEN", "There are 3.5 of them.", "unresolved"),
+    ("COL", "Blueberry", "unresolved")]
+# Replies that choose a letter in words that a narrower rule would miss
+LETTER = [
+    ("COL", "Answer: A red cup.", "B", "bare_text_in"), ("COL", "\\boxed{Option B}", "B", "boxed_letter"),
+    ("COL", "\\boxed{\\text{B}. red}", "B", "boxed_letter_text"), ("COL", "Option B", "B", "bare_letter"),
+    ("COL", "[B]", "B", "bare_letter"), ("COL", "`B`", "B", "bare_letter"), ("COL", "The answer is 'C'.", "C", "phrase"),
+    ("COL", "The answer is option C.", "C", "phrase"), ("COL", "The answer is: [C]", "C", "phrase"),
+    ("COL", "答案为 C", "C", "phrase"), ("COL", "<observation>B</observation>", "B", "bare_letter"),
+    ("RW5", "Looking at it, the image does not feature the color.", "E", "bare_text_in")]
+
+
 def options_of(name):
     return dict(zip("ABCDE", OPTIONS[name]))
 
@@ -79,6 +97,23 @@ def options_of(name):
 def test_extraction_table(name, reply, letter, rule):
     found = extract_choice(reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), options_of(name))
     assert (found.letter, found.rule) == (letter, rule)
+
+
+@pytest.mark.parametrize("name, reply, rule", NO_LETTER)
+def test_what_chooses_nothing_stays_unresolved(name, reply, rule):
+    found = extract_choice(reply, options_of(name))
+    assert (found.letter, found.rule) == (None, rule)
+
+
+@pytest.mark.parametrize("name, reply, letter, rule", LETTER)
+def test_other_wordings(name, reply, letter, rule):
+    found = extract_choice(reply, options_of(name))
+    assert (found.letter, found.rule) == (letter, rule)
+
+
+def test_options_that_are_negations_or_chinese():
+    assert extract_choice("No, there is no dog.", {"A": "yes", "B": "no"}).letter == "B"
+    assert extract_choice("杯子是红色的。", {"A": "红色", "B": "蓝色"}).letter == "A"
 
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
@@ -114,6 +149,15 @@ def test_answers_are_compared_after_normalising(one, other, same):
     assert normalize(normalize(one)) == normalize(one)
 
 
+@pytest.mark.parametrize("one, other, same", [
+    ("", "", False), ("", " ", False), ("42.0", "42", True), ("\\boxed{42}", "42", True), ("(B)", "B", True),
+    ("5 cm", "5cm", True), ("5 cm", "5 m", False), ("3 m", "3 km", False), ("50%", "50 kg", False), ("$50", "50%", False),
+    ("$5", "5 dollars", True), ("left of the river", "left of river", True), ("twenty", "20", True), ("-5", "5", False),
+    ("1,2", "12", False), ("Vitamin A", "Vitamin", False)])
+def test_numbers_units_and_nothing(one, other, same):
+    assert answers_match(one, other) is same and answers_match(other, one) is same
+
+
 def shortest_path(board):
     """Breadth-first search, the second way to know what leads to the goal; None if nothing does."""
     cells = {(r, c): value for r, row in enumerate(board) for c, value in enumerate(row)}
@@ -134,7 +178,9 @@ def shortest_path(board):
 @pytest.mark.parametrize("reply, right", [
     ("\\boxed{D,D,R}", True), ("\\boxed{ddr}", True), ("\\boxed{U,L,D,D,R}", True),  # off the board is ignored
     ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),  # hole; short; left again
-    ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False)])
+    ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False),
+    ("\\boxed{D,D,R", False), ("\\boxed{D,D,R} or \\boxed{R", False),  # mathruler reads the last box only if it closes
+    ("\\fbox{D,D,R}", False), ("\\boxed{D,D,\\rightarrow}", True)])  # three moves right
 def test_walking_a_map(reply, right):
     assert walk_vsp([[1, -1], [0, 0], [0, 2]], reply) is right
 

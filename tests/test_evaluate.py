@@ -1,6 +1,7 @@
 """Answering and scoring items.    pytest tests/test_evaluate.py"""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,81 @@ def test_killed_and_started_again_gives_the_same_file(tiny_checkpoint, items):
     assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
 
 
+def test_a_mended_image_is_asked_again(tiny_checkpoint, items, picture):
+    (items.parent / "0.png").rename(items.parent / "away.png")
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
+    (items.parent / "away.png").rename(items.parent / "0.png")
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    picture("0.png", size=(112, 112), color="black")
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    assert [r["image_grids"] for r in rows(items.parent / "out.jsonl")[2:4]] == [[[1, 8, 8]], [[1, 6, 4]]]
+
+
+def test_an_error_has_every_field_and_nothing_but_errors_has_no_accuracy(tiny_checkpoint, items, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main(flags(items, tiny_checkpoint, "--image_root", str(tmp_path / "empty"))) == 3
+    result = rows(items.parent / "out.jsonl")[0]
+    assert result["extraction"] == {"value": None, "rule": "image_missing"} and result["n_tokens"] == 0
+    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
+
+
+def test_a_changed_gold_is_scored_anew_without_the_model(tiny_checkpoint, items):
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    journal = next((items.parent / "out.jsonl.run").glob("calls-*"))
+    write_rows(journal, [record | {"clean_output": "\\boxed{B}"} for record in rows(journal)])
+    write_rows(items, [item | {"answer": {"type": "letter", "value": "B"}} for item in rows(items)])
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    assert {r["verdict"] for r in rows(items.parent / "out.jsonl")} == {"correct"}
+
+
+def test_other_weights_under_the_same_name_are_refused(tiny_checkpoint, items, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "named")
+    assert evaluate.main(flags(items, tmp_path / "named")) == 0
+    qwen = load(str(tmp_path / "named"), device="cpu")
+    qwen.model.lm_head.weight.data.neg_()
+    save(qwen, str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "named")
+    (tmp_path / "other").rename(tmp_path / "named")
+    with pytest.raises(DataError, match="weights"):
+        evaluate.main(flags(items, tmp_path / "named"))
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"question": "<image> or <image>?"}, "'t/3': 2 <image> markers for 1 images"),
+    ({"category": 3}, "'t/3': field 'category'"),
+    ({"metric": "vsp_path", "answer": {"type": "path_map", "value": [[1, 0], [0, 0]]}}, "'t/3': answer has not one start")])
+def test_an_item_that_cannot_be_asked_is_named(tiny_checkpoint, items, change, match):
+    write_rows(items, [item | (change if item["id"] == "t/3" else {}) for item in rows(items)])
+    with pytest.raises(DataError, match=match):
+        evaluate.main(flags(items, tiny_checkpoint))
+
+
+def test_no_items_are_an_error(tiny_checkpoint, items):
+    items.write_text("")
+    with pytest.raises(DataError, match="no items"):
+        evaluate.main(flags(items, tiny_checkpoint))
+
+
+@pytest.mark.parametrize("sides, match", [
+    ([{"verdict": "error"}, {"verdict": "correct"}], "no item is answered in both"),
+    ([{"verdict": "correct", "gold": "A"}, {"verdict": "correct", "gold": "B"}], "another gold")])
+def test_results_that_cannot_be_compared(tmp_path, sides, match):
+    for n, side in enumerate(sides):
+        write_rows(tmp_path / str(n), [{"id": "1", **side}])
+    with pytest.raises(DataError, match=match):
+        evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
+
+
+def test_a_comparison_counts_what_it_leaves_out_and_knows_groups(tmp_path):
+    for side, verdicts in enumerate((["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2)):
+        write_rows(tmp_path / str(side), [{"id": str(n), "group_id": str(n // 2), "verdict": v} for n, v in enumerate(verdicts)])
+    result = evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
+    assert (result["n"], result["errors"], result["incomplete"], result["difference"]) == (4, 1, True, -0.5)
+    low, high = result["ci95_clustered"]
+    assert low <= -0.5 <= high
+
+
 def test_comparison_of_two_results(tmp_path):
     verdicts = [("correct", "incorrect"), ("unresolved", "correct"), ("correct", "correct"), ("incorrect", "correct")]
     for side in (0, 1):
@@ -133,6 +209,15 @@ def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"items": 400, "categories": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
     assert (evaluate.find_items(evaluate.parse_args(["--items", str(tmp_path / "v.items.jsonl"), "--model", "m",
                                                      "--output", "o"]))[0][0]["question"].count("<image>")) == 1
+
+
+def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data, tmp_path):
+    source = str(shared_data / "vsp" / "test.jsonl")
+    assert evaluate.main(["--benchmark", "vsp", "--source", source, "--prepare", "--output", str(tmp_path / "v"), "--limit", "2"]) == 0
+    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint), "--max_new_tokens", "3"]
+    assert evaluate.main([*arguments, "--output", str(tmp_path / "o.jsonl"), "--max_pixels", "50176"]) == 0
+    assert (tmp_path / rows(tmp_path / "v.items.jsonl")[0]["images"][0]["path"]).read_bytes() == \
+        (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
 
 
 def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):

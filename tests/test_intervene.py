@@ -97,14 +97,18 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
     arguments = ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
                  "--min_emitters", "8", "--calibration", "8", "--latent", "mirage", "--batch_size", "4"]
     journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "intervene.py"), *arguments], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def start(words):  # one thread each: the last bits depend on their number
+        return subprocess.Popen([sys.executable, str(ROOT / "intervene.py"), *words], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    process = start(arguments)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 9):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert intervene.main(arguments) == 0
-    assert intervene.main([*arguments[:5], str(tmp_path / "whole.jsonl"), *arguments[6:]]) == 0
+    assert start(arguments).wait() == 0
+    assert start([*arguments[:5], str(tmp_path / "whole.jsonl"), *arguments[6:]]).wait() == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     keys = [(r["id"], r["condition"]) for r in map(json.loads, output.read_text().splitlines())]
     assert len(keys) == len(set(keys)) == 32 * 6

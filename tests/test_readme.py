@@ -29,7 +29,7 @@ def test_every_stage_has_a_command():
 
 def test_every_file_named_exists():
     for name in re.findall(r"`((?:utils|toy|results|tests)/[\w./]*|\w+\.(?:py|txt))`", README):
-        assert (ROOT / name).exists(), name
+        assert name.startswith("toy/work") or (ROOT / name).exists(), name  # toy/work is what the run makes
 
 
 def test_the_numbers_of_the_toy_are_those_of_its_results_file():

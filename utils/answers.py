@@ -1,179 +1,245 @@
-"""Read answers off replies, by rules that name themselves and never guess; compare answers; walk VSP maps.
+"""Read an answer out of a model's reply, and compare answers. No judge, no guess: what is not clear stays unresolved.
 
-The order of the rules: a box decides, else an answer tag, else a bare answer, else a phrase, else the only option that is
-mentioned. What no rule resolves is unresolved: it is never a random letter, the first capital, or a part of a word.
+The rules of `extract_choice`, in order, each with the name that results carry:
+  empty              nothing is left once special tokens and latent spans are gone
+  boxed_*            the last \\boxed{} or \\fbox{} decides, nothing below is tried (boxed_open_* if none closes)
+  tag_*              the last <answer>...</answer>, read like a box
+  bare_*             a reply of one line that is a letter, "B. red" or exactly an option's text
+  phrase             the last "answer is" / "answer:" / "choose" ... followed by a capital option letter
+  bare_text_in       a short reply of one line that names exactly one option
+  tail_text          the last sentence names exactly one option (not for a reply cut off at its token limit)
+  unresolved         none of these
+A box, tag or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is a letter with
+another option's text. Texts match as whole words, the longest where they nest; a negated text is no answer.
 """
 import re
-from dataclasses import dataclass
+import unicodedata
+from typing import NamedTuple
 
-BARE_CHARACTERS = 200  # a longer reply is reasoning, not a bare answer
-BRIEF_CHARACTERS = 30  # or twice the length of all options (VLMEvalKit's bound): a sentence that only names its option
-CONTROL = re.compile(r"<\|[^|<>]*\|>|<ltnt:\d+>")
-LATENT_SPANS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
-                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
-BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-WRAPPER = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|mathsf)\s*\{(.*)\}$", re.DOTALL)
-LETTER_TEXT = re.compile(r"^\(?([A-Z])[.):,]\)?\s*(.+)$", re.DOTALL)
-PHRASE = re.compile(r"(?:(?i:answer is|answer|correct (?:option|choice) is|option is|choose)|答案是?)"
-                    r"\s*[:：]?\s*(?:\*\*)?\(?([A-Z])(?![A-Za-z0-9'’])")
-NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|can't|isn't|aren't|wasn't|doesn't|don't|without)\b", re.I)
-SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
-MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-START, GOAL, HOLE = 1, 2, -1  # of a VSP map; 0 is safe
-NUMBER_WORDS = {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve".split())}
-UNITS = re.compile(r"(?<=\d)\s*(?:%|percent|degrees?|°|dollars?|cm|mm|km|m|kg|g|mph|meters?|metres?|feet|ft|inches)$")
+# Spans that are latents or markers, never words: Monet, Mirage, LVR and the chat format.
+LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
+                         r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
+MARKER = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>")  # ltnt: a Monet fork's log
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox)\s*\{([^{}]*)\}")
+BARE_LENGTH = 200  # characters of a one-line reply that is read as an answer
+SHORT_LENGTH = 30  # characters; a reply of twice the options' summed length is short too (VLMEvalKit's bound)
+PREFIX = re.compile(r"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.I)
+OPTION_WORD = re.compile(r"^(?:option|choice)\s+", re.I)
+LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*[.):,\-–]+\s*|\s+)(\S.*)", re.DOTALL)
+PHRASE = re.compile(
+    r"(?:(?i:answer\s+is|answer\s*[:：]|(?:option|choice)\s+is|choose|答案)\s*[是为:：]*)"
+    r"\s*(?i:(?:the\s+)?(?:option|choice)\s+)?[\s*\"'“‘(\[{$（:]*([A-Z])(?![A-Za-z0-9]|['’]s|\W?\?)")
+ARTICLE = re.compile(r"A\s+(?!because|since|as\b|for\b|which|based|given|is\b)[a-z]")  # "a red cup" with a capital
+NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether)\b"
+                      r"|n['’]t\b|\?")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+EDGES = " \t\n.,;:!\"'“”‘’*_`。"
+
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty".split())}
+UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$", "centimeters": "cm",
+         "centimeter": "cm", "meters": "m", "meter": "m", "kilometers": "km", "kilometer": "km", "inches": "inch",
+         "seconds": "s", "second": "s", "minutes": "min", "minute": "min", "hours": "h", "hour": "h", "years": "year"}
+QUANTITY = re.compile(r"(\$?)\s*([-+]?\d+(?:\.\d+)?)\s*(%|°|\$|[a-z]*)")
+BARE_UNITS = {*UNITS, *UNITS.values(), ""}
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """The option letter read off a reply, None if unresolved, and the name of the rule that decided."""
+class Extraction(NamedTuple):
+    """The option's letter, None if the reply does not settle on one, and the rule that decided."""
 
     letter: str | None
     rule: str
 
 
-def find_box(text: str) -> tuple[str, bool] | None:
-    """Return (content, closed) of the last box that closes, else of a box left open at the end; None without a box."""
-    found = None
+def extract_choice(output: str, options: dict[str, str], finish_reason: str | None = None) -> Extraction:
+    """Return which option (letter -> text) a reply chose. `finish_reason` "length" marks a reply that was cut off."""
+    text = strip_markers(output)
+    if not text:
+        return Extraction(None, "empty")
+    content, closed = find_box(text)
+    if content is not None:
+        return resolve(content, options, "boxed_" if closed else "boxed_open_")
+    tags = TAG.findall(text)
+    if tags:
+        return resolve(tags[-1], options, "tag_")
+    one_line = "\n" not in text and len(text) <= BARE_LENGTH
+    if one_line:
+        bare = resolve(text, options, "bare_")
+        if bare.rule not in ("bare_text_in", "bare_unresolved"):
+            return bare
+    letter = find_phrase(text, options)
+    if letter:
+        return Extraction(letter, "phrase")
+    if one_line and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values()))):
+        letter = named_option(text, options)
+        if letter:
+            return Extraction(letter, "bare_text_in")
+    sentences = [sentence for sentence in SENTENCE_END.split(text) if sentence.strip(EDGES)]
+    letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
+    return Extraction(letter, "tail_text" if letter else "unresolved")
+
+
+def strip_markers(output: str) -> str:
+    """Return a reply without special tokens, latent spans and whitespace around it."""
+    return MARKER.sub("", LATENT_SPAN.sub("", output)).strip()
+
+
+def braced(text: str, start: int) -> str | None:
+    """Return what stands between a brace opened just before `start` and the one that closes it; None if none does."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start:i]
+    return None
+
+
+def find_box(text: str) -> tuple[str | None, bool]:
+    """Return (content, True) of the last box that closes, else (the rest of its line, False) of one that does not."""
+    content, closed, end = None, False, 0
     for match in BOX.finditer(text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                found = (text[match.end():end], True)
-                break
-        else:
-            found = found or (text[match.end():], False)
-    return found
+        if match.start() < end:
+            continue  # a box inside a box: the outer one holds it
+        inner = braced(text, match.end())
+        if inner is not None:
+            content, closed, end = inner, True, match.end() + len(inner)
+        elif not closed:
+            content = text[match.end():].split("\n")[0]
+    return content, closed
 
 
 def last_boxed(text: str) -> str | None:
-    """Return what the last box holds, without the wrappers of LaTeX; None if there is no box."""
-    box = find_box(text)
-    return unwrap(box[0]) if box else None
+    """Return what the last \\boxed{} or \\fbox{} holds (one left open if none closes), unwrapped, or None."""
+    content = find_box(text)[0]
+    return None if content is None else unwrap(content)
 
 
 def unwrap(text: str) -> str:
-    """Take off LaTeX's wrappers and marks around an answer: \\text{}, $, **, brackets around one letter."""
-    before = None
-    while before != text:
-        before, text = text, text.strip().strip("$*").strip()
-        if match := WRAPPER.match(text):
-            text = match[1]
+    """Remove TeX text commands, quotes, emphasis and brackets that enclose all of `text`."""
+    previous = None
+    while text != previous:
+        previous = text
+        text = TEX.sub(r"\1", text).replace("\\%", "%").strip(EDGES)
+        enclosed = len(text) > 1 and text[0] + text[-1] in ("()", "[]", "{}", "（）", "$$")
+        if enclosed and not set(text[1:-1]) & set("()[]{}"):
+            text = text[1:-1]
     return text
 
 
-def normalize(text: str) -> str:
-    """Return an answer in the form that comparisons use: case, articles, number words, separators, light units."""
-    text = unwrap(text).lower().strip(" .,:;!?\"'")
-    text = re.sub(r"^(?:an?|the)\s+", "", re.sub(r"\s+", " ", text))
-    text = " ".join(NUMBER_WORDS.get(word, word) for word in text.split(" "))
-    return UNITS.sub("", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)).removeprefix("$").strip()
+def resolve(content: str, options: dict[str, str], prefix: str) -> Extraction:
+    """Read a short stretch of text that is meant to be the answer; see the module's docstring for the outcomes."""
+    label = OPTION_WORD if prefix == "bare_" else PREFIX  # "answer: B" outside of a box is a phrase
+    text = unwrap(label.sub("", unwrap(content)))
+    if text.upper() in options:
+        return Extraction(text.upper(), prefix + "letter")
+    exact = [letter for letter, option in options.items() if fold(text) == fold(option)]
+    if len(exact) == 1:
+        return Extraction(exact[0], prefix + "text")
+    match = LETTER_TEXT.fullmatch(text)
+    if match and match[1].upper() in options:
+        letter, rest = match[1].upper(), match[3]
+        spans = find_options(rest, options)
+        named = {found for _, _, found in spans} | {other for other in options if other == unwrap(rest) != letter}
+        agrees = named == {letter} or letter in {found for start, _, found in spans if start == 0}
+        if agrees:
+            return Extraction(letter, prefix + "letter_text")
+        if match[2].strip():  # with a mark between, the letter was meant as one
+            if named and letter not in named:
+                return Extraction(None, prefix + "conflict")
+            if not named and prefix != "bare_":
+                return Extraction(letter, prefix + "letter_text")
+    letter = named_option(text, options)
+    return Extraction(letter, prefix + ("text_in" if letter else "unresolved"))
 
 
-def answers_match(one: str, other: str, options: dict[str, str] | None = None) -> bool:
-    """Return whether two answers are the same after normalising; with options, a letter stands for its text."""
-    def text_of(answer: str) -> str:
-        letter = unwrap(answer).strip("() .").upper()
-        if options and letter in options:
-            return normalize(options[letter])
-        labelled = LETTER_TEXT.match(unwrap(answer))
-        if options and labelled and labelled[1] in options and normalize(labelled[2]) == normalize(options[labelled[1]]):
-            return normalize(labelled[2])
-        return normalize(answer)
-
-    return text_of(one) == text_of(other)
+def find_phrase(text: str, options: dict[str, str]) -> str | None:
+    """Return the letter of the last "answer is B" or its like."""
+    found = [match[1] for match in PHRASE.finditer(text)
+             if match[1] in options and not ARTICLE.match(text, match.start(1))]
+    return found[-1] if found else None
 
 
-def mentioned(text: str, options: dict[str, str]) -> list[str]:
-    """Return the letters whose text stands in `text` as whole words; of nested options only the longest counts."""
-    spans = []
+def fold(text: str) -> str:
+    """Return text for whole-word comparison: lower case, single spaces, no marks around, no leading article."""
+    text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(EDGES)
+    return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
+
+
+def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
+    """Return (start, end, letter) of every option's text in `fold(text)` as whole words, of nested ones the longest."""
+    text, spans = fold(text), []
     for letter, option in options.items():
-        words = r"\s+".join(map(re.escape, option.strip(" .").split()))
-        if words:
-            spans += [(m.start(), m.end(), letter) for m in re.finditer(rf"(?<!\w){words}(?!\w)", text, re.I)]
-    return sorted({letter for start, end, letter in spans
-                   if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)})
+        word = re.escape(fold(option))
+        edges = r"(?<![a-z0-9à-ÿ])(?<!\d[.,])" + r"(?<!-)" * word[:1].isdigit(), r"(?![a-z0-9à-ÿ])(?![.,]\d)"
+        if not word or not word[-1].isascii():  # no spaces between words: Chinese
+            edges = "", ""
+        spans += [(m.start(), m.end(), letter) for m in re.finditer(edges[0] + word + edges[1], text) if m[0]]
+    return [(start, end, letter) for start, end, letter in spans
+            if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)]
 
 
-def resolve(content: str, options: dict[str, str]) -> tuple[str | None, str]:
-    """Resolve what a box or tag holds: (letter, letter | letter_text | text | text_in | conflict | unresolved)."""
-    text = unwrap(content)
-    bare = text.strip("() .:").upper()
-    if bare in options:
-        return bare, "letter"
-    if (match := LETTER_TEXT.match(text)) and match[1] in options:
-        named = [k for k, option in options.items() if normalize(option) == normalize(match[2])] or mentioned(match[2], options)
-        if not named or match[1] in named:
-            return match[1], "letter_text"
-        return None, "conflict"
-    same = [letter for letter, option in options.items() if normalize(option) == normalize(text)]
-    if len(same) == 1:
-        return same[0], "text"
-    inside = mentioned(text, options)
-    return (inside[0], "text_in") if len(inside) == 1 else (None, "unresolved")
+def named_option(text: str, options: dict[str, str]) -> str | None:
+    """Return the letter of the one option that `text` names without negating or asking; None for none or several."""
+    spans = find_options(text, options)
+    if len({letter for _, _, letter in spans}) != 1:
+        return None
+    rest, covered = fold(text), {i for start, end, _ in spans for i in range(start, end)}
+    around = "".join(" " if i in covered else character for i, character in enumerate(rest))
+    return None if NEGATION.search(around) or text.rstrip().endswith("?") else spans[0][2]
 
 
-def extract_choice(output: str, options: dict[str, str], finish_reason: str | None = None) -> Extraction:
-    """Return the option that a reply chooses, and the rule that says so (reference order: see the module).
-
-    `finish_reason` "length" (cut off) switches the rule off that reads the last sentence.
-    """
-    text = CONTROL.sub("", LATENT_SPANS.sub("", output)).strip()
-    if not text:
-        return Extraction(None, "empty")
-    if box := find_box(text):
-        letter, how = resolve(box[0], options)
-        return Extraction(letter, ("boxed_" if box[1] else "boxed_open_") + how)
-    if tags := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.I):
-        letter, how = resolve(tags[-1], options)
-        return Extraction(letter, f"tag_{how}")
-    short = "\n" not in text and len(text) <= BARE_CHARACTERS
-    if short:
-        letter, how = resolve_bare(text, options)
-        if letter:
-            return Extraction(letter, f"bare_{how}")
-    if phrases := [match[1] for match in PHRASE.finditer(text) if match[1] in options]:
-        return Extraction(phrases[-1], "phrase")
-    found = mentioned(text, options)
-    brief = len(text) <= max(BRIEF_CHARACTERS, 2 * sum(map(len, options.values())))
-    if short and brief and len(found) == 1 and not NEGATION.search(text):
-        return Extraction(found[0], "bare_text_in")
-    last = [sentence for sentence in SENTENCE.split(text) if sentence.strip()][-1]
-    found = mentioned(last, options)
-    if finish_reason != "length" and len(found) == 1 and not NEGATION.search(last):
-        return Extraction(found[0], "tail_text")
-    return Extraction(None, "unresolved")
+def normalize(text: str) -> str:
+    """Return an answer in one spelling: case, articles, number words, units and marks evened out."""
+    box = last_boxed(text)
+    text = unwrap(unicodedata.normalize("NFKC", text if box is None else box)).lower()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<!^)\bthe |^(?:the|an|a) |(?<=\s)(?:an|a) (?=\w)", "", text)
+    words = [word.strip(EDGES) or word for word in text.split()]
+    return " ".join(UNITS.get(word, word) for word in (NUMBER_WORDS.get(word, word) for word in words))
 
 
-def resolve_bare(text: str, options: dict[str, str]) -> tuple[str | None, str]:
-    """Resolve a reply of one line that is an answer and nothing else: letter, letter_text or text."""
-    plain = unwrap(text)
-    bare = plain.strip("() .:").upper()
-    if bare in options:
-        return bare, "letter"
-    if (match := LETTER_TEXT.match(plain)) and match[1] in options and \
-            normalize(match[2]).startswith(normalize(options[match[1]])):
-        return match[1], "letter_text"
-    same = [letter for letter, option in options.items() if normalize(option) == normalize(plain)]
-    return (same[0], "text") if len(same) == 1 else (None, "unresolved")
+def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
+    """Return whether two answers say the same; with options, a letter says its option's text. Nothing is no answer."""
+    if options:
+        letters = [resolve(text if (box := last_boxed(text)) is None else box, options, "") for text in (a, b)]
+        chosen = [found.letter for found in letters if found.rule in ("letter", "letter_text", "text")]
+        if len(chosen) == 2:
+            return chosen[0] == chosen[1]
+    a, b = normalize(a), normalize(b)
+    if not a or not b:
+        return False
+    return a == b or same_quantity(a, b)
+
+
+def same_quantity(a: str, b: str) -> bool:
+    """Return whether two normalised answers are one number, in one unit or with the unit left out of one of them."""
+    found = [QUANTITY.fullmatch(text) for text in (a, b)]
+    if None in found or float(found[0][2]) != float(found[1][2]):
+        return False
+    units = [UNITS.get(unit, unit) for unit in (match[1] or match[3] for match in found)]
+    return units[0] == units[1] or ("" in units and set(units) <= BARE_UNITS)
+
+
+def vsp_moves(text: str) -> str | None:
+    """Return the letters U, D, L, R of the last \\boxed{} in a reply, upper-cased; None if no box closes (Mirage)."""
+    start = text.rfind("\\boxed{")
+    content = braced(text, start + len("\\boxed{")) if start >= 0 else None
+    return None if content is None else "".join(move for move in content.upper() if move in "UDLR")
 
 
 def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
-    """Return whether the boxed moves lead from start to goal, as Mirage scores them (src/task.py, simulate_vsp).
+    """Return whether the moves in a reply lead from start (1) to goal (2) of a map, as Mirage scores it (src/task.py).
 
-    Only the letters U, D, L, R of the upper-cased box count; a step off the board is ignored, a hole fails at once, and
-    the last cell must be the goal. No box is a failure.
+    A move off the board is ignored, a hole (-1) fails at once, and the walk must end on the goal, not just touch it.
     """
-    box = find_box(text)
-    if box is None:
-        return False
-    cells = {(r, c): value for r, row in enumerate(map_desc) for c, value in enumerate(row)}
-    place = next(cell for cell, value in cells.items() if value == START)
-    for move in re.findall("[UDLR]", box[0].upper()):
-        step = place[0] + MOVES[move][0], place[1] + MOVES[move][1]
-        place = step if step in cells else place
-        if cells[place] == HOLE:
+    row, column = next((i, line.index(1)) for i, line in enumerate(map_desc) if 1 in line)
+    for move in vsp_moves(text) or "":
+        step_down, step_right = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}[move]
+        if 0 <= row + step_down < len(map_desc) and 0 <= column + step_right < len(map_desc[0]):
+            row, column = row + step_down, column + step_right
+        if map_desc[row][column] == -1:
             return False
-    return cells[place] == GOAL
+    return map_desc[row][column] == 2

@@ -29,6 +29,10 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"answer {str(answer)[:60]}, expected type {ANSWER_TYPES[item['metric']]!r} and a value"
     if not all(isinstance(image, dict) and isinstance(image.get("path"), str) for image in item["images"]):
         return f"images {str(item['images'])[:60]}, expected a list of {{\"path\": ...}}"
+    if odd := [name for name in ("category", "group_id", "hint") if not isinstance(item.get(name), (str, type(None)))]:
+        return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
+    if item["metric"] == "vsp_path" and (fault := board_fault(answer["value"])):
+        return f"answer {fault}"
     if item["metric"] == "mcq":
         pairs = item["options"]
         if len(pairs) < 2 or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs):
@@ -36,6 +40,16 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
+    return None
+
+
+def board_fault(board: object) -> str | None:
+    """Return in words why a VSP map (1 start, 2 goal, -1 hole, 0 safe) cannot be walked, or None."""
+    if not isinstance(board, list) or not all(isinstance(line, list) and len(line) == len(board) for line in board):
+        return f"{str(board)[:40]} is no square of numbers"
+    cells = [cell for line in board for cell in line]
+    if cells.count(1) != 1 or cells.count(2) != 1 or any(cell not in (-1, 0, 1, 2) for cell in cells):
+        return "has not one start (1) and one goal (2) among holes (-1) and safe squares (0)"
     return None
 
 

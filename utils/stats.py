@@ -97,7 +97,7 @@ def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level
 
 def holm(p: Sequence[float]) -> list[float]:
     """Return Holm's step-down adjusted p values, in the order given."""
-    if not p or not all(0 <= value <= 1 for value in p):
+    if len(p) == 0 or not all(0 <= value <= 1 for value in p):
         raise ValueError(f"holm({p}): expected at least one p value, all between 0 and 1")
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
