@@ -14,6 +14,8 @@ from toy.make_world import BAD
 from utils.rows import cli, read_rows, write_json
 
 VARIANTS = ("base", "text", "latent")
+STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
+          "intervene_text.jsonl", "intervene_latent.jsonl")  # whose <name>.metrics.json holds their seconds
 
 
 def load(path: Path) -> dict:
@@ -52,6 +54,7 @@ def gather(work: Path) -> dict:
                 "effect": directed["effect"]},
             "rewrite": {key: rewrite[key] for key in ("read", "kept", "errors", "refined_share")},
             "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
+            "stage_seconds": {name: load(work / f"{name}.metrics.json")["seconds"] for name in STAGES},
             "probing": {name: load(work / f"probe_{name}" / "metrics.json") for name in ("text", "latent")}}
 
 
