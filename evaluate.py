@@ -36,8 +36,9 @@ from utils.backends import find_checkpoint, model_identity
 from utils.decode import PRESETS, Generation, LatentSpec, clean_text, generate
 from utils.images import ImageError, read_bytes, resolve_image
 from utils.items import board_fault, open_images, question_text, read_items
+from utils.journal import Journal
 from utils.qwen import Qwen, chat, encode, load, load_processors
-from utils.rows import (DataError, Journal, call_key, check_fields, cli, located_rows, log, rank_world, read_rows,
+from utils.rows import (DataError, call_key, check_fields, cli, located_rows, log, rank_world, read_rows,
                         sha256_file, write_json, write_meta, write_rows)
 from utils.stats import cluster_bootstrap, mcnemar_exact, tango_ci, wilson
 

@@ -4,37 +4,41 @@ Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one c
 
     python filter_data.py --input rewritten.jsonl --image_root . --model Qwen/Qwen3-VL-4B-Instruct --output sft.jsonl
     python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --rules_only
+    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --export_only --keep_unclear
 
 Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from rewrite_captions.py
 Writes  --output: the kept rows, unchanged and in input order
-        <output>.run/: meta.json, calls-*.jsonl (one line a model call), verdicts.jsonl: every row's {"id", "subset",
-        "keep", "stage": rule | judge | error | null, "reasons", "detail", "flags", "judge"}
+        <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
+        verdicts.jsonl: every row's {"id", "subset", "keep", "stage": rule | judge | error | null, "reasons", "detail",
+        "flags", "judge", "blind"}
         <output>.meta.json, <output>.metrics.json
 Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-The model only fills in fields; code decides from them. A row on which the model failed is neither kept nor counted as
-dropped: it is an error, and the exit code is 3. Killed or interrupted, the same command goes on where it stopped and
-writes the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed
-calls; 130 interrupted.
+The model only fills in fields; code decides from them, when the output is written: other thresholds need no new call. A
+row on which the model failed is neither kept nor counted as dropped: it is an error, and the exit code is 3. Killed or
+interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0 complete; 3 complete with
+errors; 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted.
 """
 import argparse
 import json
 import re
 import time
 from collections import Counter, defaultdict
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.answers import answers_match, last_boxed, normalize
-from utils.calls import (ERROR_REASONS, Call, Caller, ErrorRateError, IncompleteError, add_call_flags, ask, fill,
-                         load_prompts, object_schema, open_run, show_calls)
+from utils.backends import ErrorRateError
+from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
 from utils.checks import (CAPTION_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own, check_rows,
-                          parse_options, row_fault)
+                          parse_options, row_fault, split_final)
 from utils.images import IMAGE_REASONS
-from utils.rows import cli, log, rank_world, read_rows, write_json, write_meta, write_rows
+from utils.journal import Journal
+from utils.replies import fill, load_prompts, object_schema
+from utils.rows import cli, log, read_rows, write_json, write_meta, write_rows
+from utils.stage import add_call_flags, incomplete, open_run, show_calls
 
-PROMPTS_VERSION = 1  # raised with every change of a prompt below; the paper's own prompts are not public
+PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
     "SYSTEM": "You check training examples strictly and reply with one JSON object and nothing else.",
     "JUDGE": """\
@@ -56,6 +60,16 @@ or "unclear".
 "garbled_text"; [] if none does.
 Reply with JSON: {"reason": "...", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": \
 "yes", "problems": []}""",
+    "BLIND": """\
+Someone looked at a picture to answer this question:
+{question}
+
+This is what was seen and thought, as far as it went:
+{chain}
+
+Answer the question from these notes alone, as briefly as you can; of an option, give the letter. If they do not tell, \
+answer "unknown".
+Reply with JSON: {"answer": "..."}""",
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
 }
 VERDICT = {"type": "string", "enum": ["yes", "no", "unclear"]}
@@ -64,11 +78,14 @@ SCHEMA = object_schema(
     reason={"type": "string", "maxLength": 1200}, answerable=VERDICT, observation_supports_answer=VERDICT,
     chain_consistent=VERDICT,
     problems={"type": "array", "items": {"type": "string", "enum": list(PROBLEMS)}, "maxItems": 8})
+BLIND_SCHEMA = object_schema(answer={"type": "string", "maxLength": 400})
 FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsupported",
           "chain_consistent": "inconsistent"}  # a judge's field -> the reason if it is "no"
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
-JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values() for ending in ("", "_unclear")) + PROBLEMS
-FLAGS = ("unrefined", "answer_unseen")
+JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values() for ending in ("", "_unclear")) + PROBLEMS + (
+    "required", "blind_answer")
+FLAGS = ("unrefined", "answer_unseen", "answer_stated")
+LONG_ANSWER = 6  # words; no observation should hold so long an answer word for word, unless it is a text in the image
 THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # what a chain may hold outside observations (Mirage: <think>)
 
 
@@ -81,6 +98,7 @@ class Verdict:
     detail: str = ""
     hashes: list[str] = field(default_factory=list)
     judge: dict | None = None
+    blind: str | None = None
 
     def out(self, stage: str, reasons: list[str], detail: str = "") -> None:
         assert set(reasons) <= {*RULE_REASONS, *JUDGE_REASONS, *ERROR_REASONS}, reasons
@@ -110,19 +128,20 @@ def find_flags(row: dict) -> list[str]:
     """Return the FLAGS of a row: worth knowing, never a reason to drop it.
 
     answer_unseen: no observation holds the answer, which is not yes or no, a number or the letter of an option.
+    answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
     """
     answer = row["answer"].strip()
     seen = any(normalize(answer) in normalize(span) for span in SPAN.findall(row["chain"]))
     needs_no_words = answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer) or \
         answer in parse_options(row["question"])
-    holds = row.get("refined") is False, not seen and not needs_no_words
+    holds = row.get("refined") is False, not seen and not needs_no_words, seen and len(answer.split()) >= LONG_ANSWER
     return [flag for flag, hit in zip(FLAGS, holds, strict=True) if hit]
 
 
-def apply_rules(rows: list[dict], root: str) -> list[Verdict]:
+def apply_rules(rows: list[dict], root: str, seen_images: Journal | None) -> list[Verdict]:
     """Return a verdict a row from all that needs no model."""
     verdicts = []
-    for reason, detail, hashes in check_rows(rows, root, chain_fault):
+    for reason, detail, hashes in check_rows(rows, root, chain_fault, seen_images):
         verdicts.append(Verdict(hashes=hashes))
         if reason:
             verdicts[-1].out("rule", [reason], detail)
@@ -138,7 +157,14 @@ def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) 
                 tuple(verdict.hashes[:n_images]), SCHEMA)
 
 
-def decide(value: dict, keep_unclear: bool) -> list[str]:
+def blind_call(row: dict, prompts: dict[str, str]) -> Call:
+    """Return the call that answers from the chain without its final sentence; it shows neither image nor answer."""
+    chain, _ = split_final(row["chain"])
+    text = fill(prompts["BLIND"], question=row["question"].strip(), chain=chain)
+    return Call(row["id"], "blind", -1, text, (), (), BLIND_SCHEMA)
+
+
+def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[str]:
     """Return the JUDGE_REASONS to drop a row for the fields that the judge filled in; [] keeps it."""
     reasons = []
     for name, reason in FIELDS.items():
@@ -146,19 +172,35 @@ def decide(value: dict, keep_unclear: bool) -> list[str]:
             reasons.append(reason)
         elif value[name] == "unclear" and not keep_unclear:
             reasons.append(f"{reason}_unclear")
+    if not reasons and any(value[name] != wanted for name, wanted in required.items()):
+        reasons.append("required")
     return reasons + [problem for problem in PROBLEMS if problem in value["problems"]]
 
 
-def judge(pairs: list[tuple[dict, Verdict]], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
-    """Judge in place the rows that passed the rules: a pure function of the rows and of the replies in the journal."""
-    alive = [(row, verdict) for row, verdict in pairs if verdict.stage is None]
+def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace, prompts: dict[str, str]) -> list[Verdict]:
+    """Return a verdict a row: a pure function of the rows and of the replies in the journal (rules alone without one).
+    """
+    verdicts = apply_rules(rows, args.image_root, caller and caller.images)
+    alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+    if caller is None:
+        return verdicts
     calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
-    for (_, verdict), outcome in zip(alive, ask(caller, calls, lambda call, value: None, "judge")):
+    if args.blind_answer:
+        calls += [blind_call(row, prompts) for row, _ in alive]
+    outcomes = ask(caller, calls, lambda call, value: None, "judge")
+    for (row, verdict), outcome in zip(alive, outcomes):
         verdict.judge = outcome.value
         if outcome.value is None:
             verdict.out("error", [outcome.reason], outcome.detail)
-        elif reasons := decide(outcome.value, args.keep_unclear):
+        elif reasons := decide(outcome.value, args.keep_unclear, dict(args.require)):
             verdict.out("judge", reasons)
+    for (row, verdict), outcome in zip(alive, outcomes[len(alive):]):
+        verdict.blind = outcome.value and outcome.value["answer"]
+        if verdict.stage != "error" and outcome.value is None:
+            verdict.out("error", [outcome.reason], outcome.detail)
+        elif verdict.stage is None and not answers_match(verdict.blind, row["answer"], parse_options(row["question"]) or None):
+            verdict.out("judge", ["blind_answer"], f"answered {verdict.blind[:80]!r} from the chain alone")
+    return verdicts
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -197,16 +239,28 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
     counts = count_verdicts(rows, verdicts)
     write_rows(f"{output}.run/verdicts.jsonl", (
         {"id": row["id"], "subset": row["subset"], "keep": v.stage is None, "stage": v.stage, "reasons": v.reasons,
-         "detail": v.detail, "flags": find_flags(row), "judge": v.judge} for row, v in zip(rows, verdicts)))
+         "detail": v.detail, "flags": find_flags(row), "judge": v.judge, "blind": v.blind}
+        for row, v in zip(rows, verdicts, strict=True)))
     write_rows(output, (row for row, verdict in zip(rows, verdicts) if verdict.stage is None))
     return counts
+
+
+def parse_require(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if name not in FIELDS or value not in VERDICT["enum"]:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIELDS)}, =, and yes, no or unclear")
+    return name, value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
+    parser.add_argument("--blind_answer", action="store_true", help="one more call a row: answer from the chain without "
+                        "image and final sentence; what does not match the answer is dropped")
     parser.add_argument("--keep_unclear", action="store_true", help="keep rows that the judge calls unclear")
+    parser.add_argument("--require", type=parse_require, action="append", default=[], metavar="FIELD=VALUE",
+                        help="drop rows whose field of the judge is another, as answerable=yes; repeatable")
     parser.add_argument("--rules_only", action="store_true", help="no model: keep what passes the rules")
     return parser.parse_args(argv)
 
@@ -217,28 +271,30 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
     for row in rows:
         check_own(f"{args.input}: id {row['id']!r}", row)
-    verdicts = apply_rules(rows, args.image_root)
-    pairs = list(zip(rows, verdicts))
     if args.dry_run:
-        calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in pairs if verdict.stage is None]
-        print(json.dumps({"calls": show_calls(calls, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)))
+        verdicts = judge(rows, None, args, prompts)
+        alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+        calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
+        calls += [blind_call(row, prompts) for row, _ in alive] if args.blind_answer else []
+        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)))
         return 0
-    rank, world, _ = rank_world()
     speed = {}
     try:
-        with nullcontext() if args.rules_only else open_run(args, prompts, stage="filter_data") as caller:
-            if caller:
-                judge(pairs[rank::world], caller, args, prompts)
+        if args.rules_only:
+            verdicts = judge(rows, None, args, prompts)
+        else:
+            with open_run(args, prompts, stage="filter_data", blind_answer=args.blind_answer) as caller:
+                index, n_shards = caller.shard
+                if n_shards > 1 and caller.backend:
+                    judge(rows[index::n_shards], caller, args, prompts)
+                    caller.read_all_shards()
+                verdicts = judge(rows, caller, args, prompts)
                 speed = caller.stats()
-            if caller and world > 1:  # the rank that finds every reply in the journals is the last one, and writes
-                caller.journal.reload()
-                rest = [pair for n, pair in enumerate(pairs) if n % world != rank]
-                judge(rest, replace(caller, backend=None, retry_errors=False), args, prompts)
     except ErrorRateError as error:
         log(f"stopped: {error}")
         return 4
-    except IncompleteError:
-        return 0
+    except IncompleteError as error:
+        return incomplete(args, error)
     metrics = export(rows, verdicts, args.output) | speed | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)
     write_meta(args.output, args, [args.input], metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)

@@ -43,8 +43,9 @@ from utils.decode import PRESETS, Generation, LatentSpec, clean_text, generate
 from utils.edits import CLOSE, NotEditable, conclusion, direct, find_spans, put_spans
 from utils.images import ImageError
 from utils.items import open_images, question_text, read_items
+from utils.journal import Journal
 from utils.qwen import Qwen, chat, encode, load, load_processors
-from utils.rows import (DataError, Journal, call_key, cli, log, rank_world, sha256_file, write_json,
+from utils.rows import (DataError, call_key, cli, log, rank_world, sha256_file, write_json,
                         write_meta, write_rows)
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, tango_ci, tost_tango, wilson
 

@@ -5,36 +5,41 @@ Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one c
     python rewrite_captions.py --input Visual_CoT/train.json --image_root . --model Qwen/Qwen3-VL-4B-Instruct \\
         --output rewritten.jsonl
     torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output rewritten.jsonl
+    python rewrite_captions.py --input ... --image_root . --output rewritten.jsonl --backend openai --concurrency 256
 
 Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input", "image_input",
         "text_output", "image_output") or rows in our own form; told apart by their keys
 Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"}, input order
-        <output>.run/: meta.json, calls-*.jsonl (one line a model call), rejected.jsonl (every other sample, its reason)
+        <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
+        rejected.jsonl (every other sample and its reason)
         <output>.meta.json, <output>.metrics.json
 Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
 Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0 complete, also
 if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema, backend_error);
-2 usage, settings or damage; 4 too many failed calls; 130 interrupted. Under torchrun every rank asks its share of the
-samples, and the last one to finish writes the output.
+2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted. Under torchrun, or with
+--shard, every process asks its share of the samples, and the last one to finish writes the output.
 """
 import argparse
 import json
 import re
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.answers import BOX, last_boxed
-from utils.calls import (ERROR_REASONS, Call, Caller, ErrorRateError, IncompleteError, add_call_flags, ask, fill,
-                         load_prompts, object_schema, open_run, show_calls)
+from utils.answers import last_boxed
+from utils.backends import ErrorRateError
+from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
 from utils.checks import (CAPTION_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
-                          has_loop)
+                          has_loop, split_final)
 from utils.images import IMAGE_REASONS
-from utils.rows import (DataError, check_fields, cli, located_rows, log, rank_world, write_json, write_meta, write_rows)
+from utils.journal import Journal
+from utils.replies import fill, load_prompts, object_schema
+from utils.rows import DataError, check_fields, cli, located_rows, log, write_json, write_meta, write_rows
+from utils.stage import add_call_flags, incomplete, open_run, show_calls
 
-PROMPTS_VERSION = 1  # raised with every change of a prompt below; the paper's own prompts are not public
+PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
     "SYSTEM": "You describe images exactly and reply with one JSON object and nothing else.",
     "ZOOM": """\
@@ -44,6 +49,17 @@ The image is a region that was cut out of a larger image and enlarged, in order 
 Describe what the region shows, in one to three plain sentences of 80 words at most. Put first what matters for the \
 question. Copy text and numbers exactly. Name what cannot be made out instead of guessing. Describe only what is \
 visible: do not answer the question, and do not mention the image, the region or the question.
+"legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
+Reply with JSON: {"caption": "...", "legible": "yes"}""",
+    "ORIGINAL": """\
+The first image is the original. The second image is a region of it, cut out and enlarged, in order to answer this \
+question:
+{question}
+
+Describe what the region shows, in one to three plain sentences of 80 words at most. Use the original only to \
+understand the region. Put first what matters for the question. Copy text and numbers exactly. Name what cannot be made \
+out instead of guessing. Describe only what is visible: do not answer the question, and do not mention the images, the \
+region or the question.
 "legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
 Reply with JSON: {"caption": "...", "legible": "yes"}""",
     "DRAW": """\
@@ -81,7 +97,7 @@ INPUTS = {"monet": {"metadata": dict, "data": list},
           "own": OWN_FIELDS}
 OPERATIONS = {"Visual_CoT": "zoom", "ReFocus": "draw", "CogCoM": "draw", "Mirage": "draw"}  # the paper's split
 REASONS = ("tag_missing", "tag_count", "no_observation", *ROW_REASONS, *IMAGE_REASONS, "duplicate", *CAPTION_REASONS,
-           "caption_illegible", "caption_unchanged", *ERROR_REASONS)
+           "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
 # Monet-SFT's markup and rules: NOVAglow646/Monet src/task.py
 LATENT_PAIR = "<abs_vis_token></abs_vis_token>"
 OBSERVATION = re.compile(r"</?observation>")
@@ -89,10 +105,11 @@ SUFFIX = "\nPut your final answer within \\boxed{}."
 KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=</think>)")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
+POINTING = re.compile(r"\b(?:in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
+                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)  # at images that are gone
 LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
 
 
@@ -111,7 +128,7 @@ class Sample:
 
 
 # ------------------------------------------------------------------------------------------------ input -> our own rows
-def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
+def convert(where: str, value: dict, index: int, operations: dict[str, str], need_observation: bool = True) -> Sample:
     """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type."""
     form = next((name for name, fields in INPUTS.items() if all(key in value for key in fields)), None)
     if form is None:
@@ -121,7 +138,7 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> 
     if form == "own":
         return convert_own(where, value)
     if form == "monet":
-        return convert_monet(where, value, operations)
+        return convert_monet(where, value, operations, need_observation)
     return convert_mirage(where, value, index, operations)
 
 
@@ -137,7 +154,7 @@ def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
                     f"--operation {subset}=zoom or --operation {subset}=draw")
 
 
-def convert_monet(where: str, value: dict, operations: dict[str, str]) -> Sample:
+def convert_monet(where: str, value: dict, operations: dict[str, str], need_observation: bool) -> Sample:
     """Convert a Monet-SFT sample by Monet's own preprocessing (latent pairs and observation tags are taken out)."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
@@ -169,7 +186,7 @@ def convert_monet(where: str, value: dict, operations: dict[str, str]) -> Sample
     n_pairs = sum(text.count(LATENT_PAIR) for kind, text in assistant if kind == "text")
     if sample.reason is None and n_pairs != sum("image" in step for step in steps):
         sample.reject("tag_count", f"{n_pairs} latent pairs for {sum('image' in step for step in steps)} images")
-    elif sample.reason is None and not observed:
+    elif sample.reason is None and need_observation and not observed:
         sample.reject("no_observation", "no <observation> after an image")
     sample.row |= {"images": images, "question": question, "steps": steps, "answer": final_answer(steps)}
     return sample
@@ -225,12 +242,13 @@ def final_answer(steps: list[dict]) -> str:
     return (last_boxed(texts[-1]) or "") if texts else ""
 
 
-def read_samples(paths: list[str], operations: dict[str, str], limit: int | None) -> list[Sample]:
+def read_samples(args: argparse.Namespace) -> list[Sample]:
     """Read and convert the inputs in order; DataError for an id that stands twice."""
-    samples, seen = [], {}
-    for path in paths:
-        for index, (where, value) in enumerate(located_rows(path, None if limit is None else limit - len(samples))):
-            sample = convert(where, value, index, OPERATIONS | operations)
+    samples, seen, operations = [], {}, OPERATIONS | dict(args.operation)
+    for path in args.input:
+        limit = None if args.limit is None else args.limit - len(samples)
+        for index, (where, value) in enumerate(located_rows(path, limit)):
+            sample = convert(where, value, index, operations, not args.allow_no_observation)
             name = sample.row["id"]
             if name in seen:
                 raise DataError(f"{where}: id {name!r} stands already at {seen[name]}; expected it once")
@@ -239,18 +257,22 @@ def read_samples(paths: list[str], operations: dict[str, str], limit: int | None
     return samples
 
 
-def apply_rules(samples: list[Sample], root: str) -> None:
+def apply_rules(samples: list[Sample], root: str, seen_images: Journal | None) -> None:
     """Reject in place what needs no model to be rejected, and note the hashes of the images of the others."""
     sound = [sample for sample in samples if sample.reason is None]
-    for sample, (reason, detail, hashes) in zip(sound, check_rows([sample.row for sample in sound], root)):
+    found = check_rows([sample.row for sample in sound], root, seen_images=seen_images)
+    for sample, (reason, detail, hashes) in zip(sound, found, strict=True):
         sample.hashes = hashes
         if reason:
             sample.reject(reason, detail)
 
 
 # ------------------------------------------------------------------------------------------------ captions
-def caption_calls(sample: Sample, root: str, prompts: dict[str, str]) -> list[Call]:
-    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed one."""
+def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
+    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed one.
+
+    With --with_original, zoom sees the first question image too.
+    """
     row, calls = sample.row, []
     hashes = iter(sample.hashes[len(row["images"]):])
     for n, step in enumerate(row["steps"]):
@@ -258,10 +280,11 @@ def caption_calls(sample: Sample, root: str, prompts: dict[str, str]) -> list[Ca
             continue
         kind = step["operation"]
         shown = [(step["image"], next(hashes))]
-        if kind == "draw":
+        if kind == "draw" or args.with_original:
             shown.insert(0, (row["images"][0], sample.hashes[0]))
-        text = fill(prompts[kind.upper()], question=row["question"].strip())
-        calls.append(Call(row["id"], kind, n, text, tuple(Path(root, path) for path, _ in shown),
+        prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
+        text = fill(prompt, question=row["question"].strip())
+        calls.append(Call(row["id"], kind, n, text, tuple(Path(args.image_root, path) for path, _ in shown),
                           tuple(digest for _, digest in shown), SCHEMAS[kind]))
     return calls
 
@@ -281,13 +304,6 @@ def caption_of(call: Call, value: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ refinement
-def split_final(text: str) -> tuple[str, str]:
-    """Split off the sentence with the last boxed answer and all that follows it: (before, final)."""
-    boxed = [match.start() for match in BOX.finditer(text)][-1]
-    start = max((end.end() for end in SENTENCE_END.finditer(text) if end.end() <= boxed), default=0)
-    return text[:start].strip(), text[start:].strip()
-
-
 def make_segments(steps: list[dict]) -> tuple[list[tuple[str, str]], str]:
     """Return ([(kind, text)], final sentence) of captioned steps; kind is "text" or "observation"."""
     before, final = split_final(steps[-1]["text"])
@@ -337,6 +353,8 @@ def segment_fault(before: str, after: str, numbers: set[str]) -> str | None:
         return "is empty"
     if markup:
         return f"has markup: {', '.join(sorted(markup))}"
+    if (match := POINTING.search(after)) and not POINTING.search(before):
+        return f"points at an image that the reader does not have: {match[0]!r}"
     if has_loop(after) and not has_loop(before):
         return "repeats itself"
     return f"has new numbers: {', '.join(new)}" if new else None
@@ -356,28 +374,45 @@ def lost_facts(caption: str, refined: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ the stage
-def rewrite(samples: list[Sample], caller: Caller, root: str, prompts: dict[str, str], refine: bool) -> None:
-    """Caption and refine samples in place: a pure function of the samples and of the replies in the journal."""
+def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+    """Check, caption and refine samples in place: a pure function of the samples and of the replies in the journal."""
+    apply_rules(samples, args.image_root, caller.images)
     alive = [sample for sample in samples if sample.reason is None]
-    calls = [(sample, call) for sample in alive for call in caption_calls(sample, root, prompts)]
-    for (sample, call), outcome in zip(calls, ask(caller, [call for _, call in calls], check_caption, "captions")):
+    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
+    outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
+    for (sample, call), outcome in zip(calls, outcomes, strict=True):
         if outcome.value is not None:
             sample.row["steps"][call.step]["caption"] = caption_of(call, outcome.value)
         elif sample.reason is None:
             sample.reject(outcome.reason, outcome.detail)
     alive = [sample for sample in alive if sample.reason is None]
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
-    outcomes = {}
-    if refine:
-        replies = ask(caller, [refine_call(sample, prompts) for sample in alive],
-                      lambda call, value: check_refined(parts[call.id][0], value), "refinement", guarded=False)
-        outcomes = {sample.row["id"]: outcome.value for sample, outcome in zip(alive, replies)}
-    for sample in alive:
+    replies = [None] * len(alive)
+    if not args.no_refine:
+        outcomes = ask(caller, [refine_call(sample, prompts) for sample in alive],
+                       lambda call, value: check_refined(parts[call.id][0], value), "refinement", guarded=False)
+        replies = [outcome.value for outcome in outcomes]
+    for sample, value in zip(alive, replies, strict=True):
         segments, final = parts[sample.row["id"]]
-        value = outcomes.get(sample.row["id"])
         if value:
-            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"])]
+            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"], strict=True)]
         sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
+
+
+def reject_repeated(samples: list[Sample], at_most: int) -> None:
+    """Reject in place the samples with a caption that stands for more than `at_most` different images."""
+    shown = defaultdict(set)
+    captions = []
+    for sample in samples:
+        if sample.reason is None:
+            steps = [step for step in sample.row["steps"] if "image" in step]
+            for step, digest in zip(steps, sample.hashes[len(sample.row["images"]):], strict=True):
+                shown[step["caption"].lower()].add(digest)
+                captions.append((sample, step["caption"]))
+    for sample, caption in captions:
+        n_images = len(shown[caption.lower()])
+        if n_images > at_most and sample.reason is None:
+            sample.reject("caption_repeated", f"the same caption for {n_images} different images: {caption[:80]!r}")
 
 
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:
@@ -400,12 +435,13 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
 
 def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
     """Show one prompt of each kind, with a stand-in for captions that are not written yet; return the counts."""
+    apply_rules(samples, args.image_root, None)
     alive = [sample for sample in samples if sample.reason is None]
-    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args.image_root, prompts)]
+    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
     for sample, call in calls:
         sample.row["steps"][call.step]["caption"] = "(the caption)"
     refine = [] if args.no_refine else [refine_call(sample, prompts) for sample in alive]
-    counts = show_calls([call for _, call in calls] + refine, prompts["SYSTEM"])
+    counts = show_calls([call for _, call in calls] + refine, args, prompts["SYSTEM"])
     reasons = Counter(sample.reason for sample in samples if sample.reason)
     return {"read": len(samples), "calls": counts, "rejected": dict(sorted(reasons.items()))}
 
@@ -423,32 +459,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_call_flags(parser, max_new_tokens=512)
     parser.add_argument("--operation", type=parse_operation, action="append", default=[], metavar="SUBSET=zoom|draw",
                         help="what the images of a subset of another name are; repeatable")
+    parser.add_argument("--allow_no_observation", action="store_true", help="keep Monet samples without <observation>, "
+                        "which Monet's own preprocessing drops unless it is given this flag")
+    parser.add_argument("--with_original", action="store_true", help="show the whole image beside the region of a zoom")
     parser.add_argument("--no_refine", action="store_true", help="leave the chain as it is after captions are put in")
+    parser.add_argument("--max_same_caption", type=int, default=20, help="different images that one caption may stand "
+                        "for; more is a captioner that does not look")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
-    prompts = load_prompts(args.prompts, PROMPTS)
-    samples = read_samples(args.input, dict(args.operation), args.limit)
-    apply_rules(samples, args.image_root)
+    prompts, samples = load_prompts(args.prompts, PROMPTS), read_samples(args)
     if args.dry_run:
         print(json.dumps(preview(samples, args, prompts)))
         return 0
-    rank, world, _ = rank_world()
-    work = args.image_root, prompts, not args.no_refine
     try:
-        with open_run(args, prompts, stage="rewrite_captions", refine=not args.no_refine) as caller:
-            rewrite(samples[rank::world], caller, *work)
-            if world > 1:  # the rank that finds every reply in the journals is the last one, and writes
-                caller.journal.reload()
-                rest = [sample for n, sample in enumerate(samples) if n % world != rank]
-                rewrite(rest, replace(caller, backend=None, retry_errors=False), *work)
+        with open_run(args, prompts, stage="rewrite_captions", refine=not args.no_refine,
+                      with_original=args.with_original) as caller:
+            index, n_shards = caller.shard
+            if n_shards > 1 and caller.backend:
+                rewrite(samples[index::n_shards], caller, args, prompts)
+                caller.read_all_shards()
+                samples = read_samples(args)  # anew: what holds among a shard's samples need not hold among all
+            rewrite(samples, caller, args, prompts)
     except ErrorRateError as error:
         log(f"stopped: {error}")
         return 4
-    except IncompleteError:
-        return 0
+    except IncompleteError as error:
+        return incomplete(args, error)
+    reject_repeated(samples, args.max_same_caption)
     metrics = export(samples, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)
     write_meta(args.output, args, args.input, metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from utils import calls, checks
-from utils.backends import LocalBackend, Reply, Request, model_identity
-from utils.calls import (Call, Caller, ErrorRateError, Guard, IncompleteError, ask, fill, load_prompts, object_schema,
-                         parse_json_reply, quantiles, schema_fault)
+from utils.backends import ErrorRateError, LocalBackend, Reply, Request, model_identity
+from utils.calls import Call, Caller, Guard, IncompleteError, Outcome, ask, quantiles
 from utils.checks import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
-from utils.rows import DataError, Journal
+from utils.journal import Journal
+from utils.replies import fill, load_prompts, object_schema, parse_json_reply, schema_fault
+from utils.rows import DataError
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = object_schema(caption={"type": "string", "maxLength": 20}, legible={"type": "string", "enum": ["yes", "no"]},
@@ -171,7 +172,7 @@ class Scripted:
     def __init__(self, reply):
         self.reply, self.asked = reply, []
 
-    def generate(self, requests, done=()):
+    def generate(self, requests, done=(), stop=None):
         for request in requests:
             if request.key not in done:
                 self.asked.append(request.text)
@@ -182,8 +183,8 @@ class Scripted:
 
 
 def make_caller(folder: Path, backend, **changes) -> Caller:
-    return replace(Caller(Journal(folder, {}), backend, {"model": "m"}, "system", "Not usable: {fault}.", 16),
-                   **changes)
+    prompts = {"SYSTEM": "system", "RETRY": "Not usable: {fault}."}
+    return replace(Caller(Journal(folder, {}), None, backend, {"model": "m"}, prompts, 16), **changes)
 
 
 def make_calls(*texts: str) -> list[Call]:
@@ -214,11 +215,13 @@ def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
     assert backend.asked[6:] == ["mended\nNot usable: it was not one JSON object.",
                                  "long\nNot usable: it was cut off after 2 tokens; be shorter.",
                                  "wrong\nNot usable: 'a' should be of type integer.", "big\nNot usable: a is above 9."]
-    assert caller.stats() == {"n_calls": 10, "n_reused": 0, "p50_batch_s": 0.5, "p95_batch_s": 0.5,
-                              "tokens_per_s": caller.stats()["tokens_per_s"]}
+    stats = caller.stats()
+    assert {name: stats[name] for name in list(stats)[:8]} == {
+        "n_calls": 10, "n_reused": 0, "n_orphaned": 0, "n_prompt_tokens": 10, "n_new_tokens": 20, "p50_s": 0.5, "p95_s": 0.5,
+        "json_as_asked": 0.5}  # of good, mended, wrong and big
     record = json.loads((tmp_path / "calls-00000-of-00001.jsonl").read_text().splitlines()[0])
     assert {"key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds", "error",
-            "time"} == set(record)
+            "attempts", "transient", "served", "prompts", "time"} == set(record)
 
 
 def test_a_second_run_asks_nothing_and_says_the_same(tmp_path):
@@ -251,10 +254,10 @@ def test_retry_errors_asks_again_only_where_the_model_failed(tmp_path):
 def test_keys_hold_all_that_changes_a_reply(tmp_path):
     caller = make_caller(tmp_path, None)
     call = make_calls("text")[0]
-    variants = [caller.request(call, 0), caller.request(call, 1, "fault"), caller.request(replace(call, text="x"), 0),
+    variants = [caller.request(call, 0), caller.request(call, 1, Outcome(None, "bad_json", "fault")), caller.request(replace(call, text="x"), 0),
                 caller.request(replace(call, hashes=("1",)), 0), caller.request(replace(call, kind="draw"), 0),
                 caller.request(replace(call, schema={"type": "object"}), 0),
-                replace(caller, system="x").request(call, 0),
+                replace(caller, prompts=caller.prompts | {"SYSTEM": "x"}).request(call, 0),
                 replace(caller, identity={"model": "n"}).request(call, 0),
                 replace(caller, max_new_tokens=9).request(call, 0)]
     assert len({request.key for request in variants}) == len(variants)
@@ -298,7 +301,7 @@ def requests_for(picture, n: int) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def backend(tiny_checkpoint):
-    return LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=3)
+    return LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=3, batch_tokens=10**6)
 
 
 def essence(replies) -> dict[str, tuple]:
@@ -308,7 +311,7 @@ def essence(replies) -> dict[str, tuple]:
 def test_a_batch_answers_as_single_requests_do(backend, picture, tiny_checkpoint):
     requests = requests_for(picture, 5)
     batched = essence(backend.generate(requests))
-    single = essence(LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=1).generate(requests))
+    single = essence(LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=1, batch_tokens=10**6).generate(requests))
     assert batched == single and set(batched) == {"k0", "k1", "k2", "k3", "k4"}
     assert all(reply[1] in ("stop", "length") and 1 <= reply[3] <= 6 and reply[4] is None for reply in batched.values())
 
@@ -363,7 +366,7 @@ def test_identity_is_of_the_content_not_of_the_path(tiny_checkpoint, tmp_path):
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="--model /no/such/folder: neither a folder here nor to be had from the hub"):
-        LocalBackend("/no/such/folder", 10**6, 1)
+        LocalBackend("/no/such/folder", 10**6, 1, 1)
 
 
 def test_closed_reasons_are_distinct():

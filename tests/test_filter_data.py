@@ -1,13 +1,8 @@
-"""Rules and decisions one by one, whole runs with a scripted judge, SIGKILL with a real model.
+"""Rules and decisions one by one, whole runs with a scripted judge.
 
     python -m pytest tests/test_filter_data.py
 """
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +12,6 @@ from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide,
 from utils.backends import Reply
 from utils.rows import DataError, read_rows, write_rows
 
-ROOT = Path(__file__).parents[1]
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes",
           "problems": []}
 
@@ -68,20 +62,20 @@ def test_find_flags(changes, flags):
     ({"problems": ["garbled_text", "wrong_answer", "wrong_answer"]}, ["wrong_answer", "garbled_text"],
      ["wrong_answer", "garbled_text"]), ({"reason": "I would drop this"}, [], [])])
 def test_code_decides_from_the_fields(changes, strict, lenient):
-    assert decide(JUDGED | changes, keep_unclear=False) == strict and set(strict) <= set(JUDGE_REASONS)
-    assert decide(JUDGED | changes, keep_unclear=True) == lenient
+    assert decide(JUDGED | changes, False, {}) == strict and set(strict) <= set(JUDGE_REASONS)
+    assert decide(JUDGED | changes, True, {}) == lenient
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
 class Judge:
     """Stands in for LocalBackend: judges by words in the caption."""
 
-    identity, asked = "scripted", []
+    identity, asked = {"model": "scripted"}, []
 
-    def __init__(self, model_path, max_pixels, batch_size):
+    def __init__(self, model_path, max_pixels, batch_size, batch_tokens):
         pass
 
-    def generate(self, requests, done=()):
+    def generate(self, requests, done=(), stop=None):
         for request in requests:
             if request.key not in done:
                 self.asked.append(request)
@@ -97,7 +91,7 @@ class Judge:
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr("utils.calls.LocalBackend", Judge)
+    monkeypatch.setattr("utils.stage.LocalBackend", Judge)
     Judge.asked = []
     return Judge
 
@@ -185,7 +179,7 @@ def test_dry_run_and_limit(world, judge, capsys, tmp_path):
     files = sorted(tmp_path.iterdir())
     assert main(flags(path, "--dry_run")) == 0 and sorted(tmp_path.iterdir()) == files
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["calls"] == {"judge": 6} and "--- judge, sample z" in captured.err
+    assert json.loads(captured.out)["calls"]["judge"]["calls"] == 6 and "--- judge, sample z" in captured.err
     assert main(flags(path, "--limit", "2")) == 0
     assert list(result(path)[1]) == ["z", "conflict"] and len(judge.asked) == 2
     judge.asked.clear()
@@ -233,32 +227,4 @@ def test_no_rows_are_no_error(world, judge):
 
 
 def test_prompts_have_their_names():
-    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "RETRY"}
-
-
-# ------------------------------------------------------------------------------------------------ SIGKILL
-def test_sigkill_changes_nothing(tmp_path, tiny_checkpoint, world):
-    path = world([row(f"s/{n}", f"The hull shows {n} of 42.") for n in range(9)])
-    (tmp_path / "prompts.json").write_text('{"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}')
-
-    def command(output: str) -> list[str]:
-        return [sys.executable, str(ROOT / "filter_data.py"), "--input", str(path), "--image_root", str(tmp_path),
-                "--no_guard",
-                "--output", str(tmp_path / output), "--model", str(tiny_checkpoint), "--prompts",
-                str(tmp_path / "prompts.json"),
-                "--batch_size", "2", "--max_new_tokens", "16", "--max_pixels", str(9 * 28 * 28)]
-
-    assert subprocess.run(command("whole.jsonl"), capture_output=True).returncode == 3
-    rng, journal = random.Random(0), tmp_path / "killed.jsonl.run" / "calls-00000-of-00001.jsonl"
-    for _ in range(3):
-        process = subprocess.Popen(command("killed.jsonl"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        size = journal.stat().st_size if journal.exists() else 0
-        while process.poll() is None:
-            if journal.exists() and journal.stat().st_size > size and rng.random() < 0.3:
-                break
-            time.sleep(0.003)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command("killed.jsonl"), capture_output=True).returncode == 3
-    for name in ("{}.jsonl", "{}.jsonl.run/verdicts.jsonl"):
-        assert (tmp_path / name.format("killed")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
+    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "BLIND", "RETRY"}

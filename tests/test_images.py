@@ -3,6 +3,7 @@
     python -m pytest tests/test_images.py
 """
 import base64
+import io
 import random
 import struct
 import zlib
@@ -167,11 +168,39 @@ def test_data_url_is_the_file_with_the_mime_of_its_content(tmp_path, picture):
     path = picture("named.jpg.png")
     wrong = tmp_path / "named.jpg"
     path.rename(wrong)
-    head, _, data = data_url(wrong).partition(",")
+    head, _, data = data_url(wrong, 10**6, 28).partition(",")
     assert head == "data:image/png;base64" and base64.b64decode(data) == wrong.read_bytes()
     (tmp_path / "x").write_bytes(b"x")
-    with pytest.raises(ImageError, match="not a picture"):
-        data_url(tmp_path / "x")
+    with pytest.raises(ImageError, match="not a whole picture"):
+        data_url(tmp_path / "x", 10**6, 28)
+
+
+@pytest.mark.parametrize("name, mode, size, as_it_is", [
+    ("a.png", "RGB", (100, 60), True), ("a.jpg", "RGB", (100, 60), True), ("a.webp", "L", (100, 60), True),
+    ("grey.png", "L", (100, 60), True), ("big.png", "RGB", (400, 300), False), ("a.gif", "RGB", (100, 60), False),
+    ("alpha.png", "RGBA", (100, 60), False), ("palette.png", "P", (100, 60), False), ("cmyk.jpg", "CMYK", (100, 60), False),
+    ("deep.png", "I;16", (100, 60), False)])
+def test_an_image_is_sent_as_it_is_if_it_fits(tmp_path, name, mode, size, as_it_is):
+    image = Image.new(mode, size)
+    image.paste(1, (0, 0, 50, 30)) if mode == "I;16" else image.paste(Image.new(mode, (50, 30), 90 if mode in "LP" else None))
+    image.save(tmp_path / name)
+    head, _, data = data_url(tmp_path / name, 100 * 100, 28).partition(",")
+    data = base64.b64decode(data)
+    assert (data == (tmp_path / name).read_bytes()) is as_it_is
+    assert head == f"data:{Image.MIME[Image.open(io.BytesIO(data)).format]};base64"
+    sent = Image.open(io.BytesIO(data))
+    assert sent.mode in ("RGB", "L") and sent.width * sent.height <= 100 * 100
+    if not as_it_is:
+        assert sent.format == "JPEG" and (size[0] < 400 or sent.width % 28 == sent.height % 28 == 0)
+    assert sent.size == open_image(tmp_path / name).size or size[0] == 400
+
+
+def test_a_turned_image_is_sent_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 60), "red").save(tmp_path / "a.jpg", exif=exif)
+    sent = Image.open(io.BytesIO(base64.b64decode(data_url(tmp_path / "a.jpg", 10**6, 28).partition(",")[2])))
+    assert sent.size == (60, 100) and sent.getexif().get(0x0112, 1) == 1
 
 
 @pytest.mark.parametrize("images, helpers, reason", [

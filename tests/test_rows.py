@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.rows import (DataError, Journal, call_key, cli, located_rows, rank_world, read_rows, sha256_file, write_json,
+from utils.journal import Journal
+from utils.rows import (DataError, call_key, cli, located_rows, rank_world, read_rows, sha256_file, write_json,
                         write_meta, write_rows)
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ def test_a_torn_tail_is_cut_at_every_byte_of_the_last_line(tmp_path):
         path.write_bytes(whole[:cut])
         path.with_suffix(".torn").unlink(missing_ok=True)
         with Journal(tmp_path / "run", SETTINGS) as journal:
-            assert sorted(journal.records) == ["k0", "k1"]
+            assert sorted(journal) == ["k0", "k1"]
             journal.append({"key": "k2", "text": "éé"})
         assert path.read_bytes() == whole
         assert path.with_suffix(".torn").is_file() == (cut > last)
@@ -166,7 +167,7 @@ def test_other_settings_are_refused_with_both_columns(tmp_path):
 
 WRITER = """
 import sys, time
-from utils.rows import Journal
+from utils.journal import Journal
 with Journal(sys.argv[1], {"model": "a", "n": 1}) as journal:
     print("open", flush=True)
     for n in range(10**9):
@@ -203,8 +204,8 @@ def test_sigkill_loses_no_record_that_was_written(tmp_path):
         process.wait()
         process.stdout.close()
     with Journal(tmp_path / "run", SETTINGS) as journal:
-        assert len(journal.records) > 5
-        assert sorted(journal.records) == sorted(f"k{n}" for n in range(len(journal.records)))
+        assert len(journal) > 5
+        assert sorted(journal) == sorted(f"k{n}" for n in range(len(journal)))
 
 
 def test_ranks_write_apart_and_read_together(tmp_path, monkeypatch):
@@ -216,7 +217,7 @@ def test_ranks_write_apart_and_read_together(tmp_path, monkeypatch):
         with open(path, "ab") as file:  # another rank at work: a whole line and the beginning of one
             file.write(b'{"key": "k1"}\n{"key": "k')
         journal.reload()
-        assert "k1" in journal and len(journal.records) == 2
+        assert "k1" in journal and len(journal) == 2
         journal.append({"key": "k1", "text": "later"})
         assert journal.get("k1")["text"] == "later" and journal.get("k9") is None
         journal.forget("k1")

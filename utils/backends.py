@@ -1,14 +1,16 @@
 """One `generate(requests)` for every source of replies; here the local one, transformers in this process.
 
-torch is imported when the model is first needed: a run that only reads its journal starts without it.
+The other one is utils.server. torch is imported when the model is first needed: a run that only reads its journal, or
+asks a server, starts without it.
 """
 import hashlib
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
-from utils.images import ImageError, image_size, open_image, smart_size
+from utils.images import ImageError, open_image, visual_tokens
 from utils.rows import DataError, log, rank_world
 
 WINDOW = 2048  # requests among which batches are formed by length
@@ -16,7 +18,10 @@ WINDOW = 2048  # requests among which batches are formed by length
 
 @dataclass(frozen=True)
 class Request:
-    """One model call: images before the text, greedy, at most `max_tokens` new tokens; `schema` is for servers."""
+    """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for servers.
+
+    The seed comes from the key, so that it depends neither on the order of the calls nor on a restart.
+    """
 
     key: str
     system: str | None
@@ -25,10 +30,18 @@ class Request:
     max_tokens: int
     schema: dict | None = None
 
+    @property
+    def seed(self) -> int:
+        return int(self.key[:8], 16) >> 1  # 31 bits
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What a backend returns for a request. `seconds` is the wall time of the batch; `error` is set if nothing came."""
+    """What a backend returns for a request; `error` says why nothing came.
+
+    `seconds` is the wall time of the local batch or of the last try at a server, waiting left out. A `transient` error
+    lay with the server, and the next run asks again. `served` is the model and fingerprint that a server names.
+    """
 
     key: str
     text: str
@@ -37,6 +50,13 @@ class Reply:
     n_new: int  # tokens
     seconds: float
     error: str | None = None
+    attempts: int = 1
+    transient: bool = False
+    served: dict | None = None
+
+
+class ErrorRateError(RuntimeError):
+    """Too many calls fail, or no server answers: the run is not worth going on."""
 
 
 def model_identity(folder: Path) -> str:
@@ -61,14 +81,15 @@ def model_identity(folder: Path) -> str:
 class LocalBackend:
     """Greedy decoding with transformers in this process, in static left-padded batches of similar length.
 
+    A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens` tokens.
     The batches depend on the whole list of requests and never on what is done already: a batch that a kill left half
     done is computed again whole, so that its replies are those of an uninterrupted run to the last bit.
     """
 
-    def __init__(self, model_path: str, max_pixels: int, batch_size: int):
+    def __init__(self, model_path: str, max_pixels: int, batch_size: int, batch_tokens: int):
         self.folder = find_checkpoint(model_path)
-        self.identity = model_identity(self.folder)
-        self.max_pixels, self.batch_size = max_pixels, batch_size
+        self.identity = {"model": model_identity(self.folder), "decoding": "greedy"}
+        self.max_pixels, self.batch_size, self.batch_tokens = max_pixels, batch_size, batch_tokens
         self.qwen = None
 
     def load(self) -> None:
@@ -78,26 +99,39 @@ class LocalBackend:
         device = f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu"
         self.qwen = qwen.load(str(self.folder), device=device, max_pixels=self.max_pixels)
 
-    def generate(self, requests: Iterable[Request], done: Container[str] = ()) -> Iterator[Reply]:
-        """Yield a reply for every request whose key is not in `done` (and for the others of its batch)."""
+    def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
+                 ) -> Iterator[Reply]:
+        """Yield a reply for every request whose key is not in `done` (and for the others of its batch).
+
+        Once `stop` is set, no further batch is begun.
+        """
         requests = list(requests)
         for first in range(0, len(requests), WINDOW):
-            window = sorted(requests[first:first + WINDOW], key=self.length, reverse=True)
-            for i in range(0, len(window), self.batch_size):
-                batch = window[i:i + self.batch_size]
+            window = requests[first:first + WINDOW]
+            if all(request.key in done for request in window):
+                continue  # without a look at its images
+            for batch in self.batches(window):
+                if stop is not None and stop.is_set():
+                    return
                 if not all(request.key in done for request in batch):
                     yield from self.answer(batch)
 
+    def batches(self, window: list[Request]) -> Iterator[list[Request]]:
+        """Yield the requests in batches, the longest prompts first."""
+        batch, longest = [], 0
+        for length, request in sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True):
+            longest = max(longest, length[0] + request.max_tokens)
+            if len(batch) == self.batch_size or batch and (len(batch) + 1) * longest > self.batch_tokens:
+                yield batch
+                batch, longest = [], length[0] + request.max_tokens
+            batch.append(request)
+        if batch:
+            yield batch
+
     def length(self, request: Request) -> tuple[int, int]:
-        """Return a stand-in for the prompt's length: visual tokens from the headers, then characters."""
-        area = 0
-        for path in request.images:
-            try:
-                width, height = smart_size(*image_size(path), 28, 28 * 28, self.max_pixels)
-            except ImageError:
-                continue  # answered with its reason when the batch opens it
-            area += width * height
-        return area // 28**2 + len(request.text) // 4, len(request.text)
+        """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the characters."""
+        n_visual = sum(visual_tokens(path, self.max_pixels) for path in request.images)
+        return n_visual + len(request.text) // 4, len(request.text)
 
     def answer(self, batch: list[Request]) -> list[Reply]:
         """Return the replies to one batch; out of memory, it is split in two, down to single requests."""
@@ -124,8 +158,11 @@ class LocalBackend:
             torch.cuda.empty_cache()
             if len(ready) == 1:
                 return [*replies, Reply(ready[0].key, "", "error", 0, 0, 0.0, "out_of_memory")]
-            log(f"out of memory with {len(ready)} requests in a batch; splitting it")
             half = len(ready) // 2
+            n_tokens = len(ready) * max(self.length(request)[0] + request.max_tokens for request in ready)
+            self.batch_tokens = max(1, min(self.batch_tokens, n_tokens // 2))
+            log(f"out of memory with {len(ready)} requests in a batch; splitting it, and from now on at most "
+                f"{self.batch_tokens:,} tokens a batch")
             return [*replies, *self.answer(list(ready[:half])), *self.answer(list(ready[half:]))]
         seconds = round(time.monotonic() - began, 3)
         for request, row, mask in zip(ready, rows, inputs["attention_mask"]):

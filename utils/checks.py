@@ -2,23 +2,27 @@
 
 Every rule has a closed reason; the first that holds is the one that is given.
 """
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.answers import answers_match, last_boxed
+from utils.answers import BOX, answers_match, last_boxed
 from utils.images import check_images
+from utils.journal import Journal
 from utils.rows import DataError, call_key
 
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_loop",
                    "caption_markup", "caption_leak")
+WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
 SPAN = re.compile(r"<think_image>(.*?)</think_image>", re.DOTALL)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=</think>)|(?<=</think_image>)\s*")
 MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
                     r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]*\]|\\boxed|```")
 REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
@@ -51,6 +55,13 @@ def parse_options(question: str) -> dict[str, str]:
     options = dict(OPTION.findall(question))
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
     return options if len(options) >= 2 and "".join(options) == letters else {}
+
+
+def split_final(text: str) -> tuple[str, str]:
+    """Split off the sentence with the last boxed answer and all that follows it: (before, final)."""
+    boxed = [match.start() for match in BOX.finditer(text)][-1]
+    start = max((end.end() for end in SENTENCE_END.finditer(text) if end.end() <= boxed), default=0)
+    return text[:start].strip(), text[start:].strip()
 
 
 def check_own(where: str, row: dict) -> None:
@@ -86,27 +97,61 @@ def row_fault(row: dict) -> str | None:
     return None
 
 
-def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault) -> list[tuple]:
+def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault,
+               seen_images: Journal | None = None) -> list[tuple[str | None, str, list[str]]]:
     """Return (reason or None, detail, image hashes) a row, by all that needs no model.
 
     `fault_of` first, then the images (utils.images.check_images), then "duplicate": a sound row before it has the same
-    question, question images and answer.
+    question, question images and answer. Images of which `seen_images` knows paths, sizes and times are not opened.
     """
-    def look(row: dict) -> tuple[str | None, list[str]]:
-        if reason := fault_of(row):
-            return reason, []
-        return check_images(root, row["images"], [step["image"] for step in row["steps"] if "image" in step])
-
     if not Path(root).is_dir():
         raise DataError(f"--image_root {root}: no such folder; image paths are relative to it")
     found, seen = [], {}
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for row, (reason, hashes) in zip(rows, pool.map(look, rows)):
-            detail = ""
-            if reason is None:
-                same = call_key(question=row["question"], answer=row["answer"], images=hashes[:len(row["images"])])
-                if same in seen:
-                    reason, detail = "duplicate", f"question, images and answer of {seen[same]}"
-                seen.setdefault(same, row["id"])
-            found.append((reason, detail, hashes))
+    looked = look_at_images(rows, root, fault_of, seen_images)
+    for row, (reason, hashes) in zip(rows, looked, strict=True):
+        detail = ""
+        if reason is None:
+            same = call_key(question=row["question"], answer=row["answer"], images=hashes[:len(row["images"])])
+            if same in seen:
+                reason, detail = "duplicate", f"question, images and answer of {seen[same]}"
+            seen.setdefault(same, row["id"])
+        found.append((reason, detail, hashes))
     return found
+
+
+def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
+                   seen_images: Journal | None) -> Iterator[tuple[str | None, list[str]]]:
+    """Yield (reason or None, image hashes) a row; what is new goes into `seen_images`."""
+    pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
+    try:
+        for first in range(0, len(rows), WINDOW):
+            found, new = {}, []
+            window = rows[first:first + WINDOW]
+            for n, row in enumerate(window):
+                helpers = [step["image"] for step in row["steps"] if "image" in step]
+                if reason := fault_of(row):
+                    found[n] = reason, []
+                    continue
+                key = state_of(root, row["images"], helpers) if seen_images is not None else ""
+                record = seen_images.get(key) if key else None
+                if record:
+                    found[n] = record["reason"], record["hashes"]
+                else:
+                    new.append((n, key, row["images"], helpers))
+            results = pool.map(lambda work: check_images(root, work[2], work[3]), new)
+            for (n, key, _, _), (reason, hashes) in zip(new, results, strict=True):
+                found[n] = reason, hashes
+                if key and key not in seen_images:
+                    seen_images.append({"key": key, "id": window[n]["id"], "reason": reason, "hashes": hashes})
+            yield from (found[n] for n in range(len(window)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
+
+
+def state_of(root: str | Path, images: list[str], helpers: list[str]) -> str:
+    """Return a key of the files of a row (paths, sizes, times of change), or "" if one of them is not there."""
+    try:
+        stats = [os.stat(os.path.join(root, name)) for name in (*images, *helpers)]
+    except (OSError, ValueError):
+        return ""
+    return call_key(names=[images, helpers], files=[[stat.st_size, stat.st_mtime_ns] for stat in stats])

@@ -17,6 +17,9 @@ MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked from t
 THUMBNAIL = 256  # pixels a side, for comparing two pictures
 SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
 SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
+SERVED_FORMATS = ("JPEG", "PNG", "WEBP")  # what every OpenAI-compatible server decodes
+JPEG_QUALITY = 92  # of a picture that is sent shrunk; PNG would take 17 times as long to encode
+ORIENTATION = 0x0112  # EXIF tag
 FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
 
 
@@ -120,6 +123,15 @@ def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels
     return new_width, new_height
 
 
+def visual_tokens(path: str | Path, max_pixels: int) -> int:
+    """Return about how many visual tokens an image becomes, from its header; 0 if it has none (its call will say why)."""
+    try:
+        width, height = smart_size(*image_size(path), 28, 28 * 28, max_pixels)
+    except ImageError:
+        return 0
+    return width * height // 28**2
+
+
 def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
                  factor: int = 28) -> list[tuple[int, int]]:
     """Return the (width, height) of each image of one sample under a budget of visual tokens.
@@ -141,15 +153,31 @@ def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_t
     return budgeted
 
 
-def data_url(path: str | Path) -> str:
-    """Return the file's own bytes as a data URL, its MIME type taken from the content, not from the name."""
+def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
+    """Return a picture as a data URL: the file's own bytes if a server would show the model the same pixels.
+
+    It would not if the picture is larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a format
+    that servers may not know: such a one is opened as `open_image` does, shrunk as Qwen would (`smart_size` with the
+    model's `factor`, 28 or 32), and sent as JPEG. The MIME type comes from the content, not from the name.
+    """
     data = read_bytes(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            mime = Image.MIME[image.format]
-    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
-        raise ImageError("image_unreadable", f"{path}: not a picture with a known MIME type ({error})") from error
-    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+            check_size(image.size, path)
+            plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L") and not image.has_transparency_data
+                     and getattr(image, "n_frames", 1) == 1 and image.getexif().get(ORIENTATION, 1) == 1)
+            if plain and image.width * image.height <= max_pixels:
+                return f"data:{Image.MIME[image.format]};base64,{base64.b64encode(data).decode('ascii')}"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error
+    image = decode_image(data, path)
+    if image.width * image.height > max_pixels:
+        image = image.resize(smart_size(*image.size, factor, factor * factor, max_pixels), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tuple[str | None, list[str]]:

@@ -1,24 +1,22 @@
-"""JSON rows: read with checks, journal that survives SIGKILL, write by rename, describe the run beside its output.
+"""JSON rows: read with checks, write by rename, describe the run beside its output.
 
 No torch here: a script that only reads rows starts at once.
 """
 import argparse
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
+API_KEY = "OPENAI_API_KEY"  # the environment variable that every client of OpenAI-compatible servers reads
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # named in <output>.meta.json
-FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 
 
 class DataError(ValueError):
@@ -38,7 +36,8 @@ def log(message: str) -> None:
 
 
 def cli(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C, both told in one line."""
+    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM, told in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main()
     except DataError as error:
@@ -47,6 +46,19 @@ def cli(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here where the stage keeps a journal", file=sys.stderr)
         return 130
+
+
+def read_api_key(path: str | None) -> str | None:
+    """Return the key from a file or, without one, from the environment; None if there is neither."""
+    if path is None:
+        return os.environ.get(API_KEY) or None
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--api_key_file {path}: cannot be read ({error})") from error
+    if not key:
+        raise DataError(f"--api_key_file {path}: is empty; expected the key and nothing else")
+    return key
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -185,104 +197,3 @@ def call_key(**parts) -> str:
     """Return the hex digest of the canonical JSON of `parts`: what a call is known by in the journal."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ the journal
-class Journal:
-    """One line a model call, appended and never rewritten; restarting a killed run repeats only calls in flight.
-
-    `folder/meta.json` holds `settings`; opening with others raises DataError. `folder/calls-<rank>-of-<world>.jsonl`
-    is this process's own file, locked against a second writer; the files of all ranks are read, so their number may
-    change between runs. Of two records with one key the later counts.
-    """
-
-    def __init__(self, folder: str | Path, settings: dict):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rank, world, _ = rank_world()
-        self.path = self.folder / f"calls-{rank:05d}-of-{world:05d}.jsonl"
-        self.records: dict[str, dict] = {}
-        self.synced_at = time.monotonic()
-        with ExitStack() as stack:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            stack.callback(os.close, self.fd)
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(f"{self.path}: another process writes here; wait for it, or give another "
-                                "--output") from error
-            self.check_settings(settings)
-            self.cut_torn_tail()
-            self.reload()
-            self.stack = stack.pop_all()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        os.fsync(self.fd)
-        self.stack.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.records
-
-    def check_settings(self, settings: dict) -> None:
-        """Write meta.json, or compare with the one that is there."""
-        path = self.folder / "meta.json"
-        settings = json.loads(json.dumps(settings))
-        if not path.is_file():
-            write_json(path, settings)
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: damaged ({error}); restore it, or use --fresh") from error
-        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-        if changed:
-            table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
-            lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
-            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or --fresh\n"
-                            + "\n".join(lines))
-
-    def cut_torn_tail(self) -> None:
-        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with open(self.path.with_suffix(".torn"), "ab") as file:
-                file.write(data[whole:] + b"\n")
-            os.ftruncate(self.fd, whole)
-            log(f"{self.path}: {len(data) - whole} bytes of a torn last line moved to *.torn")
-
-    def reload(self) -> None:
-        """Read the whole lines of every rank's file; a bad one is damage: DataError naming it."""
-        for path in sorted(self.folder.glob("calls-*.jsonl")):
-            data = path.read_bytes()
-            for n, line in enumerate(data[:data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
-                try:
-                    record = json.loads(line)
-                    self.records[record["key"]] = record
-                except (ValueError, TypeError, KeyError) as error:
-                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
-                                    "call, or use --fresh") from error
-
-    def get(self, key: str) -> dict | None:
-        """Return the record of a call, or None if it was not made."""
-        return self.records.get(key)
-
-    def forget(self, key: str) -> None:
-        """Treat a call as not made in this process (its line stays; a new record will count)."""
-        self.records.pop(key, None)
-
-    def append(self, record: dict) -> None:
-        """Write a record with its "key", in one write; DataError if the disk refuses it."""
-        line = json.dumps(record).encode("ascii") + b"\n"
-        try:
-            while line:
-                line = line[os.write(self.fd, line):]
-            if time.monotonic() - self.synced_at > FSYNC_EVERY_S:
-                os.fsync(self.fd)
-                self.synced_at = time.monotonic()
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; make room and run the same command again") from error
-        self.records[record["key"]] = record

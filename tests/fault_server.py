@@ -1,0 +1,169 @@
+"""A real OpenAI-compatible server process that misbehaves where a prompt says so: "fault:NAME" in its text.
+
+    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05]
+
+Without a fault it answers by rule from the request alone: the same request, the same bytes. Prints its port. Every POST
+is a line in --log: {"text", "fault", "n" (how often this text came), "images" (sha256), "key" (Authorization)}.
+"""
+import argparse
+import base64
+import hashlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+STATUSES = {"408": 408, "429": 429, "502": 502, "503": 503, "504": 504}  # twice, then an answer
+ALWAYS = {"400": 400, "413": 413, "422": 422, "418": 418, "500": 500, "401": 401, "403": 403, "404": 404, "302": 302}
+
+
+@contextmanager
+def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02
+            ) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Run this server in a process of its own; yield it and its base URL."""
+    process = subprocess.Popen([sys.executable, __file__, "--log", str(folder / name),
+                                "--port", str(port), "--latency", str(latency)], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def calls_of(folder: Path, name: str = "calls.jsonl") -> list[dict]:
+    """Return what a server was asked so far."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists() else []
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, port: int, log: str, latency: float):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.log, self.latency = open(log, "a", encoding="utf-8"), latency
+        self.lock, self.counts = threading.Lock(), {}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def do_GET(self) -> None:
+        self.answer(500, b'{"detail": "no cache folder"}')  # as transformers serve without a Hugging Face cache
+
+    def do_POST(self) -> None:
+        data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        parts = data["messages"][-1]["content"]
+        text = parts[-1]["text"]
+        images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts[:-1]]
+        fault = match[1] if (match := re.search(r"fault:(\w+)", text)) else None
+        with self.server.lock:
+            n = self.server.counts[text] = self.server.counts.get(text, 0) + 1
+            line = {"text": text, "fault": fault, "n": n, "images": [hashlib.sha256(image).hexdigest() for image in images],
+                    "key": self.headers.get("Authorization"), "model": data["model"], "seed": data["seed"],
+                    "max_tokens": data["max_tokens"], "temperature": data["temperature"]}
+            self.server.log.write(json.dumps(line) + "\n")
+            self.server.log.flush()
+        time.sleep(self.server.latency)
+        self.misbehave(fault, n) or self.complete(reply(data, text))
+
+    def complete(self, content: str | None, finish: str = "stop") -> None:
+        body = {"model": "served", "system_fingerprint": "stub-1", "usage": {"prompt_tokens": 20, "completion_tokens": 9},
+                "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
+        self.answer(200, json.dumps(body).encode())
+
+    def misbehave(self, fault: str | None, n: int) -> bool:
+        """Do what a fault says; return whether it was an answer (or the end of the connection)."""
+        if fault in STATUSES and n <= 2:
+            self.answer(STATUSES[fault], b'{"error": "busy"}', **({"Retry_After": "1"} if fault in ("429", "503") else {}))
+        elif fault in ALWAYS or fault == "500once" and n == 1:
+            self.answer(ALWAYS.get(fault, 500), f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'.encode())
+        elif fault == "hang" and n <= 2:
+            time.sleep(60)
+        elif fault in ("reset", "reset_always") and (n <= 2 or fault == "reset_always"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif fault == "half" and n <= 2:
+            self.send_response(200)
+            self.send_header("Content-Length", "400")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [{"mess')
+            self.wfile.flush()
+            self.close_connection = True
+        elif fault in ("notjson", "nochoices"):
+            self.answer(200, b"hello" if fault == "notjson" else b'{"choices": []}')
+        elif fault == "length":
+            self.complete('{"caption": "never', "length")
+        elif fault in ("empty", "null"):
+            self.complete("" if fault == "empty" else None)
+        elif fault == "prose":
+            self.complete("I would rather talk about the weather.")
+        elif fault == "wrongschema":
+            self.complete('{"caption": 7}')
+        else:
+            return False
+        return True
+
+
+def reply(data: dict, text: str) -> str:
+    """Return what a good model would say, by the schema that was asked for."""
+    asked = set(data["response_format"]["json_schema"]["schema"]["properties"])
+    mark = "".join("abcdefghij"[int(digit, 16) % 10] for digit in hashlib.sha256(text.encode()).hexdigest()[:6])
+    if "fault:control" in text:
+        mark += "\n\t and a tab"
+    if "caption" in asked:
+        value = {"caption": f"The hull shows a white 42 beside {mark}.", "legible": "yes"}
+    elif "marks" in asked:
+        value = {"marks": ["42"], "description": f"A box marks the 42 beside {mark}.", "changed": True}
+    elif "segments" in asked:
+        value = {"segments": [{"id": int(n), "text": f"Well, {part}"}
+                              for n, part in re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)]}
+    elif "answerable" in asked:
+        value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes", "observation_supports_answer": "yes",
+                 "chain_consistent": "unclear" if "fault:unclear" in text else "yes", "problems": []}
+    else:
+        value = {"answer": "42" if "42" in text else "unknown"}
+    if "fault:fenced" in text:  # the schema ignored, and a raw control character inside a string
+        return f"Sure!\n```json\n{json.dumps(value, indent=1)}\n```\nDone."
+    return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")  # as xgrammar lets them pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--latency", type=float, default=0.0)
+    args = parser.parse_args()
+    server = Server(args.port, args.log, args.latency)
+    print(server.server_address[1], flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

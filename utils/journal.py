@@ -1,0 +1,165 @@
+"""A journal that survives SIGKILL: one line a finished piece of work, appended and never rewritten.
+
+Restarting a killed run repeats only what was under way. The lines stay on disk: in memory is only where each stands.
+"""
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from utils.rows import DataError, log, rank_world, write_json
+
+FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
+
+
+class Journal:
+    """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`.
+
+    That file is this process's own, locked against a second writer; the files of all shards are read, so that their
+    number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json` holds
+    `settings`; opening with others raises DataError. Of two records with one key the later counts. `transient` holds the
+    keys of records that call themselves so: of work worth trying again.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
+                 shard: tuple[int, int] | None = None):
+        self.folder, self.name = Path(folder), name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index, n = shard or rank_world()[:2]
+        self.path = self.folder / f"{name}-{index:05d}-of-{n:05d}.jsonl"
+        self.places: dict[str, tuple[int, int, int]] = {}  # key -> file descriptor, offset and length in bytes
+        self.transient: set[str] = set()
+        self.readers: dict[Path, tuple[int, int, int]] = {}  # file -> its descriptor, bytes and lines read so far
+        self.synced_at = time.monotonic()
+        with ExitStack() as stack:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            stack.callback(os.close, self.fd)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"{self.path}: another process writes here; wait for it, or give another "
+                                "--output") from error
+            if settings is not None:
+                self.check_settings(settings)
+            self.size = self.cut_torn_tail()
+            stack.callback(self.close_readers)
+            self.reload()
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        os.fsync(self.fd)
+        self.stack.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def close_readers(self) -> None:
+        for fd, _, _ in self.readers.values():
+            os.close(fd)
+
+    def check_settings(self, settings: dict) -> None:
+        """Write meta.json, or compare with the one that is there."""
+        path = self.folder / "meta.json"
+        settings = json.loads(json.dumps(settings))
+        before = read_settings(self.folder)
+        if before is None:
+            write_json(path, settings)
+            return
+        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+        if changed:
+            table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
+            lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
+            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or --fresh\n"
+                            + "\n".join(lines))
+
+    def cut_torn_tail(self) -> int:
+        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write. Return its size.
+        """
+        size = os.fstat(self.fd).st_size
+        whole, tail = size, b""
+        while whole and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long
+            step = min(whole, 1 << 16)
+            block = os.pread(self.fd, step, whole - step)
+            cut = block.rfind(b"\n")
+            tail = (block if cut < 0 else block[cut:]) + tail
+            whole -= step if cut < 0 else step - cut
+        torn = tail.removeprefix(b"\n")
+        if torn:
+            with open(self.path.with_suffix(".torn"), "ab") as file:
+                file.write(torn + b"\n")
+            os.ftruncate(self.fd, size - len(torn))
+            log(f"{self.path}: {len(torn)} bytes of a torn last line moved to *.torn")
+        return size - len(torn)
+
+    def reload(self) -> None:
+        """Read what all shards have written since the last time; a bad line is damage: DataError naming it."""
+        for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
+            fd, offset, n = self.readers.get(path) or (os.open(path, os.O_RDONLY), 0, 0)
+            self.readers[path] = fd, offset, n
+            with open(path, "rb") as file:
+                file.seek(offset)
+                for n, line in enumerate(file, n + 1):
+                    if not line.endswith(b"\n"):
+                        break  # another shard is writing it
+                    try:
+                        record = json.loads(line)
+                        self.note(record, (fd, offset, len(line)))
+                    except (ValueError, TypeError, KeyError, AttributeError) as error:
+                        raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat "
+                                        "its work, or use --fresh") from error
+                    offset += len(line)
+                    self.readers[path] = fd, offset, n
+
+    def get(self, key: str) -> dict | None:
+        """Return the record of a key, or None if there is none."""
+        if key not in self.places:
+            return None
+        fd, offset, length = self.places[key]
+        return json.loads(os.pread(fd, length, offset))
+
+    def forget(self, key: str) -> None:
+        """Treat a piece of work as not done in this process (its line stays; a new record will count)."""
+        self.places.pop(key, None)
+
+    def append(self, record: dict) -> None:
+        """Write a record with its "key", in one write; DataError if the disk refuses it."""
+        line = json.dumps(record).encode("ascii") + b"\n"
+        rest = line
+        try:
+            while rest:
+                rest = rest[os.write(self.fd, rest):]
+            if time.monotonic() - self.synced_at > FSYNC_EVERY_S:
+                os.fsync(self.fd)
+                self.synced_at = time.monotonic()
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}; make room and run the same command again") from error
+        self.note(record, (self.fd, self.size, len(line)))
+        self.size += len(line)
+
+    def note(self, record: dict, place: tuple[int, int, int]) -> None:
+        """Remember where a record stands."""
+        self.places[record["key"]] = place
+        (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
+
+
+def read_settings(folder: str | Path) -> dict | None:
+    """Return what `folder/meta.json` holds, or None if there is none; DataError if it is damaged."""
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); restore it, or use --fresh") from error

@@ -1,0 +1,74 @@
+"""Prompts and replies as text: fill a template, find the JSON object in a reply, hold it against a schema."""
+import json
+import re
+from pathlib import Path
+
+from utils.rows import DataError
+
+MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")
+
+def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
+    """Return `prompts` with those named in the JSON object at `path` replaced; DataError for an unknown name."""
+    if path is None:
+        return dict(prompts)
+    try:
+        changes = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no JSON object of prompts ({error})") from error
+    if not isinstance(changes, dict) or not all(isinstance(text, str) for text in changes.values()):
+        raise DataError(f"{path}: expected one JSON object of strings")
+    if unknown := sorted(set(changes) - set(prompts)):
+        raise DataError(f"{path}: no prompt is called {', '.join(unknown)}; expected {', '.join(prompts)}")
+    return prompts | changes
+
+
+def fill(template: str, **values: str) -> str:
+    """Put values at their {names}, in one pass: braces in a value are text.
+
+    So are markers: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's tokenizer would else take for
+    a picture or the end of a turn.
+    """
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
+
+
+def parse_json_reply(text: str) -> dict | None:
+    """Return the last JSON object in a reply, whatever stands around it; None if there is none that UTF-8 can hold."""
+    decoder, place, found = json.JSONDecoder(strict=False), text.find("{"), None
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            found = value
+        except (ValueError, RecursionError):
+            end = place + 1
+        place = text.find("{", end)
+    return found
+
+
+def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
+    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or None."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    kind = schema["type"]
+    if not isinstance(value, kinds[kind]) or isinstance(value, bool) and kind != "boolean":
+        return f"{where} should be of type {kind}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
+    if kind == "string" and len(value) > schema.get("maxLength", len(value)):
+        return f"{where} is too long: {len(value)} characters"
+    if kind == "array":
+        if len(value) > schema.get("maxItems", len(value)):
+            return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
+        faults = (schema_fault(item, schema["items"], f"item {n} of {where}") for n, item in enumerate(value, 1))
+        return next(filter(None, faults), None)
+    if kind == "object":
+        if missing := [name for name in schema["required"] if name not in value]:
+            return f"{where} lacks {', '.join(missing)}"
+        faults = (schema_fault(value[name], part, repr(name)) for name, part in schema["properties"].items())
+        return next(filter(None, faults), None)
+    return None
+
+
+def object_schema(**properties: dict) -> dict:
+    """Return the schema of an object whose properties are all required."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
