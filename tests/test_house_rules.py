@@ -93,7 +93,7 @@ def test_light_rooms_import_no_torch(room):
 
 def test_importing_a_script_does_nothing():
     """The libraries that a script imports may set variables of their own; the script and the rooms may not."""
-    code = ("import accelerate, matplotlib, os, sys, torch, transformers; from transformers import AutoTokenizer; "
+    code = ("import accelerate, matplotlib, os, sys, torch, transformers; from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration; "
             f"before = dict(os.environ); import {', '.join(STAGES)}; "
             "sys.exit(before != dict(os.environ) or 'matplotlib.pyplot' in sys.modules or torch.cuda.is_initialized())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
