@@ -108,7 +108,7 @@ QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
-POINTING = re.compile(r"\b(?:in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
+POINTING = re.compile(r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
                       r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)  # at images that are gone
 LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
 

@@ -3,12 +3,13 @@
     python -m pytest tests/test_filter_data.py
 """
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
 import filter_data
-from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main
+from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
 from utils.backends import Reply
 from utils.rows import DataError, read_rows, write_rows
 
@@ -49,7 +50,8 @@ OPTIONS = "Which?\nA. a cat\nB. a dog"
 @pytest.mark.parametrize("changes, flags", [
     ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]), ({"answer": "white"}, []),
     ({"answer": "yes"}, []), ({"answer": "7"}, []), ({"question": OPTIONS, "answer": "B"}, []),
-    ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"])])
+    ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"]),
+    ({"answer": "the hull shows a white 42"}, ["answer_stated"]), ({"answer": "hull shows a white 42"}, [])])
 def test_find_flags(changes, flags):
     assert find_flags(row(**changes)) == flags and set(flags) <= set(FLAGS)
 
@@ -64,6 +66,21 @@ def test_find_flags(changes, flags):
 def test_code_decides_from_the_fields(changes, strict, lenient):
     assert decide(JUDGED | changes, False, {}) == strict and set(strict) <= set(JUDGE_REASONS)
     assert decide(JUDGED | changes, True, {}) == lenient
+
+
+@pytest.mark.parametrize("required, changes, reasons", [
+    ({"answerable": "yes"}, {}, []), ({"answerable": "yes"}, {"answerable": "unclear"}, ["required"]),
+    ({"answerable": "yes"}, {"answerable": "no"}, ["unanswerable"]),
+    ({"answerable": "yes"}, {"chain_consistent": "unclear"}, []), ({"chain_consistent": "unclear"}, {}, ["required"])])
+def test_required_fields(required, changes, reasons):
+    assert decide(JUDGED | changes, True, required) == reasons and set(reasons) <= set(JUDGE_REASONS)
+
+
+@pytest.mark.parametrize("text", ["answerable", "answerable=maybe", "problems=yes", "=yes"])
+def test_a_requirement_names_a_field_and_a_value(text):
+    assert parse_require("answerable=yes") == ("answerable", "yes")
+    with pytest.raises(ArgumentTypeError, match="expected one of answerable, observation_supports_answer, chain_consist"):
+        parse_require(text)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -84,6 +101,8 @@ class Judge:
     def reply(self, text: str) -> str:
         if "garbage" in text:
             return "no json"
+        if "from these notes alone" in text:
+            return json.dumps({"answer": "unknown" if "conflict" in text or "vague" in text else "42."})
         verdicts = {"conflict": {"observation_supports_answer": "no", "problems": ["wrong_observation"]},
                     "doubt": {"answerable": "unclear"}, "maybe": {"answerable": "maybe"}}
         return json.dumps(JUDGED | next((change for word, change in verdicts.items() if word in text), {}))
@@ -165,6 +184,29 @@ def test_the_judge_sees_question_images_chain_and_answer(world, judge):
     request = judge.asked[0]
     assert [path.name for path in request.images] == ["a.png"] and "{question}" not in request.text
     assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
+
+
+def test_blind_answer_drops_what_the_chain_does_not_tell(world, judge, capsys):
+    path = world([row("z"), row("vague", "A vague thing of 42."), row("conflict", "A conflict of 42.")])
+    assert main(flags(path, "--blind_answer")) == 0
+    kept, verdicts = result(path)
+    assert kept == ["z"] and verdicts["vague"]["reasons"] == ["blind_answer"] and verdicts["vague"]["blind"] == "unknown"
+    assert verdicts["conflict"]["reasons"] == ["unsupported", "wrong_observation"] and verdicts["z"]["blind"] == "42."
+    blind = [request for request in judge.asked if "from these notes alone" in request.text]
+    assert len(blind) == 3 and not any(request.images for request in blind)
+    assert "hull shows a white 42.</think_image>" in blind[0].text and "The answer is" not in blind[0].text
+    with pytest.raises(DataError, match="other settings"):
+        main(flags(path))
+
+
+def test_require_is_applied_at_export(world, judge):
+    path = world(ROWS)
+    main(flags(path))
+    n_asked = len(judge.asked)
+    assert main(flags(path, "--export_only", "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt", "a"]
+    assert main(flags(path, "--export_only", "--keep_unclear", "--require", "answerable=yes")) == 3
+    assert result(path)[0] == ["z", "a"] and result(path)[1]["doubt"]["reasons"] == ["required"]
+    assert len(judge.asked) == n_asked
 
 
 def test_rules_only_needs_no_model(world, judge, capsys):

@@ -170,6 +170,10 @@ def test_chain_of_segments():
     (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"),
       'A red hull with "Anna" and 42.', "So it is clear."], "words where the segments had"),
     (["Look.", 'red hull, "Anna" 42.', "So."], "words where the segments had"),
+    (["I look closer at the image above.", 'A red hull with "Anna" and 42.', "So it is clear."],
+     "segment 1 points at an image that the reader does not have: 'at the image above'"),
+    (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."], "points at an image"),
+    (["I look at the sign above the image of a boat.", 'A red hull with "Anna" and 42.', "So it is."], None),
 ])
 def test_check_refined(texts, fault):
     steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
@@ -206,7 +210,7 @@ class Captioner:
             return "no json"
         if "refuse" in text:
             return json.dumps({"caption": "I'm sorry, I cannot see it.", "legible": "yes"})
-        if "cut out of a larger image" in text:
+        if "cut out of a larger image" in text or "region of it, cut out" in text:
             return json.dumps({"caption": "The hull shows 42.", "legible": "no" if "dark" in text else "yes"})
         if "The second image" in text:
             return json.dumps({"marks": ["box"], "description": "A box marks 42.", "changed": "still" not in text})
@@ -298,6 +302,33 @@ def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
     refinements = [r.text for r in captioner.asked if "numbered segments" in r.text]
     assert len(refinements) == 2 and "segment 2 lost 42" in refinements[1]
     assert not any("The answer is" in text for text in refinements)  # the final sentence stays out of the call
+
+
+@pytest.mark.parametrize("at_most, reasons", [(3, {}), (2, {f"Visual_CoT/{n}": "caption_repeated" for n in range(4)})])
+def test_one_caption_for_many_images_is_a_captioner_that_does_not_look(world, captioner, picture, at_most, reasons):
+    for n, color in enumerate(("blue", "green", "yellow")):
+        picture(f"b{n}.png", color=color)
+    samples = [monet(n, question=f"plain {n}?", images=("a.png", f"b{min(n, 2)}.png")) for n in range(4)]  # the last two alike
+    path = world(samples + [monet(9, question="drawn?", subset="CogCoM")])
+    assert main(flags(path, "--max_same_caption", str(at_most))) == 0
+    rows, rejected = result(path)
+    assert rejected == reasons and "CogCoM/9" in rows and len(rows) + len(rejected) == 5
+    n_asked = len(captioner.asked)
+    assert main(flags(path, "--export_only")) == 0 and len(captioner.asked) == n_asked and result(path)[1] == {}
+
+
+def test_with_original_shows_the_whole_image_first(world, captioner):
+    path = world([monet(1), monet(2, subset="CogCoM", question="drawn?")])
+    assert main(flags(path, "--with_original", "--no_refine")) == 0
+    assert [[p.name for p in request.images] for request in captioner.asked] == [["a.png", "b.png"]] * 2
+    assert captioner.asked[0].text.startswith("The first image is the original. The second image is a region of it")
+
+
+def test_monets_own_flag_keeps_samples_without_observation(world, captioner):
+    assistant = [("text", f"Look. {PAIR}"), ("image", "b.png"), ("text", "It is 42. \\boxed{42}")]
+    path = world([monet(1, assistant=assistant)])
+    assert main(flags(path)) == 0 and result(path) == ({}, {"Visual_CoT/1": "no_observation"})
+    assert main(flags(path, "--allow_no_observation")) == 0 and list(result(path)[0]) == ["Visual_CoT/1"]
 
 
 def test_no_refine(world, captioner):
