@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import rewrite_captions
-from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, convert, join_chain, lost_facts, main,
-                              make_segments, operation_of, parse_args)
+from rewrite_captions import REASONS, check_refined, join_chain, lost_facts, main, make_segments, parse_args
 from utils.backends import Reply
 from utils.checks import split_final
 from utils.rows import DataError, read_rows
+from utils.sources import OPERATIONS, Sample, convert, operation_of
 
 ROOT = Path(__file__).parents[1]
 PAIR = "<abs_vis_token></abs_vis_token>"
