@@ -21,17 +21,17 @@ errors; 2 usage, settings or damage; 4 too many failed calls, or no server answe
 """
 import argparse
 import json
+import os
 import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from utils.answers import answers_match, last_boxed, normalize
 from utils.backends import ErrorRateError
 from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
-from utils.checks import (CAPTION_REASONS, MARKUP, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own, check_rows,
-                          parse_options, row_fault, split_final)
+from utils.checks import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own, check_rows,
+                          find_markup, parse_options, row_fault, split_final)
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.replies import fill, load_prompts, object_schema
@@ -74,11 +74,11 @@ Reply with JSON: {"answer": "..."}""",
 }
 VERDICT = {"type": "string", "enum": ["yes", "no", "unclear"]}
 PROBLEMS = ("ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", "garbled_text")
-SCHEMA = object_schema(
+JUDGE_SCHEMA = object_schema(
     reason={"type": "string", "maxLength": 1200}, answerable=VERDICT, observation_supports_answer=VERDICT,
     chain_consistent=VERDICT,
     problems={"type": "array", "items": {"type": "string", "enum": list(PROBLEMS)}, "maxItems": 8})
-BLIND_SCHEMA = object_schema(answer={"type": "string", "maxLength": 400})
+SCHEMAS = {"judge": JUDGE_SCHEMA, "blind": object_schema(answer={"type": "string", "maxLength": 400})}
 FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsupported",
           "chain_consistent": "inconsistent"}  # a judge's field -> the reason if it is "no"
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
@@ -118,7 +118,7 @@ def chain_fault(row: dict) -> str | None:
     if boxed is None or not answers_match(boxed, row["answer"], parse_options(row["question"]) or None):
         return "answer"
     spans = SPAN.findall(row["chain"])
-    left_over = {match[0] for match in MARKUP.finditer(SPAN.sub(" ", row["chain"]))} - THINK_TAGS
+    left_over = find_markup(SPAN.sub(" ", row["chain"])) - THINK_TAGS
     if len(spans) != sum("image" in step for step in row["steps"]) or left_over:
         return "chain"
     return next(filter(None, map(caption_fault, spans)), None)
@@ -153,15 +153,15 @@ def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) 
     """Return the call that judges a row: its question images, question, chain and answer."""
     n_images = len(row["images"])
     text = fill(prompts["JUDGE"], question=row["question"].strip(), chain=row["chain"], answer=row["answer"])
-    return Call(row["id"], "judge", -1, text, tuple(Path(root, path) for path in row["images"]),
-                tuple(verdict.hashes[:n_images]), SCHEMA)
+    return Call(row["id"], "judge", -1, text, tuple(os.path.join(root, path) for path in row["images"]),
+                tuple(verdict.hashes[:n_images]), SCHEMAS["judge"])
 
 
 def blind_call(row: dict, prompts: dict[str, str]) -> Call:
     """Return the call that answers from the chain without its final sentence; it shows neither image nor answer."""
     chain, _ = split_final(row["chain"])
     text = fill(prompts["BLIND"], question=row["question"].strip(), chain=chain)
-    return Call(row["id"], "blind", -1, text, (), (), BLIND_SCHEMA)
+    return Call(row["id"], "blind", -1, text, (), (), SCHEMAS["blind"])
 
 
 def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[str]:
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.rules_only:
             verdicts = judge(rows, None, args, prompts)
         else:
-            with open_run(args, prompts, stage="filter_data", blind_answer=args.blind_answer) as caller:
+            with open_run(args, prompts, SCHEMAS, stage="filter_data", blind_answer=args.blind_answer) as caller:
                 index, n_shards = caller.shard
                 if n_shards > 1 and caller.backend:
                     judge(rows[index::n_shards], caller, args, prompts)

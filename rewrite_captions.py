@@ -22,14 +22,14 @@ if rules rejected samples; 3 complete, but the model failed on samples (cut_off,
 """
 import argparse
 import json
+import os
 import re
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 from utils.backends import ErrorRateError
 from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
-from utils.checks import CAPTION_REASONS, MARKUP, ROW_REASONS, caption_fault, check_rows, has_loop, split_final
+from utils.checks import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop, split_final
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.replies import fill, load_prompts, object_schema
@@ -97,8 +97,9 @@ QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
-POINTING = re.compile(r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
-                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)  # at images that are gone
+PICTURES = ("image", "picture", "figure", "crop")
+POINTING = re.compile(rf"\b(?:at|in|see|on|from) (?:the|this) (?:{'|'.join(PICTURES)}) (?:above|below)\b"
+                      rf"|\b(?:above|below|attached) (?:{'|'.join(PICTURES)})\b", re.I)  # at images that are gone
 LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
 
 
@@ -145,7 +146,7 @@ def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, s
             shown.insert(0, (row["images"][0], sample.hashes[0]))
         prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
         text = fill(prompt, question=row["question"].strip())
-        calls.append(Call(row["id"], kind, n, text, tuple(Path(args.image_root, path) for path, _ in shown),
+        calls.append(Call(row["id"], kind, n, text, tuple(os.path.join(args.image_root, path) for path, _ in shown),
                           tuple(digest for _, digest in shown), SCHEMAS[kind]))
     return calls
 
@@ -180,9 +181,8 @@ def join_chain(segments: list[tuple[str, str]], final: str) -> str:
     return " ".join([*pieces, final])
 
 
-def refine_call(sample: Sample, prompts: dict[str, str]) -> Call:
+def refine_call(sample: Sample, segments: list[tuple[str, str]], prompts: dict[str, str]) -> Call:
     """Return the call that rewrites the whole chain; it shows no image and not the final sentence."""
-    segments, _ = make_segments(sample.row["steps"])
     lines = "\n".join(f"[{n}] {kind}: {text}" for n, (kind, text) in enumerate(segments, 1))
     text = fill(prompts["REFINE"], segments=lines, count=str(len(segments)))
     return Call(sample.row["id"], "refine", -1, text, (), (), SCHEMAS["refine"])
@@ -208,13 +208,13 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
 
 def segment_fault(before: str, after: str, numbers: set[str]) -> str | None:
     """Return in words what a refined segment must not have: markup, a loop, a number not in `numbers`; or None."""
-    markup = {match[0] for match in MARKUP.finditer(after)} - {match[0] for match in MARKUP.finditer(before)}
+    markup = find_markup(after) - find_markup(before)
     new = sorted(set(NUMBER.findall(after)) - numbers)
     if not after:
         return "is empty"
     if markup:
         return f"has markup: {', '.join(sorted(markup))}"
-    if (match := POINTING.search(after)) and not POINTING.search(before):
+    if any(word in after for word in PICTURES) and (match := POINTING.search(after)) and not POINTING.search(before):
         return f"points at an image that the reader does not have: {match[0]!r}"
     if has_loop(after) and not has_loop(before):
         return "repeats itself"
@@ -223,6 +223,8 @@ def segment_fault(before: str, after: str, numbers: set[str]) -> str | None:
 
 def lost_facts(caption: str, refined: str) -> str | None:
     """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or None."""
+    if caption in refined:
+        return None
     numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
     quotes = [one or other for one, other in QUOTED.findall(caption) if (one or other) not in refined]
     words, kept = (set(re.findall(r"\w{3,}", text.lower())) - FILLER for text in (caption, refined))
@@ -238,19 +240,28 @@ def lost_facts(caption: str, refined: str) -> str | None:
 def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
     """Check, caption and refine samples in place: a pure function of the samples and of the replies in the journal."""
     apply_rules(samples, args.image_root, caller.images)
-    alive = [sample for sample in samples if sample.reason is None]
-    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
+    add_captions(samples, caller, args, prompts)
+    add_chains(samples, caller, args, prompts)
+
+
+def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+    """Give every image step of the sound samples its caption, or reject the sample."""
+    calls = [(sample, call) for sample in samples if sample.reason is None for call in caption_calls(sample, args, prompts)]
     outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
     for (sample, call), outcome in zip(calls, outcomes, strict=True):
         if outcome.value is not None:
             sample.row["steps"][call.step]["caption"] = caption_of(call, outcome.value)
         elif sample.reason is None:
             sample.reject(outcome.reason, outcome.detail)
-    alive = [sample for sample in alive if sample.reason is None]
+
+
+def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+    """Give every captioned sample its chain, refined if the model's refinement passes the checks."""
+    alive = [sample for sample in samples if sample.reason is None]
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
     replies = [None] * len(alive)
     if not args.no_refine:
-        outcomes = ask(caller, [refine_call(sample, prompts) for sample in alive],
+        outcomes = ask(caller, [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive],
                        lambda call, value: check_refined(parts[call.id][0], value), "refinement", guarded=False)
         replies = [outcome.value for outcome in outcomes]
     for sample, value in zip(alive, replies, strict=True):
@@ -301,7 +312,7 @@ def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, 
     calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
     for sample, call in calls:
         sample.row["steps"][call.step]["caption"] = "(the caption)"
-    refine = [] if args.no_refine else [refine_call(sample, prompts) for sample in alive]
+    refine = [] if args.no_refine else [refine_call(s, make_segments(s.row["steps"])[0], prompts) for s in alive]
     counts = show_calls([call for _, call in calls] + refine, args, prompts["SYSTEM"])
     reasons = Counter(sample.reason for sample in samples if sample.reason)
     return {"read": len(samples), "calls": counts, "rejected": dict(sorted(reasons.items()))}
@@ -336,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(preview(samples, args, prompts)))
         return 0
     try:
-        with open_run(args, prompts, stage="rewrite_captions", refine=not args.no_refine,
+        with open_run(args, prompts, SCHEMAS, stage="rewrite_captions", refine=not args.no_refine,
                       with_original=args.with_original) as caller:
             index, n_shards = caller.shard
             if n_shards > 1 and caller.backend:

@@ -182,7 +182,7 @@ def test_keep_unclear_changes_the_decision_without_new_calls(world, judge):
 def test_the_judge_sees_question_images_chain_and_answer(world, judge):
     main(flags(world([row("z")])))
     request = judge.asked[0]
-    assert [path.name for path in request.images] == ["a.png"] and "{question}" not in request.text
+    assert [Path(path).name for path in request.images] == ["a.png"] and "{question}" not in request.text
     assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
 
 

@@ -283,7 +283,7 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
     assert (out["read"], out["kept"], out["rejected"], out["errors"], out["refined_share"]) == (14, 3, 11, 1, 1.0)
     assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1} and out["n_calls"] == len(captioner.asked) == 14
     zoom, draw = (next(r for r in captioner.asked if word in r.text) for word in ("plain?", "drawn?"))
-    assert [p.name for p in zoom.images] == ["b.png"] and [p.name for p in draw.images] == ["a.png", "b.png"]
+    assert [Path(p).name for p in zoom.images] == ["b.png"] and [Path(p).name for p in draw.images] == ["a.png", "b.png"]
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
 
 
@@ -320,7 +320,7 @@ def test_one_caption_for_many_images_is_a_captioner_that_does_not_look(world, ca
 def test_with_original_shows_the_whole_image_first(world, captioner):
     path = world([monet(1), monet(2, subset="CogCoM", question="drawn?")])
     assert main(flags(path, "--with_original", "--no_refine")) == 0
-    assert [[p.name for p in request.images] for request in captioner.asked] == [["a.png", "b.png"]] * 2
+    assert [[Path(p).name for p in request.images] for request in captioner.asked] == [["a.png", "b.png"]] * 2
     assert captioner.asked[0].text.startswith("The first image is the original. The second image is a region of it")
 
 

@@ -203,6 +203,8 @@ def normalize(text: str) -> str:
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
     """Return whether two answers say the same; with options, a letter says its option's text. Nothing is no answer."""
+    if a == b and a.isalnum():
+        return True
     if options:
         letters = [resolve(text if (box := last_boxed(text)) is None else box, options, "") for text in (a, b)]
         chosen = [found.letter for found in letters if found.rule in ("letter", "letter_text", "text")]

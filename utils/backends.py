@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import NamedTuple
 
 from utils.images import ImageError, open_image, visual_tokens
 from utils.rows import DataError, log, rank_world
@@ -16,8 +17,7 @@ from utils.rows import DataError, log, rank_world
 WINDOW = 2048  # requests among which batches are formed by length
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for servers.
 
     The seed comes from the key, so that it depends neither on the order of the calls nor on a restart.
@@ -26,7 +26,7 @@ class Request:
     key: str
     system: str | None
     text: str
-    images: tuple[Path, ...]
+    images: tuple[str, ...]
     max_tokens: int
     schema: dict | None = None
 

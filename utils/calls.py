@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -25,21 +25,19 @@ ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")  # the mo
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2  # stop: the first 20 calls all failed, or 20 % of the last 500
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One question to the model on behalf of a sample; `hashes` are the sha256 of its images' bytes."""
 
     id: str
     kind: str
     step: int
     text: str
-    images: tuple[Path, ...]
+    images: tuple[str, ...]
     hashes: tuple[str, ...]
     schema: dict
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A checked reply, or the closed `reason` why there is none and a `detail` in words."""
 
     value: dict | None
@@ -56,8 +54,8 @@ class IncompleteError(RuntimeError):
 class Caller:
     """What every call of a run shares; counts what was done. `backend` None asks the journal alone.
 
-    `identity` goes into every key: a journal answers only for the model, prompts and sampling that wrote it. `images`
-    is the journal of the images that were looked at (utils.checks.check_rows).
+    `identity` (model, sampling, schemas) goes into every key: a journal answers only for what wrote it. `images` is the
+    journal of the images that were looked at (utils.checks.check_rows).
     """
 
     journal: Journal
@@ -81,8 +79,8 @@ class Caller:
         if before is not None:
             text += "\n" + fill(self.prompts["RETRY"], fault=before.detail)
             room *= 2 if before.reason == "cut_off" else 1
-        key = call_key(kind=call.kind, system=self.prompts["SYSTEM"], text=text, images=call.hashes, schema=call.schema,
-                       attempt=attempt, max_new_tokens=room, **self.identity)
+        key = call_key(kind=call.kind, system=self.prompts["SYSTEM"], text=text, images=call.hashes, attempt=attempt,
+                       max_new_tokens=room, **self.identity)
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, room, call.schema)
 
     def outcome(self, request: Request, call: Call, attempt: int, check: Callable) -> Outcome:

@@ -22,7 +22,7 @@ WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
 SPAN = re.compile(r"<think_image>(.*?)</think_image>", re.DOTALL)
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=</think>)|(?<=</think_image>)\s*")
+SENTENCE_END = re.compile(r"[.!?]\s+|\n+|</think>|</think_image>\s*")
 MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
                     r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]*\]|\\boxed|```")
 REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
@@ -30,6 +30,8 @@ REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|ca
                      r"|\bI apologi[sz]e\b", re.I)
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai",
+           "language model", "apolog")  # each REFUSAL and each LEAK has one of them; looking for them is ten times as fast
 OPTION = re.compile(r"^\s*(?:[-*]\s+)?\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
@@ -37,16 +39,29 @@ NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.D
 def has_loop(text: str) -> bool:
     """Return whether over MAX_REPEATED of a text's 4-grams stood before in it, or one of its lines stands 3 times."""
     words = text.lower().split()
-    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    n_grams = len(words) - 3
+    if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:  # there are at least so many different 4-grams
+        if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
+            return True
+    if text.count("\n") < 2:
+        return False
     lines = Counter(line.strip() for line in text.splitlines() if line.strip())
-    return len(grams) >= 5 and 1 - len(set(grams)) / len(grams) > MAX_REPEATED or max(lines.values(), default=0) >= 3
+    return max(lines.values(), default=0) >= 3
+
+
+def find_markup(text: str) -> set[str]:
+    """Return the pieces of markup in a text."""
+    if "<" in text or "[" in text or "\\" in text or "`" in text:  # most texts have none, and this is 20 times as fast
+        return {match[0] for match in MARKUP.finditer(text)}
+    return set()
 
 
 def caption_fault(text: str) -> str | None:
     """Return the first of CAPTION_REASONS that holds for a caption, or None."""
-    n_words = len(text.split())
-    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, REFUSAL.search(text), has_loop(text),
-             MARKUP.search(text), LEAK.search(text))
+    n_words, lower = len(text.split()), text.lower()
+    suspect = any(word in lower for word in SUSPECT)
+    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text), has_loop(text),
+             find_markup(text), suspect and LEAK.search(text))
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.rows import DataError, log, rank_world, write_json
 
@@ -30,9 +31,9 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         index, n = shard or rank_world()[:2]
         self.path = self.folder / f"{name}-{index:05d}-of-{n:05d}.jsonl"
-        self.places: dict[str, tuple[int, int, int]] = {}  # key -> file descriptor, offset and length in bytes
+        self.places: dict[str, tuple[BinaryIO, int, int]] = {}  # key -> file, offset and length in bytes
         self.transient: set[str] = set()
-        self.readers: dict[Path, tuple[int, int, int]] = {}  # file -> its descriptor, bytes and lines read so far
+        self.readers: dict[Path, tuple[BinaryIO, int, int]] = {}  # path -> file, bytes and lines read so far
         self.synced_at = time.monotonic()
         with ExitStack() as stack:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -66,8 +67,8 @@ class Journal:
         return iter(self.places)
 
     def close_readers(self) -> None:
-        for fd, _, _ in self.readers.values():
-            os.close(fd)
+        for file, _, _ in self.readers.values():
+            file.close()
 
     def check_settings(self, settings: dict) -> None:
         """Write meta.json, or compare with the one that is there."""
@@ -106,28 +107,28 @@ class Journal:
     def reload(self) -> None:
         """Read what all shards have written since the last time; a bad line is damage: DataError naming it."""
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
-            fd, offset, n = self.readers.get(path) or (os.open(path, os.O_RDONLY), 0, 0)
-            self.readers[path] = fd, offset, n
-            with open(path, "rb") as file:
-                file.seek(offset)
-                for n, line in enumerate(file, n + 1):
-                    if not line.endswith(b"\n"):
-                        break  # another shard is writing it
-                    try:
-                        record = json.loads(line)
-                        self.note(record, (fd, offset, len(line)))
-                    except (ValueError, TypeError, KeyError, AttributeError) as error:
-                        raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat "
-                                        "its work, or use --fresh") from error
-                    offset += len(line)
-                    self.readers[path] = fd, offset, n
+            file, offset, n = self.readers.get(path) or (open(path, "rb", buffering=1 << 16), 0, 0)
+            self.readers[path] = file, offset, n
+            file.seek(offset)
+            for n, line in enumerate(file, n + 1):
+                if not line.endswith(b"\n"):
+                    break  # another shard is writing it
+                try:
+                    record = json.loads(line)
+                    self.note(record, (file, offset, len(line)))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
+                                    "work, or use --fresh") from error
+                offset += len(line)
+                self.readers[path] = file, offset, n
 
     def get(self, key: str) -> dict | None:
         """Return the record of a key, or None if there is none."""
         if key not in self.places:
             return None
-        fd, offset, length = self.places[key]
-        return json.loads(os.pread(fd, length, offset))
+        file, offset, length = self.places[key]
+        file.seek(offset)  # buffered: the journal is mostly read in the order in which it was written
+        return json.loads(file.read(length).decode("ascii"))
 
     def forget(self, key: str) -> None:
         """Treat a piece of work as not done in this process (its line stays; a new record will count)."""
@@ -145,10 +146,10 @@ class Journal:
                 self.synced_at = time.monotonic()
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}; make room and run the same command again") from error
-        self.note(record, (self.fd, self.size, len(line)))
+        self.note(record, (self.readers[self.path][0], self.size, len(line)))
         self.size += len(line)
 
-    def note(self, record: dict, place: tuple[int, int, int]) -> None:
+    def note(self, record: dict, place: tuple[BinaryIO, int, int]) -> None:
         """Remember where a record stands."""
         self.places[record["key"]] = place
         (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])

@@ -1,10 +1,13 @@
 """Prompts and replies as text: fill a template, find the JSON object in a reply, hold it against a schema."""
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from utils.rows import DataError
 
+DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
 MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
@@ -28,17 +31,22 @@ def fill(template: str, **values: str) -> str:
     So are markers: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's tokenizer would else take for
     a picture or the end of a turn.
     """
-    names = "|".join(map(re.escape, values))
-    return re.sub(rf"\{{({names})\}}", lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
+    return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
+
+
+@cache
+def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"\{{({'|'.join(map(re.escape, names))})\}}")
 
 
 def parse_json_reply(text: str) -> dict | None:
     """Return the last JSON object in a reply, whatever stands around it; None if there is none that UTF-8 can hold."""
-    decoder, place, found = json.JSONDecoder(strict=False), text.find("{"), None
+    place, found, escapes = text.find("{"), None, "\\u" in text
     while place >= 0:
         try:
-            value, end = decoder.raw_decode(text, place)
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            value, end = DECODER.raw_decode(text, place)
+            if escapes:  # they may stand for half a character
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
             found = value
         except (ValueError, RecursionError):
             end = place + 1
@@ -48,9 +56,8 @@ def parse_json_reply(text: str) -> dict | None:
 
 def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
     """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or None."""
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
     kind = schema["type"]
-    if not isinstance(value, kinds[kind]) or isinstance(value, bool) and kind != "boolean":
+    if not isinstance(value, KINDS[kind]) or isinstance(value, bool) and kind != "boolean":
         return f"{where} should be of type {kind}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
@@ -59,13 +66,15 @@ def schema_fault(value: object, schema: dict, where: str = "the reply") -> str |
     if kind == "array":
         if len(value) > schema.get("maxItems", len(value)):
             return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
-        faults = (schema_fault(item, schema["items"], f"item {n} of {where}") for n, item in enumerate(value, 1))
-        return next(filter(None, faults), None)
+        for n, item in enumerate(value, 1):
+            if fault := schema_fault(item, schema["items"], f"item {n} of {where}"):
+                return fault
     if kind == "object":
         if missing := [name for name in schema["required"] if name not in value]:
             return f"{where} lacks {', '.join(missing)}"
-        faults = (schema_fault(value[name], part, repr(name)) for name, part in schema["properties"].items())
-        return next(filter(None, faults), None)
+        for name, part in schema["properties"].items():
+            if fault := schema_fault(value[name], part, repr(name)):
+                return fault
     return None
 
 

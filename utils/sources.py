@@ -105,7 +105,8 @@ def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "image"):
             raise DataError(f"{where}, item {n}: expected type \"text\" or \"image\", got {str(part)[:60]!r}")
-        check_fields(f"{where}, item {n}", part, {kind: str})
+        if not isinstance(part.get(kind), str):
+            check_fields(f"{where}, item {n}", part, {kind: str})
         content.append((kind, part[kind]))
     return turn["role"], content
 
