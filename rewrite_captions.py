@@ -100,7 +100,7 @@ FILLER = set("and are but for from has have its the their there this that was we
 PICTURES = ("image", "picture", "figure", "crop")
 POINTING = re.compile(rf"\b(?:at|in|see|on|from) (?:the|this) (?:{'|'.join(PICTURES)}) (?:above|below)\b"
                       rf"|\b(?:above|below|attached) (?:{'|'.join(PICTURES)})\b", re.I)  # at images that are gone
-LENGTH_RATIO = (0.5, 2.0)  # words of the refined chain against the words before
+LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those before
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -199,10 +199,10 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
             fault = lost_facts(before, part["text"])
         if fault:
             return "refine", f"segment {n} {fault}"
-    n_before = sum(len(text.split()) for _, text in segments)
-    n_after = sum(len(part["text"].split()) for part in value["segments"])
+    n_before = sum(len(text) for _, text in segments)
+    n_after = sum(len(part["text"]) for part in value["segments"])
     if not LENGTH_RATIO[0] * n_before <= n_after <= LENGTH_RATIO[1] * n_before:
-        return "refine", f"it has {n_after} words where the segments had {n_before}; keep about the same length"
+        return "refine", f"it has {n_after} characters where the segments had {n_before}; keep about the same length"
     return None
 
 

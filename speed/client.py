@@ -87,13 +87,13 @@ def ask_openai(url: str, picture: str, n: int, in_flight: int) -> None:
     import openai
 
     async def run() -> None:
-        free, client = asyncio.Semaphore(in_flight), openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
-
-        async def one() -> None:
-            async with free:
-                done = await client.chat.completions.create(model="m", messages=messages(picture), max_tokens=100)
-                assert done.choices
-        await asyncio.gather(*(one() for _ in range(n)))
+        free = asyncio.Semaphore(in_flight)
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            async def one() -> None:
+                async with free:
+                    done = await client.chat.completions.create(model="m", messages=messages(picture), max_tokens=100)
+                    assert done.choices
+            await asyncio.gather(*(one() for _ in range(n)))
     asyncio.run(run())
 
 

@@ -41,3 +41,13 @@ def test_the_numbers_of_the_toy_are_those_of_its_results_file():
         assert f"| {name} | {100 * part['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} |" in table
     follow, emission = result["text_directed"]["follow"], result["emission"]
     assert f"{follow['k']} of {follow['n']}" in table and f"{emission['k']} of {emission['n']}" in table
+
+
+def test_the_numbers_of_speed_are_those_of_their_files():
+    table = README.split("## Speed")[1].split("<!-- end of speed -->")[0]
+    client = json.loads((ROOT / "results" / "client.json").read_text())
+    rates = {name: f"{part['requests_per_s']:.0f}" for name, part in client["clients"].items()}
+    assert f"| {rates['ours']} | openai SDK {rates['openai']}, aiohttp {rates['aiohttp']} |" in table
+    export = json.loads((ROOT / "results" / "export.json").read_text())
+    assert f"| {export['export_s']:.0f} s, {export['export_gb']:.1f} GB |" in table
+    assert f"| {export['scan_s']:.1f} s | the same {export['json_loads_s']:.1f} s |" in table

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rewrite_captions import caption_calls, convert
+from rewrite_captions import caption_calls, parse_args
 from toy import lessons, make_world
 from toy.world import CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text, zoom_in
+from utils.sources import convert
 
 ROOT = Path(__file__).parents[1]
 SCENES = [make_scene(random.Random(n)) for n in range(60)]
@@ -94,7 +95,8 @@ def test_the_base_learns_the_very_words_of_the_calls(world):
         value = json.loads((world / subset / "train.json").read_text())[0]
         sample = convert("x", value, 0, {})
         sample.hashes = ["a", "b"]
-        call = caption_calls(sample, str(world), lessons.PROMPTS["rewrite"])[0]
+        call = caption_calls(sample, parse_args(["--input", "x", "--output", "x", "--image_root", str(world)]),
+                             lessons.PROMPTS["rewrite"])[0]
         assert call.text.endswith(sample.row["question"].strip()) and sample.row["question"].startswith("Question: What")
         lesson = next(l for l in (lessons.caption_call(random.Random(n)) for n in range(50))
                       if l[1].split("\n")[0] == call.text.split("\n")[0])
@@ -103,14 +105,14 @@ def test_the_base_learns_the_very_words_of_the_calls(world):
 
 
 def test_replies_of_the_lessons_are_what_the_stages_accept(world):
-    from filter_data import SCHEMA
+    from filter_data import SCHEMAS as FILTER_SCHEMAS
     from rewrite_captions import SCHEMAS
     from utils.calls import schema_fault
     for n in range(30):
         for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")), (lessons.refinement_call, ("refine",))):
             reply = json.loads(lesson(random.Random(n))[2])
             assert any(schema_fault(reply, SCHEMAS[name]) is None for name in schemas)
-        assert schema_fault(json.loads(lessons.judgement_call(random.Random(n))[2]), SCHEMA) is None
+        assert schema_fault(json.loads(lessons.judgement_call(random.Random(n))[2]), FILTER_SCHEMAS["judge"]) is None
 
 
 @pytest.mark.slow

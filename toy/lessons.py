@@ -12,10 +12,11 @@ from pathlib import Path
 from PIL import Image
 
 from filter_data import Verdict, judge_call
-from rewrite_captions import Sample, join_chain, make_segments, refine_call
+from rewrite_captions import join_chain, make_segments, refine_call
 from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about, draw_scene, make_scene, observation, opening,
                        prompt_text, zoom_in)
-from utils.calls import fill
+from utils.replies import fill
+from utils.sources import Sample
 
 Lesson = tuple[list[Image.Image], str, str]
 PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def refinement_call(rng: random.Random) -> Lesson:
     """The refinement call of rewrite_captions.py."""
     _, question, seen = draw_case(rng)
     caption = caption_of(question, seen)
-    call = refine_call(Sample({"id": "", "steps": chain_steps(question, caption)}), PROMPTS["rewrite"])
+    call = refine_call(Sample({"id": ""}), make_segments(chain_steps(question, caption))[0], PROMPTS["rewrite"])
     segments = [{"id": n, "text": text} for n, text in enumerate(link(question, caption), 1)]
     return [], call.text, json.dumps({"segments": segments})
 

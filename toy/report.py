@@ -8,10 +8,11 @@ Prints  one JSON object: accuracies with intervals, changes under do(Z), emissio
 """
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from toy.make_world import BAD
-from utils.rows import cli, read_rows, write_json
+from utils.rows import cli, log, read_rows, write_json
 
 VARIANTS = ("base", "text", "latent")
 STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
@@ -23,15 +24,35 @@ def load(path: Path) -> dict:
 
 
 def filter_quality(work: Path) -> dict:
-    """Return, by planted fault, how many rows stages 1 and 2 took out; and how many sound rows they lost."""
-    kept = {row["id"] for row in read_rows(work / "sft.jsonl", {"id": str})}
-    found = {}
-    for bad in (None, *BAD):
-        ids = [row["id"] for row in read_rows(work / "world" / "truth.jsonl", {"id": str}) if row["bad"] == bad]
-        found[bad or "sound"] = {"rows": len(ids), "taken_out": sum(name not in kept for name in ids)}
-    n_bad, n_caught = (sum(found[bad][name] for bad in BAD) for name in ("rows", "taken_out"))
-    n_out = n_caught + found["sound"]["taken_out"]
-    return {"precision": n_caught / n_out if n_out else None, "recall": n_caught / n_bad, "by_fault": found}
+    """Return precision and recall of stages 1 and 2 against the planted faults, over all and by reason.
+
+    A row counts under the first of its reasons. Precision of a reason: the share of its rows with a planted fault;
+    recall: of each fault, the share of its rows that this reason took out.
+    """
+    planted = {row["id"]: row["bad"] or "sound" for row in read_rows(work / "world" / "truth.jsonl", {"id": str})}
+    reason_of = {row["id"]: f"rewrite:{row['reason']}" for row in read_rows(work / "rewritten.jsonl.run" / "rejected.jsonl",
+                                                                          {"id": str, "reason": str})}
+    reason_of |= {row["id"]: f"{row['stage']}:{row['reasons'][0]}" for row in read_rows(
+        work / "sft.jsonl.run" / "verdicts.jsonl", {"id": str, "reasons": list}) if not row["keep"]}
+    n_rows, n_out = Counter(planted.values()), Counter(planted[name] for name in reason_of)
+    by_fault = {fault: {"rows": n_rows[fault], "taken_out": n_out[fault]} for fault in ("sound", *BAD)}
+    by_reason = {}
+    for reason in sorted(set(reason_of.values())):
+        counts = Counter(planted[name] for name, its in reason_of.items() if its == reason)
+        by_reason[reason] = {"taken_out": counts.total(), "precision": 1 - counts["sound"] / counts.total(),
+                             "recall": {fault: counts[fault] / n_rows[fault] for fault in BAD if counts[fault]}}
+    n_caught = sum(n_out[fault] for fault in BAD)
+    return {"precision": n_caught / len(reason_of) if reason_of else None,
+            "recall": n_caught / sum(n_rows[fault] for fault in BAD), "by_fault": by_fault, "by_reason": by_reason}
+
+
+def quality_lines(quality: dict) -> list[str]:
+    """Return the Markdown table of the filter by reason."""
+    lines = ["| reason | rows taken out | precision, % | recall of a planted fault, % |", "|---|---|---|---|"]
+    for reason, part in quality["by_reason"].items():
+        recall = ", ".join(f"{fault} {percent(share)}" for fault, share in part["recall"].items())
+        lines.append(f"| {reason} | {part['taken_out']} | {percent(part['precision'])} | {recall or '-'} |")
+    return lines
 
 
 def gather(work: Path) -> dict:
@@ -74,6 +95,7 @@ def write_report(result: dict, work: Path) -> None:
               f"{interval(part['ci95_clustered'])} | {part['unresolved']} |" for name, part in result["accuracy"].items()]
     lines += ["", "## Data", "", "| planted fault | rows | taken out by stages 1 and 2 |", "|---|---|---|"]
     lines += [f"| {name} | {part['rows']} | {part['taken_out']} |" for name, part in result["filter"]["by_fault"].items()]
+    lines += ["", *quality_lines(result["filter"])]
     lines += ["", f"Precision {percent(result['filter']['precision'])} %, recall {percent(result['filter']['recall'])} %; "
               f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.", "", "## do(Z)", "",
               "| imagination | condition | items | clean, % | intervened, % | change, 90 % interval | verdict |",
@@ -105,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     result = gather(work) | {"seconds": args.seconds}
     write_report(result, work)
     write_json(work / "report.json", result)
+    log("\n".join(quality_lines(result["filter"])))
     print(json.dumps(result))
     return 0
 

@@ -57,8 +57,10 @@ def parse_json_reply(text: str) -> dict | None:
 def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
     """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or None."""
     kind = schema["type"]
-    if not isinstance(value, KINDS[kind]) or isinstance(value, bool) and kind != "boolean":
+    if type(value) is not KINDS[kind]:  # exact: JSON knows no subclasses, and a bool is no integer
         return f"{where} should be of type {kind}"
+    if kind == "string" and "enum" not in schema and len(value) <= schema.get("maxLength", len(value)):
+        return None
     if "enum" in schema and value not in schema["enum"]:
         return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
     if kind == "string" and len(value) > schema.get("maxLength", len(value)):
