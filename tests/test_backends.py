@@ -5,6 +5,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -345,6 +346,45 @@ def test_out_of_memory_splits_the_batch(backend, picture, monkeypatch, limit):
     monkeypatch.setattr(decode, "generate", small_memory)
     replies = essence(backend.generate(requests))
     assert replies == expected if limit else {reply[4] for reply in replies.values()} == {"out_of_memory"}
+
+
+def test_a_batch_keeps_to_its_rows_and_tokens(tiny_checkpoint, picture):
+    requests = requests_for(picture, 9)
+    for size, tokens in ((4, 10**6), (9, 120), (9, 1), (2, 120)):
+        backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, size, tokens)
+        batches = list(backend.batches(requests))
+        need = [len(batch) * max(backend.length(r)[0] + r.max_tokens for r in batch) for batch in batches]
+        assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests)
+        assert all(len(batch) <= size and (n <= tokens or len(batch) == 1) for batch, n in zip(batches, need))
+        lengths = [backend.length(r) for batch in batches for r in batch]
+        assert lengths == sorted(lengths, reverse=True)
+        assert tokens == 1 or max(map(len, batches)) > 1
+
+
+def test_out_of_memory_is_remembered(tiny_checkpoint, picture, monkeypatch):
+    from utils import decode
+    generate, sizes = decode.generate, []
+
+    def small_memory(qwen, inputs, *args, **kwargs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return generate(qwen, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(decode, "generate", small_memory)
+    backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=4, batch_tokens=10**6)
+    path = picture("a.png")
+    replies = list(backend.generate(Request(f"k{i}", None, "What is it?", (str(path),), 6) for i in range(12)))
+    assert len(replies) == 12 and all(reply.error is None for reply in replies)
+    assert sizes == [4, 2, 2, 2, 2, 2, 2]  # the first batch was split, the others were planned smaller
+
+
+def test_a_stop_ends_the_work_between_batches(backend, picture):
+    stop, keys = threading.Event(), []
+    for reply in backend.generate(requests_for(picture, 7), stop=stop):
+        keys.append(reply.key)
+        stop.set()
+    assert len(keys) == 3  # the batch that was under way
 
 
 def test_identity_is_of_the_content_not_of_the_path(tiny_checkpoint, tmp_path):

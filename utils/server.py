@@ -47,7 +47,7 @@ class Server:
     polling: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Job:
     """One request on its way, with the tries that counted against it."""
 
