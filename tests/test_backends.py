@@ -333,8 +333,9 @@ def test_a_lost_image_fails_alone(backend, picture, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [2, 1, 0])
-def test_out_of_memory_splits_the_batch(backend, picture, monkeypatch, limit):
+def test_out_of_memory_splits_the_batch(tiny_checkpoint, picture, monkeypatch, limit):
     from utils import decode
+    backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=3, batch_tokens=10**6)
     generate, requests = decode.generate, requests_for(picture, 3)
     expected = essence(backend.generate(requests))
 
