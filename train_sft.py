@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from utils.decode import PRESETS, LatentSpec, latent_ids
-from utils.images import budget_sizes, open_image, resolve_image
+from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
+from utils.packing import plan_packs, run_packed, use_packed_attention
 from utils.qwen import Qwen, add_tokens, chat, collate, image_features, load, plain, process_images, save
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta
 
@@ -61,15 +63,27 @@ def load_images(paths: list[Path], total_tokens: int, image_tokens: int, factor:
     return [image if image.size == size else image.resize(size, 3) for image, size in zip(images, sizes)]  # 3: bicubic
 
 
+def count_visual_tokens(qwen: Qwen, paths: list[Path], args: argparse.Namespace) -> int:
+    """Return how many visual tokens `load_images` and the image processor will make of images, from their headers."""
+    limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
+    sizes = budget_sizes([image_size(path) for path in paths], args.image_tokens, args.tokens_per_image, qwen.factor)
+    areas = (math.prod(smart_size(*size, qwen.factor, *limits)) for size in sizes)
+    return sum(area // qwen.factor**2 for area in areas)
+
+
 @dataclass
 class Example:
-    """One row as tokens: `trained[j]` says that token j is a target; `steps` are the paths of the imagined images."""
+    """One row as tokens, an image still being one of them: `trained[j]` says that token j is a target.
+
+    `steps` are the paths of the imagined images; `n_tokens` counts the visual tokens too.
+    """
 
     id: str
     ids: list[int]
     trained: list[bool]
     images: list[Path]
     steps: list[Path]
+    n_tokens: int
 
 
 def make_example(qwen: Qwen, row: dict, args: argparse.Namespace, spec: LatentSpec | None) -> Example:
@@ -86,7 +100,40 @@ def make_example(qwen: Qwen, row: dict, args: argparse.Namespace, spec: LatentSp
         untrained = {pad_id, end_id} if spec.force_end else {pad_id}
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
     trained = [False] * len(prompt_ids) + [i not in untrained for i in reply_ids]
-    return Example(row["id"], prompt_ids + reply_ids, trained, images, steps)
+    n_tokens = len(trained) - len(images) + count_visual_tokens(qwen, images, args)
+    if spec is None and n_tokens > args.max_tokens:
+        raise DataError(f"{row['id']}: {n_tokens} tokens, visual ones included; --max_tokens {args.max_tokens} is less: raise "
+                        "it, or take the row out")
+    return Example(row["id"], prompt_ids + reply_ids, trained, images, steps, n_tokens)
+
+
+def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], args: argparse.Namespace) -> dict:
+    """Put rows one behind the other into one sequence of L tokens, without padding.
+
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if there is an
+    image, cu_seqlens int32 [rows + 1], max_length, keep [1, L] (the positions that predict), target [n], weight [n].
+    """
+    budget, rows = (args.image_tokens, args.tokens_per_image, qwen.factor), []
+    for example in examples:
+        pixels = process_images(qwen.image_processor, load_images(example.images, *budget))
+        rows.append(collate(qwen, [example.ids], [pixels], "left"))
+        if rows[-1]["input_ids"].shape[1] != example.n_tokens:
+            raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
+                            f"{example.n_tokens}; was an image changed during the run?")
+    pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
+    for name in ("pixel_values", "image_grid_thw"):
+        if present := [row[name] for row in rows if name in row]:
+            pack[name] = torch.cat(present)
+    lengths = torch.tensor([0] + [example.n_tokens for example in examples])
+    keep, target, weight = torch.zeros_like(pack["input_ids"], dtype=torch.bool), [], []
+    for example, row, end, its in zip(examples, rows, lengths.cumsum(0)[1:].tolist(), weights):
+        places = torch.tensor(example.trained).nonzero().flatten() - len(example.trained)  # from the end of the row
+        keep[0, end + places - 1] = True
+        target.append(row["input_ids"][0, places])
+        weight += [its] * len(places)
+    return pack | {"cu_seqlens": lengths.cumsum(0).int(), "max_length": int(lengths.max()), "keep": keep,
+                   "target": torch.cat(target), "weight": torch.tensor(weight), "latent_weight": torch.zeros(0),
+                   "row_ids": [example.id for example in examples]}
 
 
 def lay_out(lengths: list[list[int]], n_latents: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
@@ -165,7 +212,9 @@ def piece_lengths(ids: list[int], pad_id: int | None, n_latents: int) -> list[in
 class Steps(torch.utils.data.Dataset):
     """Item s is this rank's part of optimizer step s: a list of micro-batches, the same number on every rank.
 
-    The rows of a step are a pure function of (seed, step), whatever the number of ranks: that is what resuming needs.
+    The rows of a step are a pure function of (seed, step), whatever the number of ranks: that is what resuming needs. Rows
+    are packed up to --max_tokens; with latents, whose recurrence wants columns in common, they are padded, --batch_size at
+    a time.
     """
 
     def __init__(self, qwen: Qwen, examples: list[Example], args: argparse.Namespace, spec: LatentSpec | None,
@@ -181,7 +230,19 @@ class Steps(torch.utils.data.Dataset):
         return order[place * self.args.global_batch:(place + 1) * self.args.global_batch]
 
     def __getitem__(self, step: int) -> list[dict]:
-        rows = self.rows_of(step)
+        return self.padded(self.rows_of(step)) if self.spec else self.packed(self.rows_of(step))
+
+    def packed(self, rows: list[int]) -> list[dict]:
+        plan = plan_packs([self.examples[i].n_tokens for i in rows], self.args.max_tokens, self.world)
+        packs = []
+        for pack in plan:
+            mine = [self.examples[rows[k]] for k in pack[self.rank]]
+            # a rank whose bin is empty computes a row that does not count, so that all ranks do as many
+            packs.append(make_pack(self.qwen, mine, [1.0] * len(mine), self.args) if mine else
+                         make_pack(self.qwen, [self.examples[rows[0]]], [0.0], self.args))
+        return packs
+
+    def padded(self, rows: list[int]) -> list[dict]:
         n_each = math.ceil(len(rows) / self.world)
         mine = [(i, 1.0) for i in rows[self.rank::self.world]]
         mine += [(rows[0], 0.0)] * (n_each - len(mine))  # a rank with fewer rows computes one that does not count
@@ -204,14 +265,18 @@ class Objective(torch.nn.Module):
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-        if self.spec is None or not batch["latents"]:
-            hidden = self.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                                      position_ids=batch["position_ids"], use_cache=False, **images).last_hidden_state
-            align = hidden.new_zeros(())
+        align = torch.zeros((), device=batch["input_ids"].device)
+        if "cu_seqlens" in batch:
+            logits = run_packed(self.model, batch, images)
         else:
-            hidden, latents = self.run_latents(batch, images)
-            align = self.align(batch, latents)
-        logits = self.model.lm_head(hidden.flatten(0, 1)[batch["source"]]).float()
+            if batch["latents"]:
+                hidden, latents = self.run_latents(batch, images)
+                align = self.align(batch, latents)
+            else:
+                hidden = self.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                                          position_ids=batch["position_ids"], use_cache=False, **images).last_hidden_state
+            logits = self.model.lm_head(hidden.flatten(0, 1)[batch["source"]])
+        logits = logits.view(-1, logits.shape[-1]).float()
         losses = F.cross_entropy(logits, batch["target"], reduction="none") * batch["weight"]
         right = ((logits.argmax(-1) == batch["target"]) * batch["weight"]).sum()
         return losses.sum(), align, right.detach()
@@ -293,7 +358,7 @@ def train_step(acc: Accelerator, objective, optimizer, batches: list[dict], args
     n_tokens, n_segments = acc.reduce(counts, "sum").tolist()
     sums = torch.zeros(3, device=acc.device)
     for k, batch in enumerate(batches):
-        with acc.no_sync(objective) if k + 1 < len(batches) else open(os.devnull):
+        with acc.no_sync(objective) if k + 1 < len(batches) else nullcontext():
             nll, align, right = objective(to_device(batch, acc.device))
             loss = nll / n_tokens + (args.align_weight * align / n_segments if n_segments else 0.0)
             acc.backward(loss * acc.num_processes)  # gradients are averaged over ranks, and counts are of all ranks
@@ -443,7 +508,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--max_steps", type=int, default=None, help="optimizer steps in all (overrides --epochs)")
     parser.add_argument("--global_batch", type=int, default=128, help="rows an optimizer step, whatever the number of GPUs")
-    parser.add_argument("--batch_size", type=int, default=1, help="rows a forward pass on one device")
+    parser.add_argument("--max_tokens", type=int, default=8192, help="tokens a forward pass on one device, visual ones "
+                        "included: rows are packed up to it")
+    parser.add_argument("--batch_size", type=int, default=1, help="--imagination latent: rows a forward pass, padded")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--warmup_steps", type=int, default=10)
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
@@ -462,7 +529,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=None, help="read only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="show the first row and the plan; train nothing")
     args = parser.parse_args(argv)
-    for name in ("epochs", "global_batch", "batch_size", "eval_every", "save_every", "keep"):
+    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     return args
@@ -507,7 +574,8 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint:
         acc.load_state(str(checkpoint))
         log(f"resumed from {checkpoint}")
-    fit(acc, qwen, objective, optimizer, train, held_out, run, args)
+    with nullcontext() if spec else use_packed_attention(qwen.model):  # around the backward pass too: it may recompute
+        fit(acc, qwen, objective, optimizer, train, held_out, run, args)
     if not held_out:
         publish(acc, folder / "best", lambda to: acc.is_main_process and save(qwen, str(to)))
     seconds = time.time() - begun
@@ -529,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_settings(acc: Accelerator, path: Path, args: argparse.Namespace) -> None:
     """Refuse to resume under other settings than those the run began with (workers and log intervals may change)."""
-    free = ("num_workers", "save_every", "keep", "batch_size", "dry_run")
+    free = ("num_workers", "save_every", "keep", "batch_size", "max_tokens", "dry_run")
     mine = {name: value for name, value in vars(args).items() if name not in free}
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))

@@ -44,7 +44,7 @@ def data(tmp_path, picture):
 
 def flags(data, checkpoint, output, *more):
     return ["--data", str(data), "--image_root", str(data.parent), "--model", str(checkpoint), "--output", str(output),
-            "--global_batch", "6", "--batch_size", "2", "--learning_rate", "1e-3", "--num_workers", "0", "--epochs", "2", *more]
+            "--global_batch", "6", "--batch_size", "2", "--max_tokens", "300", "--learning_rate", "1e-3", "--num_workers", "0", "--epochs", "2", *more]
 
 
 def losses(output):
@@ -109,10 +109,10 @@ def objective_and_examples(tiny_checkpoint, data, *more):
     return qwen, train_sft.Objective(qwen, spec, "cosine"), examples, args, spec
 
 
-@pytest.mark.parametrize("imagination", ["text", "latent"])
-def test_the_batch_size_changes_neither_loss_nor_gradient(tiny_checkpoint, data, imagination):
-    """Oracle of padding, layout and normalisation: sums over rows one by one equal the sums of one padded batch."""
-    qwen, objective, examples, args, spec = objective_and_examples(tiny_checkpoint, data, "--imagination", imagination)
+def test_the_batch_size_changes_neither_loss_nor_gradient(tiny_checkpoint, data):
+    """Oracle of padding, layout and normalisation with latents: sums over rows one by one equal those of one padded batch.
+    (Rows without latents are packed: tests/test_packing.py.)"""
+    qwen, objective, examples, args, spec = objective_and_examples(tiny_checkpoint, data, "--imagination", "latent")
     results = []
     for size in (1, 5, 12):
         qwen.model.zero_grad()
@@ -191,10 +191,11 @@ def launch(arguments, processes=1):
                             stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_two_processes_give_the_losses_of_one(tiny_checkpoint, data, tmp_path):
+@pytest.mark.parametrize("imagination", ["text", "latent"])
+def test_two_processes_give_the_losses_of_one(tiny_checkpoint, data, tmp_path, imagination):
     for processes in (1, 2):
         # Five rows a step: the two ranks hold unequal shares, and one of them gets rows without a picture.
-        more = ["--imagination", "latent", "--train_vision", "--global_batch", "5"]
+        more = ["--imagination", imagination, "--train_vision", "--global_batch", "5"]
         process = launch(flags(data, tiny_checkpoint, tmp_path / f"p{processes}", *more), processes)
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err[-2000:]
@@ -219,6 +220,17 @@ def test_killed_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, dat
     for (name, a), (_, b) in zip(Q.load(str(tmp_path / "cut"), device="cpu").model.state_dict().items(),
                                  Q.load(str(tmp_path / "whole"), device="cpu").model.state_dict().items()):
         assert torch.equal(a, b), name
+
+
+def test_a_step_is_the_same_rows_however_they_are_packed(tiny_checkpoint, data, tmp_path):
+    """One pack a step, several, and a row a pack: the same losses, as the optimizer sees the same rows."""
+    curves = []
+    for name, max_tokens in (("one", "10000"), ("few", "300"), ("each", "170")):
+        assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / name, "--max_tokens", max_tokens)) == 0
+        curves.append(losses(tmp_path / name))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4) and curves[2] == pytest.approx(curves[0], rel=1e-4)
+    with pytest.raises(DataError, match=r"t/\d+: \d+ tokens, visual ones included; --max_tokens 20 is less"):
+        train_sft.main(flags(data, tiny_checkpoint, tmp_path / "none", "--max_tokens", "20"))
 
 
 def test_a_run_is_not_resumed_under_other_settings(tiny_checkpoint, data, tmp_path):

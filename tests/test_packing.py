@@ -1,0 +1,189 @@
+"""Packing: plans by their properties, gradients of a pack against those of its rows one by one, and the leak that it avoids.
+
+    python -m pytest tests/test_packing.py
+"""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train_sft
+from utils import qwen as Q
+from utils.packing import NAME, packed_attention, plan_packs, run_packed, use_packed_attention
+from utils.rows import DataError
+
+WORDS = ("what digit is on the red circle closer look I the answer is blue square seven").split()
+
+
+# --------------------------------------------------------------------------------------------------- plans
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("cap", [4096, 8192])
+def test_a_plan_holds_every_row_once_under_the_cap_and_in_balance(world, cap):
+    """Lengths as training.md's: mean about 1,550 tokens, 95 % under 2,500."""
+    rng = random.Random(world + cap)
+    lengths = [min(3260, max(300, int(rng.gauss(1550, 550)))) for _ in range(128)]
+    packs = plan_packs(lengths, cap, world)
+    assert sorted(i for step in packs for rank in step for i in rank) == list(range(128))
+    assert all(len(step) == world for step in packs)
+    loads = [[sum(lengths[i] for i in rank) for rank in step] for step in packs]
+    assert max(map(max, loads)) <= cap
+    assert sum(lengths) / sum(world * max(step) for step in loads) > (0.97 if cap == 8192 else 0.93)
+    assert packs == plan_packs(lengths, cap, world)
+
+
+def test_small_plans():
+    assert plan_packs([5], 5, 1) == [[[0]]]
+    assert plan_packs([5], 5, 2) == [[[0], []]]  # a rank without a row
+    assert plan_packs([3, 3, 3], 6, 1) == [[[0, 2]], [[1]]]
+    assert plan_packs([4, 4, 4], 6, 1) == [[[0]], [[1]], [[2]]]  # the tokens would fit into two bins, the rows do not
+    with pytest.raises(ValueError, match="a row of 7 tokens does not fit into 6"):
+        plan_packs([3, 7], 6, 1)
+
+
+# --------------------------------------------------------------------------------------------------- exactness
+@pytest.fixture
+def rows(tiny_checkpoint, picture, tmp_path):
+    """(qwen, examples, args): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
+    rng, made = random.Random(0), []
+    for n, n_images in enumerate((1, 2, 0, 1, 3)):
+        names = [f"{n}_{k}.png" for k in range(n_images)]
+        for name in names:
+            picture(name, (56 + 28 * rng.randint(0, 3), 56 + 28 * rng.randint(0, 3)), rng.choice(("red", "blue")))
+        words = " ".join(rng.choices(WORDS, k=rng.randint(4, 20)))
+        made.append({"id": f"t/{n}", "images": names, "question": words, "answer": "7", "steps": [],
+                     "chain": f"{words[::-1]} <think_image>a {words}</think_image> The answer is \\boxed{{{n}}}."})
+    args = train_sft.parse_args(["--data", "x", "--output", "x", "--image_root", str(tmp_path)])
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    return qwen, [train_sft.make_example(qwen, row, args, None) for row in made], args
+
+
+def gradients(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (sum of the losses, all gradients in one vector) of batches run one after the other."""
+    qwen.model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        loss = nn.functional.cross_entropy(run(qwen.model, batch), batch["target"], reduction="sum")
+        loss.backward()
+        total += loss.detach()
+    return total, torch.cat([p.grad.flatten() for p in qwen.model.parameters() if p.grad is not None])
+
+
+def packed(model, batch):
+    return run_packed(model, batch, images_of(batch)).view(len(batch["target"]), -1)
+
+
+def images_of(batch):
+    return {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+
+
+def stock(model, batch):
+    """The library's own path for one row: nothing packed, nothing of ours."""
+    assert len(batch["cu_seqlens"]) == 2
+    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=torch.ones_like(
+        batch["input_ids"]), use_cache=False, **images_of(batch))
+    return out.logits[batch["keep"]]
+
+
+def leaking(model, batch):
+    """A plausible call of the stock model on a pack: restarting positions, no mask. Rows see those before them."""
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
+                 logits_to_keep=batch["keep"], **images_of(batch)).logits.view(len(batch["target"]), -1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpointing):
+    qwen, examples, args = rows
+    alone = [train_sft.make_pack(qwen, [example], [1.0], args) for example in examples]
+    together = train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+    loss, gradient = gradients(qwen, stock, alone)
+    leaked_loss, leaked = gradients(qwen, leaking, [together])
+    if checkpointing:
+        qwen.model.model.language_model.gradient_checkpointing_enable()
+        qwen.model.train()
+    with use_packed_attention(qwen.model):
+        for batches in ([together], [train_sft.make_pack(qwen, part, [1.0] * len(part), args)
+                                     for part in (examples[:2], examples[2:3], examples[3:])], alone):
+            its_loss, its_gradient = gradients(qwen, packed, batches)
+            assert float(its_loss) == pytest.approx(float(loss), rel=1e-6)
+            assert (its_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    # what this test is for: the loss hardly tells a leak, the gradient does
+    assert float(leaked_loss) == pytest.approx(float(loss), rel=0.05)
+    assert (leaked - gradient).norm() > 0.05 * gradient.norm()
+
+
+def test_the_frozen_tower_runs_once_and_without_gradients(rows):
+    qwen, examples, args = rows
+    qwen.model.model.visual.requires_grad_(False)
+    qwen.model.model.language_model.gradient_checkpointing_enable()
+    qwen.model.train()
+    seen = []
+    qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
+    with use_packed_attention(qwen.model):
+        gradients(qwen, packed, [train_sft.make_pack(qwen, examples, [1.0] * 5, args)])
+    assert seen == [False]
+
+
+def test_the_pack_s_own_numbers(rows):
+    qwen, examples, args = rows
+    pack = train_sft.make_pack(qwen, examples, [1.0, 1.0, 0.0, 1.0, 1.0], args)
+    lengths = pack["cu_seqlens"].diff().tolist()
+    assert lengths == [example.n_tokens for example in examples] and pack["max_length"] == max(lengths)
+    assert pack["position_ids"].shape == (3, 1, sum(lengths)) and pack["keep"].sum() == len(pack["target"])
+    assert all((pack["position_ids"][:, 0, start] == 0).all() for start in pack["cu_seqlens"][:-1])
+    predicted = [i + 1 for i in pack["keep"][0].nonzero().flatten().tolist()]
+    assert pack["input_ids"][0, predicted].tolist() == pack["target"].tolist()
+    trained = [token for e in examples for token, is_trained in zip(e.ids, e.trained) if is_trained]
+    assert pack["target"].tolist() == trained
+    assert float(pack["weight"].sum()) == len(trained) - sum(examples[2].trained)
+
+
+def test_an_image_that_changed_since_the_plan_is_an_error(rows, picture):
+    qwen, examples, args = rows
+    picture("0_0.png", (280, 280))
+    with pytest.raises(DataError, match=r"t/0: \d+ tokens, where the headers of its images said \d+"):
+        train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+
+
+def test_outside_of_its_block_packing_is_refused(rows):
+    qwen, examples, args = rows
+    pack = train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+    before = qwen.model.config.text_config._attn_implementation
+    with pytest.raises(RuntimeError, match="its rows would attend to each other"):
+        packed(qwen.model, pack)
+    with pytest.raises(ValueError, match="one sequence with cu_seq_lens_q"), use_packed_attention(qwen.model):
+        leaking(qwen.model, pack)
+    configs = qwen.model.config, qwen.model.config.text_config, qwen.model.config.vision_config
+    assert all(config._attn_implementation == before != NAME for config in configs)
+
+
+def test_attention_equals_the_formula():
+    """Oracle: softmax(q k / sqrt(d)) v, row by row, by hand."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.is_causal = True
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    bounds = torch.tensor([0, 2, 3, 9], dtype=torch.int32)
+    for causal in (None, False):
+        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, cu_seq_lens_q=bounds, is_causal=causal)
+        assert out.shape == (1, 9, 4, 8)
+        for start, end in ((0, 2), (2, 3), (3, 9)):
+            for head in range(4):
+                q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
+                scores = 0.3 * q @ k.T
+                if causal is None:
+                    scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+                assert torch.allclose(out[0, start:end, head], scores.softmax(-1) @ v, atol=1e-6)
+
+
+def test_token_counts_come_from_the_headers(tiny_checkpoint, tmp_path, picture):
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    args = train_sft.parse_args(["--data", "x", "--output", "x", "--image_tokens", "60", "--tokens_per_image", "40"])
+    rng = random.Random(0)
+    for n in range(40):
+        paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400))) for k in range(rng.randint(1, 3))]
+        pixels = Q.process_images(qwen.image_processor, train_sft.load_images(paths, 60, 40, 28))
+        counted = train_sft.count_visual_tokens(qwen, paths, args)
+        assert counted == int(pixels["image_grid_thw"].prod(1).sum()) // 4
