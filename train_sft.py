@@ -26,6 +26,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,11 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from utils.decode import PRESETS, LatentSpec, latent_ids
+from utils.flops import peak_flops, training_flops
 from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
 from utils.packing import plan_packs, run_packed, use_packed_attention
 from utils.qwen import Qwen, add_tokens, chat, collate, image_features, load, plain, process_images, save
-from utils.rows import DataError, cli, log, read_rows, write_json, write_meta
+from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta
 
 INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
 PLACEHOLDER = "<think_image>"  # DESIGN.md, Rows: one bare marker an image
@@ -242,6 +244,15 @@ class Steps(torch.utils.data.Dataset):
                          make_pack(self.qwen, [self.examples[rows[0]]], [0.0], self.args))
         return packs
 
+    def balance(self, step: int) -> float:
+        """Return the share of the devices' time that is not spent waiting for the slowest rank, by tokens."""
+        lengths = [self.examples[i].n_tokens for i in self.rows_of(step)]
+        if self.spec:
+            return 1.0 if self.world == 1 else sum(lengths) / (self.world * max(
+                sum(lengths[rank::self.world]) for rank in range(self.world)))
+        plan = plan_packs(lengths, self.args.max_tokens, self.world)
+        return sum(lengths) / sum(self.world * max(sum(lengths[i] for i in rank) for rank in packs) for packs in plan)
+
     def padded(self, rows: list[int]) -> list[dict]:
         n_each = math.ceil(len(rows) / self.world)
         mine = [(i, 1.0) for i in rows[self.rank::self.world]]
@@ -347,15 +358,26 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
     return torch.optim.AdamW(groups, lr=args.learning_rate)
 
 
+def count_work(qwen: Qwen, batches: list[dict], train_vision: bool) -> list[float]:
+    """Return [trained tokens, aligned segments, tokens, images, operations] of this rank's micro-batches of a step."""
+    total = [0.0] * 5
+    for batch in batches:
+        lengths = (batch["cu_seqlens"].diff() if "cu_seqlens" in batch else batch["attention_mask"].sum(1)).tolist()
+        grids = [grid for name in ("image_grid_thw", "helper_image_grid_thw") if name in batch for grid in batch[name].tolist()]
+        flops = training_flops(qwen.model.config, lengths, len(batch["target"]), grids, train_vision)
+        mine = [float(batch["weight"].sum()), float(batch["latent_weight"].sum()), sum(lengths), len(grids), flops]
+        total = [a + b for a, b in zip(total, mine)]
+    return total
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def train_step(acc: Accelerator, objective, optimizer, batches: list[dict], args: argparse.Namespace) -> dict:
+def train_step(acc: Accelerator, qwen: Qwen, objective, optimizer, batches: list[dict], args: argparse.Namespace) -> dict:
     """One optimizer step: the loss is the mean over the trained tokens of the whole step, on all ranks together."""
-    counts = torch.tensor([sum(float(b["weight"].sum()) for b in batches),
-                           sum(float(b["latent_weight"].sum()) for b in batches)], device=acc.device)
-    n_tokens, n_segments = acc.reduce(counts, "sum").tolist()
+    work = torch.tensor(count_work(qwen, batches, args.train_vision), dtype=torch.float64, device=acc.device)
+    n_tokens, n_segments, n_seen, n_images, flops = acc.reduce(work, "sum").tolist()
     sums = torch.zeros(3, device=acc.device)
     for k, batch in enumerate(batches):
         with acc.no_sync(objective) if k + 1 < len(batches) else nullcontext():
@@ -371,7 +393,8 @@ def train_step(acc: Accelerator, objective, optimizer, batches: list[dict], args
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": nll / n_tokens, "accuracy": right / n_tokens, "align": align / n_segments if n_segments else None,
-            "grad_norm": float(norm), "trained_tokens": int(n_tokens)}
+            "grad_norm": float(norm), "trained_tokens": int(n_tokens), "tokens": int(n_seen), "images": int(n_images),
+            "flops": flops}
 
 
 @torch.no_grad()
@@ -443,8 +466,11 @@ def show_example(qwen: Qwen, example: Example) -> None:
 
 
 def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_out: Steps | None, run: Run,
-        args: argparse.Namespace) -> None:
-    """The training loop: from run.step to the end, with log, checkpoints and the best export."""
+        stop: Event, args: argparse.Namespace) -> None:
+    """The training loop: from run.step to the end, with log, checkpoints and the best export.
+
+    Once `stop` is set on any rank, all save after the step they are in and raise KeyboardInterrupt.
+    """
     folder = Path(f"{args.output}.run")
     n_steps = args.max_steps or args.epochs * train.per_epoch
     keep_log(acc, folder / "log.jsonl", run.step)
@@ -452,16 +478,19 @@ def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_o
                                          num_workers=args.num_workers, collate_fn=lambda item: item)
     bar = tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
                disable=not acc.is_main_process)
+    peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
+    begun = time.perf_counter()
     for batches in loader:
-        begun = time.perf_counter()
+        waited = time.perf_counter() - begun
         rate = learning_rate_at(run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        record = train_step(acc, objective, optimizer, batches, args)
+        record = {"balance": train.balance(run.step), **train_step(acc, qwen, objective, optimizer, batches, args)}
         run.step += 1
         seconds = time.perf_counter() - begun
-        record = {"step": run.step, **record, "lr": rate, "seconds": round(seconds, 4),
-                  "tokens_per_s": round(record["trained_tokens"] / seconds)}
+        record |= {"step": run.step, "lr": rate, "seconds": round(seconds, 4), "data_wait": round(waited / seconds, 3),
+                   "tokens_per_s": round(record["tokens"] / seconds), "images_per_s": round(record["images"] / seconds, 1),
+                   "mfu": peak and round(record["flops"] / (seconds * acc.num_processes * peak), 4)}
         due = run.step == n_steps
         if held_out and (due or run.step % args.eval_every == 0):
             record["held_out_loss"] = held_out_loss(acc, objective, held_out)
@@ -473,10 +502,16 @@ def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_o
                 file.write(json.dumps(record) + "\n")
         bar.update()
         bar.set_postfix_str(f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {rate:.1e} "
-                            f"{record['tokens_per_s']} trained tok/s")
-        if due or run.step % args.save_every == 0:
+                            f"{record['tokens_per_s']} tok/s, wait {record['data_wait']:.0%}, balance {record['balance']:.2f}"
+                            + (f", MFU {record['mfu']:.1%}" if peak else ""))
+        # whether a signal came is asked of all ranks: they must leave at the same step
+        told = float(acc.reduce(torch.tensor(float(stop.is_set()), device=acc.device), "sum")) > 0
+        if due or told or run.step % args.save_every == 0:
             publish(acc, folder / f"step-{run.step}", lambda to: acc.save_state(str(to)))
             drop_old(acc, folder, args.keep)
+        if told and not due:
+            raise KeyboardInterrupt
+        begun = time.perf_counter()
     bar.close()
 
 
@@ -574,8 +609,8 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint:
         acc.load_state(str(checkpoint))
         log(f"resumed from {checkpoint}")
-    with nullcontext() if spec else use_packed_attention(qwen.model):  # around the backward pass too: it may recompute
-        fit(acc, qwen, objective, optimizer, train, held_out, run, args)
+    with nullcontext() if spec else use_packed_attention(qwen.model), stop_on_signals() as stop:
+        fit(acc, qwen, objective, optimizer, train, held_out, run, stop, args)
     if not held_out:
         publish(acc, folder / "best", lambda to: acc.is_main_process and save(qwen, str(to)))
     seconds = time.time() - begun

@@ -174,6 +174,9 @@ def test_each_variant_trains_and_reloads(tiny_checkpoint, data, tmp_path, capsys
     assert printed == json.loads(Path(f"{output}.metrics.json").read_text())
     curve = losses(output)
     assert len(curve) == printed["steps"] == 8 * 2 and curve[-1] < curve[0]
+    line = json.loads(Path(f"{output}.run/log.jsonl").read_text().splitlines()[-1])
+    assert line["trained_tokens"] < line["tokens"] and line["images"] > 0 and line["flops"] > 1e6 and line["mfu"] is None
+    assert 0 <= line["data_wait"] < 1 and line["balance"] == 1.0  # one process: nobody to wait for
     again = Q.load(str(output), device="cpu")
     before = Q.load(str(tiny_checkpoint), device="cpu")
     for (name, a), (_, b) in zip(again.model.model.visual.named_parameters(), before.model.model.visual.named_parameters()):
@@ -203,16 +206,20 @@ def test_two_processes_give_the_losses_of_one(tiny_checkpoint, data, tmp_path, i
     assert losses(tmp_path / "p1") == pytest.approx(losses(tmp_path / "p2"), rel=1e-4)
 
 
-def test_killed_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, data, tmp_path, number):
     more = ["--epochs", "10", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
     assert launch(flags(data, tiny_checkpoint, tmp_path / "whole", *more)).wait(timeout=240) == 0
     arguments = flags(data, tiny_checkpoint, tmp_path / "cut", *more)
     process, log = launch(arguments), tmp_path / "cut.run" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
     assert not (tmp_path / "cut").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and "Traceback" not in err
+        assert (tmp_path / "cut.run" / f"step-{len(losses(tmp_path / 'cut'))}").is_dir()  # nothing is done twice
     resumed = launch(arguments)
     _, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0 and "resumed from" in err

@@ -3,14 +3,10 @@
 `ask` runs calls through a journal and a backend and returns one outcome a call: a checked JSON object, or a fault with a
 closed reason. Nothing here decides what a reply means.
 """
-import os
-import signal
 import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +15,7 @@ from tqdm import tqdm
 from utils.backends import ErrorRateError, Request
 from utils.journal import Journal
 from utils.replies import fill, parse_json_reply, schema_fault
-from utils.rows import call_key, rank_world
+from utils.rows import call_key, rank_world, stop_on_signals
 
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")  # the model failed; never a rule's rejection
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2  # stop: the first 20 calls all failed, or 20 % of the last 500
@@ -227,25 +223,3 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
     caller.wall_s += time.monotonic() - began
     if not all(request.key in caller.journal for request in unique):  # only a signal ends the backend's work early
         raise KeyboardInterrupt
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(130)  # as safe as SIGKILL, which the journal survives
-        stop.set()
-        os.write(2, b"\nstopping: waiting for the calls under way; once more to stop at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -27,7 +27,8 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
     merged = d * vision.spatial_merge_size**2
     n_full = sum(block < vision.depth for block in vision.fullatt_block_indexes)
     tower = (2 * n * (vision.depth * (4 * d * d + 3 * d * vision.intermediate_size) + pixels * d)
-             + 4 * d * (n_full * sum(p * p for p in patches) + (vision.depth - n_full) * sum(p * min(p, WINDOW) for p in patches))
+             + 4 * d * n_full * sum(p * p for p in patches)
+             + 4 * d * (vision.depth - n_full) * sum(p * min(p, WINDOW) for p in patches)
              + 2 * n // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size))
     return 3.0 * language + (3.0 if train_vision else 1.0) * tower
 

@@ -128,7 +128,7 @@ class Journal:
             return None
         file, offset, length = self.places[key]
         file.seek(offset)  # buffered: the journal is mostly read in the order in which it was written
-        return json.loads(file.read(length).decode("ascii"))
+        return json.loads(file.read(length).decode("utf-8"))
 
     def forget(self, key: str) -> None:
         """Treat a piece of work as not done in this process (its line stays; a new record will count)."""

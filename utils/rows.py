@@ -11,7 +11,9 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,6 +65,28 @@ def read_api_key(path: str | None) -> str | None:
     if not key:
         raise DataError(f"--api_key_file {path}: is empty; expected the key and nothing else")
     return key
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)  # as safe as SIGKILL, which journals and checkpoints survive
+        stop.set()
+        os.write(2, b"\nstopping: waiting for what is under way; once more to stop at once\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------ reading
