@@ -9,6 +9,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -101,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(STATUSES[fault], b'{"error": "busy"}', **({"Retry_After": "1"} if fault in ("429", "503") else {}))
         elif fault in ALWAYS or fault == "500once" and n == 1:
             self.answer(ALWAYS.get(fault, 500), f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'.encode())
+        elif fault == "kill":
+            os._exit(1)
         elif fault == "hang" and n <= 2:
             time.sleep(60)
         elif fault in ("reset", "reset_always") and (n <= 2 or fault == "reset_always"):

@@ -7,10 +7,10 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from standin import StandIn, flags
 
 import filter_data
 from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
-from utils.backends import Reply
 from utils.rows import DataError, read_rows, write_rows
 
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes",
@@ -84,19 +84,8 @@ def test_a_requirement_names_a_field_and_a_value(text):
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
-class Judge:
+class Judge(StandIn):
     """Stands in for LocalBackend: judges by words in the caption."""
-
-    identity, asked = {"model": "scripted"}, []
-
-    def __init__(self, model_path, max_pixels, batch_size, batch_tokens):
-        pass
-
-    def generate(self, requests, done=(), stop=None):
-        for request in requests:
-            if request.key not in done:
-                self.asked.append(request)
-                yield Reply(request.key, self.reply(request.text), "stop", 10, 5, 0.1)
 
     def reply(self, text: str) -> str:
         if "garbage" in text:
@@ -124,11 +113,6 @@ def world(tmp_path, picture):
         write_rows(tmp_path / "in.jsonl", rows)
         return tmp_path / "in.jsonl"
     return write
-
-
-def flags(path: Path, *more: str) -> list[str]:
-    return ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / "out.jsonl"),
-            "--model", "m", *more]
 
 
 def result(path: Path) -> tuple[list[str], dict]:

@@ -1,5 +1,4 @@
 """The count of operations against torch's own counter, and against the release's size.    pytest tests/test_flops.py"""
-import json
 
 import pytest
 import torch

@@ -2,9 +2,7 @@
 
     python -m pytest tests/test_packing.py
 """
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from standin import StandIn, flags
 
 import rewrite_captions
 from rewrite_captions import REASONS, check_refined, join_chain, lost_facts, main, make_segments, parse_args
-from utils.backends import Reply
 from utils.checks import split_final
 from utils.rows import DataError, read_rows
 from utils.sources import OPERATIONS, Sample, convert, operation_of
@@ -190,19 +190,8 @@ def test_check_refined_wants_ids_in_order_and_allows_markup_that_was_there():
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
-class Captioner:
+class Captioner(StandIn):
     """Stands in for LocalBackend: captions and refinements from a rule, faults on demand by words in the question."""
-
-    identity, asked = {"model": "scripted"}, []
-
-    def __init__(self, model_path, max_pixels, batch_size, batch_tokens):
-        pass
-
-    def generate(self, requests, done=(), stop=None):
-        for request in requests:
-            if request.key not in done:
-                self.asked.append(request)
-                yield Reply(request.key, self.reply(request.text), "stop", 10, 5, 0.1)
 
     def reply(self, text: str) -> str:
         again = "could not be used" in text
@@ -236,11 +225,6 @@ def world(tmp_path, picture):
         (tmp_path / name).write_text(json.dumps(samples))
         return tmp_path / name
     return write
-
-
-def flags(path: Path, *more: str) -> list[str]:
-    return ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / "out.jsonl"),
-            "--model", "m", *more]
 
 
 def result(path: Path) -> tuple[dict, dict]:

@@ -5,10 +5,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -162,6 +164,30 @@ def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_ru
     assert process.returncode == 0 and len(result(tmp_path)[0]) == 30
     gone = run(world({"other": "other?"}, "other.json"), url, more=("--server_wait", "2"))
     assert gone.returncode == 4 and "no server has answered for 2 s, 1 calls are left" in gone.stderr
+
+
+def test_a_sample_that_kills_the_server_each_time_is_given_up(world, tmp_path):
+    """A supervisor starts the server anew each time; the others are answered in between."""
+    path = world({f"p{n}": f"plain {n}?" for n in range(40)} | {"poison": "fault:kill"})
+    with serving(tmp_path) as (_, url):
+        port = int(url.split(":")[2].split("/")[0])
+        process = subprocess.Popen(command(path, url, more=("--concurrency", "4")), stderr=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True)
+        n_starts = 1
+        while process.poll() is None:
+            with serving(tmp_path, port=port) if not is_open(port) else nullcontext() as started:
+                n_starts += started is not None
+                while process.poll() is None and is_open(port):
+                    time.sleep(0.05)
+        _, stderr = process.communicate()
+    kept, rejected = result(tmp_path)
+    assert process.returncode == 3 and "Traceback" not in stderr, stderr
+    assert len(kept) == 40 and rejected["poison"]["reason"] == "backend_error" and n_starts == 6
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_guard_stops_a_run_against_a_broken_server(world, tmp_path):

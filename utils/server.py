@@ -25,7 +25,7 @@ from utils.rows import API_KEY, DataError, log
 BUSY, LOST = (429, 503), (408, 502, 504)  # statuses: of a server that wants less; of one that may be gone
 RUN = (401, 402, 403, 404, 405)  # no call will do better: stop and say what the server said
 TRIES_500 = 3  # a 500 may be the sample's fault (transformers serve gives it for a bad image) or the server's
-TRIES_LOST = 5  # connections lost or timed out for one call while the server lives: the sample may well break it
+TRIES_LOST = 5  # connections lost or timed out under one call: the sample may well break the server
 TRIES_BUSY = 30  # busy answers to one call, with others answered in between
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # backoff: doubled each time, with jitter
 SHORTEST_WAIT_S = 0.5  # whatever a server's Retry-After says
@@ -61,7 +61,11 @@ class Job:
 
 @dataclass
 class Result:
-    """What a thread brings back: `kind` is reply, sample, run, unclear (500), busy, lost (lives on), dead or alive."""
+    """What a thread brings back: `kind` is reply, sample, run, unclear (500), busy, alive, or what became of a server.
+
+    lost: the connection broke, or timed out, and the server lives; died: it does not, and had the call; dead: it did not
+    even take it.
+    """
 
     kind: str
     message: str = ""
@@ -167,7 +171,11 @@ class HttpBackend:
         if result.kind == "unclear":
             job.n_500 += 1
             return (self.error(job, result), now) if job.n_500 == TRIES_500 else (None, now + backoff(job.n_500))
-        if result.kind == "lost":
+        if result.kind in ("died", "dead") and not server.is_dead:
+            log(f"{server.url}: gone ({self.redact(result.message)}); polling until it is back")
+            server.is_dead = True
+            self.pause(server, result, now)
+        if result.kind in ("died", "lost"):  # a call that was there each time a server fell is not let in for ever
             job.n_lost += 1
             enough = job.n_lost == TRIES_LOST
             return (self.error(job, result, transient=True), now) if enough else (None, now + backoff(job.n_lost))
@@ -180,10 +188,6 @@ class HttpBackend:
                 server.window = max(1, server.window // 2)
                 self.pause(server, result, now)
             return None, server.pause_until
-        if not server.is_dead:
-            log(f"{server.url}: gone ({self.redact(result.message)}); polling until it is back")
-            server.is_dead = True
-            self.pause(server, result, now)
         return None, now
 
     def pause(self, server: Server, result: Result, now: float) -> None:
@@ -225,8 +229,8 @@ class HttpBackend:
             response = self.client.post(f"{server.url}/chat/completions", content=body,
                                         headers={"Content-Type": "application/json"})
         except httpx.RequestError as error:
-            message = f"{type(error).__name__}: {error}"
-            return Result("lost", message) if self.poll(server).kind == "alive" else Result("dead", message)
+            gone = "dead" if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) else "died"
+            return Result("lost" if self.poll(server).kind == "alive" else gone, f"{type(error).__name__}: {error}")
         status, seconds = response.status_code, round(time.monotonic() - began, 3)
         if status == 200:
             reply = read_reply(request.key, response, seconds)
@@ -235,7 +239,7 @@ class HttpBackend:
         if status in BUSY:
             return Result("busy", message, wait_s=retry_after(response.headers.get("Retry-After")))
         if status in LOST:
-            return Result("lost", message) if self.poll(server).kind == "alive" else Result("dead", message)
+            return Result("lost" if self.poll(server).kind == "alive" else "dead", message)
         if status in RUN or status < 400:
             return Result("run", message)
         return Result("unclear" if status >= 500 else "sample", message)
