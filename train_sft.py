@@ -552,6 +552,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--train_vision", action="store_true", help="train the vision tower too (the paper freezes it)")
+    parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto", help="compute the language "
+                        "model's activations again in the backward pass; auto: on a GPU, and never with latents")
     parser.add_argument("--image_tokens", type=int, default=2000, help="visual tokens a row before images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280, help="then the most of one image (Monet)")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
@@ -588,6 +590,13 @@ def main(argv: list[str] | None = None) -> int:
         spec = LatentSpec(**{**vars(preset), "size": args.latent_size or preset.size})
         add_tokens(qwen, spec.tokens)
     qwen.model.model.visual.requires_grad_(args.train_vision)
+    if args.checkpointing == "on" or args.checkpointing == "auto" and on_gpu and not spec:
+        if spec:
+            raise DataError("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")
+        # on the language model alone: on the whole model a frozen tower would run twice, and backwards once
+        language_model = qwen.model.model.language_model
+        (getattr(language_model, "activation_checkpointing_enable", None)
+         or language_model.gradient_checkpointing_enable)()  # its older name
     parts = [[make_example(qwen, row, args, spec) for row in rows] for rows in (train_rows, held_out_rows)]
     train, held_out = (Steps(qwen, part, args, spec, acc.process_index, acc.num_processes) if part else None for part in parts)
     n_steps = args.max_steps or args.epochs * train.per_epoch
@@ -632,7 +641,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_settings(acc: Accelerator, path: Path, args: argparse.Namespace) -> None:
     """Refuse to resume under other settings than those the run began with (workers and log intervals may change)."""
-    free = ("num_workers", "save_every", "keep", "batch_size", "max_tokens", "dry_run")
+    free = ("num_workers", "save_every", "keep", "batch_size", "max_tokens", "checkpointing", "dry_run")
     mine = {name: value for name, value in vars(args).items() if name not in free}
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))

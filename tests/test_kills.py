@@ -76,20 +76,21 @@ def kill_and_compare(script: str, folder: Path, flags: list[str], code: int, n_k
 
 def local(script: str, folder: Path, checkpoint: Path, n_kills: int, seed: int) -> None:
     """A random model never writes JSON: each sample is asked twice and ends as an error, always alike."""
-    write_input(script, folder, 12)
+    n_samples = 12 + 4 * n_kills  # so many that the last kill still finds work
+    write_input(script, folder, n_samples)
     flags = ["--model", str(checkpoint), "--prompts", str(folder / "prompts.json"), "--batch_size", "3",
              "--max_new_tokens", "24", "--max_pixels", str(9 * 28 * 28)]
     n_killed, n_records = kill_and_compare(script, folder, flags, 3, n_kills, seed)
-    assert n_killed >= n_kills // 2 and n_records == 24
+    assert n_killed >= 0.8 * n_kills and n_records == 2 * n_samples
 
 
 def server(script: str, folder: Path, n_kills: int, seed: int, latency: float) -> None:
-    write_input(script, folder, 150)
+    write_input(script, folder, 150 + 8 * n_kills)
     with serving(folder, latency=latency) as (_, url):
         flags = ["--backend", "openai", "--model", "m", "--base_url", url, "--concurrency", str(CONCURRENCY)]
         n_killed, n_records = kill_and_compare(script, folder, flags, 0, n_kills, seed)
     n_calls = len(calls_of(folder)) - n_records  # of the killed run
-    assert n_killed >= n_kills // 2 and n_records <= n_calls <= n_records + n_killed * CONCURRENCY
+    assert n_killed >= 0.8 * n_kills and n_records <= n_calls <= n_records + n_killed * CONCURRENCY
 
 
 @pytest.fixture
