@@ -195,8 +195,9 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
     numbers = set(NUMBER.findall(" ".join(text for _, text in segments)))
     for n, ((kind, before), part) in enumerate(zip(segments, value["segments"]), 1):
         fault = segment_fault(before, part["text"].strip(), numbers)
-        if fault is None and kind == "observation":
-            fault = lost_facts(before, part["text"])
+        if fault is None and kind == "observation":  # stage 2 will hold it to the rules of captions
+            reason = caption_fault(part["text"].strip())
+            fault = f"was rejected: {reason.removeprefix('caption_')}" if reason else lost_facts(before, part["text"])
         if fault:
             return "refine", f"segment {n} {fault}"
     n_before = sum(len(text) for _, text in segments)

@@ -170,6 +170,8 @@ def test_chain_of_segments():
     (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"),
       'A red hull with "Anna" and 42.', "So it is clear."], "characters where the segments had"),
     (["Look.", 'red hull, "Anna" 42.', "So."], "characters where the segments had"),
+    (["I look closer at the boat.", 'This region shows a red hull with "Anna" and 42.', "So it is clear."],
+     "segment 2 was rejected: meta"),
     (["I look closer at the image above.", 'A red hull with "Anna" and 42.', "So it is clear."],
      "segment 1 points at an image that the reader does not have: 'at the image above'"),
     (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."], "points at an image"),

@@ -124,7 +124,10 @@ def refinement_call(rng: random.Random) -> Lesson:
 
 
 def judgement_call(rng: random.Random) -> Lesson:
-    """The judge's call of filter_data.py: on sound chains, on questions about nothing, on answers against what was seen."""
+    """The judge's call of filter_data.py: on sound chains, on questions about nothing, on answers against what was seen.
+
+    The reason compares each pair on the spot: a verdict three tokens behind its pair is copied, one further off guessed.
+    """
     scene, question, seen = draw_case(rng)
     if seen == question.thing and rng.random() < 0.3:
         question = replace(question, answer=rng.choice([v for v in question.options if v != question.answer]))
@@ -137,10 +140,10 @@ def judgement_call(rng: random.Random) -> Lesson:
     value = getattr(seen, question.attribute) if seen else "nothing"
     asked, found = ((question.thing.color, seen.color) if question.operation == "zoom" else
                     (question.thing.place, question.thing.place if seen else "nothing"))
-    answerable, supported = found == asked, value == question.answer and found == asked
-    reply = {"reason": f"asked {asked}, found {found}; seen {value}, stated {question.answer}",
-             "answerable": "yes" if answerable else "no", "observation_supports_answer": "yes" if supported else "no",
-             "chain_consistent": "yes" if supported else "no", "problems": [] if supported else ["wrong_answer"]}
+    answerable, supported = ("yes" if same else "no" for same in (found == asked, value == question.answer))
+    reply = {"reason": f"asked {asked}, found {found}: {answerable}; seen {value}, stated {question.answer}: {supported}",
+             "answerable": answerable, "observation_supports_answer": supported, "chain_consistent": supported,
+             "problems": []}
     return [draw_scene(scene)], judge_call(row, Verdict(), ".", PROMPTS["filter"]).text, json.dumps(reply)
 
 

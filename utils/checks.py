@@ -16,7 +16,7 @@ from utils.rows import DataError, call_key
 
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
-CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_loop",
+CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta", "caption_loop",
                    "caption_markup", "caption_leak")
 WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
@@ -28,10 +28,14 @@ MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_
 REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
                      r"|answer|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b"
                      r"|\bI apologi[sz]e\b", re.I)
+META = re.compile(r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
+                  r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) (?:shows|depicts|displays|contains|features)\b"
+                  r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)  # of the task, not of the scene
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
-SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai",
-           "language model", "apolog")  # each REFUSAL and each LEAK has one of them; looking for them is ten times as fast
+SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai", "caption",
+           "language model", "apolog", "description", "image", "picture", "photo", "region", "crop", "question")
+# each REFUSAL, META and LEAK has one of these words, and to look for them is ten times as fast
 OPTION = re.compile(r"^\s*(?:[-*]\s+)?\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
@@ -60,8 +64,8 @@ def caption_fault(text: str) -> str | None:
     """Return the first of CAPTION_REASONS that holds for a caption, or None."""
     n_words, lower = len(text.split()), text.lower()
     suspect = any(word in lower for word in SUSPECT)
-    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text), has_loop(text),
-             find_markup(text), suspect and LEAK.search(text))
+    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text),
+             suspect and META.search(text), has_loop(text), find_markup(text), suspect and LEAK.search(text))
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 
