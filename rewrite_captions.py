@@ -194,11 +194,7 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
         return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
     numbers = set(NUMBER.findall(" ".join(text for _, text in segments)))
     for n, ((kind, before), part) in enumerate(zip(segments, value["segments"]), 1):
-        fault = segment_fault(before, part["text"].strip(), numbers)
-        if fault is None and kind == "observation":  # stage 2 will hold it to the rules of captions
-            reason = caption_fault(part["text"].strip())
-            fault = f"was rejected: {reason.removeprefix('caption_')}" if reason else lost_facts(before, part["text"])
-        if fault:
+        if fault := segment_fault(kind, before, part["text"].strip(), numbers):
             return "refine", f"segment {n} {fault}"
     n_before = sum(len(text) for _, text in segments)
     n_after = sum(len(part["text"]) for part in value["segments"])
@@ -207,18 +203,27 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
     return None
 
 
-def segment_fault(before: str, after: str, numbers: set[str]) -> str | None:
-    """Return in words what a refined segment must not have: markup, a loop, a number not in `numbers`; or None."""
-    markup = find_markup(after) - find_markup(before)
-    new = sorted(set(NUMBER.findall(after)) - numbers)
+def segment_fault(kind: str, before: str, after: str, numbers: set[str]) -> str | None:
+    """Return in words what a refined segment must not have, or None.
+
+    No markup, loop or pointing at images that was not there before, no number outside of `numbers`; an observation must
+    also still be a caption (stage 2 will hold it to that) and have lost nothing.
+    """
     if not after:
         return "is empty"
-    if markup:
-        return f"has markup: {', '.join(sorted(markup))}"
+    if kind == "observation":
+        if reason := caption_fault(after):
+            return f"was rejected: {reason.removeprefix('caption_')}"
+        if lost := lost_facts(before, after):
+            return lost
+    else:
+        if markup := find_markup(after) - find_markup(before):
+            return f"has markup: {', '.join(sorted(markup))}"
+        if has_loop(after) and not has_loop(before):
+            return "repeats itself"
     if any(word in after for word in PICTURES) and (match := POINTING.search(after)) and not POINTING.search(before):
         return f"points at an image that the reader does not have: {match[0]!r}"
-    if has_loop(after) and not has_loop(before):
-        return "repeats itself"
+    new = sorted(set(NUMBER.findall(after)) - numbers)
     return f"has new numbers: {', '.join(new)}" if new else None
 
 

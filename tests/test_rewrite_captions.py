@@ -162,7 +162,7 @@ def test_chain_of_segments():
     (["I look.", '"Anna" 42', "So the number is clear, I am sure of it."],
      "segment 2 lost too much of what was seen: hull"),
     (["I look at 7 boats.", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 has new numbers: 7"),
-    (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 has markup: <image>"),
+    (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 was rejected: markup"),
     (["I look.", 'A red hull with "Anna" and 42.', "So \\boxed{42}"], "segment 3 has markup"),
     (["", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 is empty"),
     (["I look I look I look I look I look I look", 'A red hull with "Anna" and 42.', "So."],

@@ -42,7 +42,11 @@ NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.D
 
 def has_loop(text: str) -> bool:
     """Return whether over MAX_REPEATED of a text's 4-grams stood before in it, or one of its lines stands 3 times."""
-    words = text.lower().split()
+    return repeats(text, text.lower().split())
+
+
+def repeats(text: str, words: list[str]) -> bool:
+    """`has_loop` of a text whose words in lower case are known."""
     n_grams = len(words) - 3
     if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:  # there are at least so many different 4-grams
         if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
@@ -62,10 +66,12 @@ def find_markup(text: str) -> set[str]:
 
 def caption_fault(text: str) -> str | None:
     """Return the first of CAPTION_REASONS that holds for a caption, or None."""
-    n_words, lower = len(text.split()), text.lower()
+    lower = text.lower()
+    words = lower.split()
+    n_words = len(words)
     suspect = any(word in lower for word in SUSPECT)
     holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text),
-             suspect and META.search(text), has_loop(text), find_markup(text), suspect and LEAK.search(text))
+             suspect and META.search(text), repeats(text, words), find_markup(text), suspect and LEAK.search(text))
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 
