@@ -30,7 +30,7 @@ REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|ca
                      r"|\bI apologi[sz]e\b", re.I)
 META = re.compile(r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
                   r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) (?:shows|depicts|displays|contains|features)\b"
-                  r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)  # of the task, not of the scene
+                  r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)  # of the task, not the scene
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
 SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai", "caption",
@@ -48,7 +48,7 @@ def has_loop(text: str) -> bool:
 def repeats(text: str, words: list[str]) -> bool:
     """`has_loop` of a text whose words in lower case are known."""
     n_grams = len(words) - 3
-    if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:  # there are at least so many different 4-grams
+    if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:  # that many different 4-grams at least
         if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
             return True
     if text.count("\n") < 2:
