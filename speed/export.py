@@ -1,6 +1,6 @@
 """How long stage 1 takes when every call is already journalled: scan of the journals, export, peak memory.
 
-    python speed/export.py --samples 125000 --folder /tmp/export
+    python speed/export.py --samples 125000 --folder work/export
 
 Makes samples in Monet's form (one question image and one or two helper images each, hard links of a few pictures), has a
 backend without a model fill the journal through rewrite_captions.py, and then measures in fresh processes. The peer in
