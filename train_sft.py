@@ -3,340 +3,99 @@
 Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, probe.py    (one 8-GPU node; a toy on a CPU)
 
     torchrun --standalone --nproc_per_node 8 train_sft.py --data sft.jsonl --image_root images --output checkpoint
-    python train_sft.py --model tiny --data sft.jsonl --output checkpoint --batch_size 16 --global_batch 64
+    python train_sft.py --model tiny --data sft.jsonl --output checkpoint --global_batch 64
 
 Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} as filter_data.py writes them
-Writes  --output: a checkpoint in the released layout, the best by held-out loss; it appears when training is complete.
-        <output>.run/: log.jsonl (one line a step), step-N/ (whole checkpoints to resume from), best/
-Prints  progress and one line a logged step on stderr; on stdout one JSON object, also <output>.metrics.json
+Writes  --output: a checkpoint in the released layout, the best on held-out rows; it appears when training is complete.
+        <output>.run/: log.jsonl (one line a step), step-N/ (whole checkpoints to resume from), best-N/ (exports)
+Prints  progress and one line a step on stderr; on stdout one JSON object, also <output>.metrics.json
+        --dry_run: the first rows, the plan, memory and hours; writes <output>.lengths.png and trains nothing
 
 The target is decided by --imagination, from the same rows and with the same loss otherwise:
   text         the chain, each imagination written between <think_image> and </think_image> (CapImagine)
   placeholder  the original steps, each image replaced by one <think_image> (the paper's "without rewriting")
   latent       the original steps, each image replaced by K latents fed recurrently and aligned to that image (Mirage)
   direct       the boxed answer alone
+(The paper's "without filtering" is --data with the rows of rewrite_captions.py.)
 """
 import argparse
 import json
 import math
 import os
 import random
+import resource
 import shutil
+import statistics
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from threading import Event
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from utils.decode import PRESETS, LatentSpec, latent_ids
-from utils.flops import peak_flops, training_flops
-from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
-from utils.packing import plan_packs, run_packed, use_packed_attention
-from utils.qwen import Qwen, add_tokens, chat, collate, image_features, load, plain, process_images, save
+from utils.answers import answers_match, last_boxed
+from utils.checkpoints import Run, Saver, keep_lines, open_run, prune, publish, restore, steps_of, take
+from utils.decode import PRESETS, LatentSpec, clean_text, generate
+from utils.flops import peak_flops
+from utils.latents import align, run_latents
+from utils.packing import run_packed, use_packed_attention
+from utils.preview import dry_run, make_plan, show_plan
+from utils.qwen import Qwen, add_tokens, collate, load, load_tools, process_images, save
 from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta
+from utils.sharding import average_replicated, gathered, shard, whole_state
+from utils.steps import Batching, Steps, Work
+from utils.targets import IMAGINATIONS, Example, Target, load_images, make_examples
 
 INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
-PLACEHOLDER = "<think_image>"  # DESIGN.md, Rows: one bare marker an image
-END_OF_TURN = "<|im_end|>"
-
-
-# ---------------------------------------------------------------------------------------------- rows -> tensors
-def target_text(row: dict, imagination: str, spec: LatentSpec | None = None) -> str:
-    """Return what the assistant is trained to say for a row (without the end-of-turn token)."""
-    if imagination == "text":
-        return plain(row["chain"])
-    if imagination == "direct":
-        return f"\\boxed{{{plain(row['answer'])}}}"
-    mark = PLACEHOLDER if spec is None else spec.start + spec.pad * spec.size + spec.end
-    pieces = [mark if "image" in step else plain(step["text"].strip()) for step in row["steps"]]
-    return " ".join(piece for piece in pieces if piece)
-
-
-def load_images(paths: list[Path], total_tokens: int, image_tokens: int, factor: int) -> list:
-    """Open images and bring them under the sample's budget of visual tokens (Monet's resize_by_token_budget)."""
-    images = [open_image(path) for path in paths]
-    sizes = budget_sizes([image.size for image in images], total_tokens, image_tokens, factor)
-    return [image if image.size == size else image.resize(size, 3) for image, size in zip(images, sizes)]  # 3: bicubic
-
-
-def count_visual_tokens(qwen: Qwen, paths: list[Path], args: argparse.Namespace) -> int:
-    """Return how many visual tokens `load_images` and the image processor will make of images, from their headers."""
-    limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
-    sizes = budget_sizes([image_size(path) for path in paths], args.image_tokens, args.tokens_per_image, qwen.factor)
-    areas = (math.prod(smart_size(*size, qwen.factor, *limits)) for size in sizes)
-    return sum(area // qwen.factor**2 for area in areas)
-
-
-@dataclass
-class Example:
-    """One row as tokens, an image still being one of them: `trained[j]` says that token j is a target.
-
-    `steps` are the paths of the imagined images; `n_tokens` counts the visual tokens too.
-    """
-
-    id: str
-    ids: list[int]
-    trained: list[bool]
-    images: list[Path]
-    steps: list[Path]
-    n_tokens: int
-
-
-def make_example(qwen: Qwen, row: dict, args: argparse.Namespace, spec: LatentSpec | None) -> Example:
-    """Tokenise one row. Trained: the assistant's words and the end of its turn; not the prompt, the latent pads, nor an
-    end marker that decoding forces."""
-    root = Path(args.image_root)
-    images = [resolve_image(root, name) for name in row["images"]]
-    prompt = chat(qwen.tokenizer, row["question"], len(images), args.system)
-    reply = target_text(row, args.imagination, spec) + END_OF_TURN
-    prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, reply))
-    steps, untrained = [], set()
-    if spec is not None:
-        _, pad_id, end_id = latent_ids(qwen.tokenizer, spec)
-        untrained = {pad_id, end_id} if spec.force_end else {pad_id}
-        steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
-    trained = [False] * len(prompt_ids) + [i not in untrained for i in reply_ids]
-    n_tokens = len(trained) - len(images) + count_visual_tokens(qwen, images, args)
-    if spec is None and n_tokens > args.max_tokens:
-        raise DataError(f"{row['id']}: {n_tokens} tokens, visual ones included; --max_tokens {args.max_tokens} is less: raise "
-                        "it, or take the row out")
-    return Example(row["id"], prompt_ids + reply_ids, trained, images, steps, n_tokens)
-
-
-def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], args: argparse.Namespace) -> dict:
-    """Put rows one behind the other into one sequence of L tokens, without padding.
-
-    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if there is an
-    image, cu_seqlens int32 [rows + 1], max_length, keep [1, L] (the positions that predict), target [n], weight [n].
-    """
-    budget, rows = (args.image_tokens, args.tokens_per_image, qwen.factor), []
-    for example in examples:
-        pixels = process_images(qwen.image_processor, load_images(example.images, *budget))
-        rows.append(collate(qwen, [example.ids], [pixels], "left"))
-        if rows[-1]["input_ids"].shape[1] != example.n_tokens:
-            raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
-                            f"{example.n_tokens}; was an image changed during the run?")
-    pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
-    for name in ("pixel_values", "image_grid_thw"):
-        if present := [row[name] for row in rows if name in row]:
-            pack[name] = torch.cat(present)
-    lengths = torch.tensor([0] + [example.n_tokens for example in examples])
-    keep, target, weight = torch.zeros_like(pack["input_ids"], dtype=torch.bool), [], []
-    for example, row, end, its in zip(examples, rows, lengths.cumsum(0)[1:].tolist(), weights):
-        places = torch.tensor(example.trained).nonzero().flatten() - len(example.trained)  # from the end of the row
-        keep[0, end + places - 1] = True
-        target.append(row["input_ids"][0, places])
-        weight += [its] * len(places)
-    return pack | {"cu_seqlens": lengths.cumsum(0).int(), "max_length": int(lengths.max()), "keep": keep,
-                   "target": torch.cat(target), "weight": torch.tensor(weight), "latent_weight": torch.zeros(0),
-                   "row_ids": [example.id for example in examples]}
-
-
-def lay_out(lengths: list[list[int]], n_latents: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Place the pieces of every row so that latent segments share columns over the batch.
-
-    `lengths[i]` are the lengths of row i's text pieces, between which lie its latent segments of `n_latents` each.
-    Every piece is padded on the left to the longest of its rank. Returns the column of each token of each row, and the
-    column ranges (first, last + 1) of the text blocks.
-    """
-    n_blocks = max(map(len, lengths))
-    blocks, offset = [], 0
-    for block in range(n_blocks):
-        width = max(pieces[block] for pieces in lengths if len(pieces) > block)
-        blocks.append((offset, offset + width))
-        offset += width + n_latents
-    columns = []
-    for pieces in lengths:
-        places = []
-        for block, length in enumerate(pieces):
-            end = blocks[block][1]
-            places += range(end - length, end)
-            places += range(end, end + n_latents) if block + 1 < len(pieces) else []
-        columns.append(places)
-    return columns, blocks
-
-
-def make_batch(qwen: Qwen, examples: list[Example], weights: list[float], args: argparse.Namespace,
-               spec: LatentSpec | None) -> dict:
-    """Collate examples: the tensors of `utils.qwen.collate` in `lay_out`'s columns, and the targets.
-
-    `source` [n] are flat indices into [B, L] of the positions that predict, `target` [n] the ids predicted, `weight` [n].
-    """
-    budget = args.image_tokens, args.tokens_per_image, qwen.factor
-    pixels = [process_images(qwen.image_processor, load_images(e.images, *budget)) for e in examples]
-    batch = collate(qwen, [e.ids for e in examples], pixels, "left")
-    ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    pad_id, size = (latent_ids(qwen.tokenizer, spec)[1], spec.size) if spec else (None, 0)
-    columns, blocks = lay_out([piece_lengths(row, pad_id, size) for row in ids], size)
-    shape = len(ids), blocks[-1][1]
-    laid = {"input_ids": torch.full(shape, qwen.tokenizer.pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "position_ids": torch.zeros(3, *shape, dtype=torch.long)}
-    source, target, weight = [], [], []
-    for i, (example, row, places) in enumerate(zip(examples, ids, columns)):
-        laid["input_ids"][i, places] = torch.tensor(row)
-        laid["attention_mask"][i, places] = 1
-        laid["position_ids"][:, i, places] = batch["position_ids"][:, i, batch["attention_mask"][i].bool()]
-        first = len(row) - len(example.trained)  # images were expanded, all before the first trained token
-        for j, is_trained in enumerate(example.trained):
-            if is_trained:
-                source.append(i * shape[1] + places[first + j - 1])
-                target.append(row[first + j])
-                weight.append(weights[i])
-    helpers = [image for e in examples for image in load_images(e.steps, *budget)]
-    helper = process_images(qwen.image_processor, helpers) or {}
-    return {**batch, **laid, "source": torch.tensor(source), "target": torch.tensor(target),
-            "weight": torch.tensor(weight), "blocks": blocks, "row_ids": [e.id for e in examples],
-            "latents": [(i, s) for i, e in enumerate(examples) for s in range(len(e.steps))],
-            "latent_weight": torch.tensor([weights[i] for i, e in enumerate(examples) for _ in e.steps]),
-            **{f"helper_{name}": tensor for name, tensor in helper.items()}}
-
-
-def piece_lengths(ids: list[int], pad_id: int | None, n_latents: int) -> list[int]:
-    """Return the lengths of the text pieces between runs of `n_latents` latent pads."""
-    lengths, run = [0], 0
-    for token in ids:
-        if token == pad_id:
-            run += 1
-            if run == n_latents:
-                lengths.append(0)
-                run = 0
-        else:
-            lengths[-1] += 1
-    return lengths
-
-
-class Steps(torch.utils.data.Dataset):
-    """Item s is this rank's part of optimizer step s: a list of micro-batches, the same number on every rank.
-
-    The rows of a step are a pure function of (seed, step), whatever the number of ranks: that is what resuming needs. Rows
-    are packed up to --max_tokens; with latents, whose recurrence wants columns in common, they are padded, --batch_size at
-    a time.
-    """
-
-    def __init__(self, qwen: Qwen, examples: list[Example], args: argparse.Namespace, spec: LatentSpec | None,
-                 rank: int, world: int):
-        self.qwen, self.examples, self.args, self.spec = qwen, examples, args, spec
-        self.rank, self.world = rank, world
-        self.per_epoch = math.ceil(len(examples) / args.global_batch)
-
-    def rows_of(self, step: int) -> list[int]:
-        epoch, place = divmod(step, self.per_epoch)
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.args.seed}/{epoch}").shuffle(order)
-        return order[place * self.args.global_batch:(place + 1) * self.args.global_batch]
-
-    def __getitem__(self, step: int) -> list[dict]:
-        return self.padded(self.rows_of(step)) if self.spec else self.packed(self.rows_of(step))
-
-    def packed(self, rows: list[int]) -> list[dict]:
-        plan = plan_packs([self.examples[i].n_tokens for i in rows], self.args.max_tokens, self.world)
-        packs = []
-        for pack in plan:
-            mine = [self.examples[rows[k]] for k in pack[self.rank]]
-            # a rank whose bin is empty computes a row that does not count, so that all ranks do as many
-            packs.append(make_pack(self.qwen, mine, [1.0] * len(mine), self.args) if mine else
-                         make_pack(self.qwen, [self.examples[rows[0]]], [0.0], self.args))
-        return packs
-
-    def balance(self, step: int) -> float:
-        """Return the share of the devices' time that is not spent waiting for the slowest rank, by tokens."""
-        lengths = [self.examples[i].n_tokens for i in self.rows_of(step)]
-        if self.spec:
-            return 1.0 if self.world == 1 else sum(lengths) / (self.world * max(
-                sum(lengths[rank::self.world]) for rank in range(self.world)))
-        plan = plan_packs(lengths, self.args.max_tokens, self.world)
-        return sum(lengths) / sum(self.world * max(sum(lengths[i] for i in rank) for rank in packs) for packs in plan)
-
-    def padded(self, rows: list[int]) -> list[dict]:
-        n_each = math.ceil(len(rows) / self.world)
-        mine = [(i, 1.0) for i in rows[self.rank::self.world]]
-        mine += [(rows[0], 0.0)] * (n_each - len(mine))  # a rank with fewer rows computes one that does not count
-        mine.sort(key=lambda pair: len(self.examples[pair[0]].ids))  # rows of like length together: less padding
-        size = self.args.batch_size
-        return [make_batch(self.qwen, [self.examples[i] for i, _ in part], [w for _, w in part], self.args, self.spec)
-                for part in (mine[k:k + size] for k in range(0, n_each, size))]
+CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
+RECENT = 50  # steps whose median loss a spike is measured from
+ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's
+FREE_SETTINGS = ("num_workers", "save_every", "keep", "keep_best", "max_tokens", "checkpointing", "dry_run", "resume", "spike",
+                 "report_to")  # may change when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------- the objective
 class Objective(torch.nn.Module):
-    """Sums of losses over a micro-batch, so that the caller divides once by the whole step's count.
+    """Losses of a micro-batch, token by token, so that the caller divides once by the whole step's count.
 
-    Returns (cross-entropy summed over trained tokens, alignment summed over latents, number of right tokens).
+    Returns (negative log-likelihood [n] of each trained token, whether it was the likeliest [n], alignment summed over
+    latent segments).
     """
 
-    def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str):
+    def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str, autocast: bool = False):
         super().__init__()
-        self.model, self.qwen, self.spec, self.align_loss = qwen.model, qwen, spec, align_loss
+        self.model, self.qwen, self.spec, self.align_loss, self.autocast = qwen.model, qwen, spec, align_loss, autocast
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-        align = torch.zeros((), device=batch["input_ids"].device)
-        if "cu_seqlens" in batch:
-            logits = run_packed(self.model, batch, images)
-        else:
-            if batch["latents"]:
-                hidden, latents = self.run_latents(batch, images)
-                align = self.align(batch, latents)
+        with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
+            if self.spec is None:
+                hidden, aligned = run_packed(self.model, batch), torch.zeros((), device=batch["target"].device)
             else:
-                hidden = self.model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                                          position_ids=batch["position_ids"], use_cache=False, **images).last_hidden_state
-            logits = self.model.lm_head(hidden.flatten(0, 1)[batch["source"]])
-        logits = logits.view(-1, logits.shape[-1]).float()
-        losses = F.cross_entropy(logits, batch["target"], reduction="none") * batch["weight"]
-        right = ((logits.argmax(-1) == batch["target"]) * batch["weight"]).sum()
-        return losses.sum(), align, right.detach()
+                states, latents = run_latents(self.model, batch, self.spec)
+                hidden = states.flatten(0, 1)[batch["source"]]
+                aligned = align(self.qwen, batch, latents, self.align_loss) if batch["latents"] else 0.0
+                # every pass takes part in the gradient on every rank: else sharded layers would wait for each other
+                aligned = aligned + 0.0 * states.float().sum()
+            return *self.predict(hidden, batch["target"]), aligned
 
-    def run_latents(self, batch: dict, images: dict) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """Run text blocks and latent steps in turn, each latent fed the state before it, with gradients throughout.
+    def predict(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Never more than CHUNK rows of logits: beyond, they are computed again in the backward pass."""
+        def losses(hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.model.lm_head(hidden).float()
+            return F.cross_entropy(logits, target, reduction="none"), logits.detach().argmax(-1) == target
 
-        Returns the states [B, L, hidden] and, a segment, its K latents [B, hidden]: the very vectors that
-        `utils.decode` would feed.
-        """
-        states, latents, out = [], [], None
-        for block, (start, end) in enumerate(batch["blocks"]):
-            prompt = images if block == 0 else {}
-            out = self.step(batch, start, end, out, input_ids=batch["input_ids"][:, start:end], **prompt)
-            states.append(out.last_hidden_state)
-            if block + 1 == len(batch["blocks"]):
-                break
-            latents.append([])
-            for k in range(self.spec.size):
-                latents[-1].append(out.last_hidden_state[:, -1])
-                out = self.step(batch, end + k, end + k + 1, out, inputs_embeds=latents[-1][-1][:, None])
-                states.append(out.last_hidden_state)
-        return torch.cat(states, dim=1), latents
-
-    def step(self, batch: dict, start: int, end: int, past, **inputs):
-        return self.model.model(attention_mask=batch["attention_mask"][:, :end], use_cache=True,
-                                position_ids=batch["position_ids"][:, :, start:end],
-                                past_key_values=past.past_key_values if past else None, **inputs)
-
-    def align(self, batch: dict, latents: list[list[torch.Tensor]]) -> torch.Tensor:
-        """Sum over segments of the mean distance of its K latents to the imagined image's features pooled to K.
-
-        Pooling as Mirage does: K groups of consecutive merged features, the remainder dropped.
-        """
-        with torch.no_grad():
-            features = image_features(self.qwen, {"pixel_values": batch["helper_pixel_values"],
-                                                  "image_grid_thw": batch["helper_image_grid_thw"]})
-        total = latents[0][0].new_zeros(())
-        for (row, segment), feature, weight in zip(batch["latents"], features, batch["latent_weight"], strict=True):
-            size = self.spec.size
-            if len(feature) < size:
-                raise DataError(f"{batch['row_ids'][row]}: an imagined image has {len(feature)} visual tokens, "
-                                f"expected at least --latent_size {size}")
-            pooled = feature[:len(feature) // size * size].unflatten(0, (size, -1)).mean(1)
-            mine = torch.stack([step[row] for step in latents[segment]])
-            distance = (1 - F.cosine_similarity(mine, pooled) if self.align_loss == "cosine"
-                        else (mine - pooled).square().mean(-1))
-            total = total + distance.mean() * weight
-        return total
+        if len(target) <= CHUNK:
+            return losses(hidden, target)
+        parts = [checkpoint(losses, *part, use_reentrant=False) for part in zip(hidden.split(CHUNK), target.split(CHUNK))]
+        return torch.cat([nll for nll, _ in parts]), torch.cat([right for _, right in parts])
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -351,99 +110,197 @@ def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW with decay on matrices only, as the Trainer does."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate)
-
-
-def count_work(qwen: Qwen, batches: list[dict], train_vision: bool) -> list[float]:
-    """Return [trained tokens, aligned segments, tokens, images, operations] of this rank's micro-batches of a step."""
-    total = [0.0] * 5
-    for batch in batches:
-        lengths = (batch["cu_seqlens"].diff() if "cu_seqlens" in batch else batch["attention_mask"].sum(1)).tolist()
-        grids = [grid for name in ("image_grid_thw", "helper_image_grid_thw") if name in batch for grid in batch[name].tolist()]
-        flops = training_flops(qwen.model.config, lengths, len(batch["target"]), grids, train_vision)
-        mine = [float(batch["weight"].sum()), float(batch["latent_weight"].sum()), sum(lengths), len(grids), flops]
-        total = [a + b for a, b in zip(total, mine)]
-    return total
+    """AdamW with decay on matrices only, as the Trainer does; a trained tower, which is not sharded, in groups of its own."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, ".visual." in name), []).append(parameter)
+    return torch.optim.AdamW([{"params": its, "weight_decay": args.weight_decay if decays else 0.0}
+                              for (decays, _), its in groups.items()], lr=args.learning_rate, fused=True)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}
 
 
-def train_step(acc: Accelerator, qwen: Qwen, objective, optimizer, batches: list[dict], args: argparse.Namespace) -> dict:
-    """One optimizer step: the loss is the mean over the trained tokens of the whole step, on all ranks together."""
-    work = torch.tensor(count_work(qwen, batches, args.train_vision), dtype=torch.float64, device=acc.device)
-    n_tokens, n_segments, n_seen, n_images, flops = acc.reduce(work, "sum").tolist()
-    sums = torch.zeros(3, device=acc.device)
-    for k, batch in enumerate(batches):
-        with acc.no_sync(objective) if k + 1 < len(batches) else nullcontext():
-            nll, align, right = objective(to_device(batch, acc.device))
-            loss = nll / n_tokens + (args.align_weight * align / n_segments if n_segments else 0.0)
-            acc.backward(loss * acc.num_processes)  # gradients are averaged over ranks, and counts are of all ranks
-        sums += torch.stack([nll.detach(), align.detach(), right])
-    norm = acc.clip_grad_norm_(objective.parameters(), args.clip)
-    nll, align, right = acc.reduce(sums, "sum").tolist()
-    if not math.isfinite(nll):
-        raise DataError(f"loss is {nll} on rows {[i for b in batches for i in b['row_ids']]}; lower --learning_rate, or "
-                        "look at these rows")
+def train_step(acc: Accelerator, objective, optimizer, batches: Iterable[dict], work: Work, run: Run, args: argparse.Namespace,
+               stop: Event) -> tuple[dict, bool]:
+    """One optimizer step: the loss is the mean over the trained tokens of the whole step, on all ranks together.
+
+    Returns its record, and whether a signal to stop came to any rank. DataError, before anything is updated, for a loss
+    that is not finite or jumps.
+    """
+    torch.manual_seed(args.seed * 1_000_003 + run.step)  # the dropout of adapters: a function of seed and step, as the rows
+    sums, by_row = torch.zeros(4, device=acc.device), []
+    for batch in batches:
+        batch = to_device(batch, acc.device)
+        losses, right, aligned = objective(batch)
+        nll = (losses * batch["weight"]).sum()
+        loss = nll / work.norm + (args.align_weight * aligned / work.segments if work.segments else 0.0 * aligned)
+        (loss * acc.num_processes).backward()  # gradients are averaged over ranks, and counts are of all ranks
+        counts = batch["weight"] > 0
+        sums += torch.stack([nll.detach(), aligned.detach(), (right & counts).sum(), torch.zeros_like(nll)])
+        by_row.append((batch["row_ids"], batch["row"], losses.detach()))
+    if args.train_vision:
+        average_replicated([p for p in objective.parameters() if p.requires_grad])
+    norm = float(acc.clip_grad_norm_(objective.parameters(), args.clip))
+    sums[3] = float(stop.is_set())  # asked of all ranks: they must leave at the same step
+    nll, aligned, right, told = acc.reduce(sums, "sum").tolist()
+    loss = nll / work.norm
+    check_loss(loss, norm, by_row, run, args)
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": nll / n_tokens, "accuracy": right / n_tokens, "align": align / n_segments if n_segments else None,
-            "grad_norm": float(norm), "trained_tokens": int(n_tokens), "tokens": int(n_seen), "images": int(n_images),
-            "flops": flops}
+    run.recent = [*run.recent, loss][-RECENT:]
+    return {"loss": loss, "accuracy": right / work.trained_tokens, "align": aligned / work.segments if work.segments else None,
+            "grad_norm": norm, **{name: value for name, value in asdict(work).items() if name not in ("norm", "segments")}
+            }, told > 0
+
+
+def check_loss(loss: float, norm: float, by_row: list[tuple], run: Run, args: argparse.Namespace) -> None:
+    """Raise DataError with the rows of the highest loss if the loss or the gradient is not finite, or the loss jumps."""
+    median = statistics.median(run.recent) if run.recent else math.inf
+    if math.isfinite(loss) and math.isfinite(norm) and not (args.spike and loss > median + args.spike):
+        return
+    means = []
+    for ids, rows, losses in by_row:
+        for n, name in enumerate(ids):
+            its = losses[rows == n]
+            means.append((float(its.mean()) if len(its) else 0.0, name))
+    worst = sorted(gather_object(means), key=lambda pair: -pair[0] if math.isfinite(pair[0]) else -math.inf)[:8]
+    shown = ", ".join(f"{name} ({mean:.2f})" for mean, name in worst)
+    raise DataError(f"step {run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, where the last {len(run.recent)} losses "
+                    f"had a median of {median:.4g}; nothing was updated. Rows of the highest loss: {shown}. Look at them, take "
+                    "them out or lower --learning_rate in a new run; --spike 0 with the same command goes on from the last "
+                    "checkpoint")
 
 
 @torch.no_grad()
-def held_out_loss(acc: Accelerator, objective, steps: Steps) -> float:
-    """Mean negative log-likelihood a trained token over the held-out rows."""
+def held_out_score(acc: Accelerator, qwen: Qwen, objective, held_out: Steps, answers: list[str],
+                   args: argparse.Namespace) -> dict:
+    """Return the mean negative log-likelihood a trained token over the held-out rows and, with --select answers, the share
+    of them whose generated answer is right."""
     objective.eval()
-    sums = torch.zeros(2, device=acc.device)
-    for step in range(steps.per_epoch):
-        for batch in steps[step]:
-            nll, _, _ = objective(to_device(batch, acc.device))
-            sums += torch.tensor([float(nll), float(batch["weight"].sum())], device=acc.device)
+    sums = torch.zeros(4, device=acc.device)
+    with nullcontext() if held_out.target.spec else use_packed_attention(qwen.model):
+        for batch in held_out.ahead(0, held_out.per_epoch):
+            batch = to_device(batch, acc.device)
+            losses, _, _ = objective(batch)
+            counts = batch["weight"] > 0
+            sums[:2] += torch.stack([losses[counts].sum(), counts.sum()])
+    if args.select == "answers":
+        with gathered(objective):
+            mine = list(zip(held_out.examples, answers))[acc.process_index::acc.num_processes]
+            for k in range(0, len(mine), 8):
+                examples, expected = zip(*mine[k:k + 8])
+                for answer, reply in zip(expected, replies(qwen, examples, held_out.target, args.answer_tokens)):
+                    boxed = last_boxed(reply)
+                    sums[2:] += torch.tensor([boxed is not None and answers_match(boxed, answer), 1.0], device=acc.device)
     objective.train()
-    nll, n_tokens = acc.reduce(sums, "sum").tolist()
-    return nll / n_tokens
+    nll, n_tokens, right, n_rows = acc.reduce(sums, "sum").tolist()
+    return {"held_out_loss": nll / n_tokens, **({"held_out_accuracy": right / n_rows} if args.select == "answers" else {})}
 
 
-def publish(acc: Accelerator, folder: Path, write) -> None:
-    """Let `write(temporary folder)` fill a folder beside, then move it into place: a folder that exists is whole."""
-    temporary = folder.with_name(folder.name + ".part")
-    if acc.is_main_process and temporary.exists():
-        shutil.rmtree(temporary)
-    acc.wait_for_everyone()
-    write(temporary)
-    acc.wait_for_everyone()
+def replies(qwen: Qwen, examples: list[Example], target: Target, max_new_tokens: int) -> Iterator[str]:
+    """Answer the questions of rows greedily."""
+    prompts = [example.ids[:example.trained.index(True)] for example in examples]
+    pixels = [process_images(qwen.image_processor, load_images(example.images, target, qwen.factor)) for example in examples]
+    batch = to_device(collate(qwen, prompts, pixels, "left"), qwen.device)
+    for row in generate(qwen, batch, max_new_tokens, target.spec):
+        yield clean_text(qwen.tokenizer, row.ids, target.spec)
+
+
+def export(acc: Accelerator, qwen: Qwen, saver: Saver, folder: Path) -> None:
+    """Gather the weights and let them be written as a released-layout checkpoint, in the type they came in."""
+    state = whole_state(qwen.model, qwen.saved_dtype, acc.is_main_process)
     if acc.is_main_process:
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    acc.wait_for_everyone()
+        saver.submit(lambda: publish(folder, lambda to: save(qwen, to, state)))
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    found = sorted((p for p in run.glob("step-*") if not p.name.endswith(".part")), key=lambda p: int(p.name[5:]))
-    return found[-1] if found else None
+def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_out: Steps | None, answers: list[str], run: Run,
+        saver: Saver, stop: Event, args: argparse.Namespace) -> None:
+    """The training loop: from run.step to the end, with log, checkpoints and the best exports.
+
+    Once `stop` is set on any rank, all save after the step they are in and raise KeyboardInterrupt.
+    """
+    folder, n_steps = Path(f"{args.output}.run"), args.max_steps or args.epochs * train.per_epoch
+    if acc.is_main_process:
+        keep_lines(folder / "log.jsonl", run.step)
+    peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
+    batches = Waiting(train.ahead(run.step, n_steps))
+    with tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
+              disable=not acc.is_main_process) as bar:
+        while run.step < n_steps:
+            begun, batches.seconds, work = time.perf_counter(), 0.0, train.work(run.step)
+            rate = learning_rate_at(run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with nullcontext() if train.target.spec else use_packed_attention(qwen.model):
+                record, told = train_step(acc, objective, optimizer, islice(batches, work.micro_steps), work, run, args, stop)
+            run.step += 1
+            seconds = time.perf_counter() - begun
+            record = {"step": run.step, "lr": rate, **record, "seconds": round(seconds, 4),
+                      "data_wait": round(batches.seconds / seconds, 3), "tokens_per_s": round(work.tokens / seconds),
+                      "images_per_s": round(work.images / seconds, 1), "peak_gib": peak_memory(acc.device),
+                      "mfu": peak and round(work.flops / (seconds * acc.num_processes * peak), 4)}
+            due = run.step == n_steps
+            if held_out and (due or run.step % args.eval_every == 0):
+                score = held_out_score(acc, qwen, objective, held_out, answers, args)
+                record |= score
+                if run.is_among_best([-score.get("held_out_accuracy", 0.0), score["held_out_loss"]], args.keep_best):
+                    export(acc, qwen, saver, folder / f"best-{run.step}")
+            elif due:
+                export(acc, qwen, saver, folder / f"best-{run.step}")
+            write_record(acc, folder, record)
+            bar.update()
+            bar.set_postfix_str(status(record))
+            if due or told or run.step % args.save_every == 0:
+                best = set(run.best_steps) or {n_steps}
+                saver.checkpoint(folder / f"step-{run.step}", take(qwen.model, optimizer, acc.process_index), asdict(run),
+                                 after=lambda: prune(folder, args.keep, best))
+            saver.check()
+            if told and not due:
+                raise KeyboardInterrupt
 
 
-class Run:
-    """The state of a run that a checkpoint holds beside the model and the optimizer."""
+class Waiting:
+    """An iterator that counts the seconds spent waiting for it."""
 
-    def __init__(self, step: int = 0, best_loss: float | None = None, best_step: int = 0):
-        self.step, self.best_loss, self.best_step = step, best_loss, best_step
+    def __init__(self, source: Iterator):
+        self.source, self.seconds = source, 0.0
 
-    def state_dict(self) -> dict:
-        return vars(self)
+    def __iter__(self) -> "Waiting":
+        return self
 
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+    def __next__(self) -> object:
+        begun = time.perf_counter()
+        item = next(self.source)
+        self.seconds += time.perf_counter() - begun
+        return item
 
 
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB
+
+
+def status(record: dict) -> str:
+    text = (f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {record['lr']:.1e} {record['tokens_per_s']} tok/s "
+            f"{record['images_per_s']} img/s, wait {record['data_wait']:.0%}, balance {record['balance']:.2f}, "
+            f"{record['peak_gib']:.1f} GiB")
+    return text + (f", MFU {record['mfu']:.1%}" if record["mfu"] else "")
+
+
+def write_record(acc: Accelerator, folder: Path, record: dict) -> None:
+    if acc.is_main_process:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    acc.log({name: value for name, value in record.items() if value is not None}, step=record["step"])
+
+
+# ---------------------------------------------------------------------------------------------- the whole run
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Read the rows of all --data files; return (training rows, held-out rows), the latter drawn by --seed."""
     rows = [row for path in args.data for row in read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py")]
@@ -455,76 +312,45 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     return rows[args.validation_rows:], rows[:args.validation_rows]
 
 
-def show_example(qwen: Qwen, example: Example) -> None:
-    """Log one row as the model sees it, what is trained on between >> and <<."""
-    text = ""
-    for k, (token, is_trained) in enumerate(zip(example.ids, example.trained)):
-        before = k > 0 and example.trained[k - 1]
-        text += (">>" if is_trained and not before else "<<" if before and not is_trained else "")
-        text += qwen.tokenizer.decode([token])
-    log(f"first row, {example.id}:\n{text}<<")
+def make_target(args: argparse.Namespace) -> Target:
+    spec = None
+    if args.imagination == "latent":
+        preset = PRESETS[args.latent]
+        spec = LatentSpec(**{**vars(preset), "size": args.latent_size or preset.size})
+    return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image, args.system)
 
 
-def fit(acc: Accelerator, qwen: Qwen, objective, optimizer, train: Steps, held_out: Steps | None, run: Run,
-        stop: Event, args: argparse.Namespace) -> None:
-    """The training loop: from run.step to the end, with log, checkpoints and the best export.
-
-    Once `stop` is set on any rank, all save after the step they are in and raise KeyboardInterrupt.
-    """
-    folder = Path(f"{args.output}.run")
-    n_steps = args.max_steps or args.epochs * train.per_epoch
-    keep_log(acc, folder / "log.jsonl", run.step)
-    loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(run.step, n_steps),
-                                         num_workers=args.num_workers, collate_fn=lambda item: item)
-    bar = tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
-               disable=not acc.is_main_process)
-    peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
-    begun = time.perf_counter()
-    for batches in loader:
-        waited = time.perf_counter() - begun
-        rate = learning_rate_at(run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        record = {"balance": train.balance(run.step), **train_step(acc, qwen, objective, optimizer, batches, args)}
-        run.step += 1
-        seconds = time.perf_counter() - begun
-        record |= {"step": run.step, "lr": rate, "seconds": round(seconds, 4), "data_wait": round(waited / seconds, 3),
-                   "tokens_per_s": round(record["tokens"] / seconds), "images_per_s": round(record["images"] / seconds, 1),
-                   "mfu": peak and round(record["flops"] / (seconds * acc.num_processes * peak), 4)}
-        due = run.step == n_steps
-        if held_out and (due or run.step % args.eval_every == 0):
-            record["held_out_loss"] = held_out_loss(acc, objective, held_out)
-            if run.best_loss is None or record["held_out_loss"] < run.best_loss:
-                run.best_loss, run.best_step = record["held_out_loss"], run.step
-                publish(acc, folder / "best", lambda to: acc.is_main_process and save(qwen, str(to)))
-        if acc.is_main_process:
-            with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        bar.update()
-        bar.set_postfix_str(f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {rate:.1e} "
-                            f"{record['tokens_per_s']} tok/s, wait {record['data_wait']:.0%}, balance {record['balance']:.2f}"
-                            + (f", MFU {record['mfu']:.1%}" if peak else ""))
-        # whether a signal came is asked of all ranks: they must leave at the same step
-        told = float(acc.reduce(torch.tensor(float(stop.is_set()), device=acc.device), "sum")) > 0
-        if due or told or run.step % args.save_every == 0:
-            publish(acc, folder / f"step-{run.step}", lambda to: acc.save_state(str(to)))
-            drop_old(acc, folder, args.keep)
-        if told and not due:
-            raise KeyboardInterrupt
-        begun = time.perf_counter()
-    bar.close()
+def make_model(acc: Accelerator, target: Target, use_checkpointing: bool, args: argparse.Namespace) -> tuple[Qwen, Objective]:
+    """Load, freeze, adapt and shard the model: on GPUs computed in bfloat16, on CPUs in float32, sharded over several."""
+    on_gpu = acc.device.type == "cuda"
+    torch.manual_seed(args.seed)  # new rows of the embedding, adapters: the same on every rank, which keeps a piece of them
+    qwen = load(args.model, dtype="bfloat16" if on_gpu else "float32", device=str(acc.device))
+    if target.spec:
+        add_tokens(qwen, target.spec.tokens)
+    if args.lora_rank:
+        add_adapters(qwen.model, args.lora_rank)
+    visual = qwen.model.model.visual
+    visual.requires_grad_(args.train_vision)
+    if args.train_vision:
+        visual.float()
+    if use_checkpointing:
+        # on the language model alone: on the whole model a frozen tower would run twice, and backwards once
+        language_model = qwen.model.model.language_model
+        (getattr(language_model, "activation_checkpointing_enable", None)
+         or language_model.gradient_checkpointing_enable)()  # its older name
+    objective = Objective(qwen, target.spec, args.align_loss, autocast=on_gpu and args.train_vision)
+    if on_gpu or acc.num_processes > 1:
+        shard(objective, qwen.model, low_precision=on_gpu)
+    return qwen, objective.train()
 
 
-def keep_log(acc: Accelerator, path: Path, n_lines: int) -> None:
-    """Cut the log back to the step resumed from, so that no step stands in it twice."""
-    if acc.is_main_process:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
-        path.write_text("".join(lines), encoding="utf-8")
-
-
-def drop_old(acc: Accelerator, folder: Path, keep: int) -> None:
-    while acc.is_main_process and len(list(folder.glob("step-*"))) > keep:
-        shutil.rmtree(min(folder.glob("step-*"), key=lambda path: int(path.name[5:])))
+def add_adapters(model: torch.nn.Module, rank: int) -> None:
+    """Freeze all weights and put LoRA beside the language model's linear layers; alpha is twice the rank, dropout 0.05."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # optional: only --lora_rank needs it
+    except ImportError as error:
+        raise DataError("--lora_rank needs the package peft (pip install peft)") from error
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=ADAPTED), model)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -533,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_root", default=".", help="folder that image paths are relative to")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; an existing one is an error")
-    parser.add_argument("--imagination", choices=("text", "latent", "placeholder", "direct"), default="text")
+    parser.add_argument("--imagination", choices=IMAGINATIONS, default="text")
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latent tokens")
     parser.add_argument("--latent_size", type=int, default=None, help="latents an image (default: the family's)")
     parser.add_argument("--align_weight", type=float, default=10.0,
@@ -546,30 +372,72 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=8192, help="tokens a forward pass on one device, visual ones "
                         "included: rows are packed up to it")
     parser.add_argument("--batch_size", type=int, default=1, help="--imagination latent: rows a forward pass, padded")
+    parser.add_argument("--loss_norm", choices=("token", "row"), default="token", help="the loss of a step is the mean over "
+                        "its trained tokens, or over its rows (as one row a device and no packing has it)")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--warmup_steps", type=int, default=10)
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--spike", type=float, default=2.0, help="stop if the loss is this many nats above the median of the "
+                        "last 50 steps; 0: never")
     parser.add_argument("--train_vision", action="store_true", help="train the vision tower too (the paper freezes it)")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank instead of all weights (needs "
+                        "peft; take --learning_rate 1e-4); they are merged into what is written")
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto", help="compute the language "
                         "model's activations again in the backward pass; auto: on a GPU, and never with latents")
     parser.add_argument("--image_tokens", type=int, default=2000, help="visual tokens a row before images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280, help="then the most of one image (Monet)")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
     parser.add_argument("--validation_rows", type=int, default=0, help="rows held out to choose the best checkpoint")
+    parser.add_argument("--select", choices=("loss", "answers"), default="loss", help="the best is that of the least held-out "
+                        "loss, or of the most held-out answers that are generated right")
+    parser.add_argument("--answer_tokens", type=int, default=512, help="--select answers: tokens a reply at most")
     parser.add_argument("--eval_every", type=int, default=50, help="steps between looks at the held-out rows")
     parser.add_argument("--save_every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--keep", type=int, default=2, help="checkpoints kept to resume from")
+    parser.add_argument("--keep_best", type=int, default=1, help="exports kept of the best looks, in <output>.run/best-N")
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on from the last whole "
+                        "checkpoint if there is one; must: an error if there is none; never: an error if there is one")
+    parser.add_argument("--report_to", default="none", help="also log to a tracker that accelerate knows: tensorboard, wandb")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that prepare batches; 0 for none")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--limit", type=int, default=None, help="read only the first N rows of each file")
-    parser.add_argument("--dry_run", action="store_true", help="show the first row and the plan; train nothing")
+    parser.add_argument("--dry_run", action="store_true", help="look at the rows, every image and the plan; train nothing")
     args = parser.parse_args(argv)
-    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep"):
+    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep", "keep_best"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if args.checkpointing == "on" and args.imagination == "latent":
+        parser.error("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")
+    if args.lora_rank and args.train_vision:
+        parser.error("--lora_rank and --train_vision exclude each other")
     return args
+
+
+def start_trackers(acc: Accelerator, args: argparse.Namespace) -> None:
+    if args.report_to != "none":
+        acc.init_trackers("train_sft", config={name: str(value) for name, value in vars(args).items()})
+        if not acc.trackers:
+            raise DataError(f"--report_to {args.report_to}: not installed, or no tracker that accelerate knows")
+
+
+def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argparse.Namespace) -> None:
+    """Move the best export to --output, and write what was measured beside it."""
+    acc.wait_for_everyone()
+    acc.end_training()
+    if acc.is_main_process:
+        output, folder = Path(args.output), Path(f"{args.output}.run")
+        last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        best = run.best[0] if run.best else [None, None, run.step]
+        metrics = {**plan, "loss": last["loss"], "align": last["align"], "best_held_out_loss": best[1], "best_step": best[2],
+                   "seconds": round(seconds, 1)}
+        write_json(f"{output}.metrics.json", metrics)
+        write_meta(output, args, args.data, seconds)
+        os.replace(folder / f"best-{best[2]}", output)
+        for path in steps_of(folder, "step").values():
+            shutil.rmtree(path)
+        print(json.dumps(metrics))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -577,82 +445,52 @@ def main(argv: list[str] | None = None) -> int:
     output, folder = Path(args.output), Path(f"{args.output}.run")
     if output.exists():
         raise DataError(f"--output {output} exists; an existing checkpoint is never replaced, move it or name another")
-    on_gpu = torch.cuda.is_available()
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=args.train_vision)  # a rank may get no image
-    acc = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", kwargs_handlers=[ddp])
-    set_seed(args.seed)
-    train_rows, held_out_rows = prepare_rows(args)
-    # Master weights are float32; autocast makes the computation bfloat16 on a GPU.
-    qwen = load(args.model, dtype="float32", device=str(acc.device))
-    spec = None
-    if args.imagination == "latent":
-        preset = PRESETS[args.latent]
-        spec = LatentSpec(**{**vars(preset), "size": args.latent_size or preset.size})
-        add_tokens(qwen, spec.tokens)
-    qwen.model.model.visual.requires_grad_(args.train_vision)
-    if args.checkpointing == "on" or args.checkpointing == "auto" and on_gpu and not spec:
-        if spec:
-            raise DataError("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")
-        # on the language model alone: on the whole model a frozen tower would run twice, and backwards once
-        language_model = qwen.model.model.language_model
-        (getattr(language_model, "activation_checkpointing_enable", None)
-         or language_model.gradient_checkpointing_enable)()  # its older name
-    parts = [[make_example(qwen, row, args, spec) for row in rows] for rows in (train_rows, held_out_rows)]
-    train, held_out = (Steps(qwen, part, args, spec, acc.process_index, acc.num_processes) if part else None for part in parts)
-    n_steps = args.max_steps or args.epochs * train.per_epoch
-    plan = {"imagination": args.imagination, "rows": len(train_rows), "held_out_rows": len(held_out_rows), "steps": n_steps,
-            "global_batch": args.global_batch, "processes": acc.num_processes,
-            "trained_tokens_per_row": round(sum(sum(e.trained) for e in parts[0]) / len(parts[0]), 1)}
-    if acc.is_main_process:
-        show_example(qwen, parts[0][0])
-        log(" | ".join(f"{key} {value}" for key, value in plan.items()))
+    acc = Accelerator(cpu=not torch.cuda.is_available(), log_with=None if args.report_to == "none" else args.report_to,
+                      project_dir=str(folder))
+    target, (train_rows, held_out_rows) = make_target(args), prepare_rows(args)
+    tools = load_tools(args.model)
+    if target.spec:
+        add_tokens(tools, target.spec.tokens)
+    limit = None if target.spec else args.max_tokens
+    parts = [make_examples(tools, rows, target, limit) for rows in (train_rows, held_out_rows)]
+    batching = Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, args.loss_norm, args.train_vision,
+                        args.num_workers)
+    train, held_out = (Steps(tools, part, target, batching, acc.process_index, acc.num_processes) if part else None
+                       for part in parts)
+    use_checkpointing = args.checkpointing == "on" or (
+        args.checkpointing == "auto" and acc.device.type == "cuda" and not target.spec)
+    plan = make_plan(train, len(held_out_rows), args)
+    show_plan(train, plan, acc.device, use_checkpointing, CHUNK, args)
     if args.dry_run:
-        print(json.dumps(plan))
-        return 0
-    run = Run()
-    objective, optimizer = acc.prepare(Objective(qwen, spec, args.align_loss).train(), make_optimizer(qwen.model, args))
-    acc.register_for_checkpointing(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_settings(acc, folder / "settings.json", args)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint:
-        acc.load_state(str(checkpoint))
-        log(f"resumed from {checkpoint}")
-    with nullcontext() if spec else use_packed_attention(qwen.model), stop_on_signals() as stop:
-        fit(acc, qwen, objective, optimizer, train, held_out, run, stop, args)
-    if not held_out:
-        publish(acc, folder / "best", lambda to: acc.is_main_process and save(qwen, str(to)))
-    seconds = time.time() - begun
-    if acc.is_main_process:
-        last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        metrics = {**plan, "loss": last["loss"], "align": last["align"], "best_held_out_loss": run.best_loss,
-                   "best_step": run.best_step or n_steps, "seconds": round(seconds, 1)}
-        write_json(f"{output}.metrics.json", metrics)
-        write_meta(output, args, args.data, seconds)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(folder / "best", output)
-        for path in folder.glob("step-*"):
-            shutil.rmtree(path)
-        print(json.dumps(metrics))
-    acc.wait_for_everyone()
-    acc.end_training()
+        return dry_run(train, held_out, plan, args)
+    with acc.main_process_first():
+        settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+        found, run = open_run(folder, settings, args.resume, acc.is_main_process), Run()
+    qwen, objective = make_model(acc, target, use_checkpointing, args)
+    optimizer = make_optimizer(qwen.model, args)
+    if found:
+        restore(found[0], qwen.model, optimizer)
+        run = Run(**found[1])
+        log(f"resumed from {found[0]}")
+    start_trackers(acc, args)
+    for steps in (train, held_out):
+        if steps:
+            steps.qwen = qwen
+    answers, saver = [row["answer"] for row in held_out_rows], Saver(acc.process_index, acc.num_processes)
+    try:
+        with stop_on_signals() as stop:
+            fit(acc, qwen, objective, optimizer, train, held_out, answers, run, saver, stop, args)
+        saver.close()
+    except torch.OutOfMemoryError as error:
+        raise DataError(f"step {run.step + 1}: out of memory; a smaller --max_tokens or --batch_size, more devices, or "
+                        f"--lora_rank: {error}") from error
+    except KeyboardInterrupt:
+        saver.close()  # the checkpoint of this step
+        raise
+    finally:
+        saver.abandon()
+    finish(acc, plan, run, time.time() - begun, args)
     return 0
-
-
-def check_settings(acc: Accelerator, path: Path, args: argparse.Namespace) -> None:
-    """Refuse to resume under other settings than those the run began with (workers and log intervals may change)."""
-    free = ("num_workers", "save_every", "keep", "batch_size", "max_tokens", "checkpointing", "dry_run")
-    mine = {name: value for name, value in vars(args).items() if name not in free}
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        differing = [f"--{name}: {theirs.get(name)} then, {mine.get(name)} now" for name in sorted({*mine, *theirs})
-                     if mine.get(name) != theirs.get(name)]
-        if differing:
-            raise DataError(f"{path}: the run to resume had other settings: {'; '.join(differing)}; "
-                            "give the old ones, or move the .run folder away to start afresh")
-    elif acc.is_main_process:
-        write_json(path, mine)
-    acc.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Fixtures: a tiny random Qwen2.5-VL in the released layout, and pictures made on the spot."""
+import random
 import sys
 from pathlib import Path
 
@@ -43,3 +44,22 @@ def picture(tmp_path):
         image.save(path)
         return path
     return make
+
+
+@pytest.fixture
+def data(tmp_path, picture):
+    """Twelve rows of unequal length, every third without an imagined image and every fourth without any picture."""
+    from utils.rows import write_rows
+    rng, rows = random.Random(0), []
+    for n in range(12):
+        picture(f"{n}_0.png", (56, 56 + 28 * (n % 3)), rng.choice(("red", "blue")))
+        picture(f"{n}_1.png", (56, 84), "green")
+        words = " ".join(["closer"] * rng.randint(1, 12))
+        steps = [{"text": f"I look {words}."}]
+        steps += [{"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}] if n % 3 else []
+        steps += [{"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
+        rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [], "question": f"What is {words}?",
+                     "answer": str(n), "steps": steps,
+                     "chain": f"I look {words}. <think_image>a thing</think_image> The answer is \\boxed{{{n}}}."})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    return tmp_path / "rows.jsonl"

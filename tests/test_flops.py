@@ -24,11 +24,11 @@ def test_within_a_tenth_of_torch_s_counter(tmp_path, train_vision):
     ids = torch.full((1, 160), 5)
     ids[0, :16] = ids[0, 70:102] = image_id
     pack = {"input_ids": ids, "position_ids": torch.arange(160).expand(3, 1, 160), "max_length": 90,
-            "cu_seqlens": torch.tensor([0, 70, 160], dtype=torch.int32), "keep": torch.zeros(1, 160, dtype=torch.bool)}
-    pack["keep"][0, 40:70] = pack["keep"][0, 120:150] = True
-    images = {"pixel_values": torch.randn(64 + 128, 1176), "image_grid_thw": torch.tensor(grids)}
+            "cu_seqlens": torch.tensor([0, 70, 160], dtype=torch.int32), "source": torch.arange(30).repeat(2) + 40,
+            "pixel_values": torch.randn(64 + 128, 1176), "image_grid_thw": torch.tensor(grids)}
+    pack["source"][30:] += 80
     with use_packed_attention(qwen.model), FlopCounterMode(display=False) as counter:
-        run_packed(qwen.model, pack, images).sum().backward()
+        qwen.model.lm_head(run_packed(qwen.model, pack)).sum().backward()
     assert training_flops(config, lengths, 60, grids, train_vision) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 

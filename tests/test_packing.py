@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import train_sft
 from utils import qwen as Q
-from utils.packing import NAME, packed_attention, plan_packs, run_packed, use_packed_attention
+from utils.packing import NAME, make_pack, packed_attention, plan_packs, run_packed, use_packed_attention
 from utils.rows import DataError
+from utils.targets import Target, image_grids, load_images, make_example
 
 WORDS = ("what digit is on the red circle closer look I the answer is blue square seven").split()
 
@@ -44,7 +44,7 @@ def test_small_plans():
 # --------------------------------------------------------------------------------------------------- exactness
 @pytest.fixture
 def rows(tiny_checkpoint, picture, tmp_path):
-    """(qwen, examples, args): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
+    """(qwen, examples, target): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
     rng, made = random.Random(0), []
     for n, n_images in enumerate((1, 2, 0, 1, 3)):
         names = [f"{n}_{k}.png" for k in range(n_images)]
@@ -53,9 +53,9 @@ def rows(tiny_checkpoint, picture, tmp_path):
         words = " ".join(rng.choices(WORDS, k=rng.randint(4, 20)))
         made.append({"id": f"t/{n}", "images": names, "question": words, "answer": "7", "steps": [],
                      "chain": f"{words[::-1]} <think_image>a {words}</think_image> The answer is \\boxed{{{n}}}."})
-    args = train_sft.parse_args(["--data", "x", "--output", "x", "--image_root", str(tmp_path)])
+    target = Target(image_root=str(tmp_path))
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    return qwen, [train_sft.make_example(qwen, row, args, None) for row in made], args
+    return qwen, [make_example(qwen, row, target) for row in made], target
 
 
 def gradients(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def gradients(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[torch.Tensor, tor
 
 
 def packed(model, batch):
-    return run_packed(model, batch, images_of(batch)).view(len(batch["target"]), -1)
+    return model.lm_head(run_packed(model, batch))
 
 
 def images_of(batch):
@@ -82,27 +82,27 @@ def stock(model, batch):
     assert len(batch["cu_seqlens"]) == 2
     out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=torch.ones_like(
         batch["input_ids"]), use_cache=False, **images_of(batch))
-    return out.logits[batch["keep"]]
+    return out.logits[0, batch["source"]]
 
 
 def leaking(model, batch):
     """A plausible call of the stock model on a pack: restarting positions, no mask. Rows see those before them."""
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-                 logits_to_keep=batch["keep"], **images_of(batch)).logits.view(len(batch["target"]), -1)
+                 **images_of(batch)).logits[0, batch["source"]]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpointing):
-    qwen, examples, args = rows
-    alone = [train_sft.make_pack(qwen, [example], [1.0], args) for example in examples]
-    together = train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+    qwen, examples, target = rows
+    alone = [make_pack(qwen, [example], [1.0], target) for example in examples]
+    together = make_pack(qwen, examples, [1.0] * 5, target)
     loss, gradient = gradients(qwen, stock, alone)
     leaked_loss, leaked = gradients(qwen, leaking, [together])
     if checkpointing:
         qwen.model.model.language_model.gradient_checkpointing_enable()
         qwen.model.train()
     with use_packed_attention(qwen.model):
-        for batches in ([together], [train_sft.make_pack(qwen, part, [1.0] * len(part), args)
+        for batches in ([together], [make_pack(qwen, part, [1.0] * len(part), target)
                                      for part in (examples[:2], examples[2:3], examples[3:])], alone):
             its_loss, its_gradient = gradients(qwen, packed, batches)
             assert float(its_loss) == pytest.approx(float(loss), rel=1e-6)
@@ -113,41 +113,41 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpointing):
 
 
 def test_the_frozen_tower_runs_once_and_without_gradients(rows):
-    qwen, examples, args = rows
+    qwen, examples, target = rows
     qwen.model.model.visual.requires_grad_(False)
     qwen.model.model.language_model.gradient_checkpointing_enable()
     qwen.model.train()
     seen = []
     qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
     with use_packed_attention(qwen.model):
-        gradients(qwen, packed, [train_sft.make_pack(qwen, examples, [1.0] * 5, args)])
+        gradients(qwen, packed, [make_pack(qwen, examples, [1.0] * 5, target)])
     assert seen == [False]
 
 
 def test_the_pack_s_own_numbers(rows):
-    qwen, examples, args = rows
-    pack = train_sft.make_pack(qwen, examples, [1.0, 1.0, 0.0, 1.0, 1.0], args)
+    qwen, examples, target = rows
+    pack = make_pack(qwen, examples, [1.0, 1.0, 0.0, 1.0, 1.0], target)
     lengths = pack["cu_seqlens"].diff().tolist()
     assert lengths == [example.n_tokens for example in examples] and pack["max_length"] == max(lengths)
-    assert pack["position_ids"].shape == (3, 1, sum(lengths)) and pack["keep"].sum() == len(pack["target"])
+    assert pack["position_ids"].shape == (3, 1, sum(lengths)) and len(pack["source"]) == len(pack["target"])
     assert all((pack["position_ids"][:, 0, start] == 0).all() for start in pack["cu_seqlens"][:-1])
-    predicted = [i + 1 for i in pack["keep"][0].nonzero().flatten().tolist()]
-    assert pack["input_ids"][0, predicted].tolist() == pack["target"].tolist()
+    assert pack["input_ids"][0, pack["source"] + 1].tolist() == pack["target"].tolist()
     trained = [token for e in examples for token, is_trained in zip(e.ids, e.trained) if is_trained]
     assert pack["target"].tolist() == trained
     assert float(pack["weight"].sum()) == len(trained) - sum(examples[2].trained)
+    assert pack["row"].bincount().tolist() == [e.n_trained for e in examples] and pack["row_ids"] == [e.id for e in examples]
 
 
 def test_an_image_that_changed_since_the_plan_is_an_error(rows, picture):
-    qwen, examples, args = rows
+    qwen, examples, target = rows
     picture("0_0.png", (280, 280))
     with pytest.raises(DataError, match=r"t/0: \d+ tokens, where the headers of its images said \d+"):
-        train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+        make_pack(qwen, examples, [1.0] * 5, target)
 
 
 def test_outside_of_its_block_packing_is_refused(rows):
-    qwen, examples, args = rows
-    pack = train_sft.make_pack(qwen, examples, [1.0] * 5, args)
+    qwen, examples, target = rows
+    pack = make_pack(qwen, examples, [1.0] * 5, target)
     before = qwen.model.config.text_config._attn_implementation
     with pytest.raises(RuntimeError, match="its rows would attend to each other"):
         packed(qwen.model, pack)
@@ -176,12 +176,9 @@ def test_attention_equals_the_formula():
                 assert torch.allclose(out[0, start:end, head], scores.softmax(-1) @ v, atol=1e-6)
 
 
-def test_token_counts_come_from_the_headers(tiny_checkpoint, tmp_path, picture):
-    qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    args = train_sft.parse_args(["--data", "x", "--output", "x", "--image_tokens", "60", "--tokens_per_image", "40"])
-    rng = random.Random(0)
+def test_token_counts_come_from_the_headers(tiny_checkpoint, picture):
+    qwen, target, rng = Q.load(str(tiny_checkpoint), device="cpu"), Target(total_tokens=60, image_tokens=40), random.Random(0)
     for n in range(40):
         paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400))) for k in range(rng.randint(1, 3))]
-        pixels = Q.process_images(qwen.image_processor, train_sft.load_images(paths, 60, 40, 28))
-        counted = train_sft.count_visual_tokens(qwen, paths, args)
-        assert counted == int(pixels["image_grid_thw"].prod(1).sum()) // 4
+        pixels = Q.process_images(qwen.image_processor, load_images(paths, target, 28))
+        assert [[1, *grid] for grid in image_grids(qwen, paths, target)] == pixels["image_grid_thw"].tolist()

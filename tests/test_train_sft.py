@@ -1,95 +1,34 @@
-"""Fine-tuning: targets, layout, normalisation, several processes, resuming.    pytest tests/test_train_sft.py"""
+"""Fine-tuning: the loss, whole runs, several processes, stopping and resuming, what is refused.    pytest tests/test_train_sft.py
+
+Targets, packs, latents, steps, shards and checkpoints have test files of their own.
+"""
 import json
-import os
 import random
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 
 import train_sft
+from training import flags, gradient, launch, losses
 from utils import qwen as Q
-from utils.decode import PRESETS, generate
+from utils.packing import make_pack, use_packed_attention
 from utils.rows import DataError, write_rows
-
-ROOT = Path(__file__).parents[1]
-MIRAGE = PRESETS["mirage"]
-ROW = {"id": "a/1", "images": ["a.png"], "question": "What digit?", "answer": "7",
-       "steps": [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": "a red 7"},
-                 {"text": "It shows 7. The answer is \\boxed{7}."}],
-       "chain": "I look closer. <think_image>a red 7</think_image> It shows 7. The answer is \\boxed{7}."}
+from utils.targets import Target, make_example
 
 
-@pytest.fixture
-def data(tmp_path, picture):
-    """Twelve rows of unequal length, every third without an imagined image and every fourth without any picture."""
-    rng, rows = random.Random(0), []
-    for n in range(12):
-        picture(f"{n}_0.png", (56, 56 + 28 * (n % 3)), rng.choice(("red", "blue")))
-        picture(f"{n}_1.png", (56, 84), "green")
-        words = " ".join(["closer"] * rng.randint(1, 12))
-        steps = [{"text": f"I look {words}."}]
-        steps += [{"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}] if n % 3 else []
-        steps += [{"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
-        rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [], "question": f"What is {words}?",
-                     "answer": str(n), "steps": steps,
-                     "chain": f"I look {words}. <think_image>a thing</think_image> The answer is \\boxed{{{n}}}."})
-    write_rows(tmp_path / "rows.jsonl", rows)
-    return tmp_path / "rows.jsonl"
-
-
-def flags(data, checkpoint, output, *more):
-    return ["--data", str(data), "--image_root", str(data.parent), "--model", str(checkpoint), "--output", str(output),
-            "--global_batch", "6", "--batch_size", "2", "--max_tokens", "300", "--learning_rate", "1e-3", "--num_workers", "0", "--epochs", "2", *more]
-
-
-def losses(output):
-    return [json.loads(line)["loss"] for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
-
-
-# --------------------------------------------------------------------------------------------------- targets
-@pytest.mark.parametrize("imagination, expected", [
-    ("text", ROW["chain"]),
-    ("direct", "\\boxed{7}"),
-    ("placeholder", "I look closer. <think_image> It shows 7. The answer is \\boxed{7}.")])
-def test_target_of_each_variant(imagination, expected):
-    assert train_sft.target_text(ROW, imagination) == expected
-
-
-def test_latent_target_and_data_that_looks_like_control_tokens():
-    pads = "<|latent_pad|>" * 4
-    assert train_sft.target_text(ROW, "latent", MIRAGE) == (
-        f"I look closer. <|latent_start|>{pads}<|latent_end|> It shows 7. The answer is \\boxed{{7}}.")
-    assert train_sft.target_text(ROW | {"chain": "a<|im_end|>b"}, "text") == "a< |im_end|>b"
-
-
-def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, picture, tmp_path):
-    qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    picture("a.png"), picture("b.png")
-    for imagination, spec in (("text", None), ("latent", MIRAGE)):
-        args = train_sft.parse_args(flags(tmp_path / "x", tiny_checkpoint, "o", "--imagination", imagination))
-        args.image_root = str(tmp_path)
-        if spec:
-            Q.add_tokens(qwen, spec.tokens)
-        example = train_sft.make_example(qwen, ROW, args, spec)
-        trained = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t])
-        rest = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if not t])
-        if spec is None:
-            assert trained == ROW["chain"] + "<|im_end|>"
-        else:
-            assert trained == "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>"
-            assert rest.endswith("<|im_start|>assistant\n" + MIRAGE.pad * 4 + MIRAGE.end)
-
-
-def test_pieces_share_latent_columns():
-    columns, blocks = train_sft.lay_out([[3, 2], [1, 4], [2]], n_latents=2)
-    assert blocks == [(0, 3), (5, 9)]
-    assert columns == [[0, 1, 2, 3, 4, 7, 8], [2, 3, 4, 5, 6, 7, 8], [1, 2]]
-    assert train_sft.piece_lengths([1, 1, 9, 9, 4, 9, 9], pad_id=9, n_latents=2) == [2, 1, 0]
+def tensors_of(folder) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint's files under the names they are saved by."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}
+    return found
 
 
 def test_learning_rate():
@@ -97,71 +36,42 @@ def test_learning_rate():
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
-# --------------------------------------------------------------------------------------------------- numerics
-def objective_and_examples(tiny_checkpoint, data, *more):
-    args = train_sft.parse_args(flags(data, tiny_checkpoint, "unused", *more))
-    qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    spec = MIRAGE if args.imagination == "latent" else None
-    if spec:
-        Q.add_tokens(qwen, spec.tokens)
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    examples = [train_sft.make_example(qwen, row, args, spec) for row in rows]
-    return qwen, train_sft.Objective(qwen, spec, "cosine"), examples, args, spec
+# --------------------------------------------------------------------------------------------------- the loss
+def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
+    """Oracle: transformers' loss with labels and its own positions, a mean over the trained tokens."""
+    qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("text", str(data.parent))
+    objective = train_sft.Objective(qwen, None, "cosine")
+    for row in [json.loads(line) for line in data.read_text().splitlines()][1:4]:
+        example = make_example(qwen, row, target)
+        pack = make_pack(qwen, [example], [1.0], target)
+        with use_packed_attention(qwen.model):
+            ours, right, _ = objective(pack)
+        labels = torch.full_like(pack["input_ids"], -100)
+        labels[0, -example.n_trained:] = pack["input_ids"][0, -example.n_trained:]
+        inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "image_grid_thw") if name in pack}
+        kinds = (pack["input_ids"] == Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
+        theirs = qwen.model(**inputs, mm_token_type_ids=kinds, labels=labels)
+        assert ours.mean().item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+        assert right.tolist() == (theirs.logits.argmax(-1)[0, pack["source"]] == pack["target"]).tolist()
 
 
-def test_the_batch_size_changes_neither_loss_nor_gradient(tiny_checkpoint, data):
-    """Oracle of padding, layout and normalisation with latents: sums over rows one by one equal those of one padded batch.
-    (Rows without latents are packed: tests/test_packing.py.)"""
-    qwen, objective, examples, args, spec = objective_and_examples(tiny_checkpoint, data, "--imagination", "latent")
-    results = []
-    for size in (1, 5, 12):
-        qwen.model.zero_grad()
-        sums = torch.zeros(3)
-        for k in range(0, 12, size):
-            part = examples[k:k + size]
-            nll, align, right = objective(train_sft.make_batch(qwen, part, [1.0] * len(part), args, spec))
-            (nll + align).backward()
-            sums += torch.stack([nll.detach(), align.detach(), right])
-        results.append((sums, torch.cat([p.grad.flatten() for p in qwen.model.parameters() if p.grad is not None])))
-    for sums, gradient in results[1:]:
-        assert torch.allclose(sums, results[0][0], rtol=1e-5)
-        assert (gradient - results[0][1]).norm() < 1e-5 * results[0][1].norm()
-
-
-def test_text_loss_equals_the_library_s_own(tiny_checkpoint, data):
-    """Oracle: transformers' loss with labels, a mean over the trained tokens."""
-    qwen, objective, examples, args, _ = objective_and_examples(tiny_checkpoint, data)
-    for example in examples[1:4]:
-        batch = train_sft.make_batch(qwen, [example], [1.0], args, None)
-        nll, _, _ = objective(batch)
-        labels = torch.full_like(batch["input_ids"], -100)
-        n_trained = sum(example.trained)
-        labels[0, -n_trained:] = batch["input_ids"][0, -n_trained:]
-        keep = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-        theirs = qwen.model(**{k: v for k, v in batch.items() if k in keep}, labels=labels).loss
-        assert float(nll) / n_trained == pytest.approx(float(theirs), rel=1e-5)
-
-
-def test_training_feeds_the_latents_that_decoding_feeds(tiny_checkpoint, data):
-    """The vectors of the training pass equal those of utils.decode after the same words."""
-    qwen, objective, examples, args, spec = objective_and_examples(tiny_checkpoint, data, "--imagination", "latent")
-    chosen = [e for e in examples if e.steps][:4]
-    batch = train_sft.make_batch(qwen, chosen, [1.0] * 4, args, spec)
-    images = {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}
-    with torch.no_grad():
-        _, latents = objective.run_latents(batch, images)
-    pad_id = Q.special_id(qwen.tokenizer, spec.pad)
-    for i, example in enumerate(chosen):
-        cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
-        pixels = [Q.process_images(qwen.image_processor, train_sft.load_images(example.images, 2000, 1280, 28))]
-        prompt = Q.collate(qwen, [example.ids[:cut - 1]], pixels, "left")
-        start_id = Q.special_id(qwen.tokenizer, spec.start)
-        with torch.no_grad():  # make the start marker the sampled token, then decode
-            qwen.model.lm_head.weight.zero_()
-            qwen.model.lm_head.weight[start_id] = generate(qwen, prompt, 1, capture=True)[0].states[0]
-        row = generate(qwen, prompt, 6, spec, capture=True)[0]
-        assert row.ids[0] == start_id and row.fed.shape == (4, 32)
-        assert torch.allclose(row.fed, torch.stack([step[i] for step in latents[0]]), atol=1e-4)
+def test_logits_in_chunks_change_neither_loss_nor_gradient(tiny_checkpoint, data, monkeypatch):
+    qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("text", str(data.parent))
+    objective = train_sft.Objective(qwen, None, "cosine").train()
+    examples = [make_example(qwen, json.loads(line), target) for line in data.read_text().splitlines()]
+    pack, results, widths = make_pack(qwen, examples, [1.0] * 12, target), [], []
+    qwen.model.lm_head.register_forward_hook(lambda module, inputs, out: widths.append(len(out)))
+    for chunk in (10_000, 100, 7):
+        monkeypatch.setattr(train_sft, "CHUNK", chunk)
+        qwen.model.zero_grad(), widths.clear()
+        with use_packed_attention(qwen.model):
+            its, right, _ = objective(pack)
+            its.sum().backward()
+        results.append((its.detach(), right, gradient(qwen.model)))
+        assert max(widths) <= chunk
+    for its, right, its_gradient in results[1:]:
+        assert torch.allclose(its, results[0][0], rtol=1e-6) and torch.equal(right, results[0][1])
+        assert (its_gradient - results[0][2]).norm() < 1e-5 * results[0][2].norm()
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
@@ -187,11 +97,67 @@ def test_each_variant_trains_and_reloads(tiny_checkpoint, data, tmp_path, capsys
         train_sft.main(flags(data, tiny_checkpoint, output))
 
 
-def launch(arguments, processes=1):
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*start, str(ROOT / "train_sft.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data, tmp_path):
+    base = Q.load(str(tiny_checkpoint), dtype="bfloat16", device="cpu")
+    Q.save(base, str(tmp_path / "base"))
+    assert train_sft.main(flags(data, tmp_path / "base", tmp_path / "out", "--max_steps", "2")) == 0
+    before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    assert Q.load_tools(str(tmp_path / "out")).saved_dtype == torch.bfloat16
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_the_best_by_generated_answers_and_the_best_k(tiny_checkpoint, data, tmp_path, monkeypatch):
+    """A model that answers is known by construction: after step 4 every reply is made to end in its row's answer."""
+    real, looks = train_sft.replies, []
+
+    def replies(qwen, examples, target, n):
+        assert n == 5 and all(isinstance(reply, str) for reply in real(qwen, examples, target, n))
+        looks.append(len(examples))
+        right = len(looks) == 2
+        return [f"\\boxed{{{example.id.removeprefix('t/')}}}" if right else "none" for example in examples]
+
+    monkeypatch.setattr(train_sft, "replies", replies)
+    more = ["--validation_rows", "3", "--eval_every", "2", "--max_steps", "6", "--select", "answers", "--answer_tokens", "5",
+            "--keep_best", "2"]
+    assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more)) == 0
+    log = [json.loads(line) for line in (tmp_path / "o.run" / "log.jsonl").read_text().splitlines()]
+    assert [record.get("held_out_accuracy") for record in log] == [None, 0.0, None, 1.0, None, 0.0] and looks == [3, 3, 3]
+    assert json.loads((tmp_path / "o.metrics.json").read_text())["best_step"] == 4
+    # of the other two looks, equal in answers, that of the lower loss is kept
+    second = min((2, 6), key=lambda step: log[step - 1]["held_out_loss"])
+    assert [path.name for path in (tmp_path / "o.run").glob("best-*")] == [f"best-{second}"]
+
+
+def test_adapters_are_merged_into_what_is_written(tiny_checkpoint, data, tmp_path):
+    pytest.importorskip("peft")
+    more = ["--lora_rank", "4", "--max_steps", "4", "--save_every", "2"]
+    assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "one", *more)) == 0
+    process = launch(flags(data, tiny_checkpoint, tmp_path / "two", *more), 2)
+    assert process.wait(timeout=240) == 0
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.02)  # each rank draws its own dropout
+    before, after = tensors_of(tiny_checkpoint), tensors_of(tmp_path / "one")
+    assert before.keys() == after.keys()
+    changed = {re.sub(r"\.\d+\.", ".", name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{part}_proj.weight" for part in (
+        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+
+
+def test_a_tracker_gets_what_the_log_has(tiny_checkpoint, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", "--report_to", "tensorboard")) == 0
+    events = EventAccumulator(str(tmp_path / "o.run" / "train_sft")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path / "o"))
+
+
+def test_an_unknown_tracker_is_refused(tiny_checkpoint, data, tmp_path):
+    with pytest.raises(DataError, match="--report_to aim: not installed"):
+        train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", "--report_to", "aim"))
 
 
 @pytest.mark.parametrize("imagination", ["text", "latent"])
@@ -242,12 +208,44 @@ def test_a_step_is_the_same_rows_however_they_are_packed(tiny_checkpoint, data, 
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "none", "--max_tokens", "20"))
 
 
-def test_a_run_is_not_resumed_under_other_settings(tiny_checkpoint, data, tmp_path):
-    (tmp_path / "o.run").mkdir()
-    args = vars(train_sft.parse_args(flags(data, tiny_checkpoint, tmp_path / "o"))) | {"learning_rate": 0.5}
-    (tmp_path / "o.run" / "settings.json").write_text(json.dumps(args))
-    with pytest.raises(DataError, match="--learning_rate: 0.5 then, 0.001 now"):
-        train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o"))
+@pytest.mark.parametrize("rate, said", [("1e30", "loss (nan|inf)|gradient norm (nan|inf)|had a median"), ("30", "had a median of")])
+def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint, data, tmp_path, rate, said):
+    more = ["--learning_rate", rate, "--warmup_steps", "0", "--schedule", "constant", "--epochs", "10", "--save_every", "1"]
+    with pytest.raises(DataError, match=said) as caught:
+        train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more))
+    step = int(re.match(r"step (\d+): ", str(caught.value))[1])
+    assert "nothing was updated. Rows of the highest loss: t/" in str(caught.value)
+    assert len(losses(tmp_path / "o")) == step - 1 and (tmp_path / "o.run" / f"step-{step - 1}").is_dir()
+    if rate == "30":  # and who wants to go on may
+        assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more, "--spike", "0", "--resume", "must")) == 0
+        assert len(losses(tmp_path / "o")) == 20
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(tiny_checkpoint, data, tmp_path):
+    """Kills whenever a part is seen being written, five times; the curve and the weights are those of one run."""
+    more = ["--epochs", "12", "--save_every", "1", "--keep", "1"]
+    assert launch(flags(data, tiny_checkpoint, tmp_path / "whole", *more)).wait(timeout=240) == 0
+    rng, seen, arguments, run = random.Random(0), 0, flags(data, tiny_checkpoint, tmp_path / "cut", *more), tmp_path / "cut.run"
+    for _ in range(5):
+        process, steps = launch(arguments), set(run.glob("step-*"))
+        while process.poll() is None and set(run.glob("step-[0-9]*")) <= steps:
+            time.sleep(0.002)  # until this process has saved once
+        deadline = time.time() + rng.uniform(0.02, 0.1)
+        while process.poll() is None and not (time.time() > deadline and list(run.glob("*.part"))):
+            time.sleep(0.0002)
+        process.kill()
+        process.communicate(timeout=60)
+        if (tmp_path / "cut").exists():
+            break
+        seen += bool(list(run.glob("step-*.part")))
+        assert [path for path in run.glob("step-*") if (path / "state.json").is_file()]
+    assert seen >= 1, "no kill fell into a save"
+    if not (tmp_path / "cut").exists():
+        _, err = launch(arguments).communicate(timeout=240)
+        assert "damaged" not in err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    before, after = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "cut")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("change, match", [
@@ -263,8 +261,16 @@ def test_bad_rows_are_named(tiny_checkpoint, data, tmp_path, change, match):
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o"))
 
 
-def test_dry_run_shows_a_row_and_writes_nothing(tiny_checkpoint, data, tmp_path, capsys):
-    assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")) == 0
+def test_dry_run_shows_rows_plan_memory_and_lengths_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
+    arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
+    assert train_sft.main(arguments) == 0
     captured = capsys.readouterr()
-    assert ">>I look" in captured.err and "<|im_end|><<" in captured.err
-    assert json.loads(captured.out)["steps"] == 4 and not list(tmp_path.glob("o*"))
+    assert captured.err.count(">>I look") == 3 and "<|im_end|><<" in captured.err
+    assert "memory a device, estimated: fits" in captured.err and "hours on 8 devices" in captured.err
+    printed = json.loads(captured.out)
+    assert printed["steps"] == 4 and printed["unreadable_images"] == 0 and printed["hours"].keys() >= {"A800", "H200"}
+    assert [path.name for path in tmp_path.glob("o*")] == ["o.lengths.png"]
+    assert Image.open(tmp_path / "o.lengths.png").size[0] > 500
+    (data.parent / "1_0.png").write_bytes((data.parent / "1_0.png").read_bytes()[:-40])
+    assert train_sft.main(arguments) == 2
+    assert "1_0.png: not a whole picture" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several rows in one sequence, without a leak between them: the plan of a step's packs, and attention within rows.
+"""Several rows in one sequence, without a leak between them: the plan of a step's packs, a pack, attention within rows.
 
 Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other while the loss moves by 0.4 %; the
 gradients are then wrong by 100 % (tests/test_packing.py compares gradients). What is exact: explicit cu_seqlens, an attention
@@ -11,6 +11,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from utils.qwen import Qwen, collate, process_images
+from utils.rows import DataError
+from utils.targets import Example, Target, load_images
 
 NAME = "packed_flash"  # with "flash" in it the vision tower hands over all its windows in one call
 
@@ -38,6 +42,35 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
         n_steps += 1
 
 
+def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target: Target) -> dict:
+    """Put rows one behind the other into one sequence of L tokens, without padding.
+
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if there is an
+    image, cu_seqlens int32 [rows + 1], max_length, source [n] (the positions that predict), target [n], weight [n] (its
+    row's), row [n] (its row's number in the pack), row_ids.
+    """
+    rows = []
+    for example in examples:
+        pixels = process_images(qwen.image_processor, load_images(example.images, target, qwen.factor))
+        rows.append(collate(qwen, [example.ids], [pixels], "left"))
+        if rows[-1]["input_ids"].shape[1] != example.n_tokens:
+            raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
+                            f"{example.n_tokens}; was an image changed during the run?")
+    pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
+    for name in ("pixel_values", "image_grid_thw"):
+        if present := [row[name] for row in rows if name in row]:
+            pack[name] = torch.cat(present)
+    ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
+    # counted from the end of a row, as the images before the trained tokens are expanded
+    places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
+              for example, end in zip(examples, ends)]
+    counts, places = torch.tensor([len(its) for its in places]), torch.cat(places)
+    return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(), "max_length": max(e.n_tokens for e in examples),
+                   "source": places - 1, "target": pack["input_ids"][0, places],
+                   "weight": torch.tensor(weights).repeat_interleave(counts),
+                   "row": torch.arange(len(examples)).repeat_interleave(counts), "row_ids": [e.id for e in examples]}
+
+
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      attention_mask: None, scaling: float | None = None, cu_seq_lens_q: torch.Tensor | None = None,
                      max_length_q: int | None = None, is_causal: bool | None = None, **kwargs
@@ -61,16 +94,18 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 
-def run_packed(model: torch.nn.Module, pack: dict, images: dict) -> torch.Tensor:
-    """Return the logits [n, vocabulary] at the positions of a pack that predict (`keep`); never those of all positions.
+def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
+    """Return the last hidden states [n, hidden] of a pack at the positions that predict, so that logits need never be of all.
 
     To be called, and its gradients taken, inside `use_packed_attention`.
     """
     if model.config.text_config._attn_implementation != NAME:
         raise RuntimeError("a pack outside of use_packed_attention: its rows would attend to each other")
+    images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
     bounds, longest = pack["cu_seqlens"], pack["max_length"]
-    return model(input_ids=pack["input_ids"], position_ids=pack["position_ids"], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-                 max_length_q=longest, max_length_k=longest, logits_to_keep=pack["keep"], use_cache=False, **images).logits
+    out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"], cu_seq_lens_q=bounds,
+                      cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False, **images)
+    return out.last_hidden_state[0, pack["source"]]
 
 
 @contextmanager

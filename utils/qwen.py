@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
 from utils.images import smart_size
@@ -27,19 +27,33 @@ class Qwen:
     """A checkpoint ready to use.
 
     `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the tokens that
-    end a reply, from the generation config (the model config names only one of Qwen's two).
+    end a reply, from the generation config (the model config names only one of Qwen's two). `saved_dtype` is the type of
+    the weights in the checkpoint, whatever they were loaded as. `model` is None without weights (`load_tools`).
     """
 
-    model: torch.nn.Module
+    model: torch.nn.Module | None
     tokenizer: object
     image_processor: Qwen2VLImageProcessorPil
     path: str
     factor: int
     eos_ids: list[int]
+    config: object
+    saved_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+
+def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
+    """Load the configuration, the tokenizer and the image processor of a checkpoint, and no weights."""
+    tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type not in MODEL_TYPES:
+        raise DataError(f"{path}: model_type is {config.model_type!r}, expected one of {MODEL_TYPES}")
+    factor = image_processor.patch_size * image_processor.merge_size
+    return Qwen(None, tokenizer, image_processor, str(path), factor, eos_ids(path, tokenizer), config,
+                config.dtype or torch.float32)
 
 
 def load(path: str, dtype: str = "auto", device: str | None = None,
@@ -52,16 +66,14 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
+    qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    if model.config.model_type not in MODEL_TYPES:
-        raise DataError(f"{path}: model_type is {model.config.model_type!r}, expected one of {MODEL_TYPES}")
-    if len(tokenizer) > model.lm_head.out_features:
-        raise DataError(f"{path}: {len(tokenizer)} tokens but {model.lm_head.out_features} output rows; "
+    if len(qwen.tokenizer) > model.lm_head.out_features:
+        raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
-    factor = image_processor.patch_size * image_processor.merge_size
-    return Qwen(model.to(device).eval(), tokenizer, image_processor, str(path), factor, eos_ids(path, tokenizer))
+    qwen.model, qwen.config = model.to(device).eval(), model.config
+    return qwen
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
@@ -126,7 +138,7 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
     The embedding is never shrunk, and grown only when the new ids do not fit the rows that the release left free.
     """
     qwen.tokenizer.add_tokens(list(names), special_tokens=True)
-    if len(qwen.tokenizer) > qwen.model.lm_head.out_features:
+    if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
         qwen.model.resize_token_embeddings(len(qwen.tokenizer))
     return [special_id(qwen.tokenizer, name) for name in names]
 
@@ -221,10 +233,21 @@ def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
                                                     return_dict=True).pooler_output)
 
 
-def save(qwen: Qwen, folder: str) -> None:
-    """Write a checkpoint in the released layout into `folder`, which is never the one it was loaded from."""
+def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint in the released layout into `folder`, which is never the one it was loaded from.
+
+    `state` are the weights by their names in the model, all of one dtype, where the model's own are in pieces on several
+    devices or of other types; the library writes them under the released names.
+    """
     if Path(folder).resolve() == Path(qwen.path).resolve():
         raise DataError(f"{folder}: the checkpoint was loaded from here; expected another folder, inputs are not edited")
-    qwen.model.save_pretrained(folder)
+    qwen.model.save_pretrained(folder, state_dict=state)
+    if state is not None:  # the library wrote the dtype of the model in memory
+        path, dtype = Path(folder) / "config.json", str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "dtype" in part:
+                part["dtype"] = dtype
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     qwen.tokenizer.save_pretrained(folder)
     qwen.image_processor.save_pretrained(folder)

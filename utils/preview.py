@@ -1,0 +1,157 @@
+"""Before a run spends eight GPUs: how much memory it takes, how long it takes, how long its rows are, are its images whole.
+
+Estimates, from the configuration alone; the arithmetic is that of the usual count for AdamW with float32 master weights.
+"""
+import argparse
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText
+
+from utils.flops import PEAKS
+from utils.images import ImageError, open_image
+from utils.rows import log
+from utils.steps import Steps
+from utils.targets import Example, marked
+
+ADAMW = 16  # bytes a trained weight: float32 weight, gradient, two moments
+HEAD = 14  # bytes a logit: as computed, in float32, softmax, gradients
+MFU = 0.4  # share of the peak that an estimate of hours supposes; the log has the run's own
+
+
+def count_parameters(config) -> dict[str, int]:
+    """Return the numbers of weights of the language model's layers, of embedding + norm + head, and of the vision tower."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
+              "tower": sum(p.numel() for p in model.model.visual.parameters())}
+    return counts | {"root": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
+
+
+def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, checkpointing: bool,
+                    train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
+    """Return the bytes that training takes on one of `world` devices, by what they are for, and "total".
+
+    `sharded`: computed in bfloat16 and sharded over the devices (a GPU run); else float32 and whole (a CPU).
+    `n_targets`: predictions in a pack of `max_tokens` tokens, of which the head computes as many at a time as it may.
+    """
+    text, counts = config.text_config, count_parameters(config)
+    wide = 2 if sharded else 4
+    language, share = counts["layers"] + counts["root"], world if sharded else 1
+    kv = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    adapters = lora_rank * text.num_hidden_layers * (9 * text.hidden_size + 2 * kv + 3 * text.intermediate_size)
+    weights = 4 * language + ADAMW * adapters if lora_rank else ADAMW * language
+    layer = wide * max_tokens * (8 * text.hidden_size + 4 * text.intermediate_size + 4 * kv)  # what one keeps for its backward
+    parts = {"weights, gradients, optimizer": weights / share,
+             "vision tower": counts["tower"] * (ADAMW if train_vision else wide),
+             # two layers at a time, the root group for the whole pass, its gradients as computed and as reduced
+             "gathered weights": sharded * (2 * wide * counts["layers"] / text.num_hidden_layers
+                                            + counts["root"] * (2 * wide + 4)),
+             "activations": (wide * max_tokens * text.hidden_size * text.num_hidden_layers + layer if checkpointing
+                             else layer * text.num_hidden_layers),
+             "logits": n_targets * text.vocab_size * HEAD}
+    return parts | {"total": sum(parts.values())}
+
+
+def memory_lines(parts: dict[str, float], available: float, max_tokens: int) -> list[str]:
+    """Return the estimate as lines for people, with what to change if it does not fit into `available` bytes."""
+    lines = [f"  {name:<32}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'of the device':<32}{available / 2**30:9.2f} GiB")
+    if parts["total"] <= 0.95 * available:
+        return ["memory a device, estimated: fits", *lines]
+    fixed = parts["total"] - parts["activations"]
+    advice = (f"a smaller --max_tokens than {max_tokens} or --checkpointing on" if fixed < 0.9 * available
+              else "more devices, a smaller model, or --lora_rank 64")
+    return [f"memory a device, estimated: DOES NOT FIT; take {advice}", *lines]
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory (of the machine's, for a CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return int(file.readline().split()[1]) * 1024
+
+
+def estimate_hours(flops: float, n_devices: int = 8) -> dict[str, float]:
+    """Return the hours that `flops` model operations take on `n_devices` of each known device, at MFU of its peak."""
+    return {name: round(flops / (peak * MFU * n_devices) / 3600, 2) for name, peak in PEAKS.items()}
+
+
+def check_files(examples: list[Example]) -> list[str]:
+    """Open every image of all rows, whole; return what is wrong, a line an image."""
+    paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
+
+    def fault(path: Path) -> str | None:
+        try:
+            open_image(path)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as threads:
+        return [found for found in tqdm(threads.map(fault, paths), total=len(paths), desc="images", unit="image") if found]
+
+
+def describe_lengths(examples: list[Example]) -> dict[str, int]:
+    """Return quantiles of the rows' lengths, and the sums of tokens."""
+    lengths = sorted(example.n_tokens for example in examples)
+    quantiles = {name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1.0))}
+    return quantiles | {"tokens": sum(lengths), "trained_tokens": sum(example.n_trained for example in examples),
+                        "images": sum(len(e.images) + len(e.steps) for e in examples)}
+
+
+def draw_lengths(examples: list[Example], max_tokens: int, path: str) -> None:
+    """Write a histogram of the rows' lengths, all tokens and trained ones, as a PNG."""
+    from matplotlib.figure import Figure  # here: no other part of training draws
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    lengths, stats = [example.n_tokens for example in examples], describe_lengths(examples)
+    for axes, values, title in zip(figure.subplots(1, 2), (lengths, [example.n_trained for example in examples]),
+                                   ("all tokens of a row", "trained tokens of a row")):
+        axes.hist(values, bins=40, color="#0072B2")
+        axes.set(xlabel=title, ylabel="rows", xlim=(0, None))
+    figure.axes[0].axvline(stats["p95"], color="#D55E00", linestyle="--", label=f"95 % below {stats['p95']}")
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(f"{len(lengths)} rows; longest {stats['max']}, --max_tokens {max_tokens}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
+    """Return what a run will do, from its first epoch: steps, lengths, balance, operations."""
+    first = [train.work(step) for step in range(train.per_epoch)]
+    n_steps = args.max_steps or args.epochs * train.per_epoch
+    flops = sum(work.flops for work in first) / len(first) * n_steps
+    lengths = describe_lengths(train.examples)
+    return {"imagination": args.imagination, "rows": len(train.examples), "held_out_rows": n_held_out, "steps": n_steps,
+            "global_batch": args.global_batch, "processes": train.world, **lengths,
+            "trained_tokens_per_row": round(lengths["trained_tokens"] / len(train.examples), 1),
+            "micro_steps_per_step": round(sum(work.micro_steps for work in first) / len(first), 2),
+            "balance": round(sum(work.balance for work in first) / len(first), 4), "petaflop": round(flops / 1e15, 6)}
+
+
+def show_plan(train: Steps, plan: dict, device: torch.device, use_checkpointing: bool, chunk: int,
+              args: argparse.Namespace) -> None:
+    """Log the first rows, the plan, and the memory that a device needs before any weight is loaded."""
+    for example in train.examples[:3 if args.dry_run else 1]:
+        log(f"{example.id}:\n{marked(train.qwen, example)}")
+    log(" | ".join(f"{key} {value}" for key, value in plan.items()))
+    longest = args.batch_size * plan["max"] if train.target.spec else args.max_tokens
+    n_targets = min(chunk, longest * plan["trained_tokens"] // plan["tokens"] + 1)
+    parts = estimate_memory(train.qwen.config, longest, n_targets, train.world, device.type == "cuda", use_checkpointing,
+                            args.train_vision, args.lora_rank)
+    log("\n".join(memory_lines(parts, device_memory(device), args.max_tokens)))
+
+
+def dry_run(train: Steps, held_out: Steps | None, plan: dict, args: argparse.Namespace) -> int:
+    """Look at every image and draw the lengths; return 0, or 2 if an image is not whole."""
+    picture = f"{args.output}.lengths.png"
+    draw_lengths(train.examples, args.max_tokens, picture)
+    faults = check_files(train.examples + (held_out.examples if held_out else []))
+    hours = estimate_hours(plan["petaflop"] * 1e15)
+    log(f"hours on 8 devices at 40 % of their peak, estimated: {hours} | lengths: {picture} | images that cannot be read: "
+        f"{len(faults)}" + "".join(f"\n  {fault}" for fault in faults[:20]))
+    print(json.dumps({**plan, "hours": hours, "unreadable_images": len(faults)}))
+    return 2 if faults else 0
