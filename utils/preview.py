@@ -111,11 +111,11 @@ def draw_lengths(examples: list[Example], max_tokens: int, path: str) -> None:
     lengths, stats = [example.n_tokens for example in examples], describe_lengths(examples)
     for axes, values, title in zip(figure.subplots(1, 2), (lengths, [example.n_trained for example in examples]),
                                    ("all tokens of a row", "trained tokens of a row")):
-        axes.hist(values, bins=40, color="#0072B2")
-        axes.set(xlabel=title, ylabel="rows", xlim=(0, None))
-    figure.axes[0].axvline(stats["p95"], color="#D55E00", linestyle="--", label=f"95 % below {stats['p95']}")
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"{len(lengths)} rows; longest {stats['max']}, --max_tokens {max_tokens}", fontsize=10)
+        axes.hist(values, bins=40, range=(0, 1.05 * max(values)), color="#0072B2")
+        axes.set(xlabel=title, ylabel="rows")
+    figure.axes[0].axvline(stats["p95"], color="#D55E00", linestyle="--")
+    figure.suptitle(f"{len(lengths)} rows: 95 % have at most {stats['p95']} tokens (dashed), the longest {stats['max']}; "
+                    f"--max_tokens {max_tokens}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
