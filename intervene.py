@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from utils.answers import extract_choice
-from utils.decode import PRESETS, Generation, LatentSpec, clean_text, generate
+from utils.decode import PRESETS, Arm, Generation, LatentSpec, clean_text, generate
 from utils.edits import CLOSE, NotEditable, conclusion, direct, find_spans, put_spans
 from utils.images import ImageError
 from utils.items import open_images, question_text, read_items
@@ -79,12 +79,12 @@ def gaussian(n: int, *where) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(int(call_key(where=where)[:15], 16)))
 
 
-def make_edit(condition: str, ids: list[str], known: Known | None, noise_scale: float, seed: int) -> Callable:
-    """Return the `edit` of utils.decode.generate for a batch of items with these ids."""
-    def edit(z, row, segment, step):
-        eps = gaussian(len(z), seed, ids[row], segment, step).to(z.device)
+def make_arm(condition: str, name: str, known: Known | None, noise_scale: float, seed: int) -> Arm:
+    """Return what is done to the row of the item with this id."""
+    def feed(z, segment, step):
+        eps = gaussian(len(z), seed, name, segment, step).to(z.device)
         return LATENT_CONDITIONS[condition](z.float(), eps, known, noise_scale).to(z.device, z.dtype)
-    return edit
+    return Arm(feed=feed)
 
 
 # ------------------------------------------------------------------------------------ text: one line a condition
@@ -156,9 +156,8 @@ def decode(run: Run, batch: list[dict], inputs: dict, condition: str, clean: lis
     """
     if clean and not any(record["emitted"] for record in clean):
         return [{**record, "first_diff": None, "changed": False} for record in clean]
-    edit = make_edit(condition, [item["id"] for item in batch], run.known, run.args.noise_scale, run.args.seed) \
-        if clean else None
-    rows = generate(run.qwen, inputs, run.args.max_new_tokens, run.spec, edit, capture=run.spec is not None)
+    arms = [make_arm(condition, item["id"], run.known, run.args.noise_scale, run.args.seed) for item in batch] if clean else None
+    rows = generate(run.qwen, inputs, run.args.max_new_tokens, run.spec, arms, capture=run.spec is not None)
     records = [describe(run, item, row) for item, row in zip(batch, rows)]
     for item, record, before in zip(batch, records, clean or []):
         record["first_diff"] = first_difference(before["ids"], record["ids"])

@@ -1,12 +1,16 @@
 """The decoding loop against generate, replay and scripted tokens.    pytest tests/test_decode.py"""
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from utils import qwen as Q
-from utils.decode import PRESETS, RowState, clean_text, embed_prompt, generate, latent_ids
+from utils.decode import Arm, clean_text, decode, embed_prompt, extend, generate, prefill, rewind
+from utils.families import PRESETS, RowState, latent_ids
+from utils.heads import GatedHead, SimpleHead
 from utils.rows import DataError
 
 MIRAGE = PRESETS["mirage"]
@@ -122,22 +126,25 @@ def test_a_segment_cut_by_max_new_tokens_says_so():
     assert (ids, fed, row.out.segments[0].closed_by) == ([5, START, PAD, PAD], [2, 3], "max_tokens")
 
 
+def replay_of(row):
+    return Arm(feed=lambda z, segment, step: row.fed[sum(s.size for s in row.segments[:segment]) + step])
+
+
 def test_edits_at_the_fed_vector(tiny_checkpoint):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch = batch_of(qwen)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
-    same = generate(qwen, batch, 16, MIRAGE, capture=True, edit=lambda z, *place: z)
+    same = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: z)] * 3)
     assert [g.ids for g in same] == [g.ids for g in clean]
     fixed = torch.arange(32.0)
-    tau = generate(qwen, batch, 16, MIRAGE, capture=True, edit=lambda z, *place: fixed)
+    tau = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: fixed)] * 3)
     for g, c in zip(tau, clean):
         assert (g.fed == fixed).all() and len(g.fed) == sum(s.size for s in g.segments)
         first = min([s.start for s in c.segments], default=len(c.ids))
         assert g.ids[:first] == c.ids[:first]
-    one = generate(qwen, batch, 16, MIRAGE, edit=lambda z, row, *place: fixed if row == 0 else z)
+    one = generate(qwen, batch, 16, MIRAGE, arms=[Arm(feed=lambda z, *place: fixed), Arm(), Arm()])
     assert [g.ids for g in one[1:]] == [g.ids for g in clean[1:]]
-    replay = generate(qwen, batch, 16, MIRAGE, edit=lambda z, row, segment, step: clean[row].fed[
-        sum(s.size for s in clean[row].segments[:segment]) + step])
+    replay = generate(qwen, batch, 16, MIRAGE, arms=[replay_of(row) for row in clean])
     assert [g.ids for g in replay] == [g.ids for g in clean]
 
 
@@ -171,3 +178,113 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
     Q.add_tokens(qwen, (MIRAGE.tokens[1], MIRAGE.tokens[0], MIRAGE.tokens[2]))  # another order than Mirage's
     with pytest.raises(DataError, match="expected consecutive ones in that order"):
         latent_ids(qwen.tokenizer, MIRAGE)
+
+
+# ------------------------------------------------------------------------------------------- one prompt, many arms
+def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
+    """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not used up."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch, fixed = batch_of(qwen), torch.arange(32.0)
+    arms = [Arm(), Arm(feed=lambda z, *place: fixed), Arm(hide=("latents", "images"))]
+    state = prefill(qwen, batch)
+    rows, _ = decode(qwen, state.take([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True, with_logits=True)
+    for k, arm in enumerate(arms):
+        alone, _ = decode(qwen, state.take([0, 1, 2]), 16, MIRAGE, [arm] * 3, capture=True, with_logits=True)
+        for mine, its in zip(rows[k::3], alone):
+            assert mine.ids == its.ids and torch.allclose(mine.logits, its.logits, atol=1e-4)
+    assert any(not torch.equal(rows[k].logits, rows[0].logits) for k in (1, 2))
+
+
+def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
+    """Blocks of unlike lengths after unlike prompts; then again from where each row had read fewer ids."""
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    tail = [qwen.tokenizer(text).input_ids for text in ("It is blue.", "a red circle with the digit 7", "It")]
+    state = prefill(qwen, batch_of(qwen))
+    after = extend(qwen, state, tail)
+    for i, ids in enumerate(tail):
+        assert torch.allclose(after.hidden[i], whole(qwen, i, ids), atol=1e-5)
+    decoded, end = decode(qwen, state.take([0, 1, 2]), 9)
+    kept = [3, 0, 7]
+    again = extend(qwen, rewind(end, state, kept), tail)
+    for i, ids in enumerate(tail):
+        assert torch.allclose(again.hidden[i], whole(qwen, i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
+    with pytest.raises(ValueError, match="row 0: 9 ids to keep of 8"):
+        rewind(end, state, [9, 0, 0])
+    with pytest.raises(ValueError, match="expected one of ids each"):
+        extend(qwen, state, [[1], [], [1]])
+
+
+@torch.no_grad()
+def whole(qwen, i, ids):
+    """The last state of row i with these ids behind its prompt, in one pass without a cache."""
+    single = batch_of(qwen, slice(i, i + 1))
+    embeds = torch.cat([embed_prompt(qwen, single, None, None), qwen.model.get_input_embeddings()(torch.tensor([ids]))], 1)
+    positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(ids))
+    return qwen.model.model(inputs_embeds=embeds, use_cache=False, position_ids=torch.cat(
+        [single["position_ids"], positions], -1)).last_hidden_state[0, -1]
+
+
+@torch.no_grad()
+def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
+    """Site `edge` by closing columns from the end marker on, against one pass with the attention matrix written out."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen, slice(0, 1))
+    row = generate(qwen, batch, 7, MIRAGE, [Arm(hide=("latents", "images"))], capture=True, with_logits=True)[0]
+    segment, n = row.segments[0], batch["input_ids"].shape[1]
+    assert segment.closed_by != "max_tokens" and len(row.fed) == segment.size
+    total = n + len(row.ids)
+    allowed = torch.ones(total, total).tril().bool()
+    after, first = n + segment.start + segment.size, n + segment.start
+    allowed[after:, first:after] = False
+    allowed[after:, :n] &= batch["input_ids"][0] != Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
+    additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+    tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
+    tail[0, segment.start:segment.start + segment.size] = row.fed
+    positions = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))], -1)
+    hidden = qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, batch, None, None), tail], 1), use_cache=False,
+                              attention_mask={"full_attention": additive}, position_ids=positions).last_hidden_state[0]
+    assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
+    clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
+    upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
+    assert torch.equal(clean.logits[:upto], row.logits[:upto]) and (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
+
+
+def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpoint, tmp_path):
+    """A checkpoint with lvr_head.*: what latent steps put out passes through it, by teacher forcing as the second way."""
+    spec = PRESETS["lvr"]
+    for kind, head in (("simple", SimpleHead(32)), ("glu", GatedHead(32, 48))):
+        folder = tmp_path / kind
+        shutil.copytree(tiny_checkpoint, folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {f"lvr_head.{name}": tensor for name, tensor in head.state_dict().items()},
+                  folder / "model.safetensors", metadata={"format": "pt"})
+        qwen = load_with(folder, spec)
+        assert torch.equal(qwen.latent_head(torch.ones(1, 32)), head(torch.ones(1, 32)))
+        batch = batch_of(qwen, slice(1, 2))
+        row = generate(qwen, batch, 16, spec, capture=True)[0]
+        segment = row.segments[0]
+        qwen.latent_head = None
+        plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]  # before the head
+        own = plain.states[segment.start:segment.start + segment.size]
+        assert torch.allclose(row.fed[0], own[0], atol=1e-5)
+        assert torch.allclose(row.fed[1:segment.size], head(own[1:]), atol=1e-5)
+    assert Q.load(str(tiny_checkpoint), device="cpu").latent_head is None
+
+
+# ------------------------------------------------------------------------------------------- sampling
+def test_choices_are_the_arms_own(tiny_checkpoint):
+    """Forced ids drive the same state machine; a banned start token is never recorded."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
+    batch = batch_of(qwen)
+    clean = generate(qwen, batch, 16, MIRAGE, capture=True)
+    forced = generate(qwen, batch, 16, MIRAGE, [Arm(choose=lambda logits, n, ids=row.ids: ids[n]) for row in clean], capture=True)
+    assert [row.ids for row in forced] == [row.ids for row in clean]
+    assert all(torch.equal(a.fed, b.fed) for a, b in zip(forced, clean))
+
+    def without_start(logits, n):
+        return int(logits.index_fill(0, torch.tensor([start]), -torch.inf).argmax())
+
+    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Arm(choose=without_start)] * 3))
+    empty = generate(qwen, batch, 16, MIRAGE, [Arm(spec=replace(MIRAGE, size=0))] * 3)
+    assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)

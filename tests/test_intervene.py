@@ -117,10 +117,10 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
 # ------------------------------------------------------------------------------------------- conditions and verdicts
 def test_noise_depends_on_seed_item_segment_and_step_alone():
     z = torch.ones(8)
-    edits = [intervene.make_edit("noise", ids, None, 1.0, 0) for ids in (["a", "b"], ["b", "a"])]
-    assert torch.equal(edits[0](z, 0, 0, 2), edits[1](z, 1, 0, 2))
-    assert not torch.equal(edits[0](z, 0, 0, 2), edits[0](z, 0, 0, 3))
-    assert edits[0](z, 0, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
+    one, again, other = (intervene.make_arm("noise", name, None, 1.0, 0).feed for name in "aab")
+    assert torch.equal(one(z, 0, 2), again(z, 0, 2))
+    assert not any(torch.equal(one(z, 0, 2), odd) for odd in (one(z, 0, 3), one(z, 1, 2), other(z, 0, 2)))
+    assert one(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("ci90, ci95, verdict", [

@@ -1,127 +1,72 @@
-"""One batched greedy decoding loop for text and for latent imagination, over the unpatched model.
+"""One batched decoding loop for text and for latent imagination, over the unpatched model.
 
 A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the final
-norm: position +1, one key-value slot. The families differ only in their markers, in how many latents a segment has, in
-how it ends and in whether the start token's own embedding is fed. With `spec=None` the loop equals
-`model.generate(do_sample=False)` bit for bit.
+norm: position +1, one key-value slot. What differs between the families stands in `utils.families`. With `spec=None` the
+loop equals `model.generate(do_sample=False)` bit for bit.
 
-Where this loop differs from the families' own code, on purpose: pads are recorded inside a segment instead of junk
-samples; a sampled end of text inside a segment does not stop the row; a start sampled inside does not re-open it; every
-row of a batch has a state of its own.
+A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them (`State.take`): an `Arm`
+says what is done to one row, so that a batch may hold a clean run and every intervention beside it.
 """
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
+from utils.families import PRESETS, Generation, LatentSpec, RowState, Segment, latent_ids
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
 from utils.rows import DataError
+from utils.sites import layer_inputs
+
+__all__ = ["PRESETS", "Arm", "Generation", "LatentSpec", "RowState", "Segment", "State", "clean_text", "decode", "embed_prompt",
+           "extend", "generate", "latent_ids", "prefill", "rewind"]
 
 
 @dataclass(frozen=True)
-class LatentSpec:
-    """How a family decodes latents.
+class Arm:
+    """What is done to one row while it decodes; by default nothing.
 
-    `tokens` are its added tokens in the order in which its training code adds them (ids follow from the order);
-    `size` is the number K of latents a segment; `overwrite_start` feeds the first latent in place of the start token's
-    embedding; `force_end` writes the end token after K latents, else the sampled token stands; `early_end` lets a
-    sampled end token close the segment before K.
+    choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
+    feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
+    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that latent position
+    hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
+    spec: another form of the family for this row (other K, say)
     """
 
-    name: str
-    tokens: tuple[str, ...]
-    start: str
-    pad: str
-    end: str
-    size: int
-    overwrite_start: bool
-    force_end: bool
-    early_end: bool
-
-
-# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, the LVR repository src/train/train_lvr.py.
-MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>", "</observation>")
-MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
-LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
-_MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
-                    size=10, overwrite_start=True, force_end=True, early_end=True)
-PRESETS = {spec.name: spec for spec in (
-    _MONET,  # Monet's vLLM runner, K = LATENT_SIZE
-    replace(_MONET, name="monet_capimagine", overwrite_start=False),  # CapImagine's README loop, MAX_LATENT_LEN = 10
-    LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
-               size=4, overwrite_start=False, force_end=True, early_end=True),  # latent_size 4 of its training
-    LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",
-               size=8, overwrite_start=False, force_end=False, early_end=False))}  # decoding by steps, 8 in the paper
+    choose: Callable[[torch.Tensor, int], int] | None = None
+    feed: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
+    slot: Callable[[int, int], torch.Tensor | None] | None = None
+    hide: tuple[str, ...] = ()
+    spec: LatentSpec | None = None
 
 
 @dataclass
-class Segment:
-    """A run of latents: index in `Generation.ids` of its first latent, number of latents, what closed it."""
+class State:
+    """Rows that have been read up to somewhere: key-value cache, the last states and positions, what may be seen.
 
-    start: int
-    size: int = 0
-    closed_by: str = "max_tokens"  # "limit" (K reached), "end" (end token sampled), "max_tokens" (never closed)
-
-
-@dataclass
-class Generation:
-    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its end-of-text id.
-
-    `states` [len(ids), hidden] are the post-norm states that led to each recorded id: at a latent position, the raw
-    latent before any edit. `fed` [n_latents, hidden] are the vectors fed, after the edit. `logits` [len(ids), vocab].
+    hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns; positions
+    [3, B, 1] of each row's last token; is_image [B, C of the prompt].
     """
 
-    ids: list[int] = field(default_factory=list)
-    finish: str = "length"  # or "stop"
-    segments: list[Segment] = field(default_factory=list)
-    states: torch.Tensor | None = None
-    fed: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    cache: object
+    hidden: torch.Tensor | None
+    mask: torch.Tensor
+    positions: torch.Tensor
+    is_image: torch.Tensor
 
+    def take(self, rows: list[int]) -> "State":
+        """Return these rows, each as often as it is named, with a cache of their own."""
+        index = torch.tensor(rows, device=self.mask.device)
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(index)  # new tensors: the cache that was copied keeps its own
+        return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index], self.positions[:, index],
+                     self.is_image[index])
 
-Edit = Callable[[torch.Tensor, int, int, int], torch.Tensor]
-
-
-class RowState:
-    """The latent state machine of one row: which id is recorded for a sampled one, and whether a latent is fed."""
-
-    def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int]):
-        self.spec, self.eos_ids = spec, eos_ids
-        self.start_id, self.pad_id, self.end_id = ids if ids else (None, None, None)
-        self.inside = self.done = False
-        self.out = Generation()
-
-    def advance(self, sampled: int) -> bool:
-        """Record the id for a sampled one; return True if a latent is fed at this position instead of its embedding."""
-        recorded, feeds_latent = sampled, False
-        if self.inside:
-            segment = self.out.segments[-1]
-            ended_early = self.spec.early_end and sampled == self.end_id
-            if segment.size < self.spec.size and not ended_early:
-                recorded, feeds_latent = self.pad_id, True
-                segment.size += 1
-            else:
-                segment.closed_by = "end" if ended_early else "limit"
-                self.inside = False
-                if self.spec.force_end:
-                    recorded = self.end_id
-        if not self.inside and not feeds_latent and recorded == self.start_id:
-            self.inside = True
-            feeds_latent = self.spec.overwrite_start
-            self.out.segments.append(Segment(len(self.out.ids) + (not feeds_latent), int(feeds_latent)))
-        self.out.ids.append(recorded)
-        if not self.inside and recorded in self.eos_ids:
-            self.done, self.out.finish = True, "stop"
-        return feeds_latent
-
-
-def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
-    """Return the ids of (start, pad, end), after checking that all the family's tokens stand in its own order."""
-    ids = [special_id(tokenizer, name) for name in spec.tokens]
-    if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ones in that order; "
-                        "this checkpoint was trained with another family's tokens")
-    return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
+    def hide_images(self, rows: list[int]) -> None:
+        """Let what these rows read from here on see no image token."""
+        for row in rows:
+            self.mask[row, :self.is_image.shape[1]][self.is_image[row]] = 0
 
 
 def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int | None) -> torch.Tensor:
@@ -143,43 +88,80 @@ def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
 
 
 @torch.no_grad()
-def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None, edit: Edit | None = None,
-             capture: bool = False, with_logits: bool = False,
-             prompt_latents: list[torch.Tensor] | None = None) -> list[Generation]:
-    """Decode a left-padded batch from `utils.qwen.encode` greedily; `max_new_tokens` counts latent steps too.
-
-    `edit(z [hidden], row, segment, step) -> [hidden]` replaces a vector before it is fed (site `fed`); returning z is
-    the identity. `capture` keeps states and fed vectors, `with_logits` every step's logits. `prompt_latents`: see
-    `embed_prompt`.
-    """
-    ids = latent_ids(qwen.tokenizer, spec) if spec else None
-    rows = [RowState(spec, ids, qwen.eos_ids) for _ in inputs["input_ids"]]
-    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None, prompt_latents: list[torch.Tensor] | None = None) -> State:
+    """Read a left-padded batch from `utils.qwen.encode`. `prompt_latents`: see `embed_prompt`."""
     if prompt_latents is None:
         images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
         prompt = {"input_ids": inputs["input_ids"], **images}
     else:
-        prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, ids[1] if ids else None)}
-    out = qwen.model.model(**prompt, attention_mask=mask, position_ids=positions, use_cache=True)
-    embed = qwen.model.get_input_embeddings()
-    kept = [([], [], []) for _ in rows]  # states, fed, logits
-    for n_new in range(1, max_new_tokens + 1):
-        hidden = out.last_hidden_state[:, -1]  # [B, hidden], after the final norm
+        pad_id = latent_ids(qwen.tokenizer, spec)[1] if spec else None
+        prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
+    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], use_cache=True)
+    return State(out.past_key_values, out.last_hidden_state[:, -1], inputs["attention_mask"], inputs["position_ids"][..., -1:],
+                 inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
+
+
+@torch.no_grad()
+def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
+    """Read one block of at least one id a row after what was read, of any lengths; returns a state, `state` keeps its own."""
+    lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
+    if len(blocks) != len(state.mask) or not lengths.all():
+        raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids each")
+    width = int(lengths.max())
+    ids = torch.tensor([block + [qwen.tokenizer.pad_token_id] * (width - len(block)) for block in blocks], device=lengths.device)
+    steps = torch.arange(width, device=lengths.device)
+    mask = torch.cat([state.mask, (steps < lengths[:, None]).to(state.mask)], dim=1)
+    ahead = state.take(list(range(len(blocks))))  # the library appends to the cache that it is given
+    out = qwen.model.model(input_ids=ids, attention_mask=mask, position_ids=state.positions + 1 + steps,
+                           past_key_values=ahead.cache, use_cache=True)
+    hidden = out.last_hidden_state[torch.arange(len(blocks)), lengths - 1]
+    return State(out.past_key_values, hidden, mask, state.positions + lengths[:, None], state.is_image)
+
+
+def rewind(after: State, before: State, kept: list[int]) -> State:
+    """Return `after`, which decoding from `before` led to, as it was when each row had read only `kept[row]` new ids.
+
+    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`: extend it first.
+    """
+    mask, first = after.mask.clone(), before.mask.shape[1]
+    for row, n in enumerate(kept):
+        if not 0 <= n <= mask.shape[1] - first:
+            raise ValueError(f"row {row}: {n} ids to keep of {mask.shape[1] - first} that were read")
+        mask[row, first + n:] = 0
+    return State(after.cache, None, mask, before.positions + torch.tensor(kept, device=mask.device)[:, None], after.is_image)
+
+
+@torch.no_grad()
+def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm] | None = None,
+           capture: bool = False, with_logits: bool = False, with_slots: bool = False) -> tuple[list[Generation], State]:
+    """Decode rows that were read, greedily but for their arms; `max_new_tokens` counts latent steps too.
+
+    `capture` keeps states and fed vectors, `with_logits` every step's logits, `with_slots` the inputs of every layer at
+    latent positions. Returns the rows, and the state after all ids but the last of the longest row; `state` is used up.
+    """
+    arms = arms or [Arm()] * len(state.mask)
+    ids = latent_ids(qwen.tokenizer, spec) if spec else None
+    rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
+    embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
+    kept = [([], [], [], []) for _ in rows]  # states, fed, logits, slots
+    hidden, cache, mask, positions = state.hidden, state.cache, state.mask.clone(), state.positions
+    for n_new in range(max_new_tokens):
         logits = qwen.model.lm_head(hidden)
-        sampled = logits.argmax(-1)
-        live = [not row.done for row in rows]
-        vectors = {}
-        for i, (row, token) in enumerate(zip(rows, sampled.tolist())):
+        sampled = logits.argmax(-1).tolist()
+        live, vectors = [not row.done for row in rows], {}
+        for i, (row, arm) in enumerate(zip(rows, arms)):
             if row.done:
                 continue
-            if row.advance(token):
+            if row.advance(arm.choose(logits[i], n_new) if arm.choose else sampled[i]):
                 segment = len(row.out.segments) - 1
-                step = row.out.segments[segment].size - 1
-                vectors[i] = edit(hidden[i], i, segment, step) if edit else hidden[i]
+                place = segment, row.out.segments[segment].size - 1
+                vectors[i] = arm.feed(hidden[i], *place) if arm.feed else hidden[i]
                 kept[i][1].append(vectors[i])
+            if row.just_closed:
+                hide(mask[i], arm, row.just_closed, first, state.is_image[i])
             kept[i][0].append(hidden[i] if capture else None)
             kept[i][2].append(logits[i] if with_logits else None)
-        if all(row.done for row in rows) or n_new == max_new_tokens:
+        if all(row.done for row in rows) or n_new + 1 == max_new_tokens:
             break
         fill = qwen.tokenizer.pad_token_id
         tokens = torch.tensor([row.out.ids[-1] if alive else fill for row, alive in zip(rows, live)])
@@ -187,15 +169,42 @@ def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | N
         for i, vector in vectors.items():
             embeds[i] = vector.to(embeds)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[..., -1:] + 1
-        out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
-                               past_key_values=out.past_key_values, use_cache=True)
-    for row, (states, fed, logits) in zip(rows, kept):
+        positions = positions + 1
+        put = {i: slots for i in vectors if arms[i].slot and (slots := arms[i].slot(
+            len(rows[i].out.segments) - 1, rows[i].out.segments[-1].size - 1)) is not None}
+        seen = [] if with_slots and vectors else None
+        with layer_inputs(qwen.model, put, seen):
+            out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
+                                   past_key_values=cache, use_cache=True)
+        hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
+        if qwen.latent_head is not None and vectors:  # LVR's: on what latent steps put out, so never on the first latent
+            fed = list(vectors)
+            hidden = hidden.index_put((torch.tensor(fed, device=hidden.device),), qwen.latent_head(hidden[fed]).to(hidden))
+        for i in vectors if seen else ():
+            kept[i][3].append(torch.stack([layer[i] for layer in seen]))
+    for row, (states, fed, logits, slots) in zip(rows, kept):
         if capture:
             row.out.states, row.out.fed = torch.stack(states), torch.stack(fed) if fed else hidden.new_zeros(0, hidden.shape[1])
         if with_logits:
             row.out.logits = torch.stack(logits)
-    return [row.out for row in rows]
+        if with_slots:
+            row.out.slots = slots
+    return [row.out for row in rows], State(cache, hidden, mask, positions, state.is_image)
+
+
+def hide(mask: torch.Tensor, arm: Arm, segment: Segment, first: int, is_image: torch.Tensor) -> None:
+    """Close columns of one row's mask [C] to what comes after a segment; the row's new ids begin at column `first`."""
+    if "images" in arm.hide:
+        mask[:len(is_image)][is_image] = 0
+    if "latents" in arm.hide:
+        mask[first + segment.start:first + segment.start + segment.size] = 0
+
+
+def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm] | None = None,
+             capture: bool = False, with_logits: bool = False,
+             prompt_latents: list[torch.Tensor] | None = None) -> list[Generation]:
+    """`prefill` and `decode` of a left-padded batch from `utils.qwen.encode`."""
+    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture, with_logits)[0]
 
 
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from utils.heads import load_head
 from utils.images import smart_size
 from utils.rows import DataError
 
@@ -28,7 +29,8 @@ class Qwen:
 
     `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the tokens that
     end a reply, from the generation config (the model config names only one of Qwen's two). `saved_dtype` is the type of
-    the weights in the checkpoint, whatever they were loaded as. `model` is None without weights (`load_tools`).
+    the weights in the checkpoint, whatever they were loaded as. `model` is None without weights (`load_tools`). `latent_head`
+    is LVR's, if the checkpoint has one (`utils.heads`).
     """
 
     model: torch.nn.Module | None
@@ -39,6 +41,7 @@ class Qwen:
     eos_ids: list[int]
     config: object
     saved_dtype: torch.dtype
+    latent_head: torch.nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +75,8 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
     if len(qwen.tokenizer) > model.lm_head.out_features:
         raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
-    qwen.model, qwen.config = model.to(device).eval(), model.config
+    qwen.model, qwen.config, head = model.to(device).eval(), model.config, load_head(path)
+    qwen.latent_head = head and head.to(device, model.dtype)
     return qwen
 
 

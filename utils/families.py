@@ -1,0 +1,117 @@
+"""The families of latent imagination: their tokens, and how a segment of latents begins and ends.
+
+Where this differs from the families' own code, on purpose: pads are recorded inside a segment instead of junk samples; a
+sampled end of text inside a segment does not stop the row; a start sampled inside does not re-open it; every row of a
+batch has a state of its own.
+"""
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from utils.qwen import special_id
+from utils.rows import DataError
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How a family decodes latents.
+
+    `tokens` are its added tokens in the order in which its training code adds them (ids follow from the order);
+    `size` is the number K of latents a segment; `overwrite_start` feeds the first latent in place of the start token's
+    embedding; `force_end` writes the end token after K latents, else the sampled token stands; `early_end` lets a
+    sampled end token close the segment before K.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    start: str
+    pad: str
+    end: str
+    size: int
+    overwrite_start: bool
+    force_end: bool
+    early_end: bool
+
+
+# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, the LVR repository src/train/train_lvr.py.
+MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>", "</observation>")
+MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
+LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
+_MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
+                    size=10, overwrite_start=True, force_end=True, early_end=True)
+PRESETS = {spec.name: spec for spec in (
+    _MONET,  # Monet's vLLM runner, K = LATENT_SIZE
+    replace(_MONET, name="monet_capimagine", overwrite_start=False),  # CapImagine's README loop, MAX_LATENT_LEN = 10
+    LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
+               size=4, overwrite_start=False, force_end=True, early_end=True),  # latent_size 4 of its training
+    LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",
+               size=8, overwrite_start=False, force_end=False, early_end=False))}  # decoding by steps, 8 in the paper
+
+
+@dataclass
+class Segment:
+    """A run of latents: index in `Generation.ids` of its first latent, number of latents, what closed it."""
+
+    start: int
+    size: int = 0
+    closed_by: str = "max_tokens"  # "limit" (K reached), "end" (end token sampled), "max_tokens" (never closed)
+
+
+@dataclass
+class Generation:
+    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its end-of-text id.
+
+    `states` [len(ids), hidden] are the post-norm states that led to each recorded id: at a latent position, the raw
+    latent before any edit. `fed` [n_latents, hidden] are the vectors fed, after the edit. `logits` [len(ids), vocab].
+    `slots`: [layers, hidden] a latent position that was read, in order, the inputs of the decoder's layers there.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    finish: str = "length"  # or "stop"
+    segments: list[Segment] = field(default_factory=list)
+    states: torch.Tensor | None = None
+    fed: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    slots: list[torch.Tensor] | None = None
+
+
+class RowState:
+    """The latent state machine of one row: which id is recorded for a sampled one, and whether a latent is fed."""
+
+    def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int]):
+        self.spec, self.eos_ids = spec, eos_ids
+        self.start_id, self.pad_id, self.end_id = ids if ids else (None, None, None)
+        self.inside = self.done = False
+        self.just_closed: Segment | None = None  # by the last id
+        self.out = Generation()
+
+    def advance(self, sampled: int) -> bool:
+        """Record the id for a sampled one; return True if a latent is fed at this position instead of its embedding."""
+        recorded, feeds_latent, self.just_closed = sampled, False, None
+        if self.inside:
+            segment = self.out.segments[-1]
+            ended_early = self.spec.early_end and sampled == self.end_id
+            if segment.size < self.spec.size and not ended_early:
+                recorded, feeds_latent = self.pad_id, True
+                segment.size += 1
+            else:
+                segment.closed_by = "end" if ended_early else "limit"
+                self.inside, self.just_closed = False, segment
+                if self.spec.force_end:
+                    recorded = self.end_id
+        if not self.inside and not feeds_latent and recorded == self.start_id:
+            self.inside = True
+            feeds_latent = self.spec.overwrite_start
+            self.out.segments.append(Segment(len(self.out.ids) + (not feeds_latent), int(feeds_latent)))
+        self.out.ids.append(recorded)
+        if not self.inside and recorded in self.eos_ids:
+            self.done, self.out.finish = True, "stop"
+        return feeds_latent
+
+
+def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
+    """Return the ids of (start, pad, end), after checking that all the family's tokens stand in its own order."""
+    ids = [special_id(tokenizer, name) for name in spec.tokens]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
+        raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ones in that order; "
+                        "this checkpoint was trained with another family's tokens")
+    return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
