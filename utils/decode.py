@@ -19,7 +19,7 @@ from utils.rows import DataError
 from utils.sites import layer_inputs
 
 __all__ = ["PRESETS", "Arm", "Generation", "LatentSpec", "RowState", "Segment", "State", "clean_text", "decode", "embed_prompt",
-           "extend", "generate", "latent_ids", "prefill", "rewind"]
+           "extend", "extend_all", "generate", "latent_ids", "prefill", "rewind"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,11 @@ def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None, prompt_lat
 
 
 @torch.no_grad()
-def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
-    """Read one block of at least one id a row after what was read, of any lengths; returns a state, `state` keeps its own."""
+def extend_all(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
+    """Read one block of at least one id a row, of any lengths, after what was read; `state` is used up.
+
+    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `extend` returns.
+    """
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
     if len(blocks) != len(state.mask) or not lengths.all():
         raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids each")
@@ -111,11 +114,16 @@ def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
     ids = torch.tensor([block + [qwen.tokenizer.pad_token_id] * (width - len(block)) for block in blocks], device=lengths.device)
     steps = torch.arange(width, device=lengths.device)
     mask = torch.cat([state.mask, (steps < lengths[:, None]).to(state.mask)], dim=1)
-    ahead = state.take(list(range(len(blocks))))  # the library appends to the cache that it is given
     out = qwen.model.model(input_ids=ids, attention_mask=mask, position_ids=state.positions + 1 + steps,
-                           past_key_values=ahead.cache, use_cache=True)
-    hidden = out.last_hidden_state[torch.arange(len(blocks)), lengths - 1]
-    return State(out.past_key_values, hidden, mask, state.positions + lengths[:, None], state.is_image)
+                           past_key_values=state.cache, use_cache=True)
+    hidden = out.last_hidden_state
+    last = hidden[torch.arange(len(blocks)), lengths - 1]
+    return hidden, State(out.past_key_values, last, mask, state.positions + lengths[:, None], state.is_image)
+
+
+def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
+    """Return the rows of `state`, which keeps its own, after reading one block of at least one id each."""
+    return extend_all(qwen, state.take(list(range(len(state.mask)))), blocks)[1]
 
 
 def rewind(after: State, before: State, kept: list[int]) -> State:

@@ -1,0 +1,441 @@
+"""The catalogue of interventions on latents: one function a condition, from what is known of an item to what is done to it.
+
+    site fed    the vector that a latent step feeds; the position still attends to the image and writes its own keys
+    site slot   what every layer reads at the latent positions: the position speaks for a donor
+    site edge   what tokens after the latents may attend to
+    site none   the latents are left out, or the prompt is another: do(X)
+
+A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or raises NotPossible
+with a reason of REASONS. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
+"counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's), "masked" (the item's
+region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`).
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from utils.decode import Arm
+from utils.families import Generation, LatentSpec
+from utils.rows import call_key
+
+NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
+REASONS = ("no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent")
+CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
+
+
+class NotPossible(ValueError):
+    """An item that a condition cannot be applied to; the message is one of REASONS."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it, `tau`, the first of
+    all, `first` (all [hidden]), mean and standard deviation by position in a segment, `mu_t` and `sigma_t` [K, hidden], and the
+    mean layer inputs by position, `slots_t` [K, layers, hidden]."""
+
+    n_latents: int
+    mu: torch.Tensor
+    tau: torch.Tensor
+    first: torch.Tensor
+    mu_t: torch.Tensor
+    sigma_t: torch.Tensor
+    slots_t: torch.Tensor
+
+    @classmethod
+    def from_runs(cls, runs: list[Generation]) -> "Known | None":
+        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of them."""
+        fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
+        places = torch.tensor([step for row, vectors in zip(runs, fed) for step in steps_of(row)[:len(vectors)]])
+        if not len(places):
+            return None
+        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs for slot in row.slots])
+        mu = latents.double().mean(0).float()
+        at = [places == step for step in range(int(places.max()) + 1)]
+        return cls(len(latents), mu, latents[(latents - mu).norm(dim=1).argmin()], latents[0],
+                   torch.stack([latents[here].mean(0) for here in at]),
+                   torch.stack([latents[here].std(0, correction=0) for here in at]),
+                   torch.stack([slots[here].mean(0) for here in at]))
+
+
+def steps_of(row: Generation) -> list[int]:
+    """Return the position within its segment of each latent of a run."""
+    return [step for segment in row.segments for step in range(segment.size)]
+
+
+@dataclass
+class Case:
+    """An item and its clean run, and what conditions may take from elsewhere.
+
+    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
+    pad [hidden]; `start_id` the token that opens a segment.
+    """
+
+    item: dict
+    clean: Generation
+    spec: LatentSpec
+    pad: torch.Tensor
+    start_id: int
+    seed: int
+    known: Known | None = None
+    donors: dict[str, Generation] = field(default_factory=dict)
+
+    def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
+        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
+        return gaussian(n, self.seed, self.item["id"], segment, step)
+
+    def calibrated(self) -> Known:
+        if self.known is None:
+            raise NotPossible("no_calibration")
+        return self.known
+
+    def donor(self, kind: str) -> Generation:
+        """Return a donor with a latent for each of this item's."""
+        row = self.donors.get(kind)
+        if row is None or len(row.segments) < len(self.clean.segments) or any(
+                its.size < mine.size for its, mine in zip(row.segments, self.clean.segments)):
+            raise NotPossible("no_counterfactual" if kind == "counterfactual" and row is None else "no_donor")
+        return row
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`make(case, number)` gives the arm; `default` is the number if the condition takes one; see the module for the rest."""
+
+    name: str
+    site: str
+    make: Callable[[Case, float | None], Arm]
+    default: float | None = None
+    prompt: str = "own"
+    needs: tuple[str, ...] = ()  # kinds of donors
+
+
+CONDITIONS: dict[str, Condition] = {}
+
+
+def condition(site: str, default: float | None = None, prompt: str = "own", needs: tuple[str, ...] = ()) -> Callable:
+    def register(make: Callable) -> Callable:
+        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, default, prompt, needs)
+        return make
+    return register
+
+
+def find_condition(name: str) -> tuple[Condition, float | None]:
+    """Return the condition of a name such as "tau" or "add_noise:0.3", and its number; ValueError says what is wrong."""
+    base, colon, number = name.partition(":")
+    if base not in CONDITIONS:
+        raise ValueError(f"{name!r}, expected some of {' '.join(CONDITIONS)}")
+    found = CONDITIONS[base]
+    if colon and found.default is None:
+        raise ValueError(f"{name!r}: {base} takes no number")
+    return found, float(number) if colon else found.default
+
+
+def gaussian(n: int, *where) -> torch.Tensor:
+    """Return n standard normal numbers that depend on `where` alone."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(int(call_key(where=where)[:15], 16)))
+
+
+def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
+    """Return the arm that feeds vector(z, segment, step), computed in float32 on the CPU."""
+    return Arm(feed=lambda z, segment, step: vector(z.float().cpu(), segment, step).to(z.device, z.dtype))
+
+
+def latent(row: Generation, segment: int, step: int) -> torch.Tensor:
+    """Return a latent of a captured run, [hidden]."""
+    return row.fed[sum(s.size for s in row.segments[:segment]) + step].float().cpu()
+
+
+def slot(row: Generation) -> Arm:
+    """Return the arm that puts a captured run's layer inputs at the same latent positions, as far as it has them."""
+    def states(segment: int, step: int) -> torch.Tensor | None:
+        place = sum(s.size for s in row.segments[:segment]) + step
+        return row.slots[place] if segment < len(row.segments) and step < row.segments[segment].size else None
+    return Arm(slot=states)
+
+
+def last_latent(row: Generation) -> int:
+    """Return how many ids of a run come before what follows its last latent; 0 without latents."""
+    return max((segment.start + segment.size for segment in row.segments if segment.size), default=0)
+
+
+def echo(clean: Generation, arm: Arm = Arm()) -> Arm:
+    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on freely."""
+    ids = clean.ids[:last_latent(clean)]
+    return replace(arm, choose=lambda logits, n: ids[n] if n < len(ids) else int(logits.argmax()))
+
+
+# ------------------------------------------------------------------------------------ controls
+@condition("fed")
+def identity(case, number):
+    """The latent itself, through the hook: must reproduce the clean ids."""
+    return fed(lambda z, segment, step: z)
+
+
+@condition("fed")
+def replay(case, number):
+    """The latents captured in the clean run."""
+    return fed(lambda z, segment, step: latent(case.clean, segment, step) if within(case.clean, segment, step) else z)
+
+
+def within(row: Generation, segment: int, step: int) -> bool:
+    return segment < len(row.segments) and step < row.segments[segment].size
+
+
+# ------------------------------------------------------------------------------------ fed: content taken away
+@condition("fed")
+def tau(case, number):
+    """One calibration latent, the nearest to their mean, for all samples and positions: the paper's Monet arm."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: known.tau)
+
+
+@condition("fed")
+def tau_mean(case, number):
+    """The mean of the calibration latents everywhere."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: known.mu)
+
+
+@condition("fed")
+def tau_first(case, number):
+    """The first latent of the calibration items everywhere."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: known.first)
+
+
+@condition("fed")
+def mean_t(case, number):
+    """The mean at each position: the position's mark stays."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: known.mu_t[min(step, len(known.mu_t) - 1)])
+
+
+@condition("fed")
+def near_zero(case, number):
+    """0.001 of the mean latent: the paper's Mirage arm; read it beside the share of degenerate replies."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: NEAR_ZERO * known.mu)
+
+
+@condition("fed", default=1.0)
+def add_noise(case, number):
+    """z + number * rms(z) * N(0, I)."""
+    return fed(lambda z, segment, step: z + number * z.norm() / len(z)**0.5 * case.noise(len(z), segment, step))
+
+
+@condition("fed")
+def norm_noise(case, number):
+    """N(0, I) at the norm of z (the paper's "noise")."""
+    def vector(z, segment, step):
+        eps = case.noise(len(z), segment, step)
+        return z.norm() * eps / eps.norm()
+    return fed(vector)
+
+
+@condition("fed")
+def moment_noise(case, number):
+    """Normal with each position's mean and standard deviations: in distribution, coordinate by coordinate."""
+    known = case.calibrated()
+
+    def vector(z, segment, step):
+        t = min(step, len(known.mu_t) - 1)
+        return known.mu_t[t] + known.sigma_t[t] * case.noise(len(z), segment, step)
+    return fed(vector)
+
+
+@condition("fed", default=0.5)
+def mix(case, number):
+    """(1 - number) z + number tau: whether the effect grows with the dose."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: (1 - number) * z + number * known.tau)
+
+
+@condition("fed")
+def dummy_pad(case, number):
+    """The embedding of the latent pad: as many tokens, nothing fed back."""
+    pad = case.pad.float().cpu()
+    return fed(lambda z, segment, step: pad)
+
+
+# ------------------------------------------------------------------------------------ fed: order and position
+@condition("fed")
+def first_repeat(case, number):
+    """The segment's first latent at all its positions."""
+    return fed(lambda z, segment, step: latent(case.clean, segment, 0) if within(case.clean, segment, 0) else z)
+
+
+@condition("fed")
+def permute(case, number):
+    """The clean latents of a segment, each moved on by one position."""
+    if all(segment.size < 2 for segment in case.clean.segments):
+        raise NotPossible("one_latent")
+
+    def vector(z, segment, step):
+        if not within(case.clean, segment, step):
+            return z
+        return latent(case.clean, segment, (step + 1) % case.clean.segments[segment].size)
+    return fed(vector)
+
+
+@condition("fed", default=0)
+def keep_one(case, number):
+    """The position's mean everywhere but at position `number` (from 0)."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: z if step == number else known.mu_t[min(step, len(known.mu_t) - 1)])
+
+
+@condition("fed", default=0)
+def drop_one(case, number):
+    """The position's mean at position `number` (from 0) alone."""
+    known = case.calibrated()
+    return fed(lambda z, segment, step: known.mu_t[min(step, len(known.mu_t) - 1)] if step == number else z)
+
+
+# ------------------------------------------------------------------------------------ donors, fed and in the slots
+def swap(case: Case, kind: str) -> Arm:
+    donor = case.donor(kind)
+    return fed(lambda z, segment, step: latent(donor, segment, step) if within(donor, segment, step) else z)
+
+
+@condition("fed", needs=("random",))
+def swap_random(case, number):
+    """The latents of another item, with another right answer where there is one."""
+    return swap(case, "random")
+
+
+@condition("fed", needs=("question",))
+def swap_question(case, number):
+    """The latents of an item with the same question about another image."""
+    return swap(case, "question")
+
+
+@condition("fed", needs=("image",))
+def swap_image(case, number):
+    """The latents of an item with another question about the same image."""
+    return swap(case, "image")
+
+
+@condition("fed", needs=("counterfactual",))
+def swap_counterfactual(case, number):
+    """The latents under the item's own answer-changing edit: does the answer follow them?"""
+    return swap(case, "counterfactual")
+
+
+@condition("fed", needs=("blank",))
+def swap_blank(case, number):
+    """World Y(x, Z(x')): the latents that a blank image brings about."""
+    return echo(case.clean, swap(case, "blank"))
+
+
+@condition("slot")
+def slot_mean_t(case, number):
+    """The mean layer inputs of each position."""
+    known = case.calibrated()
+    return Arm(slot=lambda segment, step: known.slots_t[min(step, len(known.slots_t) - 1)])
+
+
+@condition("slot", needs=("random",))
+def slot_swap_random(case, number):
+    return slot(case.donor("random"))
+
+
+@condition("slot", needs=("counterfactual",))
+def slot_swap_counterfactual(case, number):
+    return slot(case.donor("counterfactual"))
+
+
+@condition("slot", needs=("blank",))
+def slot_swap_blank(case, number):
+    """World Y(x, Z(x')) at the slots."""
+    return echo(case.clean, slot(case.donor("blank")))
+
+
+# ------------------------------------------------------------------------------------ edges
+@condition("edge")
+def cut_latent(case, number):
+    """What follows the latents cannot see them."""
+    return Arm(hide=("latents",))
+
+
+@condition("edge")
+def cut_image_after(case, number):
+    """What follows the latents cannot see the image."""
+    return Arm(hide=("images",))
+
+
+@condition("edge")
+def cut_both(case, number):
+    """Neither: the positive control, which must move the answer of any model that looks."""
+    return Arm(hide=("latents", "images"))
+
+
+# ------------------------------------------------------------------------------------ no latents
+@condition("none")
+def markers_only(case, number):
+    """A segment of no latents: start, end."""
+    return Arm(spec=replace(case.spec, size=0, overwrite_start=False))
+
+
+@condition("none")
+def no_segment(case, number):
+    """The start token cannot be said: another policy rather than do(Z), for the words change too."""
+    def choose(logits, n):
+        return int(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device), -torch.inf).argmax())
+    return Arm(choose=choose)
+
+
+# ------------------------------------------------------------------------------------ other prompts
+@condition("none", prompt="blank")
+def blank(case, number):
+    """World Y(x', Z(x')): a blank image, and the latents that it brings about, after the item's own words."""
+    return echo(case.clean)
+
+
+@condition("fed", prompt="blank")
+def blank_x(case, number):
+    """World Y(x', Z(x)): a blank image and the item's own latents: are they enough?"""
+    return echo(case.clean, replay(case, None))
+
+
+@condition("slot", prompt="blank")
+def slot_blank_x(case, number):
+    """World Y(x', Z(x)) at the slots."""
+    return echo(case.clean, slot(case.clean))
+
+
+@condition("none", prompt="blank")
+def x_blank(case, number):
+    """do(X): a blank image, everything said anew."""
+    return Arm()
+
+
+@condition("none", prompt="counterfactual")
+def x_counterfactual(case, number):
+    """do(X): the item's answer-changing edit."""
+    return Arm()
+
+
+@condition("none", prompt="other_image")
+def x_image(case, number):
+    """do(X): another item's image."""
+    return Arm()
+
+
+@condition("none", prompt="other_question")
+def x_question(case, number):
+    """do(X): another item's question."""
+    return Arm()
+
+
+@condition("none", prompt="masked")
+def x_region(case, number):
+    """do(X): the item's region of interest greyed out."""
+    return Arm()
+
+
+# the paper's arms: Monet (Fig. 2c, App. B Table 4) is tau; Mirage tau, + noise, noise, near zero
+PRESET_CONDITIONS = {
+    "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
+    "full": [name for name in CONDITIONS if name not in ("keep_one", "drop_one", "x_region")]}
+WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x")}  # Y(x, Z(x')), Y(x', Z(x))

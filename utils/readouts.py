@@ -1,0 +1,66 @@
+"""Readouts that need no parser: every option of an item scored behind a fixed beginning of an answer.
+
+An option's score is the log-probability of its tokens, the closing brace of the box among them, so that no option is the
+beginning of another. R0 puts the same stem behind the last latent (or the last text imagination) in every condition; R1 puts
+what the clean run said there, so that only the way past the words can change the score. (R2 is the free reply, parsed.)
+"""
+import math
+
+import torch
+
+from utils.decode import State, extend_all
+from utils.qwen import Qwen, plain
+
+STEM = "The answer is \\boxed{"
+BEHIND = "}"
+
+
+def option_words(item: dict, by: str) -> dict[str, str]:
+    """Return what stands in the box for each letter: itself (by "letter") or the option's words (by "text")."""
+    return {letter: letter if by == "letter" else plain(text) for letter, text in map(tuple, item["options"])}
+
+
+def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:
+    """Return the ids of `before` + stem + words + brace for each option, and how many of them all options share."""
+    blocks = [before + qwen.tokenizer(stem + its + BEHIND, add_special_tokens=False).input_ids for its in words]
+    shortest = min(map(len, blocks)) - 1
+    shared = next((n for n in range(shortest) if len({block[n] for block in blocks}) > 1), shortest)
+    if shared == 0:
+        raise ValueError(f"options {words} share no beginning after {stem!r}; expected a stem of at least one token")
+    return blocks, shared
+
+
+@torch.no_grad()
+def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str], before: list[list[int]],
+                  by: str = "letter") -> list[dict[str, float]]:
+    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`.
+
+    Option after option, all rows at once; `state` is not used up.
+    """
+    laid = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
+            for item, stem, ids in zip(items, stems, before, strict=True)]
+    scores = [{} for _ in items]
+    for k in range(max(len(item["options"]) for item in items)):
+        rows = [i for i, item in enumerate(items) if k < len(item["options"])]
+        blocks = [laid[i][0][k] for i in rows]
+        hidden = extend_all(qwen, state.take(rows), blocks)[0]
+        for row, i, block in zip(hidden, rows, blocks):
+            shared = laid[i][1]
+            logits = qwen.model.lm_head(row[shared - 1:len(block) - 1]).float().log_softmax(-1)
+            own = torch.tensor(block[shared:], device=logits.device)
+            scores[i][items[i]["options"][k][0]] = float(logits.gather(1, own[:, None]).sum())
+    return scores
+
+
+def describe_scores(scores: dict[str, float], gold: str) -> dict:
+    """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best other, "pred"}."""
+    top = max(scores.values())
+    total = top + math.log(sum(math.exp(value - top) for value in scores.values()))
+    return {"logp": scores, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
+            "nll": total - scores[gold], "margin": scores[gold] - max(v for letter, v in scores.items() if letter != gold),
+            "pred": max(scores, key=scores.get)}
+
+
+def kl(clean: dict[str, float], other: dict[str, float]) -> float:
+    """Return the Kullback-Leibler divergence of two {letter: share}, in nats, from `clean` to `other`; never below 0."""
+    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300))) for letter, p in clean.items() if p > 0))
