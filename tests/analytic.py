@@ -5,7 +5,9 @@ all items share. The answer's logits are scale * (share * E (Z - mu0) + (1 - sha
 the blank image. The noise is Gumbel's: the likeliest answer is right with the probability of a softmax. At kappa = 1 and
 with the same noise in every world NIE = share * TE, item by item.
 """
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,3 +79,13 @@ def draw(model: AnalyticModel, n: int, binary: bool, rng: np.random.Generator, s
     copies = (rng.random(n // size) < rho)[groups]
     rows = np.where(copies, groups * size, np.arange(n))
     return {name: values[rows] for name, values in found.items()}, groups.tolist()
+
+
+def trinomial(n: int, p_b: float, p_c: float) -> Iterator[tuple[int, int, float]]:
+    """Yield (b, c, probability) of all counts of changed answers that come up at all, of n items that change or not."""
+    logs = [math.lgamma(i + 1) for i in range(n + 1)]
+    for b, c in itertools.product(range(n + 1), repeat=2):
+        if abs(b - n * p_b) < 8 * math.sqrt(n * p_b) + 8 and abs(c - n * p_c) < 8 * math.sqrt(n * p_c) + 8 and b + c <= n:
+            rest = n - b - c
+            yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b) + c * math.log(p_c)
+                                 + rest * math.log(1 - p_b - p_c))

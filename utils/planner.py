@@ -13,7 +13,9 @@ NORMAL = NormalDist()
 def items_for_margin(discordance: float, margin: float, alpha: float = 0.05, power: float = 0.8) -> int:
     """Return the items at which equivalence within margin is shown with this power if nothing changes on average.
 
-    n = discordance * (z(1 - alpha) + z(1 - (1 - power) / 2))^2 / margin^2: both one-sided tests have to reject.
+    n = discordance * (z(1 - alpha) + z(1 - (1 - power) / 2))^2 / margin^2: both one-sided tests have to reject. Exact power of
+    Tango's test at the n planned for 80 %: 76 to 80 % where the margin is at most half the discordance, 67 % where they are
+    equal, because a change as large as the margin would need that much discordance: plan with more items there.
     """
     _check(discordance=discordance, margin=margin)
     return math.ceil(discordance * (_equivalence_z(alpha, power) / margin) ** 2)
