@@ -165,6 +165,14 @@ def test_with_groups_the_paired_interval_is_at_least_as_wide_as_each_of_its_part
     assert low < high and -1 <= low and high <= 1
 
 
+def test_each_end_of_the_paired_interval_is_of_whichever_reaches_further():
+    groups = np.repeat(np.arange(5), [8, 7, 3, 4, 4])
+    after = (groups > 1).astype(int)  # a draw of changed groups alone reaches 1; no draw goes below 0, the score interval does
+    low, high = paired_interval(np.zeros(26), after, groups, 0.90)
+    drawn = cluster_bootstrap(after, groups, 0.90)
+    assert high == drawn[1] == 1 and low < 0 < drawn[0]
+
+
 def test_copies_of_answers_do_not_narrow_the_paired_interval():
     clean, after = np.r_[np.ones(12), np.zeros(4), np.ones(84)], np.r_[np.zeros(12), np.ones(4), np.ones(84)]
     alone = paired_interval(clean, after, range(100), 0.95)

@@ -84,23 +84,23 @@ def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Seq
                     n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
     """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry an item, never of zero width.
 
-    Tango's where every item is its own group; else, end by end, the widest of Tango's (which ignores the groups), Tango's with
-    its quantile widened by the groups, and the cluster bootstrap's, which alone collapses when no answer changes. A single
-    group of several items tells nothing about other groups: (-1, 1). Outcomes averaged over seeds are not 0/1: `robust_mean`
-    of the differences is theirs.
+    Tango's where every item is its own group; else, end by end, the wider of Tango's, widened by what the groups have in common
+    (never narrower than Tango's own), and the cluster bootstrap's, which alone collapses when no answer changes. A single group
+    of several items tells nothing about other groups: (-1, 1). Outcomes averaged over seeds are not 0/1: `robust_mean` of the
+    differences is theirs.
     """
     clean, intervened = np.asarray(clean, dtype=float), np.asarray(intervened, dtype=float)
     if not clean.shape == intervened.shape == (len(groups),) or not np.isin([clean, intervened], (0, 1)).all():
         raise ValueError(f"clean {clean.shape}, intervened {intervened.shape}, {len(groups)} groups: expected as many of each, "
                          "all outcomes 0 or 1; for other outcomes use robust_mean")
     changes, n_groups = intervened - clean, len(set(groups))
-    low, high = tango_ci(int((changes < 0).sum()), int((changes > 0).sum()), len(changes), level)
     if n_groups == len(changes):
-        return low, high
+        return tango_ci(int((changes < 0).sum()), int((changes > 0).sum()), len(changes), level)
     if n_groups == 1:
         return -1.0, 1.0
-    ends = [(low, high), _grouped_tango(changes, groups, level), cluster_bootstrap(changes, groups, level, n_boot, seed)]
-    return min(end for end, _ in ends), max(end for _, end in ends)
+    low, high = _grouped_tango(changes, groups, level)
+    drawn_low, drawn_high = cluster_bootstrap(changes, groups, level, n_boot, seed)
+    return min(low, drawn_low), max(high, drawn_high)
 
 
 def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float) -> tuple[float, float]:
