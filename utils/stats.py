@@ -1,16 +1,20 @@
-"""Intervals, paired tests and equivalence for shares of right answers. numpy and the standard library only.
+"""Intervals, paired tests and equivalence for shares of right answers and for continuous outcomes, with or without groups.
+numpy and the standard library only.
 
-Paired data are written b, c, n: of n items, b go right -> wrong and c go wrong -> right between two conditions, so the
-change is theta = (c - b) / n. Nothing here answers for an empty sample: n = 0 is a ValueError, never a number.
+Paired 0/1 data are written b, c, n: of n items, b go right -> wrong and c go wrong -> right between two conditions, so the
+change is theta = (c - b) / n. Continuous data are one value an item, such as the change of a log-probability in nats.
+Nothing here answers for an empty sample: n = 0 is a ValueError, never a number.
 """
 import math
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
 NORMAL = NormalDist()
-BISECTIONS = 60  # halvings of an interval of length 2: far below float resolution of the answer
+BISECTIONS = 60  # halvings of an interval about as long as the answer: far below float resolution
+FRACTION_TERMS = 10000  # the continued fraction needs about sqrt(df) terms: enough for 10 million degrees of freedom
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -76,23 +80,136 @@ def tost_tango(b: int, c: int, n: int, margin: float) -> float:
     return max(1 - NORMAL.cdf(tango_z(b, c, n, -margin)), NORMAL.cdf(tango_z(b, c, n, margin)))
 
 
+def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable], level: float = 0.90,
+                    n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
+    """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry an item, never of zero width.
+
+    Tango's where every item is its own group; else, end by end, the wider of Tango's, widened by what the groups have in common
+    (never narrower than Tango's own), and the cluster bootstrap's, which alone collapses when no answer changes. A single group
+    of several items tells nothing about other groups: (-1, 1). Outcomes averaged over seeds are not 0/1: `robust_mean` of the
+    differences is theirs.
+    """
+    clean, intervened = np.asarray(clean, dtype=float), np.asarray(intervened, dtype=float)
+    if not clean.shape == intervened.shape == (len(groups),) or not np.isin([clean, intervened], (0, 1)).all():
+        raise ValueError(f"clean {clean.shape}, intervened {intervened.shape}, {len(groups)} groups: expected as many of each, "
+                         "all outcomes 0 or 1; for other outcomes use robust_mean")
+    changes, n_groups = intervened - clean, len(set(groups))
+    if n_groups == len(changes):
+        return tango_ci(int((changes < 0).sum()), int((changes > 0).sum()), len(changes), level)
+    if n_groups == 1:
+        return -1.0, 1.0
+    low, high = _grouped_tango(changes, groups, level)
+    drawn_low, drawn_high = cluster_bootstrap(changes, groups, level, n_boot, seed)
+    return min(low, drawn_low), max(high, drawn_high)
+
+
+def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float) -> tuple[float, float]:
+    """Return the score interval of changes in {-1, 0, 1} [n] with the standard error multiplied by the groups' design effect.
+
+    The root of the design effect (cluster-robust over independent variance, at least 1; the idea is Rao and Scott 1992's)
+    multiplies Student's quantile with G - 1 degrees of freedom. On 200 groups of 4 with 11 % changed answers the 90 %
+    percentile bootstrap erred on the side of a change of -4.6 points in 6.4 % of data sets, on 50 groups in 9.1 %, where it
+    may in 5 %; this interval did in 5.2 and 6.0 %.
+    """
+    mean, error, n_groups = _mean_and_error(changes, groups)
+    independent = math.sqrt(np.square(changes - mean).sum()) / len(changes)
+    z = t_quantile((1 + level) / 2, n_groups - 1) * (max(1.0, error / independent) if independent else 1.0)
+    b, c, n = int((changes < 0).sum()), int((changes > 0).sum()), len(changes)
+    return _crossing(b, c, n, z, -1.0, mean), _crossing(b, c, n, -z, mean, 1.0)
+
+
+def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
+    """Return what two intervals of an effect allow to be said of it, at 5 %, against a margin fixed beforehand.
+
+    "equivalent": ci90 lies inside (-margin, margin), which is a pair of one-sided tests. "effect": ci95 excludes 0.
+    "small effect inside the margin": both. "inconclusive": neither. `margin` is in the units of the effect.
+    """
+    if not margin > 0 or not ci95[0] <= ci90[0] <= ci90[1] <= ci95[1]:
+        raise ValueError(f"ci90 {ci90}, ci95 {ci95}, margin {margin}: expected ci90 within ci95 and a margin above 0")
+    inside, excludes_zero = -margin < ci90[0] and ci90[1] < margin, ci95[0] > 0 or ci95[1] < 0
+    if inside:
+        return "small effect inside the margin" if excludes_zero else "equivalent"
+    return "effect" if excludes_zero else "inconclusive"
+
+
+def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (sum of values [G], number of values [G]) of every group. ValueError below two groups or if not finite."""
+    values = np.asarray(values, dtype=float)
+    names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
+    if values.shape != members.shape or len(names) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"{len(values)} values in {len(names)} groups: expected finite values in at least two groups")
+    return np.bincount(members, weights=values), np.bincount(members)
+
+
 def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.90, n_boot: int = 10000,
                       seed: int = 0) -> tuple[float, float]:
     """Return the percentile interval of the mean of values when whole groups are drawn with replacement.
 
     A group is what varies together, such as the four rotations of one HR-Bench question. ValueError below two groups.
     """
-    values = np.asarray(values, dtype=float)
-    names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
-    if len(values) != len(members) or len(names) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"{len(values)} values in {len(names)} groups: expected finite values in at least two groups")
-    sums, sizes = np.bincount(members, weights=values), np.bincount(members)
+    sums, sizes = group_sums(values, groups)
     rng, means = np.random.default_rng(seed), []
     for start in range(0, n_boot, 1000):  # in pieces: [n_boot, n_groups] need not fit in memory
-        drawn = rng.integers(len(names), size=(min(1000, n_boot - start), len(names)))
+        drawn = rng.integers(len(sums), size=(min(1000, n_boot - start), len(sums)))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def robust_mean(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.90) -> tuple[float, float, float]:
+    """Return (mean, low, high) of a continuous outcome, with a standard error that lets values of a group vary together.
+
+    SE^2 = G / (G - 1) * sum over groups of (sum of the group's deviations)^2 / n^2, and t with G - 1 degrees of freedom; of
+    width 0 if no group deviates, so for 0/1 outcomes use `paired_interval`. ValueError below two groups.
+    """
+    mean, error, n_groups = _mean_and_error(values, groups)
+    normal_quantile(level)  # checks the level
+    half = t_quantile((1 + level) / 2, n_groups - 1) * error
+    return mean, mean - half, mean + half
+
+
+def tost_mean(values: Sequence[float], groups: Sequence[Hashable], margin: float) -> float:
+    """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests on the cluster-robust mean).
+
+    Below alpha exactly if `robust_mean` of level 1 - 2 alpha lies inside (-margin, margin). `margin` is in the units of values.
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin {margin}: expected a finite number above 0, in the units of the values")
+    mean, error, n_groups = _mean_and_error(values, groups)
+    slack = margin - abs(mean)  # the nearer of the two ends decides
+    if error == 0:
+        return 0.0 if slack > 0 else 1.0
+    return _t_tail(slack / error, n_groups - 1)
+
+
+def _mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float, int]:
+    """Return (mean, its cluster-robust standard error, number of groups)."""
+    sums, sizes = group_sums(values, groups)
+    n, n_groups = sizes.sum(), len(sums)
+    mean = sums.sum() / n
+    error = math.sqrt(n_groups / (n_groups - 1) * np.square(sums - mean * sizes).sum()) / n
+    return float(mean), float(error), n_groups
+
+
+def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int = 10000, seed: int = 0) -> float:
+    """Return the two-sided p of "values are symmetric about 0": the signs of the group sums are flipped at random.
+
+    All 2^G flips are counted where they are at most n_perm (G: groups whose sum is not 0, the others change nothing); else
+    n_perm random ones and the data's own, (1 + k) / (1 + n_perm). On 0/1 outcomes without groups it is McNemar's exact test.
+    """
+    sums, _ = group_sums(values, groups)
+    sums = sums[sums != 0]
+    reach = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()  # sums of equal size may differ by rounding
+    if n_perm < 1:
+        raise ValueError(f"n_perm {n_perm}: expected at least 1")
+    if 2 ** len(sums) <= n_perm:
+        signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)  # [2^G, G]
+        return float((np.abs(signs @ sums) >= reach).mean())
+    rng, k = np.random.default_rng(seed), 0
+    for start in range(0, n_perm, 1000):
+        signs = 2 * rng.integers(2, size=(min(1000, n_perm - start), len(sums))) - 1
+        k += int((np.abs(signs @ sums) >= reach).sum())
+    return (1 + k) / (1 + n_perm)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -111,3 +228,42 @@ def normal_quantile(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level {level}: expected a share between 0 and 1")
     return NORMAL.inv_cdf((1 + level) / 2)
+
+
+@lru_cache
+def t_quantile(p: float, df: float) -> float:
+    """Return t such that Student's distribution with df >= 1 degrees of freedom lies below t with probability p."""
+    if not 0 < p < 1 or not 1 <= df < math.inf:
+        raise ValueError(f"t_quantile({p}, {df}): expected 0 < p < 1 and df >= 1")
+    low, high, tail = 0.0, 1.0, min(p, 1 - p)
+    while _t_tail(high, df) > tail:
+        low, high = high, 2 * high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_tail(middle, df) > tail else (low, middle)
+    return math.copysign((low + high) / 2, p - 0.5) if p != 0.5 else 0.0
+
+
+def _t_tail(t: float, df: float) -> float:
+    """Return the probability that Student's t exceeds t; small ones keep their digits."""
+    tail = _incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t)) / 2
+    return tail if t >= 0 else 1 - tail
+
+
+def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
+    """Return the regularised I_x(a, b) with y = 1 - x, by its continued fraction (DLMF 8.17.22) and Lentz's recursion."""
+    if x <= 0:
+        return 0.0
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, the other tail's converges fast
+        return 1 - _incomplete_beta(b, a, y, x)
+    fraction, c, d = 1.0, 1.0, 0.0
+    for k in range(1, FRACTION_TERMS):
+        m = k // 2
+        term = -(a + m) * (a + b + m) if k % 2 else m * (b - m)
+        term *= x / ((a + k - 1) * (a + k))
+        c, d = 1 + term / c, 1 / (1 + term * d)
+        fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
+            return math.exp(front) / (a * fraction)
+    raise ValueError(f"I_{x}({a}, {b}): {FRACTION_TERMS} terms do not settle; expected fewer degrees of freedom")
