@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -47,11 +48,12 @@ def test_every_layout_comes_through_without_loss(tmp_path, name, write):
     items = prepare(sized(name, expected), tmp_path / "out.images", source)
     assert [item["id"] for item in items] == list(expected)
     for item, parts in zip(items, expected.values()):
-        assert {field: item[field] for field in parts if field != "bytes"} == {f: v for f, v in parts.items() if f != "bytes"}
+        texts = {field: value for field, value in parts.items() if field != "bytes"}
+        assert {field: item[field] for field in texts} == texts
         assert item["benchmark"] == name
         assert [(tmp_path / image["path"]).read_bytes() for image in item["images"]] == parts["bytes"]
         assert [image["sha256"] for image in item["images"]] == [hashlib.sha256(data).hexdigest() for data in parts["bytes"]]
-        assert all(image["path"].startswith("out.images/") and image["path"][-4:] in (".jpg", ".png") for image in item["images"])
+        assert all(re.fullmatch(r"out\.images/[0-9a-f]{16}\.(jpg|png)", image["path"]) for image in item["images"])
     write_rows(tmp_path / "out.jsonl", items)
     assert read_items(tmp_path / "out.jsonl", metrics=tuple(ANSWER_TYPES)) == items
 
@@ -167,6 +169,13 @@ def test_a_broken_hr_bench_is_named(tmp_path, change, match):
 def test_broken_rows_of_the_others_are_named(tmp_path, name, rows, change, match):
     with pytest.raises(DataError, match=match):
         prepare(name, tmp_path / "images", broken(tmp_path, rows, change))
+
+
+@pytest.mark.parametrize("name, write", [("mme_realworld_lite", made.write_realworld), ("mme", made.write_mme)])
+def test_a_size_without_categories_is_checked_too(tmp_path, name, write):
+    source, _ = write(tmp_path)
+    with pytest.raises(DataError, match=rf"{source.name}: \d items, .*; expected {TABLE[name].n} of {name}"):
+        prepare(name, tmp_path / "images", source)
 
 
 def test_an_integer_gold_of_vtabfact_and_an_unpaired_picture_are_named(tmp_path):
