@@ -1,7 +1,7 @@
 """Benchmark items: checked on reading, asked in fixed words.    pytest tests/test_items.py"""
 import pytest
 
-from utils.items import question_text, read_items
+from utils.items import ANSWER_TYPES, item_fault, question_text, read_items
 from utils.rows import DataError, write_rows
 
 ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], ["B", "blue"]],
@@ -27,6 +27,27 @@ def test_a_bad_item_is_named(tmp_path, change, match):
     write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
     with pytest.raises(DataError, match=match):
         read_items(tmp_path / "items.jsonl")
+
+
+@pytest.mark.parametrize("metric, kind, good, bad", [
+    ("wtq", "values", ["a", "b"], [[], "a", [1], None]), ("tabfact", "bool", False, [1, "1", None]),
+    ("yesno_pair", "yesno", "no", ["No", True, None]), ("unscored", "values", ["a"], [[], "a"])])
+def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, bad):
+    item, known = ITEM | {"metric": metric, "options": [], "answer": {"type": kind, "value": good}}, tuple(ANSWER_TYPES)
+    write_rows(tmp_path / "items.jsonl", [item])
+    assert read_items(tmp_path / "items.jsonl", metrics=known) == [item]
+    with pytest.raises(DataError, match="expected one of mcq, vsp_path"):  # a script scores what it names
+        read_items(tmp_path / "items.jsonl")
+    for value in bad:
+        write_rows(tmp_path / "items.jsonl", [item | {"answer": {"type": kind, "value": value}}])
+        with pytest.raises(DataError, match="'a/1': gold .*expected"):
+            read_items(tmp_path / "items.jsonl", metrics=known)
+
+
+def test_options_that_are_compared_by_likelihood_are_checked_like_letters():
+    item = ITEM | {"metric": "likelihood"}
+    assert item_fault(item, ("likelihood",)) is None
+    assert "expected the gold among" in item_fault(item | {"answer": {"type": "letter", "value": "C"}}, ("likelihood",))
 
 
 def test_good_items_come_back_as_they_are(tmp_path):

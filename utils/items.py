@@ -7,10 +7,14 @@ from utils.images import open_image, resolve_image
 from utils.rows import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
-ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map"}  # metric -> type of the gold answer
+# metric -> type of the gold answer. likelihood: the option that the model finds likeliest as a reply, no letters;
+# wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its latents alone
+ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values", "tabfact": "bool",
+                "yesno_pair": "yesno", "unscored": "values"}
+SCORED = ("mcq", "vsp_path")  # what a script takes that names no metrics of its own
 
 
-def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = tuple(ANSWER_TYPES)) -> list[dict]:
+def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:
     """Read items and check their parts; DataError with path and id for an unknown metric or a gold that is no option."""
     items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
     for item in items:
@@ -33,13 +37,27 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
     if item["metric"] == "vsp_path" and (fault := board_fault(answer["value"])):
         return f"answer {fault}"
-    if item["metric"] == "mcq":
+    if fault := value_fault(answer):
+        return fault
+    if answer["type"] == "letter":
         pairs = item["options"]
         if len(pairs) < 2 or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs):
             return f"options {str(pairs)[:60]}, expected at least two of [letter, text]"
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
+    return None
+
+
+def value_fault(answer: dict) -> str | None:
+    """Return in words why a gold of type values, bool or yesno is none, or None."""
+    kind, value = answer["type"], answer["value"]
+    if kind == "values" and not (isinstance(value, list) and value and all(isinstance(text, str) for text in value)):
+        return f"gold {str(value)[:40]!r}, expected a list of at least one text"
+    if kind == "bool" and not isinstance(value, bool):
+        return f"gold {value!r}, expected true or false"
+    if kind == "yesno" and value not in ("yes", "no"):
+        return f"gold {value!r}, expected 'yes' or 'no'"
     return None
 
 

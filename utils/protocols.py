@@ -1,0 +1,151 @@
+"""Prompts and protocols by name: who is asked, in which words, at which resolution.
+
+A protocol is a system prompt, the user's words of a harness, a suffix and pixel limits. What it does not hold: decoding
+and judges. Compared are numbers of one protocol only; the same model moves by ten points on V* between two of them.
+"""
+from dataclasses import dataclass
+
+from utils.items import question_text
+from utils.rows import DataError
+
+PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`system`: None leaves it to the chat template (Qwen2.5-VL's inserts "You are a helpful assistant.").
+
+    words: a name of WORDS. suffix: put after them. format_hints: whether the words may ask for a bare letter or word, which
+    a system prompt that asks for reasoning contradicts. min_pixels, max_pixels: area (width x height) to which a picture is
+    enlarged or shrunk; None leaves the checkpoint's own.
+    """
+
+    name: str
+    system: str | None
+    words: str
+    min_pixels: int | None
+    max_pixels: int | None
+    suffix: str = ""
+    format_hints: bool = True
+
+
+PROTOCOLS = {protocol.name: protocol for protocol in (
+    # VLMEvalKit vlmeval/config.py, the registered Qwen2.5-VL-7B-Instruct: 1280 to 16384 tokens, use_custom_prompt=False
+    Protocol("vlmevalkit", None, "vlmevalkit", 1280 * PATCH, 16384 * PATCH),
+    # NOVAglow646/Monet README.md, "Note that": VLMEvalKit with this system prompt; it names no pixel limits
+    Protocol("monet", "You are a helpful multimodal assistant. You are required to answer the question based on the image "
+             "provided. Put your final answer in \\boxed{}.", "vlmevalkit", 1280 * PATCH, 16384 * PATCH),
+    # arXiv 2511.21395 v2, appendix C, as its readers quote it: at most 8192 tokens. The least, 256, is that of
+    # NOVAglow646/Monet inference/vllm_inference_example.py, which has the same upper limit
+    Protocol("monet_paper", "You are an expert multimodal large language model designed to reason with latent visual "
+             "embeddings.", "vlmevalkit", 256 * PATCH, 8192 * PATCH),
+    # lmms-eval lmms_eval/models/simple/qwen2_5_vl.py: defaults of its arguments (1,605,632 is 2048 tokens)
+    Protocol("lmms_eval", "You are a helpful assistant.", "lmms_eval", 256 * PATCH, 1_605_632),
+)}
+
+
+def find_protocol(name: str) -> Protocol:
+    """Return a protocol; DataError names what there is."""
+    if name not in PROTOCOLS:
+        raise DataError(f"no protocol {name!r}; expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def user_text(item: dict, protocol: Protocol) -> str:
+    """Return the user's words for an item; its pictures stand before them, in order.
+
+    DataError for an item that the harness has no words for.
+    """
+    return WORDS[protocol.words](item, protocol.format_hints) + protocol.suffix
+
+
+# ------------------------------------------------------------------------------------------------ VLMEvalKit
+# vlmeval/dataset/utils/tablevqabench.py. The parts that ask for a form are apart, so that they can be left out; the bars
+# are not: the scorer needs them.
+VWTQ_START = "You are asked to answer questions asked on an image.\n"
+VWTQ_HINT = "You should answer the question with a single word.\n"
+VWTQ_EXAMPLE = ("Example: \nQuestion: what was the only year mr. wu competed in the olympic games?\nAnswer: 2004\n"
+                "Question: which township in pope county, arkansas has the least amount of water area?\nAnswer: Freeman\n"
+                "If you have multiple answers, please separate them with || marks. Example: Apple||Banana||Tomato\n\n")
+VTABFACT_START = "You are asked to answer whether the statement is True or False based on given image\n"
+VTABFACT_HINT = "You should only answer True or False.\n"
+VTABFACT_EXAMPLE = ("Example: \nStatement: the milwaukee buck win 6 game in the 2010 - 11 season\nAnswer: True\n"
+                    "Statement: only the top team score above the average of 8.8\nAnswer: False\n\n")
+REALWORLD_START = "Select the best answer to the above multiple-choice question based on the image."
+REALWORLD_HINT = " Respond with only the letter (A, B, C, D, or E) of the correct option."
+YES_OR_NO = " Please answer yes or no."  # how MME's questions end (lmms-eval lmms_eval/tasks/mme/utils.py)
+
+
+def vlmevalkit_words(item: dict, hints: bool) -> str:
+    """VLMEvalKit's words. Those of V*, HR-Bench and BLINK, and of any item of an unknown benchmark: `question_text`.
+
+    MME-RealWorld-Lite: image_mcq.py, MMERealWorld.build_prompt. TableVQABench: image_vqa.py, TableVQABench.build_prompt.
+    MME, OCRBench-v2: the question as it is stored. Without hints nothing asks for a bare letter or word: not a protocol of
+    VLMEvalKit's any more.
+    """
+    question = item["question"]
+    if item.get("benchmark") == "mme_realworld_lite":
+        asked = f"{REALWORLD_START}{REALWORLD_HINT} \nThe best answer is:" if hints else REALWORLD_START
+        return f"{realworld_choices(item)}{asked}"
+    if item.get("metric") == "wtq":
+        hint, end = (VWTQ_HINT, "\nAnswer:") if hints else ("", "")
+        return f"{VWTQ_START}{hint}{VWTQ_EXAMPLE}Question: {question}{end}"
+    if item.get("metric") == "tabfact":
+        hint, end = (VTABFACT_HINT, "\nAnswer:") if hints else ("", "")
+        return f"{VTABFACT_START}{hint}{VTABFACT_EXAMPLE}Statement: {question}{end}"
+    if item.get("metric") == "yesno_pair" and not hints:
+        return question.removesuffix(YES_OR_NO)
+    return question_text(item)
+
+
+def realworld_choices(item: dict) -> str:
+    """Return MME-RealWorld's question and options, each on a line as "(A) ..."."""
+    options = "".join(f"({letter}) {text}\n" for letter, text in item["options"])
+    return f"{item['question']} The choices are listed below:\n{options}"
+
+
+# ------------------------------------------------------------------------------------------------ lmms-eval
+VSTAR_HINT = "\nAnswer with the option's letter from the given choices directly."
+
+
+def lmms_eval_words(item: dict, hints: bool) -> str:
+    """lmms-eval's words (lmms_eval/tasks/<task>/utils.py, doc_to_text, and the prompts of its yaml).
+
+    V*: the instruction comes twice, since its pattern takes the one that is baked into the text for a part of the last
+    option. It drops an option that holds a bracket, so that later letters name other texts: such an item is an error.
+    """
+    name = (item.get("benchmark") or "").split("/")[0]
+    lines = "".join(f"\n{letter}. {text}" for letter, text in item["options"])
+    if name in ("vstar", "vstar_inline"):
+        if odd := [text for _, text in item["options"] if "(" in text or ")" in text]:
+            raise DataError(f"item {item['id']!r}: lmms-eval drops the option {odd[0]!r}, which holds a bracket; "
+                            "expected another protocol for it")
+        return f"{item['question'].strip()}{lines}{2 * VSTAR_HINT if hints else ''}"
+    if name in ("hrbench_4k", "hrbench_8k"):
+        return f"{item['question'].strip()}{lines}" + ("\nAnswer the option letter directly." if hints else "")
+    if name == "blink":
+        return blink_words(item, hints)
+    if name == "mme_realworld_lite":
+        asked = f"{REALWORLD_START}{REALWORLD_HINT}\nThe best answer is: " if hints else REALWORLD_START
+        return f"{realworld_choices(item)}{asked}"
+    if name == "mme":
+        end = "\nAnswer the question using a single word or phrase." if hints else ""
+        return item["question"].strip().replace(YES_OR_NO, "") + end
+    if name == "ocrbench_v2":
+        return item["question"].strip()
+    raise DataError(f"item {item['id']!r}: lmms-eval has no task for benchmark {item.get('benchmark')!r}; expected one of "
+                    "vstar, vstar_inline, hrbench_4k, hrbench_8k, mme_realworld_lite, blink, mme, ocrbench_v2")
+
+
+def blink_words(item: dict, hints: bool) -> str:
+    """BLINK as lmms-eval asks it: a note, then the data set's own prompt, which only the hub's layout has."""
+    prompt = (item.get("raw") or {}).get("prompt")
+    if not isinstance(prompt, str):
+        raise DataError(f"item {item['id']!r}: no prompt of BLINK's own; lmms-eval asks with it, expected items that were "
+                        "prepared from the hub's data set")
+    letters = ", ".join(letter for letter, _ in item["options"])
+    return f"Note: You only need to respond with {letters} without providing any additional information.\n{prompt}" \
+        if hints else prompt
+
+
+WORDS = {"vlmevalkit": vlmevalkit_words, "lmms_eval": lmms_eval_words}
