@@ -131,6 +131,11 @@ def find_condition(name: str) -> tuple[Condition, float | None]:
     return found, float(number) if colon else found.default
 
 
+def condition_prompt(kind: str) -> str:
+    """Return the reason why an item has no prompt of a kind."""
+    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
+
+
 def gaussian(n: int, *where) -> torch.Tensor:
     """Return n standard normal numbers that depend on `where` alone."""
     return torch.randn(n, generator=torch.Generator().manual_seed(int(call_key(where=where)[:15], 16)))

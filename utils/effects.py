@@ -1,0 +1,171 @@
+"""From records of clean and intervened runs to effects with intervals, equivalence tests and verdicts.
+
+Effects are taken on the items that imagined something in their clean run ("emitters") and can be intervened on; how many
+those are stands beside every number. Three readouts: R2 accuracy of the free reply (points), R0 and R1 the negative
+log-likelihood of the right option among the options (nats, `utils.readouts`). An item's group is what varies together.
+"""
+from collections import Counter
+from collections.abc import Callable
+
+from utils.mediation import donor_lift, mediate
+from utils.planner import items_for_margin, margin_for_items
+from utils.readouts import kl
+from utils.stats import holm, mcnemar_exact, paired_interval, robust_mean, sign_flip, tost_mean, tost_tango, verdict, wilson
+
+Pair = tuple[dict, dict, dict]  # item, its clean record, its record under the condition
+WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"), "text": ("swap_blank", "blank_x")}
+
+
+def group_of(item: dict) -> str:
+    return item.get("group_id") or item["id"]
+
+
+def share(k: int, n: int) -> dict:
+    """Return a count as a share with Wilson's 95 % interval (null for none)."""
+    return {"k": k, "n": n, "share": k / n if n else None, "ci95": list(wilson(k, n)) if n else None}
+
+
+def change_of_accuracy(pairs: list[Pair], n_all: int, margin: float) -> dict:
+    """Return the effect on accuracy of right answers; `delta_all` is diluted to all items, emitters or not."""
+    clean, after = ([int(pair[side]["correct"]) for pair in pairs] for side in (1, 2))
+    groups, n = [group_of(item) for item, *_ in pairs], len(pairs)
+    b, c = (sum(x - y == sign for x, y in zip(clean, after)) for sign in (1, -1))
+    intervals = {name: list(paired_interval(clean, after, groups, level)) for name, level in (("ci90", 0.90), ("ci95", 0.95))}
+    grouped = len(set(groups)) < n
+    changes = [y - x for x, y in zip(clean, after)]
+    return {"acc_clean": sum(clean) / n, "acc_int": sum(after) / n, "b": b, "c": c, "psi": (b + c) / n, "delta": (c - b) / n,
+            **intervals, "delta_all": (c - b) / n_all, "p": sign_flip(changes, groups) if grouped else mcnemar_exact(b, c),
+            "test": "sign flips of groups" if grouped else "McNemar, exact", "tost_p": tost_tango(b, c, n, margin),
+            "margin": margin, "verdict": verdict(intervals["ci90"], intervals["ci95"], margin),
+            "items_needed": items_for_margin((b + c) / n, margin) if b + c else None,
+            "margin_shown": margin_for_items((b + c) / n, n) if b + c else None}
+
+
+def change_of_score(pairs: list[Pair], readout: str, margin: float) -> dict | None:
+    """Return the effect on a scored readout, in nats of the right option's negative log-likelihood; None below two items."""
+    pairs = [pair for pair in pairs if pair[1].get(readout) and pair[2].get(readout)]
+    groups = [group_of(item) for item, *_ in pairs]
+    if len(set(groups)) < 2:
+        return None
+    changes = [after[readout]["nll"] - clean[readout]["nll"] for _, clean, after in pairs]
+    mean, *ci90 = robust_mean(changes, groups, 0.90)
+    ci95 = list(robust_mean(changes, groups, 0.95)[1:])
+    divergence = [kl(clean[readout]["pi"], after[readout]["pi"]) for _, clean, after in pairs]
+    golds = [item["answer"]["value"] for item, *_ in pairs]
+    return {"n": len(pairs), "delta_nll": mean, "ci90": ci90, "ci95": ci95, "margin": margin,
+            "tost_p": tost_mean(changes, groups, margin), "verdict": verdict(ci90, ci95, margin),
+            "kl": sum(divergence) / len(divergence), "kl_upper95": robust_mean(divergence, groups, 0.90)[2],
+            "flips": sum(clean[readout]["pred"] != after[readout]["pred"] for _, clean, after in pairs) / len(pairs),
+            "acc_clean": sum(pair[1][readout]["pred"] == gold for pair, gold in zip(pairs, golds)) / len(pairs),
+            "acc_int": sum(pair[2][readout]["pred"] == gold for pair, gold in zip(pairs, golds)) / len(pairs)}
+
+
+def describe_pairs(pairs: list[Pair]) -> dict:
+    """Return shares that no verdict rests on, to be read beside it."""
+    n = len(pairs)
+    shares = {"changed": [bool(after.get("changed")) for *_, after in pairs],
+              "same_answer": [clean["pred"] == after["pred"] for _, clean, after in pairs],
+              "unresolved_clean": [clean["pred"] is None for _, clean, _ in pairs],
+              "unresolved_int": [after["pred"] is None for *_, after in pairs],
+              "degenerate_clean": [clean["degenerate"] for _, clean, _ in pairs],
+              "degenerate_int": [after["degenerate"] for *_, after in pairs],
+              "emitted_int": [after["emitted"] for *_, after in pairs]}
+    middle = {name: sorted(values)[len(values) // 2] if values else None for name in ("rel_change", "norm_ratio", "reach")
+              for values in [[after[name] for *_, after in pairs if after.get(name) is not None]]}
+    letters = {side: dict(Counter(str(pair[k]["pred"]) for pair in pairs)) for k, side in ((1, "clean"), (2, "int"))}
+    return {**{name: sum(values) / n for name, values in shares.items()}, **middle, "letters": letters}
+
+
+def effect_of(name: str, pairs: list[Pair], n_all: int, min_emitters: int, margin: float, margin_nll: float) -> dict:
+    """Return {"effect", "r0", "r1", "coverage", "reasons", "reason"} of one condition over all emitters' pairs."""
+    covered = [pair for pair in pairs if not pair[2].get("reason")]
+    reasons = dict(Counter(after["reason"] for *_, after in pairs if after.get("reason")))
+    rest = [clean for _, clean, after in pairs if after.get("reason")]
+    result = {"effect": None, "r0": None, "r1": None, "reason": None, "coverage": share(len(covered), len(pairs)),
+              "reasons": reasons, "acc_clean_not_covered": share(sum(clean["correct"] for clean in rest), len(rest))}
+    if len(covered) < min_emitters:
+        return result | {"reason": f"{len(covered)} items imagined something and could be intervened on, fewer than "
+                                   f"--min_emitters {min_emitters}"}
+    if len({group_of(item) for item, *_ in covered}) < 2:
+        return result | {"reason": "all items are of one group, which tells nothing about others"}
+    targets = [after["target"] for *_, after in covered if after.get("target")]
+    if len(targets) == len(covered):
+        follows = [after["pred"] == after["target"] for *_, after in covered]
+        before = [clean["pred"] == after["target"] for _, clean, after in covered]
+        result |= {"follow": share(sum(follows), len(follows)), "follow_clean": share(sum(before), len(before)),
+                   "resist": share(sum(after["correct"] for *_, after in covered), len(covered))}
+    return result | {"effect": {"n": len(covered), "n_groups": len({group_of(item) for item, *_ in covered}),
+                                **change_of_accuracy(covered, n_all, margin), **describe_pairs(covered)},
+                     "r0": change_of_score(covered, "r0", margin_nll), "r1": change_of_score(covered, "r1", margin_nll)}
+
+
+def mediation(site: str, emitters: list[dict], records: dict[str, dict[str, dict]], readout: str, rho: float) -> dict | None:
+    """Return TE, NIE, NIE0, NDE and their relatives at a site (log-probability of the right option, or right answers).
+
+    The contrast x' is a blank image. None where a world was not run; items that lack one are left out of all.
+    """
+    if site not in WORLDS:
+        return None
+    names = ("clean", WORLDS[site][0], WORLDS[site][1], "blank")
+    whole = [item for item in emitters if all(name in records[item["id"]] and has(records[item["id"]][name], readout)
+                                              for name in names)]
+    if len({group_of(item) for item in whole}) < 2:
+        return None
+    value: Callable[[dict], float] = (lambda record: float(record["correct"])) if readout == "r2" else (
+        lambda record: -record[readout]["nll"])
+    worlds = [[value(records[item["id"]][name]) for item in whole] for name in names]
+    return mediate(*worlds, [group_of(item) for item in whole], binary=readout == "r2", rho=rho)
+
+
+def has(record: dict, readout: str) -> bool:
+    return not record.get("reason") and (readout == "r2" or bool(record.get(readout)))
+
+
+def lifts(emitters: list[dict], records: dict[str, dict[str, dict]], readout: str) -> dict | None:
+    """Return, for each site, how much a counterfactual donor's latents draw the answer to the donor's, minus what an unrelated
+    donor's do; None where the swaps were not run."""
+    result = {}
+    for site, names in (("fed", ("swap_counterfactual", "swap_random")), ("slot", ("slot_swap_counterfactual", "slot_swap_random"))):
+        whole = [item for item in emitters if all(
+            name in records[item["id"]] and has(records[item["id"]][name], readout) and records[item["id"]][name].get("donor")
+            for name in names) and has(records[item["id"]]["clean"], readout)]
+        if len({group_of(item) for item in whole}) < 2:
+            continue
+        arms = []
+        for name in names:
+            golds = [records[item["id"]][name]["donor"]["gold"] for item in whole]
+            arms += [[int(answer(records[item["id"]][which], readout) == gold) for item, gold in zip(whole, golds)]
+                     for which in (name, "clean")]
+        result[site] = donor_lift(*arms, [group_of(item) for item in whole])
+    return result or None
+
+
+def answer(record: dict, readout: str) -> str | None:
+    return record["pred"] if readout == "r2" else record[readout]["pred"]
+
+
+def summarize(items: list[dict], records: dict[str, dict[str, dict]], names: list[str], sites: dict[str, str],
+              controls: set[str], margin: float, margin_nll: float, min_emitters: int, rho: float = 0.1) -> dict:
+    """Return emission, the effect of every condition, mediation and donors' lifts; `records` by item id and condition."""
+    whole = [item for item in items if "error" not in records[item["id"]]["clean"]]
+    clean = {item["id"]: records[item["id"]]["clean"] for item in whole}
+    emitters = [item for item in whole if clean[item["id"]]["emitted"]]
+    right = {emitted: [r["correct"] for r in clean.values() if r["emitted"] is emitted] for emitted in (True, False)}
+    segments = [s for record in clean.values() for s in record.get("segments", ())]
+    conditions = {}
+    for name in names:
+        pairs = [(item, clean[item["id"]], records[item["id"]][name]) for item in emitters]
+        conditions[name] = {"site": sites[name], **effect_of(name, pairs, len(whole), min_emitters, margin, margin_nll)}
+    tested = [entry["effect"] for name, entry in conditions.items() if entry["effect"] and name not in controls]
+    for effect, p in zip(tested, holm([effect["p"] for effect in tested]) if tested else []):
+        effect["holm_p"] = p
+    enough = len(emitters) >= min_emitters
+    return {"n": len(whole), "errors": len(items) - len(whole),
+            "acc_clean_all": share(sum(right[True]) + sum(right[False]), len(whole)),
+            "emission": share(len(emitters), len(whole)), "acc_clean_emitters": share(sum(right[True]), len(right[True])),
+            "acc_clean_others": share(sum(right[False]), len(right[False])),
+            "segments": len(segments), "closed_by": dict(Counter(s["closed_by"] for s in segments)),
+            "conditions": conditions,
+            "mediation": {site: {readout: mediation(site, emitters, records, readout, rho) for readout in ("r0", "r2")}
+                          for site in WORLDS if any(name in names for name in WORLDS[site])} if enough else {},
+            "donor_lift": {readout: lifts(emitters, records, readout) for readout in ("r0", "r2")} if enough else {}}

@@ -1,0 +1,214 @@
+"""A batch of items, clean and under every condition on its latents, from one reading of each prompt.
+
+The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the latents; then
+all conditions of all items decode side by side from copies of the prompts' caches (`State.take`).
+"""
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from utils.conditions import CONTROLS, Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent
+from utils.decode import Arm, State, clean_text, decode, prefill, rewind
+from utils.families import Generation, LatentSpec, latent_ids
+from utils.items import question_text
+from utils.qwen import Qwen, chat, encode
+from utils.readouts import describe_scores, score_options
+from utils.replied import answer_fields, first_difference, stem_of
+
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How items are put to the model, the same in all arms: system prompt, what follows the question, length of a reply, the
+    stem that options are scored behind and what stands in its box ("letter" or "text"), seed, rows decoded at once."""
+
+    system: str | None
+    suffix: str
+    max_new_tokens: int
+    stem: str
+    options: str
+    seed: int
+    rows: int
+
+    def prompt(self, qwen: Qwen, item: dict, n_images: int) -> str:
+        return chat(qwen.tokenizer, question_text(item, self.suffix), n_images, self.system)
+
+
+def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
+                 edits: list[tuple[dict, list[Image.Image]] | None]) -> tuple[dict, list[Image.Image]] | None:
+    """Return (item, images) of the prompt `kind` for the item at `place` of a batch; None if there is no such prompt."""
+    item, mine = items[place], images[place]
+    if kind == "own":
+        return item, mine
+    if kind == "blank":
+        return item, [Image.new("RGB", image.size, GREY) for image in mine]
+    if kind == "counterfactual":
+        return edits[place]
+    if kind == "masked":
+        if not item.get("region"):
+            return None
+        left, top, right, bottom = item["region"]  # pixels of the first image
+        first = mine[0].copy()
+        first.paste(GREY, (left, top, right, bottom))
+        return item, [first, *mine[1:]]
+    n = len(items)
+    others = [(place + k) % n for k in range(1, n)]
+    if kind == "other_image":
+        found = next((j for j in others if len(images[j]) == len(mine) and items[j]["images"] != item["images"]), None)
+        return None if found is None else (item, images[found])
+    found = next((j for j in others if items[j]["question"] != item["question"]), None)
+    return None if found is None else ({**item, "question": items[found]["question"], "options": items[found]["options"]}, mine)
+
+
+def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int | None:
+    """Return the place of a donor in the batch among those `able`, never the item itself; None if there is none.
+
+    "random" is of another group and, where there is one, with another gold; "question" and "image" share just that.
+    """
+    item, n = items[place], len(items)
+    order = [j for j in ((place + k) % n for k in range(1, n)) if j in able]
+
+    def same(j: int, field: str) -> bool:
+        return items[j][field] == item[field]
+
+    if kind == "random":
+        order = [j for j in order if items[j].get("group_id", items[j]["id"]) != item.get("group_id", item["id"])]
+        return next((j for j in order if not same(j, "answer")), order[0] if order else None)
+    share, differ = ("question", "images") if kind == "question" else ("images", "question")
+    return next((j for j in order if same(j, share) and not same(j, differ)), None)
+
+
+class LatentBatch:
+    """The runs of one batch; `records()` gives {item id: {condition: record}}."""
+
+    def __init__(self, qwen: Qwen, spec: LatentSpec, known: Known | None, asking: Asking, items: list[dict],
+                 images: list[list[Image.Image]], edits: list[tuple[dict, list[Image.Image]] | None]):
+        self.qwen, self.spec, self.known, self.asking = qwen, spec, known, asking
+        self.items, self.images, self.edits = items, images, edits
+        self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
+        self.states: dict[str, tuple[State, list[int]]] = {}
+        self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items), slots=True)
+        self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
+
+    def prompts(self, kind: str) -> tuple[State, list[int]]:
+        """Return the state of every prompt of a kind, read once, and the places of the items that have one."""
+        if kind not in self.states:
+            found = {i: other for i in range(len(self.items))
+                     if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
+            texts = [self.asking.prompt(self.qwen, item, len(images)) for item, images in found.values()]
+            state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
+            self.states[kind] = state, list(found)
+        return self.states[kind]
+
+    def decode(self, kind: str, places: list[int], arms: list[Arm], slots: bool = False,
+               max_new_tokens: int | None = None) -> list[tuple[Generation, dict | None]]:
+        """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores (None without a
+        segment)."""
+        state, having = self.prompts(kind)
+        done = []
+        for first in range(0, len(places), self.asking.rows):
+            its, their = places[first:first + self.asking.rows], arms[first:first + self.asking.rows]
+            begun = state.take([having.index(i) for i in its])
+            rows, end = decode(self.qwen, begun, max_new_tokens or self.asking.max_new_tokens, self.spec, their, capture=True,
+                               with_slots=slots)
+            done += zip(rows, self.read(begun, end, rows, its) if max_new_tokens is None else [None] * len(rows))
+        return done
+
+    def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
+        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1."""
+        having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= end.mask.shape[1] - begun.mask.shape[1]]
+        found = [None] * len(rows)
+        if not having:
+            return found
+        back = rewind(end, begun, [last_latent(row) if row.segments else 0 for row in rows]).take(having)
+        items = [self.items[places[k]] for k in having]
+        before = [[self.end_id]] * len(having)
+        scores = {"r0": score_options(self.qwen, back, items, [self.asking.stem] * len(having), before, self.asking.options)}
+        clean = getattr(self, "clean", None)
+        stems = [stem_of(clean_text(self.qwen.tokenizer, (clean[places[k]][0] if clean else rows[k]).ids[
+            last_latent(clean[places[k]][0] if clean else rows[k]):], self.spec)) for k in having]
+        own = [n for n, stem in enumerate(stems) if stem]
+        r1 = score_options(self.qwen, back.take(own), [items[n] for n in own], [stems[n] for n in own],
+                           [before[n] for n in own], self.asking.options) if own else []
+        for n, k in enumerate(having):
+            gold = items[n]["answer"]["value"]
+            found[k] = {"r0": describe_scores(scores["r0"][n], gold),
+                        "r1": describe_scores(r1[own.index(n)], gold) if n in own else None}
+        return found
+
+    # -------------------------------------------------------------------------------- conditions
+    def case(self, place: int, needs: set[str]) -> Case:
+        donors = {}
+        for kind in needs & {"random", "question", "image"}:
+            if (j := pick_donor(kind, place, self.items, self.emitters)) is not None:
+                donors[kind] = self.clean[j][0]
+        for kind in needs & {"blank", "counterfactual"}:
+            if place in self.worlds(kind):
+                donors[kind] = self.worlds(kind)[place]
+        pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
+        return Case(self.items[place], self.clean[place][0], self.spec, pad, self.start_id, self.asking.seed, self.known, donors)
+
+    def worlds(self, kind: str) -> dict[int, Generation]:
+        """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
+        if not hasattr(self, f"_{kind}"):
+            places = [i for i in self.prompts(kind)[1] if i in self.emitters]
+            longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1  # read the last latent too
+            runs = self.decode(kind, places, [echo(self.clean[i][0]) for i in places], True, longest) if places else []
+            setattr(self, f"_{kind}", {i: row for i, (row, _) in zip(places, runs)})
+        return getattr(self, f"_{kind}")
+
+    def records(self, names: list[str]) -> list[dict[str, dict]]:
+        """Return {condition: record} for each item, "clean" among them."""
+        result = [{"clean": self.describe(i, *self.clean[i], None)} for i in range(len(self.items))]
+        found = {name: find_condition(name) for name in names}
+        needs = {kind for one, _ in found.values() for kind in one.needs}
+        cases, todo = {i: self.case(i, needs) for i in self.emitters}, {}
+        for name, (one, number) in found.items():
+            for i in range(len(self.items)):
+                if i not in cases:  # nothing is fed, so nothing can change
+                    result[i][name] = {**result[i]["clean"], "changed": False, "first_diff": None}
+                    continue
+                try:
+                    if i not in self.prompts(one.prompt)[1]:
+                        raise NotPossible(condition_prompt(one.prompt))
+                    todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
+                except NotPossible as fault:
+                    result[i][name] = {"emitted": True, "pred": None, "rule": None, "correct": False, "reason": str(fault)}
+        for kind, its in todo.items():
+            runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its], slots=True)
+            for (name, one, i, _), (row, scores) in zip(its, runs):
+                result[i][name] = self.describe(i, row, scores, one)
+        return result
+
+    def describe(self, place: int, row: Generation, scores: dict | None, one: Condition | None) -> dict:
+        """Return the record of one run: what was fed and read, the answer after the last segment, how it differs from clean."""
+        item, clean, tokenizer = self.items[place], self.clean[place][0], self.qwen.tokenizer
+        places = [j for s in row.segments for j in range(s.start, s.start + s.size)]
+        raw, fed = row.states[places].float(), row.fed.float()
+        record = {"emitted": bool(places), "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by} for s in row.segments],
+                  "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if places else None,
+                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if places else None,
+                  **answer_fields(item, clean_text(tokenizer, row.ids, self.spec),
+                                  clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids, row.finish),
+                  "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
+        if one is not None:
+            both = min(len(row.slots), len(clean.slots))
+            mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1) for slots in (row.slots, clean.slots))
+            first = first_difference(clean.ids, row.ids)
+            record |= {"first_diff": first, "changed": first is not None, "reach": float((mine - its).abs().max())}
+            for kind in one.needs:
+                donor = self.donor_item(kind, place)
+                record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}
+        return record
+
+    def donor_item(self, kind: str, place: int) -> dict | None:
+        if kind in ("random", "question", "image"):
+            j = pick_donor(kind, place, self.items, self.emitters)
+            return None if j is None else self.items[j]
+        return self.edits[place] and self.edits[place][0] if kind == "counterfactual" else None
+
+
+def is_control(name: str) -> bool:
+    return name.partition(":")[0] in CONTROLS

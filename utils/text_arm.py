@@ -1,0 +1,165 @@
+"""A batch of items, clean and under every condition on their text imagination, from one reading of each prompt.
+
+A reply is cut after its last imagination, edited by a rung of `utils.ladder`, fed back as the assistant's own beginning and
+continued. Beside the ladder: the image hidden from what follows the imagination (`image_off`, `image_off_directed`, the
+positive control), and the worlds of a mediation, in which the imagination is what a blank image brings about (`swap_blank`)
+or a blank image has the item's own (`blank_x`).
+"""
+import random
+
+from PIL import Image
+
+from utils.conditions import NotPossible, condition_prompt
+from utils.decode import State, decode, extend, prefill
+from utils.edits import OPEN, conclusion, find_spans
+from utils.ladder import LADDER, Context, passages, until_last_span
+from utils.latent_arm import Asking, other_prompt, pick_donor
+from utils.qwen import Qwen, encode
+from utils.readouts import describe_scores, score_options
+from utils.replied import answer_fields, stem_of
+from utils.slots import NotEditable
+
+# name -> (rung of the ladder that makes the beginning, prompt, whether what follows sees the image)
+BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed", "own", False),
+          "swap_blank": ("swap_blank", "own", True), "blank_x": ("sham", "blank", True), "blank": ("swap_blank", "blank", True),
+          "x_blank": (None, "blank", True), "x_counterfactual": (None, "counterfactual", True),
+          "x_image": (None, "other_image", True), "x_question": (None, "other_question", True), "x_region": (None, "masked", True)}
+TEXT_CONDITIONS = {**{name: (name, "own", True) for name in LADDER}, **BESIDE}
+TEXT_PRESETS = {"paper": ["sham", "directed"], "full": [name for name in TEXT_CONDITIONS if name != "x_region"]}
+CONTROL = "sham"  # changes nothing but the tokens
+
+
+class TextBatch:
+    """The runs of one batch; `records()` gives {condition: record} for each item. `spans_by` is "marks" or "cues"."""
+
+    def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
+                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str):
+        self.qwen, self.asking, self.items, self.images, self.edits, self.by = qwen, asking, items, images, edits, spans_by
+        self.states: dict[str, tuple[State, list[int]]] = {}
+        everyone = list(range(len(items)))
+        rows, _ = decode(qwen, self.prompts("own")[0].take(everyone), asking.max_new_tokens)
+        self.clean = rows
+        self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]  # not stripped: continued
+        self.spans = [find_spans(text, spans_by) for text in self.texts]
+        self.blank_spans: dict[int, list[str]] | None = None
+
+    def prompts(self, kind: str) -> tuple[State | None, list[int]]:
+        if kind not in self.states:
+            found = {i: other for i in range(len(self.items))
+                     if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
+            texts = [self.asking.prompt(self.qwen, item, len(images)) for item, images in found.values()]
+            state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
+            self.states[kind] = state, list(found)
+        return self.states[kind]
+
+    def target(self, item: dict) -> str:
+        """Return the letter of a wrong option, drawn by seed and item."""
+        wrong = [letter for letter, _ in item["options"] if letter != item["answer"]["value"]]
+        return random.Random(f"{self.asking.seed}/{item['id']}").choice(wrong)
+
+    def blank_donors(self) -> dict[int, list[str]]:
+        """Return what each item imagines under a blank image, its own words before the first imagination said first."""
+        if self.blank_spans is None:
+            places = [i for i in range(len(self.items)) if self.spans[i] and self.by == "marks"]
+            heads = [self.texts[i][:self.spans[i][0][0]] for i in places]
+            self.blank_spans = {}
+            for first in range(0, len(places), self.asking.rows):
+                its = places[first:first + self.asking.rows]
+                state = extend(self.qwen, self.prompts("blank")[0].take(its), [
+                    self.ids(head) for head in heads[first:first + self.asking.rows]])
+                for i, row in zip(its, decode(self.qwen, state, self.asking.max_new_tokens)[0]):
+                    text = OPEN + self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
+                    self.blank_spans[i] = passages(text, find_spans(text))
+        return self.blank_spans
+
+    def ids(self, text: str) -> list[int]:
+        return self.qwen.tokenizer(text, add_special_tokens=False).input_ids
+
+    def beginning(self, rung: str, place: int) -> tuple[str, dict | None]:
+        """Return a reply's edited beginning and the edit; NotEditable says why there is none."""
+        item, text, spans = self.items[place], self.texts[place], self.spans[place]
+        if not spans:
+            raise NotEditable("no_span", "no imagination in the reply")
+        if rung == "swap_blank":
+            donor, rung = self.blank_donors().get(place), "foreign"
+        else:
+            j = pick_donor("random", place, self.items, [i for i, its in enumerate(self.spans) if its])
+            donor = None if j is None else passages(self.texts[j], self.spans[j])
+        return LADDER[rung](until_last_span(text, spans), spans, item, Context(self.target(item), donor, seed=self.asking.seed))
+
+    def records(self, names: list[str]) -> list[dict[str, dict]]:
+        result = [{"clean": self.describe_clean(i)} for i in range(len(self.items))]
+        todo: dict[str, list] = {}
+        for name in names:
+            rung, kind, sees = TEXT_CONDITIONS[name]
+            for i in range(len(self.items)):
+                try:
+                    if i not in self.prompts(kind)[1]:
+                        raise NotPossible(condition_prompt(kind))
+                    text, edit = ("", None) if rung is None else self.beginning(rung, i)
+                    todo.setdefault(kind, []).append((name, i, text, edit, sees))
+                except (NotEditable, NotPossible) as fault:
+                    result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None, "correct": False,
+                                       "reason": fault.args[0], "target": self.target(self.items[i])}
+        for kind, its in todo.items():
+            for name, i, record in self.continued(kind, its):
+                result[i][name] = record
+        own = [i for i in range(len(self.items)) if self.spans[i]]
+        shams = self.continued("own", [("sham", i, until_last_span(self.texts[i], self.spans[i]), None, True) for i in own], True)
+        for _, i, record in shams:
+            result[i]["clean"] |= {"r0": record["r0"], "r1": record["r1"]}
+        return result
+
+    def continued(self, kind: str, todo: list[tuple], scores_only: bool = False) -> list[tuple[str, int, dict]]:
+        """Feed beginnings back, score the options behind them and go on; return (condition, place, record)."""
+        state, having = self.prompts(kind)
+        done = []
+        for first in range(0, len(todo), self.asking.rows):
+            its = todo[first:first + self.asking.rows]
+            begun = state.take([having.index(i) for _, i, *_ in its])
+            behind = [k for k, (_, _, text, *_) in enumerate(its) if text]
+            records = [{"r0": None, "r1": None} for _ in its]
+            if behind:
+                read = extend(self.qwen, begun.take(behind), [self.ids(its[k][2]) for k in behind])
+                read.hide_images([n for n, k in enumerate(behind) if not its[k][4]])
+                for n, k in enumerate(behind):
+                    records[k] = {"state": (read, n)}
+                self.score(read, [its[k][1] for k in behind], [records[k] for k in behind])
+            if not scores_only:
+                free = [k for k in range(len(its)) if k not in behind]
+                for some, ready in ((behind, behind and read), (free, free and begun.take(free))):
+                    rows = decode(self.qwen, ready, self.asking.max_new_tokens)[0] if some else []
+                    for k, row in zip(some, rows):
+                        records[k] |= self.describe(its[k], row)
+            done += [(name, i, {key: value for key, value in record.items() if key != "state"})
+                     for (name, i, *_), record in zip(its, records)]
+        return done
+
+    def score(self, state: State, places: list[int], records: list[dict]) -> None:
+        """Put R0 and, where the clean reply boxed an answer, R1 into records."""
+        items = [self.items[i] for i in places]
+        golds = [item["answer"]["value"] for item in items]
+        nothing, by = [[]] * len(items), self.asking.options
+        for record, gold, found in zip(records, golds, score_options(self.qwen, state, items, [self.asking.stem] * len(items),
+                                                                     nothing, by)):
+            record |= {"r0": describe_scores(found, gold), "r1": None}
+        stems = [stem_of(conclusion(self.texts[i], self.by)) for i in places]
+        own = [n for n, stem in enumerate(stems) if stem]
+        found = score_options(self.qwen, state.take(own), [items[n] for n in own], [stems[n] for n in own],
+                              [[]] * len(own), by) if own else []
+        for n, its in zip(own, found):
+            records[n]["r1"] = describe_scores(its, golds[n])
+
+    def describe(self, todo: tuple, row) -> dict:
+        name, place, text, edit, _ = todo
+        item, said = self.items[place], self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
+        last = said if text else conclusion(said, self.by)
+        changed = said.strip() != (conclusion(self.texts[place], self.by) if text else self.texts[place]).strip()
+        return {"emitted": bool(self.spans[place] if text else find_spans(said, self.by)), "spans": self.spans[place],
+                **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed, "edit": edit,
+                "target": self.target(item), "ids": row.ids}
+
+    def describe_clean(self, place: int) -> dict:
+        row, text = self.clean[place], self.texts[place]
+        return {"emitted": bool(self.spans[place]), "spans": self.spans[place], "r0": None, "r1": None,
+                **answer_fields(self.items[place], text, conclusion(text, self.by), row.ids, row.finish), "ids": row.ids}
