@@ -3,73 +3,9 @@ import json
 from collections import Counter, deque
 
 import pytest
+from harness_table import IMAGINED, OPTIONS, REPLIES
 
 from utils.answers import answers_match, extract_choice, last_boxed, normalize, walk_vsp
-
-OPTIONS = {
-    "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"), "LR": ("left", "right"),
-    "BIN": ("To the right of the recycle bin", "In front of the recycle bin", "Behind the recycle bin",
-            "To the left of the recycle bin"),
-    "NUM": ("48", "49", "4", "9"), "TEN": ("1", "2", "3", "10"), "SNOW": ("red", "white", "blue", "green"),
-    "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color"),
-    "JIG": ("the second image", "the third image")}
-IMAGINED = ("Suppose the image had been zoomed in on the lower left region, so that the cup next to the laptop is enlarged. In "
-            "this imagined view the cup shows a matte surface whose colour is clearly red.")
-MARKED = "Suppose a rectangle had been drawn around the cup. A closer look shows the surface is red."
-# What harnesses in use get wrong, with the rule that should decide
-REPLIES = [
-    ("COL", "\\boxed{B}", "B", "boxed_letter"),
-    ("COL", "{R} \\boxed{B}", "B", "boxed_letter"),
-    ("COL", "{RA} \\boxed{B}", "B", "boxed_letter"),
-    ("COL", "Option B says red. {R} So the answer is \\boxed{B}.", "B", "boxed_letter"),
-    ("COL", "A white cup is visible in the enlarged crop of the lower left region. \\boxed{A}", "A", "boxed_letter"),
-    ("MAT", "The correct answer is \\boxed{\\text{C}}", "C", "boxed_letter"),
-    ("COL", "The answer is \\boxed{red}.", "B", "boxed_text"),
-    ("COL", "{R} \\boxed{red}", "B", "boxed_text"),
-    ("COL", "The answer is blue.", "C", "bare_text_in"),
-    ("COL", "The answer is clearly the black one.", "D", "tail_text"),
-    ("COL", "Zooming in, the answer is a deep shade: blue.", "C", "tail_text"),
-    ("COL", "The answer is **blue**, matching the plate next to it.", "C", "tail_text"),
-    ("COL", "Answer: B", "B", "phrase"),
-    ("COL", "**B. red**", "B", "bare_letter_text"),
-    ("COL", "B. red - the cup in the lower left corner is clearly painted red.", "B", "bare_letter_text"),
-    ("COL", "(B)", "B", "bare_letter"),
-    ("COL", "b", "B", "bare_letter"),
-    ("COL", "\\boxed{b}", "B", "boxed_letter"),
-    ("COL", "At first glance one Cannot determine the answer, but zooming in shows blue. \\boxed{C}",
-     "C", "boxed_letter"),
-    ("COL", "I'm sorry, but without the image provided I cannot answer.", None, "unresolved"),
-    ("COL", "{R}", "B", "tail_text"),
-    ("COL", "", None, "empty"),
-    ("COL", "My first guess is \\boxed{A}. Wait, looking again the cup is blue, so \\boxed{C}.", "C", "boxed_letter"),
-    ("COL", "The options are A, B, C, D. The right one is D.", None, "unresolved"),
-    ("LR", "The dog is on the left side of the river. \\boxed{A}", "A", "boxed_letter"),
-    ("LR", "left", "A", "bare_text"),
-    ("LR", "The dog is to the left of the river, not to the right.", None, "unresolved"),
-    ("NUM", "48", "A", "bare_text"),
-    ("TEN", "10", "D", "bare_text"),
-    ("TEN", "There are 3 people.", "C", "bare_text_in"),
-    ("SNOW", "The roof is covered in snow.", None, "unresolved"),
-    ("MAT", "The answer is (D) leather.", "D", "phrase"),
-    ("MAT", "The final answer is: $\\boxed{C}$", "C", "boxed_letter"),
-    ("COL", "\\boxed{C. blue}", "C", "boxed_letter_text"),
-    ("COL", "A   \n\n red", "B", "tail_text"),
-    ("MAT", "<abs_vis_token>词汇 A the</abs_vis_token> The glove is made of cotton. \\boxed{B}", "B", "boxed_letter"),
-    ("JIG", "The missing corner is completed by the third image (B).", "B", "bare_text_in"),
-    ("RW5", "E. The image does not feature the color.", "E", "bare_letter_text"),
-    ("RW5", "The answer is E, because the object in question is not visible anywhere.", "E", "phrase"),
-    ("RW5", "Based on the image, the car is yellow. \\boxed{C}", "C", "boxed_letter"),
-    ("COL", "答案是B。", "B", "phrase"),
-    ("COL", "<think>A red or blue cup? Clearly red.</think><answer>B</answer>", "B", "tag_letter"),
-    ("MAT", "\\boxed{\\textbf{(B)}}", "B", "boxed_letter"),
-    ("BIN", "Zoom in on region A of the map. The person stands behind the recycle bin.\n\nTherefore, the final answer is \\boxed{C}",
-     "C", "boxed_letter"),
-    ("BIN", "The person stands behind the recycle bin.", "C", "bare_text_in"),
-    ("COL", "The answer is **not** A; it is D", None, "unresolved"),
-    ("COL", "The cup is red, so the answer is \\boxed{B", "B", "boxed_open_letter"),
-    ("COL", "\\boxed{B. blue}", None, "boxed_conflict"),
-]
-
 
 # Replies that a looser rule would read as a letter that they do not choose
 NO_LETTER = [
@@ -89,25 +25,27 @@ LETTER = [
     ("RW5", "Looking at it, the image does not feature the color.", "E", "bare_text_in")]
 
 
-def options_of(name):
-    return dict(zip("ABCDE", OPTIONS[name]))
+@pytest.mark.parametrize("name, gold, reply, head, older, mme, letter, rule", REPLIES)
+def test_extraction_table(name, gold, reply, head, older, mme, letter, rule):
+    assert extract_choice(reply, OPTIONS[name]) == (letter, rule)
 
 
-@pytest.mark.parametrize("name, reply, letter, rule", REPLIES)
-def test_extraction_table(name, reply, letter, rule):
-    found = extract_choice(reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), options_of(name))
-    assert (found.letter, found.rule) == (letter, rule)
+def test_the_table_holds_no_wrong_letter_but_one():
+    """Of 48: 40 right, 7 unresolved. The one wrong letter is the reply that says red and nothing else; the gold is blue."""
+    assert len(REPLIES) == 48
+    wrong = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
+    assert wrong == [IMAGINED] and sum(row[1] == row[6] for row in REPLIES) == 40
 
 
 @pytest.mark.parametrize("name, reply, rule", NO_LETTER)
 def test_what_chooses_nothing_stays_unresolved(name, reply, rule):
-    found = extract_choice(reply, options_of(name))
+    found = extract_choice(reply, OPTIONS[name])
     assert (found.letter, found.rule) == (None, rule)
 
 
 @pytest.mark.parametrize("name, reply, letter, rule", LETTER)
 def test_other_wordings(name, reply, letter, rule):
-    found = extract_choice(reply, options_of(name))
+    found = extract_choice(reply, OPTIONS[name])
     assert (found.letter, found.rule) == (letter, rule)
 
 
@@ -118,8 +56,8 @@ def test_options_that_are_negations_or_chinese():
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
     reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
-    assert extract_choice(reply, options_of("COL")).rule == "tail_text"
-    assert extract_choice(reply, options_of("COL"), "length").rule == "unresolved"
+    assert extract_choice(reply, OPTIONS["COL"]).rule == "tail_text"
+    assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
 
 
 def test_of_nested_options_the_longest_counts():
@@ -129,7 +67,7 @@ def test_of_nested_options_the_longest_counts():
 
 
 def test_what_stands_in_a_latent_span_is_never_parsed():
-    options = options_of("COL")
+    options = OPTIONS["COL"]
     assert extract_choice("<|latent_start|> A A <|latent_end|> It is red.", options).letter == "B"
     assert extract_choice("<abs_vis_token> D </abs_vis_token>", options).rule == "empty"
 
@@ -145,7 +83,7 @@ def test_last_box(text, expected):
     ("Red", "red.", True), ("the cat", "cat", True), ("two", "2", True), ("1,234", "1234", True), ("50%", "50", True),
     ("B", "red", True), ("B. red", "red", True), ("blue", "red", False), ("12", "1", False), ("redish", "red", False)])
 def test_answers_are_compared_after_normalising(one, other, same):
-    assert answers_match(one, other, options_of("COL")) is same
+    assert answers_match(one, other, OPTIONS["COL"]) is same
     assert normalize(normalize(one)) == normalize(one)
 
 
