@@ -1,11 +1,14 @@
 """Answers read off replies, compared, and walked.    pytest tests/test_answers.py"""
 import json
+import time
 from collections import Counter, deque
 
 import pytest
 from harness_table import IMAGINED, OPTIONS, REPLIES
+from planted import planted
 
-from utils.answers import answers_match, extract_choice, last_boxed, normalize, walk_vsp
+from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers, walk_vsp
+from utils.compat import vlmevalkit_0bac5c0, vlmevalkit_e8e78f0
 
 # Replies that a looser rule would read as a letter that they do not choose
 NO_LETTER = [
@@ -14,9 +17,22 @@ NO_LETTER = [
     ("COL", "The answer is B? No, it is clearly the blue one.", "unresolved"), ("COL", "Is the cup red?", "unresolved"),
     ("COL", "To determine whether the cup is red, I will look closer at the lower part of the picture.", "unresolved"),
     ("COL", "It couldn’t be red.", "unresolved"), ("TEN", "-3", "unresolved"), ("TEN", "There are 3.5 of them.", "unresolved"),
-    ("COL", "Blueberry", "unresolved")]
+    ("COL", "Blueberry", "unresolved"),
+    ("COL", "B. red? No, the answer is C.", "bare_conflict"),
+    ("LR", "On the left one sees B.", "unresolved"), ("COL", "Options: A. white B. red The cup is hidden.", "unresolved"),
+    ("COL", "\\boxed{red, thus D}", "boxed_unresolved"), ("COL", "A cup, and it is not white.", "unresolved")]
 # Replies that choose a letter in words that a narrower rule would miss
 LETTER = [
+    ("COL", "A closer look shows the cup. It is not white. The answer is C.", "C", "phrase"),
+    ("COL", "Option B says red. Still I choose C.", "C", "phrase"), ("LR", "Option A says left. I choose B.", "B", "phrase"),
+    ("COL", "The answer is $\\text{C}$.", "C", "phrase"),
+    ("COL", 'White or red? The correct one is "red."  That is "red."', "B", "tail_text"),
+    ("COL", "Hmm.\nThe options are \"white\" or \"red.\"  It is \"red.\"", "B", "tail_text"),
+    ("COL", "A closer look shows the cup. It is not white. The answer is C.", "C", "phrase"),
+    ("COL", "Option B says red. Still I choose C.", "C", "phrase"), ("LR", "Option A says left. I choose B.", "B", "phrase"),
+    ("COL", "The answer is $\\text{C}$.", "C", "phrase"),
+    ("COL", 'White or red? The correct one is "red."  That is "red."', "B", "tail_text"),
+    ("COL", "Hmm.\nThe options are \"white\" or \"red.\"  It is \"red.\"", "B", "tail_text"),
     ("COL", "Answer: A red cup.", "B", "bare_text_in"), ("COL", "\\boxed{Option B}", "B", "boxed_letter"),
     ("COL", "\\boxed{\\text{B}. red}", "B", "boxed_letter_text"), ("COL", "Option B", "B", "bare_letter"),
     ("COL", "[B]", "B", "bare_letter"), ("COL", "`B`", "B", "bare_letter"), ("COL", "The answer is 'C'.", "C", "phrase"),
@@ -131,11 +147,28 @@ def test_every_real_map_is_walked_by_its_shortest_path(shared_data):
         assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}") and not walk_vsp(board, f"\\boxed{{{path[:-1]}}}")
 
 
-def test_real_replies_against_a_judge(shared_data):
-    """304 replies of Monet-7B on V*. The one contradiction is the judge's: the reply boxes orange, the gold is orange."""
+def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):
+    """304 replies of Monet-7B on V*, rules alone. The one contradiction (vstar/38) is the judge's fault: the options are
+    A. green and B. orange, the gold is B, the reply boxes orange, and the judge's record says wrong."""
     rows = [json.loads(line) for line in (shared_data / "real_outputs" / "vstar_dev.jsonl").read_text().splitlines()]
     found = [extract_choice(row["output"], row["options"]) for row in rows]
     resolved = [(row, f) for row, f in zip(rows, found) if f.letter is not None]
     wrong = [row["id"] for row, f in resolved if (f.letter == row["gold"]) != row["judge_says_correct"]]
-    assert (len(rows), len(resolved), len(wrong)) == (304, 282, 1)
+    assert (len(rows), len(resolved), wrong) == (304, 283, ["vstar/38"])  # 93.1 %, at least 92 % is asked
     assert Counter(f.rule for f in found)["boxed_letter"] > 50
+    for row, f in resolved:
+        for text in (row["output"], strip_markers(row["output"])):
+            for matcher in (vlmevalkit_0bac5c0, vlmevalkit_e8e78f0):
+                assert matcher(text, row["options"]) in (None, f.letter), row["id"]
+
+
+def test_planted_answers_are_found_or_left_open_never_misread():
+    """20,000 replies: no wrong letter, none where nothing is planted, and in every form but the last nothing left open."""
+    counts, began = Counter(), time.monotonic()
+    for form, options, letter, reply in planted(20000, seed=0):
+        found = extract_choice(reply, options)
+        assert found.letter in (None, letter), (reply, options, letter, found)
+        counts[form, found.letter is not None] += 1
+    assert time.monotonic() - began < 20
+    assert all(counts[form, False] == 0 for form in ("boxed", "phrase", "bare")) and counts["nothing", True] == 0
+    assert sum(counts.values()) == 20000 and counts["tail", False] < 1500  # 1,247 of 4,007: letters in words of their own
