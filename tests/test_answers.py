@@ -74,12 +74,20 @@ def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
     reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
     assert extract_choice(reply, OPTIONS["COL"]).rule == "tail_text"
     assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
+    opening = "A closer look shows that the cup is white in the lower part of"  # an article, though A is white
+    assert extract_choice(opening, OPTIONS["COL"], "length").rule == "unresolved"
 
 
 def test_of_nested_options_the_longest_counts():
     options = {"A": "red", "B": "dark red"}
     assert extract_choice("It is dark red.", options).letter == "B"
     assert extract_choice("It is red.", options).letter == "A"
+
+
+def test_a_letter_inside_an_options_text_is_no_other_answer():
+    options = {"A": "vitamin C", "B": "iron", "C": "zinc"}
+    assert extract_choice("It is vitamin C.", options).letter == "A"
+    assert extract_choice("It is zinc, B.", options).letter is None
 
 
 def test_what_stands_in_a_latent_span_is_never_parsed():

@@ -25,6 +25,7 @@ def test_values(output, value, rule):
     ("It is not false, so True", "1", "truth_word"), ("The statement is true. The table shows 6.", "1", "truth_word"),
     ("The statement is not true.", None, "unresolved"), ("Is it true or false?", None, "unresolved"),
     ("I cannot say whether it is true.", None, "unresolved"), ("Either true or false", None, "unresolved"),
+    ("Both true and false rows", None, "unresolved"), ("Neither true nor false.", None, "unresolved"),
     ("It is untrue", None, "unresolved"), ("The answer is no, as 5 is less", None, "unresolved"), ("", None, "empty"),
     ("It says true, which it is not. So false!", "0", "truth_word")])
 def test_truth(output, value, rule):
