@@ -1,75 +1,14 @@
 """Answers read off replies, compared, and walked.    pytest tests/test_answers.py"""
 import json
+import time
 from collections import Counter, deque
 
 import pytest
+from harness_table import IMAGINED, OPTIONS, REPLIES
+from planted import planted
 
-from utils.answers import answers_match, extract_choice, last_boxed, normalize, walk_vsp
-
-OPTIONS = {
-    "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"), "LR": ("left", "right"),
-    "BIN": ("To the right of the recycle bin", "In front of the recycle bin", "Behind the recycle bin",
-            "To the left of the recycle bin"),
-    "NUM": ("48", "49", "4", "9"), "TEN": ("1", "2", "3", "10"), "SNOW": ("red", "white", "blue", "green"),
-    "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color"),
-    "JIG": ("the second image", "the third image")}
-IMAGINED = ("Suppose the image had been zoomed in on the lower left region, so that the cup next to the laptop is enlarged. In "
-            "this imagined view the cup shows a matte surface whose colour is clearly red.")
-MARKED = "Suppose a rectangle had been drawn around the cup. A closer look shows the surface is red."
-# What harnesses in use get wrong, with the rule that should decide
-REPLIES = [
-    ("COL", "\\boxed{B}", "B", "boxed_letter"),
-    ("COL", "{R} \\boxed{B}", "B", "boxed_letter"),
-    ("COL", "{RA} \\boxed{B}", "B", "boxed_letter"),
-    ("COL", "Option B says red. {R} So the answer is \\boxed{B}.", "B", "boxed_letter"),
-    ("COL", "A white cup is visible in the enlarged crop of the lower left region. \\boxed{A}", "A", "boxed_letter"),
-    ("MAT", "The correct answer is \\boxed{\\text{C}}", "C", "boxed_letter"),
-    ("COL", "The answer is \\boxed{red}.", "B", "boxed_text"),
-    ("COL", "{R} \\boxed{red}", "B", "boxed_text"),
-    ("COL", "The answer is blue.", "C", "bare_text_in"),
-    ("COL", "The answer is clearly the black one.", "D", "tail_text"),
-    ("COL", "Zooming in, the answer is a deep shade: blue.", "C", "tail_text"),
-    ("COL", "The answer is **blue**, matching the plate next to it.", "C", "tail_text"),
-    ("COL", "Answer: B", "B", "phrase"),
-    ("COL", "**B. red**", "B", "bare_letter_text"),
-    ("COL", "B. red - the cup in the lower left corner is clearly painted red.", "B", "bare_letter_text"),
-    ("COL", "(B)", "B", "bare_letter"),
-    ("COL", "b", "B", "bare_letter"),
-    ("COL", "\\boxed{b}", "B", "boxed_letter"),
-    ("COL", "At first glance one Cannot determine the answer, but zooming in shows blue. \\boxed{C}",
-     "C", "boxed_letter"),
-    ("COL", "I'm sorry, but without the image provided I cannot answer.", None, "unresolved"),
-    ("COL", "{R}", "B", "tail_text"),
-    ("COL", "", None, "empty"),
-    ("COL", "My first guess is \\boxed{A}. Wait, looking again the cup is blue, so \\boxed{C}.", "C", "boxed_letter"),
-    ("COL", "The options are A, B, C, D. The right one is D.", None, "unresolved"),
-    ("LR", "The dog is on the left side of the river. \\boxed{A}", "A", "boxed_letter"),
-    ("LR", "left", "A", "bare_text"),
-    ("LR", "The dog is to the left of the river, not to the right.", None, "unresolved"),
-    ("NUM", "48", "A", "bare_text"),
-    ("TEN", "10", "D", "bare_text"),
-    ("TEN", "There are 3 people.", "C", "bare_text_in"),
-    ("SNOW", "The roof is covered in snow.", None, "unresolved"),
-    ("MAT", "The answer is (D) leather.", "D", "phrase"),
-    ("MAT", "The final answer is: $\\boxed{C}$", "C", "boxed_letter"),
-    ("COL", "\\boxed{C. blue}", "C", "boxed_letter_text"),
-    ("COL", "A   \n\n red", "B", "tail_text"),
-    ("MAT", "<abs_vis_token>词汇 A the</abs_vis_token> The glove is made of cotton. \\boxed{B}", "B", "boxed_letter"),
-    ("JIG", "The missing corner is completed by the third image (B).", "B", "bare_text_in"),
-    ("RW5", "E. The image does not feature the color.", "E", "bare_letter_text"),
-    ("RW5", "The answer is E, because the object in question is not visible anywhere.", "E", "phrase"),
-    ("RW5", "Based on the image, the car is yellow. \\boxed{C}", "C", "boxed_letter"),
-    ("COL", "答案是B。", "B", "phrase"),
-    ("COL", "<think>A red or blue cup? Clearly red.</think><answer>B</answer>", "B", "tag_letter"),
-    ("MAT", "\\boxed{\\textbf{(B)}}", "B", "boxed_letter"),
-    ("BIN", "Zoom in on region A of the map. The person stands behind the recycle bin.\n\nTherefore, the final answer is \\boxed{C}",
-     "C", "boxed_letter"),
-    ("BIN", "The person stands behind the recycle bin.", "C", "bare_text_in"),
-    ("COL", "The answer is **not** A; it is D", None, "unresolved"),
-    ("COL", "The cup is red, so the answer is \\boxed{B", "B", "boxed_open_letter"),
-    ("COL", "\\boxed{B. blue}", None, "boxed_conflict"),
-]
-
+from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers, walk_vsp
+from utils.compat import vlmevalkit_0bac5c0, vlmevalkit_e8e78f0
 
 # Replies that a looser rule would read as a letter that they do not choose
 NO_LETTER = [
@@ -78,9 +17,22 @@ NO_LETTER = [
     ("COL", "The answer is B? No, it is clearly the blue one.", "unresolved"), ("COL", "Is the cup red?", "unresolved"),
     ("COL", "To determine whether the cup is red, I will look closer at the lower part of the picture.", "unresolved"),
     ("COL", "It couldn’t be red.", "unresolved"), ("TEN", "-3", "unresolved"), ("TEN", "There are 3.5 of them.", "unresolved"),
-    ("COL", "Blueberry", "unresolved")]
+    ("COL", "Blueberry", "unresolved"),
+    ("COL", "B. red? No, the answer is C.", "bare_conflict"),
+    ("LR", "On the left one sees B.", "unresolved"), ("COL", "Options: A. white B. red The cup is hidden.", "unresolved"),
+    ("COL", "\\boxed{red, thus D}", "boxed_unresolved"), ("COL", "A cup, and it is not white.", "unresolved")]
 # Replies that choose a letter in words that a narrower rule would miss
 LETTER = [
+    ("COL", "A closer look shows the cup. It is not white. The answer is C.", "C", "phrase"),
+    ("COL", "Option B says red. Still I choose C.", "C", "phrase"), ("LR", "Option A says left. I choose B.", "B", "phrase"),
+    ("COL", "The answer is $\\text{C}$.", "C", "phrase"),
+    ("COL", 'White or red? The correct one is "red."  That is "red."', "B", "tail_text"),
+    ("COL", "Hmm.\nThe options are \"white\" or \"red.\"  It is \"red.\"", "B", "tail_text"),
+    ("COL", "A closer look shows the cup. It is not white. The answer is C.", "C", "phrase"),
+    ("COL", "Option B says red. Still I choose C.", "C", "phrase"), ("LR", "Option A says left. I choose B.", "B", "phrase"),
+    ("COL", "The answer is $\\text{C}$.", "C", "phrase"),
+    ("COL", 'White or red? The correct one is "red."  That is "red."', "B", "tail_text"),
+    ("COL", "Hmm.\nThe options are \"white\" or \"red.\"  It is \"red.\"", "B", "tail_text"),
     ("COL", "Answer: A red cup.", "B", "bare_text_in"), ("COL", "\\boxed{Option B}", "B", "boxed_letter"),
     ("COL", "\\boxed{\\text{B}. red}", "B", "boxed_letter_text"), ("COL", "Option B", "B", "bare_letter"),
     ("COL", "[B]", "B", "bare_letter"), ("COL", "`B`", "B", "bare_letter"), ("COL", "The answer is 'C'.", "C", "phrase"),
@@ -89,25 +41,27 @@ LETTER = [
     ("RW5", "Looking at it, the image does not feature the color.", "E", "bare_text_in")]
 
 
-def options_of(name):
-    return dict(zip("ABCDE", OPTIONS[name]))
+@pytest.mark.parametrize("name, gold, reply, head, older, mme, letter, rule", REPLIES)
+def test_extraction_table(name, gold, reply, head, older, mme, letter, rule):
+    assert extract_choice(reply, OPTIONS[name]) == (letter, rule)
 
 
-@pytest.mark.parametrize("name, reply, letter, rule", REPLIES)
-def test_extraction_table(name, reply, letter, rule):
-    found = extract_choice(reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), options_of(name))
-    assert (found.letter, found.rule) == (letter, rule)
+def test_the_table_holds_no_wrong_letter_but_one():
+    """Of 48: 40 right, 7 unresolved. The one wrong letter is the reply that says red and nothing else; the gold is blue."""
+    assert len(REPLIES) == 48
+    wrong = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
+    assert wrong == [IMAGINED] and sum(row[1] == row[6] for row in REPLIES) == 40
 
 
 @pytest.mark.parametrize("name, reply, rule", NO_LETTER)
 def test_what_chooses_nothing_stays_unresolved(name, reply, rule):
-    found = extract_choice(reply, options_of(name))
+    found = extract_choice(reply, OPTIONS[name])
     assert (found.letter, found.rule) == (None, rule)
 
 
 @pytest.mark.parametrize("name, reply, letter, rule", LETTER)
 def test_other_wordings(name, reply, letter, rule):
-    found = extract_choice(reply, options_of(name))
+    found = extract_choice(reply, OPTIONS[name])
     assert (found.letter, found.rule) == (letter, rule)
 
 
@@ -118,8 +72,10 @@ def test_options_that_are_negations_or_chinese():
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
     reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
-    assert extract_choice(reply, options_of("COL")).rule == "tail_text"
-    assert extract_choice(reply, options_of("COL"), "length").rule == "unresolved"
+    assert extract_choice(reply, OPTIONS["COL"]).rule == "tail_text"
+    assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
+    opening = "A closer look shows that the cup is white in the lower part of"  # an article, though A is white
+    assert extract_choice(opening, OPTIONS["COL"], "length").rule == "unresolved"
 
 
 def test_of_nested_options_the_longest_counts():
@@ -128,8 +84,14 @@ def test_of_nested_options_the_longest_counts():
     assert extract_choice("It is red.", options).letter == "A"
 
 
+def test_a_letter_inside_an_options_text_is_no_other_answer():
+    options = {"A": "vitamin C", "B": "iron", "C": "zinc"}
+    assert extract_choice("It is vitamin C.", options).letter == "A"
+    assert extract_choice("It is zinc, B.", options).letter is None
+
+
 def test_what_stands_in_a_latent_span_is_never_parsed():
-    options = options_of("COL")
+    options = OPTIONS["COL"]
     assert extract_choice("<|latent_start|> A A <|latent_end|> It is red.", options).letter == "B"
     assert extract_choice("<abs_vis_token> D </abs_vis_token>", options).rule == "empty"
 
@@ -145,7 +107,7 @@ def test_last_box(text, expected):
     ("Red", "red.", True), ("the cat", "cat", True), ("two", "2", True), ("1,234", "1234", True), ("50%", "50", True),
     ("B", "red", True), ("B. red", "red", True), ("blue", "red", False), ("12", "1", False), ("redish", "red", False)])
 def test_answers_are_compared_after_normalising(one, other, same):
-    assert answers_match(one, other, options_of("COL")) is same
+    assert answers_match(one, other, OPTIONS["COL"]) is same
     assert normalize(normalize(one)) == normalize(one)
 
 
@@ -193,11 +155,28 @@ def test_every_real_map_is_walked_by_its_shortest_path(shared_data):
         assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}") and not walk_vsp(board, f"\\boxed{{{path[:-1]}}}")
 
 
-def test_real_replies_against_a_judge(shared_data):
-    """304 replies of Monet-7B on V*. The one contradiction is the judge's: the reply boxes orange, the gold is orange."""
+def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):
+    """304 replies of Monet-7B on V*, rules alone. The one contradiction (vstar/38) is the judge's fault: the options are
+    A. green and B. orange, the gold is B, the reply boxes orange, and the judge's record says wrong."""
     rows = [json.loads(line) for line in (shared_data / "real_outputs" / "vstar_dev.jsonl").read_text().splitlines()]
     found = [extract_choice(row["output"], row["options"]) for row in rows]
     resolved = [(row, f) for row, f in zip(rows, found) if f.letter is not None]
     wrong = [row["id"] for row, f in resolved if (f.letter == row["gold"]) != row["judge_says_correct"]]
-    assert (len(rows), len(resolved), len(wrong)) == (304, 282, 1)
+    assert (len(rows), len(resolved), wrong) == (304, 283, ["vstar/38"])  # 93.1 %, at least 92 % is asked
     assert Counter(f.rule for f in found)["boxed_letter"] > 50
+    for row, f in resolved:
+        for text in (row["output"], strip_markers(row["output"])):
+            for matcher in (vlmevalkit_0bac5c0, vlmevalkit_e8e78f0):
+                assert matcher(text, row["options"]) in (None, f.letter), row["id"]
+
+
+def test_planted_answers_are_found_or_left_open_never_misread():
+    """20,000 replies: no wrong letter, none where nothing is planted, and in every form but the last nothing left open."""
+    counts, began = Counter(), time.monotonic()
+    for form, options, letter, reply in planted(20000, seed=0):
+        found = extract_choice(reply, options)
+        assert found.letter in (None, letter), (reply, options, letter, found)
+        counts[form, found.letter is not None] += 1
+    assert time.monotonic() - began < 20
+    assert all(counts[form, False] == 0 for form in ("boxed", "phrase", "bare")) and counts["nothing", True] == 0
+    assert sum(counts.values()) == 20000 and counts["tail", False] < 1500  # 1,247 of 4,007: letters in words of their own

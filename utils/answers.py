@@ -10,7 +10,8 @@ The rules of `extract_choice`, in order, each with the name that results carry:
   tail_text          the last sentence names exactly one option (not for a reply cut off at its token limit)
   unresolved         none of these
 A box, tag or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is a letter with
-another option's text. Texts match as whole words, the longest where they nest; a negated text is no answer.
+another option's text, or with a phrase that chooses another. Texts match as whole words, the longest where they nest; a
+negated or questioned text is no answer, nor one beside another option's letter.
 """
 import re
 import unicodedata
@@ -34,7 +35,9 @@ PHRASE = re.compile(
 ARTICLE = re.compile(r"A\s+(?!because|since|as\b|for\b|which|based|given|is\b)[a-z]")  # "a red cup" with a capital
 NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether)\b"
                       r"|n['’]t\b|\?")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
+# The period of "A. red B. blue" ends no sentence.
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
 EDGES = " \t\n.,;:!\"'“”‘’*_`。"
 
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(
@@ -69,7 +72,8 @@ def extract_choice(output: str, options: dict[str, str], finish_reason: str | No
     if one_line:
         bare = resolve(text, options, "bare_")
         if bare.rule not in ("bare_text_in", "bare_unresolved"):
-            return bare
+            said = find_phrase(text, options)  # "A. red? No, the answer is B." chooses nothing that can be relied on
+            return Extraction(None, "bare_conflict") if said and bare.letter not in (said, None) else bare
     letter = find_phrase(text, options)
     if letter:
         return Extraction(letter, "phrase")
@@ -143,7 +147,9 @@ def resolve(content: str, options: dict[str, str], prefix: str) -> Extraction:
         letter, rest = match[1].upper(), match[3]
         spans = find_options(rest, options)
         named = {found for _, _, found in spans} | {other for other in options if other == unwrap(rest) != letter}
-        agrees = named == {letter} or letter in {found for start, _, found in spans if start == 0}
+        agrees = letter in {found for start, _, found in spans if start == 0} or unwrap(rest) == options[letter]
+        if match[2].strip() or prefix != "bare_":  # a sentence's first word can be "A", or "B" after "Option" was removed
+            agrees = agrees or named_option(rest, options) == letter
         if agrees:
             return Extraction(letter, prefix + "letter_text")
         if match[2].strip():  # with a mark between, the letter was meant as one
@@ -157,6 +163,7 @@ def resolve(content: str, options: dict[str, str], prefix: str) -> Extraction:
 
 def find_phrase(text: str, options: dict[str, str]) -> str | None:
     """Return the letter of the last "answer is B" or its like."""
+    text = TEX.sub(r"\1", text)
     found = [match[1] for match in PHRASE.finditer(text)
              if match[1] in options and not ARTICLE.match(text, match.start(1))]
     return found[-1] if found else None
@@ -182,13 +189,20 @@ def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str
 
 
 def named_option(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the one option that `text` names without negating or asking; None for none or several."""
+    """Return the letter of the one option that `text` names without negating or asking; None for none or several, and
+    where another option's letter stands beside it: "The right one is B", of A. right and B. left, does not name A."""
     spans = find_options(text, options)
-    if len({letter for _, _, letter in spans}) != 1:
+    if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
         return None
     rest, covered = fold(text), {i for start, end, _ in spans for i in range(start, end)}
     around = "".join(" " if i in covered else character for i, character in enumerate(rest))
     return None if NEGATION.search(around) or text.rstrip().endswith("?") else spans[0][2]
+
+
+def lone_letters(text: str, options: dict[str, str]) -> set[str]:
+    """Return the option letters that stand by themselves in `text`, but for the article "A" and those in options' texts."""
+    found = {match[0] for match in CAPITAL.finditer(text) if match[0] in options and not ARTICLE.match(text, match.start())}
+    return found - set(CAPITAL.findall(" ".join(options.values())))
 
 
 def normalize(text: str) -> str:
