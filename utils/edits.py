@@ -8,23 +8,23 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from utils.values import SOMETHING, VERB, NotEditable, Slot, replace_values, slots, swap
+from utils.slots import VERB, NotEditable, Slot, slots, swap
+from utils.values import SOMETHING, replace_values
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
 STRUCTURE = (OPEN, CLOSE, "\\boxed")  # in a span they would end it, or answer
 
-# Cues for replies without marks, compiled by hand from V* replies of Monet-7B. Perception: words for looking, or for what
+# Cues for replies without marks, written after reading V* replies of Monet-7B. Perception: words for looking, or for what
 # is seen. Conclusion: words that lead to the answer, with what belongs before them.
 PERCEPTION = re.compile(
-    r"\bzoom(?:s|ed|ing)?\b|\b(?:clos(?:e|er|est|ely)) (?:look|inspection|view)|\blook(?:s|ed|ing)?\b|\b(?:see|sees|seen|seeing)\b"
-    r"|\bvisible\b|\bshow(?:s|n|ing)?\b|\bappear(?:s|ed|ing)?\b|\bobserv(?:e|es|ed|ing)\b|\bfocus(?:es|ed|ing)?\b"
-    r"|\blocat(?:e|es|ed|ing)\b|\bexamin(?:e|es|ed|ing)\b|\binspect(?:s|ed|ing)?\b|\bidentif(?:y|ies|ied|ying)\b"
-    r"|\bimagin(?:e|es|ed|ing)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b", re.IGNORECASE)
+    r"\b(?:zoom|appear|observ|focus|locat|examin|inspect|identif|imagin)\w*|\b(?:look|show|see)(?:s|n|ed|ing)?\b|\bvisible\b"
+    r"|\bclos(?:e|er|est) (?:inspection|view)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b", re.IGNORECASE)
 CONCLUSION = re.compile(
     r"\b(?:therefore|thus|hence)\b|\bso,? (?:the|my) (?:(?:correct|final|right|best) )?answer\b"
-    r"|\b(?:the |my )?(?:correct|final|right|best) (?:answer|option|choice)\b|\b(?:the|my) answer is\b|\\boxed|<answer>",
+    r"|\b(?:the |my )?(?:correct|final|right|best|closest) (?:answer|option|choice)\b|\b(?:the|my) answer is\b|\banswer:"
+    r"|\\boxed|<answer>",
     re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
