@@ -171,7 +171,8 @@ def test_word_distance(one, other, n):
 @pytest.mark.parametrize("after, reason", [
     (["the blue cup", "a red plate"], None), (["the blue cup clearly", "a red plate"], None),
     (["the blue cup", "a blue plate"], None), (["the blue cup"], "span_count"),
-    (["the red cup", "a blue plate"], "unchanged"), (["the red cup", "a red plate"], "residual_gold"),
+    (["the blue cup, red", "a red plate"], "residual_gold"), (["the red cup", "a blue plate"], "unchanged"),
+    (["the red cup", "a red plate"], "residual_gold"),
     (["the cup", "a red plate"], "residual_gold"), (["the green cup", "a plate"], "residual_gold"),
     (["the blue cup (B)", "a red plate"], "letter_in_span"), (["the blue cup \\boxed{B}", "a red plate"], "marks_in_span"),
     (["the blue cup</think_image>", "a red plate"], "marks_in_span")])

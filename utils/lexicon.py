@@ -33,6 +33,7 @@ CLASSES = (  # words of a class may stand for one another: the text stays well-f
     "man woman boy girl child".split(), "table chair bench sofa shelf desk".split(),
     "street sidewalk road path beach field river park garden".split(), "building house shop tower bridge wall fence".split(),
     "shirt jacket coat dress hat scarf".split(), "cup bottle box bag basket bowl plate".split(),
+    "north south east west".split(), "northeast northwest southeast southwest".split(), NUMBERS[2:13],  # "one" is a pronoun too
     "tree bush flower grass".split(), "sitting standing walking running".split())
 NUMBER = re.compile(r"(?<![\w.,])\d+(?![\w]|[.,]\d)")
 
@@ -68,7 +69,8 @@ def reworded(span: str, item: dict) -> str:
 def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[str, str]]:
     """Return (word, another of its class) for what the spans mention and neither options nor question do, shuffled.
 
-    A number has the numbers of as many digits for its class. What comes in stands nowhere in spans, options or question.
+    A number above twelve has the numbers of as many digits for its class. What comes in stands nowhere
+    in spans, options or question.
     """
     text = "\n".join(spans)
     asked = "\n".join([item["question"], *(option for _, option in item["options"])])
@@ -79,7 +81,7 @@ def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[s
         for word in (word for word in words if here[word] and not there[word]):
             if free:
                 found.append((word, free.pop(rng.randrange(len(free)))))
-    for number in sorted(set(NUMBER.findall(text))):
+    for number in sorted({number for number in NUMBER.findall(text) if twin_number(number) not in NUMBERS[2:13]}):
         low = 10 ** (len(number) - 1) if len(number) > 1 else 0
         new = str(rng.randrange(low, 10 ** len(number)))
         if not find(asked, number) and not find(asked, new) and not find(text, new):
