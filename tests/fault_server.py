@@ -124,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             self.complete("" if fault == "empty" else None)
         elif fault == "prose":
             self.complete("I would rather talk about the weather.")
+        elif fault == "late" and n == 1:  # a text that comes a second time is answered
+            self.complete("Not yet.")
         elif fault == "wrongschema":
             self.complete('{"caption": 7}')
         else:
@@ -144,6 +146,11 @@ def reply(data: dict, text: str) -> str:
     elif "segments" in asked:
         value = {"segments": [{"id": int(n), "text": f"Well, {part}"}
                               for n, part in re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)]}
+    elif "edited" in asked:  # the passages in another order of words, from the values that the prompt names
+        old, new = re.search(r"^From: (.*)\nTo: (.*)$", text, re.MULTILINE).groups()
+        spans = [span if "fault:residual" in text else span.replace(old, new)
+                 for span in json.loads(re.search(r"^Passages: (\[.*\])$", text, re.MULTILINE)[1])]
+        value = {"edited": spans[1:] if "fault:missing" in text else spans, "changed_phrases": [new]}
     elif "answerable" in asked:
         value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes", "observation_supports_answer": "yes",
                  "chain_consistent": "unclear" if "fault:unclear" in text else "yes", "problems": []}

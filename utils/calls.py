@@ -134,18 +134,18 @@ def read_outcome(record: dict, call: Call, check: Callable[[Call, dict], tuple[s
 
 
 def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[str, str] | None], desc: str,
-        guarded: bool = True) -> list[Outcome]:
-    """Return one outcome a call, in order: journal first, then the model; a faulty reply is asked again once.
+        guarded: bool = True, retries: int = 1) -> list[Outcome]:
+    """Return one outcome a call, in order: journal first, then the model; a faulty reply is asked again `retries` times.
 
     `check(call, value)` returns (closed reason, the fault in words) for a reply that is valid JSON but not acceptable.
     Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a backend if a record is
     missing, KeyboardInterrupt after a signal; all that came until then is in the journal.
     """
     if caller.retry_errors:
-        forget_errors(caller, calls, check)
+        forget_errors(caller, calls, check, retries)
     outcomes: dict[int, Outcome] = {}
     pending = list(range(len(calls)))
-    for attempt in (0, 1):
+    for attempt in range(1 + retries):
         requests = {i: caller.request(calls[i], attempt, outcomes.get(i)) for i in pending}
         owners = {request.key: calls[i] for i, request in requests.items()}
         guard = Guard(caller.guarded and guarded and attempt == 0)
@@ -160,11 +160,11 @@ def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[s
     return [outcomes[i] for i in range(len(calls))]
 
 
-def forget_errors(caller: Caller, calls: list[Call], check: Callable) -> None:
+def forget_errors(caller: Caller, calls: list[Call], check: Callable, retries: int) -> None:
     """Drop from memory the records of calls that ended as an error, so that they are made again."""
     for call in calls:
         outcome, keys = None, []
-        for attempt in (0, 1):
+        for attempt in range(1 + retries):
             record = caller.journal.get(caller.request(call, attempt, outcome).key)
             if record is None:
                 break

@@ -1,130 +1,149 @@
 """Find the imaginations in a reply, and rewrite them by rules so that they speak for another option.
 
 The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It refuses what
-it cannot do cleanly, with a reason of NOT_EDITABLE. No torch here.
+it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an LLM (utils.editor_llm) to the
+same rules. No torch here.
 """
 import re
 from collections import Counter
+from collections.abc import Sequence
+
+from utils.slots import VERB, NotEditable, Slot, slot_values, slots, swap  # slot_values: for who looks for it here
+from utils.values import SOMETHING, replace_values
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-NOT_EDITABLE = ("no_span", "unresolved", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold")
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen nineteen twenty").split()
-COLORS = "red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y"
-NO_SLOT = set("yes no true false is are not it in on at of to and or with".split())  # say nothing where they are replaced
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
+STRUCTURE = (OPEN, CLOSE, "\\boxed")  # in a span they would end it, or answer
+
+# Cues for replies without marks, written after reading V* replies of Monet-7B. Perception: words for looking, or for what
+# is seen. Conclusion: words that lead to the answer, with what belongs before them.
+PERCEPTION = re.compile(
+    r"\b(?:zoom|appear|observ|focus|locat|examin|inspect|identif|imagin)\w*|\b(?:look|show|see)(?:s|n|ed|ing)?\b|\bvisible\b"
+    r"|\bclos(?:e|er|est) (?:inspection|view)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b", re.IGNORECASE)
+CONCLUSION = re.compile(
+    r"\b(?:therefore|thus|hence)\b|\bso,? (?:the|my) (?:(?:correct|final|right|best) )?answer\b"
+    r"|\b(?:the |my )?(?:correct|final|right|best|closest) (?:answer|option|choice)\b|\b(?:the|my) answer is\b|\banswer:"
+    r"|\\boxed|<answer>",
+    re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-class NotEditable(ValueError):
-    """An imagination that the rules cannot edit; the message is one of NOT_EDITABLE."""
+# ------------------------------------------------------------------------------------ spans
+def find_spans(text: str, by: str = "marks") -> list[tuple[int, int]]:
+    """Return (start, end) in characters of every imagination in a reply.
 
-
-def find_spans(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) in characters of what stands between the marks of every imagination before the first box."""
+    by="marks": what stands between the marks of every imagination before the first box. by="cues", for replies without
+    marks: one span at most, the sentences from the first cue of PERCEPTION to the first of CONCLUSION.
+    """
+    if by == "cues":
+        return cue_spans(text)
+    if by != "marks":
+        raise ValueError(f"find_spans by {by!r}, expected 'marks' or 'cues'")
     boxed = text.find("\\boxed")
     return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
 
 
-def conclusion(text: str) -> str:
+def cue_spans(text: str) -> list[tuple[int, int]]:
+    """Return the span from the sentence with the first perceptual cue up to the first conclusion cue, or none."""
+    last = CONCLUSION.search(text)
+    end = len(text[:last.start() if last else None].rstrip())
+    first = PERCEPTION.search(text, 0, end)
+    if not first:
+        return []
+    starts = [match.end() for match in SENTENCE_END.finditer(text, 0, first.start())]
+    return [(starts[-1] if starts else 0, end)]
+
+
+def after_marks(text: str, end: int) -> int:
+    """Return where a span with its closing mark ends, if it has one."""
+    return end + len(CLOSE) if text.startswith(CLOSE, end) else end
+
+
+def conclusion(text: str, by: str = "marks") -> str:
     """Return what follows the last imagination: the whole text if there is none."""
-    spans = find_spans(text)
-    return text[spans[-1][1] + len(CLOSE):] if spans else text
+    spans = find_spans(text, by)
+    return text[after_marks(text, spans[-1][1]):] if spans else text
 
 
-def slot_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words by which two options differ: what is left without label, common beginning and common end."""
-    pair = [re.sub(r"^\(?[A-H][).:]\s+", "", text).split() for text in (gold, target)]
-    same = [[word.strip(".,;:!?\"'").lower() for word in words] for words in pair]
-    n = min(map(len, pair))
-    first = next((i for i in range(n) if same[0][i] != same[1][i]), n)
-    last = next((i for i in range(n - first) if same[0][-1 - i] != same[1][-1 - i]), n - first)
-    values = [" ".join(words[first:len(words) - last]).strip(".,;:!?\"'") for words in pair]
-    values = [re.sub(r"^(?:an?|the)\s+", "", value, flags=re.IGNORECASE) for value in values]
-    if not all(values) or values[0].lower() == values[1].lower() or NO_SLOT & {value.lower() for value in values}:
-        raise NotEditable("no_slot_value")
-    return values[0], values[1]
-
-
-def mention(name: str, value: str) -> str:
-    """Return a pattern of a value's mentions: any spacing, plural, a colour with -ish, a number as digits or as a word."""
-    pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", value))
-    twin = twin_number(value)
-    ending = r"e?s" if value[-1].isalpha() and len(value) > 1 and not twin else r"(?!)"
-    if re.fullmatch(COLORS, value, re.IGNORECASE):
-        ending += r"|[a-z]?ish"
-    return f"(?P<{name}>{pattern}{'|' + twin if twin else ''})(?P<{name}_ending>{ending})?"
-
-
-def twin_number(value: str) -> str | None:
-    """Return the word of digits or the digits of a word, up to twenty; None for anything else."""
-    if value.isascii() and value.isdigit() and int(value) < len(NUMBERS):
-        return NUMBERS[int(value)]
-    return str(NUMBERS.index(value.lower())) if value.lower() in NUMBERS else None
-
-
-def word_like(found: str, ending: str, old: str, new: str) -> str:
-    """Return `new` in the form in which `old` was found: digits or word, ending, capitals."""
-    if twin_number(new) and found.isdigit() != new.isdigit():
-        new = twin_number(new)
-    if ending.endswith("ish"):
-        new += "ish"
-    elif ending:
-        new += "es" if re.search(r"(?:s|x|z|ch|sh)$", new) else "s"
-    if found == old:
-        return new
-    if found.isupper() and len(found) > 1:
-        return new.upper()
-    return new[0].upper() + new[1:] if found[0].isupper() else new.lower()
-
-
-def article_for(word: str) -> str:
-    """Return "a" or "an", by sound as far as a few prefixes tell it."""
-    if re.match(r"(?:one|once|uni|use|eu)|(?:hour|honest)", word, re.IGNORECASE):
-        return "an" if word[0] in "hH" else "a"
-    return "an" if re.match(r"[aeiou]|8|1[18](?!\d)", word, re.IGNORECASE) else "a"
-
-
-def exchange(text: str, gold: str, target: str) -> tuple[str, Counter]:
-    """Put target for every mention of gold, and gold for target where that occurs; count the mentions found of each."""
-    sides = sorted((("gold", gold), ("target", target)), key=lambda side: -len(side[1]))  # the longer value first
-    pattern = (r"(?:\b(?P<article>[Aa]n?)(?P<gap>\s+))?(?<!\w)(?<!\d[.,])(?:"
-               + "|".join(mention(*side) for side in sides) + r")(?!\w)(?![.,]\d)")
-    found = Counter()
-
-    def put(match: re.Match) -> str:
-        side, old, new = ("gold", gold, target) if match["gold"] else ("target", target, gold)
-        found[side] += 1
-        word = word_like(match[side], match[f"{side}_ending"] or "", old, new)
-        if not match["article"]:
-            return word
-        article = article_for(word)
-        return (article.capitalize() if match["article"][0] == "A" else article) + match["gap"] + word
-
-    return re.sub(pattern, put, text, flags=re.IGNORECASE), found
-
-
-def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
-    """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was done."""
-    options, gold = dict(map(tuple, item["options"])), item["answer"]["value"]
-    old, new = slot_values(options[gold], options[target])
-    before = [text[start:end] for start, end in spans]
-    if any(LETTER.search(span) for span in before):
-        raise NotEditable("letter_in_span")
-    after, found = zip(*(exchange(span, old, new) for span in before))
-    n_gold, n_target = (sum(counts[side] for counts in found) for side in ("gold", "target"))
-    if not n_gold:
-        raise NotEditable("gold_not_mentioned")
-    left = [exchange(span, old, new)[1] for span in after]
-    if sum(counts["gold"] for counts in left) != n_target or sum(counts["target"] for counts in left) != n_gold:
-        raise NotEditable("residual_gold")  # what is left of gold is not just what was exchanged
-    return put_spans(text, spans, after), {
-        "editor": "rule", "from": old, "to": new, "target": target, "n_replaced": n_gold, "n_exchanged": n_target,
-        "before": before, "after": list(after)}
-
-
-def put_spans(text: str, spans: list[tuple[int, int]], after: list[str]) -> str:
+def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
     """Return `text` with the spans replaced, last first so that offsets hold; nothing outside them changes."""
-    for (start, end), span in zip(reversed(spans), reversed(after)):
+    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):
         text = text[:start] + span + text[end:]
     return text
+
+
+# ------------------------------------------------------------------------------------ the directed edit
+def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
+    """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was done."""
+    before = [text[start:end] for start, end in spans]
+    slot = pick_slot(before, item, target)
+    after = [swap(span, slot)[0] for span in before]
+    edit = verify_directed(before, after, item, target)
+    return put_spans(text, spans, after), {"editor": "rule", **edit}
+
+
+def pick_slot(spans: list[str], item: dict, target: str) -> Slot:
+    """Return the slot whose gold value the spans mention; NotEditable if none is, or if a span names an option's letter."""
+    found = slots(item, target)
+    if any(LETTER.search(span) for span in spans):
+        raise NotEditable("letter_in_span", "a letter of an option stands in it")
+    for slot in found:
+        if count(spans, slot)["gold"]:
+            return slot
+    raise NotEditable("gold_not_mentioned", f"no mention of {found[0].old!r}")
+
+
+def count(spans: list[str], slot: Slot) -> Counter:
+    """Return how often the spans mention the sides of a slot, as "gold" and "target"."""
+    return sum((swap(span, slot)[1] for span in spans), Counter())
+
+
+def verify_directed(before: list[str], after: list[str], item: dict, target: str) -> dict:
+    """Hold a directed edit, by rule or by an LLM, to its rules; return what it did as the fields of a record.
+
+    `before` and `after` are the spans alone: put back with `put_spans`, nothing outside them can change. Required are a
+    mention of gold; every mention of gold turned into one of the target, and no gold left but where target stood; no letter
+    of an option, no mark and no box in a span. NotEditable otherwise. `n_other` counts words changed beside the values and
+    their articles: 0 from the rules, more from an LLM that rewrote.
+    """
+    slot = pick_slot(before, item, target)
+    if len(after) != len(before):
+        raise NotEditable("span_count", f"{len(after)} passages came back, expected {len(before)}")
+    if odd := next((mark for span in after for mark in STRUCTURE if mark in span), None):
+        raise NotEditable("marks_in_span", f"{odd} stands in a passage; expected plain words")
+    if any(LETTER.search(span) for span in after):
+        raise NotEditable("letter_in_span", "a letter of an option stands in it")
+    if after == before:
+        raise NotEditable("unchanged", "nothing was changed")
+    there, left = count(before, slot), count(after, slot)
+    if left["gold"] > there["target"] or left["target"] < there["gold"]:
+        raise NotEditable("residual_gold", f"{slot.old!r} is mentioned {left['gold']} times where at most {there['target']} "
+                          f"were expected, {slot.new!r} {left['target']} times where {there['gold']} were expected")
+    return {"kind": slot.kind, "from": slot.old, "to": slot.new, "target": target, "n_replaced": there["gold"],
+            "n_exchanged": there["target"], "residual_gold": 0, "word_distance": distance(before, after),
+            "n_other": distance([mask(span, slot) for span in before], [mask(span, slot) for span in after]),
+            "before": before, "after": after}
+
+
+def mask(span: str, slot: Slot) -> str:
+    """Return a span in which both sides of a slot read the same."""
+    if slot.kind == "polarity":
+        return VERB.sub(r"\1", span.lower())
+    return replace_values(span.lower(), {slot.old: SOMETHING, slot.new: SOMETHING})[0]
+
+
+def distance(before: Sequence[str], after: Sequence[str]) -> int:
+    """Return the summed word distance of spans in pairs."""
+    return sum(word_distance(one, other) for one, other in zip(before, after, strict=True))
+
+
+def word_distance(one: str, other: str) -> int:
+    """Return the Levenshtein distance over words: the fewest insertions, deletions and replacements of words."""
+    words = other.split()
+    row = list(range(len(words) + 1))
+    for i, word in enumerate(one.split(), 1):
+        above, row = row, [i]
+        for j, new in enumerate(words, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != new)))
+    return row[-1]

@@ -1,0 +1,158 @@
+"""The words by which two options differ, and where in a text an edit may exchange them. No torch here.
+
+`slots` finds them in the options themselves, or else in TABLES; `swap` exchanges them: a value anywhere, a side only in
+clauses about the question, yes and no by turning round the statement that the question asks about.
+"""
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from utils.values import NUMBERS, article_for, exchange, replace_values
+
+NOT_EDITABLE = ("no_span", "unresolved", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",  # any
+                "marks_in_span", "span_count", "unchanged",  # of an edit that came from a model
+                "no_irrelevant_word", "value_changed", "no_donor",  # of a rung of utils.ladder
+                "cut_off", "bad_json", "bad_schema", "backend_error")  # of an LLM that did not answer (utils.calls)
+NO_SLOT = set("an the yes no true false is are not it in on at of to and or with".split())  # say nothing in another text
+
+# Tables for options that share no wording: where each option holds just one word of a table, these two are the slot.
+TABLES = {
+    "color": "red orange yellow green blue purple pink brown black white gray grey silver gold golden beige".split(),
+    "material": ("wood wooden metal plastic glass rubber leather cotton wool paper stone brick concrete ceramic steel fabric "
+                 "kevlar").split(),
+    "side": ["left", "right", "above", "below", "top", "bottom", "behind", "in front of", "inside", "outside", "over", "under"],
+    "number": [*NUMBERS, *map(str, range(100))]}
+YES, NO = ("yes", "true"), ("no", "false")
+VERB = re.compile(r"\b(is|are|was|were|does|do|did|has|have|had)(\s+not?\b|n['’]t\b)?", re.IGNORECASE)
+JOIN = r"\s+(?:and|but|while|whereas|which|where|because|so)\b"
+CLAUSE = re.compile(rf"[.!?;:,\n]+(?:{JOIN})?|{JOIN}", re.IGNORECASE)
+PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?(?:it|its|he|she|his|her|they|their|which)\b",
+                     re.IGNORECASE)
+NOT_REFERENT = set("""what which where who whose how many much kind type side sides relative position image picture photo
+    color colour material shape number there does have has the and are was were can you see from with that this any not
+    one left right above below top bottom behind front inside outside over under near next""".split())
+
+
+class NotEditable(ValueError):
+    """An imagination that cannot be edited; the message is one of NOT_EDITABLE, `detail` says it in words."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
+
+
+class Slot(NamedTuple):
+    """What an edit exchanges: `old` for `new`. `kind` is "value" (anywhere in the text), "side" (only in clauses that
+    name one of `referents`, lower-case words of the question) or "polarity" (only in clauses that name them all)."""
+
+    kind: str
+    old: str
+    new: str
+    referents: frozenset[str] = frozenset()
+
+
+# ------------------------------------------------------------------------------------ from the options to a slot
+def slots(item: dict, target: str) -> list[Slot]:
+    """Return what could make option `target` of the right one, best first; NotEditable("no_slot_value") for nothing.
+
+    First what the two options do not share, then the words of one table that they hold. Yes against no turns a statement
+    round, and needs a question that says which.
+    """
+    options, gold = dict(map(tuple, item["options"])), item["answer"]["value"]
+    referents = frozenset(stems(item.get("question", "")))
+    answers = [re.sub(r"\W", "", strip_label(options[letter])).lower() for letter in (gold, target)]
+    if referents and (answers[0] in YES and answers[1] in NO or answers[0] in NO and answers[1] in YES):
+        return [Slot("polarity", *("yes" if answer in YES else "no" for answer in answers), referents)]
+    found = []
+    for find_pair in (slot_values, table_values):
+        try:
+            pair = find_pair(options[gold], options[target])
+        except NotEditable:
+            continue
+        side = any(value.lower() in TABLES["side"] for value in pair)
+        new = Slot("side", *pair, referents.difference(*map(stems, pair))) if side else Slot("value", *pair)
+        if new not in found:
+            found.append(new)
+    if not found:
+        raise NotEditable("no_slot_value", f"options {options[gold]!r} and {options[target]!r}")
+    return found
+
+
+def strip_label(option: str) -> str:
+    return re.sub(r"^\(?[A-H][).:]\s+", "", option)
+
+
+def stems(text: str) -> list[str]:
+    """Return the words of a text that can name a thing, lower-case and without a plural -s."""
+    words = [re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[a-z]{3,}", re.sub(r"['’]s\b", "", text.lower()))]
+    return [word for word in words if word not in NOT_REFERENT]
+
+
+def slot_values(gold: str, target: str) -> tuple[str, str]:
+    """Return the words by which two options differ: what is left without label, common beginning and common end."""
+    pair = [strip_label(text).split() for text in (gold, target)]
+    same = [[word.strip(".,;:!?\"'").lower() for word in words] for words in pair]
+    n = min(map(len, pair))
+    first = next((i for i in range(n) if same[0][i] != same[1][i]), n)
+    last = next((i for i in range(n - first) if same[0][-1 - i] != same[1][-1 - i]), n - first)
+    values = [" ".join(words[first:len(words) - last]).strip(".,;:!?\"'") for words in pair]
+    values = [re.sub(r"^(?:an?|the)\s+", "", value, flags=re.IGNORECASE) for value in values]
+    if not all(values) or values[0].lower() == values[1].lower() or NO_SLOT & {value.lower() for value in values}:
+        raise NotEditable("no_slot_value")
+    return values[0], values[1]
+
+
+def table_values(gold: str, target: str) -> tuple[str, str]:
+    """Return the words of the first of TABLES that has just one word in each option, and not the same in both."""
+    for words in TABLES.values():
+        pair = [set(replace_values(text, {word: word for word in words})[1]) for text in (gold, target)]
+        if len(pair[0]) == len(pair[1]) == 1 and pair[0] != pair[1]:
+            return pair[0].pop(), pair[1].pop()
+    raise NotEditable("no_slot_value")
+
+
+# ------------------------------------------------------------------------------------ a slot in a text
+def clauses(text: str) -> list[tuple[str, set[str]]]:
+    """Return the clauses of a text, which join to it again, each with the things it names (utils.values.stems).
+
+    A clause that begins with a pronoun also names what the clause before it names.
+    """
+    cuts = [0, *(match.start() for match in CLAUSE.finditer(text)), len(text)]
+    parts, named = [], set()
+    for start, end in zip(cuts, cuts[1:]):
+        part = text[start:end]
+        named = set(stems(part)) | (named if PRONOUN.match(part) else set())
+        parts.append((part, named))
+    return parts
+
+
+def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter]:
+    """Exchange the sides of a slot where its kind allows, or put `filler` for the old one; count "gold" and "target"."""
+    def put(part: str) -> tuple[str, Counter]:
+        if slot.kind == "polarity":
+            return turn_round(part, slot.old)
+        if filler is None:
+            return exchange(part, slot.old, slot.new)
+        part, found = replace_values(part, {slot.old: filler})
+        return part, Counter(gold=found[slot.old])
+
+    if slot.kind == "value" or not slot.referents:
+        return put(text)
+    parts, total = [], Counter()
+    for part, named in clauses(text):
+        if slot.referents <= named or slot.kind == "side" and slot.referents & named:
+            part, found = put(part)
+            total += found
+        parts.append(part)
+    return "".join(parts), total
+
+
+def turn_round(clause: str, gold: str) -> tuple[str, Counter]:
+    """Negate the first verb of a clause, or take its negation away; it counts as gold if it said what `gold` says."""
+    match = VERB.search(clause)
+    if not match:
+        return clause, Counter()
+    says, new, rest = ("no", "", clause[match.end():]) if match[2] else ("yes", " not", clause[match.end():])
+    if (match[2] or "").strip().lower() == "no" and match[1].lower() in ("is", "was", "has"):
+        new = f" {article_for(rest.strip())}"  # "there is no dog" -> "there is a dog"
+    return clause[:match.end(1)] + new + rest, Counter(["gold" if says == gold else "target"])
