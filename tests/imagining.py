@@ -26,9 +26,13 @@ def write_items(folder, n=16, seed=0):
     for i in range(n):
         color, options = NAMES[i % 4], rng.sample(NAMES, 4)
         make_picture(color, i % 2).save(folder / f"{i}.png")
+        other = NAMES[(i + 1) % 4]
+        make_picture(other, i % 2).save(folder / f"{i}_edit.png")
         items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color", "question": QUESTION,
                       "options": [list(pair) for pair in zip("ABCD", options)], "metric": "mcq",
-                      "answer": {"type": "letter", "value": "ABCD"[options.index(color)]}, "images": [{"path": f"{i}.png"}]})
+                      "answer": {"type": "letter", "value": "ABCD"[options.index(color)]}, "images": [{"path": f"{i}.png"}],
+                      "counterfactual": {"images": [{"path": f"{i}_edit.png"}],
+                                         "answer": {"type": "letter", "value": "ABCD"[options.index(other)]}}})
     path = folder / "items.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path, items

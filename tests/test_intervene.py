@@ -12,8 +12,10 @@ import torch
 
 import intervene
 from imagining import make_latent_checkpoint, make_text_checkpoint, write_items
-from utils.decode import PRESETS
-from utils.edits import NotEditable, direct, find_spans, slot_values
+from utils.conditions import CONDITIONS, Case
+from utils.decode import PRESETS, Generation
+from utils.edits import direct, find_spans
+from utils.slots import NotEditable, slot_values
 from utils.rows import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -115,20 +117,16 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
 
 
 # ------------------------------------------------------------------------------------------- conditions and verdicts
+def case(name):
+    return Case({"id": name}, Generation(), MIRAGE, torch.zeros(8), 1, seed=0)
+
+
 def test_noise_depends_on_seed_item_segment_and_step_alone():
     z = torch.ones(8)
-    one, again, other = (intervene.make_arm("noise", name, None, 1.0, 0).feed for name in "aab")
+    one, again, other = (CONDITIONS["norm_noise"].make(case(name), None).feed for name in "aab")
     assert torch.equal(one(z, 0, 2), again(z, 0, 2))
     assert not any(torch.equal(one(z, 0, 2), odd) for odd in (one(z, 0, 3), one(z, 1, 2), other(z, 0, 2)))
     assert one(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize("ci90, ci95, verdict", [
-    ((-0.02, 0.03), (-0.03, 0.04), "equivalent"), ((0.01, 0.03), (0.005, 0.04), "small effect inside the margin"),
-    ((-0.3, -0.1), (-0.32, -0.08), "effect"), ((-0.1, 0.02), (-0.12, 0.04), "inconclusive"),
-    ((-0.05, 0.01), (-0.06, 0.02), "inconclusive")])  # on the margin is not inside
-def test_verdicts(ci90, ci95, verdict):
-    assert intervene.give_verdict(ci90, ci95, 0.05) == verdict
 
 
 # ------------------------------------------------------------------------------------------- the rule editor

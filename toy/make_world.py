@@ -91,8 +91,18 @@ def probe_item(name: str, source: str, question: Question) -> dict:
     return {"id": name, "source": source, **{key: row[key] for key in ("question", "options", "answer")}}
 
 
+def draw_counterfactual(folder: Path, image: str, scene: list[Thing], question: Question) -> dict:
+    """Draw the scene with one thing changed so that a wrong option becomes right; return its images and answer."""
+    letter, value = random.Random(f"{image}/edit").choice(
+        [pair for pair in zip("ABCD", question.options) if pair[1] != question.answer])
+    changed = replace(question.thing, **{question.attribute: value})
+    draw_scene([changed if thing == question.thing else thing for thing in scene]).save(folder / image)
+    return {"images": [{"path": image}], "answer": {"type": "letter", "value": letter}}
+
+
 def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
-    """Write three items a held-out scene, and for each a question about another attribute of the same thing."""
+    """Write three items a held-out scene, and for each an answer-changing edit of the picture and a question about another
+    attribute of the same thing."""
     (folder / "bench").mkdir(parents=True, exist_ok=True)
     items, probes = [], []
     for n in range(n_scenes):
@@ -103,6 +113,7 @@ def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
         for k, operation in enumerate(("zoom", "zoom", "draw")):
             question = ask(rng, scene, operation)
             items.append(item(f"toy/{n}/{k}", f"toy/{n}", question, image))
+            items[-1]["counterfactual"] = draw_counterfactual(folder, f"bench/{n}_{k}_edit.png", scene, question)
             rest = tuple(name for name in ATTRIBUTES[operation] if name != question.attribute)
             probes.append(probe_item(f"probe/{n}/{k}", f"toy/{n}/{k}", ask_about(rng, scene, question.thing, operation, rest)))
     write_rows(folder / "bench.jsonl", items)

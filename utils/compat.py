@@ -90,7 +90,8 @@ def mme_realworld(output: str, options: dict[str, str] | None = None, repaired: 
 
 # ------------------------------------------------------------------------------------------------ TableVQABench
 CLOSE = 1e-6  # between two numbers that are the same
-QUOTES = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'), **dict.fromkeys("‐‑‒–—−", "-")})
+QUOTES = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'),
+                        **dict.fromkeys("‐‑‒–—−", "-")})
 # At the start, brackets are a citation only if they hold digits. The two cases exclude each other, which keeps the search
 # from trying every split of a long row of brackets; what it matches is the same.
 CITATIONS = re.compile(r"(?:(?<!^)\[[^\]]*\]|^\[\d+\]|[•♦†‡*#+])*$")

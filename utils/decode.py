@@ -88,7 +88,8 @@ def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
 
 
 @torch.no_grad()
-def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None, prompt_latents: list[torch.Tensor] | None = None) -> State:
+def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
+            prompt_latents: list[torch.Tensor] | None = None) -> State:
     """Read a left-padded batch from `utils.qwen.encode`. `prompt_latents`: see `embed_prompt`."""
     if prompt_latents is None:
         images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
@@ -96,7 +97,8 @@ def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None, prompt_lat
     else:
         pad_id = latent_ids(qwen.tokenizer, spec)[1] if spec else None
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
-    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"], use_cache=True)
+    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"],
+                           use_cache=True)
     return State(out.past_key_values, out.last_hidden_state[:, -1], inputs["attention_mask"], inputs["position_ids"][..., -1:],
                  inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
 
@@ -109,9 +111,11 @@ def extend_all(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch
     """
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
     if len(blocks) != len(state.mask) or not lengths.all():
-        raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids each")
+        raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids "
+                         "each")
     width = int(lengths.max())
-    ids = torch.tensor([block + [qwen.tokenizer.pad_token_id] * (width - len(block)) for block in blocks], device=lengths.device)
+    fill = qwen.tokenizer.pad_token_id
+    ids = torch.tensor([block + [fill] * (width - len(block)) for block in blocks], device=lengths.device)
     steps = torch.arange(width, device=lengths.device)
     mask = torch.cat([state.mask, (steps < lengths[:, None]).to(state.mask)], dim=1)
     out = qwen.model.model(input_ids=ids, attention_mask=mask, position_ids=state.positions + 1 + steps,

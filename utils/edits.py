@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from utils.slots import VERB, NotEditable, Slot, slot_values, slots, swap  # slot_values: for who looks for it here
+from utils.slots import VERB, NotEditable, Slot, slots, swap
 from utils.values import SOMETHING, replace_values
 
 OPEN, CLOSE = "<think_image>", "</think_image>"

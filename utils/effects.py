@@ -125,7 +125,8 @@ def lifts(emitters: list[dict], records: dict[str, dict[str, dict]], readout: st
     """Return, for each site, how much a counterfactual donor's latents draw the answer to the donor's, minus what an unrelated
     donor's do; None where the swaps were not run."""
     result = {}
-    for site, names in (("fed", ("swap_counterfactual", "swap_random")), ("slot", ("slot_swap_counterfactual", "slot_swap_random"))):
+    for site, names in (("fed", ("swap_counterfactual", "swap_random")),
+                        ("slot", ("slot_swap_counterfactual", "slot_swap_random"))):
         whole = [item for item in emitters if all(
             name in records[item["id"]] and has(records[item["id"]][name], readout) and records[item["id"]][name].get("donor")
             for name in names) and has(records[item["id"]]["clean"], readout)]
@@ -167,5 +168,6 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], names: lis
             "segments": len(segments), "closed_by": dict(Counter(s["closed_by"] for s in segments)),
             "conditions": conditions,
             "mediation": {site: {readout: mediation(site, emitters, records, readout, rho) for readout in ("r0", "r2")}
-                          for site in WORLDS if any(name in names for name in WORLDS[site])} if enough else {},
+                          for site in (("text",) if "text" in sites.values() else ("fed", "slot"))
+                          if set(WORLDS[site]) <= set(names)} if enough else {},
             "donor_lift": {readout: lifts(emitters, records, readout) for readout in ("r0", "r2")} if enough else {}}

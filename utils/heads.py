@@ -1,4 +1,4 @@
-"""The optional head of LVR checkpoints, through which latents pass before they are fed (LVR repository, src/model/lvr_heads.py).
+"""The optional head of LVR checkpoints, through which latents pass before they are fed (its src/model/lvr_heads.py).
 
 It is applied to what a latent step puts out, so that the first latent of a segment has not passed through it; the logits
 after a latent step are taken from the same state, as in that repository's decoding by steps.

@@ -118,7 +118,8 @@ class LatentBatch:
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
         """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1."""
-        having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= end.mask.shape[1] - begun.mask.shape[1]]
+        n_read = end.mask.shape[1] - begun.mask.shape[1]
+        having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
         found = [None] * len(rows)
         if not having:
             return found
@@ -148,7 +149,8 @@ class LatentBatch:
             if place in self.worlds(kind):
                 donors[kind] = self.worlds(kind)[place]
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
-        return Case(self.items[place], self.clean[place][0], self.spec, pad, self.start_id, self.asking.seed, self.known, donors)
+        return Case(self.items[place], self.clean[place][0], self.spec, pad, self.start_id, self.asking.seed, self.known,
+                    donors)
 
     def worlds(self, kind: str) -> dict[int, Generation]:
         """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
@@ -187,7 +189,8 @@ class LatentBatch:
         item, clean, tokenizer = self.items[place], self.clean[place][0], self.qwen.tokenizer
         places = [j for s in row.segments for j in range(s.start, s.start + s.size)]
         raw, fed = row.states[places].float(), row.fed.float()
-        record = {"emitted": bool(places), "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by} for s in row.segments],
+        record = {"emitted": bool(places),
+                  "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by} for s in row.segments],
                   "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if places else None,
                   "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if places else None,
                   **answer_fields(item, clean_text(tokenizer, row.ids, self.spec),
@@ -195,7 +198,8 @@ class LatentBatch:
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
         if one is not None:
             both = min(len(row.slots), len(clean.slots))
-            mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1) for slots in (row.slots, clean.slots))
+            mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1)
+                         for slots in (row.slots, clean.slots))
             first = first_difference(clean.ids, row.ids)
             record |= {"first_diff": first, "changed": first is not None, "reach": float((mine - its).abs().max())}
             for kind in one.needs:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.conditions import NotPossible, condition_prompt
 from utils.decode import State, decode, extend, prefill
-from utils.edits import OPEN, conclusion, find_spans
+from utils.edits import conclusion, find_spans, put_spans
 from utils.ladder import LADDER, Context, passages, until_last_span
 from utils.latent_arm import Asking, other_prompt, pick_donor
 from utils.qwen import Qwen, encode
@@ -23,7 +23,8 @@ from utils.slots import NotEditable
 BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed", "own", False),
           "swap_blank": ("swap_blank", "own", True), "blank_x": ("sham", "blank", True), "blank": ("swap_blank", "blank", True),
           "x_blank": (None, "blank", True), "x_counterfactual": (None, "counterfactual", True),
-          "x_image": (None, "other_image", True), "x_question": (None, "other_question", True), "x_region": (None, "masked", True)}
+          "x_image": (None, "other_image", True), "x_question": (None, "other_question", True),
+          "x_region": (None, "masked", True)}
 TEXT_CONDITIONS = {**{name: (name, "own", True) for name in LADDER}, **BESIDE}
 TEXT_PRESETS = {"paper": ["sham", "directed"], "full": [name for name in TEXT_CONDITIONS if name != "x_region"]}
 CONTROL = "sham"  # changes nothing but the tokens
@@ -61,16 +62,22 @@ class TextBatch:
         """Return what each item imagines under a blank image, its own words before the first imagination said first."""
         if self.blank_spans is None:
             places = [i for i in range(len(self.items)) if self.spans[i] and self.by == "marks"]
-            heads = [self.texts[i][:self.spans[i][0][0]] for i in places]
+            heads = [self.head(i) for i in places]
             self.blank_spans = {}
             for first in range(0, len(places), self.asking.rows):
                 its = places[first:first + self.asking.rows]
-                state = extend(self.qwen, self.prompts("blank")[0].take(its), [
-                    self.ids(head) for head in heads[first:first + self.asking.rows]])
-                for i, row in zip(its, decode(self.qwen, state, self.asking.max_new_tokens)[0]):
-                    text = OPEN + self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
+                mine = heads[first:first + self.asking.rows]
+                state = extend(self.qwen, self.prompts("blank")[0].take(its), mine)
+                for i, head, row in zip(its, mine, decode(self.qwen, state, self.asking.max_new_tokens)[0]):
+                    text = self.qwen.tokenizer.decode(head + row.ids, skip_special_tokens=True)
                     self.blank_spans[i] = passages(text, find_spans(text))
         return self.blank_spans
+
+    def head(self, place: int) -> list[int]:
+        """Return the clean ids up to the first imagination: no further than its mark, as a token may reach over that."""
+        ids, start = self.clean[place].ids, self.spans[place][0][0]
+        return ids[:max(n for n in range(1, len(ids) + 1)
+                        if n == 1 or len(self.qwen.tokenizer.decode(ids[:n], skip_special_tokens=True)) <= start)]
 
     def ids(self, text: str) -> list[int]:
         return self.qwen.tokenizer(text, add_special_tokens=False).input_ids
@@ -80,12 +87,15 @@ class TextBatch:
         item, text, spans = self.items[place], self.texts[place], self.spans[place]
         if not spans:
             raise NotEditable("no_span", "no imagination in the reply")
-        if rung == "swap_blank":
-            donor, rung = self.blank_donors().get(place), "foreign"
-        else:
-            j = pick_donor("random", place, self.items, [i for i, its in enumerate(self.spans) if its])
-            donor = None if j is None else passages(self.texts[j], self.spans[j])
-        return LADDER[rung](until_last_span(text, spans), spans, item, Context(self.target(item), donor, seed=self.asking.seed))
+        text = until_last_span(text, spans)
+        if rung == "swap_blank":  # also where it is the item's own: a world of the mediation, not an edit
+            donor = self.blank_donors().get(place, [])
+            if len(donor) < len(spans):
+                raise NotEditable("no_donor", f"{len(donor)} imaginations under a blank image, expected {len(spans)}")
+            return put_spans(text, spans, donor[:len(spans)]), {"before": passages(text, spans), "after": donor[:len(spans)]}
+        j = pick_donor("random", place, self.items, [i for i, its in enumerate(self.spans) if its])
+        donor = None if j is None else passages(self.texts[j], self.spans[j])
+        return LADDER[rung](text, spans, item, Context(self.target(item), donor, seed=self.asking.seed))
 
     def records(self, names: list[str]) -> list[dict[str, dict]]:
         result = [{"clean": self.describe_clean(i)} for i in range(len(self.items))]
@@ -105,7 +115,8 @@ class TextBatch:
             for name, i, record in self.continued(kind, its):
                 result[i][name] = record
         own = [i for i in range(len(self.items)) if self.spans[i]]
-        shams = self.continued("own", [("sham", i, until_last_span(self.texts[i], self.spans[i]), None, True) for i in own], True)
+        heads = [("sham", i, until_last_span(self.texts[i], self.spans[i]), None, True) for i in own]
+        shams = self.continued("own", heads, scores_only=True)
         for _, i, record in shams:
             result[i]["clean"] |= {"r0": record["r0"], "r1": record["r1"]}
         return result
