@@ -1,4 +1,5 @@
 """Interventions on models whose truth is known by training.    pytest tests/test_intervene.py"""
+import csv
 import json
 import os
 import signal
@@ -40,10 +41,13 @@ def latent_model(request, tiny_checkpoint, tmp_path_factory):
     return make_latent_checkpoint(tiny_checkpoint, folder, MIRAGE, follows=request.param), request.param
 
 
+def flags(items, model, output):
+    return ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40", "--min_emitters",
+            "8", "--calibration", "8", "--options", "text", "--stem", " It is \\boxed{"]
+
+
 def run(items, model, output, *more):
-    arguments = ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
-                 "--min_emitters", "8", "--calibration", "8", *more]
-    assert intervene.main(arguments) == 0
+    assert intervene.main([*flags(items, model, output), *more]) == 0
     metrics = json.loads(Path(f"{output}.metrics.json").read_text())
     return metrics, [json.loads(line) for line in Path(output).read_text().splitlines()]
 
@@ -54,13 +58,18 @@ def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, i
     directed, sham = metrics["conditions"]["directed"], metrics["conditions"]["sham"]["effect"]
     assert metrics["emission"]["share"] == 1 and metrics["acc_clean_all"]["share"] > 0.9
     assert sham["same_answer"] == 1 and sham["b"] == sham["c"] == 0
+    assert metrics["conditions"]["sham"]["r0"]["verdict"] == "equivalent"
     assert directed["coverage"]["share"] > 0.9
     if follows:
         assert directed["follow"]["share"] > 0.9 and directed["effect"]["acc_int"] < 0.1
         assert directed["effect"]["verdict"] == "effect"
     else:
         assert directed["follow"]["share"] < 0.1 and directed["resist"]["share"] > 0.9
-    assert len(records) == 40 * 3 and (tmp_path / "r.jsonl.png").stat().st_size > 10_000
+    assert len(records) == 40 * 3
+    assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("accuracy", "effects"))
+    with open(tmp_path / "r.jsonl.effects.csv", newline="") as file:
+        shown = [row for row in csv.DictReader(file) if row["condition"] == "directed" and row["readout"] == "R2"]
+    assert float(shown[0]["change"]) == pytest.approx(directed["effect"]["delta"])
     for record in records:
         if record["condition"] == "directed" and record["edit"]:
             assert record["edit"]["before"] != record["edit"]["after"]
@@ -75,11 +84,12 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
     assert effects["identity"]["acc_clean"] > 0.9
     if follows:
         assert effects["tau"]["acc_int"] < 0.5 and effects["tau"]["verdict"] == "effect"
-        assert effects["noise"]["acc_int"] < 0.7
+        assert effects["norm_noise"]["acc_int"] < 0.7
     else:
         assert all(effect["b"] == effect["c"] == 0 for effect in effects.values())
     for record in records:
-        assert record["site"] == "fed" and 1 <= record["n_fed"] <= 4  # an edit may bring the end marker forward
+        assert record["site"] == (None if record["condition"] == "clean" else "fed")
+        assert 1 <= record["n_fed"] <= 4  # an edit may bring the end marker forward
         assert (record["rel_change"] > 0) == (record["condition"] not in ("clean", "identity"))
 
 
@@ -96,8 +106,7 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_chec
 def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path):
     model, follows = latent_model
     output = tmp_path / "cut.jsonl"
-    arguments = ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
-                 "--min_emitters", "8", "--calibration", "8", "--latent", "mirage", "--batch_size", "4"]
+    arguments = [*flags(items, model, output), "--latent", "mirage", "--batch_size", "4"]
     journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
 
     def start(words):  # one thread each: the last bits depend on their number
@@ -114,6 +123,80 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     keys = [(r["id"], r["condition"]) for r in map(json.loads, output.read_text().splitlines())]
     assert len(keys) == len(set(keys)) == 32 * 6
+
+
+# ------------------------------------------------------------------------------------------- three sites, one reading
+MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x", "slot_swap_random",
+        "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent", "cut_image_after", "cut_both", "markers_only",
+        "x_counterfactual"]
+
+
+@pytest.fixture(scope="module")
+def many(latent_model, items, tmp_path_factory):
+    model, follows = latent_model
+    folder = tmp_path_factory.mktemp("many")
+    return follows, model, *run(items, model, folder / "r.jsonl", "--latent", "mirage", "--dtype", "float32", "--conditions", *MANY)
+
+
+def test_sites_tell_who_uses_latents(many):
+    """The model that follows its latents gives the donor's answer from either site and needs no image after them; the one that
+    looks again does neither."""
+    follows, _, metrics, records = many
+    by = {(record["id"], record["condition"]): record for record in records}
+    effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
+    donors = [record for record in records if record["condition"] in ("swap_counterfactual", "slot_swap_counterfactual")]
+    share = sum(record["pred"] == record["donor"]["gold"] for record in donors) / len(donors)
+    assert len(donors) == 64 and (share > 0.9 if follows else share < 0.1)
+    assert (effects["cut_latent"]["acc_int"] < 0.6) == follows and (effects["cut_image_after"]["acc_int"] > 0.9) == follows
+    # the positive controls move the score of either; the question's own tokens have seen the image, and so keep some of it
+    assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0 and effects["x_counterfactual"]["acc_int"] < 0.1
+    lift = metrics["donor_lift"]["r0"]["fed"]["difference"]["mean"]
+    assert (lift > 0.5) == follows
+    for site in ("fed", "slot"):
+        found = metrics["mediation"][site]["r0"]
+        value = found["proportion_mediated"]["value"]
+        assert value > 0.9 if follows else abs(value) < 0.2
+        assert found["TE"]["mean"] == pytest.approx(found["NIE"]["mean"] + found["NDE"]["mean"])
+    for item in {record["id"] for record in records}:
+        clean, replay = by[item, "clean"], by[item, "replay"]
+        assert replay["changed"] is False and replay["r0"]["nll"] == pytest.approx(clean["r0"]["nll"], abs=1e-4)
+        assert by[item, "markers_only"]["n_fed"] == 0 and by[item, "slot_swap_random"]["rel_change"] == 0
+        assert by[item, "slot_swap_random"]["reach"] > 0
+
+
+def test_conditions_together_equal_each_alone(many, items, tmp_path):
+    """One reading of the prompt for all conditions gives what separate runs give: the same words, scores to rounding."""
+    _, model, _, together = many
+    for name in ("swap_counterfactual", "slot_swap_blank", "cut_both"):
+        _, alone = run(items, model, tmp_path / f"{name}.jsonl", "--latent", "mirage", "--dtype", "float32", "--conditions", name)
+        for one in alone:
+            other = next(r for r in together if (r["id"], r["condition"]) == (one["id"], one["condition"]))
+            assert one["text"] == other["text"] and one["segments"] == other["segments"]
+            assert one["r0"]["nll"] == pytest.approx(other["r0"]["nll"], abs=1e-4)
+
+
+def test_image_off_and_worlds_of_the_text_arm(text_model, items, tmp_path):
+    model, follows = text_model
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "sham", "directed", "swap_blank", "blank_x", "blank",
+                           "image_off", "x_counterfactual")
+    effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
+    assert (effects["image_off"]["acc_int"] > 0.9) == follows
+    found = metrics["mediation"]["text"]["r0"]
+    assert (found["proportion_mediated"]["value"] > 0.9) == follows
+    assert all(record["r0"] and record["r1"] for record in records if record["condition"] in ("clean", "sham", "blank_x"))
+
+
+@pytest.mark.parametrize("condition, change, match", [
+    ("identity", {"first_diff": 3}, "identity changed id 3"), ("tau", {"first_diff": 1}, "before the latents"),
+    ("tau", {"rel_change": 0.0}, "fed the clean latents"), ("tau", {"reach": 0.0}, "left every layer's input")])
+def test_guards_name_the_item_and_the_fault(condition, change, match):
+    clean = {"segments": [{"start": 2, "k": 4, "closed_by": "limit"}]}
+    sound = {"first_diff": None, "rel_change": 0.5, "n_fed": 4, "reach": 0.1}
+    intervene.check_guards("item/1", condition, clean, sound, exact=True)
+    with pytest.raises(DataError, match=f"item/1.*{match}"):
+        intervene.check_guards("item/1", condition, clean, sound | change, exact=True)
+    with pytest.raises(DataError, match="no latents in the clean run"):
+        intervene.check_guards("item/1", condition, {"segments": []}, sound | {"first_diff": 4}, exact=False)
 
 
 # ------------------------------------------------------------------------------------------- conditions and verdicts
