@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,8 +39,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from utils.calls import Caller
 from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition
 from utils.decode import PRESETS, LatentSpec, decode, prefill
+from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
 from utils.effects import group_of, summarize
 from utils.images import ImageError
@@ -50,15 +53,16 @@ from utils.latent_arm import Asking, LatentBatch
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
 from utils.qwen import Qwen, encode, load, load_processors
 from utils.readouts import STEM
-from utils.rows import (DataError, call_key, cli, log, rank_world, sha256_file, write_json,
+from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, sha256_file, write_json,
                         write_meta, write_rows)
+from utils.server import HttpBackend
 from utils.text_arm import CONTROL, TEXT_CONDITIONS, TEXT_PRESETS, TextBatch
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
 # may change between restarts: what only the summary uses, and conditions, which may be added
 FREE_SETTINGS = ("task", "items", "output", "image_root", "conditions", "margin", "margin_nll", "rho", "min_emitters", "fresh",
-                 "dry_run")
+                 "dry_run", "editor_url", "api_key_file")
 
 
 # ------------------------------------------------------------------------------------ decoding, with a journal
@@ -72,6 +76,7 @@ class Run:
     asking: Asking
     args: argparse.Namespace
     known: Known | None = None
+    editor: Caller | None = None
 
     def get(self, item: dict, condition: str) -> dict | None:
         """Return the record of an item's decoding, if it was made; a failed clean one stands for all conditions."""
@@ -104,7 +109,7 @@ def run_batch(run: Run, batch: list[dict]) -> None:
     if run.spec:
         arms = LatentBatch(run.qwen, run.spec, run.known, run.asking, items, images, edits)
     else:
-        arms = TextBatch(run.qwen, run.asking, items, images, edits, run.args.spans)
+        arms = TextBatch(run.qwen, run.asking, items, images, edits, run.args.spans, run.editor)
     for item, records in zip(items, arms.records(run.args.conditions)):
         for name in names:
             if run.spec and name != "clean" and "reason" not in records[name]:
@@ -248,6 +253,15 @@ def open_journal(args: argparse.Namespace) -> Journal:
     return Journal(folder, {**settings, "items": sha256_file(args.items)})
 
 
+def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
+    """Return what directed_llm asks its edits of, with a journal of their own; None where it is not among the conditions."""
+    if "directed_llm" not in args.conditions:
+        return None
+    # no image is sent: the editor reads text alone
+    backend = HttpBackend(args.editor_model, args.editor_url, 1, api_key=read_api_key(args.api_key_file))
+    return make_caller(backend, stack.enter_context(Journal(Path(f"{args.output}.run"), name="edits")))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", choices=("run", "selftest"), default="run", help="selftest needs no other flag")
@@ -275,6 +289,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a decoding, latent steps included")
     parser.add_argument("--batch_size", type=int, default=8, help="items a batch; donors come from it")
     parser.add_argument("--rows", type=int, default=64, help="rows decoded side by side: items times conditions")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else all conditions on an item meet "
+                        "the same random numbers (--seed); run several seeds")
+    parser.add_argument("--editor_model", default=None, help="model of directed_llm, as its server names it")
+    parser.add_argument("--editor_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="OpenAI-compatible servers")
+    parser.add_argument("--api_key_file", default=None, help="file with their key (default: the environment's OPENAI_API_KEY)")
     parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
     parser.add_argument("--min_pixels", type=int, default=None, help="area to which an image is enlarged")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -303,6 +322,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
                 find_condition(name)
             except ValueError as error:
                 parser.error(f"--conditions {error}")
+    if "directed_llm" in args.conditions and not args.editor_model:
+        parser.error("--conditions directed_llm needs --editor_model")
     if not 0 < args.margin < 1 or not args.margin_nll > 0 or not 0 < args.rho < 1:
         parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}, --rho {args.rho}: expected shares and nats, "
                      "above 0")
@@ -322,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.task == "selftest":
         return run_selftest()
     calibration, items = split_items(args)
-    asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows)
+    asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
+                    args.temperature)
     if args.dry_run:
         tools = argparse.Namespace(tokenizer=load_processors(args.model)[0])
         log(asking.prompt(tools, items[0], len(items[0]["images"])))
@@ -336,8 +358,9 @@ def main(argv: list[str] | None = None) -> int:
     spec = None
     if args.latent != "off":
         spec = replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
-    with open_journal(args) as journal:
-        run = Run(qwen, spec, journal, asking, args)
+    with ExitStack() as stack:
+        journal = stack.enter_context(open_journal(args))
+        run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))
         if calibration:
             run.known = calibrate(run, calibration)
         batches = batches_of(items, args.batch_size)

@@ -63,12 +63,31 @@ def steps_of(row: Generation) -> list[int]:
     return [step for segment in row.segments for step in range(segment.size)]
 
 
+def likeliest(logits: torch.Tensor, n: int) -> int:
+    return int(logits.argmax())
+
+
+def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
+    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where` and n alone.
+
+    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same noise (common
+    random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
+    """
+    if not temperature:
+        return likeliest
+
+    def pick(logits: torch.Tensor, n: int) -> int:
+        uniform = torch.rand(len(logits), generator=seeded("sample", *where, n)).clamp(1e-20, 1 - 1e-7)
+        return int((logits.float().cpu() / temperature - (-uniform.log()).log()).argmax())
+    return pick
+
+
 @dataclass
 class Case:
     """An item and its clean run, and what conditions may take from elsewhere.
 
     `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
-    pad [hidden]; `start_id` the token that opens a segment.
+    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply.
     """
 
     item: dict
@@ -79,6 +98,7 @@ class Case:
     seed: int
     known: Known | None = None
     donors: dict[str, Generation] = field(default_factory=dict)
+    pick: Callable[[torch.Tensor, int], int] = likeliest
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
         """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
@@ -138,7 +158,11 @@ def condition_prompt(kind: str) -> str:
 
 def gaussian(n: int, *where) -> torch.Tensor:
     """Return n standard normal numbers that depend on `where` alone."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(int(call_key(where=where)[:15], 16)))
+    return torch.randn(n, generator=seeded(*where))
+
+
+def seeded(*where) -> torch.Generator:
+    return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
 
 
 def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
@@ -164,10 +188,10 @@ def last_latent(row: Generation) -> int:
     return max((segment.start + segment.size for segment in row.segments if segment.size), default=0)
 
 
-def echo(clean: Generation, arm: Arm = Arm()) -> Arm:
-    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on freely."""
+def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
+    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on by `pick`."""
     ids = clean.ids[:last_latent(clean)]
-    return replace(arm, choose=lambda logits, n: ids[n] if n < len(ids) else int(logits.argmax()))
+    return replace(arm, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))
 
 
 # ------------------------------------------------------------------------------------ controls
@@ -330,7 +354,7 @@ def swap_counterfactual(case, number):
 @condition("fed", needs=("blank",))
 def swap_blank(case, number):
     """World Y(x, Z(x')): the latents that a blank image brings about."""
-    return echo(case.clean, swap(case, "blank"))
+    return echo(case.clean, case.pick, swap(case, "blank"))
 
 
 @condition("slot")
@@ -353,7 +377,7 @@ def slot_swap_counterfactual(case, number):
 @condition("slot", needs=("blank",))
 def slot_swap_blank(case, number):
     """World Y(x, Z(x')) at the slots."""
-    return echo(case.clean, slot(case.donor("blank")))
+    return echo(case.clean, case.pick, slot(case.donor("blank")))
 
 
 # ------------------------------------------------------------------------------------ edges
@@ -386,7 +410,7 @@ def markers_only(case, number):
 def no_segment(case, number):
     """The start token cannot be said: another policy rather than do(Z), for the words change too."""
     def choose(logits, n):
-        return int(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device), -torch.inf).argmax())
+        return case.pick(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device), -torch.inf), n)
     return Arm(choose=choose)
 
 
@@ -394,19 +418,19 @@ def no_segment(case, number):
 @condition("none", prompt="blank")
 def blank(case, number):
     """World Y(x', Z(x')): a blank image, and the latents that it brings about, after the item's own words."""
-    return echo(case.clean)
+    return echo(case.clean, case.pick)
 
 
 @condition("fed", prompt="blank")
 def blank_x(case, number):
     """World Y(x', Z(x)): a blank image and the item's own latents: are they enough?"""
-    return echo(case.clean, replay(case, None))
+    return echo(case.clean, case.pick, replay(case, None))
 
 
 @condition("slot", prompt="blank")
 def slot_blank_x(case, number):
     """World Y(x', Z(x)) at the slots."""
-    return echo(case.clean, slot(case.clean))
+    return echo(case.clean, case.pick, slot(case.clean))
 
 
 @condition("none", prompt="blank")

@@ -3,12 +3,14 @@
 The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the latents; then
 all conditions of all items decode side by side from copies of the prompts' caches (`State.take`).
 """
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
-from utils.conditions import CONTROLS, Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent
+from utils.conditions import (CONTROLS, Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition,
+                              last_latent, likeliest, sampler)
 from utils.decode import Arm, State, clean_text, decode, prefill, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.items import question_text
@@ -22,7 +24,8 @@ GREY = (127, 127, 127)
 @dataclass(frozen=True)
 class Asking:
     """How items are put to the model, the same in all arms: system prompt, what follows the question, length of a reply, the
-    stem that options are scored behind and what stands in its box ("letter" or "text"), seed, rows decoded at once."""
+    stem that options are scored behind and what stands in its box ("letter" or "text"), seed, rows decoded at once,
+    temperature (0 is greedy)."""
 
     system: str | None
     suffix: str
@@ -31,6 +34,14 @@ class Asking:
     options: str
     seed: int
     rows: int
+    temperature: float = 0.0
+
+    def pick(self, item: dict) -> Callable[[torch.Tensor, int], int]:
+        return sampler(self.temperature, self.seed, item["id"])
+
+    def arm(self, item: dict, arm: Arm = Arm()) -> Arm:
+        """Return the arm, its ids sampled where it does not choose them itself."""
+        return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
 
     def prompt(self, qwen: Qwen, item: dict, n_images: int) -> str:
         return chat(qwen.tokenizer, question_text(item, self.suffix), n_images, self.system)
@@ -111,6 +122,7 @@ class LatentBatch:
         for first in range(0, len(places), self.asking.rows):
             its, their = places[first:first + self.asking.rows], arms[first:first + self.asking.rows]
             begun = state.take([having.index(i) for i in its])
+            their = [self.asking.arm(self.items[i], arm) for i, arm in zip(its, their)]
             rows, end = decode(self.qwen, begun, max_new_tokens or self.asking.max_new_tokens, self.spec, their, capture=True,
                                with_slots=slots)
             done += zip(rows, self.read(begun, end, rows, its) if max_new_tokens is None else [None] * len(rows))
@@ -150,14 +162,15 @@ class LatentBatch:
                 donors[kind] = self.worlds(kind)[place]
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
         return Case(self.items[place], self.clean[place][0], self.spec, pad, self.start_id, self.asking.seed, self.known,
-                    donors)
+                    donors, self.asking.pick(self.items[place]))
 
     def worlds(self, kind: str) -> dict[int, Generation]:
         """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
         if not hasattr(self, f"_{kind}"):
             places = [i for i in self.prompts(kind)[1] if i in self.emitters]
             longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1  # read the last latent too
-            runs = self.decode(kind, places, [echo(self.clean[i][0]) for i in places], True, longest) if places else []
+            arms = [echo(self.clean[i][0], likeliest) for i in places]
+            runs = self.decode(kind, places, arms, True, longest) if places else []
             setattr(self, f"_{kind}", {i: row for i, (row, _) in zip(places, runs)})
         return getattr(self, f"_{kind}")
 

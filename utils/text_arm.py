@@ -1,16 +1,18 @@
 """A batch of items, clean and under every condition on their text imagination, from one reading of each prompt.
 
 A reply is cut after its last imagination, edited by a rung of `utils.ladder`, fed back as the assistant's own beginning and
-continued. Beside the ladder: the image hidden from what follows the imagination (`image_off`, `image_off_directed`, the
-positive control), and the worlds of a mediation, in which the imagination is what a blank image brings about (`swap_blank`)
-or a blank image has the item's own (`blank_x`).
+continued. Beside the ladder: the directed edit made by an LLM (`directed_llm`), the image hidden from what follows the
+imagination (`image_off`, `image_off_directed`, the positive control), and the worlds of a mediation, in which the imagination
+is what a blank image brings about (`swap_blank`) or a blank image has the item's own (`blank_x`).
 """
 import random
 
 from PIL import Image
 
+from utils.calls import Caller
 from utils.conditions import NotPossible, condition_prompt
 from utils.decode import State, decode, extend, prefill
+from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, put_spans
 from utils.ladder import LADDER, Context, passages, until_last_span
 from utils.latent_arm import Asking, other_prompt, pick_donor
@@ -25,8 +27,9 @@ BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed"
           "x_blank": (None, "blank", True), "x_counterfactual": (None, "counterfactual", True),
           "x_image": (None, "other_image", True), "x_question": (None, "other_question", True),
           "x_region": (None, "masked", True)}
-TEXT_CONDITIONS = {**{name: (name, "own", True) for name in LADDER}, **BESIDE}
-TEXT_PRESETS = {"paper": ["sham", "directed"], "full": [name for name in TEXT_CONDITIONS if name != "x_region"]}
+TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_llm")}, **BESIDE}
+TEXT_PRESETS = {"paper": ["sham", "directed"],
+                "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
 CONTROL = "sham"  # changes nothing but the tokens
 
 
@@ -34,15 +37,18 @@ class TextBatch:
     """The runs of one batch; `records()` gives {condition: record} for each item. `spans_by` is "marks" or "cues"."""
 
     def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str):
+                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str, editor: Caller | None = None):
         self.qwen, self.asking, self.items, self.images, self.edits, self.by = qwen, asking, items, images, edits, spans_by
+        self.editor = editor
         self.states: dict[str, tuple[State, list[int]]] = {}
         everyone = list(range(len(items)))
-        rows, _ = decode(qwen, self.prompts("own")[0].take(everyone), asking.max_new_tokens)
+        rows, _ = decode(qwen, self.prompts("own")[0].take(everyone), asking.max_new_tokens,
+                         arms=[asking.arm(item) for item in items])
         self.clean = rows
         self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]  # not stripped: continued
         self.spans = [find_spans(text, spans_by) for text in self.texts]
         self.blank_spans: dict[int, list[str]] | None = None
+        self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
 
     def prompts(self, kind: str) -> tuple[State | None, list[int]]:
         if kind not in self.states:
@@ -68,10 +74,20 @@ class TextBatch:
                 its = places[first:first + self.asking.rows]
                 mine = heads[first:first + self.asking.rows]
                 state = extend(self.qwen, self.prompts("blank")[0].take(its), mine)
-                for i, head, row in zip(its, mine, decode(self.qwen, state, self.asking.max_new_tokens)[0]):
+                arms = [self.asking.arm(self.items[i]) for i in its]
+                for i, head, row in zip(its, mine, decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]):
                     text = self.qwen.tokenizer.decode(head + row.ids, skip_special_tokens=True)
                     self.blank_spans[i] = passages(text, find_spans(text))
         return self.blank_spans
+
+    def edited(self) -> dict[int, tuple[str, dict] | NotEditable]:
+        """Return what the LLM editor makes of each reply's beginning, asked for all at once."""
+        if self.llm_edits is None:
+            places = [i for i, its in enumerate(self.spans) if its]
+            samples = [(until_last_span(self.texts[i], self.spans[i]), self.spans[i], self.items[i], self.target(self.items[i]))
+                       for i in places]
+            self.llm_edits = dict(zip(places, direct_all(self.editor, samples)))
+        return self.llm_edits
 
     def head(self, place: int) -> list[int]:
         """Return the clean ids up to the first imagination: no further than its mark, as a token may reach over that."""
@@ -88,6 +104,10 @@ class TextBatch:
         if not spans:
             raise NotEditable("no_span", "no imagination in the reply")
         text = until_last_span(text, spans)
+        if rung == "directed_llm":
+            if isinstance(found := self.edited()[place], NotEditable):
+                raise found
+            return found
         if rung == "swap_blank":  # also where it is the item's own: a world of the mediation, not an edit
             donor = self.blank_donors().get(place, [])
             if len(donor) < len(spans):
@@ -139,7 +159,8 @@ class TextBatch:
             if not scores_only:
                 free = [k for k in range(len(its)) if k not in behind]
                 for some, ready in ((behind, behind and read), (free, free and begun.take(free))):
-                    rows = decode(self.qwen, ready, self.asking.max_new_tokens)[0] if some else []
+                    arms = [self.asking.arm(self.items[its[k][1]]) for k in some]
+                    rows = decode(self.qwen, ready, self.asking.max_new_tokens, arms=arms)[0] if some else []
                     for k, row in zip(some, rows):
                         records[k] |= self.describe(its[k], row)
             done += [(name, i, {key: value for key, value in record.items() if key != "state"})
