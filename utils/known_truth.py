@@ -1,5 +1,0 @@
-"""Placeholder until the known-truth models stand."""
-
-
-def selftest() -> dict:
-    raise NotImplementedError
