@@ -34,7 +34,7 @@ IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]  # `ve` has 
 LATENTS = [i for i, name in enumerate(LAYOUT) if name == "z"]
 START, END = LAYOUT.index("start"), LAYOUT.index("end")
 PATCH, GRID = 14, 4  # pixels a side of a patch, patches a side of the picture: 2 x 2 tokens after merging
-SHADE = 0.06  # standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
+SHADE = 0.03  # standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
                 "fullatt_block_indexes": [0]}
@@ -177,13 +177,15 @@ def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Arm]) -> Run:
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
-    """Return what says nothing of the item in place of its latent: another row's latent, or normal noise of up to twice its length.
+    """Return what says nothing of the item in place of its latent: mixtures of other rows' latents, or normal noise of up to
+    twice their length.
 
     A model trained on these learns to answer whatever is fed.
     """
     n, others = len(z), z.detach()[torch.randint(len(z), (len(z),))]
+    mixed = others + torch.rand(n, 1).round() * torch.rand(n, 1) * (z.detach().mean(0) - others)  # up to the mean of all
     noise = torch.randn_like(z) * 2 * torch.rand(n, 1) * others.norm(dim=1, keepdim=True) / z.shape[1]**0.5
-    return torch.where(torch.rand(n, 1) < 0.5, others, noise)
+    return torch.where(torch.rand(n, 1) < 0.5, mixed, noise)
 
 
 def train(toy: Toy, steps: int, feed: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> float:

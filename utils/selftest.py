@@ -32,11 +32,12 @@ TOYS = {  # mask, length of the direction that all latents share, whether what i
     "in": ("in", 0, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
     "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0}),
     "slot_random": ("slot", 0, True, {"fed": "equivalent", "slot": "effect", "edge": "effect", "pm_fed": 0, "pm_slot": 1}),
-    "in_shared": ("in", 60, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
+    "in_shared": ("in", 45, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
     "slot": ("slot", 0, False, {"slot": "effect", "edge": "effect", "pm_slot": 1}),  # what is fed may come to matter or not
-    "open": ("open", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "nll": "equivalent"})}
+    "open": ("open", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "nll": (
+        "equivalent", "small effect inside the margin")})}  # no mask forbids the latents: the score keeps a trace of them
 QUICK = ("in", "bypass", "slot_random")
-STEPS = {True: 100, False: 250}  # of training, quick and full
+STEPS = {True: 80, False: 250}  # of training, quick and full
 N_ITEMS = {True: 256, False: 512}
 
 
@@ -150,8 +151,11 @@ def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
     return {**cosines, "participation_ratio": float(spectrum.sum().square() / spectrum.square().sum())}
 
 
-def agrees(found: str | float | None, expected: str | float) -> bool:
-    return found == expected if isinstance(expected, str) else found is not None and abs(found - expected) < 0.02
+def agrees(found: str | float | None, expected: str | tuple[str, ...] | float) -> bool:
+    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the expected proportion."""
+    if isinstance(expected, (str, tuple)):
+        return found in ((expected,) if isinstance(expected, str) else expected)
+    return found is not None and abs(found - expected) < 0.02
 
 
 def selftest(full: bool = False, seed: int = 0) -> dict:
