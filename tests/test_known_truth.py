@@ -1,0 +1,285 @@
+"""Models whose truth is known by their masks: identities, the mutations that break them, verdicts.
+
+    pytest tests/test_known_truth.py                the masks and the three quick toys
+    pytest tests/test_known_truth.py -m slow        all six toys
+"""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from imagining import make_latent_checkpoint, make_picture, write_items
+from utils import qwen as Q
+from utils.conditions import Known
+from utils.decode import Arm, decode, prefill
+from utils.effects import summarize
+from utils.families import PRESETS
+from utils.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, PATCH, VOCABULARY, additive, allowed, draw_items, make_toy,
+                               positions, reproducible, run, run_arms)
+from utils.latent_arm import Asking, LatentBatch
+from utils.selftest import NON_ZERO, QUICK, TOYS, ZEROS, agrees, check_masks, compare, fed_of, make_arms, selftest
+
+MIRAGE = PRESETS["mirage"]
+EXACT = 1e-5  # two orders of the same sums in float32, of logits of about 1
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """Return {mask: (toy with random weights, pictures, other pictures, run of each)}."""
+    found = {}
+    with reproducible(3), torch.no_grad():
+        for mask in MASKS:
+            toy, pixels = make_toy(mask), draw_items(8, torch.Generator().manual_seed(3))
+            other = pixels.roll(1, 0)
+            found[mask] = toy, pixels, other, run(toy, pixels), run(toy, other)
+    return found
+
+
+def largest(one, two):
+    return float((one.logits - two.logits).abs().max())
+
+
+# ------------------------------------------------------------------------------------------- random weights
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_a_mask_forbids_makes_no_difference_and_what_it_allows_makes_one(seed):
+    """The columns of three passes of eight pictures: 0 to the last bit, or a change that is seen."""
+    found = check_masks(seed)
+    assert found["ok"], found["wrong"]
+    for mask, cells in found["columns"].items():
+        for name, value in cells.items():
+            assert (value == 0.0) if name in ZEROS[mask] else value > NON_ZERO, (mask, name, value)
+
+
+def test_another_mask_is_not_taken_for_the_one_that_is_named():
+    """Each mask's zeros fail under every other mask but where they are a part of the others'."""
+    for mask, other in (("in", "slot"), ("slot", "open"), ("bypass", "open")):
+        with reproducible(0):
+            pixels = draw_items(8, torch.Generator().manual_seed(0))
+            cells = compare(replace(make_toy(mask), mask=other), pixels, pixels.roll(1, 0))
+        assert any(cells[name] > NON_ZERO for name in ZEROS[mask]), (mask, other)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@torch.no_grad()
+def test_steps_over_the_cache_equal_one_pass_with_the_whole_mask(worlds, mask):
+    """The second way: everything in one pass without a cache, the captured latents as inputs, positions by the library."""
+    toy, pixels, _, clean, _ = worlds[mask]
+    for cut in (False, True):
+        mine = run(toy, pixels, fed_of(clean), cut=cut)
+        assert torch.allclose(mine.logits, whole(toy, pixels, clean.fed, allowed(mask, cut)), atol=EXACT)
+
+
+@torch.no_grad()
+def whole(toy, pixels, fed, see):
+    model, ids = toy.model, torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pixels))
+    embeds = model.get_input_embeddings()(ids)
+    grid = torch.tensor([[1, GRID, GRID]] * len(pixels))
+    embeds[ids == VOCABULARY["I"]] = torch.cat(list(model.model.get_image_features(
+        pixels.flatten(0, 1), grid, return_dict=True).pooler_output))
+    embeds[:, LATENTS] = fed
+    types = (ids == VOCABULARY["I"]).int()
+    places = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0]
+    assert torch.equal(places, positions(len(pixels)))
+    hidden = model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[:, END])[:, :len(COLORS)]
+
+
+def test_pictures_are_flat_and_laid_out_as_the_image_processor_does(tiny_checkpoint):
+    picture = make_picture("red", False)  # 56 x 56: as the toys' pictures
+    processed = Q.process_images(Q.load_processors(str(tiny_checkpoint))[1], [picture])
+    assert processed["image_grid_thw"].tolist() == [[1, GRID, GRID]]
+    assert processed["pixel_values"].shape == draw_items(1, torch.Generator())[0].shape == (GRID**2, 3 * 2 * PATCH**2)
+    patches = processed["pixel_values"].view(GRID**2, 3, -1)
+    assert float((patches - patches[:1, :, :1]).abs().max()) < 1e-6  # a value a channel, channel by channel
+
+
+def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_were():
+    torch.manual_seed(11)
+    before, dtype = torch.random.get_rng_state(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            found = check_masks(0)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(dtype)
+    assert found["ok"] and torch.equal(before, torch.random.get_rng_state())
+    with reproducible(0):
+        toy = make_toy("open")
+    assert type(toy.model.model) is Qwen2_5_VLModel and next(toy.model.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="expected one of open bypass in slot"):
+        make_toy("closed")
+    with pytest.raises(ValueError, match="hide the latents in a part of the rows"):
+        run_arms(toy, draw_items(2, torch.Generator()), [Arm(), Arm(hide=("latents",))])
+
+
+# ------------------------------------------------------------------------------------------- mutations
+@pytest.mark.parametrize("mask", ["open", "in"])
+@torch.no_grad()
+def test_a_latent_fed_one_step_late_is_no_replay(worlds, mask):
+    toy, pixels, _, clean, _ = worlds[mask]
+    start = toy.model.get_input_embeddings().weight[VOCABULARY["start"]].expand(len(pixels), -1)
+    late = run(toy, pixels, lambda z, step: clean.fed[:, step - 1] if step else start)
+    assert largest(run(toy, pixels, fed_of(clean)), clean) == 0 and largest(late, clean) > NON_ZERO
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_slots_without_one_layer_are_not_the_donors(worlds, layer):
+    toy, pixels, _, clean, donor = worlds["slot"]
+    broken = donor.slots.clone()
+    broken[:, :, layer] = clean.slots[:, :, layer]
+    assert largest(run(toy, pixels, slots=donor.slots), donor) == 0
+    assert largest(run(toy, pixels, slots=broken), donor) > NON_ZERO
+
+
+@torch.no_grad()
+def test_keys_of_a_donor_at_other_positions_are_not_its_slots(worlds):
+    """A donor five positions further on: its layer inputs do at home what they did there, its cached keys do not."""
+    toy, pixels, other, clean, donor = worlds["slot"]
+    moved = run(toy, other, shift=5)
+    assert largest(moved, donor) < EXACT and torch.allclose(moved.slots, donor.slots, atol=EXACT)
+    assert largest(run(toy, pixels, slots=moved.slots), donor) < EXACT
+    assert torch.allclose(at_end(toy, pixels, clean, other, donor, 0), donor.logits, atol=EXACT)  # the way itself is right
+    assert float((at_end(toy, pixels, clean, other, moved, 5) - donor.logits).abs().max()) > NON_ZERO
+
+
+@torch.no_grad()
+def at_end(toy, pixels, clean, other, donor, shift):
+    """The logits at `end` over the cache of a run that holds a donor's keys and values at the latent positions."""
+    see = allowed(toy.mask)
+
+    def read(pictures, vectors, moved):
+        ids = torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pictures))
+        embeds = toy.model.get_input_embeddings()(ids)
+        embeds[ids == VOCABULARY["I"]] = torch.cat(list(toy.model.model.get_image_features(
+            pictures.flatten(0, 1), torch.tensor([[1, GRID, GRID]] * len(pictures)), return_dict=True).pooler_output))
+        embeds[:, LATENTS] = vectors
+        return embeds, toy.model.model(inputs_embeds=embeds[:, :END], attention_mask=additive(see[:END, :END]),
+                                       position_ids=positions(len(pictures), moved)[..., :END], use_cache=True).past_key_values
+
+    embeds, cache = read(pixels, clean.fed, 0)
+    for mine, its in zip(cache.layers, read(other, donor.fed, shift)[1].layers):
+        mine.keys[:, :, LATENTS], mine.values[:, :, LATENTS] = its.keys[:, :, LATENTS], its.values[:, :, LATENTS]
+    out = toy.model.model(inputs_embeds=embeds[:, END:], attention_mask=additive(see[END:]), past_key_values=cache,
+                          position_ids=positions(len(pixels))[..., END:], use_cache=True)
+    return toy.model.lm_head(out.last_hidden_state[:, -1])[:, :len(COLORS)]
+
+
+@torch.no_grad()
+def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
+    """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign of it."""
+    toy, pixels, _, clean, donor = worlds["in"]
+    arms = make_arms("swap_random", clean, donor, None, 0)
+    assert largest(run_arms(toy, pixels, arms), donor) == 0
+    assert largest(run_arms(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
+
+
+def test_effects_are_of_items_that_emit_in_their_clean_run():
+    """Items 0-7 emit clean and are broken by the condition, of which 0-3 then emit nothing; 8-11 emit only under it.
+
+    Taken from the intervened run the emitters would be 4-11, and the drop 4 of 8 in place of 8 of 8.
+    """
+    items = [{"id": str(i), "answer": {"type": "letter", "value": "A"}} for i in range(12)]
+    records = {}
+    for i, item in enumerate(items):
+        emits, then = i < 8, 4 <= i
+        clean = {"emitted": emits, "pred": "A", "correct": True, "degenerate": False}
+        after = {"emitted": then, "pred": "B" if emits else "A", "correct": not emits, "degenerate": False, "changed": emits}
+        records[item["id"]] = {"clean": clean, "tau": after}
+    found = summarize(items, records, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05, 2)
+    effect = found["conditions"]["tau"]["effect"]
+    assert found["emission"]["k"] == 8 and (effect["n"], effect["b"], effect["c"]) == (8, 8, 0)
+    assert effect["delta"] == -1 and effect["delta_all"] == pytest.approx(-8 / 12) and effect["emitted_int"] == 0.5
+    swapped = {name: {"clean": {**its["clean"], "emitted": its["tau"]["emitted"]}, "tau": its["tau"]} for name, its in records.items()}
+    wrong = summarize(items, swapped, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05, 2)["conditions"]["tau"]["effect"]
+    assert (wrong["n"], wrong["delta"]) == (8, -0.5)
+
+
+# ------------------------------------------------------------------------------------------- trained toys
+def check(found, names):
+    assert json.loads(json.dumps(found, allow_nan=False))["ok"] is found["ok"]
+    assert list(found["toys"]) == list(names)
+    for name, toy in found["toys"].items():
+        assert toy["ok"], (name, toy["wrong"], toy["found"])
+    assert found["masks"]["ok"] and found["ok"]
+
+
+def test_the_quick_toys_are_judged_as_they_were_built(capsys):
+    """Necessary, irrelevant, and needed in their positions alone: the last is the false null of an arm at one site."""
+    before = torch.random.get_rng_state()
+    found = selftest()
+    check(found, QUICK)
+    assert torch.equal(before, torch.random.get_rng_state())
+    printed = capsys.readouterr()
+    assert not printed.out and "slot_random: as expected" in printed.err
+    columns = {name: toy["columns"] for name, toy in found["toys"].items()}
+    fed = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")
+    for name, its in columns.items():
+        assert its["clean"] > 0.98, name
+        assert abs(its["centred_cosine"]) < 0.02
+    necessary, irrelevant, slot = (columns[name] for name in QUICK)
+    assert all(necessary[name] < 0.3 for name in fed) and necessary["cut_latent"] < 0.3
+    assert necessary["swap_random_donor"] == pytest.approx(necessary["clean"], abs=0.02)  # the donor's, as exact as the mask
+    assert necessary["other_image_keeps"] == necessary["clean"]  # Y(x', Z(x)) = Y(x, Z(x)) to the last bit
+    assert len({irrelevant[name] for name in ("clean", *fed, "swap_random", "slot_swap_random", "cut_latent")}) == 1
+    assert all(slot[name] > 0.97 for name in (*fed, "swap_random")) and slot["cut_latent"] < 0.3
+    assert slot["slot_swap_random_donor"] > 0.97 and slot["other_image_keeps"] < 0.03
+
+
+@pytest.mark.slow
+def test_all_toys_are_judged_as_they_were_built():
+    found = selftest(full=True)
+    check(found, TOYS)
+    columns = found["toys"]["in_shared"]["columns"]
+    assert columns["raw_cosine"] > 0.95 and abs(columns["centred_cosine"]) < 0.01  # alike in the raw, and necessary all the same
+    assert columns["tau_mean"] < 0.3 and columns["swap_random_donor"] > 0.98
+
+
+@pytest.mark.parametrize("found, expected, fits", [
+    ("effect", "effect", True), ("mixed", "equivalent", False), (0.99, 1, True), (0.97, 1, False), (None, 0, False),
+    ("small effect inside the margin", ("equivalent", "small effect inside the margin"), True), ("effect", ("equivalent",), False)])
+def test_a_finding_against_what_is_expected(found, expected, fits):
+    assert agrees(found, expected) is fits
+
+
+# ------------------------------------------------------------------------------------------- the product's own path
+@pytest.fixture(scope="module")
+def follower(tiny_checkpoint, tmp_path_factory):
+    """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
+    folder = tmp_path_factory.mktemp("follower")
+    model = make_latent_checkpoint(tiny_checkpoint, folder / "checkpoint", MIRAGE, steps=60)
+    _, items = write_items(folder, 8)
+    images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i, item in enumerate(items)]
+    return Q.load(str(model), device="cpu", dtype="float32"), items, images
+
+
+def test_every_site_through_the_batch_of_the_product(follower):
+    qwen, items, images = follower
+    asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
+    prompts = Q.encode(qwen, [asking.prompt(qwen, item, 1) for item in items], images)
+    known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True, with_slots=True)[0])
+    names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t", "slot_swap_random", "slot_swap_blank",
+             "slot_blank_x", "cut_latent", "cut_both"]
+    batch = LatentBatch(qwen, MIRAGE, known, asking, items, images, [None] * len(items))
+    records = batch.records(names)
+    assert len(batch.emitters) == len(items)
+    for item, record in zip(items, records):
+        clean = record["clean"]
+        for name in names:
+            its = record[name]
+            assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), name
+            fed_is_edited = name in ("tau", "swap_random", "swap_blank", "blank_x")
+            assert (its["rel_change"] > 1e-4) == fed_is_edited, (name, its["rel_change"])
+            if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random", "slot_swap_blank"):
+                assert its["reach"] > 1e-4, name  # the layers behind the first have read something else
+        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-4  # its own slots, its own latents alone
+        for name in ("identity", "replay"):
+            assert not record[name]["changed"] and record[name]["reach"] < 1e-5 and record[name]["pred"] == clean["pred"]
+        assert record["cut_latent"]["reach"] == pytest.approx(0, abs=1e-5)  # an edge acts behind the latents
+        assert record["cut_latent"]["r0"]["nll"] != clean["r0"]["nll"]
+        for name in ("swap_random", "slot_swap_random"):
+            donor = next(one for one in items if one["id"] == record[name]["donor"]["item"])
+            assert donor["group_id"] != item["group_id"] and donor["answer"]["value"] == record[name]["donor"]["gold"]
