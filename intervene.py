@@ -48,13 +48,13 @@ from utils.effects import group_of, summarize
 from utils.images import ImageError
 from utils.items import open_images, read_items
 from utils.journal import Journal
-from utils.known_truth import selftest
 from utils.latent_arm import Asking, LatentBatch
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
 from utils.qwen import Qwen, encode, load, load_processors
 from utils.readouts import STEM
 from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, sha256_file, write_json,
                         write_meta, write_rows)
+from utils.selftest import selftest
 from utils.server import HttpBackend
 from utils.text_arm import CONTROL, TEXT_CONDITIONS, TEXT_PRESETS, TextBatch
 

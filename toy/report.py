@@ -64,19 +64,26 @@ def gather(work: Path) -> dict:
         emission = metrics.get("emission", emission)
     text, latent = (load(work / f"intervene_{name}.jsonl.metrics.json") for name in ("text", "latent"))
     directed = text["conditions"]["directed"]
-    do_z = {name: entry["effect"] and {key: entry["effect"][key] for key in (
-        "n", "acc_clean", "acc_int", "delta", "ci90", "verdict", "changed")}
-        for name, entry in latent["conditions"].items()}
+    do_z = {arm: {name: brief(entry) for name, entry in metrics["conditions"].items()}
+            for arm, metrics in (("latent", latent), ("text", text))}
     rewrite, kept = load(work / "rewritten.jsonl.metrics.json"), load(work / "sft.jsonl.metrics.json")
     return {"accuracy": accuracy, "chance": load(work / "evaluate_base.jsonl.metrics.json")["chance"],
-            "emission": emission, "latent_do_z": do_z,
-            "text_sham": text["conditions"]["sham"]["effect"], "text_directed": {
-                "coverage": directed["coverage"], "follow_rate": directed["follow"]["share"], "follow": directed["follow"],
-                "effect": directed["effect"]},
+            "emission": emission, "do_z": do_z, "text_directed": {
+                "coverage": directed["coverage"], "follow_rate": directed["follow"]["share"], "follow": directed["follow"]},
+            "mediation": {site: parts["r0"] for metrics in (latent, text) for site, parts in metrics["mediation"].items()},
+            "donor_lift": latent["donor_lift"],
             "rewrite": {key: rewrite[key] for key in ("read", "kept", "errors", "refined_share")},
             "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
             "stage_seconds": {name: load(work / f"{name}.metrics.json")["seconds"] for name in STAGES},
             "probing": {name: load(work / f"probe_{name}" / "metrics.json") for name in ("text", "latent")}}
+
+
+def brief(entry: dict) -> dict:
+    """Return what the report shows of a condition; "effect" and "r0" None where there is none, and then a reason."""
+    keys = ("n", "acc_clean", "acc_int", "delta", "ci90", "ci95", "b", "c", "verdict", "changed", "degenerate_int")
+    return {"site": entry["site"], "reason": entry["reason"], "follow": entry.get("follow"),
+            "effect": entry["effect"] and {key: entry["effect"][key] for key in keys},
+            "r0": entry["r0"] and {key: entry["r0"][key] for key in ("delta_nll", "ci90", "ci95", "kl", "verdict")}}
 
 
 def percent(share: float | None) -> str:
@@ -85,6 +92,30 @@ def percent(share: float | None) -> str:
 
 def interval(pair: list[float] | None) -> str:
     return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+
+
+def do_z_lines(do_z: dict, mediation: dict) -> list[str]:
+    """Return the Markdown tables of all conditions and of the mediation."""
+    lines = ["| imagination | condition | site | items | clean, % | intervened, % | change, 90 % interval | verdict | R0, nats | "
+             "verdict | follows, % |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for arm, name, part in ((arm, name, part) for arm, its in do_z.items() for name, part in its.items()):
+        effect, r0 = part["effect"], part["r0"]
+        if effect is None:
+            lines.append(f"| {arm} | {name} | {part['site']} | {part['reason']} | | | | | | | |")
+            continue
+        score = f"{r0['delta_nll']:+.3f} ({r0['ci90'][0]:+.3f} to {r0['ci90'][1]:+.3f}) | {r0['verdict']}" if r0 else "- | -"
+        follows = percent(part["follow"]["share"]) if part["follow"] else "-"
+        lines.append(f"| {arm} | {name} | {part['site']} | {effect['n']} | {percent(effect['acc_clean'])} | "
+                     f"{percent(effect['acc_int'])} | {percent(effect['delta'])} ({interval(effect['ci90'])}) | "
+                     f"{effect['verdict']} | {score} | {follows} |")
+    names = ("TE", "NIE", "NIE0", "NDE", "NDE1")
+    lines += ["", "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:", "",
+              f"| site | {' | '.join(names)} | mediated, % |", "|---" * 7 + "|"]
+    for site, found in mediation.items():
+        if found:
+            cells = ("{:+.3f} ({:+.3f} to {:+.3f})".format(found[name]["mean"], *found[name]["ci95"]) for name in names)
+            lines.append(f"| {site} | {' | '.join(cells)} | {percent(found['proportion_mediated']['value'])} |")
+    return lines
 
 
 def write_report(result: dict, work: Path) -> None:
@@ -98,14 +129,7 @@ def write_report(result: dict, work: Path) -> None:
     lines += ["", *quality_lines(result["filter"])]
     lines += ["", f"Precision {percent(result['filter']['precision'])} %, recall {percent(result['filter']['recall'])} %; "
               f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.", "", "## do(Z)", "",
-              "| imagination | condition | items | clean, % | intervened, % | change, 90 % interval | verdict |",
-              "|---|---|---|---|---|---|---|"]
-    effects = [("latent", name, effect) for name, effect in result["latent_do_z"].items()]
-    effects += [("text", "sham", result["text_sham"]), ("text", "directed", result["text_directed"]["effect"])]
-    for arm, name, effect in effects:
-        lines.append(f"| {arm} | {name} | too few items | | | | |" if effect is None else
-                     f"| {arm} | {name} | {effect['n']} | {percent(effect['acc_clean'])} | {percent(effect['acc_int'])} | "
-                     f"{percent(effect['delta'])} ({interval(effect['ci90'])}) | {effect['verdict']} |")
+              *do_z_lines(result["do_z"], result["mediation"])]
     emission, follow = result["emission"], result["text_directed"]["follow"]
     lines += ["", f"Latents were emitted on {emission['k']} of {emission['n']} items. The directed edit of the text was "
               f"followed on {follow['k']} of {follow['n']} items.", "", "## Figures", ""]

@@ -26,6 +26,7 @@ world=$work/world
 train="python train_sft.py --image_root $world --global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1"
 lessons="$train --train_vision --warmup_steps 20 --learning_rate 3e-3"
 asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50 --dtype float32"
+changed="--conditions full --options text --rows 400"
 calls="--image_root $world --backend local --model $work/base --batch_size 50 --max_new_tokens 120 --no_guard"
 
 # The world, and a base model that can see, find and read (the stand-in for Qwen2.5-VL's pretraining)
@@ -57,9 +58,9 @@ done
 stage evaluate_latent "$work/evaluate_latent.jsonl" \
   python evaluate.py --model "$work/latent" $asked --latent mirage --output "$work/evaluate_latent.jsonl"
 stage intervene_text "$work/intervene_text.jsonl" \
-  python intervene.py --model "$work/text" $asked --output "$work/intervene_text.jsonl"
+  python intervene.py --model "$work/text" $asked $changed --output "$work/intervene_text.jsonl"
 stage intervene_latent "$work/intervene_latent.jsonl" \
-  python intervene.py --model "$work/latent" $asked --latent mirage --output "$work/intervene_latent.jsonl"
+  python intervene.py --model "$work/latent" $asked $changed --latent mirage --output "$work/intervene_latent.jsonl"
 stage probe_text "$work/probe_text/metrics.json" \
   python probe.py --model "$work/text" $asked --probe_items "$world/probe.jsonl" --output "$work/probe_text"
 stage probe_latent "$work/probe_latent/metrics.json" \
