@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from toy.variants import markdown
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -41,6 +43,11 @@ def test_the_numbers_of_the_toy_are_those_of_its_results_file():
         assert f"| {name} | {100 * part['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} |" in table
     follow, emission = result["text_directed"]["follow"], result["emission"]
     assert f"{follow['k']} of {follow['n']}" in table and f"{emission['k']} of {emission['n']}" in table
+
+
+def test_the_table_of_the_variants_is_made_of_its_results_file():
+    table = README.split("<!-- results/variants.json -->\n")[1].split("\n<!-- end -->")[0]
+    assert table == markdown(json.loads((ROOT / "results" / "variants.json").read_text()))
 
 
 def test_the_numbers_of_speed_are_those_of_their_files():

@@ -20,7 +20,7 @@ from utils.families import Generation, LatentSpec
 from utils.rows import call_key
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
-REASONS = ("no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent")
+REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent")
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
 
 
@@ -179,18 +179,23 @@ def slot(row: Generation) -> Arm:
     """Return the arm that puts a captured run's layer inputs at the same latent positions, as far as it has them."""
     def states(segment: int, step: int) -> torch.Tensor | None:
         place = sum(s.size for s in row.segments[:segment]) + step
-        return row.slots[place] if segment < len(row.segments) and step < row.segments[segment].size else None
+        return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None  # the last may be unread
     return Arm(slot=states)
 
 
 def last_latent(row: Generation) -> int:
-    """Return how many ids of a run come before what follows its last latent; 0 without latents."""
-    return max((segment.start + segment.size for segment in row.segments if segment.size), default=0)
+    """Return how many ids of a run come before what follows its last segment of latents (of none, with `markers_only`); 0
+    without a segment."""
+    return max((segment.start + segment.size for segment in row.segments), default=0)
 
 
 def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
-    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on by `pick`."""
-    ids = clean.ids[:last_latent(clean)]
+    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on by `pick`.
+
+    Where the clean run itself ended the segment before its K latents, that end is said too.
+    """
+    ended = bool(clean.segments) and clean.segments[-1].closed_by == "end"
+    ids = clean.ids[:last_latent(clean) + ended]
     return replace(arm, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))
 
 

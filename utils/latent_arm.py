@@ -182,15 +182,17 @@ class LatentBatch:
         cases, todo = {i: self.case(i, needs) for i in self.emitters}, {}
         for name, (one, number) in found.items():
             for i in range(len(self.items)):
-                if i not in cases:  # nothing is fed, so nothing can change
+                if i not in cases and one.prompt == "own":  # nothing is fed, so nothing can change
                     result[i][name] = {**result[i]["clean"], "changed": False, "first_diff": None}
                     continue
                 try:
+                    if i not in cases:
+                        raise NotPossible("no_latents")
                     if i not in self.prompts(one.prompt)[1]:
                         raise NotPossible(condition_prompt(one.prompt))
                     todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
                 except NotPossible as fault:
-                    result[i][name] = {"emitted": True, "pred": None, "rule": None, "correct": False, "reason": str(fault)}
+                    result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False, "reason": str(fault)}
         for kind, its in todo.items():
             runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its], slots=True)
             for (name, one, i, _), (row, scores) in zip(its, runs):
