@@ -7,6 +7,7 @@ function that knows no other mask, positions made row by row, no cache.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,17 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
         n_steps += 1
 
 
+def process_rows(qwen: Qwen, examples: list[Example], target: Target) -> list[dict | None]:
+    """Return what `process_images` returns for each row's images, from one call for them all: a call costs more than an image."""
+    images = [load_images(example.images, target, qwen.factor) for example in examples]
+    together = process_images(qwen.image_processor, [image for its in images for image in its])
+    if together is None:
+        return [None] * len(examples)
+    grids = together["image_grid_thw"].split([len(its) for its in images])
+    patches = together["pixel_values"].split([int(its.prod(-1).sum()) for its in grids])
+    return [{"pixel_values": mine, "image_grid_thw": its} if len(its) else None for mine, its in zip(patches, grids)]
+
+
 def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target: Target) -> dict:
     """Put rows one behind the other into one sequence of L tokens, without padding.
 
@@ -50,8 +62,7 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     row's), row [n] (its row's number in the pack), row_ids.
     """
     rows = []
-    for example in examples:
-        pixels = process_images(qwen.image_processor, load_images(example.images, target, qwen.factor))
+    for example, pixels in zip(examples, process_rows(qwen, examples, target)):
         rows.append(collate(qwen, [example.ids], [pixels], "left"))
         if rows[-1]["input_ids"].shape[1] != example.n_tokens:
             raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
@@ -77,7 +88,7 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
                      ) -> tuple[torch.Tensor, None]:
     """Attend within the rows that `cu_seq_lens_q` [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d].
 
-    On CUDA one call of torch's own variable-length kernel, on the CPU a loop over the rows.
+    On CUDA one call of torch's own variable-length kernel, on the CPU a loop over the runs of rows of one length.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
@@ -88,10 +99,14 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q, max_length_q,
                           max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
         return out[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    rows = [F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, enable_gqa=True)
-            for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    runs = [(length, len(list(its))) for length, its in groupby(cu_seq_lens_q.diff().tolist())]
+    rows = []
+    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=2) for x in (query, key, value))):
+        # neighbours of one length (the vision tower's windows) in one call, [n, heads, length, d]
+        parts = [x[0].unflatten(1, (n, length)).transpose(0, 1) for x in parts]
+        out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
+        rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
+    return torch.cat(rows)[None], None
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:

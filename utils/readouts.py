@@ -1,7 +1,7 @@
 """Readouts that need no parser: every option of an item scored behind a fixed beginning of an answer.
 
-An option's score is the log-probability of its tokens, the closing brace of the box among them, so that no option is the
-beginning of another. R0 puts the same stem behind the last latent (or the last text imagination) in every condition; R1 puts
+An option's score is the log-probability of its tokens. Where one option is the beginning of another the closing brace of the box
+counts as well, for all options of that item (elsewhere not: it may be one token with what follows it). R0 puts the same stem behind the last latent (or the last text imagination) in every condition; R1 puts
 what the clean run said there, so that only the way past the words can change the score. (R2 is the free reply, parsed.)
 """
 import math
@@ -12,7 +12,7 @@ from utils.decode import State, extend_all
 from utils.qwen import Qwen, plain
 
 STEM = "The answer is \\boxed{"
-BEHIND = "}"
+BRACE = "}"
 
 
 def option_words(item: dict, by: str) -> dict[str, str]:
@@ -21,8 +21,13 @@ def option_words(item: dict, by: str) -> dict[str, str]:
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:
-    """Return the ids of `before` + stem + words + brace for each option, and how many of them all options share."""
-    blocks = [before + qwen.tokenizer(stem + its + BEHIND, add_special_tokens=False).input_ids for its in words]
+    """Return the ids of `before` + stem + words for each option, and how many of them all options share."""
+    def ids(behind: str) -> list[list[int]]:
+        return [before + qwen.tokenizer(stem + its + behind, add_special_tokens=False).input_ids for its in words]
+
+    blocks = ids("")
+    if any(a is not b and a == b[:len(a)] for a in blocks for b in blocks):
+        blocks = ids(BRACE)
     shortest = min(map(len, blocks)) - 1
     shared = next((n for n in range(shortest) if len({block[n] for block in blocks}) > 1), shortest)
     if shared == 0:
