@@ -34,31 +34,11 @@ def items(tmp_path, picture):
 
 def flags(items, checkpoint, *more, output="out.jsonl"):
     return ["--items", str(items), "--model", str(checkpoint), "--output", str(items.parent / output), "--max_new_tokens", "6",
-            "--batch_size", "2", *more]
+            "--batch_size", "2", "--protocol", "plain", *more]
 
 
 def rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-@pytest.mark.parametrize("text, verdict", [("\\boxed{B}", "correct"), ("\\boxed{red}", "incorrect"), ("It is nice.", "unresolved")])
-def test_verdicts_of_multiple_choice(text, verdict):
-    item = {"options": [["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "B"}}
-    assert evaluate.score_mcq(item, text, "stop")[0] == verdict
-
-
-@pytest.mark.parametrize("text, verdict", [("\\boxed{R}", "correct"), ("\\boxed{L}", "incorrect"), ("R", "unresolved")])
-def test_verdicts_of_paths(text, verdict):
-    assert evaluate.score_vsp({"answer": {"type": "path_map", "value": [[1, 2], [0, 0]]}}, text, "stop")[0] == verdict
-
-
-def test_summary_counts_unresolved_as_wrong_and_leaves_errors_out():
-    base = {"group_id": "g", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4, "extraction": {"rule": "phrase"}, "n_options": 4}
-    records = [base | {"verdict": verdict} for verdict in ("correct", "incorrect", "unresolved")]
-    records += [{"verdict": "error", "group_id": "g"}]
-    result = evaluate.summarize(records, with_latents=True)
-    assert (result["n"], result["accuracy"], result["incomplete"]) == (3, 1 / 3, True)
-    assert result["ci95"] == wilson(1, 3) and result["chance"] == 0.25 and result["emission"]["share"] == 1
 
 
 def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
@@ -170,39 +150,6 @@ def test_no_items_are_an_error(tiny_checkpoint, items):
         evaluate.main(flags(items, tiny_checkpoint))
 
 
-@pytest.mark.parametrize("sides, match", [
-    ([{"verdict": "error"}, {"verdict": "correct"}], "no item is answered in both"),
-    ([{"verdict": "correct", "gold": "A"}, {"verdict": "correct", "gold": "B"}], "another gold")])
-def test_results_that_cannot_be_compared(tmp_path, sides, match):
-    for n, side in enumerate(sides):
-        write_rows(tmp_path / str(n), [{"id": "1", **side}])
-    with pytest.raises(DataError, match=match):
-        evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
-
-
-def test_a_comparison_counts_what_it_leaves_out_and_knows_groups(tmp_path):
-    for side, verdicts in enumerate((["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2)):
-        write_rows(tmp_path / str(side), [{"id": str(n), "group_id": str(n // 2), "verdict": v} for n, v in enumerate(verdicts)])
-    result = evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
-    assert (result["n"], result["errors"], result["incomplete"], result["difference"]) == (4, 1, True, -0.5)
-    low, high = result["ci95_clustered"]
-    assert low <= -0.5 <= high
-
-
-def test_comparison_of_two_results(tmp_path):
-    verdicts = [("correct", "incorrect"), ("unresolved", "correct"), ("correct", "correct"), ("incorrect", "correct")]
-    for side in (0, 1):
-        write_rows(tmp_path / f"{side}.jsonl", [{"id": str(n), "verdict": pair[side]} for n, pair in enumerate(verdicts)])
-    paths = [str(tmp_path / f"{side}.jsonl") for side in (0, 1)]
-    assert evaluate.main(["--compare", *paths, "--output", str(tmp_path / "c.json")]) == 0
-    result = json.loads((tmp_path / "c.json").read_text())
-    assert (result["n"], result["difference"], result["mcnemar_p"]) == (4, 0.25, 1.0)
-    assert (result["right_to_wrong"], result["wrong_to_right"]) == (["0"], ["1", "3"])
-    write_rows(paths[1], [{"id": "0", "verdict": "correct"}])
-    with pytest.raises(DataError, match="3 items stand in one file only"):
-        evaluate.compare(paths)
-
-
 def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
     source = shared_data / "vsp" / "test.jsonl"
     assert evaluate.main(["--benchmark", "vsp", "--source", str(source), "--prepare", "--output", str(tmp_path / "v")]) == 0
@@ -214,7 +161,7 @@ def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
 def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data, tmp_path):
     source = str(shared_data / "vsp" / "test.jsonl")
     assert evaluate.main(["--benchmark", "vsp", "--source", source, "--prepare", "--output", str(tmp_path / "v"), "--limit", "2"]) == 0
-    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint), "--max_new_tokens", "3"]
+    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint), "--max_new_tokens", "3", "--protocol", "plain"]
     assert evaluate.main([*arguments, "--output", str(tmp_path / "o.jsonl"), "--max_pixels", "50176"]) == 0
     assert (tmp_path / rows(tmp_path / "v.items.jsonl")[0]["images"][0]["path"]).read_bytes() == \
         (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
@@ -222,6 +169,7 @@ def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data,
 
 def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
     arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
-                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--max_pixels", "50176"]
+                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--protocol", "plain",
+                 "--max_pixels", "50176"]
     assert evaluate.main(arguments) == 0
     assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}
