@@ -269,13 +269,14 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
     for batch, prepared in tqdm(look_ahead(system, lacking, journal), total=len(lacking), desc="evaluate", unit="batch",
                                 disable=rank > 0):
         while live := [c for c in batch if c.ended_by is None]:
-            if not all(c.ask(system) in journal for c in live):
+            keys = [c.ask(system) for c in live]
+            if not all(key in journal for key in keys):
                 for record in system.answer(live, journal, prepared and prepared.result()):
                     if record["key"] not in journal:  # a batch that a kill left half done is computed again whole
                         journal.append(record)
             prepared = None
-            for conversation in live:
-                conversation.advance(journal.get(conversation.key))
+            for conversation, key in zip(live, keys):
+                conversation.advance(journal.get(key))
     if world > 1:
         journal.reload()
     return replay(system, conversations, journal)

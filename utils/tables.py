@@ -13,7 +13,7 @@ LABEL = re.compile(r"^answer\s*[:：]\s*", re.IGNORECASE)
 TRUTH_WORD = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
 YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=\s*(?:[,.;:!]|$))", re.IGNORECASE)
+YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=[\s*_)]*(?:[,.;:!]|$))", re.IGNORECASE)
 YES_NO_SAID = re.compile(r"\banswer\s*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
 AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
