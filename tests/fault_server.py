@@ -167,6 +167,8 @@ def say(data: dict, text: str) -> str:
     judged = text.partition("\nReply: ")[2].partition("\n\nAnswer with one ")[0]
     if "Answer with one letter" in text:
         options = re.findall(r"^([A-Z])\. (.*)$", text.partition("\nReply: ")[0], re.MULTILINE)
+        if tagged := re.search(r"<answer>([A-Z])</answer>", judged):
+            return tagged[1]
         named = [(judged.rfind(option), letter) for letter, option in options if option in judged]
         return max(named)[1] + "." if named else "(Z)"
     if "Answer with one word" in text:
@@ -176,7 +178,7 @@ def say(data: dict, text: str) -> str:
         call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 40, 30], "label": "it"}}
         return f"<think>Closer.</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
     if "vague" in text:
-        return "It is hardly red, and I take it to be blue, not red."
+        return "It is hardly red, and red it is not: I take it for something not unlike blue."
     return "<think>I see.</think> <answer>A</answer>"
 
 

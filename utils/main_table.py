@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.rows import DataError, read_rows
 from utils.scores import macro, micro
+from utils.summary import interval
 
 # benchmark -> heading, in the order of the paper's tables
 COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_realworld_lite": "MME-RW-Lite",
@@ -93,8 +94,8 @@ def detail(result: dict) -> str:
     """Return the line that says what a row of the table was made of."""
     metrics, spent = result["metrics"], result["metrics"]["efficiency"]
     scored = metrics.get("with_judge") or metrics
-    interval = scored.get("ci95_clustered") or scored["ci95"]
-    shown = "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    low, high = interval(scored) if scored["ci95"] else (0.0, 0.0)
+    shown = f"{100 * low:.1f} to {100 * high:.1f}" if scored["ci95"] else "-"
     chance = metrics.get("chance")
     return (f"| {result['row']} | {', '.join(map(str, result['scores']))} | {metrics['n']} | {shown} | "
             f"{'-' if chance is None else format(100 * chance, '.1f')} | {spent['seconds_per_item']} | "

@@ -180,7 +180,7 @@ class Local:
             if len(ready) == 1:
                 raise DataError(f"item {ready[0].item['id']!r}: out of memory with it alone; expected fewer --max_new_tokens, "
                                 "a lower --max_pixels or a larger device")
-            log(f"out of memory with {len(ready)} items in a batch; splitting it (fewer --batch_tokens than {self.batch_tokens} fit)")
+            log(f"out of memory with {len(ready)} items in a batch; splitting it (lower --batch_tokens {self.batch_tokens})")
             half = len(ready) // 2
             found = [*self.answer(ready[:half], journal), *self.answer(ready[half:], journal)]
         yield from found
