@@ -1,7 +1,9 @@
 """Who answers: batches, turns with a tool, servers, processes.    pytest tests/test_systems.py"""
 import json
+import threading
 
 import pytest
+import torch
 from fault_server import calls_of, serving
 from PIL import Image
 
@@ -9,7 +11,7 @@ import evaluate
 from utils.journal import Journal
 from utils.protocols import PROTOCOLS
 from utils.qwen import chat, load
-from utils.rows import write_rows
+from utils.rows import DataError, write_rows
 from utils.server import HttpBackend
 from utils.systems import Conversation, Local, Served, answer_all, render, replay
 from utils.zoom import ASKED, MAX_TURNS
@@ -161,3 +163,46 @@ def test_one_two_and_three_processes_write_the_same_bytes(tiny_checkpoint, items
                                   "--batch_size", "2", "--dtype", "float32"]) == 0
     files = [(tmp_path / f"{world}.jsonl").read_bytes() for world in (1, 2, 3)]
     assert len(files[0].splitlines()) == 9 and files[0] == files[1] == files[2]
+
+
+def test_out_of_memory_splits_a_batch_and_one_that_does_not_fit_alone_is_named(tiny_checkpoint, items, tmp_path, monkeypatch):
+    local, fits = Local(load(str(tiny_checkpoint), device="cpu"), None, 4, 4, 10**6), 1
+    compute = local.compute
+
+    def short_of_memory(ready, inputs):
+        if len(ready) > fits:
+            raise torch.OutOfMemoryError("no room")
+        return compute(ready, inputs)
+
+    monkeypatch.setattr(local, "compute", short_of_memory)
+    conversations = talk(items[:4], tmp_path)
+    with Journal(tmp_path / "run") as journal:
+        assert answer_all(local, conversations, journal, 0, 1)
+        assert [c.ended_by for c in conversations] == ["reply"] * 4 and len(journal) == 4
+        fits = 0
+        with pytest.raises(DataError, match="'t/4': out of memory with it alone"):
+            answer_all(local, talk(items[4:5], tmp_path), journal, 0, 1)
+
+
+def test_the_next_batch_is_made_ready_while_one_is_computed(tiny_checkpoint, items, tmp_path, monkeypatch):
+    """A batch's computation waits here until the pictures of the one after it have been opened, by another thread."""
+    local, opened, began = Local(load(str(tiny_checkpoint), device="cpu"), None, 2, 2, 10**6), [], threading.Condition()
+    prepare, compute, computed = local.prepare, local.compute, []
+
+    def note(batch):
+        found = prepare(batch)
+        with began:
+            opened.append(threading.current_thread())
+            began.notify_all()
+        return found
+
+    def wait(ready, inputs):
+        computed.append(ready)
+        with began:
+            assert began.wait_for(lambda: len(opened) > min(len(computed), 4), timeout=30)
+        return compute(ready, inputs)
+
+    monkeypatch.setattr(local, "prepare", note), monkeypatch.setattr(local, "compute", wait)
+    with Journal(tmp_path / "run") as journal:
+        assert answer_all(local, talk(items, tmp_path), journal, 0, 1)
+    assert len(opened) == len(computed) == 5 and threading.main_thread() not in opened
