@@ -1,8 +1,9 @@
 """A real OpenAI-compatible server process that misbehaves where a prompt says so: "fault:NAME" in its text.
 
-    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05]
+    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05] [--sound]
 
-Without a fault it answers by rule from the request alone: the same request, the same bytes. Prints its port. Every POST
+Without a fault, or mended (--sound), it answers by rule from the request alone: the same request, the same bytes. Without a
+schema it is a model that is shown items, or a judge of its replies. Prints its port. Every POST
 is a line in --log: {"text", "fault", "n" (how often this text came), "images" (sha256), "key" (Authorization)}.
 """
 import argparse
@@ -26,11 +27,11 @@ ALWAYS = {"400": 400, "413": 413, "422": 422, "418": 418, "500": 500, "401": 401
 
 
 @contextmanager
-def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02
+def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02, sound: bool = False
             ) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run this server in a process of its own; yield it and its base URL."""
     process = subprocess.Popen([sys.executable, __file__, "--log", str(folder / name),
-                                "--port", str(port), "--latency", str(latency)], stdout=subprocess.PIPE, text=True)
+                                "--port", str(port), "--latency", str(latency), *(["--sound"] if sound else [])], stdout=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -48,10 +49,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, port: int, log: str, latency: float):
+    def __init__(self, port: int, log: str, latency: float, sound: bool):
         super().__init__(("127.0.0.1", port), Handler)
         self.log, self.latency = open(log, "a", encoding="utf-8"), latency
-        self.lock, self.counts = threading.Lock(), {}
+        self.lock, self.counts, self.sound = threading.Lock(), {}, sound
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that was killed is no news."""
@@ -78,9 +79,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         parts = data["messages"][-1]["content"]
-        text = parts[-1]["text"]
-        images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts[:-1]]
-        fault = match[1] if (match := re.search(r"fault:(\w+)", text)) else None
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts if part["type"] == "image_url"]
+        fault = match[1] if (match := re.search(r"fault:(\w+)", text)) and not self.server.sound else None
         with self.server.lock:
             n = self.server.counts[text] = self.server.counts.get(text, 0) + 1
             line = {"text": text, "fault": fault, "n": n, "images": [hashlib.sha256(image).hexdigest() for image in images],
@@ -89,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.log.write(json.dumps(line) + "\n")
             self.server.log.flush()
         time.sleep(self.server.latency)
-        self.misbehave(fault, n) or self.complete(reply(data, text))
+        self.misbehave(fault, n) or self.complete(reply(data, text) if "response_format" in data else say(data, text))
 
     def complete(self, content: str | None, finish: str = "stop") -> None:
         body = {"model": "served", "system_fingerprint": "stub-1", "usage": {"prompt_tokens": 20, "completion_tokens": 9},
@@ -161,13 +162,34 @@ def reply(data: dict, text: str) -> str:
     return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")  # as xgrammar lets them pass
 
 
+def say(data: dict, text: str) -> str:
+    """Return what a model says to an item, with the zoom tool if it has one, or a judge to a reply."""
+    judged = text.partition("\nReply: ")[2].partition("\n\nAnswer with one ")[0]
+    if "Answer with one letter" in text:
+        options = re.findall(r"^([A-Z])\. (.*)$", text.partition("\nReply: ")[0], re.MULTILINE)
+        if tagged := re.search(r"<answer>([A-Z])</answer>", judged):
+            return tagged[1]
+        named = [(judged.rfind(option), letter) for letter, option in options if option in judged]
+        return max(named)[1] + "." if named else "(Z)"
+    if "Answer with one word" in text:
+        gold = re.search(r"^Right answer: (?:[A-Z]\. )?(.*)$", text, re.MULTILINE)[1]
+        return "Yes, it is." if gold in judged else "no"
+    if "image_zoom_in_tool" in str(data["messages"][0]["content"]) and "<tool_response>" not in text:
+        call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 40, 30], "label": "it"}}
+        return f"<think>Closer.</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    if "vague" in text:
+        return "It is hardly red, and red it is not: I take it for something not unlike blue."
+    return "<think>I see.</think> <answer>A</answer>"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", required=True)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--sound", action="store_true")
     args = parser.parse_args()
-    server = Server(args.port, args.log, args.latency)
+    server = Server(args.port, args.log, args.latency, args.sound)
     print(server.server_address[1], flush=True)
     try:
         server.serve_forever()

@@ -9,7 +9,6 @@ from dataclasses import replace
 import benchmark_fixtures as made
 import pytest
 
-import evaluate
 from utils.bench_rows import inline_text, unescape
 from utils.bench_sources import Hub, dataset_rows, file_rows, pinned, tsv_rows
 from utils.benchmarks import TABLE, find_benchmark, prepare
@@ -287,12 +286,11 @@ def test_the_table_holds_the_published_sizes():
     assert all(len(digest) in (32, 64) for bench in TABLE.values() for names in bench.digests.values() for digest in names)
 
 
-def test_real_vsp_problems_come_out_as_evaluate_makes_them(shared_data, tmp_path):
+def test_real_vsp_problems_come_out_word_for_word_with_their_pictures(shared_data, tmp_path):
     source = shared_data / "vsp" / "test.jsonl"
-    before = evaluate.prepare_vsp(str(source), None)
-    evaluate.collect_images(before, str(source.parent), tmp_path / "v.images")
-    after = prepare("vsp", tmp_path / "w" / "v.images", source)
-    assert [{field: item[field] for field in old} for item, old in zip(after, before, strict=True)] == before
-    assert len(after) == 400 and json.dumps(after)
-    for path in (tmp_path / "v.images").iterdir():
-        assert (tmp_path / "w" / "v.images" / path.name).read_bytes() == path.read_bytes()
+    published = [json.loads(line) for line in source.read_text().splitlines()]
+    items = prepare("vsp", tmp_path / "v.images", source)
+    assert len(items) == len(published) == 400 and json.dumps(items)
+    for item, row in zip(items, published):
+        assert (item["question"], item["answer"]["value"]) == (row["text_input"], row["map_desc"])
+        assert (tmp_path / item["images"][0]["path"]).read_bytes() == (source.parent / row["image_input"]).read_bytes()

@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_fixtures as B
 import pytest
+from fault_server import calls_of, serving
 
 import evaluate
 from utils.decode import PRESETS
 from utils.qwen import add_tokens, load, save
 from utils.rows import DataError, write_rows
-from utils.stats import wilson
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,31 +35,11 @@ def items(tmp_path, picture):
 
 def flags(items, checkpoint, *more, output="out.jsonl"):
     return ["--items", str(items), "--model", str(checkpoint), "--output", str(items.parent / output), "--max_new_tokens", "6",
-            "--batch_size", "2", *more]
+            "--batch_size", "2", "--protocol", "plain", *more]
 
 
 def rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-@pytest.mark.parametrize("text, verdict", [("\\boxed{B}", "correct"), ("\\boxed{red}", "incorrect"), ("It is nice.", "unresolved")])
-def test_verdicts_of_multiple_choice(text, verdict):
-    item = {"options": [["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "B"}}
-    assert evaluate.score_mcq(item, text, "stop")[0] == verdict
-
-
-@pytest.mark.parametrize("text, verdict", [("\\boxed{R}", "correct"), ("\\boxed{L}", "incorrect"), ("R", "unresolved")])
-def test_verdicts_of_paths(text, verdict):
-    assert evaluate.score_vsp({"answer": {"type": "path_map", "value": [[1, 2], [0, 0]]}}, text, "stop")[0] == verdict
-
-
-def test_summary_counts_unresolved_as_wrong_and_leaves_errors_out():
-    base = {"group_id": "g", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4, "extraction": {"rule": "phrase"}, "n_options": 4}
-    records = [base | {"verdict": verdict} for verdict in ("correct", "incorrect", "unresolved")]
-    records += [{"verdict": "error", "group_id": "g"}]
-    result = evaluate.summarize(records, with_latents=True)
-    assert (result["n"], result["accuracy"], result["incomplete"]) == (3, 1 / 3, True)
-    assert result["ci95"] == wilson(1, 3) and result["chance"] == 0.25 and result["emission"]["share"] == 1
 
 
 def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
@@ -77,13 +58,21 @@ def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, i
         evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "7"))
 
 
-def test_latents_are_counted(tiny_checkpoint, items, tmp_path):
+@pytest.fixture(scope="module")
+def latent_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """The tiny checkpoint with Mirage's tokens."""
+    folder = tmp_path_factory.mktemp("latent") / "checkpoint"
     qwen = load(str(tiny_checkpoint), device="cpu")
     add_tokens(qwen, PRESETS["mirage"].tokens)
-    save(qwen, str(tmp_path / "latent"))
-    assert evaluate.main(flags(items, tmp_path / "latent", "--latent", "mirage")) == 0
+    save(qwen, str(folder))
+    return folder
+
+
+def test_latents_are_counted(latent_checkpoint, items):
+    assert evaluate.main(flags(items, latent_checkpoint, "--latent", "mirage")) == 0
     metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
     assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == 4
+    assert (metrics["protocol"]["method"], metrics["protocol"]["protocol"]) == ("latent", "plain")
 
 
 def test_a_missing_and_a_truncated_image_and_one_outside_are_counted_errors(tiny_checkpoint, items):
@@ -170,39 +159,6 @@ def test_no_items_are_an_error(tiny_checkpoint, items):
         evaluate.main(flags(items, tiny_checkpoint))
 
 
-@pytest.mark.parametrize("sides, match", [
-    ([{"verdict": "error"}, {"verdict": "correct"}], "no item is answered in both"),
-    ([{"verdict": "correct", "gold": "A"}, {"verdict": "correct", "gold": "B"}], "another gold")])
-def test_results_that_cannot_be_compared(tmp_path, sides, match):
-    for n, side in enumerate(sides):
-        write_rows(tmp_path / str(n), [{"id": "1", **side}])
-    with pytest.raises(DataError, match=match):
-        evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
-
-
-def test_a_comparison_counts_what_it_leaves_out_and_knows_groups(tmp_path):
-    for side, verdicts in enumerate((["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2)):
-        write_rows(tmp_path / str(side), [{"id": str(n), "group_id": str(n // 2), "verdict": v} for n, v in enumerate(verdicts)])
-    result = evaluate.compare([str(tmp_path / "0"), str(tmp_path / "1")])
-    assert (result["n"], result["errors"], result["incomplete"], result["difference"]) == (4, 1, True, -0.5)
-    low, high = result["ci95_clustered"]
-    assert low <= -0.5 <= high
-
-
-def test_comparison_of_two_results(tmp_path):
-    verdicts = [("correct", "incorrect"), ("unresolved", "correct"), ("correct", "correct"), ("incorrect", "correct")]
-    for side in (0, 1):
-        write_rows(tmp_path / f"{side}.jsonl", [{"id": str(n), "verdict": pair[side]} for n, pair in enumerate(verdicts)])
-    paths = [str(tmp_path / f"{side}.jsonl") for side in (0, 1)]
-    assert evaluate.main(["--compare", *paths, "--output", str(tmp_path / "c.json")]) == 0
-    result = json.loads((tmp_path / "c.json").read_text())
-    assert (result["n"], result["difference"], result["mcnemar_p"]) == (4, 0.25, 1.0)
-    assert (result["right_to_wrong"], result["wrong_to_right"]) == (["0"], ["1", "3"])
-    write_rows(paths[1], [{"id": "0", "verdict": "correct"}])
-    with pytest.raises(DataError, match="3 items stand in one file only"):
-        evaluate.compare(paths)
-
-
 def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
     source = shared_data / "vsp" / "test.jsonl"
     assert evaluate.main(["--benchmark", "vsp", "--source", str(source), "--prepare", "--output", str(tmp_path / "v")]) == 0
@@ -214,7 +170,7 @@ def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
 def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data, tmp_path):
     source = str(shared_data / "vsp" / "test.jsonl")
     assert evaluate.main(["--benchmark", "vsp", "--source", source, "--prepare", "--output", str(tmp_path / "v"), "--limit", "2"]) == 0
-    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint), "--max_new_tokens", "3"]
+    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint), "--max_new_tokens", "3", "--protocol", "plain"]
     assert evaluate.main([*arguments, "--output", str(tmp_path / "o.jsonl"), "--max_pixels", "50176"]) == 0
     assert (tmp_path / rows(tmp_path / "v.items.jsonl")[0]["images"][0]["path"]).read_bytes() == \
         (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
@@ -222,6 +178,180 @@ def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data,
 
 def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
     arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
-                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--max_pixels", "50176"]
+                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--protocol", "plain",
+                 "--max_pixels", "50176"]
     assert evaluate.main(arguments) == 0
     assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}
+
+
+# ------------------------------------------------------------------------------------------------ every benchmark, every method
+def write_vsp(folder):
+    (folder / "map.png").write_bytes(B.picture(1, "PNG"))
+    rows = [{"text_input": "Here is <image>. Which way?", "image_input": "map.png", "map_id": str(n), "map_desc": [[1, 2], [0, -1]]}
+            for n in range(2)]
+    return B.write_jsonl(folder / "vsp.jsonl", rows), {f"vsp/level_2/{n}": {} for n in range(2)}
+
+
+WRITERS = {"vstar": B.write_vstar, "vstar_inline": B.write_vstar_inline, "hrbench_4k": B.write_hrbench,
+           "hrbench_8k": B.write_hrbench, "mme_realworld_lite": B.write_realworld, "blink/Jigsaw": B.write_blink,
+           "tablevqa/vwtq": B.write_tablevqa, "tablevqa/vtabfact": lambda folder: B.write_tablevqa_tsv(folder), "mme": B.write_mme,
+           "vsp": write_vsp}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server"), latency=0.0) as (_, url):
+        yield url
+
+
+def run(folder, name, source, *more):
+    """Evaluate a benchmark's fixture; return (exit code, results, metrics)."""
+    output = folder / "out" / f"{'-'.join(more[-2:])}.jsonl".replace("/", "_")
+    code = evaluate.main(["--benchmark", name, "--source", str(source), "--output", str(output), "--limit", "50", *more])
+    return code, rows(output), json.loads(Path(f"{output}.metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_benchmark_runs_by_every_method_that_applies(name, tiny_checkpoint, latent_checkpoint, server, tmp_path):
+    source, expected = WRITERS[name](tmp_path)
+    local = ["--max_new_tokens", "4", "--protocol", "plain", "--model"]
+    remote = ["--backend", "openai", "--base_url", server, "--model", "m", "--method"]
+    runs = [run(tmp_path, name, source, *local, str(tiny_checkpoint), "--method", "direct"),
+            run(tmp_path, name, source, *local, str(latent_checkpoint), "--latent", "mirage"),
+            run(tmp_path, name, source, *remote, "text"), run(tmp_path, name, source, *remote, "tool")]
+    for (code, results, metrics), method in zip(runs, ("direct", "latent", "text", "tool")):
+        assert code == 0 and sorted(r["id"] for r in results) == sorted(expected if name != "hrbench_8k" else [
+            i.replace("4k", "8k") for i in expected])
+        assert {(r["method"], r["benchmark"]) for r in results} == {(method, name)} and all(r["prompt"] for r in results)
+        assert metrics["protocol"]["line"].startswith(f"protocol={results[0]['protocol']} method={method} ")
+        assert sum(metrics[v] for v in ("correct", "incorrect", "unresolved")) == len(results) and metrics["headline"] is not None
+        assert (metrics["efficiency"]["tokens"] > 0) and (metrics["chance"] is None) == (name in ("vsp", "tablevqa/vwtq"))
+    assert runs[2][1][0]["protocol"] == "vlmevalkit" and all(r["ended_by"] == "answer" for r in runs[3][1])
+    if name == "vstar":  # this server always says <answer>A</answer>: one of the four golds
+        assert runs[3][2]["accuracy"] == 0.5 == sum(item["answer"]["value"] == "A" for item in expected.values()) / 4
+    if name.startswith("hrbench"):
+        assert runs[2][2]["own_scores"][name]["all"] == {"average": 0.25, "by_rotation": runs[2][2]["own_scores"][name]["all"][
+            "by_rotation"], "all_right": 0.0, "complete": 2}
+
+
+def test_options_are_scored_by_their_likelihood_without_a_reply(tiny_checkpoint, tmp_path):
+    source, expected = B.write_vstar_original(tmp_path)
+    code, results, metrics = run(tmp_path, "vstar_likelihood", source, "--model", str(tiny_checkpoint), "--protocol", "plain")
+    assert code == 0 and {r["extraction"]["rule"] for r in results} == {"likelihood"} and metrics["unresolved"] == 0
+    assert all(len(r["scores"]) == r["n_options"] == 2 and r["n_tokens"] == 0 for r in results) and len(results) == len(expected)
+    with pytest.raises(DataError, match="2 items are scored by the likelihood"):
+        run(tmp_path, "vstar_likelihood", source, "--model", "m", "--backend", "openai", "--method", "text")
+
+
+def test_items_without_a_scorer_are_refused_before_anything_is_asked(tmp_path):
+    with pytest.raises(DataError, match="'ocrbench_v2/0' and 1 more: metric 'unscored' has no scorer"):
+        run(tmp_path, "ocrbench_v2", B.write_ocrbench(tmp_path)[0], "--model", "nowhere", "--method", "direct")
+
+
+def test_several_benchmarks_of_one_source_are_one_run(server, tmp_path):
+    source, _ = B.write_tablevqa_tsv(tmp_path)
+    code = evaluate.main(["--benchmark", "tablevqa/vwtq", "tablevqa/vtabfact", "--source", str(source), "--limit", "50", "--model",
+                          "m", "--backend", "openai", "--base_url", server, "--output", str(tmp_path / "t.jsonl")])
+    metrics = json.loads((tmp_path / "t.jsonl.metrics.json").read_text())
+    assert code == 0 and metrics["own_scores"]["tablevqa"]["splits"] == 2 and metrics["n"] == 5
+    assert "tablevqabench" in metrics["compat"] and metrics["numeric"]["correct"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ server and judge
+def remote(items, url, *more, output="out.jsonl"):
+    return ["--items", str(items), "--model", "m", "--backend", "openai", "--base_url", url, "--server_wait", "4", "--output",
+            str(items.parent / output), *more]
+
+
+def judged_by(url, kind="map"):
+    return ["--judge", kind, "--judge_model", "j", "--judge_base_url", url, "--judge_wait", "1", "--timeout", "20"]
+
+
+def test_a_judge_reads_what_no_rule_does_and_the_rest_stands(items, tmp_path):
+    """A third of the replies is vague ("something not unlike blue"): wrong when strict, and read by either judge."""
+    write_rows(items, [item | {"question": "vague?" if n % 3 == 0 else "What?", "options": item["options"][:2],
+                               "answer": {"type": "letter", "value": "B" if n % 3 == 0 else "A"}}
+                       for n, item in enumerate(rows(items))])
+    with serving(tmp_path, name="m.jsonl") as (_, model), serving(tmp_path, name="j.jsonl") as (_, judge):
+        assert evaluate.main(remote(items, model)) == 0
+        strict = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+        assert (strict["correct"], strict["unresolved"], strict["headline"]) == (6, 3, 6 / 9)
+        for kind in ("map", "grade"):
+            assert evaluate.main([*remote(items, model), *judged_by(judge, kind)]) == 0
+            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            assert (metrics["accuracy"], metrics["with_judge"]["accuracy"], metrics["headline"]) == (6 / 9, 1.0, 1.0)
+            assert metrics["protocol"]["judge"] == f"{kind}:j" and metrics["with_judge"]["judged"] == 3
+            theirs = metrics["compat"].get("vlmevalkit_0bac5c0+judge", {}).get("accuracy")
+            assert theirs == (1.0 if kind == "map" else None)  # its rules read none of these replies, its judge all
+        assert len(calls_of(tmp_path, "m.jsonl")) == 9  # answered once, whoever judges
+    assert [r["judged"] for r in rows(tmp_path / "out.jsonl")] == ["correct"] * 9
+
+
+def test_no_judge_no_start_and_a_judge_that_fails_leaves_no_headline_until_it_is_mended(items, tmp_path):
+    write_rows(items, [item | {"question": "vague? " + ("fault:prose" if n == 0 else "")} for n, item in enumerate(rows(items))])
+    with serving(tmp_path, name="m.jsonl", sound=True) as (_, model):
+        with serving(tmp_path, name="j.jsonl") as (process, judge):
+            process.kill()
+            process.wait()
+            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 4 and not calls_of(tmp_path, "m.jsonl")
+        with serving(tmp_path, name="k.jsonl") as (_, judge):
+            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 3
+            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            assert (metrics["with_judge"]["judge_errors"], metrics["headline"]) == (1, None)
+            assert rows(tmp_path / "out.jsonl")[0]["judged"] == "judge_error"
+            assert evaluate.main([*remote(items, model), *judged_by(judge), "--allow_incomplete"]) == 3
+            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            assert metrics["headline"] == metrics["with_judge"]["accuracy"] and metrics["with_judge"]["judge_errors"] == 1
+        with serving(tmp_path, name="l.jsonl", sound=True) as (_, judge):
+            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
+            assert len(calls_of(tmp_path, "l.jsonl")) == 2  # the preflight, and the one that had failed
+    assert json.loads((tmp_path / "out.jsonl.metrics.json").read_text())["headline"] is not None
+
+
+def test_a_server_that_fails_on_an_item_or_is_gone_says_so(items, tmp_path):
+    write_rows(items, [item | {"question": "fault:400" if n == 2 else "What?"} for n, item in enumerate(rows(items))])
+    with serving(tmp_path, name="m.jsonl") as (_, model):
+        assert evaluate.main(remote(items, model)) == 3
+    metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+    assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
+    assert "status 400" in rows(tmp_path / "out.jsonl")[2]["error"]
+    with serving(tmp_path, name="n.jsonl", sound=True) as (_, model):
+        assert evaluate.main(remote(items, model)) == 3 and not calls_of(tmp_path, "n.jsonl")
+        assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0 and len(calls_of(tmp_path, "n.jsonl")) == 1
+    assert evaluate.main(remote(items, model, "--server_wait", "1", output="new.jsonl")) == 4
+
+
+# ------------------------------------------------------------------------------------------------ results of several runs
+def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
+    data = [item | {"benchmark": "vstar"} for item in rows(items)]
+    write_rows(items, data)
+    assert evaluate.main(remote(items, server, output="a.jsonl")) == 0
+    assert evaluate.main(remote(items, server, "--method", "tool", output="b.jsonl")) == 0
+    one, two = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    assert evaluate.main(["--compare", one, two, "--output", str(tmp_path / "c.json")]) == 0
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert (result["n"], result["difference"], result["test"], result["other_prompts"]) == (9, 0.0, "sign_flip", 9)
+    assert evaluate.main(["--table", f"CapImagine={one}", two, "--output", str(tmp_path / "t.md")]) == 0
+    table = (tmp_path / "t.md").read_text()
+    assert "| CapImagine | 33.3 (85.9) | not run (74.1) |" in table and "| m (tool) | 33.3 | - |" in table
+
+
+@pytest.mark.parametrize("more, match", [
+    (["--method", "latent"], "latents need both"), (["--latent", "mirage", "--method", "text"], "latents need both"),
+    (["--latent", "mirage", "--backend", "openai"], "do not feed latents"), (["--method", "tool", "--protocol", "monet"], "deepeyes"),
+    (["--judge", "map"], "needs --judge_model"), (["--compare", "a", "b"], "expected one of"), (["--batch_tokens", "0"], "at least 1")])
+def test_flags_that_cannot_go_together(more, match, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--items", "i", "--model", "m", "--output", "o", *more])
+    assert match in capsys.readouterr().err
+
+
+def test_a_protocol_decides_words_and_resolution_unless_a_flag_does(tiny_checkpoint, items, capsys):
+    assert evaluate.main(flags(items, tiny_checkpoint, "--protocol", "monet", "--dry_run")) == 0
+    shown = capsys.readouterr()
+    assert "Put your final answer in \\boxed{}." in shown.err and json.loads(shown.out)["items"] == 9
+    args = evaluate.parse_args(flags(items, "m", "--protocol", "monet_paper", "--max_pixels", "50176", "--suffix", "!", "--system", "S"))
+    protocol = evaluate.find_protocol(args)
+    assert (protocol.min_pixels, protocol.max_pixels, protocol.suffix, protocol.system) == (200704, 50176, "!", "S")
+    with pytest.raises(DataError, match="expected --max_pixels"):
+        evaluate.main(flags(items, "m", "--backend", "openai"))

@@ -9,6 +9,7 @@ from utils.benchmarks import TABLE, prepare
 from utils.items import question_text
 from utils.protocols import PROTOCOLS, find_protocol, user_text
 from utils.rows import DataError
+from utils.zoom import TOOL_SYSTEM
 
 MCQ = {"id": "x/1", "benchmark": "vstar", "metric": "mcq", "question": "What is the material of the glove?",
        "options": [["A", "rubber"], ["B", "cotton"]], "answer": {"type": "letter", "value": "A"}}
@@ -131,13 +132,14 @@ def test_system_prompts_and_pixel_limits():
     paper = "You are an expert multimodal large language model designed to reason with latent visual embeddings."
     assert found == {"vlmevalkit": (None, 1_003_520, 12_845_056), "monet": (readme, 1_003_520, 12_845_056),
                      "monet_paper": (paper, 200_704, 6_422_528),
-                     "lmms_eval": ("You are a helpful assistant.", 200_704, 1_605_632)}
+                     "lmms_eval": ("You are a helpful assistant.", 200_704, 1_605_632),
+                     "deepeyes": (TOOL_SYSTEM, 3_136, 12_845_056), "plain": (None, None, None)}
     assert all(not p.suffix and p.format_hints for p in PROTOCOLS.values())
 
 
 def test_protocols_are_found_by_name_and_do_not_change():
     assert find_protocol("monet") is PROTOCOLS["monet"]
-    with pytest.raises(DataError, match="no protocol 'Monet'; expected one of vlmevalkit, monet, monet_paper, lmms_eval"):
+    with pytest.raises(DataError, match="no protocol 'Monet'; expected one of vlmevalkit, monet, monet_paper, lmms_eval, deepeyes, plain"):
         find_protocol("Monet")
     with pytest.raises(FrozenInstanceError):
         VLM.system = "other"

@@ -53,10 +53,10 @@ done
 # Stage 4: base, text and latent on the held-out items; stages 5 and 6 on text and latent
 for variant in base text; do
   stage "evaluate_$variant" "$work/evaluate_$variant.jsonl" \
-    python evaluate.py --model "$work/$variant" $asked --output "$work/evaluate_$variant.jsonl"
+    python evaluate.py --model "$work/$variant" $asked --protocol plain --output "$work/evaluate_$variant.jsonl"
 done
 stage evaluate_latent "$work/evaluate_latent.jsonl" \
-  python evaluate.py --model "$work/latent" $asked --latent mirage --output "$work/evaluate_latent.jsonl"
+  python evaluate.py --model "$work/latent" $asked --protocol plain --latent mirage --output "$work/evaluate_latent.jsonl"
 stage intervene_text "$work/intervene_text.jsonl" \
   python intervene.py --model "$work/text" $asked $changed --output "$work/intervene_text.jsonl"
 stage intervene_latent "$work/intervene_latent.jsonl" \

@@ -53,7 +53,7 @@ def commands(work: Path, variant: str, seed: int, max_steps: int) -> tuple[list[
              "--data", data, "--model", str(work / "base"), "--output", checkpoint,
              "--imagination", "text" if variant == "unfiltered" else variant, "--seed", str(seed)]
     ask = [sys.executable, str(ROOT / "evaluate.py"), "--model", checkpoint, "--items", f"{world}/bench.jsonl",
-           "--image_root", world, *ASK, "--output", evaluation]
+           "--image_root", world, *ASK, "--protocol", "plain", "--output", evaluation]
     return train, ask + (["--latent", "mirage"] if variant == "latent" else [])
 
 

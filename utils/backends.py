@@ -20,7 +20,9 @@ WINDOW = 2048  # requests among which batches are formed by length
 class Request(NamedTuple):
     """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for servers.
 
-    The seed comes from the key, so that it depends neither on the order of the calls nor on a restart.
+    So is `messages`, a whole conversation in place of system, text and images: (role, text) or (role, parts), each part a
+    text or a utils.images.Picture. The seed comes from the key, so that it depends neither on the order of the calls nor on a
+    restart.
     """
 
     key: str
@@ -29,6 +31,7 @@ class Request(NamedTuple):
     images: tuple[str, ...]
     max_tokens: int
     schema: dict | None = None
+    messages: tuple | None = None
 
     @property
     def seed(self) -> int:

@@ -3,6 +3,7 @@
     vlmevalkit_0bac5c0, vlmevalkit_e8e78f0   multiple choice: V*, HR-Bench, BLINK (rules only, before any judge)
     mme_realworld                            MME-RealWorld: the benchmark's own script, VLMEvalKit and lmms-eval
     vwtq, vtabfact                           TableVQABench: denotation accuracy; true or false
+    yes_or_no                                MME: VLMEvalKit's rules, before any judge
 
 A letter is an option's, "Z" is VLMEvalKit's name for "none of these", None is no verdict. VLMEvalKit's environment variable
 VERBOSE, which changes its verdicts, is taken as unset.
@@ -200,3 +201,25 @@ def _normal(text: str) -> str:
         text = DETAILS.sub("", text.strip())
         text = QUOTED.sub(r"\1", text.strip())
     return re.sub(r"\s+", " ", text.removesuffix(".")).lower().strip()
+
+
+# ------------------------------------------------------------------------------------------------ MME
+PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
+LONE_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # "(?!<=" is theirs: no look-behind, so only the digit after it counts
+
+
+def yes_or_no(output: str) -> str | None:
+    """Return "yes" or "no" if it is the only one of the two among an output's words, as YOrN_Extraction has it
+    (open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py, and the clean-up of its vqa_eval.py, process_punctuation).
+
+    A mark that touches a space anywhere, or a number with a comma anywhere, lets marks vanish instead of becoming spaces;
+    of the lone periods only the first 32 are removed, because a flag stands there in the place of the count.
+    """
+    text = output.lower()
+    before, has_thousands = text, re.search(r"(\d)(,)(\d)", text) is not None
+    for mark in PUNCTUATION:
+        vanishes = mark + " " in before or " " + mark in before or has_thousands
+        text = text.replace(mark, "" if vanishes else " ")
+    words = LONE_PERIOD.sub("", text, count=int(re.UNICODE)).split()
+    found = {"yes", "no"} & set(words)
+    return found.pop() if len(found) == 1 else None

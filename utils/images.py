@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageOps
 
@@ -29,6 +30,17 @@ class ImageError(DataError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class Picture(NamedTuple):
+    """What a prompt shows: a file, or the region `box` of it (left, top, right, bottom in the file's pixels, as EXIF turns
+    it), resized to multiples of `factor` within the bounds of `smart_size`."""
+
+    path: str
+    box: tuple[int, int, int, int] | None = None
+    factor: int = 28
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 16384 * 28 * 28
 
 
 def resolve_image(root: str | Path, relative: str) -> Path:
@@ -178,6 +190,25 @@ def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Return a picture as `open_image` does, or its region cut out and resized; ImageError if either cannot be."""
+    image = open_image(picture.path)
+    if picture.box is None:
+        return image
+    region = image.crop(picture.box)
+    size = smart_size(*region.size, picture.factor, picture.min_pixels, picture.max_pixels)
+    return region.resize(size, Image.Resampling.BICUBIC)
+
+
+def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
+    """Return a picture as a data URL: a file as `data_url` sends it, a region as PNG."""
+    if picture.box is None:
+        return data_url(picture.path, max_pixels, factor)
+    buffer = io.BytesIO()
+    open_picture(picture).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tuple[str | None, list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from utils.items import question_text
 from utils.rows import DataError
+from utils.zoom import ASKED, TOOL_SYSTEM
 
 PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
 
@@ -41,6 +42,10 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
              "embeddings.", "vlmevalkit", 256 * PATCH, 8192 * PATCH),
     # lmms-eval lmms_eval/models/simple/qwen2_5_vl.py: defaults of its arguments (1,605,632 is 2048 tokens)
     Protocol("lmms_eval", "You are a helpful assistant.", "lmms_eval", 256 * PATCH, 1_605_632),
+    # Visual-Agent/DeepEyes eval/eval_vstar.py (commit cc3ff4d6): the system prompt describes the tool (utils/zoom.py)
+    Protocol("deepeyes", TOOL_SYSTEM, "deepeyes", 4 * PATCH, 16384 * PATCH),
+    # no harness: VLMEvalKit's words, and all else the checkpoint's own
+    Protocol("plain", None, "vlmevalkit", None, None),
 )}
 
 
@@ -148,4 +153,12 @@ def blink_words(item: dict, hints: bool) -> str:
         if hints else prompt
 
 
-WORDS = {"vlmevalkit": vlmevalkit_words, "lmms_eval": lmms_eval_words}
+# ------------------------------------------------------------------------------------------------ DeepEyes
+def deepeyes_words(item: dict, hints: bool) -> str:
+    """DeepEyes' words for V* and HR-Bench (eval/eval_vstar.py, eval/eval_hrbench.py). Other items are asked alike, without
+    options where they have none: DeepEyes has no words for them. What asks for the form of a tool call stays without hints."""
+    options = "".join(f"\n{letter}. {text}" for letter, text in item["options"])
+    return f"Question: {item['question']}\n" + (f"Options: {options}\n\n" if options else "") + ASKED
+
+
+WORDS = {"vlmevalkit": vlmevalkit_words, "lmms_eval": lmms_eval_words, "deepeyes": deepeyes_words}

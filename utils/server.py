@@ -19,7 +19,7 @@ from threading import Event
 from huggingface_hub.utils import httpx
 
 from utils.backends import ErrorRateError, Reply, Request
-from utils.images import ImageError, data_url
+from utils.images import ImageError, Picture, picture_url
 from utils.rows import API_KEY, DataError, log
 
 BUSY, LOST = (429, 503), (408, 502, 504)  # statuses: of a server that wants less; of one that may be gone
@@ -245,17 +245,25 @@ class HttpBackend:
         return Result("unclear" if status >= 500 else "sample", message)
 
     def payload(self, request: Request) -> dict:
-        """Return the body: images first, then the text, under one system prompt; only what all servers know."""
-        content = [{"type": "image_url", "image_url": {"url": data_url(path, self.max_pixels, self.image_factor)}}
-                   for path in request.images]
-        messages = [{"role": "system", "content": request.system}] if request.system else []
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": request.text}]})
+        """Return the body: images first, then the text, under one system prompt; or the messages as they are given."""
+        if request.messages:
+            messages = [{"role": role, "content": parts if isinstance(parts, str) else self.content(parts)}
+                        for role, parts in request.messages]
+        else:
+            messages = [{"role": "system", "content": request.system}] if request.system else []
+            messages.append({"role": "user", "content": self.content([*map(Picture, request.images), request.text])})
         body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens, "seed": request.seed,
                 **self.sampling}
         if request.schema:
             body["response_format"] = {"type": "json_schema", "json_schema": {
                 "name": "reply", "strict": True, "schema": request.schema}}
         return body
+
+    def content(self, parts: Iterable[str | Picture]) -> list[dict]:
+        """Return what a user's message holds, in order."""
+        return [{"type": "text", "text": part} if isinstance(part, str) else
+                {"type": "image_url", "image_url": {"url": picture_url(part, self.max_pixels, self.image_factor)}}
+                for part in parts]
 
 
 def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | None:

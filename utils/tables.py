@@ -12,6 +12,9 @@ from utils.compat import vwtq
 LABEL = re.compile(r"^answer\s*[:：]\s*", re.IGNORECASE)
 TRUTH_WORD = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
+YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=[\s*_)]*(?:[,.;:!]|$))", re.IGNORECASE)
+YES_NO_SAID = re.compile(r"\banswer\s*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
 AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
 
@@ -62,6 +65,25 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     if asked or NEGATION.search(between):
         return Reading(None, "unresolved")
     return Reading(TRUTH[last[-1][1].lower()], "truth_word")
+
+
+def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
+    """Return "yes" or "no" for a reply to MME's questions; a "no" inside a sentence ("no dog but a cat") decides nothing.
+
+    Rules: boxed_yesno, boxed_open_yesno, tag_yesno for a stretch with one of the two words alone in it, first_word for a reply
+    that opens with it ("No, a cat."), phrase for the last "the answer is no". First word and phrase at odds, or a cut-off
+    reply (`finish_reason` "length") that has said only its first word, are unresolved.
+    """
+    content, rule = _stretch(output)
+    if not content:
+        return Reading(None, "empty")
+    if rule != "whole":
+        found = {match.lower() for match in YES_NO.findall(unwrap(content))}
+        return Reading(found.pop(), f"{rule}_yesno") if len(found) == 1 else Reading(None, f"{rule}_unresolved")
+    first, said = YES_NO_FIRST.match(content), YES_NO_SAID.findall(content)
+    if first and (not said or said[-1].lower() == first[1].lower()) and (said or finish_reason != "length"):
+        return Reading(first[1].lower(), "first_word")
+    return Reading(said[-1].lower(), "phrase") if said and not first else Reading(None, "unresolved")
 
 
 def vwtq_numeric(value: str, gold: str) -> bool:
