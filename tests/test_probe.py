@@ -28,46 +28,6 @@ def run(data, model, output, *more):
     return json.loads((output / "metrics.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------- numbers
-def test_inter_instance_means_equal_explicit_loops():
-    rng = np.random.default_rng(0)
-    instances = [rng.normal(size=(3, 5)) + 1 for _ in range(7)]
-    curves = probe.measure(instances, 3, 0.95, 0)
-    for t in range(3):
-        total = [float(a[t] @ b[t] / np.sqrt((a[t] @ a[t]) * (b[t] @ b[t]))) for i, a in enumerate(instances)
-                 for j, b in enumerate(instances) if i != j]
-        assert curves["inter_raw"][t]["mean"] == pytest.approx(np.mean(total))
-        assert curves["inter_raw"][t]["low"] < np.mean(total) < curves["inter_raw"][t]["high"]
-    for t in range(2):
-        adjacent = [float(a[t] @ a[t + 1] / np.sqrt((a[t] @ a[t]) * (a[t + 1] @ a[t + 1]))) for a in instances]
-        assert curves["adjacent_raw"][t]["mean"] == pytest.approx(np.mean(adjacent))
-
-
-def test_centring_uses_the_other_half_alone():
-    instances, halves = [np.array([[float(i)]]) for i in (1, 2, 10, 20)], np.array([0, 0, 1, 1])
-    assert [float(x[0, 0]) for x in probe.centre(instances, halves)] == [1 - 15, 2 - 15, 10 - 1.5, 20 - 1.5]
-
-
-def test_one_vector_everywhere_has_cosine_one_and_noise_has_none():
-    same = probe.measure([np.ones((2, 64))] * 12, 2, 0.95, 0)
-    assert same["inter_raw"][0]["mean"] == pytest.approx(1) and same["adjacent_raw"][0]["mean"] == pytest.approx(1)
-    rng = np.random.default_rng(1)
-    noise = [rng.normal(size=(2, 2000)) for _ in range(30)]
-    assert abs(probe.measure(noise, 2, 0.95, 0)["inter_raw"][0]["mean"]) < 0.01
-
-
-def test_a_common_direction_makes_raw_cosine_large_and_centred_none():
-    """Raw cosine proves nothing: instances that differ entirely beside a common vector look alike."""
-    rng = np.random.default_rng(2)
-    shifted = [rng.normal(size=(1, 500)) + 7 for _ in range(40)]
-    curves = probe.measure(shifted, 1, 0.95, 0)
-    assert curves["inter_raw"][0]["mean"] > 0.95 and abs(curves["inter_centred"][0]["mean"]) < 0.1
-
-
-def test_few_instances_give_null_and_no_number():
-    assert probe.measure([np.ones((1, 3))], 1, 0.95, 0)["inter_raw"][0]["mean"] is None
-
-
 # ------------------------------------------------------------------------------------------- whole runs
 def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(tiny_checkpoint, data, tmp_path):
     model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE)

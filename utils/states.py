@@ -115,8 +115,11 @@ class States:
         with self.open(key) as file:
             return file.get_tensor(kind)
 
-    def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET) -> Iterator[Cell]:
+    def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET,
+              at_most: dict[str, int] | None = None) -> Iterator[Cell]:
         """Yield the cells of a kind, layer by layer, step by step: all of `keys` that have the step, as their places in it.
+
+        `at_most`: steps of a sample that count, by key (of latents: those of its first segment).
 
         Samples are opened once for as many cells as fit `budget` bytes: n samples x 10 steps x 28 layers x 3,584 need not
         fit in memory. The layer of kinds without layers is -1.
@@ -124,6 +127,8 @@ class States:
         shapes = {i: self.records[key]["tensors"][kind] for i, key in enumerate(keys) if kind in self.records[key]["tensors"]}
         if not shapes:
             return
+        for i, shape in shapes.items():
+            shapes[i] = [min(shape[0], (at_most or {}).get(keys[i], shape[0])), *shape[1:]]
         layered = len(next(iter(shapes.values()))) == 3
         width = {tuple(shape[1:]) for shape in shapes.values()}
         if len(width) != 1:
