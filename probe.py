@@ -45,8 +45,9 @@ from utils.items import item_fault, question_text, read_items
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
+from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
-from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves
+from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import States, StateWriter
 from utils.stats import wilson
 
@@ -54,6 +55,7 @@ PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "ans
 TEXT_STEPS = 10  # states of a text imagination that are looked at: as many as Monet has latents
 N_BOOT = 2000
 FOLDS = 5
+MOST_ALIKE = 0.99  # ordinary tokens above leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper
 STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
           "dummy_pad": ("dummy_pad",), "inner": ("inner",)}  # kind of states -> kinds in the store, whichever is there
@@ -102,15 +104,21 @@ class Analysis:
             measure = Measure(self.halves, self.tasks, self.args.level, N_BOOT, self.args.seed, FORMS,
                               seen=lambda cell, form, matrix: self.keep(kind, cell, form, matrix))
             self.rows += ({"kind": kind, **row} for row in measure.run(self.beside(kind, cells)))
-        text = [row["value"] for row in self.select("text", "inter", "raw")]
-        if text and np.mean(text) < 1:
-            raw = [row for row in self.rows if row.get("form") == "raw" and row["layer"] == -1 and row["measure"] in (
+        c0 = self.ordinary()
+        if c0 is not None:
+            raw = [row for row in self.rows if row["form"] == "raw" and row["layer"] == -1 and row["measure"] in (
                 "inter", "adjacent", "first") and row["kind"] != "text" and row["pairs"] == "all"]
-            self.rows += [adjust(row, float(np.mean(text))) for row in raw]
+            self.rows += [adjust(row, c0) for row in raw]
 
-    def select(self, kind: str, measure: str, form: str, layer: int = -1) -> list[dict]:
-        return [row for row in self.rows if (row["kind"], row["measure"], row["form"], row["layer"], row["pairs"]) == (
-            kind, measure, form, layer, "all")]
+    def ordinary(self) -> float | None:
+        """Return c0: the mean cosine of two text states of different instances, at any steps; None if it says nothing."""
+        states = [self.store.load(key, "text") for key in self.keys]
+        means = np.array([unit(x).mean(0) for x in states if x is not None])
+        if len(means) < 2:
+            return None
+        products = means @ means.T
+        c0 = float(products[~np.eye(len(means), dtype=bool)].mean())
+        return c0 if c0 < MOST_ALIKE else None
 
     def keep(self, kind: str, cell: Cell, form: str, matrix: np.ndarray) -> None:
         """Keep what the heat maps show: raw and centred, of inner states the middle layer."""
@@ -158,7 +166,8 @@ class Analysis:
             places = enough(own)
             groups = [self.groups[cell.rows[n]] for n in places]
             if len({own[n] for n in places}) >= 2 and len(set(groups)) >= 2 * FOLDS:
-                found = probe(cell.states[places], [own[n] for n in places], groups, FOLDS, self.args.seed, level=self.args.level)
+                found = probe(cell.states[places], [own[n] for n in places], groups, FOLDS, self.args.seed,
+                              level=self.args.level)
                 yield {"measure": measure, "value": found["above_shuffled"], **found}
 
     def curves(self) -> dict:
@@ -243,6 +252,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="ways to keep the image from the probe questions")
     parser.add_argument("--reader", default=None, help="another checkpoint that answers from what --model imagined")
     parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores in the box")
+    parser.add_argument("--stem", default=STEM, help="beginning of an answer that R0 scores the options behind")
     parser.add_argument("--circular", action="store_true", help="ask every probe item at every turn of its options")
     parser.add_argument("--crossed", type=int, nargs=2, default=None, metavar=("A", "B"), help="images x questions to cross")
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
@@ -368,8 +378,9 @@ def show(metrics: dict) -> None:
     for kind, means in (metrics["similarity"] or {}).items():
         log(f"{kind:<12}" + "  ".join(f"{name} {'-' if mean is None else f'{mean:+.3f}'}" for name, mean in means.items()))
     for name, entry in (metrics["probing"] or {"conditions": {}})["conditions"].items():
+        r0 = "-" if entry["r0"] is None else f"{100 * entry['r0']['accuracy']:.1f} %"
         log(f"{name:<12}{100 * entry['accuracy']:.1f} % [{100 * entry['ci'][0]:.1f}, {100 * entry['ci'][1]:.1f}]  "
-            f"parsed {100 * entry['parsed']:.1f} %  R0 {'-' if not entry['r0'] else format(100 * entry['r0']['accuracy'], '.1f')} %")
+            f"parsed {100 * entry['parsed']:.1f} %  R0 {r0}")
 
 
 if __name__ == "__main__":

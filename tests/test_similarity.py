@@ -38,7 +38,8 @@ def test_means_over_pairs_and_steps_equal_explicit_loops():
             ((states[:, t] - mean) ** 2).sum() / 8 / (mean @ mean), rel=1e-5)
     for t in (1, 2):
         one, two = states[:, t - 1], states[:, t]
-        assert rows[t, "adjacent", "raw", "all"]["value"] == pytest.approx(np.mean([cos(a, b) for a, b in zip(one, two)]), abs=1e-6)
+        assert rows[t, "adjacent", "raw", "all"]["value"] == pytest.approx(
+            np.mean([cos(a, b) for a, b in zip(one, two)]), abs=1e-6)
         assert rows[t, "first", "raw", "all"]["value"] == pytest.approx(
             np.mean([cos(a, b) for a, b in zip(states[:, 0], two)]), abs=1e-6)
         drift = np.linalg.norm(two - one, axis=1) / np.linalg.norm(one, axis=1)

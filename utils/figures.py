@@ -39,7 +39,8 @@ def tidy(ax) -> None:
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray, path: Path) -> None:
+def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray,
+                  path: Path) -> None:
     """F1: the cosine of every pair of instances; a column a step, two rows (raw, centred) a kind.
 
     matrices[(kind, form, step)] = (places [m] in `tasks`, cosines [m, m]). Instances are ordered by task, with a line
@@ -90,11 +91,13 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
                 if not points:
                     continue
                 x = [row["step"] + 1 for row in points]
-                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], markersize=4, color=COLORS[kind], label=NAMES[kind])
+                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], markersize=4, color=COLORS[kind],
+                        label=NAMES[kind])
                 ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.18,
                                 color=COLORS[kind], linewidth=0)
             ax.axhline(0, color="black", linewidth=0.5)
-            ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "", title=title if form == forms[0] else "")
+            ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "",
+                   title=title if form == forms[0] else "")
             tidy(ax)
         panel[0].set_ylabel(f"{form}\nmean cosine ({100 * level:.3g} %)")
     handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels())))
@@ -104,8 +107,9 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
 
 def draw_probing(probing: dict, level: float, path: Path) -> None:
     """F4: accuracy by condition, parsed and by R0, with Wilson intervals and the line of chance."""
-    names = {"image": "image", "image_own": "image and\nown", "text_only": "question\nonly", "own": "own", "other": "another\nimage's",
-             "mean": "mean", "random": "noise", "cut": "cut:\nown", "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
+    names = {"image": "image", "image_own": "image and\nown", "text_only": "question\nonly", "own": "own",
+             "other": "another\nimage's", "mean": "mean", "random": "noise", "cut": "cut:\nown",
+             "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
     shown = [name for name in names if name in probing["conditions"]]
     figure, [[ax]] = new_axes(1, 1, 1.05 * len(shown) + 2, 4.6)
     rows = []
@@ -119,11 +123,12 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
                    label={"parsed": "reply, parsed", "R0": "likeliest option (R0)"}[readout] if x == 0 else None)
             rows.append({"condition": name, "readout": readout, "accuracy": part["accuracy"], "low": part["ci"][0],
                          "high": part["ci"][1], "parsed": entry["parsed"], "chance": probing["chance"], "n": probing["n"]})
-    ax.axhline(100 * probing["chance"], color="black", linestyle="--", linewidth=1, label=f"chance, {100 * probing['chance']:.1f} %")
-    ax.set_xticks(range(len(shown)), [f"{names[name]}\n({100 * probing['conditions'][name]['parsed']:.0f} %)" for name in shown],
-                  fontsize=8)
-    ax.set(ylim=(0, 118), ylabel=f"accuracy, % ({100 * level:.3g} % interval)", xlabel="given beside the question (share parsed)",
-           title=f"{probing['n']} questions about what was imagined")
+    ax.axhline(100 * probing["chance"], color="black", linestyle="--", linewidth=1,
+               label=f"chance, {100 * probing['chance']:.1f} %")
+    parsed = [100 * probing["conditions"][name]["parsed"] for name in shown]
+    ax.set_xticks(range(len(shown)), [f"{names[name]}\n({share:.0f} %)" for name, share in zip(shown, parsed)], fontsize=8)
+    ax.set(ylim=(0, 118), ylabel=f"accuracy, % ({100 * level:.3g} % interval)",
+           xlabel="given beside the question (share parsed)", title=f"{probing['n']} questions about what was imagined")
     ax.set_yticks(range(0, 101, 20))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, loc="upper center", ncol=3, fontsize=8)
@@ -132,7 +137,8 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
 
 def draw_layers(rows: list[dict], path: Path) -> None:
     """F8: layer by step at the latent positions: raw and centred inter-instance cosine, and what a linear probe reads."""
-    panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"), ("label read, above shuffled", "decode", "raw")]
+    panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
+              ("answer read, above shuffled", "decode", "raw")]
     rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all" and row["measure"] in ("inter", "decode")]
     n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))
     figure, axes = new_axes(1, len(panels), 4.2 * len(panels), 0.16 * n_layers + 2.6)
@@ -153,7 +159,8 @@ def draw_layers(rows: list[dict], path: Path) -> None:
 
 def draw_spectra(rows: list[dict], path: Path) -> None:
     """F9: how many directions the states of a step span, and the share of the largest, a line a kind."""
-    rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1 and row["participation_ratio"] is not None]
+    rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1
+            and row["participation_ratio"] is not None]
     panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank", "top1": "share of the largest"}
     figure, axes = new_axes(1, 3, 12.5, 3.9)
     for ax, (name, title) in zip(axes[0], panels.items()):

@@ -28,7 +28,7 @@ from utils.edits import CLOSE, OPEN, conclusion
 from utils.families import latent_ids
 from utils.items import open_images, question_text
 from utils.qwen import Qwen, chat, encode
-from utils.readouts import STEM, describe_scores, score_options
+from utils.readouts import describe_scores, score_options
 from utils.rows import DataError
 from utils.states import States
 from utils.stats import mcnemar_exact, paired_interval, robust_mean, wilson
@@ -119,7 +119,8 @@ class Prober:
                 its = [donors[p["id"]] if name in ("other", "cut_other") else p["source"] for p in batch]
                 state, before, able = self.cut(batch, its, name) if name in CUT else self.begin(batch, its, name)
                 asked = [batch[i] for i in able]
-                scores = score_options(self.qwen, state, asked, [STEM] * len(asked), before, self.args.options) if asked else []
+                scores = score_options(self.qwen, state, asked, [self.args.stem] * len(asked), before,
+                                       self.args.options) if asked else []
                 replies = decode(self.qwen, state, self.args.max_new_tokens, self.spec)[0] if asked else []
                 found = dict(zip(able, zip(scores, replies)))
                 rows += [self.row(probe, name, donor, *found.get(i, (None, None)))

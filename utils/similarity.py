@@ -48,9 +48,11 @@ class Calibration:
 
 
 def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
-    """Fit the corrections to states [n, d], n >= 2; no [d, d] matrix where n <= d. A dimension that never varies keeps scale 1."""
+    """Fit the corrections to states [n, d], n >= 2; no [d, d] matrix where n <= d. A dimension that never
+    varies keeps scale 1."""
     if len(states) < 2 or not 0 < shrinkage <= 1:
-        raise ValueError(f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or more and 0 < shrinkage <= 1")
+        raise ValueError(f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or more and "
+                         "0 < shrinkage <= 1")
     mean = states.mean(0, dtype=np.float64)
     offsets = (states - mean).astype(states.dtype)
     scale = offsets.std(0, ddof=1)

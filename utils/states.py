@@ -106,7 +106,8 @@ class States:
         try:
             return safe_open(path, framework="numpy")
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them again") from error
+            raise DataError(f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them "
+                            "again") from error
 
     def load(self, key: str, kind: str) -> np.ndarray | None:
         """Return the states of one kind, or None if the sample has none of it."""
@@ -132,7 +133,8 @@ class States:
         layered = len(next(iter(shapes.values()))) == 3
         width = {tuple(shape[1:]) for shape in shapes.values()}
         if len(width) != 1:
-            raise DataError(f"{self.folder}: {kind} of {len(width)} shapes {sorted(width)}, expected one; were two models mixed?")
+            raise DataError(f"{self.folder}: {kind} of {len(width)} shapes {sorted(width)}, expected one; were two models "
+                            "mixed?")
         longest = max(shape[0] for shape in shapes.values())
         steps = range(min(longest, n_steps or longest))
         places = [(layer, step) for layer in (range(next(iter(width))[0]) if layered else [-1]) for step in steps]
@@ -151,7 +153,8 @@ class States:
                 part = file.get_slice(kind)
                 for n, (layer, step) in enumerate(places):
                     if shape[0] > step:
-                        blocks[n][filled[n]] = part[step:step + 1, layer:layer + 1].reshape(-1) if layer >= 0 else part[step:step + 1][0]
+                        read = part[step:step + 1] if layer < 0 else part[step:step + 1, layer:layer + 1]
+                        blocks[n][filled[n]] = read.reshape(-1)
                         filled[n] += 1
         for n, (layer, step) in enumerate(places):
             yield Cell(layer, step, having[step], blocks[n])
@@ -166,8 +169,8 @@ def merge(sources: Iterable[str | Path], target: str | Path) -> int:
     with StateWriter(target, sources[0].settings if sources else None) as writer:
         for source in sources:
             if source.settings != sources[0].settings:
-                raise DataError(f"{source.folder}: captured with other settings than {sources[0].folder}; expected the same model "
-                                "and prompts")
+                raise DataError(f"{source.folder}: captured with other settings than {sources[0].folder}; expected the same "
+                                "model and prompts")
             for key, record in source.records.items():
                 if key not in writer:
                     path = Path(target) / record["file"]
