@@ -356,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage in ("all", "ask"):
         if args.reader:
             qwen = load(args.reader, args.dtype, None, args.min_pixels, args.max_pixels)
-        metrics |= {"reader": args.reader} | ask(store, items, probes, spec, qwen, args)
+        metrics |= {"reader": args.reader, "stem": args.stem, "scored_options": args.options}
+        metrics |= ask(store, items, probes, spec, qwen, args)
     metrics["seconds"] = round(time.monotonic() - began, 1)
     write_json(path, metrics)
     write_meta(args.output, args, [path for path in (args.items, args.probe_items) if path], metrics["seconds"])

@@ -60,7 +60,8 @@ def analyse(args: argparse.Namespace) -> dict:
     rows = list(measure.run(beside(store.cells("inner", list(store.records)[:n]))))
     raw = [row["value"] for row in rows if (row["measure"], row["form"], row["pairs"]) == ("inter", "raw", "all")]
     centred = [row["value"] for row in rows if (row["measure"], row["form"], row["pairs"]) == ("inter", "centred", "all")]
-    return {"seconds": time.monotonic() - began, "rows": len(rows), "raw": float(np.mean(raw)), "centred": float(np.mean(centred))}
+    return {"seconds": time.monotonic() - began, "rows": len(rows), "raw": float(np.mean(raw)),
+            "centred": float(np.mean(centred))}
 
 
 def main() -> None:
@@ -88,7 +89,8 @@ def main() -> None:
               "n_boot": args.n_boot, "states_gb": round(size, 3), "read_s": round(parts["read"]["seconds"], 1),
               "analyse_s": round(parts["analyse"]["seconds"], 1), "analyse_gb": round(parts["analyse"]["peak_gb"], 2),
               "limit_gb": LIMIT_GB, "analyse_to_read": round(parts["analyse"]["seconds"] / parts["read"]["seconds"], 1),
-              "mean_raw_cosine": round(parts["analyse"]["raw"], 4), "mean_centred_cosine": round(parts["analyse"]["centred"], 4),
+              "mean_raw_cosine": round(parts["analyse"]["raw"], 4),
+              "mean_centred_cosine": round(parts["analyse"]["centred"], 4),
               "rows": parts["analyse"]["rows"], "cpus": os.cpu_count()}
     write_json(args.result, result)
     print(json.dumps(result))

@@ -40,8 +40,8 @@ def latent_run(tiny_checkpoint, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
     folder = tmp_path_factory.mktemp("latent")
     model = make_latent_checkpoint(tiny_checkpoint, folder / "model", MIRAGE)
-    return folder, run(data, model, folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{", "--variants",
-                       "tokens_only", "cut", "--crossed", "4", "2")
+    return folder, run(data, model, folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
+                       "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
 
 def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_run):
@@ -52,7 +52,8 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
     for readout in (lambda name: found[name]["accuracy"], lambda name: found[name]["r0"]["accuracy"]):
         assert readout("image_own") > 0.9 and readout("own") > 0.9
         assert max(readout("other"), readout("mean"), readout("random")) < readout("own") - 0.3
-    assert metrics["probing"]["own_minus_other"]["ci"][0] > 0 and metrics["probing"]["own_minus_other"]["r0_nats"]["delta"] > 0.5
+    difference = metrics["probing"]["own_minus_other"]
+    assert difference["ci"][0] > 0 and difference["r0_nats"]["delta"] > 0.5
     rows = read_rows(folder / "out" / "answers.jsonl", {"id": str}, unique=None)
     assert len(rows) == 16 * len(ways(MIRAGE, ["tokens_only", "cut"])) == 160
     assert all(row["rule"] != "not_asked" and row["r0"] for row in rows)
@@ -148,7 +149,7 @@ def test_a_probe_of_no_item_is_named(tiny_checkpoint, data, tmp_path):
 
 # ------------------------------------------------------------------------------------------- parts
 def test_turned_options_keep_their_gold():
-    probe_item = {"id": "p", "options": [["A", "red"], ["B", "blue"], ["C", "gray"]], "answer": {"type": "letter", "value": "B"}}
+    probe_item = {"id": "p", "options": [["A", "red"], ["B", "blue"], ["C", "gray"]], "answer": {"value": "B"}}
     turned = rotations(probe_item)
     assert [row["answer"]["value"] for row in turned] == ["B", "A", "C"] and turned[0]["options"] == probe_item["options"]
     assert all(dict(row["options"])[row["answer"]["value"]] == "blue" for row in turned) and len({r["id"] for r in turned}) == 3
@@ -182,5 +183,5 @@ def test_heat_maps_order_instances_by_task(tmp_path):
     matrix, tasks = cosine_matrix(states), np.array(["b", "a", "b", "a", "b", "a"])
     draw_heatmaps({("text", form, 0): (np.arange(6), matrix) for form in ("raw", "centred")}, tasks, tmp_path / "map.png")
     rows = list(csv.DictReader(open(tmp_path / "map.csv")))
-    assert len(rows) == 2 * 15 and all(float(r["cosine"]) == pytest.approx(matrix[int(r["instance"]), int(r["other"])], abs=1e-4)
-                                       for r in rows)
+    wanted = [matrix[int(row["instance"]), int(row["other"])] for row in rows]
+    assert len(rows) == 2 * 15 and [float(row["cosine"]) for row in rows] == pytest.approx(wanted, abs=1e-4)

@@ -102,3 +102,9 @@ def test_shards_of_two_machines_merge(tmp_path):
     os.remove(tmp_path / "a" / "meta.json")
     with pytest.raises(DataError, match="other settings"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "more")
+
+
+@pytest.mark.parametrize("room", ["similarity", "geometry", "linear_probe", "states", "figures"])
+def test_what_analyses_a_store_imports_no_torch_and_no_matplotlib(room):
+    code = f"import sys; import utils.{room}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

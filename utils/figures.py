@@ -12,6 +12,7 @@ COLORS = {"imagination": "#0072b2", "text": "#d55e00", "image": "#009e73", "inne
 NAMES = {"imagination": "imagination", "text": "text after it", "image": "image tokens", "inner": "inner layer",
          "dummy_pad": "pads fed instead", "fed": "fed", "start": "start"}
 MARKS = {"imagination": "o", "text": "s", "image": "^", "inner": "D", "dummy_pad": "x", "fed": "v", "start": "P"}
+SIZES = {"imagination": 3.5, "image": 8}  # lines that coincide stay visible: small marks on top of large ones
 FORM_NAMES = {"raw": "raw", "centred": "centred", "standardised": "standardised", "whitened": "whitened"}
 
 
@@ -26,7 +27,7 @@ def new_axes(n_rows: int, n_columns: int, width: float, height: float, **more):
 def finish(figure, path: Path, rows: list[dict]) -> None:
     """Write the PNG and, beside it, the CSV of its numbers."""
     from matplotlib import pyplot
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # a label beside an image may lie outside
     pyplot.close(figure)
     with open(Path(path).with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore")
@@ -48,7 +49,7 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
     """
     rows = [(kind, form) for kind in COLORS for form in ("raw", "centred") if (kind, form, 0) in matrices]
     n_steps = 1 + max(step for _, _, step in matrices)
-    figure, axes = new_axes(len(rows), n_steps, 1.3 * n_steps + 3, 1.35 * len(rows) + 0.8)
+    figure, axes = new_axes(len(rows), n_steps, 1.35 * n_steps + 1.6, 1.35 * len(rows) + 0.8)
     numbers, shown = [], None
     for panel, (kind, form) in zip(axes, rows):
         for step, ax in enumerate(panel):
@@ -86,14 +87,14 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
     figure, axes = new_axes(len(forms), 3, 12.5, 2.7 * len(forms) + 0.8, sharey=True)
     for form, panel in zip(forms, axes):
         for ax, (measure, title) in zip(panel, titles.items()):
-            for kind in COLORS:
+            for kind in reversed(COLORS):
                 points = [row for row in rows if (row["kind"], row["form"], row["measure"]) == (kind, form, measure)]
                 if not points:
                     continue
                 x = [row["step"] + 1 for row in points]
-                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], markersize=4, color=COLORS[kind],
-                        label=NAMES[kind])
-                ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.18,
+                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], color=COLORS[kind],
+                        markersize=SIZES.get(kind, 5), label=NAMES[kind])
+                ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.12,
                                 color=COLORS[kind], linewidth=0)
             ax.axhline(0, color="black", linewidth=0.5)
             ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "",
@@ -140,6 +141,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
     panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
               ("answer read, above shuffled", "decode", "raw")]
     rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all" and row["measure"] in ("inter", "decode")]
+    panels = [panel for panel in panels if any((row["measure"], row["form"]) == panel[1:] for row in rows)]
     n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))
     figure, axes = new_axes(1, len(panels), 4.2 * len(panels), 0.16 * n_layers + 2.6)
     for ax, (title, measure, form) in zip(axes[0], panels):
@@ -149,7 +151,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
                 grid[row["layer"], row["step"]] = row["value"]
         shown = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower", interpolation="nearest",
                           extent=(0.5, n_steps + 0.5, 0.5, n_layers + 0.5))
-        ax.set(title=title + ("" if np.isfinite(grid).any() else " (not measured)"), xlabel="step")
+        ax.set(title=title, xlabel="step")
         tidy(ax)
         ax.yaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("input of layer")
@@ -167,8 +169,8 @@ def draw_spectra(rows: list[dict], path: Path) -> None:
         for kind in COLORS:
             points = [row for row in rows if row["kind"] == kind]
             if points:
-                ax.plot([row["step"] + 1 for row in points], [row[name] for row in points], marker=MARKS[kind], markersize=4,
-                        color=COLORS[kind], label=NAMES[kind])
+                ax.plot([row["step"] + 1 for row in points], [row[name] for row in points], marker=MARKS[kind],
+                        markersize=SIZES.get(kind, 5), color=COLORS[kind], label=NAMES[kind])
         ax.set(title=title, xlabel="step", ylim=(0, 1.05) if name == "top1" else (0, None))
         tidy(ax)
     sizes = sorted({row["n"] for row in rows})
