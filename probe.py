@@ -1,337 +1,220 @@
 """Look into imaginations: how alike they are between items and from step to step, and what they tell without the image.
 
-Stage 6 of 6:  train_sft.py -> [probe.py] -> figures; items from evaluate.py    (one decoding an item, four a probe item)
+Stage 6 of 6:  train_sft.py -> [probe.py] -> figures; items from evaluate.py    (one or two decodings an item, one a question)
 
     python probe.py --model checkpoint --items vstar.jsonl --probe_items vstar_probe.jsonl --output probe_text
     python probe.py --model NOVAglow646/Monet-7B --items vstar.jsonl --latent monet_vllm --output probe_monet
+    python probe.py --model checkpoint --items vstar.jsonl --output probe_text --stage analyse      (no model is loaded)
 
 Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer", "images": [{"path"}]}
-        and, if there, "group_id" (items of one image: one instance is taken of each), "hint"
+        and, if there, "group_id" (items of one image: one instance is taken of each), "benchmark", "category", "hint"
         --probe_items: {"id", "source": id of an item, "question", "options", "answer": {"type": "letter", "value"}},
         questions about the source's image, to be answered from what was imagined for the source
-Writes  --output, a folder: similarity.json (a curve for each kind of state and measure: mean, low, high, n a position),
-        heatmap.png, curves.png; with --probe_items answers.jsonl ({"id", "source", "donor", "condition", "gold", "pred",
-        "rule", "correct", "text"}) and probing.png; metrics.json. <output>.meta.json
+Writes  --output, a folder: states/ (what was captured: `utils.states`; the same command goes on from there),
+        probes.jsonl (a line a kind, layer, step, measure and form: value, low, high, n), similarity.json (the curves of it),
+        heatmap.png, curves.png, layers.png, spectra.png; with --probe_items answers.jsonl ({"id", "source", "donor",
+        "condition", "gold", "pred", "rule", "correct", "text", "r0"}) and probing.png; metrics.json. Beside every PNG the
+        CSV of its numbers. <output>.meta.json
 Prints  a table on stderr; on stdout one JSON object: emission, mean similarities, accuracy by condition
 
-Kinds of states, at the same K positions of the same generations: "imagination" (latents; with --latent off the states of
-the first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual tokens as they enter
-the language model). Measures: inter (pairs of instances at one position), adjacent (one step to the next) and first (the
-first step to a later one), each raw and centred. The centre of a position is the mean of the half of the instances to
-which an instance does not belong, and inter-instance pairs are then taken within halves: an own mean would bias the
-cosine to -1 / (n - 1). Intervals draw instances, not pairs.
+Kinds of states, at the same K steps of the same generations: "imagination" (latents; with --latent off the states of the
+first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual tokens as they enter the
+language model), "inner" (inputs of every layer at the latents), "dummy_pad" (the pad's embedding fed in place of latents),
+"start" (the state that chose to imagine). Measures and corrections: `utils.similarity`, `utils.geometry`,
+`utils.linear_probe`. Corrected values come from the half of the instances to which an instance does not belong, and
+intervals draw instances, not pairs.
 
-Probe questions are asked in four ways: image; text_only; own and other, without image, after the reply's beginning was
-set to the imagination of the source or of another source. Latents are put back as vectors between their markers, a text
-imagination as text: in the assistant's turn, where the model was trained to have them.
+Ways to ask the probe questions: `utils.probing`. --crossed A B asks B items' questions of A items' images and splits the
+variance of the imaginations between the two: the size of X -> Z.
 """
 import argparse
 import json
-import random
 import time
-from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from utils.answers import extract_choice
-from utils.decode import PRESETS, Generation, LatentSpec, clean_text, generate
-from utils.edits import CLOSE, OPEN, conclusion, find_spans
-from utils.items import item_fault, open_images, question_text, read_items
-from utils.qwen import Qwen, chat, encode, image_features, load, load_processors
+from utils.capture import capture
+from utils.decode import PRESETS, LatentSpec
+from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
+from utils.geometry import cka, retrieval, sensitivity, spectrum, variance_split
+from utils.items import item_fault, question_text, read_items
+from utils.linear_probe import probe
+from utils.probing import Prober, conditions, rotations, score
+from utils.qwen import chat, load, load_processors
+from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
-from utils.stats import cluster_bootstrap, mcnemar_exact, tango_ci, wilson
+from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
+from utils.states import States, StateWriter
+from utils.stats import wilson
 
 PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "answer": dict}
-KINDS = ("imagination", "text", "image")
-COLORS = {"imagination": "#2f6db5", "text": "#d9822b", "image": "#3a9a5b"}
 TEXT_STEPS = 10  # states of a text imagination that are looked at: as many as Monet has latents
 N_BOOT = 2000
-CONDITIONS = ("image", "text_only", "own", "other")
+FOLDS = 5
+MOST_ALIKE = 0.99  # ordinary tokens above leave nothing to adjust a cosine to
+SHOWN = 100  # instances in a heat map, as in the paper
+STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
+          "dummy_pad": ("dummy_pad",), "inner": ("inner",)}  # kind of states -> kinds in the store, whichever is there
 
 
-@dataclass
-class Trace:
-    """What one item's generation left: states [k, hidden] by kind, and the imagination to put back."""
-
-    states: dict[str, np.ndarray]
-    latents: torch.Tensor | None  # [k, hidden], of the first segment
-    imagination: str | None  # text of the first imagination
+# ------------------------------------------------------------------------------------ analysis: one cell after the other
+def find_kind(store: States, kind: str) -> str | None:
+    """Return the name in the store of a kind of states, or None if no sample has it."""
+    return next((name for name in STORED[kind] if any(name in r["tensors"] for r in store.records.values())), None)
 
 
-# ------------------------------------------------------------------------------------ similarity
-def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the cosines [n, m] of rows [n, hidden] with rows [m, hidden]; a zero row has cosine 0 with all."""
-    one, other = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in (one, other))
-    return one @ other.T
+def task_of(items: list[dict]) -> np.ndarray:
+    """Return a task name an item: its benchmark where there are several, else its category."""
+    field = "benchmark" if len({item.get("benchmark") for item in items}) > 1 else "category"
+    return np.array([str(item.get(field) or "all") for item in items])
 
 
-def centre(instances: list[np.ndarray], halves: np.ndarray) -> list[np.ndarray]:
-    """Subtract from every instance [k, hidden], position by position, the mean of the half it does not belong to.
-
-    A position that nobody in the other half has ends the instance there.
-    """
-    centred = []
-    for own, half in zip(instances, halves):
-        rows = []
-        for t, row in enumerate(own):
-            others = [x[t] for x, h in zip(instances, halves) if h != half and len(x) > t]
-            if not others:
-                break
-            rows.append(row - np.mean(others, axis=0))
-        centred.append(np.array(rows).reshape(len(rows), own.shape[1]))
-    return centred
+def enough(labels: list[str]) -> np.ndarray:
+    """Return the places of instances whose label occurs at least FOLDS times."""
+    counts = Counter(labels)
+    return np.array([i for i, label in enumerate(labels) if counts[label] >= FOLDS], dtype=int)
 
 
-def pair_mean(matrix: np.ndarray, pairs: np.ndarray, level: float, seed: int) -> dict:
-    """Return the mean of matrix [n, n] over `pairs` (bool [n, n]) of distinct instances, with a bootstrap interval.
+class Analysis:
+    """All measures of the states of `items` in a store; `rows` are the lines of probes.jsonl, `matrices` what F1 draws."""
 
-    A resample draws n instances; a pair counts as often as both its instances were drawn together. Resampling pairs
-    instead would treat the n - 1 pairs of one instance as independent.
-    """
-    pairs = pairs & ~np.eye(len(matrix), dtype=bool)
-    if not pairs.any():
-        return {"mean": None, "low": None, "high": None, "n": len(matrix)}
-    n = len(matrix)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_BOOT).astype(float)  # [N_BOOT, n]
-    sums, counts = (((drawn @ np.where(pairs, x, 0.0)) * drawn).sum(1) for x in (matrix, np.ones_like(matrix)))
-    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [(1 - level) / 2, (1 + level) / 2])
-    return {"mean": float(matrix[pairs].mean()), "low": float(low), "high": float(high), "n": n}
+    def __init__(self, store: States, items: list[dict], n_steps: int, args: argparse.Namespace):
+        self.store, self.items, self.n_steps, self.args = store, items, n_steps, args
+        self.keys, self.tasks = [item["id"] for item in items], task_of(items)
+        self.halves = draw_halves(len(items), args.seed)
+        self.labels = {"decode": [dict(map(tuple, item["options"]))[item["answer"]["value"]] for item in items],
+                       "decode_task": self.tasks.tolist()}
+        self.groups = [item.get("group_id") or item["id"] for item in items]
+        self.rows: list[dict] = []
+        self.matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]] = {}
 
+    def run(self) -> None:
+        image = {key: self.store.load(key, "image") for key in self.keys}
+        self.image = {i: image[key].mean(0) for i, key in enumerate(self.keys) if image[key] is not None}
+        sizes = {key: self.store.records[key]["segments"][0] for key in self.keys if self.store.records[key]["segments"]}
+        for kind in STORED:
+            name = find_kind(self.store, kind)
+            if name is None:
+                continue
+            cells = self.store.cells(name, self.keys, self.n_steps, at_most=sizes if name in ("latent", "inner") else None)
+            measure = Measure(self.halves, self.tasks, self.args.level, N_BOOT, self.args.seed, FORMS,
+                              seen=lambda cell, form, matrix: self.keep(kind, cell, form, matrix))
+            self.rows += ({"kind": kind, **row} for row in measure.run(self.beside(kind, cells)))
+        c0 = self.ordinary()
+        if c0 is not None:
+            raw = [row for row in self.rows if row["form"] == "raw" and row["layer"] == -1 and row["measure"] in (
+                "inter", "adjacent", "first") and row["kind"] != "text" and row["pairs"] == "all"]
+            self.rows += [adjust(row, c0) for row in raw]
 
-def step_mean(values: list[float], level: float, seed: int) -> dict:
-    """Return the mean over instances with a bootstrap interval over instances."""
-    if len(values) < 2:
-        return {"mean": None, "low": None, "high": None, "n": len(values)}
-    low, high = cluster_bootstrap(values, range(len(values)), level, N_BOOT, seed)
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
-
-
-def inter_matrices(instances: list[np.ndarray], n_steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each position the cosines [n, n] of the instances that have it, and which instances those are."""
-    present = [np.array([i for i, x in enumerate(instances) if len(x) > t], dtype=int) for t in range(n_steps)]
-    stacks = [np.array([instances[i][t] for i in who]) for t, who in enumerate(present)]
-    return [(cosines(x, x) if len(x) else np.zeros((0, 0)), who) for x, who in zip(stacks, present)]
-
-
-def draw_halves(n: int, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each of n instances, as many of each; drawn, since a file's order may have a period of its own."""
-    return np.random.default_rng(seed).permutation(n) % 2
-
-
-def measure(instances: list[np.ndarray], n_steps: int, level: float, seed: int) -> dict[str, list[dict]]:
-    """Return all curves of one kind of states: {"inter_raw": [a dict a position], "adjacent_raw": ..., ...}."""
-    halves = draw_halves(len(instances), seed)
-    curves = {}
-    for name, states in (("raw", instances), ("centred", centre(instances, halves))):
-        together = (lambda who: halves[who][:, None] == halves[who]) if name == "centred" else \
-            (lambda who: np.ones((len(who), len(who)), dtype=bool))
-        curves[f"inter_{name}"] = [pair_mean(matrix, together(who), level, seed)
-                                   for matrix, who in inter_matrices(states, n_steps)]
-        own = [cosines(x, x) for x in states]
-        for kind, place in (("adjacent", lambda t: (t, t + 1)), ("first", lambda t: (0, t + 1))):
-            curves[f"{kind}_{name}"] = [step_mean([float(c[place(t)]) for c in own if len(c) > t + 1], level, seed)
-                                        for t in range(n_steps - 1)]
-    return curves
-
-
-# ------------------------------------------------------------------------------------ decoding
-def collect(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace) -> dict[str, Trace]:
-    """Decode every item once; return what those left that imagined something, by id."""
-    traces = {}
-    for batch in batched(items, args.batch_size, "items"):
-        images = [open_images(item, args.image_root) for item in batch]
-        prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
-                   for item, pictures in zip(batch, images)]
-        inputs = encode(qwen, prompts, images)
-        with torch.no_grad():
-            features = iter(image_features(qwen, inputs))
-        rows = generate(qwen, inputs, args.max_new_tokens, spec, capture=True)
-        for item, row, pictures in zip(batch, rows, images):
-            visual = [next(features) for _ in pictures][0]
-            found = find_steps(qwen, spec, row)
-            if found:
-                steps, after, imagination = found
-                places = (np.arange(n_steps) + 0.5) / n_steps * len(visual)
-                states = {"imagination": row.states[steps[:n_steps]], "text": row.states[after[:n_steps]],
-                          "image": visual[places.astype(int)]}
-                traces[item["id"]] = Trace({kind: x.double().cpu().numpy() for kind, x in states.items()},
-                                           row.states[steps] if spec else None, imagination)
-    return traces
-
-
-def batched(rows: list[dict], size: int, what: str) -> tqdm:
-    return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
-
-
-def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> tuple[list[int], list[int], str | None] | None:
-    """Return the steps of the first imagination, the ordinary steps after it, and its text; None if there is none."""
-    end_of_text = len(row.ids) - (row.finish == "stop")
-    if spec is not None:
-        first = next((s for s in row.segments if s.size), None)  # an end token right after the start leaves none
-        if first is None:
+    def ordinary(self) -> float | None:
+        """Return c0: the mean cosine of two text states of different instances, at any steps; None if it says nothing."""
+        states = [self.store.load(key, "text") for key in self.keys]
+        means = np.array([unit(x).mean(0) for x in states if x is not None])
+        if len(means) < 2:
             return None
-        latents = {j for s in row.segments for j in range(s.start, s.start + s.size)}
-        last = first.start + first.size
-        after = [j for j in range(last + spec.force_end, end_of_text) if j not in latents]
-        return list(range(first.start, last)), after, None
-    text = qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
-    spans = find_spans(text)
-    if not spans:
-        return None
+        products = means @ means.T
+        c0 = float(products[~np.eye(len(means), dtype=bool)].mean())
+        return c0 if c0 < MOST_ALIKE else None
 
-    def n_tokens(n_characters: int) -> int:
-        return bisect_left(range(len(row.ids)), n_characters,
-                           key=lambda n: len(qwen.tokenizer.decode(row.ids[:n], skip_special_tokens=True)))
+    def keep(self, kind: str, cell: Cell, form: str, matrix: np.ndarray) -> None:
+        """Keep what the heat maps show: raw and centred, of inner states the middle layer."""
+        if form in ("raw", "centred") and cell.layer in (-1, self.middle()) and kind != "start":
+            few = cell.rows < SHOWN
+            self.matrices[kind, form, cell.step] = cell.rows[few], matrix[np.ix_(few, few)]
 
-    start, end = spans[0]
-    return (list(range(n_tokens(start), n_tokens(end))), list(range(n_tokens(end + len(CLOSE)), end_of_text)),
-            text[start:end])
+    def middle(self) -> int:
+        layers = [r["tensors"]["inner"][1] for r in self.store.records.values() if "inner" in r["tensors"]]
+        return layers[0] // 2 if layers else -1
 
+    def beside(self, kind: str, cells: Iterable[Cell]) -> Iterator[Cell]:
+        """Pass cells on, measuring on the way what is no cosine."""
+        before = None
+        for cell in cells:
+            place = {"kind": kind, "layer": cell.layer, "step": cell.step, "form": "raw", "pairs": "all"}
+            if len(cell.rows) >= 4:
+                self.rows.append({**place, "measure": "spectrum", **spectrum(cell.states)})
+                self.rows += ({**place, **row} for row in self.decodable(cell))
+                having = [n for n, i in enumerate(cell.rows) if i in self.image]
+                if kind != "image" and len(having) >= 4:
+                    self.compare(place, "cka_image", cell.states[having], np.stack([self.image[cell.rows[n]] for n in having]))
+            if before is not None and (before.layer, before.step + 1) == (cell.layer, cell.step):
+                both, mine, its = np.intersect1d(cell.rows, before.rows, return_indices=True)
+                if len(both) >= 4:
+                    self.compare(place, "cka_adjacent", cell.states[mine], before.states[its])
+                    pair = [correct(x, self.halves[both], ["centred"]) for x in (cell.states[mine], before.states[its])]
+                    if None not in pair:
+                        found = retrieval(*(x["centred"] for x in pair))
+                        self.rows.append({**place, "form": "centred", "measure": "retrieval_adjacent", "value": found["top1"],
+                                          **found})
+            yield cell
+            before = cell
 
-def conclude(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> str:
-    """Return the words after the last imagination of a reply: what is parsed for an answer."""
-    if spec is None:
-        return conclusion(qwen.tokenizer.decode(row.ids, skip_special_tokens=True)).strip()
-    last = row.segments[-1].start + row.segments[-1].size if row.segments else 0
-    return clean_text(qwen.tokenizer, row.ids[last:], spec)
+    def compare(self, place: dict, measure: str, one: np.ndarray, other: np.ndarray) -> None:
+        """Add the debiased and the biased CKA of two sets of states, where both vary."""
+        if min(np.ptp(x, axis=0).max() for x in (one, other)) > 0:
+            self.rows.append({**place, "measure": measure, "value": cka(one, other), "biased": cka(one, other, False),
+                              "n": len(one)})
 
+    def decodable(self, cell: Cell) -> Iterator[dict]:
+        """Yield what a linear probe reads: the gold option's words and the task, where enough instances share them."""
+        for measure, labels in self.labels.items():
+            own = [labels[i] for i in cell.rows]
+            places = enough(own)
+            groups = [self.groups[cell.rows[n]] for n in places]
+            if len({own[n] for n in places}) >= 2 and len(set(groups)) >= 2 * FOLDS:
+                found = probe(cell.states[places], [own[n] for n in places], groups, FOLDS, self.args.seed,
+                              level=self.args.level)
+                yield {"measure": measure, "value": found["above_shuffled"], **found}
 
-# ------------------------------------------------------------------------------------ questions without the image
-def derange(probes: list[dict], groups: dict[str, str], seed: int) -> dict[str, str]:
-    """Return for every probe id a donor: the source of a probe of another group. DataError if one group is over half."""
-    order = list(probes)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda probe: groups[probe["source"]])
-    shift = max(Counter(groups[probe["source"]] for probe in probes).values())
-    if 2 * shift > len(order):
-        raise DataError(f"--probe_items: {shift} of {len(order)} usable probe items have one image; expected at most half, "
-                        "so that each can be given another image's imagination")
-    return {probe["id"]: donor["source"] for probe, donor in zip(order, order[shift:] + order[:shift])}
+    def curves(self) -> dict:
+        """Return {kind: {measure_form: [{"mean", "low", "high", "n"} a step]}} of final states."""
+        result = {}
+        for row in self.rows:
+            if row["layer"] == -1 and row["pairs"] == "all" and row["measure"] in ("inter", "adjacent", "first"):
+                result.setdefault(row["kind"], {}).setdefault(f"{row['measure']}_{row['form']}", []).append(
+                    {"step": row["step"] + 1, "mean": row["value"], **{end: row[end] for end in ("low", "high", "n")}})
+        return result
 
-
-def beginning(spec: LatentSpec | None, trace: Trace) -> str:
-    """Return the words of a reply that begins with an imagination; pads stand where latents go."""
-    if spec is None:
-        return f"{OPEN}{trace.imagination}{CLOSE}"
-    start = "" if spec.overwrite_start else spec.start  # there the first latent is fed in place of the start token
-    return start + spec.pad * len(trace.latents) + (spec.end if spec.force_end else "")
-
-
-def ask(qwen: Qwen, spec: LatentSpec | None, probes: list[dict], items: dict[str, dict], traces: dict[str, Trace],
-        args: argparse.Namespace) -> list[dict]:
-    """Ask every probe question under every condition; return the rows of answers.jsonl."""
-    groups = {name: item.get("group_id", name) for name, item in items.items()}
-    donors, rows = derange(probes, groups, args.seed), []
-    for condition in CONDITIONS:
-        for batch in batched(probes, args.batch_size, condition):
-            images = [open_images(items[p["source"]], args.image_root) if condition == "image" else [] for p in batch]
-            texts = [question_text(p, args.suffix) for p in batch]
-            if condition != "image":
-                texts = [text.replace("<image>", "") for text in texts]
-            prompts = [chat(qwen.tokenizer, text, len(pictures), args.system) for text, pictures in zip(texts, images)]
-            given, latents = [None] * len(batch), None
-            if condition in ("own", "other"):
-                given = [p["source"] if condition == "own" else donors[p["id"]] for p in batch]
-                prompts = [prompt + beginning(spec, traces[name]) for prompt, name in zip(prompts, given)]
-                latents = [traces[name].latents for name in given] if spec else None
-            replies = generate(qwen, encode(qwen, prompts, images), args.max_new_tokens, spec, prompt_latents=latents)
-            for probe, donor, reply in zip(batch, given, replies):
-                found = extract_choice(conclude(qwen, spec, reply), dict(map(tuple, probe["options"])), reply.finish)
-                rows.append({"id": probe["id"], "source": probe["source"], "donor": donor, "condition": condition,
-                             "gold": probe["answer"]["value"], "pred": found.letter, "rule": found.rule,
-                             "correct": found.letter == probe["answer"]["value"],
-                             "text": clean_text(qwen.tokenizer, reply.ids, spec)})
-    return rows
+    def draw(self, output: Path) -> None:
+        if self.matrices:
+            draw_heatmaps(self.matrices, self.tasks, output / "heatmap.png")
+            draw_curves(self.rows, self.args.level, output / "curves.png")
+            draw_spectra(self.rows, output / "spectra.png")
+        if any(row["kind"] == "inner" for row in self.rows):
+            draw_layers(self.rows, output / "layers.png")
 
 
-def score(rows: list[dict], probes: list[dict], level: float) -> dict:
-    """Return accuracy and parse rate by condition, chance, and what the own imagination gives over another's."""
-    result = {"n": len(probes), "chance": sum(1 / len(p["options"]) for p in probes) / len(probes), "conditions": {}}
-    right = {name: [row["correct"] for row in rows if row["condition"] == name] for name in CONDITIONS}
-    for name in CONDITIONS:
-        parsed = sum(row["pred"] is not None for row in rows if row["condition"] == name)
-        letters = Counter(row["pred"] for row in rows if row["condition"] == name and row["pred"])
-        result["conditions"][name] = {
-            "correct": sum(right[name]), "accuracy": sum(right[name]) / len(probes),
-            "ci": wilson(sum(right[name]), len(probes), level), "parsed": parsed / len(probes), "letters": letters}
-    changes = [own - other for own, other in zip(right["own"], right["other"])]
-    b, c = changes.count(-1), changes.count(1)
-    return result | {"own_minus_other": {"delta": (c - b) / len(probes), "ci": tango_ci(b, c, len(probes), level), "b": b,
-                                         "c": c, "mcnemar_p": mcnemar_exact(b, c)}}
+# ------------------------------------------------------------------------------------ images crossed with questions
+def crossed_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
+    """Return the first images x questions as items, all with as many images as the first has."""
+    able = [item for item in items if len(item["images"]) == len(items[0]["images"])]
+    return [[{**asked, "id": f"{shown['id']}@{asked['id']}", "images": shown["images"], "group_id": shown["id"]}
+             for asked in able[:n_questions]] for shown in able[:n_images]]
 
 
-# ------------------------------------------------------------------------------------ figures
-def draw_heatmaps(states: dict[str, list[np.ndarray]], n_steps: int, seed: int, path: Path) -> None:
-    """Draw the cosine of every pair of instances: a column a position, a row a kind of states."""
-    from matplotlib import pyplot
-    centred = centre(states["imagination"], draw_halves(len(states["imagination"]), seed))
-    rows = {"imagination, raw": states["imagination"], "imagination, centred": centred, "text, raw": states["text"],
-            "image, raw": states["image"]}
-    figure, axes = pyplot.subplots(len(rows), n_steps, figsize=(1.3 * n_steps + 2, 1.35 * len(rows) + 1), squeeze=False,
-                                   layout="constrained")
-    for row, (name, instances) in zip(axes, rows.items()):
-        for t, (matrix, who) in enumerate(inter_matrices(instances, n_steps)):
-            if len(who):
-                shown = row[t].imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-            row[t].set(xticks=[], yticks=[])
-        row[0].set_ylabel(name.replace(", ", "\n"), fontsize=9)
-    for t in range(n_steps):
-        axes[0, t].set_title(f"step {t + 1}", fontsize=9)
-    figure.suptitle(f"Cosine between every two of {len(states['imagination'])} instances", fontsize=11)
-    figure.colorbar(shown, ax=axes, label="cosine", shrink=0.7)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def draw_curves(similarity: dict[str, dict], level: float, path: Path) -> None:
-    """Draw every measure by position: solid raw, dashed centred, with intervals over instances."""
-    from matplotlib import pyplot
-    titles = {"inter": "between instances, same step", "adjacent": "one instance, step t to t + 1",
-              "first": "one instance, step 1 to t + 1"}
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
-    for ax, (name, title) in zip(axes, titles.items()):
-        for kind in KINDS:
-            for style, form in (("-", "raw"), ("--", "centred")):
-                points = [(t + 1, p) for t, p in enumerate(similarity[kind][f"{name}_{form}"]) if p["mean"] is not None]
-                x = [t for t, _ in points]
-                ax.plot(x, [p["mean"] for _, p in points], style, marker="o", markersize=3, color=COLORS[kind],
-                        label=f"{kind}, {form}")
-                ax.fill_between(x, [p["low"] for _, p in points], [p["high"] for _, p in points], alpha=0.15,
-                                color=COLORS[kind], linewidth=0)
-        ax.set(title=title, xlabel="step t", ylim=(-1.05, 1.05))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.axhline(0, color="black", linewidth=0.5)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"mean cosine ({100 * level:.3g} % interval)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def draw_probing(probing: dict, level: float, path: Path) -> None:
-    """Draw accuracy by condition with Wilson intervals and the chance line."""
-    from matplotlib import pyplot
-    names = {"image": "image", "text_only": "question only", "own": "own\nimagination", "other": "another's\nimagination"}
-    figure, ax = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
-    for x, name in enumerate(CONDITIONS):
-        entry = probing["conditions"][name]
-        whiskers = [[100 * abs(end - entry["accuracy"])] for end in entry["ci"]]
-        ax.bar(x, 100 * entry["accuracy"], 0.6, yerr=whiskers, capsize=4, color="#a9b4c0" if x < 2 else "#2f6db5")
-    ax.axhline(100 * probing["chance"], color="#c0392b", linestyle="--", linewidth=1,
-               label=f"chance, {100 * probing['chance']:.1f} %")
-    ax.set_xticks(range(len(CONDITIONS)), [f"{names[name]}\n(parsed {100 * probing['conditions'][name]['parsed']:.0f} %)"
-                                           for name in CONDITIONS])
-    ax.set(ylim=(0, 105), ylabel=f"accuracy, % ({100 * level:.3g} % interval)",
-           title=f"{probing['n']} questions about the region that was imagined")
-    ax.legend(frameon=False, loc="upper right")
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def split_crossed(store: States, grid: list[list[dict]], args: argparse.Namespace) -> dict:
+    """Return for each step the variance split over the images that imagined something at every question, and how much an
+    exchange of images and of questions moves the imagination beside the first text state."""
+    name = find_kind(store, "imagination")
+    whole = [row for row in grid if all(name in store.records[item["id"]]["tensors"] and "text" in
+                                        store.records[item["id"]]["tensors"] for item in row)]
+    result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": []}
+    if len(whole) < 2 or len(grid[0]) < 2:
+        return result
+    states = [[store.load(item["id"], name) for item in row] for row in whole]
+    text = np.array([[store.load(item["id"], "text")[0] for item in row] for row in whole])
+    for step in range(min(len(x) for row in states for x in row)):
+        at = np.array([[x[step] for x in row] for row in states])
+        entry = {"step": step + 1, **variance_split(at, seed=args.seed)}
+        for kind, axis in (("image", 0), ("question", 1)):
+            moved, reference = (np.linalg.norm(x - np.roll(x, 1, axis), axis=2).mean(1) for x in (at, text))
+            entry[f"{kind}_swap"] = sensitivity(moved, reference, args.level, N_BOOT, args.seed)
+        result["steps"].append(entry)
+    return result
 
 
 # ------------------------------------------------------------------------------------ the run
@@ -362,6 +245,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
     parser.add_argument("--probe_items", default=None, help="JSONL of questions to be answered without the image")
+    parser.add_argument("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
+                        help="capture states, analyse the store, ask the probe items, or one after the other")
+    parser.add_argument("--store", default=None, help="folder of the states (default: <output>/states)")
+    parser.add_argument("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
+                        help="ways to keep the image from the probe questions")
+    parser.add_argument("--reader", default=None, help="another checkpoint that answers from what --model imagined")
+    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores in the box")
+    parser.add_argument("--stem", default=STEM, help="beginning of an answer that R0 scores the options behind")
+    parser.add_argument("--circular", action="store_true", help="ask every probe item at every turn of its options")
+    parser.add_argument("--crossed", type=int, nargs=2, default=None, metavar=("A", "B"), help="images x questions to cross")
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
@@ -387,48 +280,86 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def settings_of(args: argparse.Namespace, n_steps: int) -> dict:
+    """Return what must not change between runs that add to one store."""
+    names = ("model", "latent", "system", "suffix", "max_new_tokens", "max_pixels", "min_pixels", "dtype")
+    return {name: getattr(args, name) for name in names} | {"steps": n_steps}
+
+
+def analyse(store: States, chosen: list[dict], grid: list[list[dict]], n_steps: int, args: argparse.Namespace) -> dict:
+    """Measure and draw; return what metrics.json says of it."""
+    output = Path(args.output)
+    instances = [item for item in chosen if store.records[item["id"]]["emitted"]]
+    metrics = {"emission": {"k": len(instances), "n": len(chosen), "ci": wilson(len(instances), len(chosen), args.level)}}
+    if len(instances) >= 4:  # two in each half
+        analysis = Analysis(store, instances, n_steps, args)
+        analysis.run()
+        write_rows(output / "probes.jsonl", analysis.rows)
+        curves = analysis.curves()
+        write_json(output / "similarity.json", curves)
+        analysis.draw(output)
+        metrics["similarity"] = {kind: {name: average(curve) for name, curve in its.items()} for kind, its in curves.items()}
+    if grid and find_kind(store, "imagination"):
+        metrics["crossed"] = split_crossed(store, grid, args)
+    return metrics
+
+
+def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentSpec | None, qwen, args) -> dict:
+    """Ask the probe items whose source imagined something; return what metrics.json says of it."""
+    usable = [probe for probe in probes if store.records[probe["source"]]["emitted"]]
+    metrics = {"probe_items_without_imagination": len(probes) - len(usable)}
+    if usable:
+        asked = [turned for item in usable for turned in rotations(item)] if args.circular else usable
+        prober = Prober(qwen, spec, items, store, args)
+        rows = prober.ask(asked, conditions(spec, args.variants))
+        write_rows(Path(args.output) / "answers.jsonl", rows)
+        metrics["probing"] = score(rows, asked, {item["id"]: prober.groups[item["source"]] for item in asked}, args.level)
+        draw_probing(metrics["probing"], args.level, Path(args.output) / "probing.png")
+    return metrics
+
+
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     items, probes = read_inputs(args)
     chosen = choose(list(items.values()), args.n_items)
+    grid = crossed_items(chosen, *args.crossed) if args.crossed else []
     wanted = {item["id"]: item for item in chosen} | {p["source"]: items[p["source"]] for p in probes}
-    if args.dry_run:
-        tokenizer, _ = load_processors(args.model)
-        log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))
-        print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
-                          "decodings_at_most": len(wanted) + len(CONDITIONS) * len(probes)}))
-        return 0
-    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
+    wanted |= {item["id"]: item for row in grid for item in row}
     spec, n_steps = None, args.latent_size or TEXT_STEPS
     if args.latent != "off":
         n_steps = args.latent_size or PRESETS[args.latent].size
         spec = replace(PRESETS[args.latent], size=n_steps)
-    traces = collect(qwen, spec, list(wanted.values()), n_steps, args)
-    instances = [traces[item["id"]] for item in chosen if item["id"] in traces]
-    usable = [probe for probe in probes if probe["source"] in traces]
+    if args.dry_run:
+        tokenizer, _ = load_processors(args.model)
+        log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))
+        asked = sum(len(p["options"]) if args.circular else 1 for p in probes) * len(conditions(spec, args.variants))
+        print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
+                          "decodings_at_most": (2 if spec else 1) * len(wanted) + asked}))
+        return 0
     output = Path(args.output)
-    metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,
-               "level": args.level, "emission": {"k": len(instances), "n": len(chosen),
-                                                 "ci": wilson(len(instances), len(chosen), args.level)},
-               "similarity": None, "probing": None, "probe_items_without_imagination": len(probes) - len(usable)}
-    import matplotlib  # here: importing a script must stay free of side effects
-    matplotlib.use("Agg")
     output.mkdir(parents=True, exist_ok=True)
-    if len(instances) >= 4:  # two in each half
-        states = {kind: [trace.states[kind] for trace in instances] for kind in KINDS}
-        similarity = {kind: measure(states[kind], n_steps, args.level, args.seed) for kind in KINDS}
-        write_json(output / "similarity.json", similarity)
-        draw_heatmaps(states, n_steps, args.seed, output / "heatmap.png")
-        draw_curves(similarity, args.level, output / "curves.png")
-        metrics["similarity"] = {kind: {name: average(curve) for name, curve in curves.items()}
-                                 for kind, curves in similarity.items()}
-    if usable:
-        rows = ask(qwen, spec, usable, items, traces, args)
-        write_rows(output / "answers.jsonl", rows)
-        metrics["probing"] = score(rows, usable, args.level)
-        draw_probing(metrics["probing"], args.level, output / "probing.png")
+    folder = args.store or output / "states"
+    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels) if args.stage != "analyse" else None
+    if args.stage in ("all", "capture"):
+        with StateWriter(folder, settings_of(args, n_steps)) as writer:
+            capture(qwen, spec, list(wanted.values()), n_steps, args, writer)
+    store = States(folder)
+    if missing := [name for name in wanted if name not in store.records]:
+        raise DataError(f"{folder}: no states of {len(missing)} of {len(wanted)} items, the first {missing[0]!r}; run --stage "
+                        "capture with the same flags")
+    path = output / "metrics.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if args.stage != "all" and path.is_file() else {}
+    metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,
+               "level": args.level, "similarity": None, "probing": None} | kept
+    if args.stage in ("all", "analyse"):
+        metrics |= analyse(store, chosen, grid, n_steps, args)
+    if args.stage in ("all", "ask"):
+        if args.reader:
+            qwen = load(args.reader, args.dtype, None, args.min_pixels, args.max_pixels)
+        metrics |= {"reader": args.reader, "stem": args.stem, "scored_options": args.options}
+        metrics |= ask(store, items, probes, spec, qwen, args)
     metrics["seconds"] = round(time.monotonic() - began, 1)
-    write_json(output / "metrics.json", metrics)
+    write_json(path, metrics)
     write_meta(args.output, args, [path for path in (args.items, args.probe_items) if path], metrics["seconds"])
     show(metrics)
     print(json.dumps(metrics))
@@ -443,12 +374,14 @@ def average(curve: list[dict]) -> float | None:
 
 def show(metrics: dict) -> None:
     """Log emission, mean similarities and accuracies."""
-    log("imagined something: {k} of {n} items".format(**metrics["emission"]))
+    if "emission" in metrics:
+        log("imagined something: {k} of {n} items".format(**metrics["emission"]))
     for kind, means in (metrics["similarity"] or {}).items():
         log(f"{kind:<12}" + "  ".join(f"{name} {'-' if mean is None else f'{mean:+.3f}'}" for name, mean in means.items()))
     for name, entry in (metrics["probing"] or {"conditions": {}})["conditions"].items():
+        r0 = "-" if entry["r0"] is None else f"{100 * entry['r0']['accuracy']:.1f} %"
         log(f"{name:<12}{100 * entry['accuracy']:.1f} % [{100 * entry['ci'][0]:.1f}, {100 * entry['ci'][1]:.1f}]  "
-            f"parsed {100 * entry['parsed']:.1f} %")
+            f"parsed {100 * entry['parsed']:.1f} %  R0 {r0}")
 
 
 if __name__ == "__main__":

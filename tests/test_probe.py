@@ -1,4 +1,5 @@
-"""Similarity against explicit loops, and probing on models whose truth is known.    pytest tests/test_probe.py"""
+"""Probing, capture and figures on models whose truth is known.    pytest tests/test_probe.py"""
+import csv
 import json
 
 import numpy as np
@@ -7,7 +8,12 @@ import pytest
 import probe
 from imagining import NAMES, make_latent_checkpoint, make_text_checkpoint, write_items
 from utils.decode import PRESETS
-from utils.rows import DataError, write_rows
+from utils.capture import find_steps
+from utils.figures import draw_heatmaps
+from utils.probing import Prober, conditions as ways, derange, rotations, score
+from utils.rows import DataError, read_rows, write_rows
+from utils.similarity import cosine_matrix
+from utils.states import States
 
 MIRAGE = PRESETS["mirage"]
 
@@ -28,64 +34,106 @@ def run(data, model, output, *more):
     return json.loads((output / "metrics.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------- numbers
-def test_inter_instance_means_equal_explicit_loops():
-    rng = np.random.default_rng(0)
-    instances = [rng.normal(size=(3, 5)) + 1 for _ in range(7)]
-    curves = probe.measure(instances, 3, 0.95, 0)
-    for t in range(3):
-        total = [float(a[t] @ b[t] / np.sqrt((a[t] @ a[t]) * (b[t] @ b[t]))) for i, a in enumerate(instances)
-                 for j, b in enumerate(instances) if i != j]
-        assert curves["inter_raw"][t]["mean"] == pytest.approx(np.mean(total))
-        assert curves["inter_raw"][t]["low"] < np.mean(total) < curves["inter_raw"][t]["high"]
-    for t in range(2):
-        adjacent = [float(a[t] @ a[t + 1] / np.sqrt((a[t] @ a[t]) * (a[t + 1] @ a[t + 1]))) for a in instances]
-        assert curves["adjacent_raw"][t]["mean"] == pytest.approx(np.mean(adjacent))
-
-
-def test_centring_uses_the_other_half_alone():
-    instances, halves = [np.array([[float(i)]]) for i in (1, 2, 10, 20)], np.array([0, 0, 1, 1])
-    assert [float(x[0, 0]) for x in probe.centre(instances, halves)] == [1 - 15, 2 - 15, 10 - 1.5, 20 - 1.5]
-
-
-def test_one_vector_everywhere_has_cosine_one_and_noise_has_none():
-    same = probe.measure([np.ones((2, 64))] * 12, 2, 0.95, 0)
-    assert same["inter_raw"][0]["mean"] == pytest.approx(1) and same["adjacent_raw"][0]["mean"] == pytest.approx(1)
-    rng = np.random.default_rng(1)
-    noise = [rng.normal(size=(2, 2000)) for _ in range(30)]
-    assert abs(probe.measure(noise, 2, 0.95, 0)["inter_raw"][0]["mean"]) < 0.01
-
-
-def test_a_common_direction_makes_raw_cosine_large_and_centred_none():
-    """Raw cosine proves nothing: instances that differ entirely beside a common vector look alike."""
-    rng = np.random.default_rng(2)
-    shifted = [rng.normal(size=(1, 500)) + 7 for _ in range(40)]
-    curves = probe.measure(shifted, 1, 0.95, 0)
-    assert curves["inter_raw"][0]["mean"] > 0.95 and abs(curves["inter_centred"][0]["mean"]) < 0.1
-
-
-def test_few_instances_give_null_and_no_number():
-    assert probe.measure([np.ones((1, 3))], 1, 0.95, 0)["inter_raw"][0]["mean"] is None
-
-
 # ------------------------------------------------------------------------------------------- whole runs
-def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(tiny_checkpoint, data, tmp_path):
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE)
-    metrics = run(data, model, tmp_path / "out", "--latent", "mirage")
-    conditions = metrics["probing"]["conditions"]
+@pytest.fixture(scope="module")
+def latent_run(tiny_checkpoint, data, tmp_path_factory):
+    """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
+    folder = tmp_path_factory.mktemp("latent")
+    model = make_latent_checkpoint(tiny_checkpoint, folder / "model", MIRAGE)
+    return folder, run(data, model, folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
+                       "--variants", "tokens_only", "cut", "--crossed", "4", "2")
+
+
+def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_run):
+    folder, metrics = latent_run
+    found = metrics["probing"]["conditions"]
     assert metrics["emission"]["k"] == metrics["emission"]["n"] == 8  # one instance a picture
-    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > 0.9
-    assert conditions["own"]["accuracy"] > conditions["other"]["accuracy"] + 0.3
-    assert metrics["similarity"]["imagination"]["adjacent_raw"] > 0.9  # all steps of an item are the same code
-    assert len(NAMES) == 4 and metrics["similarity"]["imagination"]["inter_raw"] < 0.5
-    for name in ("heatmap.png", "curves.png", "probing.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 10_000
-    assert sum(1 for _ in open(tmp_path / "out" / "answers.jsonl")) == 16 * 4
+    assert found["image"]["accuracy"] > 0.9  # by R0 it was never trained to answer without imagining first
+    for readout in (lambda name: found[name]["accuracy"], lambda name: found[name]["r0"]["accuracy"]):
+        assert readout("image_own") > 0.9 and readout("own") > 0.9
+        assert max(readout("other"), readout("mean"), readout("random")) < readout("own") - 0.3
+    difference = metrics["probing"]["own_minus_other"]
+    assert difference["ci"][0] > 0 and difference["r0_nats"]["delta"] > 0.5
+    rows = read_rows(folder / "out" / "answers.jsonl", {"id": str}, unique=None)
+    assert len(rows) == 16 * len(ways(MIRAGE, ["tokens_only", "cut"])) == 160
+    assert all(row["rule"] != "not_asked" and row["r0"] for row in rows)
+
+
+def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
+    """Two pictures of one size: the same question is answered alike without the latents, and differently with them."""
+    from utils.items import read_items
+    from utils.qwen import load
+    from utils.readouts import score_options
+    folder, _ = latent_run
+    items = {item["id"]: item for item in read_items(data)}
+    args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
+    qwen = load(str(folder / "model"), "float32", "cpu")
+    prober = Prober(qwen, MIRAGE, items, States(folder / "out" / "states"), args)
+    asked, gap = [items["item/1"]] * 2, {}
+    for name in ("cut", "cut_none"):
+        state, before, able = prober.cut(asked, ["item/0", "item/2"], name)
+        one, two = score_options(qwen, state, asked, ["It is \\boxed{"] * 2, before, "text")
+        gap[name] = max(abs(one[letter] - two[letter]) for letter in one)
+    assert able == [0, 1] and gap["cut_none"] < 1e-4 and gap["cut"] > 1e-2
+
+
+def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
+    folder, metrics = latent_run
+    found = metrics["similarity"]
+    assert found["imagination"]["adjacent_raw"] > 0.9  # all steps of an item are the same code
+    assert len(NAMES) == 4 and found["imagination"]["inter_raw"] < 0.5
+    assert {"imagination", "text", "image", "start", "dummy_pad"} <= set(found)
+    split = metrics["crossed"]["steps"][0]
+    assert split["image"] > 0.9 and split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
+    rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str}, unique=None)
+    assert {row["layer"] for row in rows if row["kind"] == "inner"} == {0, 1}
+    first = [row for row in rows if (row["kind"], row["measure"]) == ("imagination", "spectrum")][0]
+    assert 2.5 < first["participation_ratio"] < 3.2  # four codes: three directions beside their mean
+
+
+def test_every_figure_stands_beside_its_numbers(latent_run):
+    folder, _ = latent_run
+    for name in ("heatmap", "curves", "spectra", "layers", "probing"):
+        assert (folder / "out" / f"{name}.png").stat().st_size > 10_000
+        with open(folder / "out" / f"{name}.csv", newline="") as file:
+            assert len(list(csv.DictReader(file))) > 3, name
+
+
+def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, capsys):
+    folder, metrics = latent_run
+    before = (folder / "out" / "probes.jsonl").read_bytes()
+    again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--options", "text")
+    assert (folder / "out" / "probes.jsonl").read_bytes() == before and again["probing"] == metrics["probing"]
+    with pytest.raises(DataError, match="other settings"):
+        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "capture", "--suffix", "Think.")
+    with pytest.raises(DataError, match="no states of 6 of"):
+        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--crossed", "3", "4")
+
+
+def test_captured_states_are_those_of_a_run(latent_run, data):
+    from utils.decode import generate
+    from utils.items import open_images, question_text, read_items
+    from utils.qwen import chat, encode, load
+    folder, _ = latent_run
+    store, item = States(folder / "out" / "states"), read_items(data)[0]
+    qwen = load(str(folder / "model"), "float32", "cpu")
+    inputs = encode(qwen, [chat(qwen.tokenizer, question_text(item), 1)], [open_images(item, data.parent)])
+    row = generate(qwen, inputs, 40, MIRAGE, capture=True)[0]
+    steps, after, _ = find_steps(qwen, MIRAGE, row)
+    for kind, wanted in (("latent", row.states[steps]), ("text", row.states[after[:4]]), ("start", row.states[[steps[0] - 1]]),
+                         ("fed", row.fed)):
+        assert np.allclose(store.load(item["id"], kind), wanted.numpy(), atol=1e-4), kind
+    inner, pads = store.load(item["id"], "inner"), store.load(item["id"], "dummy_pad")
+    assert np.allclose(inner[:, 0], row.fed.numpy(), atol=1e-4)  # what the first layer reads is what is fed
+    assert np.allclose(pads[0], row.states[steps[0]].numpy(), atol=1e-4)
+    assert not np.allclose(pads[1], row.states[steps[1]].numpy(), atol=1e-2)
 
 
 def test_a_text_imagination_tells_the_colour_without_the_image(tiny_checkpoint, data, tmp_path):
     model = make_text_checkpoint(tiny_checkpoint, tmp_path / "model")
-    metrics = run(data, model, tmp_path / "out")
+    metrics = run(data, model, tmp_path / "out", "--circular")
+    assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
+    assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"]["conditions"]
     conditions = metrics["probing"]["conditions"]
     # The model was never trained without an image, so it may fail there, but another's imagination must be worse.
     assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > conditions["other"]["accuracy"] + 0.2
@@ -97,3 +145,43 @@ def test_a_probe_of_no_item_is_named(tiny_checkpoint, data, tmp_path):
     with pytest.raises(DataError, match="source 'nobody' is no item"):
         probe.main(["--items", str(data), "--probe_items", str(tmp_path / "probe.jsonl"), "--model", str(tiny_checkpoint),
                     "--output", str(tmp_path / "o")])
+
+
+# ------------------------------------------------------------------------------------------- parts
+def test_turned_options_keep_their_gold():
+    probe_item = {"id": "p", "options": [["A", "red"], ["B", "blue"], ["C", "gray"]], "answer": {"value": "B"}}
+    turned = rotations(probe_item)
+    assert [row["answer"]["value"] for row in turned] == ["B", "A", "C"] and turned[0]["options"] == probe_item["options"]
+    assert all(dict(row["options"])[row["answer"]["value"]] == "blue" for row in turned) and len({r["id"] for r in turned}) == 3
+
+
+def test_donors_are_of_other_images():
+    probes = [{"id": str(i), "source": f"s{i % 5}"} for i in range(20)]
+    donors = derange(probes, {f"s{i}": f"g{i // 2}" for i in range(5)}, 0)
+    assert all(int(donors[p["id"]][1]) // 2 != int(p["source"][1]) // 2 for p in probes)
+    with pytest.raises(DataError, match="15 of 20"):
+        derange([{"id": str(i), "source": "s0" if i < 15 else "s4"} for i in range(20)], {"s0": "a", "s4": "b"}, 0)
+
+
+def test_scores_count_what_could_not_be_asked_as_wrong_and_compare_in_pairs():
+    probes = [{"id": str(i), "options": [["A", "x"], ["B", "y"]], "answer": {"value": "A"}} for i in range(8)]
+
+    def row(i, name, right):
+        return {"id": str(i), "condition": name, "gold": "A", "pred": "A" if right else None, "correct": right,
+                "r0": {"pred": "A" if right else "B", "nll": 0.5 if right else 2.0} if i else None}
+    rows = [row(i, "own", i < 6) for i in range(8)] + [row(i, "other", i in (0, 7)) for i in range(8)]
+    found = score(rows, probes, {str(i): i for i in range(8)}, 0.95)
+    assert found["chance"] == 0.5 and found["conditions"]["own"]["accuracy"] == 0.75
+    assert found["conditions"]["own"]["r0"]["accuracy"] == pytest.approx(5 / 7) and found["conditions"]["own"]["asked"] == 7
+    difference = found["own_minus_other"]
+    assert (difference["delta"], difference["b"], difference["c"]) == (0.5, 1, 5)
+    assert difference["r0_nats"]["delta"] == pytest.approx((5 - 1) * 1.5 / 7)
+
+
+def test_heat_maps_order_instances_by_task(tmp_path):
+    states = np.random.default_rng(0).normal(size=(6, 9))
+    matrix, tasks = cosine_matrix(states), np.array(["b", "a", "b", "a", "b", "a"])
+    draw_heatmaps({("text", form, 0): (np.arange(6), matrix) for form in ("raw", "centred")}, tasks, tmp_path / "map.png")
+    rows = list(csv.DictReader(open(tmp_path / "map.csv")))
+    wanted = [matrix[int(row["instance"]), int(row["other"])] for row in rows]
+    assert len(rows) == 2 * 15 and [float(row["cosine"]) for row in rows] == pytest.approx(wanted, abs=1e-4)

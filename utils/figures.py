@@ -1,0 +1,180 @@
+"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. matplotlib is imported by the functions.
+
+Colours are Okabe and Ito's (2008), which people with colour-blind eyes tell apart; raw is always drawn beside corrected.
+"""
+import csv
+from pathlib import Path
+
+import numpy as np
+
+COLORS = {"imagination": "#0072b2", "text": "#d55e00", "image": "#009e73", "inner": "#cc79a7", "dummy_pad": "#7f7f7f",
+          "fed": "#56b4e9", "start": "#e69f00"}
+NAMES = {"imagination": "imagination", "text": "text after it", "image": "image tokens", "inner": "inner layer",
+         "dummy_pad": "pads fed instead", "fed": "fed", "start": "start"}
+MARKS = {"imagination": "o", "text": "s", "image": "^", "inner": "D", "dummy_pad": "x", "fed": "v", "start": "P"}
+SIZES = {"imagination": 3.5, "image": 8}  # lines that coincide stay visible: small marks on top of large ones
+FORM_NAMES = {"raw": "raw", "centred": "centred", "standardised": "standardised", "whitened": "whitened"}
+
+
+def new_axes(n_rows: int, n_columns: int, width: float, height: float, **more):
+    """Return (figure, axes [n_rows, n_columns]) drawn without a display."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot.subplots(n_rows, n_columns, figsize=(width, height), squeeze=False, layout="constrained", **more)
+
+
+def finish(figure, path: Path, rows: list[dict]) -> None:
+    """Write the PNG and, beside it, the CSV of its numbers."""
+    from matplotlib import pyplot
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # a label beside an image may lie outside
+    pyplot.close(figure)
+    with open(Path(path).with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def tidy(ax) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray,
+                  path: Path) -> None:
+    """F1: the cosine of every pair of instances; a column a step, two rows (raw, centred) a kind.
+
+    matrices[(kind, form, step)] = (places [m] in `tasks`, cosines [m, m]). Instances are ordered by task, with a line
+    between tasks and their names on the left.
+    """
+    rows = [(kind, form) for kind in COLORS for form in ("raw", "centred") if (kind, form, 0) in matrices]
+    n_steps = 1 + max(step for _, _, step in matrices)
+    figure, axes = new_axes(len(rows), n_steps, 1.35 * n_steps + 1.6, 1.35 * len(rows) + 0.8)
+    numbers, shown = [], None
+    for panel, (kind, form) in zip(axes, rows):
+        for step, ax in enumerate(panel):
+            ax.set(xticks=[], yticks=[])
+            if (kind, form, step) not in matrices:
+                ax.axis("off")
+                continue
+            who, matrix = matrices[kind, form, step]
+            order = np.lexsort((who, tasks[who]))
+            shown = ax.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+            names, counts = np.unique(tasks[who], return_counts=True)
+            for edge in np.cumsum(counts)[:-1]:
+                ax.axhline(edge - 0.5, color="black", linewidth=0.6)
+                ax.axvline(edge - 0.5, color="black", linewidth=0.6)
+            if step == 0:
+                ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:14] for name in names], fontsize=6)
+                ax.set_ylabel(f"{NAMES[kind]}\n{form}", fontsize=8)
+            one, two = np.triu_indices(len(who), 1)
+            numbers += [{"kind": kind, "form": form, "step": step + 1, "instance": int(who[i]), "other": int(who[j]),
+                         "cosine": f"{matrix[i, j]:.4f}"} for i, j in zip(one, two)]
+    for step, ax in enumerate(axes[0]):
+        ax.set_title(f"step {step + 1}", fontsize=9)
+    figure.suptitle(f"Cosine between every two of {len(tasks)} instances, by task", fontsize=11)
+    if shown is not None:
+        figure.colorbar(shown, ax=axes, label="cosine", shrink=0.7)
+    finish(figure, path, numbers)
+
+
+def draw_curves(rows: list[dict], level: float, path: Path) -> None:
+    """F2 (and F5 where the imagination is text): similarity by step; a row a form, a column a measure, a line a kind."""
+    titles = {"inter": "between instances, same step", "adjacent": "one instance, step t - 1 to t",
+              "first": "one instance, step 1 to t"}
+    rows = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all" and row["measure"] in titles]
+    forms = [form for form in FORM_NAMES if any(row["form"] == form for row in rows)]
+    figure, axes = new_axes(len(forms), 3, 12.5, 2.7 * len(forms) + 0.8, sharey=True)
+    for form, panel in zip(forms, axes):
+        for ax, (measure, title) in zip(panel, titles.items()):
+            for kind in reversed(COLORS):
+                points = [row for row in rows if (row["kind"], row["form"], row["measure"]) == (kind, form, measure)]
+                if not points:
+                    continue
+                x = [row["step"] + 1 for row in points]
+                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], color=COLORS[kind],
+                        markersize=SIZES.get(kind, 5), label=NAMES[kind])
+                ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.12,
+                                color=COLORS[kind], linewidth=0)
+            ax.axhline(0, color="black", linewidth=0.5)
+            ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "",
+                   title=title if form == forms[0] else "")
+            tidy(ax)
+        panel[0].set_ylabel(f"{form}\nmean cosine ({100 * level:.3g} %)")
+    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False)
+    finish(figure, path, rows)
+
+
+def draw_probing(probing: dict, level: float, path: Path) -> None:
+    """F4: accuracy by condition, parsed and by R0, with Wilson intervals and the line of chance."""
+    names = {"image": "image", "image_own": "image and\nown", "text_only": "question\nonly", "own": "own",
+             "other": "another\nimage's", "mean": "mean", "random": "noise", "cut": "cut:\nown",
+             "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
+    shown = [name for name in names if name in probing["conditions"]]
+    figure, [[ax]] = new_axes(1, 1, 1.05 * len(shown) + 2, 4.6)
+    rows = []
+    for x, name in enumerate(shown):
+        entry = probing["conditions"][name]
+        for offset, readout, part, color in ((-0.2, "parsed", entry, "#0072b2"), (0.2, "R0", entry["r0"], "#e69f00")):
+            if part is None:
+                continue
+            ends = [[100 * abs(end - part["accuracy"])] for end in part["ci"]]
+            ax.bar(x + offset, 100 * part["accuracy"], 0.38, yerr=ends, capsize=3, color=color,
+                   label={"parsed": "reply, parsed", "R0": "likeliest option (R0)"}[readout] if x == 0 else None)
+            rows.append({"condition": name, "readout": readout, "accuracy": part["accuracy"], "low": part["ci"][0],
+                         "high": part["ci"][1], "parsed": entry["parsed"], "chance": probing["chance"], "n": probing["n"]})
+    ax.axhline(100 * probing["chance"], color="black", linestyle="--", linewidth=1,
+               label=f"chance, {100 * probing['chance']:.1f} %")
+    parsed = [100 * probing["conditions"][name]["parsed"] for name in shown]
+    ax.set_xticks(range(len(shown)), [f"{names[name]}\n({share:.0f} %)" for name, share in zip(shown, parsed)], fontsize=8)
+    ax.set(ylim=(0, 118), ylabel=f"accuracy, % ({100 * level:.3g} % interval)",
+           xlabel="given beside the question (share parsed)", title=f"{probing['n']} questions about what was imagined")
+    ax.set_yticks(range(0, 101, 20))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="upper center", ncol=3, fontsize=8)
+    finish(figure, path, rows)
+
+
+def draw_layers(rows: list[dict], path: Path) -> None:
+    """F8: layer by step at the latent positions: raw and centred inter-instance cosine, and what a linear probe reads."""
+    panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
+              ("answer read, above shuffled", "decode", "raw")]
+    rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all" and row["measure"] in ("inter", "decode")]
+    panels = [panel for panel in panels if any((row["measure"], row["form"]) == panel[1:] for row in rows)]
+    n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))
+    figure, axes = new_axes(1, len(panels), 4.2 * len(panels), 0.16 * n_layers + 2.6)
+    for ax, (title, measure, form) in zip(axes[0], panels):
+        grid = np.full((n_layers, n_steps), np.nan)
+        for row in rows:
+            if row["measure"] == measure and row["form"] == form:
+                grid[row["layer"], row["step"]] = row["value"]
+        shown = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower", interpolation="nearest",
+                          extent=(0.5, n_steps + 0.5, 0.5, n_layers + 0.5))
+        ax.set(title=title, xlabel="step")
+        tidy(ax)
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylabel("input of layer")
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    finish(figure, path, rows)
+
+
+def draw_spectra(rows: list[dict], path: Path) -> None:
+    """F9: how many directions the states of a step span, and the share of the largest, a line a kind."""
+    rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1
+            and row["participation_ratio"] is not None]
+    panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank", "top1": "share of the largest"}
+    figure, axes = new_axes(1, 3, 12.5, 3.9)
+    for ax, (name, title) in zip(axes[0], panels.items()):
+        for kind in COLORS:
+            points = [row for row in rows if row["kind"] == kind]
+            if points:
+                ax.plot([row["step"] + 1 for row in points], [row[name] for row in points], marker=MARKS[kind],
+                        markersize=SIZES.get(kind, 5), color=COLORS[kind], label=NAMES[kind])
+        ax.set(title=title, xlabel="step", ylim=(0, 1.05) if name == "top1" else (0, None))
+        tidy(ax)
+    sizes = sorted({row["n"] for row in rows})
+    figure.suptitle(f"Spectrum over instances (n = {', '.join(map(str, sizes))}; at most n - 1)", fontsize=10)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=max(len(labels), 1), frameon=False)
+    finish(figure, path, rows)
