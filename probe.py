@@ -232,12 +232,12 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
     for item in items.values():
         if not item["images"]:
             raise DataError(f"{args.items}: {item['id']}: no image; expected at least one to compare the imagination with")
-    for probe in probes:
-        if fault := item_fault({**probe, "images": [], "metric": "mcq"}, ("mcq",)):
-            raise DataError(f"{args.probe_items}: probe item {probe['id']!r}: {fault}")
-        if probe["source"] not in items and args.limit is None:
-            raise DataError(f"{args.probe_items}: {probe['id']}: source {probe['source']!r} is no item of {args.items}")
-    return items, [probe for probe in probes if probe["source"] in items]
+    for probe_item in probes:
+        if fault := item_fault({**probe_item, "images": [], "metric": "mcq"}, ("mcq",)):
+            raise DataError(f"{args.probe_items}: probe item {probe_item['id']!r}: {fault}")
+        if probe_item["source"] not in items and args.limit is None:
+            raise DataError(f"{args.probe_items}: {probe_item['id']}: source {probe_item['source']!r} is no item of {args.items}")
+    return items, [one for one in probes if one["source"] in items]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,238 @@
+"""train_sft.py against transformers' Trainer and TRL's SFTTrainer: tokens a second and peak memory of equal steps.
+
+    python speed/train.py --folder work/train_speed
+
+128 rows drawn by a seed: 185 tokens on average and at most 467, 71 % of them visual, 13 % trained, as in visual CoT; a
+random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5, clipping at 1, activations of
+the language model computed again. A step is all 128 rows for every contender, so their losses must agree at every step.
+Contenders run in turns, each in a process of its own, `--rounds` times; the first step of each is a warm-up.
+
+  trainer            transformers.Trainer, one row a device and 128 accumulated (Monet's layout)
+  trainer_rebalance  its best setting: 8 rows on average in batches that `batch_rebalance` makes of like lengths
+  trl                trl.SFTTrainer, 8 rows a batch (its default) and 16 accumulated
+  trl_rebalance      the same with `batch_rebalance`
+
+The peers get the same token ids, pixels and labels, made by the same code, and stand in an environment that this script
+makes of speed/requirements-train.txt at its first start (it needs a package index or cache).
+
+Writes  --result (results/train.json)
+Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the rounds
+"""
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = Path(__file__).parent / ".venv-train"
+CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
+N_ROWS = 128
+LEARNING_RATE = 1e-5
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2}
+VISION_SIZES = {"depth": 4, "hidden_size": 40, "intermediate_size": 96, "num_heads": 2}  # of 2.5 M, as small a part as of 7B
+VOCABULARY = 6000
+TOLERANCE = 1e-3  # of losses at the same step
+SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu", "dra", "ple", "stin", "gor", "bel", "car", "fen", "hal")
+
+
+# ---------------------------------------------------------------------------------------------- the world
+def words(rng: random.Random, n: int) -> str:
+    return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(n))
+
+
+def make_world(folder: Path) -> None:
+    """Write rows.jsonl, its pictures and the checkpoint."""
+    from PIL import Image
+
+    from toy.make_model import make_model
+    from utils.rows import write_rows
+    rng, rows = random.Random(0), []
+    folder.mkdir(parents=True)
+    for n in range(N_ROWS):
+        visual = min(460, max(24, round(rng.lognormvariate(4.64, 0.6))))  # visual tokens: mean 135
+        width = max(4, round(visual ** 0.5))
+        size = 28 * width, 28 * round(visual / width)
+        picture = Image.effect_noise((width, width), 80).resize(size, Image.Resampling.BICUBIC).convert("RGB")  # as smooth as photos
+        picture.save(folder / f"{n}.jpg", quality=90)
+        answer = words(rng, 1)
+        chain = f"{words(rng, max(1, round(rng.lognormvariate(2.15, 0.6))))}. The answer is \\boxed{{{answer}}}."
+        rows.append({"id": f"speed/{n}", "images": [f"{n}.jpg"], "question": words(rng, rng.randint(1, 3)) + "?", "answer": answer,
+                     "steps": [{"text": chain}], "chain": chain})
+    write_rows(folder / "rows.jsonl", rows)
+    # the prompt's own words, often enough to be tokens
+    texts = [words(rng, 400) for _ in range(60)] + ["system\nYou are a helpful assistant. user assistant. The answer is \\boxed{"] * 99
+    print(json.dumps(make_model(texts, folder / "model", n_tokens=VOCABULARY, sizes=SIZES, vision_sizes=VISION_SIZES)),
+          file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- the contenders
+def run_ours(folder: Path, steps: int, output: Path) -> dict:
+    """train_sft.py as a user starts it; its own log has the figures."""
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
+                    "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
+                    str(N_ROWS), "--max_tokens", "2048", "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
+                    "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
+    return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
+            "tokens": log[0]["tokens"], "peak_gib": log[-1]["peak_gib"]}
+
+
+class Rows:
+    """The rows as items of token ids and labels; their pictures are opened and made into patches when a batch is made, as
+    in train_sft.py."""
+
+    def __init__(self, folder: Path):
+        from utils.qwen import load_tools
+        from utils.rows import read_rows
+        from utils.targets import Target, make_examples
+        self.qwen, self.target = load_tools(str(folder / "model")), Target("text", str(folder))
+        rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
+        self.examples = make_examples(self.qwen, rows, self.target)
+        self.image_id = self.qwen.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def __getitem__(self, n: int) -> dict:
+        example, ids, labels = self.examples[n], [], []
+        n_visual = [rows * columns // 4 for rows, columns in example.grids]
+        for token, trained in zip(example.ids, example.trained):
+            times = n_visual.pop(0) if token == self.image_id else 1
+            ids += [token] * times
+            labels += [token if trained else -100] * times
+        return {"input_ids": ids, "labels": labels, "row": n}
+
+    def collate(self, items: list[dict]) -> dict:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from utils.qwen import process_images
+        from utils.targets import load_images
+        ids = [torch.tensor(item["input_ids"]) for item in items]
+        pad = self.qwen.tokenizer.pad_token_id
+        batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+                 "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+                 "labels": pad_sequence([torch.tensor(item["labels"]) for item in items], batch_first=True, padding_value=-100)}
+        batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_id).int()
+        pictures = [picture for item in items
+                    for picture in load_images(self.examples[item["row"]].images, self.target, self.qwen.factor)]
+        return batch | {name: value for name, value in process_images(self.qwen.image_processor, pictures).items()
+                        if name in ("pixel_values", "image_grid_thw")}
+
+
+def run_peer(name: str, folder: Path, steps: int, output: Path) -> dict:
+    """A library's trainer over the same rows, in this process."""
+    import datasets
+    import torch
+    import transformers
+    sys.path.insert(0, str(ROOT))
+    rows = Rows(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    model.accepts_loss_kwargs = True  # else both divide by the tokens of a batch, not by those of the step: a mean of means
+    size = 1 if name == "trainer" else 8
+    settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": N_ROWS // size,
+                "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "weight_decay": 0.01,
+                "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 1,
+                "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "bf16": False,
+                "disable_tqdm": True, "dataloader_num_workers": 0,
+                "train_sampling_strategy": "batch_rebalance" if name.endswith("rebalance") else "random"}
+    times = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            times.append([time.perf_counter(), 0.0])
+
+        def on_step_end(self, *_, **__):
+            times[-1][1] = time.perf_counter()
+
+    dataset = datasets.Dataset.from_list([rows[n] for n in range(N_ROWS)])
+    common = {"model": model, "train_dataset": dataset, "data_collator": rows.collate, "callbacks": [Clock()]}
+    if name.startswith("trl"):
+        import trl
+        arguments = trl.SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = trl.SFTTrainer(**common, args=arguments, processing_class=rows.qwen.tokenizer)
+    else:
+        trainer = transformers.Trainer(**common, args=transformers.TrainingArguments(**settings))
+    trainer.train()
+    ends = [end for _, end in times]  # from the end of one step to the end of the next: that holds the making of its batches
+    return {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+            "seconds": [times[0][1] - times[0][0], *(b - a for a, b in zip(ends, ends[1:]))],
+            "tokens": sum(example.n_tokens for example in rows.examples),
+            "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+
+
+# ---------------------------------------------------------------------------------------------- the comparison
+def make_environment() -> Path:
+    """Return the Python of an environment that has our requirements and the peers."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r",
+                        str(Path(__file__).parent / "requirements-train.txt")], check=True)
+        (ENVIRONMENT / "complete").touch()
+    return python
+
+
+def compare(runs: dict[str, list[dict]]) -> dict:
+    """Return each contender's median tokens a second, peak memory and ratios; the losses of all must agree at every step."""
+    ours, result = runs["ours"], {}
+    for name, its in runs.items():
+        for mine, theirs in zip(ours, its):
+            gaps = [abs(a - b) for a, b in zip(mine["losses"], theirs["losses"], strict=True)]
+            assert max(gaps) <= TOLERANCE and mine["tokens"] == theirs["tokens"], (name, gaps, mine["tokens"], theirs["tokens"])
+        speeds = [run["tokens"] / statistics.median(run["seconds"][1:]) for run in its]
+        times_ours = [mine["tokens"] / statistics.median(mine["seconds"][1:]) / speed for mine, speed in zip(ours, speeds)]
+        result[name] = {"tokens_per_s": round(statistics.median(speeds)), "peak_gib": max(run["peak_gib"] for run in its),
+                        "losses": [round(loss, 5) for loss in its[0]["losses"]],
+                        "ours_is_faster_by": round(statistics.median(times_ours), 2),
+                        "over_rounds": [round(ratio, 2) for ratio in times_ours]}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--result", default=str(ROOT / "results" / "train.json"), help="where the numbers go")
+    parser.add_argument("--contender", choices=("world", *CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = Path(args.folder)
+    sys.path.insert(0, str(ROOT))
+    if args.contender == "world":
+        return make_world(folder)
+    if args.contender:
+        run = run_ours if args.contender == "ours" else lambda *rest: run_peer(args.contender, *rest)
+        print(json.dumps(run(folder, args.steps, Path(args.output))))
+        return None
+    python = make_environment()
+
+    def child(contender: str, output: str) -> str:
+        command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
+        done = subprocess.run([*command, "--contender", contender, "--output", str(folder / output)], stdout=subprocess.PIPE,
+                              text=True, check=True)
+        return done.stdout
+
+    child("world", "")
+    runs = {name: [] for name in args.contenders}
+    for n in range(args.rounds):
+        for name in args.contenders:
+            runs[name].append(json.loads(child(name, f"{name}-{n}").splitlines()[-1]))
+            print(n, name, [round(seconds, 2) for seconds in runs[name][-1]["seconds"]], file=sys.stderr)
+    result = {"rows": N_ROWS, "tokens": runs["ours"][0]["tokens"], "steps": args.steps, "rounds": args.rounds,
+              "cpus": os.cpu_count(), "contenders": compare(runs)}
+    Path(args.result).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return None
+
+
+if __name__ == "__main__":
+    main()
