@@ -236,7 +236,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
         if fault := item_fault({**probe_item, "images": [], "metric": "mcq"}, ("mcq",)):
             raise DataError(f"{args.probe_items}: probe item {probe_item['id']!r}: {fault}")
         if probe_item["source"] not in items and args.limit is None:
-            raise DataError(f"{args.probe_items}: {probe_item['id']}: source {probe_item['source']!r} is no item of {args.items}")
+            raise DataError(f"{args.probe_items}: {probe_item['id']}: source {probe_item['source']!r} is no item of "
+                            f"{args.items}")
     return items, [one for one in probes if one["source"] in items]
 
 

@@ -96,8 +96,8 @@ def interval(pair: list[float] | None) -> str:
 
 def do_z_lines(do_z: dict, mediation: dict) -> list[str]:
     """Return the Markdown tables of all conditions and of the mediation."""
-    lines = ["| imagination | condition | site | items | clean, % | intervened, % | change, 90 % interval | verdict | R0, nats | "
-             "verdict | follows, % |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| imagination | condition | site | items | clean, % | intervened, % | change, 90 % interval | verdict | "
+             "R0, nats | verdict | follows, % |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for arm, name, part in ((arm, name, part) for arm, its in do_z.items() for name, part in its.items()):
         effect, r0 = part["effect"], part["r0"]
         if effect is None:

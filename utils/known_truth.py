@@ -23,8 +23,8 @@ from utils.decode import Arm
 from utils.families import Generation, Segment
 from utils.sites import layer_inputs
 
-COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "yellow": (230, 220, 40), "purple": (140, 40, 170),
-          "cyan": (40, 200, 220), "black": (15, 15, 15), "white": (240, 240, 240)}
+COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "yellow": (230, 220, 40),
+          "purple": (140, 40, 170), "cyan": (40, 200, 220), "black": (15, 15, 15), "white": (240, 240, 240)}
 LAYOUT = ("bos", "vs", "I", "I", "I", "I", "ve", "Q", "cell", "start", "z", "z", "end")
 VOCABULARY = {name: i for i, name in enumerate((*COLORS, *dict.fromkeys(LAYOUT)))}  # the answers come first
 MASKS = ("open", "bypass", "in", "slot")
@@ -35,7 +35,8 @@ LATENTS = [i for i, name in enumerate(LAYOUT) if name == "z"]
 START, END = LAYOUT.index("start"), LAYOUT.index("end")
 PATCH, GRID = 14, 4  # pixels a side of a patch, patches a side of the picture: 2 x 2 tokens after merging
 SHADE = 0.03  # standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}
 VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
                 "fullatt_block_indexes": [0]}
 SPREAD = 0.08  # standard deviation of the first weights: 0.02, the release's, learns far slower at this width
@@ -93,7 +94,8 @@ def make_toy(mask: str, shared: float = 0.0) -> Toy:
         image_token_id=VOCABULARY["I"], vision_start_token_id=VOCABULARY["vs"], vision_end_token_id=VOCABULARY["ve"],
         video_token_id=len(VOCABULARY), tie_word_embeddings=False)  # no video: an id that no prompt holds
     direction = torch.randn(SIZES["hidden_size"])
-    return Toy(Qwen2_5_VLForConditionalGeneration(config).eval(), mask, shared * direction / direction.norm() if shared else 0.0)
+    return Toy(Qwen2_5_VLForConditionalGeneration(config).eval(), mask,
+               shared * direction / direction.norm() if shared else 0.0)
 
 
 def draw_items(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -168,12 +170,14 @@ def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Arm]) -> Run:
     """Return the run with an arm of `utils.conditions` on each row; all hide the latents, or none does."""
     cut = {arm.hide == ("latents",) for arm in arms}
     if len(cut) != 1 or any(arm.hide not in ((), ("latents",)) or arm.choose or arm.spec for arm in arms):
-        raise ValueError("arms that choose, change the family, or hide the latents in a part of the rows: expected none of these")
+        raise ValueError("arms that choose, change the family, or hide the latents in a part of the rows: expected none")
     slots = None
     if arms[0].slot:
         slots = torch.stack([torch.stack([arm.slot(0, step) for step in range(N_LATENTS)]) for arm in arms])
-    return run(toy, pixels, lambda z, step: torch.stack([arm.feed(its, 0, step) if arm.feed else its for arm, its in zip(arms, z)]),
-               slots, cut.pop())
+    def feed(z: torch.Tensor, step: int) -> torch.Tensor:
+        return torch.stack([arm.feed(its, 0, step) if arm.feed else its for arm, its in zip(arms, z)])
+
+    return run(toy, pixels, feed, slots, cut.pop())
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:

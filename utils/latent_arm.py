@@ -192,7 +192,8 @@ class LatentBatch:
                         raise NotPossible(condition_prompt(one.prompt))
                     todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
                 except NotPossible as fault:
-                    result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False, "reason": str(fault)}
+                    result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,
+                                       "reason": str(fault)}
         for kind, its in todo.items():
             runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its], slots=True)
             for (name, one, i, _), (row, scores) in zip(its, runs):

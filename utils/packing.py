@@ -44,7 +44,7 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 
 
 def process_rows(qwen: Qwen, examples: list[Example], target: Target) -> list[dict | None]:
-    """Return what `process_images` returns for each row's images, from one call for them all: a call costs more than an image."""
+    """Return what `process_images` returns for each row's images, from one call for them all: a call costs more than one."""
     images = [load_images(example.images, target, qwen.factor) for example in examples]
     together = process_images(qwen.image_processor, [image for its in images for image in its])
     if together is None:

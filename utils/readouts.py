@@ -1,8 +1,9 @@
 """Readouts that need no parser: every option of an item scored behind a fixed beginning of an answer.
 
-An option's score is the log-probability of its tokens. Where one option is the beginning of another the closing brace of the box
-counts as well, for all options of that item (elsewhere not: it may be one token with what follows it). R0 puts the same stem behind the last latent (or the last text imagination) in every condition; R1 puts
-what the clean run said there, so that only the way past the words can change the score. (R2 is the free reply, parsed.)
+An option's score is the log-probability of its tokens. Where one option is the beginning of another the closing brace of the
+box counts as well, for all options of that item (elsewhere not: it may be one token with what follows it). R0 puts the same
+stem behind the last latent (or the last text imagination) in every condition; R1 puts what the clean run said there, so that
+only the way past the words can change the score. (R2 is the free reply, parsed.)
 """
 import math
 

@@ -30,7 +30,8 @@ ZEROS = {  # columns of `compare` that are exactly 0 under each mask; all others
     "slot": {"replay", "own_slots", "slot_swap_donor"}}
 TOYS = {  # mask, length of the direction that all latents share, whether what is fed is random in training, expected findings
     "in": ("in", 0, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
-    "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0}),
+    "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0,
+                                    "pm_slot": 0}),
     "slot_random": ("slot", 0, True, {"fed": "equivalent", "slot": "effect", "edge": "effect", "pm_fed": 0, "pm_slot": 1}),
     "in_shared": ("in", 45, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
     "slot": ("slot", 0, False, {"slot": "effect", "edge": "effect", "pm_slot": 1}),  # what is fed may come to matter or not
@@ -53,7 +54,8 @@ def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, fl
         return float((one.logits - two.logits).abs().max())
 
     swapped, swapped_slots = run(toy, pixels, fed_of(donor)), run(toy, pixels, slots=donor.slots)
-    return {"replay": largest(run(toy, pixels, fed_of(clean)), clean), "own_slots": largest(run(toy, pixels, slots=clean.slots), clean),
+    return {"replay": largest(run(toy, pixels, fed_of(clean)), clean),
+            "own_slots": largest(run(toy, pixels, slots=clean.slots), clean),
             "TE": largest(clean, donor), "tau": largest(run(toy, pixels, tau), clean),
             "images_under_tau": largest(run(toy, pixels, tau), run(toy, other, tau)),
             "fed_swap": largest(swapped, clean), "fed_swap_donor": largest(swapped, donor),
@@ -94,8 +96,9 @@ def make_arms(name: str, runs: Run, donors: Run, known: Known | None, seed: int)
     """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors."""
     found, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
-    return [found.make(Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], seed, known, {"random": its}), number)
-            for i, (mine, its) in enumerate(zip(runs.rows(), donors.rows()))]
+    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], seed, known, {"random": its})
+             for i, (mine, its) in enumerate(zip(runs.rows(), donors.rows()))]
+    return [found.make(case, number) for case in cases]
 
 
 def measure(toy: Toy, n: int, seed: int = 0) -> dict:
@@ -112,7 +115,8 @@ def measure(toy: Toy, n: int, seed: int = 0) -> dict:
     runs = {name: run_arms(toy, pixels, make_arms(name, clean, donor, known, seed)) for name in CONDITIONS}
     back = {"fed": run_arms(toy, other, make_arms("replay", clean, donor, known, seed)),  # Y(x', Z(x))
             "slot": run_arms(toy, other, make_arms("slot_swap_random", donor, clean, known, seed))}
-    right = {name: (one.logits.argmax(-1) == gold).int().tolist() for name, one in {"clean": clean, "donor": donor, **runs}.items()}
+    right = {name: (one.logits.argmax(-1) == gold).int().tolist()
+             for name, one in {"clean": clean, "donor": donor, **runs}.items()}
     found, mediation = {}, {}
     for site, name in (("fed", "swap_random"), ("slot", "slot_swap_random")):
         worlds = [right["clean"], right[name], (back[site].logits.argmax(-1) == gold).int().tolist(), right["donor"]]
@@ -120,7 +124,8 @@ def measure(toy: Toy, n: int, seed: int = 0) -> dict:
         found[f"pm_{site}"] = mediation[site]["proportion_mediated"]["value"]
     verdicts = {name: verdict_of(right["clean"], right[name]) for name in CONDITIONS}
     at_fed = {verdicts[name] for name in (*REMOVALS, "swap_random")}
-    nll = F.cross_entropy(runs["tau_mean"].logits, gold, reduction="none") - F.cross_entropy(clean.logits, gold, reduction="none")
+    nll, before = (F.cross_entropy(one.logits, gold, reduction="none") for one in (runs["tau_mean"], clean))
+    nll = nll - before
     bounds = [robust_mean(nll.tolist(), range(n), level) for level in (0.90, 0.95)]
     found |= {"fed": at_fed.pop() if len(at_fed) == 1 else "mixed", "slot": verdicts["slot_swap_random"],
               "edge": verdicts["cut_latent"], "nll": verdict(bounds[0][1:], bounds[1][1:], MARGIN)}
@@ -172,7 +177,8 @@ def selftest(full: bool = False, seed: int = 0) -> dict:
         result = measure(toy, N_ITEMS[not full], seed)
         wrong = [key for key, value in expected.items() if not agrees(result["found"][key], value)]
         toys[name] = {**result, "expected": expected, "wrong": wrong, "ok": not wrong}
-        log(f"{name}: {'as expected' if not wrong else 'WRONG: ' + ', '.join(wrong)} | clean {100 * result['columns']['clean']:.1f} % | "
+        said = "as expected" if not wrong else f"WRONG: {', '.join(wrong)}"
+        log(f"{name}: {said} | clean {100 * result['columns']['clean']:.1f} % | "
             + " | ".join(f"{key} {value}" for key, value in result["found"].items()))
     return {"masks": masks, "toys": toys, "ok": masks["ok"] and all(toy["ok"] for toy in toys.values()),
             "seconds": round(time.monotonic() - began, 1)}
