@@ -1,7 +1,7 @@
 """train_sft.py on one GPU with random weights at the released sizes: tokens a second, MFU, peak memory.
 
-    python speed/train_gpu.py --config ../shared/data/qwen2_5_vl --folder work/train_gpu             (a GPU; about 25 minutes)
-    python speed/train_gpu.py --config ../shared/data/qwen2_5_vl --folder work/train_gpu --size tiny  (any machine: does it run?)
+    python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/train_gpu             (a GPU; about 25 minutes)
+    python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/train_gpu --size tiny  (any machine: does it run?)
 
 --config is a folder with the released configuration, tokenizer and processor settings of Qwen2.5-VL-7B; 3B is the same with
 the published sizes of 3B. No weights are needed. The rate of bfloat16 matrix products is measured first, in the same call:

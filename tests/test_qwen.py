@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from utils import qwen as Q
-from utils.decode import MONET_TOKENS, PRESETS, generate
+from utils.decode import PRESETS, generate
+from utils.families import MONET_TOKENS
 from utils.images import open_image, smart_size
 from utils.rows import DataError
 

@@ -58,3 +58,10 @@ def test_the_numbers_of_speed_are_those_of_their_files():
     export = json.loads((ROOT / "results" / "export.json").read_text())
     assert f"| {export['export_s']:.0f} s, {export['export_gb']:.1f} GB |" in table
     assert f"| {export['scan_s']:.1f} s | the same {export['json_loads_s']:.1f} s |" in table
+    train = json.loads((ROOT / "results" / "train.json").read_text())["contenders"]
+    peers = [train[name] for name in ("trainer", "trainer_rebalance", "trl")]
+    for peer in peers:
+        ratios = peer["over_rounds"]
+        assert f"{peer['tokens_per_s']} ({min(ratios)} to {max(ratios)})" in table
+    assert f"| {train['ours']['tokens_per_s']} |" in table
+    assert f"| {train['ours']['peak_gib']} | {', '.join(str(peer['peak_gib']) for peer in peers)} |" in table

@@ -43,17 +43,6 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
         n_steps += 1
 
 
-def process_rows(qwen: Qwen, examples: list[Example], target: Target) -> list[dict | None]:
-    """Return what `process_images` returns for each row's images, from one call for them all: a call costs more than one."""
-    images = [load_images(example.images, target, qwen.factor) for example in examples]
-    together = process_images(qwen.image_processor, [image for its in images for image in its])
-    if together is None:
-        return [None] * len(examples)
-    grids = together["image_grid_thw"].split([len(its) for its in images])
-    patches = together["pixel_values"].split([int(its.prod(-1).sum()) for its in grids])
-    return [{"pixel_values": mine, "image_grid_thw": its} if len(its) else None for mine, its in zip(patches, grids)]
-
-
 def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target: Target) -> dict:
     """Put rows one behind the other into one sequence of L tokens, without padding.
 
@@ -62,15 +51,17 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     row's), row [n] (its row's number in the pack), row_ids.
     """
     rows = []
-    for example, pixels in zip(examples, process_rows(qwen, examples, target)):
-        rows.append(collate(qwen, [example.ids], [pixels], "left"))
+    images = [load_images(example.images, target, qwen.factor) for example in examples]
+    # one call for all: a call of the image processor costs more than an image
+    pixels = process_images(qwen.image_processor, [image for its in images for image in its]) or {}
+    grids = pixels["image_grid_thw"].split([len(its) for its in images]) if pixels else [()] * len(images)
+    for example, its in zip(examples, grids):
+        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": its} if len(its) else None], "left"))
         if rows[-1]["input_ids"].shape[1] != example.n_tokens:
             raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
                             f"{example.n_tokens}; was an image changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
-    for name in ("pixel_values", "image_grid_thw"):
-        if present := [row[name] for row in rows if name in row]:
-            pack[name] = torch.cat(present)
+    pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
     # counted from the end of a row, as the images before the trained tokens are expanded
     places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
@@ -99,14 +90,29 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q, max_length_q,
                           max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
         return out[None], None
-    runs = [(length, len(list(its))) for length, its in groupby(cu_seq_lens_q.diff().tolist())]
+    lengths, back = cu_seq_lens_q.diff(), None
+    if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: bring those of one length together
+        order, back = by_length(cu_seq_lens_q)
+        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+        lengths = lengths.sort().values
+    runs = [(length, len(list(its))) for length, its in groupby(lengths.tolist())]
     rows = []
     for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=2) for x in (query, key, value))):
-        # neighbours of one length (the vision tower's windows) in one call, [n, heads, length, d]
-        parts = [x[0].unflatten(1, (n, length)).transpose(0, 1) for x in parts]
+        parts = [x[0].unflatten(1, (n, length)).transpose(0, 1) for x in parts]  # [n, heads, length, d]: one call for n rows
         out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
         rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
-    return torch.cat(rows)[None], None
+    out = torch.cat(rows)
+    return (out if back is None else out[back])[None], None
+
+
+def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by length, and the order
+    that undoes it."""
+    lengths = bounds.diff()
+    rows = lengths.sort(stable=True).indices
+    ends = lengths[rows].cumsum(0)
+    order = torch.arange(int(bounds[-1])) + (bounds[:-1][rows] - ends + lengths[rows]).repeat_interleave(lengths[rows])
+    return order, order.argsort()
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:

@@ -206,7 +206,7 @@ def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None], padding
     """Pad token lists into one batch, with positions.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L] and, when
-    there is an image, pixel_values and image_grid_thw of all images in order. Left-padded for generation.
+    there is an image, what `pixels` hold (image_grid_thw at least) of all images in order. Left-padded for generation.
     mm_token_type_ids is always built: without it the library falls back to 1-D positions in silence.
     """
     rows = [expand_images(qwen, row, pixel) for row, pixel in zip(ids, pixels, strict=True)]
@@ -221,8 +221,7 @@ def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None], padding
     batch["mm_token_type_ids"] = (input_ids == special_id(qwen.tokenizer, IMAGE_TOKEN)).int()
     present = [pixel for pixel in pixels if pixel is not None]
     if present:
-        batch["pixel_values"] = torch.cat([pixel["pixel_values"] for pixel in present])
-        batch["image_grid_thw"] = torch.cat([pixel["image_grid_thw"] for pixel in present])
+        batch |= {name: torch.cat([pixel[name] for pixel in present]) for name in present[0]}
     batch["position_ids"], _ = qwen.model.model.get_rope_index(
         input_ids, batch["mm_token_type_ids"], image_grid_thw=batch.get("image_grid_thw"),
         attention_mask=attention_mask)
