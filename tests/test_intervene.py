@@ -105,6 +105,8 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_chec
 
 def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path):
     model, follows = latent_model
+    if not follows:
+        pytest.skip("one model is enough")
     output = tmp_path / "cut.jsonl"
     arguments = [*flags(items, model, output), "--latent", "mirage", "--batch_size", "4"]
     journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"

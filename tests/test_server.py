@@ -166,6 +166,7 @@ def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_ru
     assert gone.returncode == 4 and "no server has answered for 2 s, 1 calls are left" in gone.stderr
 
 
+@pytest.mark.slow
 def test_a_sample_that_kills_the_server_each_time_is_given_up(world, tmp_path):
     """A supervisor starts the server anew each time; the others are answered in between."""
     path = world({f"p{n}": f"plain {n}?" for n in range(40)} | {"poison": "fault:kill"})

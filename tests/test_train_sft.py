@@ -223,6 +223,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint,
         assert len(losses(tmp_path / "o")) == 20
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(tiny_checkpoint, data, tmp_path):
     """Kills whenever a part is seen being written, five times; the curve and the weights are those of one run."""
     more = ["--epochs", "12", "--save_every", "1", "--keep", "1"]

@@ -106,8 +106,8 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 
 def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by length, and the order
-    that undoes it."""
+    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by length, and the
+    order that undoes it."""
     lengths = bounds.diff()
     rows = lengths.sort(stable=True).indices
     ends = lengths[rows].cumsum(0)
