@@ -39,6 +39,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from utils.asking import Asking
 from utils.calls import Caller
 from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition
 from utils.decode import PRESETS, LatentSpec, decode, prefill
@@ -48,7 +49,7 @@ from utils.effects import group_of, summarize
 from utils.images import ImageError
 from utils.items import open_images, read_items
 from utils.journal import Journal
-from utils.latent_arm import Asking, LatentBatch
+from utils.latent_arm import LatentBatch
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
 from utils.qwen import Qwen, encode, load, load_processors
 from utils.readouts import STEM

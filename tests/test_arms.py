@@ -2,7 +2,7 @@
 import pytest
 from PIL import Image
 
-from utils.latent_arm import GREY, other_prompt, pick_donor
+from utils.asking import GREY, other_prompt, pick_donor
 from utils.text_arm import TEXT_CONDITIONS, TEXT_PRESETS
 
 

@@ -21,7 +21,9 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     ({"answer": {"value": "B"}}, "expected type 'letter'"),
     ({"options": [["A", "red"]]}, "expected at least two"),
     ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}}, "unlike letters"),
-    ({"images": ["a.png"]}, "expected a list of"),
+    ({"images": ["a.png"]}, "expected a list of"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
+    ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
+    ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}}, "counterfactual: gold 'E'"),
     ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
 def test_a_bad_item_is_named(tmp_path, change, match):
     write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])

@@ -12,13 +12,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from imagining import make_latent_checkpoint, make_picture, write_items
 from utils import qwen as Q
+from utils.asking import Asking
 from utils.conditions import Known
 from utils.decode import Arm, decode, prefill
 from utils.effects import summarize
 from utils.families import PRESETS
 from utils.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, PATCH, VOCABULARY, additive, allowed, draw_items, make_toy,
                                positions, reproducible, run, run_arms)
-from utils.latent_arm import Asking, LatentBatch
+from utils.latent_arm import LatentBatch
 from utils.selftest import NON_ZERO, QUICK, TOYS, ZEROS, agrees, check_masks, compare, fed_of, make_arms, selftest
 
 MIRAGE = PRESETS["mirage"]

@@ -46,7 +46,21 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
-    return None
+    return change_fault(item, metrics)
+
+
+def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
+    """Return in words what is wrong with what an intervention would change of an item, its region or its edit, or None."""
+    region, edit = item.get("region"), item.get("counterfactual")
+    if region is not None and not (isinstance(region, list) and len(region) == 4 and all(type(n) is int for n in region)
+                                   and region[0] < region[2] and region[1] < region[3]):
+        return f"region {str(region)[:40]}, expected [left, top, right, bottom] in pixels"
+    if edit is None:
+        return None
+    if not isinstance(edit, dict) or not isinstance(edit.get("images"), list) or not isinstance(edit.get("answer"), dict):
+        return f"counterfactual {str(edit)[:60]}, expected an object with images and answer"
+    fault = item_fault({**item, **edit, "counterfactual": None}, metrics)
+    return fault and f"counterfactual: {fault}"
 
 
 def value_fault(answer: dict) -> str | None:

@@ -3,121 +3,38 @@
 The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the latents; then
 all conditions of all items decode side by side from copies of the prompts' caches (`State.take`).
 """
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
 import torch
 from PIL import Image
 
-from utils.conditions import (CONTROLS, Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition,
-                              last_latent, likeliest, sampler)
-from utils.decode import Arm, State, clean_text, decode, prefill, rewind
+from utils.asking import Asking, Prompts, pick_donor
+from utils.conditions import (Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent,
+                              likeliest)
+from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
-from utils.items import question_text
-from utils.qwen import Qwen, chat, encode
+from utils.qwen import Qwen
 from utils.readouts import describe_scores, score_options
 from utils.replied import answer_fields, first_difference, stem_of
 
-GREY = (127, 127, 127)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How items are put to the model, the same in all arms: system prompt, what follows the question, length of a reply, the
-    stem that options are scored behind and what stands in its box ("letter" or "text"), seed, rows decoded at once,
-    temperature (0 is greedy)."""
-
-    system: str | None
-    suffix: str
-    max_new_tokens: int
-    stem: str
-    options: str
-    seed: int
-    rows: int
-    temperature: float = 0.0
-
-    def pick(self, item: dict) -> Callable[[torch.Tensor, int], int]:
-        return sampler(self.temperature, self.seed, item["id"])
-
-    def arm(self, item: dict, arm: Arm = Arm()) -> Arm:
-        """Return the arm, its ids sampled where it does not choose them itself."""
-        return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
-
-    def prompt(self, qwen: Qwen, item: dict, n_images: int) -> str:
-        return chat(qwen.tokenizer, question_text(item, self.suffix), n_images, self.system)
-
-
-def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None]) -> tuple[dict, list[Image.Image]] | None:
-    """Return (item, images) of the prompt `kind` for the item at `place` of a batch; None if there is no such prompt."""
-    item, mine = items[place], images[place]
-    if kind == "own":
-        return item, mine
-    if kind == "blank":
-        return item, [Image.new("RGB", image.size, GREY) for image in mine]
-    if kind == "counterfactual":
-        return edits[place]
-    if kind == "masked":
-        if not item.get("region"):
-            return None
-        left, top, right, bottom = item["region"]  # pixels of the first image
-        first = mine[0].copy()
-        first.paste(GREY, (left, top, right, bottom))
-        return item, [first, *mine[1:]]
-    n = len(items)
-    others = [(place + k) % n for k in range(1, n)]
-    if kind == "other_image":
-        found = next((j for j in others if len(images[j]) == len(mine) and items[j]["images"] != item["images"]), None)
-        return None if found is None else (item, images[found])
-    found = next((j for j in others if items[j]["question"] != item["question"]), None)
-    return None if found is None else ({**item, "question": items[found]["question"], "options": items[found]["options"]}, mine)
-
-
-def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int | None:
-    """Return the place of a donor in the batch among those `able`, never the item itself; None if there is none.
-
-    "random" is of another group and, where there is one, with another gold; "question" and "image" share just that.
-    """
-    item, n = items[place], len(items)
-    order = [j for j in ((place + k) % n for k in range(1, n)) if j in able]
-
-    def same(j: int, field: str) -> bool:
-        return items[j][field] == item[field]
-
-    if kind == "random":
-        order = [j for j in order if items[j].get("group_id", items[j]["id"]) != item.get("group_id", item["id"])]
-        return next((j for j in order if not same(j, "answer")), order[0] if order else None)
-    share, differ = ("question", "images") if kind == "question" else ("images", "question")
-    return next((j for j in order if same(j, share) and not same(j, differ)), None)
-
 
 class LatentBatch:
-    """The runs of one batch; `records()` gives {item id: {condition: record}}."""
+    """The runs of one batch; `records()` gives {condition: record} for each item."""
 
     def __init__(self, qwen: Qwen, spec: LatentSpec, known: Known | None, asking: Asking, items: list[dict],
                  images: list[list[Image.Image]], edits: list[tuple[dict, list[Image.Image]] | None]):
         self.qwen, self.spec, self.known, self.asking = qwen, spec, known, asking
-        self.items, self.images, self.edits = items, images, edits
+        self.items, self.edits = items, edits
         self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
-        self.states: dict[str, tuple[State, list[int]]] = {}
+        self.prompts = Prompts(qwen, asking, items, images, edits)
+        self.donor_runs: dict[str, dict[int, Generation]] = {}
+        self.clean: list[tuple[Generation, dict | None]] = []
         self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items), slots=True)
         self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
-
-    def prompts(self, kind: str) -> tuple[State, list[int]]:
-        """Return the state of every prompt of a kind, read once, and the places of the items that have one."""
-        if kind not in self.states:
-            found = {i: other for i in range(len(self.items))
-                     if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [self.asking.prompt(self.qwen, item, len(images)) for item, images in found.values()]
-            state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
-            self.states[kind] = state, list(found)
-        return self.states[kind]
 
     def decode(self, kind: str, places: list[int], arms: list[Arm], slots: bool = False,
                max_new_tokens: int | None = None) -> list[tuple[Generation, dict | None]]:
         """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores (None without a
         segment)."""
-        state, having = self.prompts(kind)
+        state, having = self.prompts[kind]
         done = []
         for first in range(0, len(places), self.asking.rows):
             its, their = places[first:first + self.asking.rows], arms[first:first + self.asking.rows]
@@ -139,9 +56,7 @@ class LatentBatch:
         items = [self.items[places[k]] for k in having]
         before = [[self.end_id]] * len(having)
         scores = {"r0": score_options(self.qwen, back, items, [self.asking.stem] * len(having), before, self.asking.options)}
-        clean = getattr(self, "clean", None)
-        stems = [stem_of(clean_text(self.qwen.tokenizer, (clean[places[k]][0] if clean else rows[k]).ids[
-            last_latent(clean[places[k]][0] if clean else rows[k]):], self.spec)) for k in having]
+        stems = [self.clean_stem(places[k], rows[k]) for k in having]
         own = [n for n, stem in enumerate(stems) if stem]
         r1 = score_options(self.qwen, back.take(own), [items[n] for n in own], [stems[n] for n in own],
                            [before[n] for n in own], self.asking.options) if own else []
@@ -150,6 +65,11 @@ class LatentBatch:
             found[k] = {"r0": describe_scores(scores["r0"][n], gold),
                         "r1": describe_scores(r1[own.index(n)], gold) if n in own else None}
         return found
+
+    def clean_stem(self, place: int, row: Generation) -> str | None:
+        """Return what the item's clean run, `row` itself while there is none, said between its latents and its box."""
+        clean = self.clean[place][0] if self.clean else row
+        return stem_of(clean_text(self.qwen.tokenizer, clean.ids[last_latent(clean):], self.spec))
 
     # -------------------------------------------------------------------------------- conditions
     def case(self, place: int, needs: set[str]) -> Case:
@@ -166,13 +86,13 @@ class LatentBatch:
 
     def worlds(self, kind: str) -> dict[int, Generation]:
         """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
-        if not hasattr(self, f"_{kind}"):
-            places = [i for i in self.prompts(kind)[1] if i in self.emitters]
+        if kind not in self.donor_runs:
+            places = [i for i in self.prompts[kind][1] if i in self.emitters]
             longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1  # read the last latent too
             arms = [echo(self.clean[i][0], likeliest) for i in places]
             runs = self.decode(kind, places, arms, True, longest) if places else []
-            setattr(self, f"_{kind}", {i: row for i, (row, _) in zip(places, runs)})
-        return getattr(self, f"_{kind}")
+            self.donor_runs[kind] = {i: row for i, (row, _) in zip(places, runs)}
+        return self.donor_runs[kind]
 
     def records(self, names: list[str]) -> list[dict[str, dict]]:
         """Return {condition: record} for each item, "clean" among them."""
@@ -188,7 +108,7 @@ class LatentBatch:
                 try:
                     if i not in cases:
                         raise NotPossible("no_latents")
-                    if i not in self.prompts(one.prompt)[1]:
+                    if i not in self.prompts[one.prompt][1]:
                         raise NotPossible(condition_prompt(one.prompt))
                     todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
                 except NotPossible as fault:
@@ -228,7 +148,3 @@ class LatentBatch:
             j = pick_donor(kind, place, self.items, self.emitters)
             return None if j is None else self.items[j]
         return self.edits[place] and self.edits[place][0] if kind == "counterfactual" else None
-
-
-def is_control(name: str) -> bool:
-    return name.partition(":")[0] in CONTROLS

@@ -9,14 +9,14 @@ import random
 
 from PIL import Image
 
+from utils.asking import Asking, Prompts, pick_donor
 from utils.calls import Caller
 from utils.conditions import NotPossible, condition_prompt
-from utils.decode import State, decode, extend, prefill
+from utils.decode import State, decode, extend
 from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, put_spans
 from utils.ladder import LADDER, Context, passages, until_last_span
-from utils.latent_arm import Asking, other_prompt, pick_donor
-from utils.qwen import Qwen, encode
+from utils.qwen import Qwen
 from utils.readouts import describe_scores, score_options
 from utils.replied import answer_fields, stem_of
 from utils.slots import NotEditable
@@ -38,26 +38,17 @@ class TextBatch:
 
     def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
                  edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str, editor: Caller | None = None):
-        self.qwen, self.asking, self.items, self.images, self.edits, self.by = qwen, asking, items, images, edits, spans_by
+        self.qwen, self.asking, self.items, self.by = qwen, asking, items, spans_by
         self.editor = editor
-        self.states: dict[str, tuple[State, list[int]]] = {}
+        self.prompts = Prompts(qwen, asking, items, images, edits)
         everyone = list(range(len(items)))
-        rows, _ = decode(qwen, self.prompts("own")[0].take(everyone), asking.max_new_tokens,
+        rows, _ = decode(qwen, self.prompts["own"][0].take(everyone), asking.max_new_tokens,
                          arms=[asking.arm(item) for item in items])
         self.clean = rows
         self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]  # not stripped: continued
         self.spans = [find_spans(text, spans_by) for text in self.texts]
         self.blank_spans: dict[int, list[str]] | None = None
         self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
-
-    def prompts(self, kind: str) -> tuple[State | None, list[int]]:
-        if kind not in self.states:
-            found = {i: other for i in range(len(self.items))
-                     if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [self.asking.prompt(self.qwen, item, len(images)) for item, images in found.values()]
-            state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
-            self.states[kind] = state, list(found)
-        return self.states[kind]
 
     def target(self, item: dict) -> str:
         """Return the letter of a wrong option, drawn by seed and item."""
@@ -73,7 +64,7 @@ class TextBatch:
             for first in range(0, len(places), self.asking.rows):
                 its = places[first:first + self.asking.rows]
                 mine = heads[first:first + self.asking.rows]
-                state = extend(self.qwen, self.prompts("blank")[0].take(its), mine)
+                state = extend(self.qwen, self.prompts["blank"][0].take(its), mine)
                 arms = [self.asking.arm(self.items[i]) for i in its]
                 for i, head, row in zip(its, mine, decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]):
                     text = self.qwen.tokenizer.decode(head + row.ids, skip_special_tokens=True)
@@ -124,7 +115,7 @@ class TextBatch:
             rung, kind, sees = TEXT_CONDITIONS[name]
             for i in range(len(self.items)):
                 try:
-                    if i not in self.prompts(kind)[1]:
+                    if i not in self.prompts[kind][1]:
                         raise NotPossible(condition_prompt(kind))
                     text, edit = ("", None) if rung is None else self.beginning(rung, i)
                     todo.setdefault(kind, []).append((name, i, text, edit, sees))
@@ -143,7 +134,7 @@ class TextBatch:
 
     def continued(self, kind: str, todo: list[tuple], scores_only: bool = False) -> list[tuple[str, int, dict]]:
         """Feed beginnings back, score the options behind them and go on; return (condition, place, record)."""
-        state, having = self.prompts(kind)
+        state, having = self.prompts[kind]
         done = []
         for first in range(0, len(todo), self.asking.rows):
             its = todo[first:first + self.asking.rows]
