@@ -138,20 +138,22 @@ def write_report(result: dict, work: Path) -> None:
     (work / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_counterfactual", "slot_swap_counterfactual",
-                    "cut_latent", "cut_image_after", "cut_both"),
+SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_counterfactual",
+                    "slot_swap_counterfactual", "cut_latent", "cut_image_after", "cut_both"),
          "text": ("sham", "irrelevant", "removal", "foreign", "directed", "image_off")}  # of all conditions, in the README
 
 
 def readme(result: dict) -> str:
     """Return what the README shows of a run, between its markers."""
     lines = [f"| held-out items, chance {100 * result['chance']:.0f} % | accuracy, % | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {name} | {percent(part['accuracy'])} | {interval(part['ci95'])} |" for name, part in result["accuracy"].items()]
+    lines += [f"| {name} | {percent(part['accuracy'])} | {interval(part['ci95'])} |"
+              for name, part in result["accuracy"].items()]
     emission, follow = result["emission"], result["text_directed"]["follow"]
     shown = {arm: {name: result["do_z"][arm][name] for name in names} for arm, names in SHOWN.items()}
     return "\n".join([
         *lines, "", f"The text model's imagination was edited so that it states another option: it answered that option on "
-        f"{follow['k']} of {follow['n']} items. The latent model emitted latents on {emission['k']} of {emission['n']} items.", "",
+        f"{follow['k']} of {follow['n']} items. The latent model emitted latents on {emission['k']} of {emission['n']} items.",
+        "",
         *do_z_lines(shown, result["mediation"])])
 
 

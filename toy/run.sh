@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: at most 15 minutes on 2 CPU cores.
+# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: 13 to 24 minutes on 2 CPU cores.
 #
 #     bash toy/run.sh [folder]        (default: toy/work)
 #
@@ -62,9 +62,9 @@ stage intervene_text "$work/intervene_text.jsonl" \
 stage intervene_latent "$work/intervene_latent.jsonl" \
   python intervene.py --model "$work/latent" $asked $changed --latent mirage --output "$work/intervene_latent.jsonl"
 stage probe_text "$work/probe_text/metrics.json" \
-  python probe.py --model "$work/text" $asked --probe_items "$world/probe.jsonl" --output "$work/probe_text"
+  python probe.py --model "$work/text" $asked --options text --probe_items "$world/probe.jsonl" --output "$work/probe_text"
 stage probe_latent "$work/probe_latent/metrics.json" \
-  python probe.py --model "$work/latent" $asked --latent mirage --probe_items "$world/probe.jsonl" \
+  python probe.py --model "$work/latent" $asked --latent mirage --options text --probe_items "$world/probe.jsonl" \
   --output "$work/probe_latent"
 
 python -m toy.report --work "$work" --seconds "$SECONDS"
