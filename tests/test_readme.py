@@ -54,6 +54,8 @@ def test_the_numbers_of_speed_are_those_of_their_files():
     export = json.loads((ROOT / "results" / "export.json").read_text())
     assert f"| {export['export_s']:.0f} s, {export['export_gb']:.1f} GB |" in table
     assert f"| {export['scan_s']:.1f} s | the same {export['json_loads_s']:.1f} s |" in table
+    sweep = json.loads((ROOT / "results" / "sweep.json").read_text())
+    assert f"| {sweep['together_s'][0]} s in one run | eight runs of one condition {sweep['apart_s'][0]} s ({sweep['ratio']} times) |" in table
     train = json.loads((ROOT / "results" / "train.json").read_text())["contenders"]
     peers = [train[name] for name in ("trainer", "trainer_rebalance", "trl")]
     for peer in peers:
