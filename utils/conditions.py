@@ -472,4 +472,3 @@ def x_region(case, number):
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
     "full": [name for name in CONDITIONS if name not in ("keep_one", "drop_one", "x_region")]}
-WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x")}  # Y(x, Z(x')), Y(x', Z(x))

@@ -13,6 +13,7 @@ from utils.readouts import kl
 from utils.stats import holm, mcnemar_exact, paired_interval, robust_mean, sign_flip, tost_mean, tost_tango, verdict, wilson
 
 Pair = tuple[dict, dict, dict]  # item, its clean record, its record under the condition
+# by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"), "text": ("swap_blank", "blank_x")}
 
 

@@ -12,7 +12,7 @@ from utils.conditions import (Case, Condition, Known, NotPossible, condition_pro
 from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.qwen import Qwen
-from utils.readouts import describe_scores, score_options
+from utils.readouts import read_out
 from utils.replied import answer_fields, first_difference, stem_of
 
 
@@ -54,16 +54,10 @@ class LatentBatch:
             return found
         back = rewind(end, begun, [last_latent(row) if row.segments else 0 for row in rows]).take(having)
         items = [self.items[places[k]] for k in having]
-        before = [[self.end_id]] * len(having)
-        scores = {"r0": score_options(self.qwen, back, items, [self.asking.stem] * len(having), before, self.asking.options)}
         stems = [self.clean_stem(places[k], rows[k]) for k in having]
-        own = [n for n, stem in enumerate(stems) if stem]
-        r1 = score_options(self.qwen, back.take(own), [items[n] for n in own], [stems[n] for n in own],
-                           [before[n] for n in own], self.asking.options) if own else []
-        for n, k in enumerate(having):
-            gold = items[n]["answer"]["value"]
-            found[k] = {"r0": describe_scores(scores["r0"][n], gold),
-                        "r1": describe_scores(r1[own.index(n)], gold) if n in own else None}
+        scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having), self.asking.options)
+        for k, its in zip(having, scores):
+            found[k] = its
         return found
 
     def clean_stem(self, place: int, row: Generation) -> str | None:

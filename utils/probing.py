@@ -77,8 +77,7 @@ def conclude(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> str:
     """Return the words after the last imagination of a reply: what is parsed for an answer."""
     if spec is None:
         return conclusion(qwen.tokenizer.decode(row.ids, skip_special_tokens=True)).strip()
-    last = row.segments[-1].start + row.segments[-1].size if row.segments else 0
-    return clean_text(qwen.tokenizer, row.ids[last:], spec)
+    return clean_text(qwen.tokenizer, row.ids[last_latent(row):], spec)
 
 
 class Prober:

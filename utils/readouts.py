@@ -58,6 +58,21 @@ def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str],
     return scores
 
 
+def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None], before: list[list[int]],
+             by: str) -> list[dict]:
+    """Return {"r0", "r1"} of each row: its options behind `stem`, and behind what the clean run said there (None without)."""
+    golds = [item["answer"]["value"] for item in items]
+    r0 = score_options(qwen, state, items, [stem] * len(items), before, by)
+    found = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
+    own = [n for n, its in enumerate(clean_stems) if its]
+    if own:
+        r1 = score_options(qwen, state.take(own), [items[n] for n in own], [clean_stems[n] for n in own],
+                           [before[n] for n in own], by)
+        for n, scores in zip(own, r1):
+            found[n]["r1"] = describe_scores(scores, golds[n])
+    return found
+
+
 def describe_scores(scores: dict[str, float], gold: str) -> dict:
     """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best other, "pred"}."""
     top = max(scores.values())

@@ -12,12 +12,12 @@ from PIL import Image
 from utils.asking import Asking, Prompts, pick_donor
 from utils.calls import Caller
 from utils.conditions import NotPossible, condition_prompt
-from utils.decode import State, decode, extend
+from utils.decode import decode, extend
 from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, put_spans
 from utils.ladder import LADDER, Context, passages, until_last_span
 from utils.qwen import Qwen
-from utils.readouts import describe_scores, score_options
+from utils.readouts import read_out
 from utils.replied import answer_fields, stem_of
 from utils.slots import NotEditable
 
@@ -144,9 +144,11 @@ class TextBatch:
             if behind:
                 read = extend(self.qwen, begun.take(behind), [self.ids(its[k][2]) for k in behind])
                 read.hide_images([n for n, k in enumerate(behind) if not its[k][4]])
-                for n, k in enumerate(behind):
-                    records[k] = {"state": (read, n)}
-                self.score(read, [its[k][1] for k in behind], [records[k] for k in behind])
+                places = [its[k][1] for k in behind]
+                stems = [stem_of(conclusion(self.texts[i], self.by)) for i in places]
+                for k, scores in zip(behind, read_out(self.qwen, read, [self.items[i] for i in places], self.asking.stem, stems,
+                                                      [[]] * len(places), self.asking.options)):
+                    records[k] |= scores
             if not scores_only:
                 free = [k for k in range(len(its)) if k not in behind]
                 for some, ready in ((behind, behind and read), (free, free and begun.take(free))):
@@ -154,24 +156,8 @@ class TextBatch:
                     rows = decode(self.qwen, ready, self.asking.max_new_tokens, arms=arms)[0] if some else []
                     for k, row in zip(some, rows):
                         records[k] |= self.describe(its[k], row)
-            done += [(name, i, {key: value for key, value in record.items() if key != "state"})
-                     for (name, i, *_), record in zip(its, records)]
+            done += [(name, i, record) for (name, i, *_), record in zip(its, records)]
         return done
-
-    def score(self, state: State, places: list[int], records: list[dict]) -> None:
-        """Put R0 and, where the clean reply boxed an answer, R1 into records."""
-        items = [self.items[i] for i in places]
-        golds = [item["answer"]["value"] for item in items]
-        nothing, by = [[]] * len(items), self.asking.options
-        for record, gold, found in zip(records, golds, score_options(self.qwen, state, items, [self.asking.stem] * len(items),
-                                                                     nothing, by)):
-            record |= {"r0": describe_scores(found, gold), "r1": None}
-        stems = [stem_of(conclusion(self.texts[i], self.by)) for i in places]
-        own = [n for n, stem in enumerate(stems) if stem]
-        found = score_options(self.qwen, state.take(own), [items[n] for n in own], [stems[n] for n in own],
-                              [[]] * len(own), by) if own else []
-        for n, its in zip(own, found):
-            records[n]["r1"] = describe_scores(its, golds[n])
 
     def describe(self, todo: tuple, row) -> dict:
         name, place, text, edit, _ = todo
