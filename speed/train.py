@@ -77,7 +77,7 @@ def run_ours(folder: Path, steps: int, output: Path) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
     subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
                     "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
-                    str(N_ROWS), "--max_tokens", "2048", "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
+                    str(N_ROWS), "--max_tokens", "4096", "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
                     "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -58,12 +59,18 @@ class Steps(torch.utils.data.Dataset):
         self.rank, self.world = rank, world
         self.per_epoch = math.ceil(len(examples) / batching.global_batch)
 
+    @lru_cache(4)  # asked for at every micro-batch: to shuffle a hundred thousand rows takes longer than to read one
+    def order(self, epoch: int) -> list[int]:
+        """Return all rows in the order of an epoch."""
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.batching.seed}/{epoch}").shuffle(order)
+        return order
+
+    @lru_cache(16)
     def plan(self, step: int) -> list[list[list[int]]]:
         """Return plan[k][rank], the rows of a micro-batch; a rank may have none."""
         epoch, place = divmod(step, self.per_epoch)
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.batching.seed}/{epoch}").shuffle(order)
-        rows = order[place * self.batching.global_batch:(place + 1) * self.batching.global_batch]
+        rows = self.order(epoch)[place * self.batching.global_batch:(place + 1) * self.batching.global_batch]
         if not self.target.spec:
             packs = plan_packs([self.examples[i].n_tokens for i in rows], self.batching.max_tokens, self.world)
             return [[[rows[i] for i in pack] for pack in packs_k] for packs_k in packs]
@@ -99,7 +106,7 @@ class Steps(torch.utils.data.Dataset):
 
     def ahead(self, first: int, last: int) -> Iterator[dict]:
         """Return an iterator over all micro-batches of steps first to last - 1, made by `num_workers` processes."""
-        places = [(step, k) for step in range(first, last) for k in range(len(self.plan(step)))]
+        places = ((step, k) for step in range(first, last) for k in range(len(self.plan(step))))
         workers = self.batching.num_workers
         return iter(torch.utils.data.DataLoader(
             self, batch_size=None, sampler=places, num_workers=workers, pin_memory=torch.cuda.is_available(),
