@@ -54,7 +54,7 @@ class LatentBatch:
         found = [None] * len(rows)
         if not having:
             return found
-        back = rewind(end, begun, [last_latent(row) if row.segments else 0 for row in rows]).take(having)
+        back = rewind(end, begun, [last_latent(row) if k in having else 0 for k, row in enumerate(rows)]).take(having)
         items = [self.items[places[k]] for k in having]
         stems = [self.clean_stem(places[k], rows[k]) for k in having]
         scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having), self.asking.options)

@@ -42,12 +42,12 @@ def effect_map(metrics: dict, swept: dict) -> tuple:
     for (its_steps, its_layers), found in cells.items():
         grid[layers.index(its_layers), steps.index(its_steps)] = found["delta_nll"]
     figure, (axes,) = new_figure(max(6.0, 0.75 * len(steps) + 3), max(3.6, 0.45 * len(layers) + 1.9))
-    bound = max(float(np.nanmax(np.abs(grid))), 1e-6)
+    bound = max(float(np.nanmax(np.abs(grid))), metrics["margin_nll"])  # what is within the margin stays pale
     shown = axes.imshow(grid, vmin=-bound, vmax=bound, cmap="RdBu_r", aspect="auto", origin="lower")
     for (its_steps, its_layers), found in cells.items():
         x, y = steps.index(its_steps), layers.index(its_layers)
         sure = found["ci95"][0] > 0 or found["ci95"][1] < 0
-        axes.annotate(f"{found['delta_nll']:+.2f}{' •' if sure else ''}", (x, y), ha="center", va="center", fontsize=8,
+        axes.annotate(f"{found['delta_nll']:+.3f}{' •' if sure else ''}", (x, y), ha="center", va="center", fontsize=8,
                       color="white" if abs(found["delta_nll"]) > 0.6 * bound else "black")
     axes.set_xticks(range(len(steps)), [ends(step, 1) for step in steps])
     axes.set_yticks(range(len(layers)), [ends(layer, 1) for layer in layers])
@@ -89,7 +89,12 @@ def finish(axes, margin: float, **labels) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+
+
+def legend(figure, panels) -> None:
+    """Put one legend of all panels below them."""
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False)
 
 
 def numbered(swept: dict, name: str, shift: int = 0, **both_ends: tuple[str, float]) -> dict:
@@ -114,6 +119,7 @@ def positions(metrics: dict, swept: dict) -> tuple:
             rows += curve(axes, points, name, LINES[name]) if points else []
         finish(axes, metrics["margin_nll"], xlabel=label, ylabel=CHANGE)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    legend(figure, both)
     figure.suptitle(f"{title(metrics)}\nother latents replaced by their position's mean; 95 % intervals", fontsize=10)
     return figure, rows
 
@@ -131,6 +137,7 @@ def doses(metrics: dict, swept: dict) -> tuple:
         both[1].set_xscale("log")
         both[1].set_xticks(sorted(curves["add_noise"]), [f"{dose:g}" for dose in sorted(curves["add_noise"])])
         both[1].minorticks_off()
+    legend(figure, both)
     figure.suptitle(f"{title(metrics)}\n95 % intervals", fontsize=10)
     return figure, rows
 
@@ -154,11 +161,15 @@ def attention(metrics: dict) -> tuple:
                  for layer, m, lo, hi in zip(layers, mean, low, high)]
     both[0].set(xlabel="layer", ylabel="share of attention", ylim=(0, None))
     both[1].axhline(1, color="black", linestyle=":", linewidth=1)
-    both[1].set(xlabel="layer", ylabel="times the share of even attention", yscale="log")
+    low, high = both[1].get_ylim()
+    both[1].set(xlabel="layer", ylabel="times the share of even attention", yscale="log",
+                ylim=(min(0.45, max(low, 1e-3)), max(high, 2.2)))
+    both[1].yaxis.set_major_formatter("{x:g}")
+    both[1].yaxis.set_minor_formatter("{x:g}")
     for axes in both:
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncol=len(LOOKS), frameon=False)
+    legend(figure, both)
     figure.suptitle(f"{title(metrics)}\nwhere the answer's stem looks (mass is not use); 95 % intervals; dotted: even "
                     "attention", fontsize=10)
     return figure, rows
@@ -175,7 +186,8 @@ def early(metrics: dict) -> tuple:
         x, y = (np.array([100 * point[name] for point in part["curve"]]) for name in ("kept", "same"))
         low, high = 100 * np.array([point["ci95"] for point in part["curve"]]).T
         axes.errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], marker=mark, color=color, capsize=3,
-                      elinewidth=1, label="{}; area over the curve {:.2f} [{:.2f}, {:.2f}]".format(label, part["aoc"], *part["ci95"]))
+                      elinewidth=1, label=f"{label}; area over the curve {part['aoc']:.2f} "
+                                          "[{:.2f}, {:.2f}]".format(*part["ci95"]))
         rows += [{"readout": readout, "n": found["n"], "kept": point["kept"], "same": point["same"],
                   "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": part["aoc"]} for point in part["curve"]]
     axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")

@@ -211,10 +211,11 @@ def probe_blocks(metrics: dict) -> list[Block]:
     if emission := metrics.get("emission"):
         blocks[0] = ("text", f"{blocks[0][1]} Imagined something: {emission['k']} of {emission['n']} items.")
     if metrics["similarity"]:
-        names = list(dict.fromkeys(name for its in metrics["similarity"].values() for name in its))
-        rows = [[kind, *("-" if its.get(name) is None else f"{its[name]:+.3f}" for name in names)]
-                for kind, its in metrics["similarity"].items()]
-        blocks += [("text", "Mean cosine over the steps:"), ("table", ["states", *(n.replace("_", " ") for n in names)], rows)]
+        kinds = metrics["similarity"]
+        names = list(dict.fromkeys(name for its in kinds.values() for name in its))
+        rows = [[name.replace("_", " "), *("-" if its.get(name) is None else f"{its[name]:+.3f}" for its in kinds.values())]
+                for name in names]
+        blocks += [("text", "Mean cosine over the steps, by kind of states:"), ("table", ["measure", *kinds], rows)]
     if probing := metrics["probing"]:
         rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
                  percent(entry["r0"]["accuracy"] if entry["r0"] else None)] for name, entry in probing["conditions"].items()]
