@@ -3,6 +3,7 @@ import base64
 import json
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -12,6 +13,7 @@ import intervene
 import probe
 from imagining import write_items
 from test_decode import MIRAGE, load_with
+from toy.report import data_blocks
 from utils import qwen as Q
 from utils.rows import DataError
 from utils.run_report import STAGES, collect, markdown, page
@@ -93,6 +95,14 @@ def copied(runs, folder, *names):
     for name in names:
         (shutil.copytree if (runs / name).is_dir() else shutil.copy)(runs / name, folder / name)
     return folder
+
+
+def test_the_toys_data_are_blocks_of_the_same_report(tmp_path):
+    result = json.loads((Path(__file__).parents[1] / "results" / "toy.json").read_text())
+    blocks = data_blocks(result)
+    text, seen = markdown("T", blocks, tmp_path), Page(page("T", blocks, tmp_path))
+    fault, part = next(iter(result["filter"]["by_fault"].items()))
+    assert f"| {fault} | {part['rows']} | {part['taken_out']} |" in text and "Precision" in seen.text and not seen.open
 
 
 def test_a_stage_that_was_not_run_is_said_to_be_missing(runs, tmp_path):
