@@ -155,7 +155,7 @@ def settings_of(output: str) -> list[Block]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         rows = [[f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)]
-                for name, value in meta["flags"].items() if value is not None and value is not False and value not in ("", [], {})]
+                for name, value in meta["flags"].items() if value or value == 0 and value is not False]
         rows += [["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())],
                  *([f"sha256 of {name}", value] for name, value in meta["inputs"].items()),
                  ["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
@@ -180,8 +180,8 @@ def intervene_blocks(metrics: dict) -> list[Block]:
     emission, points = metrics["emission"], swept(metrics["conditions"])
     entries = {name: entry for name, entry in metrics["conditions"].items() if name not in points}
     blocks = [("text", f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items imagined "
-                       f"something (95 % interval {interval(emission['ci95'])} %). Margins: {percent(metrics['margin'])} points, "
-                       f"{metrics['margin_nll']} nats of R0.")]
+                       f"something (95 % interval {interval(emission['ci95'])} %). Margins: {percent(metrics['margin'])} "
+                       f"points, {metrics['margin_nll']} nats of R0.")]
     for readout, part in (("accuracy", "effect"), ("R0", "r0")):
         said: dict[str, list[str]] = {}
         for name, entry in entries.items():
@@ -196,7 +196,7 @@ def intervene_blocks(metrics: dict) -> list[Block]:
     if sites:
         blocks += [("text", "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:"),
                    ("table", *mediation_table(sites))]
-    planned = [(name, entry["effect"]) for name, entry in entries.items() if entry["effect"] and entry["effect"]["items_needed"]]
+    planned = [(name, effect) for name, entry in entries.items() if (effect := entry["effect"]) and effect["items_needed"]]
     if planned:
         blocks += [("text", "F10, new: items at which the margin could be shown if the same share of answers changed, none on "
                             "average, and the margin that these items can show (power 80 %)."),
