@@ -177,7 +177,8 @@ def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_o
         assert len(look["imagined"]) == 4 and sum(look["mass"][name][1] for name in look["mass"]) == pytest.approx(1, abs=1e-4)
         assert {segment["k"] for segment in by[item, "keep_first:2"]["segments"]} == {2}  # it may begin another segment
     moved = {name: metrics["conditions"][name]["r0"]["delta_nll"] for name in ("slot_swap_at:0-3/0-1", "slot_swap_at:0/1")}
-    assert (moved["slot_swap_at:0-3/0-1"] > 0.5) == follows and abs(moved["slot_swap_at:0/1"]) < max(moved.values()) + 1e-6
+    assert (moved["slot_swap_at:0-3/0-1"] > 0.5) == follows
+    assert not follows or moved["slot_swap_at:0/1"] < moved["slot_swap_at:0-3/0-1"]
     assert metrics["attention"]["n"] == 32
     assert "holm_p" not in metrics["conditions"]["slot_swap_at:0/1"]["effect"]  # explored, not tested
     assert "holm_p" in metrics["conditions"]["swap_random"]["effect"]

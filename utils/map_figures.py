@@ -13,7 +13,7 @@ from utils.effect_figures import BLUE, GREEN, GREY, ORANGE, new_figure, save, ti
 
 PINK = "#CC79A7"
 LINES = {"keep_one": ("only this position kept", "o", BLUE), "drop_one": ("only this position replaced", "s", ORANGE),
-         "top_k": ("most attended", "o", BLUE), "top_random": ("random ranking", "x", GREY),
+         "top_k": ("most attended", "D", GREEN), "top_random": ("random ranking", "x", GREY),
          "mix": ("(1 - dose) z + dose tau", "o", BLUE), "add_noise": ("z + dose rms(z) noise", "s", ORANGE)}
 LOOKS = {"imagination": ("imagination", "o", BLUE), "image": ("image", "^", GREEN),
          "question": ("question, template", "s", ORANGE), "said": ("other words said", "D", PINK),
@@ -181,12 +181,13 @@ def early(metrics: dict) -> tuple:
         return None, []
     figure, (axes,) = new_figure(6.5, 4.4)
     rows = []
-    for readout, label, mark, color in (("r2", "reply, parsed", "o", BLUE), ("r0", "likeliest option (R0)", "s", ORANGE)):
+    for readout, label, mark, size, color in (("r2", "reply, parsed", "o", 10, BLUE),
+                                              ("r0", "likeliest option (R0)", "s", 5, ORANGE)):  # small on large, if they meet
         part = found[readout]
         x, y = (np.array([100 * point[name] for point in part["curve"]]) for name in ("kept", "same"))
         low, high = 100 * np.array([point["ci95"] for point in part["curve"]]).T
         axes.errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], marker=mark, color=color, capsize=3,
-                      elinewidth=1, label=f"{label}; area over the curve {part['aoc']:.2f} "
+                      markersize=size, elinewidth=1, label=f"{label}; area over the curve {part['aoc']:.2f} "
                                           "[{:.2f}, {:.2f}]".format(*part["ci95"]))
         rows += [{"readout": readout, "n": found["n"], "kept": point["kept"], "same": point["same"],
                   "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": part["aoc"]} for point in part["curve"]]
