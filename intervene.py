@@ -15,17 +15,18 @@ Writes  --output: a JSON line for each item and condition, the first of them "cl
         "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed", "rel_change", "reach", "donor",
         "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule", "correct", "changed", "first_diff", "degenerate",
         "reason"}
-        <output>.metrics.json, <output>.meta.json, <output>.effects.png, .accuracy.png and .mediation.png with a CSV each;
-        <output>.run/ is the journal to resume from
+        <output>.metrics.json, <output>.meta.json, figures with a CSV each: <output>.effects.png, .accuracy.png, .mediation.png,
+        .attention.png, .early.png, and of sweeps .map.png, .positions.png, .doses.png; <output>.run/ is the journal to resume
+        from
 Prints  emission and one line a condition on stderr; on stdout one JSON object: emission, effects with intervals, verdicts
 
-Conditions: --conditions paper (the paper's arms), full (all), or names; latents: utils/conditions.py says one by one what each
-does and at which site (fed, slot, edge), text: utils/ladder.py. Readouts: R0 scores the options behind a fixed stem right
-after the imagination, R1 behind what the clean run said there, R2 is the free reply, parsed after the last imagination.
-Effects are taken on the items that imagined something in the clean run, and on no others. "No effect" is claimed only by an
-equivalence test within --margin (points) or --margin_nll (nats). Killed, the same command goes on. Exit codes: 0 complete; 3
-complete, but images of some items failed; 2 usage, settings, damage or a broken guard; 4 too many failed images; 130
-interrupted.
+Conditions: --conditions paper (the paper's arms), full (all), maps (sweeps over positions, layers, ranks, doses and how much of
+it is kept), or names; latents: utils/conditions.py says one by one what each does and at which site (fed, slot, edge), text:
+utils/ladder.py. Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind what the clean run
+said there, R2 is the free reply, parsed after the last imagination. Effects are taken on the items that imagined something in
+the clean run, and on no others. "No effect" is claimed only by an equivalence test within --margin (points) or --margin_nll
+(nats). Killed, the same command goes on. Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage,
+settings, damage or a broken guard; 4 too many failed images; 130 interrupted.
 """
 import argparse
 import json
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 from utils.asking import Asking
 from utils.calls import Caller
-from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition
+from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition, map_conditions
 from utils.decode import PRESETS, LatentSpec, decode, prefill
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
@@ -50,8 +51,9 @@ from utils.images import ImageError
 from utils.items import open_images, read_items
 from utils.journal import Journal
 from utils.latent_arm import LatentBatch
+from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, encode, load, load_processors
+from utils.qwen import Qwen, encode, load, load_processors, load_tools
 from utils.readouts import STEM
 from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, sha256_file, write_json,
                         write_meta, write_rows)
@@ -273,7 +275,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
     parser.add_argument("--latent_size", type=int, default=None, help="latents a segment (default: the family's)")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
-                        help="paper, full, or names, with their number if they take one (add_noise:0.3); latents: "
+                        help="paper, full, maps, or names, with their number if they take one (add_noise:0.3); latents: "
                              f"{', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
     parser.add_argument("--spans", choices=("marks", "cues"), default="marks", help="text imaginations stand between marks, or "
                         "from the first word of perception to the first of conclusion")
@@ -318,7 +320,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in args.conditions:
         if args.latent == "off" and name not in TEXT_CONDITIONS:
             parser.error(f"--conditions {name}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
-        if args.latent != "off":
+        if args.latent != "off" and name != "maps":
             try:
                 find_condition(name)
             except ValueError as error:
@@ -333,6 +335,21 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
 
 
+def add_maps(args: argparse.Namespace, spec: LatentSpec) -> None:
+    """Put the sweeps for these latents and this model's layers in the place of "maps" among the conditions."""
+    sweeps = map_conditions(spec.size, load_tools(args.model).config.text_config.num_hidden_layers)
+    args.conditions = list(dict.fromkeys(
+        name for word in args.conditions for name in (sweeps if word == "maps" else [word])))
+
+
+def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
+    """Return the share of the imagination that each truncating condition keeps."""
+    if spec is None:
+        return {name: int(name.removeprefix("truncate_")) / 100 for name in names if name.startswith("truncate_")}
+    counts = {"markers_only": 0.0} | {name: find_condition(name)[1] for name in names if name.startswith("keep_first")}
+    return {name: counts[name] / spec.size for name in names if name in counts and counts[name] < spec.size}
+
+
 def run_selftest() -> int:
     result = selftest()
     print(json.dumps(result))
@@ -343,6 +360,11 @@ def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     if args.task == "selftest":
         return run_selftest()
+    spec = None
+    if args.latent != "off":
+        spec = replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
+        if "maps" in args.conditions:
+            add_maps(args, spec)
     calibration, items = split_items(args)
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
                     args.temperature)
@@ -356,9 +378,6 @@ def main(argv: list[str] | None = None) -> int:
     rank, world, local_rank = rank_world()
     qwen = load(args.model, args.dtype, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu",
                 args.min_pixels, args.max_pixels)
-    spec = None
-    if args.latent != "off":
-        spec = replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))
@@ -381,9 +400,11 @@ def main(argv: list[str] | None = None) -> int:
                "margin_nll": args.margin_nll, "stem": args.stem, "dtype": str(qwen.model.dtype).removeprefix("torch."),
                "calibration": {"items": len(calibration), "latents": run.known.n_latents if run.known else 0},
                **summarize(items, records, args.conditions, {name: site_of(name, args) for name in args.conditions},
-                           set(run.controls()), args.margin, args.margin_nll, args.min_emitters, args.rho),
+                           set(run.controls()), args.margin, args.margin_nll, args.min_emitters, args.rho,
+                           kept_shares(args.conditions, spec)),
                "seconds": round(time.monotonic() - began, 1)}
     draw_all(metrics, args.output)
+    draw_maps(metrics, args.output)
     write_json(f"{args.output}.metrics.json", metrics)
     write_meta(args.output, args, [args.items], metrics["seconds"], margin=args.margin)
     show(metrics)

@@ -5,6 +5,7 @@ Stage 6 of 6:  train_sft.py -> [probe.py] -> figures; items from evaluate.py    
     python probe.py --model checkpoint --items vstar.jsonl --probe_items vstar_probe.jsonl --output probe_text
     python probe.py --model NOVAglow646/Monet-7B --items vstar.jsonl --latent monet_vllm --output probe_monet
     python probe.py --model checkpoint --items vstar.jsonl --output probe_text --stage analyse      (no model is loaded)
+    python probe.py --report runs       (report.md and report.html of all outputs of stages 4 to 6 in a folder)
 
 Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer", "images": [{"path"}]}
         and, if there, "group_id" (items of one image: one instance is taken of each), "benchmark", "category", "hint"
@@ -47,6 +48,7 @@ from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
+from utils.run_report import collect, write_report
 from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import States, StateWriter
 from utils.stats import wilson
@@ -243,8 +245,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
+    parser.add_argument("--model", help="checkpoint folder or hub name")
+    parser.add_argument("--items", help="items JSONL, as evaluate.py --prepare writes it")
     parser.add_argument("--probe_items", default=None, help="JSONL of questions to be answered without the image")
     parser.add_argument("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
                         help="capture states, analyse the store, ask the probe items, or one after the other")
@@ -257,7 +259,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--circular", action="store_true", help="ask every probe item at every turn of its options")
     parser.add_argument("--crossed", type=int, nargs=2, default=None, metavar=("A", "B"), help="images x questions to cross")
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--output", help="folder to write")
+    parser.add_argument("--report", metavar="RUN_FOLDER", help="gather what evaluate, intervene and probe left in a folder; no "
+                        "other flag")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
     parser.add_argument("--latent_size", type=int, default=None,
                         help=f"latents a segment (default: the family's); with --latent off, steps looked at ({TEXT_STEPS})")
@@ -274,6 +278,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=None, help="read only the first N items and probe items")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count decodings; writes nothing")
     args = parser.parse_args(argv)
+    if args.report:
+        return args
+    if missing := [f"--{name}" for name in ("model", "items", "output") if getattr(args, name) is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     args.image_root = args.image_root or str(Path(args.items).parent)
     for name in ("batch_size", "max_new_tokens", "n_items"):
         if getattr(args, name) < 1:
@@ -321,6 +329,9 @@ def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentS
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
+    if args.report:
+        print(json.dumps(write_report(args.report, f"Report of {Path(args.report).name}", collect(args.report))))
+        return 0
     items, probes = read_inputs(args)
     chosen = choose(list(items.values()), args.n_items)
     grid = crossed_items(chosen, *args.crossed) if args.crossed else []

@@ -86,7 +86,8 @@ def test_every_flag_is_read_and_no_flag_is_a_typed_bool(path):
 
 
 @pytest.mark.parametrize("room", ["rows", "answers", "stats", "planner", "mediation", "compat", "scores", "tables", "scoring",
-                                  "summary", "comparison", "main_table", "judges", "protocols", "zoom"])
+                                  "summary", "comparison", "main_table", "judges", "protocols", "zoom", "measures",
+                                  "run_report"])
 def test_light_rooms_import_no_torch(room):
     code = f"import sys; import utils.{room}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

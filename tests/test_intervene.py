@@ -130,7 +130,7 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
 # ------------------------------------------------------------------------------------------- three sites, one reading
 MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x", "slot_swap_random",
         "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent", "cut_image_after", "cut_both", "markers_only",
-        "x_counterfactual"]
+        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2", "top_random:2", "keep_first:2"]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,24 @@ def test_sites_tell_who_uses_latents(many):
         assert by[item, "slot_swap_random"]["reach"] > 0
 
 
+def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_one(many):
+    follows, _, metrics, records = many
+    by = {(record["id"], record["condition"]): record for record in records}
+    for item in {record["id"] for record in records}:
+        for place, whole in (("slot_swap_at:0-3/0-1", "slot_swap_random"), ("slot_swap_at:0-3/0", "swap_random")):
+            mine, its = by[item, place], by[item, whole]
+            assert mine["text"] == its["text"] and mine["r0"]["nll"] == pytest.approx(its["r0"]["nll"], abs=1e-4)
+        look = by[item, "clean"]["attention"]
+        assert len(look["imagined"]) == 4 and sum(look["mass"][name][1] for name in look["mass"]) == pytest.approx(1, abs=1e-4)
+        assert {segment["k"] for segment in by[item, "keep_first:2"]["segments"]} == {2}  # it may begin another segment
+    moved = {name: metrics["conditions"][name]["r0"]["delta_nll"] for name in ("slot_swap_at:0-3/0-1", "slot_swap_at:0/1")}
+    assert (moved["slot_swap_at:0-3/0-1"] > 0.5) == follows
+    assert not follows or moved["slot_swap_at:0/1"] < moved["slot_swap_at:0-3/0-1"]
+    assert metrics["attention"]["n"] == 32
+    assert "holm_p" not in metrics["conditions"]["slot_swap_at:0/1"]["effect"]  # explored, not tested
+    assert "holm_p" in metrics["conditions"]["swap_random"]["effect"]
+
+
 def test_conditions_together_equal_each_alone(many, items, tmp_path):
     """One reading of the prompt for all conditions gives what separate runs give: the same words, scores to rounding."""
     _, model, _, together = many
@@ -186,6 +204,16 @@ def test_image_off_and_worlds_of_the_text_arm(text_model, items, tmp_path):
     found = metrics["mediation"]["text"]["r0"]
     assert (found["proportion_mediated"]["value"] > 0.9) == follows
     assert all(record["r0"] and record["r1"] for record in records if record["condition"] in ("clean", "sham", "blank_x"))
+
+
+def test_who_follows_the_text_settles_with_it(text_model, items, tmp_path):
+    model, follows = text_model
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "maps")
+    found = metrics["early_answering"]
+    assert [point["kept"] for point in found["r0"]["curve"]] == [0, 0.25, 0.5, 0.75, 1] and found["n"] == 40
+    assert (found["r0"]["curve"][0]["same"] < 0.7) == follows and (found["r2"]["aoc"] > 0.2) == follows
+    assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("early", "attention"))
+    assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records if record["condition"] == "clean")
 
 
 @pytest.mark.parametrize("condition, change, match", [

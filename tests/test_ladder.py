@@ -10,7 +10,7 @@ import pytest
 from utils.edits import SPAN, NotEditable, find_spans, word_distance
 from utils.ladder import CONSTANT, LADDER, Context, donors, until_last_span
 from utils.lexicon import CLASSES, SYNONYMS, option_words, others, reworded, survivors
-from utils.measures import early_answering, early_answering_by_length, follow
+from utils.measures import early_answering
 from utils.slots import NOT_EDITABLE
 from utils.values import NUMBERS
 
@@ -212,15 +212,6 @@ def test_who_has_no_donor_has_none():
 
 
 # ------------------------------------------------------------------------------------ measures
-def test_follow_is_the_answer_at_the_edits_target():
-    edit = run("irrelevant")[1]
-    assert follow({"pred": "B", "edit": edit}) and not follow({"pred": "A", "edit": edit})
-    assert not follow({"pred": None, "edit": edit})  # an unresolved answer follows nothing
-    for record in ({"id": "7", "pred": "B", "edit": None, "reason": "no_span"}, {"id": "7", "pred": "B", "edit": {}}):
-        with pytest.raises(ValueError, match="record '7'.*no edit with a target"):
-            follow(record)
-
-
 @pytest.mark.parametrize("curve, area", [
     ([(0, 1), (1, 1)], 0.0), ([(0, 0), (1, 1)], 0.5), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
     ([(0, 0), (0.25, 0.5), (0.5, 1), (1, 1)], 0.25), ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)])
@@ -234,21 +225,6 @@ def test_the_area_over_the_curve(curve, area):
 def test_a_curve_that_is_none_is_refused(curve):
     with pytest.raises(ValueError, match="expected"):
         early_answering(curve)
-
-
-def test_lengths_weigh_by_their_samples():
-    late, early = [(0, 0), (0.5, 0), (1, 1)], [(0, 1), (0.5, 1), (1, 1)]  # areas .75 and 0
-    thirds = [(0, 0), (1 / 3, 1), (2 / 3, 1), (1, 1)]  # area 1/6, over other shares
-    found = early_answering_by_length([late, early, late, thirds], [2, 2, 2, 3])
-    assert found["by_length"][2]["curve"] == [(0, 1 / 3), (0.5, 1 / 3), (1, 1)]
-    assert found["by_length"][2]["aoc"] == pytest.approx(0.5) and found["by_length"][3]["aoc"] == pytest.approx(1 / 6)
-    assert found["aoc"] == pytest.approx((3 * 0.5 + 1 / 6) / 4) and found["n"] == 4
-    assert found["aoc"] == pytest.approx(sum(map(early_answering, (late, early, late, thirds))) / 4)
-    with pytest.raises(ValueError, match="unlike shares"):
-        early_answering_by_length([late, thirds], [2, 2])
-    for curves, lengths in (([], []), ([late], [])):
-        with pytest.raises(ValueError, match="at least one"):
-            early_answering_by_length(curves, lengths)
 
 
 # ------------------------------------------------------------------------------------ real replies

@@ -39,3 +39,18 @@ def test_hooks_are_taken_away_even_after_an_error(tiny_checkpoint):
     assert not any(layer._forward_pre_hooks for layer in layers)
     with pytest.raises(ValueError, match="states for 1 layers, expected 2"), layer_inputs(qwen.model, {0: torch.zeros(1, 32)}):
         pass
+
+
+def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
+    """A map's cell: no layer put anywhere changes nothing at all; one layer put changes that layer's keys and no earlier one's."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    state = prefill(qwen, batch_of(qwen))
+    rows = [0, 0]
+    clean, clean_end = decode(qwen, state.take(rows), 9, MIRAGE, capture=True)
+    none, _ = decode(qwen, state.take(rows), 9, MIRAGE, [Arm(slot=lambda *place: [None, None])] * 2, capture=True)
+    assert torch.equal(none[0].states, clean[0].states)
+    one = Arm(slot=lambda *place: [None, torch.ones(32)])
+    _, end = decode(qwen, state.take(rows), 9, MIRAGE, [one, Arm()], capture=True)
+    column = state.mask.shape[1] + clean[0].segments[0].start
+    mine, its = ([layer.keys[0, :, column] for layer in them.cache.layers] for them in (end, clean_end))
+    assert torch.equal(mine[0], its[0]) and not torch.allclose(mine[1], its[1], atol=1e-3)

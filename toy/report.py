@@ -1,9 +1,9 @@
-"""Gather what the toy's stages measured into report.md and one JSON object.
+"""Gather what the toy's stages measured into report.md, report.html and one JSON object.
 
     python -m toy.report --work toy/work --seconds 600
 
 Reads   in --work: the *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections, world/truth.jsonl
-Writes  in --work: report.md (tables and figures), report.json
+Writes  in --work: report.md and report.html (`utils.run_report`, and the data), report.json
 Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, filter recall, seconds
 """
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from toy.make_world import BAD
 from utils.rows import cli, log, read_rows, write_json
+from utils.run_report import EFFECTS, collect, effect_row, interval, mediation_table, percent, table_lines, write_report
 
 VARIANTS = ("base", "text", "latent")
 STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
@@ -46,13 +47,12 @@ def filter_quality(work: Path) -> dict:
             "recall": n_caught / sum(n_rows[fault] for fault in BAD), "by_fault": by_fault, "by_reason": by_reason}
 
 
-def quality_lines(quality: dict) -> list[str]:
-    """Return the Markdown table of the filter by reason."""
-    lines = ["| reason | rows taken out | precision, % | recall of a planted fault, % |", "|---|---|---|---|"]
-    for reason, part in quality["by_reason"].items():
-        recall = ", ".join(f"{fault} {percent(share)}" for fault, share in part["recall"].items())
-        lines.append(f"| {reason} | {part['taken_out']} | {percent(part['precision'])} | {recall or '-'} |")
-    return lines
+def quality_table(quality: dict) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of the filter by reason."""
+    rows = [[reason, str(part["taken_out"]), percent(part["precision"]),
+             ", ".join(f"{fault} {percent(share)}" for fault, share in part["recall"].items()) or "-"]
+            for reason, part in quality["by_reason"].items()]
+    return ["reason", "rows taken out", "precision, %", "recall of a planted fault, %"], rows
 
 
 def gather(work: Path) -> dict:
@@ -86,56 +86,23 @@ def brief(entry: dict) -> dict:
             "r0": entry["r0"] and {key: entry["r0"][key] for key in ("delta_nll", "ci90", "ci95", "kl", "verdict")}}
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def interval(pair: list[float] | None) -> str:
-    return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
-
-
 def do_z_lines(do_z: dict, mediation: dict) -> list[str]:
     """Return the Markdown tables of all conditions and of the mediation."""
-    lines = ["| imagination | condition | site | items | clean, % | intervened, % | change, 90 % interval | verdict | "
-             "R0, nats | verdict | follows, % |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for arm, name, part in ((arm, name, part) for arm, its in do_z.items() for name, part in its.items()):
-        effect, r0 = part["effect"], part["r0"]
-        if effect is None:
-            lines.append(f"| {arm} | {name} | {part['site']} | {part['reason']} | | | | | | | |")
-            continue
-        score = f"{r0['delta_nll']:+.3f} ({r0['ci90'][0]:+.3f} to {r0['ci90'][1]:+.3f}) | {r0['verdict']}" if r0 else "- | -"
-        follows = percent(part["follow"]["share"]) if part["follow"] else "-"
-        lines.append(f"| {arm} | {name} | {part['site']} | {effect['n']} | {percent(effect['acc_clean'])} | "
-                     f"{percent(effect['acc_int'])} | {percent(effect['delta'])} ({interval(effect['ci90'])}) | "
-                     f"{effect['verdict']} | {score} | {follows} |")
-    names = ("TE", "NIE", "NIE0", "NDE", "NDE1")
-    lines += ["", "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:", "",
-              f"| site | {' | '.join(names)} | mediated, % |", "|---" * 7 + "|"]
-    for site, found in mediation.items():
-        if found:
-            cells = ("{:+.3f} ({:+.3f} to {:+.3f})".format(found[name]["mean"], *found[name]["ci95"]) for name in names)
-            lines.append(f"| {site} | {' | '.join(cells)} | {percent(found['proportion_mediated']['value'])} |")
-    return lines
+    rows = [[arm, *effect_row(name, part)] for arm, its in do_z.items() for name, part in its.items()]
+    return [*table_lines(["imagination", *EFFECTS], rows), "",
+            "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:", "",
+            *table_lines(*mediation_table(mediation))]
 
 
-def write_report(result: dict, work: Path) -> None:
-    """Write report.md: a table a question, the figures below."""
-    lines = ["# The toy's report", "", f"Held-out items, chance {percent(result['chance'])} %.", "",
-             "| model | items | accuracy, % | 95 % interval | over pictures | unresolved |", "|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {part['n']} | {percent(part['accuracy'])} | {interval(part['ci95'])} | "
-              f"{interval(part['ci95_clustered'])} | {part['unresolved']} |" for name, part in result["accuracy"].items()]
-    lines += ["", "## Data", "", "| planted fault | rows | taken out by stages 1 and 2 |", "|---|---|---|"]
-    lines += [f"| {name} | {part['rows']} | {part['taken_out']} |" for name, part in result["filter"]["by_fault"].items()]
-    lines += ["", *quality_lines(result["filter"])]
-    lines += ["", f"Precision {percent(result['filter']['precision'])} %, recall {percent(result['filter']['recall'])} %; "
-              f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.", "", "## do(Z)", "",
-              *do_z_lines(result["do_z"], result["mediation"])]
-    emission, follow = result["emission"], result["text_directed"]["follow"]
-    lines += ["", f"Latents were emitted on {emission['k']} of {emission['n']} items. The directed edit of the text was "
-              f"followed on {follow['k']} of {follow['n']} items.", "", "## Figures", ""]
-    lines += [f"![{path.stem}]({path.relative_to(work)})" for path in sorted(work.glob("intervene_*.png"))
-              + sorted(work.glob("probe_*/*.png"))]
-    (work / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def data_blocks(result: dict) -> list[tuple]:
+    """Return what the report says of stages 1 and 2 (`utils.run_report`)."""
+    quality = result["filter"]
+    return [("title", 2, "Data"),
+            ("table", ["planted fault", "rows", "taken out by stages 1 and 2"],
+             [[name, str(part["rows"]), str(part["taken_out"])] for name, part in quality["by_fault"].items()]),
+            ("table", *quality_table(quality)),
+            ("text", f"Precision {percent(quality['precision'])} %, recall {percent(quality['recall'])} %; "
+                     f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.")]
 
 
 SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_counterfactual",
@@ -168,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     work = Path(args.work)
     result = gather(work) | {"seconds": args.seconds}
-    write_report(result, work)
+    write_report(work, "The toy's report", [*data_blocks(result), *collect(work)])
     write_json(work / "report.json", result)
-    log("\n".join(quality_lines(result["filter"])))
+    log("\n".join(table_lines(*quality_table(result["filter"]))))
     print(json.dumps(result))
     return 0
 

@@ -8,7 +8,8 @@
 A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or raises NotPossible
 with a reason of REASONS. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
 "counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's), "masked" (the item's
-region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`).
+region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`). Sweeps over a number are listed
+by `map_conditions` and drawn by `utils.map_figures`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,12 @@ import torch
 
 from utils.decode import Arm
 from utils.families import Generation, LatentSpec
-from utils.rows import call_key
+from utils.rows import DataError, call_key
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
-REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent")
+REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent", "no_such_position",
+           "no_attention")
+WINDOWS = 8  # of layers in a map, at most
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
 
 
@@ -87,7 +90,8 @@ class Case:
     """An item and its clean run, and what conditions may take from elsewhere.
 
     `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
-    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply.
+    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply; `attention` how much the
+    answer's stem attends to each of the clean run's latents, in order (None where that was not read).
     """
 
     item: dict
@@ -99,6 +103,7 @@ class Case:
     known: Known | None = None
     donors: dict[str, Generation] = field(default_factory=dict)
     pick: Callable[[torch.Tensor, int], int] = likeliest
+    attention: list[float] | None = None
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
         """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
@@ -108,6 +113,16 @@ class Case:
         if self.known is None:
             raise NotPossible("no_calibration")
         return self.known
+
+    def mean(self, step: int) -> torch.Tensor:
+        """Return the mean calibration latent of a position, [hidden]."""
+        known = self.calibrated()
+        return known.mu_t[min(step, len(known.mu_t) - 1)]
+
+    def need_position(self, step: int) -> None:
+        """Raise NotPossible unless a segment of the clean run has a latent at this position."""
+        if all(segment.size <= step for segment in self.clean.segments):
+            raise NotPossible("no_such_position")
 
     def donor(self, kind: str) -> Generation:
         """Return a donor with a latent for each of this item's."""
@@ -120,27 +135,30 @@ class Case:
 
 @dataclass(frozen=True)
 class Condition:
-    """`make(case, number)` gives the arm; `default` is the number if the condition takes one; see the module for the rest."""
+    """`make(case, number)` gives the arm; `default` is the number if the condition takes one, read by `parse` (ValueError);
+    see the module for the rest."""
 
     name: str
     site: str
-    make: Callable[[Case, float | None], Arm]
-    default: float | None = None
+    make: Callable[[Case, object], Arm]
+    default: object = None
     prompt: str = "own"
     needs: tuple[str, ...] = ()  # kinds of donors
+    parse: Callable[[str], object] = float
 
 
 CONDITIONS: dict[str, Condition] = {}
 
 
-def condition(site: str, default: float | None = None, prompt: str = "own", needs: tuple[str, ...] = ()) -> Callable:
+def condition(site: str, default: object = None, prompt: str = "own", needs: tuple[str, ...] = (),
+              parse: Callable[[str], object] = float) -> Callable:
     def register(make: Callable) -> Callable:
-        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, default, prompt, needs)
+        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, default, prompt, needs, parse)
         return make
     return register
 
 
-def find_condition(name: str) -> tuple[Condition, float | None]:
+def find_condition(name: str) -> tuple[Condition, object]:
     """Return the condition of a name such as "tau" or "add_noise:0.3", and its number; ValueError says what is wrong."""
     base, colon, number = name.partition(":")
     if base not in CONDITIONS:
@@ -148,7 +166,18 @@ def find_condition(name: str) -> tuple[Condition, float | None]:
     found = CONDITIONS[base]
     if colon and found.default is None:
         raise ValueError(f"{name!r}: {base} takes no number")
-    return found, float(number) if colon else found.default
+    return found, found.parse(number) if colon else found.default
+
+
+def parse_place(word: str) -> tuple[range, range]:
+    """Return the positions and the layers of a place in a map, from 0: "2/4" is one of each, "0-3/4-7" four of each."""
+    ends = [part.split("-") for part in word.split("/")]
+    if len(ends) != 2 or any(len(pair) > 2 or not all(end.isdecimal() for end in pair) for pair in ends):
+        raise ValueError(f"{word!r}, expected a position or a range of them, a slash and the same of layers: 2/4-7")
+    place = tuple(range(int(pair[0]), int(pair[-1]) + 1) for pair in ends)
+    if not all(place):
+        raise ValueError(f"{word!r}, expected ranges that rise")
+    return place
 
 
 def condition_prompt(kind: str) -> str:
@@ -241,8 +270,8 @@ def tau_first(case, number):
 @condition("fed")
 def mean_t(case, number):
     """The mean at each position: the position's mark stays."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.mu_t[min(step, len(known.mu_t) - 1)])
+    case.calibrated()
+    return fed(lambda z, segment, step: case.mean(step))
 
 
 @condition("fed")
@@ -315,15 +344,44 @@ def permute(case, number):
 @condition("fed", default=0)
 def keep_one(case, number):
     """The position's mean everywhere but at position `number` (from 0)."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: z if step == number else known.mu_t[min(step, len(known.mu_t) - 1)])
+    case.need_position(number)
+    case.calibrated()
+    return fed(lambda z, segment, step: z if step == number else case.mean(step))
 
 
 @condition("fed", default=0)
 def drop_one(case, number):
     """The position's mean at position `number` (from 0) alone."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.mu_t[min(step, len(known.mu_t) - 1)] if step == number else z)
+    case.need_position(number)
+    case.calibrated()
+    return fed(lambda z, segment, step: case.mean(step) if step == number else z)
+
+
+@condition("fed", default=1)
+def top_k(case, number):
+    """The position's mean everywhere but at the `number` positions of each segment that the answer's stem attends to most."""
+    if case.attention is None:
+        raise NotPossible("no_attention")
+    mass = iter(case.attention)
+    ranked = [sorted(range(segment.size), key=[next(mass) for _ in range(segment.size)].__getitem__, reverse=True)
+              for segment in case.clean.segments]
+    return keep_ranked(case, ranked, number)
+
+
+@condition("fed", default=1)
+def top_random(case, number):
+    """As top_k by a random ranking: what any `number` positions keep, the control of top_k."""
+    ranked = [torch.randperm(segment.size, generator=seeded("rank", case.seed, case.item["id"], n)).tolist()
+              for n, segment in enumerate(case.clean.segments)]
+    return keep_ranked(case, ranked, number)
+
+
+def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
+    """Return the arm that feeds the position's mean but at the first `number` positions of each segment's ranking."""
+    case.need_position(number)  # else all are kept
+    case.calibrated()
+    kept = {(segment, step) for segment, steps in enumerate(ranked) for step in steps[:int(number)]}
+    return fed(lambda z, segment, step: z if (segment, step) in kept else case.mean(step))
 
 
 # ------------------------------------------------------------------------------------ donors, fed and in the slots
@@ -374,6 +432,22 @@ def slot_swap_random(case, number):
     return slot(case.donor("random"))
 
 
+@condition("slot", default=(range(1), range(1)), needs=("random",), parse=parse_place)
+def slot_swap_at(case, place):
+    """`slot_swap_random` at some positions and layers alone, "2/4-7"; what the layers above read follows from it."""
+    steps, layers = place
+    donor = case.donor("random")
+    case.need_position(steps[0])
+    if layers[-1] >= len(donor.slots[0]):
+        raise DataError(f"slot_swap_at: layer {layers[-1]} of a model with {len(donor.slots[0])} layers, counted from 0")
+    whole = slot(donor).slot
+
+    def states(segment: int, step: int) -> list[torch.Tensor | None] | None:
+        found = whole(segment, step) if step in steps else None
+        return found if found is None else [state if n in layers else None for n, state in enumerate(found)]
+    return Arm(slot=states)
+
+
 @condition("slot", needs=("counterfactual",))
 def slot_swap_counterfactual(case, number):
     return slot(case.donor("counterfactual"))
@@ -409,6 +483,12 @@ def cut_both(case, number):
 def markers_only(case, number):
     """A segment of no latents: start, end."""
     return Arm(spec=replace(case.spec, size=0, overwrite_start=False))
+
+
+@condition("none", default=1)
+def keep_first(case, number):
+    """The first `number` latents of each segment, then its end: when the answer is settled (the text's `truncate_N`)."""
+    return Arm(spec=replace(case.spec, size=int(number)))
 
 
 @condition("none")
@@ -471,4 +551,19 @@ def x_region(case, number):
 # the paper's arms: Monet (Fig. 2c, App. B Table 4) is tau; Mirage tau, + noise, noise, near zero
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
-    "full": [name for name in CONDITIONS if name not in ("keep_one", "drop_one", "x_region")]}
+    "full": [name for name, one in CONDITIONS.items() if name in ("add_noise", "mix") or one.default is None
+             and name != "x_region"]}
+
+
+def map_conditions(size: int, n_layers: int) -> list[str]:
+    """Return the sweeps that F8 and F9 draw, for `size` latents a segment: a map of positions by windows of layers, each
+    position kept and dropped alone, the first few by rank kept, the first few decoded at all, and two doses; with what their
+    curves begin and end with."""
+    width = -(-n_layers // WINDOWS)
+    windows = [(low, min(low + width, n_layers) - 1) for low in range(0, n_layers, width)]
+    return ["identity", "mean_t", "slot_swap_random",
+            *(f"slot_swap_at:{step}/{low}-{high}" for step in range(size) for low, high in windows),
+            *(f"{name}:{step}" for name in ("keep_one", "drop_one") for step in range(size)),
+            *(f"{name}:{k}" for name in ("top_k", "top_random") for k in range(1, size)),
+            "markers_only", *(f"keep_first:{k}" for k in range(1, size)),
+            *(f"mix:{dose}" for dose in (0.25, 0.5, 0.75, 1)), *(f"add_noise:{dose}" for dose in (0.1, 0.3, 1, 3))]

@@ -8,7 +8,7 @@ A prompt is read once (`prefill`) and its rows are taken as often as there are t
 says what is done to one row, so that a batch may hold a clean run and every intervention beside it.
 """
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +28,15 @@ class Arm:
 
     choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
     feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
-    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that latent position
+    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that latent position (of
+                                                          a list, those that are not None)
     hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
     spec: another form of the family for this row (other K, say)
     """
 
     choose: Callable[[torch.Tensor, int], int] | None = None
     feed: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
-    slot: Callable[[int, int], torch.Tensor | None] | None = None
+    slot: Callable[[int, int], Sequence[torch.Tensor | None] | None] | None = None
     hide: tuple[str, ...] = ()
     spec: LatentSpec | None = None
 

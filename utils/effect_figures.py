@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from utils.measures import swept
 from utils.rows import replace_file
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
@@ -20,19 +21,22 @@ PARTS = {"TE": ("TE", GREY), "NIE": ("NIE (necessity)", BLUE), "NDE": ("NDE = TE
 
 
 def draw_all(metrics: dict, output: str) -> None:
-    """Write <output>.<figure>.png and .csv; a figure without anything to show is not written."""
-    shown = {name: entry for name, entry in metrics["conditions"].items() if entry["effect"]}
-    if not shown:
-        return
-    import matplotlib  # here: importing a script must stay free of side effects
-    matplotlib.use("Agg")
-    for name, draw in (("accuracy", accuracy), ("effects", effects), ("mediation", mediation)):
-        figure, rows = draw(metrics, shown)
-        if figure is None:
-            continue
-        figure.savefig(f"{output}.{name}.png", dpi=150)
-        figure.clear()
-        replace_file(f"{output}.{name}.csv", partial(write_csv, rows))
+    """Write <output>.<figure>.png and .csv; a figure without anything to show is not written. Points of sweeps are left to
+    `utils.map_figures`."""
+    few = set(metrics["conditions"]) - swept(metrics["conditions"])
+    shown = {name: entry for name, entry in metrics["conditions"].items() if entry["effect"] and name in few}
+    if shown:
+        save({name: draw(metrics, shown) for name, draw in (("accuracy", accuracy), ("effects", effects),
+                                                            ("mediation", mediation))}, output)
+
+
+def save(figures: dict[str, tuple], output: str) -> None:
+    """Write each (figure, rows of its CSV) that there is."""
+    for name, (figure, rows) in figures.items():
+        if figure is not None:
+            figure.savefig(f"{output}.{name}.png", dpi=150)
+            figure.clear()
+            replace_file(f"{output}.{name}.csv", partial(write_csv, rows))
 
 
 def write_csv(rows: list[dict], file: TextIO) -> None:
@@ -48,6 +52,9 @@ def title(metrics: dict) -> str:
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple:
+    """Return (figure, axes [columns]), without a display and without pyplot's state."""
+    import matplotlib  # here: importing a script must stay free of side effects
+    matplotlib.use("Agg")
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]

@@ -7,6 +7,7 @@ log-likelihood of the right option among the options (nats, `utils.readouts`). A
 from collections import Counter
 from collections.abc import Callable
 
+from utils.measures import attention_by_layer, early_curve, swept
 from utils.mediation import donor_lift, mediate
 from utils.planner import items_for_margin, margin_for_items
 from utils.readouts import kl
@@ -147,8 +148,13 @@ def answer(record: dict, readout: str) -> str | None:
 
 
 def summarize(items: list[dict], records: dict[str, dict[str, dict]], names: list[str], sites: dict[str, str],
-              controls: set[str], margin: float, margin_nll: float, min_emitters: int, rho: float = 0.1) -> dict:
-    """Return emission, the effect of every condition, mediation and donors' lifts; `records` by item id and condition."""
+              controls: set[str], margin: float, margin_nll: float, min_emitters: int, rho: float = 0.1,
+              kept: dict[str, float] = {}) -> dict:
+    """Return emission, the effect of every condition, mediation, donors' lifts, early answering and attention.
+
+    `records` by item id and condition; `kept` the share of the imagination that truncating conditions keep. Holm's family
+    is the conditions that are neither controls nor points of a sweep, which is explored rather than tested.
+    """
     whole = [item for item in items if "error" not in records[item["id"]]["clean"]]
     clean = {item["id"]: records[item["id"]]["clean"] for item in whole}
     emitters = [item for item in whole if clean[item["id"]]["emitted"]]
@@ -158,10 +164,11 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], names: lis
     for name in names:
         pairs = [(item, clean[item["id"]], records[item["id"]][name]) for item in emitters]
         conditions[name] = {"site": sites[name], **effect_of(name, pairs, len(whole), min_emitters, margin, margin_nll)}
-    tested = [entry["effect"] for name, entry in conditions.items() if entry["effect"] and name not in controls]
+    tested = [entry["effect"] for name, entry in conditions.items() if entry["effect"] and name not in controls | swept(names)]
     for effect, p in zip(tested, holm([effect["p"] for effect in tested]) if tested else []):
         effect["holm_p"] = p
     enough = len(emitters) >= min_emitters
+    looking = [item for item in emitters if clean[item["id"]].get("attention")]
     return {"n": len(whole), "errors": len(items) - len(whole),
             "acc_clean_all": share(sum(right[True]) + sum(right[False]), len(whole)),
             "emission": share(len(emitters), len(whole)), "acc_clean_emitters": share(sum(right[True]), len(right[True])),
@@ -171,4 +178,8 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], names: lis
             "mediation": {site: {readout: mediation(site, emitters, records, readout, rho) for readout in ("r0", "r2")}
                           for site in (("text",) if "text" in sites.values() else ("fed", "slot"))
                           if set(WORLDS[site]) <= set(names)} if enough else {},
-            "donor_lift": {readout: lifts(emitters, records, readout) for readout in ("r0", "r2")} if enough else {}}
+            "donor_lift": {readout: lifts(emitters, records, readout) for readout in ("r0", "r2")} if enough else {},
+            "early_answering": early_curve([records[item["id"]] for item in emitters], kept, list(map(group_of, emitters)))
+            if enough else None,
+            "attention": attention_by_layer([clean[item["id"]]["attention"] for item in looking], list(map(group_of, looking)))
+            if enough else None}

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from utils.asking import Asking, Prompts, pick_donor
+from utils.attention import stem_attention
 from utils.conditions import (Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent,
                               likeliest)
 from utils.decode import Arm, State, clean_text, decode, rewind
@@ -46,16 +47,22 @@ class LatentBatch:
         return done
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
-        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1."""
+        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1. Of the clean run
+        also where R0's stem looks."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
         having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
         found = [None] * len(rows)
         if not having:
             return found
-        back = rewind(end, begun, [last_latent(row) if row.segments else 0 for row in rows]).take(having)
+        back = rewind(end, begun, [last_latent(row) if k in having else 0 for k, row in enumerate(rows)]).take(having)
         items = [self.items[places[k]] for k in having]
         stems = [self.clean_stem(places[k], rows[k]) for k in having]
         scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having), self.asking.options)
+        if not self.clean:
+            n_prompt = begun.mask.shape[1]
+            latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)] for k in having]
+            looks = stem_attention(self.qwen, back, [self.end_id], self.asking.stem, latents)
+            scores = [its | {"attention": look} for its, look in zip(scores, looks)]
         for k, its in zip(having, scores):
             found[k] = its
         return found
@@ -75,8 +82,9 @@ class LatentBatch:
             if place in self.worlds(kind):
                 donors[kind] = self.worlds(kind)[place]
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
-        return Case(self.items[place], self.clean[place][0], self.spec, pad, self.start_id, self.asking.seed, self.known,
-                    donors, self.asking.pick(self.items[place]))
+        clean, scores = self.clean[place]
+        return Case(self.items[place], clean, self.spec, pad, self.start_id, self.asking.seed, self.known, donors,
+                    self.asking.pick(self.items[place]), scores and scores["attention"]["imagined"])
 
     def worlds(self, kind: str) -> dict[int, Generation]:
         """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
@@ -126,7 +134,9 @@ class LatentBatch:
                   **answer_fields(item, clean_text(tokenizer, row.ids, self.spec),
                                   clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids, row.finish),
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
-        if one is not None:
+        if one is None:
+            record["attention"] = scores and scores["attention"]
+        else:
             both = min(len(row.slots), len(clean.slots))
             mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1)
                          for slots in (row.slots, clean.slots))

@@ -1,22 +1,10 @@
-"""What answers after text edits say: whether they follow the edit, and how early they are settled. No torch here."""
-from collections import defaultdict
-from collections.abc import Sequence
+"""How early answers are settled, and where they look: curves over records of interventions. No torch here."""
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+from utils.stats import paired_interval, robust_mean
 
 Curve = Sequence[tuple[float, float]]
-
-
-def follow(record: dict) -> bool:
-    """Return whether the answer of an intervention record is the option that its edit aims at.
-
-    For a control (paraphrase, irrelevant) the aim is the same wrong option, and the share is what `directed` is held
-    against: specific effect = follow(directed) - follow(irrelevant). ValueError for a record without an edit: such samples
-    are not covered, and no answer of theirs follows or resists.
-    """
-    edit = record.get("edit")
-    if not edit or "target" not in edit:
-        raise ValueError(f"record {record.get('id')!r}, condition {record.get('condition')!r}: no edit with a target "
-                         f"({record.get('reason')}); leave out what could not be edited")
-    return record["pred"] == edit["target"]
 
 
 def early_answering(curve: Curve) -> float:
@@ -35,25 +23,44 @@ def early_answering(curve: Curve) -> float:
     return 1 - sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:]))
 
 
-def early_answering_by_length(curves: Sequence[Curve], lengths: Sequence[int]) -> dict:
-    """Return {"aoc", "n", "by_length": {length: {"n", "aoc", "curve"}}} over samples, each with a curve of 0s and 1s.
+def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float], groups: Sequence[Hashable]) -> dict | None:
+    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over samples.
 
-    The samples of one length (words, or sentences) are averaged into one curve; the areas over these are weighted by the
-    share of samples of that length, after Lanham et al. 2023. Over the same shares kept this is the mean of the samples' own
-    areas; it differs where the steps of a curve are sentences. ValueError for no samples, or for curves of one length over
-    unlike shares.
+    `records` hold each sample's clean record and those of the truncating conditions of `kept` (the share of the imagination
+    that each keeps, from 0 on); samples that lack one are left out. The mean over samples of their own areas is that of the
+    mean curve, as all are over the same shares. None for fewer than two groups, or without a share of 0 and another.
     """
-    if not curves or len(curves) != len(lengths):
-        raise ValueError(f"{len(curves)} curves and {len(lengths)} lengths, expected as many, and at least one")
-    groups = defaultdict(list)
-    for curve, length in zip(curves, lengths):
-        groups[length].append(curve)
-    by_length = {}
-    for length, members in sorted(groups.items()):
-        shares = {tuple(x for x, _ in curve) for curve in members}
-        if len(shares) > 1:
-            raise ValueError(f"curves of length {length} over unlike shares {sorted(shares)}")
-        mean = [(x, sum(curve[j][1] for curve in members) / len(members)) for j, x in enumerate(shares.pop())]
-        by_length[length] = {"n": len(members), "aoc": early_answering(mean), "curve": mean}
-    aoc = sum(entry["n"] * entry["aoc"] for entry in by_length.values()) / len(curves)
-    return {"aoc": aoc, "n": len(curves), "by_length": by_length}
+    names = sorted(kept, key=kept.get)
+    whole = [(by, group) for by, group in zip(records, groups) if all(
+        by[name].get("r0") and not by[name].get("reason") for name in ("clean", *names))]
+    if len(names) < 2 or kept[names[0]] != 0 or len({group for _, group in whole}) < 2:
+        return None
+    groups, found = [group for _, group in whole], {"n": len(whole)}
+    for readout, answer in (("r2", lambda record: record["pred"]), ("r0", lambda record: record["r0"]["pred"])):
+        same = [[float(answer(by[name]) == answer(by["clean"])) for name in names] for by, _ in whole]
+        areas = [early_answering([*((kept[name], y) for name, y in zip(names, row)), (1, 1)]) for row in same]
+        mean, *ends = robust_mean(areas, groups, 0.95)
+        curve = [(kept[name], [int(row[j]) for row in same]) for j, name in enumerate(names)]
+        found[readout] = {"aoc": mean, "ci95": ends, "curve": [
+            *({"kept": x, "same": sum(ys) / len(ys), "ci95": [min(1.0, max(0.0, 1 + end)) for end in paired_interval(
+                [1] * len(ys), ys, groups, 0.95)]} for x, ys in curve), {"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]}]}
+    return found
+
+
+def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:
+    """Return {"n", "mass": {group of columns: [{"mean", "ci95"} a layer]}, "uniform": {group of columns: share}} of what
+    `utils.attention.stem_attention` found for each sample; None for fewer than two groups of samples."""
+    if len(set(groups)) < 2:
+        return None
+    mass = {name: [robust_mean([look["mass"][name][layer] for look in looks], groups, 0.95)
+                   for layer in range(len(looks[0]["mass"][name]))] for name in looks[0]["mass"]}
+    return {"n": len(looks),
+            "mass": {name: [{"mean": mean, "ci95": ends} for mean, *ends in layers] for name, layers in mass.items()},
+            "uniform": {name: sum(look["uniform"][name] for look in looks) / len(looks) for name in mass}}
+
+
+def swept(names: Iterable[str]) -> set[str]:
+    """Return the conditions that stand there with several numbers (`mix:0.25 mix:0.5`): points of a curve or of a map."""
+    names = list(names)
+    counts = Counter(name.partition(":")[0] for name in names if ":" in name)
+    return {name for name in names if ":" in name and counts[name.partition(":")[0]] > 1}

@@ -4,19 +4,19 @@ Site `slot` replaces what every decoder layer reads at a latent position (the re
 position's keys and values are those of a donor. Layer inputs, not cached keys: a key is kept rotated by its position and is
 wrong at any other.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def layer_inputs(model: torch.nn.Module, put: dict[int, torch.Tensor] | None = None,
+def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:
     """During one-token steps, put [layers, hidden] in place of the layer inputs of some rows, and note all rows' inputs.
 
-    `put[row][n]` goes into decoder layer n at the last position of `row`; `seen` receives [B, hidden] a layer, in order, as
-    the layers read them (after replacement).
+    `put[row][n]` goes into decoder layer n at the last position of `row`, None leaves what is there; `seen` receives
+    [B, hidden] a layer, in order, as the layers read them (after replacement).
     """
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():
@@ -29,7 +29,8 @@ def layer_inputs(model: torch.nn.Module, put: dict[int, torch.Tensor] | None = N
             if put:
                 hidden = hidden.clone()
                 for row, states in put.items():
-                    hidden[row, -1] = states[n].to(hidden)
+                    if states[n] is not None:
+                        hidden[row, -1] = states[n].to(hidden)
             if seen is not None:
                 seen.append(hidden[:, -1])
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -10,6 +10,7 @@ import random
 from PIL import Image
 
 from utils.asking import Asking, Prompts, pick_donor
+from utils.attention import stem_attention
 from utils.calls import Caller
 from utils.conditions import NotPossible, condition_prompt
 from utils.decode import decode, extend
@@ -29,6 +30,7 @@ BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed"
           "x_region": (None, "masked", True)}
 TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_llm")}, **BESIDE}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
+                "maps": ["sham", *(name for name in LADDER if name.startswith("truncate"))],
                 "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
 CONTROL = "sham"  # changes nothing but the tokens
 
@@ -89,6 +91,12 @@ class TextBatch:
     def ids(self, text: str) -> list[int]:
         return self.qwen.tokenizer(text, add_special_tokens=False).input_ids
 
+    def columns(self, first: int, place: int, text: str) -> list[int]:
+        """Return the cache's columns of an item's imaginations in `text`, its reply's beginning, read from column `first`."""
+        offsets = self.qwen.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [first + n for n, (low, high) in enumerate(offsets)
+                if any(low < end and start < high for start, end in self.spans[place])]
+
     def beginning(self, rung: str, place: int) -> tuple[str, dict | None]:
         """Return a reply's edited beginning and the edit; NotEditable says why there is none."""
         item, text, spans = self.items[place], self.texts[place], self.spans[place]
@@ -129,7 +137,7 @@ class TextBatch:
         heads = [("sham", i, until_last_span(self.texts[i], self.spans[i]), None, True) for i in own]
         shams = self.continued("own", heads, scores_only=True)
         for _, i, record in shams:
-            result[i]["clean"] |= {"r0": record["r0"], "r1": record["r1"]}
+            result[i]["clean"] |= record
         return result
 
     def continued(self, kind: str, todo: list[tuple], scores_only: bool = False) -> list[tuple[str, int, dict]]:
@@ -149,7 +157,11 @@ class TextBatch:
                 for k, scores in zip(behind, read_out(self.qwen, read, [self.items[i] for i in places], self.asking.stem, stems,
                                                       [[]] * len(places), self.asking.options)):
                     records[k] |= scores
-            if not scores_only:
+            if scores_only:  # clean runs, all with an imagination
+                looks = stem_attention(self.qwen, read, [], self.asking.stem,
+                                       [self.columns(begun.mask.shape[1], i, text) for _, i, text, *_ in its])
+                records = [record | {"attention": look} for record, look in zip(records, looks)]
+            else:
                 free = [k for k in range(len(its)) if k not in behind]
                 for some, ready in ((behind, behind and read), (free, free and begun.take(free))):
                     arms = [self.asking.arm(self.items[its[k][1]]) for k in some]
@@ -171,4 +183,5 @@ class TextBatch:
     def describe_clean(self, place: int) -> dict:
         row, text = self.clean[place], self.texts[place]
         return {"emitted": bool(self.spans[place]), "spans": self.spans[place], "r0": None, "r1": None,
-                **answer_fields(self.items[place], text, conclusion(text, self.by), row.ids, row.finish), "ids": row.ids}
+                "attention": None, "ids": row.ids,
+                **answer_fields(self.items[place], text, conclusion(text, self.by), row.ids, row.finish)}
