@@ -7,7 +7,8 @@
       random      noise of the own latents' lengths
     cut (the source's own prompt is read and imagined on, then the image and every word read after it are hidden but the
     imagination, and the question follows as a new turn)
-      cut         the source's   cut_other  another item's   cut_none   the source's, its imagination hidden too
+      cut         the source's   cut_other  another item's   cut_none   the source's, its imagination hidden too; how far off
+                                                                        the question is still tells how long it was
 
 A text imagination has no mean and no noise. Cut, its words keep what they were read with, the image: what that adds to the
 words alone is "cut" beside "own". Every way is read twice: R0 scores each option behind one stem, which cannot fail to parse;
