@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 
+import benchmark_fixtures as made
 import probe
-from benchmark_fixtures import write_mme, write_ocrbench, write_realworld, write_tablevqa, write_vstar
-from imagining import NAMES, QUESTION, make_latent_checkpoint, make_text_checkpoint, write_items
+from imagining import NAMES, make_latent_checkpoint, make_text_checkpoint, write_items
 from utils.decode import PRESETS
 from utils.capture import find_steps
 from utils.figures import draw_heatmaps
 from utils.inputs import EDITS
-from utils.items import question_text
 from utils.probing import Prober, conditions as ways, derange, rotations, score
 from utils.rows import DataError, read_rows, write_rows
 from utils.similarity import cosine_matrix
@@ -244,35 +243,54 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out" / "probes.jsonl").read_bytes() == before
 
 
-FIVE = {"vstar": write_vstar, "mme": write_mme, "ocrbench_v2": write_ocrbench, "mme_realworld_lite": write_realworld,
-        "tablevqa/vwtq": write_tablevqa}
-
-
-def test_five_benchmarks_are_compared_by_one_command(latent_run, tmp_path):
-    """The paper's protocol: instances of all five, of each as many, the benchmark as the task; every figure.
-
-    The model imagines only where it is asked what it was trained on, so every question ends in that.
-    """
+def write_five(folder, monkeypatch):
+    """Twenty instances of each of the paper's five benchmarks in their own columns; paths of the items."""
     import evaluate
-    folder, _ = latent_run
+    monkeypatch.setattr(made, "VSTAR", made.VSTAR * 5)
+    monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
+    monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
+    monkeypatch.setattr(made, "MME", [(f"Is there {what} in the picture? Please answer yes or no.", gold, n)
+                                      for n in range(20) for what, gold in (("a dog", "Yes"), ("a cat", "No"))])
+    ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en", "answers": ["Stop"],
+            "image": made.struct(made.picture(n))} for n in range(20)]
+    sources = {"vstar": made.write_vstar, "mme": made.write_mme, "mme_realworld_lite": made.write_realworld,
+               "ocrbench_v2": lambda place: (made.write_parquet(place / "ocr.parquet", ocr), {}),
+               "tablevqa/vwtq": made.write_tablevqa}
     files = []
-    for n, (name, write) in enumerate(FIVE.items()):
-        place = tmp_path / str(n)  # every benchmark's pictures lie beside its own items
+    for n, (name, write) in enumerate(sources.items()):
+        place = folder / str(n)  # every benchmark's pictures lie beside its own items
         place.mkdir()
-        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "4", "--prepare", "--output",
+        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "40", "--prepare", "--output",
                               str(place / "b")]) == 0
         files.append(str(place / "b.items.jsonl"))
-    assert probe.main(["--items", *files, "--model", str(folder / "model"), "--output", str(tmp_path / "out"), "--latent",
-                       "mirage", "--max_new_tokens", "24", "--n_items", "10", "--crossed", "3", "2", "--suffix",
-                       question_text({"question": QUESTION, "options": list(zip("ABCD", NAMES))})]) == 0
+    return files
+
+
+@pytest.mark.slow
+def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, monkeypatch):
+    """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the model, which is
+    trained on their questions with pictures of its own, imagines at all of them."""
+    files = write_five(tmp_path, monkeypatch)
+    asked = [item for path in files for item in read_rows(path, {"id": str})]
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE, ask=lambda rng: rng.choice(asked))
+    write_rows(tmp_path / "probe.jsonl", [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
+        "type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
+        for i, item in enumerate(asked[:12])])
+    assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"), "--latent", "mirage",
+                       "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size", "16",
+                       "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap", "question_swap"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["emission"]["n"] == 10 and metrics["emission"]["k"] >= 8 and metrics["items"] == files
-    for name in ("heatmap", "curves", "spectra", "layers"):
+    assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
+    for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str}, unique=None)
-    assert {"within", "between", "all"} <= {row["pairs"] for row in rows if row["measure"] == "inter"}
+    assert {"within", "between", "difference", "all"} <= {row["pairs"] for row in rows if row["measure"] == "inter"}
+    assert any(row["measure"] == "decode_task" for row in rows) and any(row["measure"] == "sensitivity" for row in rows)
+
+
+def test_an_id_stands_in_one_file_only(data):
     with pytest.raises(DataError, match="stands already in"):
-        probe.main(["--items", files[0], files[0], "--model", "m", "--output", "o"])
+        probe.main(["--items", str(data), str(data), "--model", "m", "--output", "o"])
 
 
 def test_instances_are_taken_evenly_from_files():
