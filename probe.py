@@ -5,10 +5,13 @@ Stage 6 of 6:  train_sft.py -> [probe.py] -> figures; items from evaluate.py    
     python probe.py --model checkpoint --items vstar.jsonl --probe_items vstar_probe.jsonl --output probe_text
     python probe.py --model NOVAglow646/Monet-7B --items vstar.jsonl --latent monet_vllm --output probe_monet
     python probe.py --model checkpoint --items vstar.jsonl --output probe_text --stage analyse      (no model is loaded)
-    python probe.py --report runs       (report.md and report.html of all outputs of stages 4 to 6 in a folder)
+    python probe.py derive --items vstar.jsonl --image_root . --output vstar_probe.jsonl    (a model writes --probe_items;
+                                                                                             see python probe.py derive --help)
+    python probe.py report runs     (report.md and report.html of all outputs of stages 4 to 6 in a folder)
 
-Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer", "images": [{"path"}]}
-        and, if there, "group_id" (items of one image: one instance is taken of each), "benchmark", "category", "hint"
+Reads   --items: items {"id", "question", "options": [[letter, text]], "answer", "images": [{"path"}]} of any metric, in one
+        file a benchmark, and, if there, "group_id" (items of one image: one instance is taken of each), "benchmark",
+        "category", "hint", "region"
         --probe_items: {"id", "source": id of an item, "question", "options", "answer": {"type": "letter", "value"}},
         questions about the source's image, to be answered from what was imagined for the source
 Writes  --output, a folder: states/ (what was captured: `utils.states`; the same command goes on from there),
@@ -26,10 +29,12 @@ language model), "inner" (inputs of every layer at the latents), "dummy_pad" (th
 intervals draw instances, not pairs.
 
 Ways to ask the probe questions: `utils.probing`. --crossed A B asks B items' questions of A items' images and splits the
-variance of the imaginations between the two: the size of X -> Z.
+variance of the imaginations between the two: the size of X -> Z. --edits changes one thing of every instance's image or
+question (`utils.inputs`): how far the imagination moves beside the text, and beside an edit of what is irrelevant.
 """
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -38,11 +43,13 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import derive
 from utils.capture import capture
 from utils.decode import PRESETS, LatentSpec
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
-from utils.geometry import cka, retrieval, sensitivity, spectrum, variance_split
-from utils.items import item_fault, question_text, read_items
+from utils.geometry import cka, retrieval, spectrum
+from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
+from utils.items import ANSWER_TYPES, gold_words, item_fault, question_text, read_items
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
@@ -50,7 +57,7 @@ from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
 from utils.run_report import collect, write_report
 from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
-from utils.states import States, StateWriter
+from utils.states import STORED, States, StateWriter
 from utils.stats import wilson
 
 PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "answer": dict}
@@ -59,16 +66,9 @@ N_BOOT = 2000
 FOLDS = 5
 MOST_ALIKE = 0.99  # ordinary tokens above leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper
-STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
-          "dummy_pad": ("dummy_pad",), "inner": ("inner",)}  # kind of states -> kinds in the store, whichever is there
 
 
 # ------------------------------------------------------------------------------------ analysis: one cell after the other
-def find_kind(store: States, kind: str) -> str | None:
-    """Return the name in the store of a kind of states, or None if no sample has it."""
-    return next((name for name in STORED[kind] if any(name in r["tensors"] for r in store.records.values())), None)
-
-
 def task_of(items: list[dict]) -> np.ndarray:
     """Return a task name an item: its benchmark where there are several, else its category."""
     field = "benchmark" if len({item.get("benchmark") for item in items}) > 1 else "category"
@@ -88,7 +88,7 @@ class Analysis:
         self.store, self.items, self.n_steps, self.args = store, items, n_steps, args
         self.keys, self.tasks = [item["id"] for item in items], task_of(items)
         self.halves = draw_halves(len(items), args.seed)
-        self.labels = {"decode": [dict(map(tuple, item["options"]))[item["answer"]["value"]] for item in items],
+        self.labels = {"decode": [gold_words(item) or item["id"] for item in items],
                        "decode_task": self.tasks.tolist()}
         self.groups = [item.get("group_id") or item["id"] for item in items]
         self.rows: list[dict] = []
@@ -99,7 +99,7 @@ class Analysis:
         self.image = {i: image[key].mean(0) for i, key in enumerate(self.keys) if image[key] is not None}
         sizes = {key: self.store.records[key]["segments"][0] for key in self.keys if self.store.records[key]["segments"]}
         for kind in STORED:
-            name = find_kind(self.store, kind)
+            name = self.store.find(kind)
             if name is None:
                 continue
             cells = self.store.cells(name, self.keys, self.n_steps, at_most=sizes if name in ("latent", "inner") else None)
@@ -190,63 +190,52 @@ class Analysis:
             draw_layers(self.rows, output / "layers.png")
 
 
-# ------------------------------------------------------------------------------------ images crossed with questions
-def crossed_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
-    """Return the first images x questions as items, all with as many images as the first has."""
-    able = [item for item in items if len(item["images"]) == len(items[0]["images"])]
-    return [[{**asked, "id": f"{shown['id']}@{asked['id']}", "images": shown["images"], "group_id": shown["id"]}
-             for asked in able[:n_questions]] for shown in able[:n_images]]
-
-
-def split_crossed(store: States, grid: list[list[dict]], args: argparse.Namespace) -> dict:
-    """Return for each step the variance split over the images that imagined something at every question, and how much an
-    exchange of images and of questions moves the imagination beside the first text state."""
-    name = find_kind(store, "imagination")
-    whole = [row for row in grid if all(name in store.records[item["id"]]["tensors"] and "text" in
-                                        store.records[item["id"]]["tensors"] for item in row)]
-    result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": []}
-    if len(whole) < 2 or len(grid[0]) < 2:
-        return result
-    states = [[store.load(item["id"], name) for item in row] for row in whole]
-    text = np.array([[store.load(item["id"], "text")[0] for item in row] for row in whole])
-    for step in range(min(len(x) for row in states for x in row)):
-        at = np.array([[x[step] for x in row] for row in states])
-        entry = {"step": step + 1, **variance_split(at, seed=args.seed)}
-        for kind, axis in (("image", 0), ("question", 1)):
-            moved, reference = (np.linalg.norm(x - np.roll(x, 1, axis), axis=2).mean(1) for x in (at, text))
-            entry[f"{kind}_swap"] = sensitivity(moved, reference, args.level, N_BOOT, args.seed)
-        result["steps"].append(entry)
-    return result
-
-
 # ------------------------------------------------------------------------------------ the run
 def choose(items: list[dict], n_items: int) -> list[dict]:
-    """Return up to n items evenly spread over the file, one an image group."""
-    firsts = list({item.get("group_id", item["id"]): item for item in reversed(items)}.values())[::-1]
-    n = min(n_items, len(firsts))
-    return [firsts[i * len(firsts) // n] for i in range(n)]
+    """Return up to n items, as many of every file, evenly spread over it, one an image group."""
+    files: dict[str, dict[str, dict]] = {}
+    for item in items:
+        files.setdefault(item["file"], {}).setdefault(item.get("group_id") or item["id"], item)
+    chosen = []
+    for k, firsts in enumerate(map(list, (groups.values() for groups in files.values()))):
+        n = min(n_items // len(files) + (k < n_items % len(files)), len(firsts))
+        chosen += [firsts[i * len(firsts) // n] for i in range(n)]
+    return chosen
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
-    """Return items by id and probe items, checked."""
-    items = {item["id"]: item for item in read_items(args.items, args.limit, ("mcq",))}
+    """Return items by id, each with its "file" and the "root" of its images, and probe items, checked."""
+    items: dict[str, dict] = {}
+    for path in args.items:
+        for item in read_items(path, args.limit, tuple(ANSWER_TYPES)):
+            if not item["images"]:
+                raise DataError(f"{path}: {item['id']}: no image; expected at least one to compare the imagination with")
+            if item["id"] in items:
+                raise DataError(f"{path}: id {item['id']!r} stands already in {items[item['id']]['file']}; expected it once")
+            items[item["id"]] = item | {"file": path, "root": args.image_root or str(Path(path).parent)}
     probes = read_rows(args.probe_items, PROBE_FIELDS, args.limit) if args.probe_items else []
-    for item in items.values():
-        if not item["images"]:
-            raise DataError(f"{args.items}: {item['id']}: no image; expected at least one to compare the imagination with")
     for probe_item in probes:
         if fault := item_fault({**probe_item, "images": [], "metric": "mcq"}, ("mcq",)):
             raise DataError(f"{args.probe_items}: probe item {probe_item['id']!r}: {fault}")
         if probe_item["source"] not in items and args.limit is None:
             raise DataError(f"{args.probe_items}: {probe_item['id']}: source {probe_item['source']!r} is no item of "
-                            f"{args.items}")
+                            f"{' '.join(args.items)}")
     return items, [one for one in probes if one["source"] in items]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["derive"]:
+        return derive.parse_args(argv[1:])
+    if argv[:1] == ["report"]:
+        parser = argparse.ArgumentParser(prog="probe.py report", description="Gather the outputs of evaluate, intervene and probe.")
+        parser.add_argument("folder", help="where they lie; report.md and report.html are written into it")
+        parser.set_defaults(task="report")
+        return parser.parse_args(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder or hub name")
-    parser.add_argument("--items", help="items JSONL, as evaluate.py --prepare writes it")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--items", nargs="+", required=True, help="items JSONL, as evaluate.py --prepare writes it; of "
+                        "several the instances are taken evenly")
     parser.add_argument("--probe_items", default=None, help="JSONL of questions to be answered without the image")
     parser.add_argument("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
                         help="capture states, analyse the store, ask the probe items, or one after the other")
@@ -258,14 +247,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stem", default=STEM, help="beginning of an answer that R0 scores the options behind")
     parser.add_argument("--circular", action="store_true", help="ask every probe item at every turn of its options")
     parser.add_argument("--crossed", type=int, nargs=2, default=None, metavar=("A", "B"), help="images x questions to cross")
-    parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
-    parser.add_argument("--output", help="folder to write")
-    parser.add_argument("--report", metavar="RUN_FOLDER", help="gather what evaluate, intervene and probe left in a folder; no "
-                        "other flag")
+    parser.add_argument("--edits", nargs="+", choices=("all", *EDITS), default=[], help="changes of the instances' inputs")
+    parser.add_argument("--image_root", default=None, help="folder of the images (default: that of each items file)")
+    parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
     parser.add_argument("--latent_size", type=int, default=None,
                         help=f"latents a segment (default: the family's); with --latent off, steps looked at ({TEXT_STEPS})")
-    parser.add_argument("--n_items", type=int, default=100, help="instances compared, evenly spread over the file")
+    parser.add_argument("--n_items", type=int, default=100, help="instances compared, evenly spread over the files")
     parser.add_argument("--level", type=float, default=0.95, help="of all intervals")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="what is put after the question")
@@ -277,12 +265,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the resamples and of who is given whose imagination")
     parser.add_argument("--limit", type=int, default=None, help="read only the first N items and probe items")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count decodings; writes nothing")
+    parser.set_defaults(task="probe")
     args = parser.parse_args(argv)
-    if args.report:
-        return args
-    if missing := [f"--{name}" for name in ("model", "items", "output") if getattr(args, name) is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    args.image_root = args.image_root or str(Path(args.items).parent)
+    args.edits = list(EDITS) if "all" in args.edits else list(dict.fromkeys(args.edits))
+    if args.reader and "cut" in args.variants:
+        parser.error("--variants cut: what is kept are states of the model that read the image; expected no --reader")
     for name in ("batch_size", "max_new_tokens", "n_items"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
@@ -295,20 +282,24 @@ def settings_of(args: argparse.Namespace, n_steps: int) -> dict:
     return {name: getattr(args, name) for name in names} | {"steps": n_steps}
 
 
-def analyse(store: States, chosen: list[dict], grid: list[list[dict]], n_steps: int, args: argparse.Namespace) -> dict:
+def analyse(store: States, chosen: list[dict], grid: list[list[dict]], edits: dict[str, list[dict]], n_steps: int,
+            args: argparse.Namespace) -> dict:
     """Measure and draw; return what metrics.json says of it."""
     output = Path(args.output)
     instances = [item for item in chosen if store.records[item["id"]]["emitted"]]
     metrics = {"emission": {"k": len(instances), "n": len(chosen), "ci": wilson(len(instances), len(chosen), args.level)}}
+    moved, summary = measure_edits(store, edits, args)
+    if edits:
+        metrics["edits"] = summary
     if len(instances) >= 4:  # two in each half
         analysis = Analysis(store, instances, n_steps, args)
         analysis.run()
-        write_rows(output / "probes.jsonl", analysis.rows)
+        write_rows(output / "probes.jsonl", analysis.rows + moved)
         curves = analysis.curves()
         write_json(output / "similarity.json", curves)
         analysis.draw(output)
         metrics["similarity"] = {kind: {name: average(curve) for name, curve in its.items()} for kind, its in curves.items()}
-    if grid and find_kind(store, "imagination"):
+    if grid and store.find("imagination"):
         metrics["crossed"] = split_crossed(store, grid, args)
     return metrics
 
@@ -329,14 +320,17 @@ def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentS
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
-    if args.report:
-        print(json.dumps(write_report(args.report, f"Report of {Path(args.report).name}", collect(args.report))))
+    if args.task == "report":
+        print(json.dumps(write_report(args.folder, f"Report of {Path(args.folder).name}", collect(args.folder))))
         return 0
+    if args.task == "derive":
+        return derive.run(args)
     items, probes = read_inputs(args)
     chosen = choose(list(items.values()), args.n_items)
     grid = crossed_items(chosen, *args.crossed) if args.crossed else []
     wanted = {item["id"]: item for item in chosen} | {p["source"]: items[p["source"]] for p in probes}
     wanted |= {item["id"]: item for row in grid for item in row}
+    edits = {name: edited(name, chosen, args.seed) for name in args.edits}
     spec, n_steps = None, args.latent_size or TEXT_STEPS
     if args.latent != "off":
         n_steps = args.latent_size or PRESETS[args.latent].size
@@ -346,33 +340,37 @@ def main(argv: list[str] | None = None) -> int:
         log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))
         asked = sum(len(p["options"]) if args.circular else 1 for p in probes) * len(conditions(spec, args.variants))
         print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
-                          "decodings_at_most": (2 if spec else 1) * len(wanted) + asked}))
+                          "decodings_at_most": (2 if spec else 1) * len(wanted) + asked + sum(map(len, edits.values()))}))
         return 0
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     folder = args.store or output / "states"
-    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels) if args.stage != "analyse" else None
+    qwen = None
     if args.stage in ("all", "capture"):
+        qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
         with StateWriter(folder, settings_of(args, n_steps)) as writer:
             capture(qwen, spec, list(wanted.values()), n_steps, args, writer)
+            for changed in edits.values():
+                capture(qwen, spec, changed, n_steps, args, writer, whole=False)
     store = States(folder)
-    if missing := [name for name in wanted if name not in store.records]:
-        raise DataError(f"{folder}: no states of {len(missing)} of {len(wanted)} items, the first {missing[0]!r}; run --stage "
+    names = [*wanted, *(item["id"] for changed in edits.values() for item in changed)]
+    if missing := [name for name in names if name not in store.records]:
+        raise DataError(f"{folder}: no states of {len(missing)} of {len(names)} items, the first {missing[0]!r}; run --stage "
                         "capture with the same flags")
     path = output / "metrics.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if args.stage != "all" and path.is_file() else {}
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,
                "level": args.level, "similarity": None, "probing": None} | kept
     if args.stage in ("all", "analyse"):
-        metrics |= analyse(store, chosen, grid, n_steps, args)
+        metrics |= analyse(store, chosen, grid, edits, n_steps, args)
     if args.stage in ("all", "ask"):
-        if args.reader:
-            qwen = load(args.reader, args.dtype, None, args.min_pixels, args.max_pixels)
+        qwen = None if args.reader else qwen  # one model at a time
+        qwen = qwen or load(args.reader or args.model, args.dtype, None, args.min_pixels, args.max_pixels)
         metrics |= {"reader": args.reader, "stem": args.stem, "scored_options": args.options}
         metrics |= ask(store, items, probes, spec, qwen, args)
     metrics["seconds"] = round(time.monotonic() - began, 1)
     write_json(path, metrics)
-    write_meta(args.output, args, [path for path in (args.items, args.probe_items) if path], metrics["seconds"])
+    write_meta(args.output, args, [path for path in (*args.items, args.probe_items) if path], metrics["seconds"])
     show(metrics)
     print(json.dumps(metrics))
     return 0
@@ -384,12 +382,22 @@ def average(curve: list[dict]) -> float | None:
     return float(np.mean(means)) if means else None
 
 
+def ratio_words(found: dict | None) -> str:
+    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**found) if found else "-"
+
+
 def show(metrics: dict) -> None:
-    """Log emission, mean similarities and accuracies."""
+    """Log emission, mean similarities, what edits move, and accuracies."""
     if "emission" in metrics:
         log("imagined something: {k} of {n} items".format(**metrics["emission"]))
     for kind, means in (metrics["similarity"] or {}).items():
         log(f"{kind:<12}" + "  ".join(f"{name} {'-' if mean is None else f'{mean:+.3f}'}" for name, mean in means.items()))
+    for name, entry in metrics.get("edits", {}).items():
+        if name == "selectivity":
+            log("selectivity of masks: " + ", ".join(f"{kind} {ratio_words(found)}" for kind, found in entry.items()))
+        else:
+            log(f"{name:<16}{entry['emitted_too']} of {entry['emitted']} imagined again, moved beside the text "
+                f"{ratio_words(entry['sensitivity'])}")
     for name, entry in (metrics["probing"] or {"conditions": {}})["conditions"].items():
         r0 = "-" if entry["r0"] is None else f"{100 * entry['r0']['accuracy']:.1f} %"
         log(f"{name:<12}{100 * entry['accuracy']:.1f} % [{100 * entry['ci'][0]:.1f}, {100 * entry['ci'][1]:.1f}]  "

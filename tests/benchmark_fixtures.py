@@ -115,10 +115,10 @@ def write_vstar_original(folder: Path) -> tuple[Path, dict]:
         place.mkdir(parents=True)
         texts = [f"The dog is on the {side}." for side in ("left", "right")]
         (place / f"sa_{n}.jpg").write_bytes(picture(n))
-        (place / f"sa_{n}.json").write_text(json.dumps({"target_object": ["dog"], "bbox": [[1, 2, 3, 4]],
+        (place / f"sa_{n}.json").write_text(json.dumps({"target_object": ["dog", "cat"], "bbox": [[1, 2, 3, 4], [9, 1, 5.5, 6]],
                                                         "question": "Where is the dog?", "options": texts}))
         expected[f"vstar_likelihood/{category}/sa_{n}"] = mcq("Where is the dog?", texts, "A", category, picture(n)) | {
-            "metric": "likelihood"}
+            "metric": "likelihood", "region": [1, 1, 15, 7]}
     del expected["vstar_likelihood/GPT4V-hard/sa_2"]
     return root, expected
 

@@ -155,11 +155,49 @@ def reply(data: dict, text: str) -> str:
     elif "answerable" in asked:
         value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes", "observation_supports_answer": "yes",
                  "chain_consistent": "unclear" if "fault:unclear" in text else "yes", "problems": []}
+    elif "questions" in asked:
+        value = {"questions": write_questions(text, mark)}
+    elif "letter" in asked:
+        value = {"letter": choose_letter(text)}
     else:
         value = {"answer": "42" if "42" in text else "unknown"}
     if "fault:fenced" in text:  # the schema ignored, and a raw control character inside a string
         return f"Sure!\n```json\n{json.dumps(value, indent=1)}\n```\nDone."
     return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")  # as xgrammar lets them pass
+
+
+DEFECTS = [  # of a written question, and the reason that it must be given
+    ({"question": " "}, "empty"), ({"wrong": ["blue", "green <image>", "red"]}, "markup"), ({"wrong": ["blue", "red"]}, "options"),
+    ({"wrong": ["blue", "Blue.", "red"]}, "options"), ({"wrong": ["blue", "red", "none of these"]}, "catch_all"),
+    ({"wrong": ["blue", "B. red", "green"]}, "letter"), ({"question": "Is the lid seen white or what?"}, "gold_in_stem"),
+    ({"question": "SOURCE"}, "source_question"), ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"},
+                                                  "source_answer"),
+    ({"question": "What colour has the lid, which is misread?"}, "image_wrong"),
+    ({"question": "What colour has the lid, which is unclear?"}, "image_none"),
+    ({"question": "What colour has the lid, which is guessable?"}, "blind_right"),
+    ({"question": "What colour has the lid?"}, None), ({"question": "What colour has the lid?"}, "repeated")]
+
+
+def write_questions(text: str, mark: str) -> list[dict]:
+    """Return as many questions as are asked for, or one of each of DEFECTS; the right option says that it is seen."""
+    source = re.search(r"^Someone was asked this about it:\n(.*)$", text, re.MULTILINE)[1]
+    sound = {"attribute": "colour", "question": "", "answer": "seen white", "wrong": ["blue", "green", "red"]}
+    if "fault:rules" in text:
+        return [{**sound, "question": "Which colour has the rim?", **changes,
+                 **({"question": source} if changes.get("question") == "SOURCE" else {})} for changes, _ in DEFECTS]
+    n = int(re.search(r"Write (\d+) other", text)[1]) - ("fault:few" in text)
+    return [{**sound, "question": f"What {name} has thing {mark}?", "attribute": name}
+            for name in ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state")[:n]]
+
+
+def choose_letter(text: str) -> str:
+    """Return the option that says that it is seen where the picture is there, and a wrong one where it is not."""
+    options = dict(re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE))
+    seen = next(letter for letter, option in options.items() if option.startswith("seen"))
+    if "unclear" in text:
+        return "none"
+    blind = "cannot see" in text
+    return seen if ("guessable" in text if blind else "misread" not in text) else next(x for x in options if x != seen)
 
 
 def say(data: dict, text: str) -> str:

@@ -38,14 +38,19 @@ def write_items(folder, n=16, seed=0):
     return path, items
 
 
-def train(qwen, rng, make_reply, steps, pad_id=None):
-    """Fit replies; `make_reply(seen)` returns (text, vectors fed at its pads [n, hidden], states wanted one step before)."""
+def ask_colour(rng):
+    return {"question": QUESTION, "options": list(zip("ABCD", rng.sample(NAMES, 4)))}
+
+
+def train(qwen, rng, make_reply, steps, pad_id=None, ask=ask_colour):
+    """Fit replies; `make_reply(seen)` returns (text, vectors fed at its pads [n, hidden], states wanted one step before),
+    `ask(rng)` an item without its picture."""
     optimizer = torch.optim.AdamW(qwen.model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
         seen = [rng.choice(NAMES) for _ in range(16)]
         replies, fed, wanted = zip(*map(make_reply, seen))
-        items = [{"question": QUESTION, "options": list(zip("ABCD", rng.sample(NAMES, 4)))} for _ in seen]
+        items = [ask(rng) for _ in seen]
         images = [[make_picture(color, rng.random() < 0.5)] for color in seen]
         batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, question_text(i), 1) + r for i, r in zip(items, replies)], images)
         ids = batch["input_ids"]
@@ -82,7 +87,8 @@ def make_text_checkpoint(source, folder, follows=True, steps=300):
     return folder
 
 
-def make_latent_checkpoint(source, folder, spec, follows=True, emitting=tuple(NAMES), steps=200):
+def make_latent_checkpoint(source, folder, spec, follows=True, emitting=tuple(NAMES), steps=200,
+                           ask=ask_colour):
     """A model that imagines in latents where the image is of an `emitting` colour: each colour has a code vector, the
     latents are trained to be the code of the colour seen. The answer is the colour whose code is fed (`follows`; a third
     of the rows feed any code), or the colour seen (noise is fed in training)."""
@@ -101,6 +107,6 @@ def make_latent_checkpoint(source, folder, spec, follows=True, emitting=tuple(NA
         return (f"{spec.start}{spec.pad * spec.size}{spec.end} It is \\boxed{{{fed}}}.<|im_end|>", vectors,
                 codes[seen].repeat(spec.size, 1))
 
-    train(qwen, rng, make_reply, steps, latent_ids(qwen.tokenizer, spec)[1])
+    train(qwen, rng, make_reply, steps, latent_ids(qwen.tokenizer, spec)[1], ask)
     Q.save(qwen, str(folder))
     return folder

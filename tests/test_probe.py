@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
+import benchmark_fixtures as made
 import probe
 from imagining import NAMES, make_latent_checkpoint, make_text_checkpoint, write_items
 from utils.decode import PRESETS
 from utils.capture import find_steps
 from utils.figures import draw_heatmaps
+from utils.inputs import EDITS
 from utils.probing import Prober, conditions as ways, derange, rotations, score
 from utils.rows import DataError, read_rows, write_rows
 from utils.similarity import cosine_matrix
@@ -65,7 +67,7 @@ def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
     from utils.qwen import load
     from utils.readouts import score_options
     folder, _ = latent_run
-    items = {item["id"]: item for item in read_items(data)}
+    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
     args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
     qwen = load(str(folder / "model"), "float32", "cpu")
     prober = Prober(qwen, MIRAGE, items, States(folder / "out" / "states"), args)
@@ -129,14 +131,175 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
     assert not np.allclose(pads[1], row.states[steps[1]].numpy(), atol=1e-2)
 
 
-def test_a_text_imagination_tells_the_colour_without_the_image(tiny_checkpoint, data, tmp_path):
-    model = make_text_checkpoint(tiny_checkpoint, tmp_path / "model")
-    metrics = run(data, model, tmp_path / "out", "--circular")
+@pytest.fixture(scope="module")
+def text_model(tiny_checkpoint, tmp_path_factory):
+    return make_text_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("text") / "model")
+
+
+def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
+    metrics = run(data, text_model, tmp_path / "out", "--circular")
     assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
     assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"]["conditions"]
     conditions = metrics["probing"]["conditions"]
     # The model was never trained without an image, so it may fail there, but another's imagination must be worse.
     assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > conditions["other"]["accuracy"] + 0.2
+
+
+def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):
+    """With the words hidden too, the scores are those of a prompt without image that has the question as far off."""
+    import torch
+    from utils.decode import extend_all, prefill
+    from utils.edits import CLOSE
+    from utils.items import open_images, question_text, read_items
+    from utils.probing import TURN
+    from utils.qwen import chat, encode, load
+    from utils.readouts import score_options
+    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", " It is \\boxed{")
+    rows = read_rows(tmp_path / "out" / "answers.jsonl", {"id": str}, unique=None)
+    assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other", "cut_none")] == [16] * 3
+    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
+    args = probe.parse_args(["--model", str(text_model), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
+    prober = Prober(load(str(text_model), "float32", "cpu"), None, items, States(tmp_path / "out" / "states"), args)
+    qwen, asked, found = prober.qwen, items["item/1"], {}
+    turn = chat(qwen.tokenizer, question_text(asked), 0)
+    block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(TURN):])
+             for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
+    for source in ("item/0", "item/3"):
+        for name in ("cut", "cut_none"):
+            state, before, able = prober.cut([asked], [source], name)
+            found[name] = score_options(qwen, state, [asked], [" It is \\boxed{"], before, "text")[0]
+        inputs = encode(qwen, [chat(qwen.tokenizer, "", 1)], [open_images(items[source], data.parent)])
+        first = int(prefill(qwen, inputs).is_image[0].nonzero()[0])
+        alone = prefill(qwen, {name: inputs[name][..., :first] for name in ("input_ids", "attention_mask", "position_ids")})
+        alone.positions = state.positions - len(block)
+        alone = extend_all(qwen, alone, [block])[1]
+        assert torch.equal(alone.positions, state.positions)
+        wanted = score_options(qwen, alone, [asked], [" It is \\boxed{"], [[]], "text")[0]
+        assert able == [0] and found["cut_none"] == pytest.approx(wanted, abs=1e-3)
+        assert max(abs(found["cut"][letter] - wanted[letter]) for letter in wanted) > 1e-2
+
+
+def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tiny_checkpoint, data, tmp_path):
+    """Scores of a random reader against the same prompts put together by hand."""
+    from utils.decode import prefill
+    from utils.items import question_text, read_items
+    from utils.qwen import chat, encode, load
+    from utils.readouts import describe_scores, score_options
+    metrics = run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint))
+    assert metrics["reader"] == str(tiny_checkpoint) and metrics["emission"]["k"] == 8
+    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl", {"id": str}, unique=None)}
+    assert {name for _, name in rows} == {"image", "image_own", "text_only", "own", "other"}
+    store, reader = States(tmp_path / "out" / "states"), load(str(tiny_checkpoint), "float32", "cpu")
+    for i, item in enumerate(read_items(data)[:3]):
+        said = store.records[rows[f"probe/{i}", "other"]["donor"]]["imagination"]
+        assert said.startswith("a ")
+        prompt = chat(reader.tokenizer, question_text(item), 0) + f"<think_image>{said}</think_image>"
+        scores = score_options(reader, prefill(reader, encode(reader, [prompt], [[]])), [item], [metrics["stem"]], [[]], "letter")
+        assert rows[f"probe/{i}", "other"]["r0"]["nll"] == pytest.approx(
+            describe_scores(scores[0], item["answer"]["value"])["nll"], abs=1e-3)
+    with pytest.raises(SystemExit):
+        run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint), "--variants", "cut")
+
+
+def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_checkpoint, data, tmp_path):
+    from conftest import TEXTS, TINY, TINY_VISION
+    from toy.make_model import make_model
+    from utils.qwen import add_tokens, load, save
+    folder, _ = latent_run
+    asked = ["--latent", "mirage", "--stage", "ask", "--store", str(folder / "out" / "states"), "--options", "text"]
+    with pytest.raises(DataError, match="cannot be given latents of mirage: .*expected one added token"):
+        run(data, folder / "model", tmp_path / "none", *asked, "--reader", str(tiny_checkpoint))
+    make_model(TEXTS, tmp_path / "wide", n_tokens=320, seed=0, sizes=TINY | {"hidden_size": 64},
+               vision_sizes=TINY_VISION)
+    for source, name in ((tiny_checkpoint, "same"), (tmp_path / "wide", "wider")):
+        qwen = load(str(source), "float32", "cpu")
+        add_tokens(qwen, MIRAGE.tokens)
+        save(qwen, str(tmp_path / name))
+    with pytest.raises(DataError, match="states of 64 numbers, but the latents of .* have 32"):
+        run(data, folder / "model", tmp_path / "wide_out", *asked, "--reader", str(tmp_path / "wider"))
+    found = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader", str(tmp_path / "same"))["probing"]
+    assert found["conditions"]["own"]["asked"] == found["n"] == 16 and "random" in found["conditions"]
+
+
+def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_run, data, tmp_path):
+    """Another image brings another code; another question, a darker image and nothing at all hardly do."""
+    from utils.items import read_items
+    folder, _ = latent_run
+    items = read_items(data)
+    for n, item in enumerate(items):
+        item["region"], item["question"] = [0, 0, 20, 56], f"{item['question']}{' Now?' * (n % 2)}"
+    write_rows(data.parent / "regions.jsonl", items)
+    flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output", str(tmp_path / "out"),
+             "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
+    assert probe.main(flags) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["edits"]
+    assert set(found) == {*EDITS, "selectivity"} and all(found[name]["asked"] == 8 for name in EDITS)
+    assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None  # batch by batch the same
+    assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
+    assert found["image_swap"]["change"] > 4  # between two codes of 32 numbers of rms 1: 8
+    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str}, unique=None)
+    assert {row["measure"] for row in rows if "edit" in row} == {"change", "sensitivity", "selectivity"}
+    before = (tmp_path / "out" / "probes.jsonl").read_bytes()
+    assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out" / "probes.jsonl").read_bytes() == before
+
+
+def write_five(folder, monkeypatch):
+    """Twenty instances of each of the paper's five benchmarks in their own columns; paths of the items."""
+    import evaluate
+    monkeypatch.setattr(made, "VSTAR", made.VSTAR * 5)
+    monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
+    monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
+    monkeypatch.setattr(made, "MME", [(f"Is there {what} in the picture? Please answer yes or no.", gold, n)
+                                      for n in range(20) for what, gold in (("a dog", "Yes"), ("a cat", "No"))])
+    ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en", "answers": ["Stop"],
+            "image": made.struct(made.picture(n))} for n in range(20)]
+    sources = {"vstar": made.write_vstar, "mme": made.write_mme, "mme_realworld_lite": made.write_realworld,
+               "ocrbench_v2": lambda place: (made.write_parquet(place / "ocr.parquet", ocr), {}),
+               "tablevqa/vwtq": made.write_tablevqa}
+    files = []
+    for n, (name, write) in enumerate(sources.items()):
+        place = folder / str(n)  # every benchmark's pictures lie beside its own items
+        place.mkdir()
+        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "40", "--prepare", "--output",
+                              str(place / "b")]) == 0
+        files.append(str(place / "b.items.jsonl"))
+    return files
+
+
+@pytest.mark.slow
+def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, monkeypatch):
+    """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the model, which is
+    trained on their questions with pictures of its own, imagines at all of them."""
+    files = write_five(tmp_path, monkeypatch)
+    asked = [item for path in files for item in read_rows(path, {"id": str})]
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE, ask=lambda rng: rng.choice(asked))
+    write_rows(tmp_path / "probe.jsonl", [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
+        "type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
+        for i, item in enumerate(asked[:12])])
+    assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"), "--latent", "mirage",
+                       "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size", "16",
+                       "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap", "question_swap"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
+    for name in ("heatmap", "curves", "spectra", "layers", "probing"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str}, unique=None)
+    assert {"within", "between", "difference", "all"} <= {row["pairs"] for row in rows if row["measure"] == "inter"}
+    assert any(row["measure"] == "decode_task" for row in rows) and any(row["measure"] == "sensitivity" for row in rows)
+
+
+def test_an_id_stands_in_one_file_only(data):
+    with pytest.raises(DataError, match="stands already in"):
+        probe.main(["--items", str(data), str(data), "--model", "m", "--output", "o"])
+
+
+def test_instances_are_taken_evenly_from_files():
+    items = [{"id": f"{f}/{n}", "file": f, "group_id": f"{f}/{n // 2}"} for f, size in (("a", 40), ("b", 10), ("c", 80))
+             for n in range(size)]
+    chosen = probe.choose(items, 22)
+    assert [sum(i["file"] == f for i in chosen) for f in "abc"] == [8, 5, 7]  # b has five pictures only
+    assert len({i["group_id"] for i in chosen}) == len(chosen)
+    assert [i["id"] for i in probe.choose(items[:40], 4)] == ["a/0", "a/10", "a/20", "a/30"]
 
 
 def test_a_probe_of_no_item_is_named(tiny_checkpoint, data, tmp_path):

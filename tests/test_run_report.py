@@ -59,7 +59,7 @@ def runs(tiny_checkpoint, tmp_path_factory):
 
 
 def test_the_page_shows_everything_and_needs_nothing_else(runs, capsys):
-    assert probe.main(["--report", str(runs)]) == 0
+    assert probe.main(["report", str(runs)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     text = (runs / "report.html").read_text()
     seen = Page(text)

@@ -8,6 +8,7 @@ The columns: open-compass/VLMEvalKit vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval
 import ast
 import base64
 import binascii
+import math
 import re
 from dataclasses import dataclass
 
@@ -140,12 +141,21 @@ def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict
     """V* of its authors: question, options (whole sentences, the first one is right), target boxes.
 
     They score each option by its likelihood as the reply to the bare question (vstar_bench_eval.py,
-    multiple_choices_inference). The metric says so: asked by letters, a model that says "A" would always be right.
+    multiple_choices_inference). The metric says so: asked by letters, a model that says "A" would always be right. The boxes
+    are [left, top, width, height] (visual_search.py); the region is the box around all of them.
     """
     check_fields(where, row, {"question": str, "options": list, "image_file": str, "test_type": str})
     key = row["image_file"].rsplit(".", 1)[0]
-    return make_item(name, where, row, key, "likelihood", "A", question=row["question"], category=row["test_type"],
+    item = make_item(name, where, row, key, "likelihood", "A", question=row["question"], category=row["test_type"],
                      options=[list(pair) for pair in zip(LETTERS, row["options"])], images=[row["image_file"]])
+    boxes = row.get("bbox") or []
+    if not all(isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box) for box in boxes):
+        raise DataError(f"{where}: bbox {str(boxes)[:60]}, expected a list of [left, top, width, height]")
+    if boxes:
+        x, y, w, h = zip(*boxes)
+        ends = max(map(sum, zip(x, w))), max(map(sum, zip(y, h)))
+        item["region"] = [int(min(x)), int(min(y)), math.ceil(ends[0]), math.ceil(ends[1])]
+    return item
 
 
 # ------------------------------------------------------------------------------------------------ the others

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from utils.decode import Arm, Generation, LatentSpec, decode, prefill
 from utils.edits import CLOSE, find_spans
 from utils.families import latent_ids
-from utils.items import open_images, question_text
+from utils.inputs import open_shown
+from utils.items import question_text
 from utils.qwen import Qwen, chat, encode, image_features
 from utils.states import StateWriter, text_hash
 
@@ -23,18 +24,20 @@ def batched(rows: list[dict], size: int, what: str) -> tqdm:
 
 
 def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace,
-            writer: StateWriter) -> None:
-    """Decode the items that the store lacks and add their states; `args` are probe.py's."""
+            writer: StateWriter, whole: bool = True) -> None:
+    """Decode the items that the store lacks and add their states; `args` are probe.py's. `whole`: inner states and those of
+    pads too."""
     for batch in batched([item for item in items if item["id"] not in writer], args.batch_size, "items"):
-        images = [open_images(item, args.image_root) for item in batch]
+        images = [open_shown(item) for item in batch]
         prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
                    for item, pictures in zip(batch, images)]
         inputs = encode(qwen, prompts, images)
         with torch.no_grad():
             features = iter(image_features(qwen, inputs))
         begun, everyone = prefill(qwen, inputs), list(range(len(batch)))
-        rows, _ = decode(qwen, begun.take(everyone), args.max_new_tokens, spec, capture=True, with_slots=spec is not None)
-        dummies = feed_pads(qwen, spec, begun, rows) if spec else [None] * len(batch)
+        rows, _ = decode(qwen, begun.take(everyone), args.max_new_tokens, spec, capture=True,
+                         with_slots=whole and spec is not None)
+        dummies = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
         for item, row, pictures, prompt, dummy in zip(batch, rows, images, prompts, dummies):
             visual = [next(features) for _ in pictures][0]
             tensors, facts = collect(qwen, spec, row, visual, n_steps, dummy)

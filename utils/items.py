@@ -85,6 +85,26 @@ def board_fault(board: object) -> str | None:
     return None
 
 
+def gold_words(item: dict) -> str | None:
+    """Return the right answer in words; None for a map, which has many."""
+    kind, value = item["answer"]["type"], item["answer"]["value"]
+    if kind == "letter":
+        return dict(map(tuple, item["options"]))[value]
+    if kind == "values":
+        return value[0]
+    return None if kind == "path_map" else str(value).lower()
+
+
+def region_in(item: dict, size: tuple[int, int]) -> list[int]:
+    """Return what of an item's region lies in its image of this (width, height); DataError if nothing does."""
+    left, top, right, bottom = item["region"]
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    if left >= right or top >= bottom:
+        raise DataError(f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} pixels; expected "
+                        "[left, top, right, bottom] inside")
+    return [left, top, right, bottom]
+
+
 def question_text(item: dict, suffix: str = "") -> str:
     """Return the user's words. Multiple choice is asked in VLMEvalKit's words (vlmeval/dataset/image_mcq.py,
     build_prompt), with its trailing space and newline; other items bring their whole text as the question."""

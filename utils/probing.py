@@ -5,12 +5,15 @@
       text_only   neither                                  own         the imagination of the source
       other       that of another image's item             mean        the mean latent of every step
       random      noise of the own latents' lengths
-    cut (latents; the source's own prompt is read and imagined on, then the image and every word read after it are hidden
-    but the latents, and the question follows as a new turn)
-      cut         the source's   cut_other  another item's   cut_none   the source's, its latents hidden too
+    cut (the source's own prompt is read and imagined on, then the image and every word read after it are hidden but the
+    imagination, and the question follows as a new turn)
+      cut         the source's   cut_other  another item's   cut_none   the source's, its imagination hidden too; how far off
+                                                                        the question is still tells how long it was
 
-A text imagination has no mean and no noise, and is not cut. Every way is read twice: R0 scores each option behind one stem,
-which cannot fail to parse; the free reply is parsed.
+A text imagination has no mean and no noise. Cut, its words keep what they were read with, the image: what that adds to the
+words alone is "cut" beside "own". Every way is read twice: R0 scores each option behind one stem, which cannot fail to parse;
+the free reply is parsed. A reader, another model, is given the words, or the latents if its states have their size; it
+cannot be given what is cut, which is of the model that read the image.
 """
 import argparse
 import hashlib
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 
 from utils.answers import extract_choice
-from utils.capture import batched
+from utils.capture import batched, find_steps
 from utils.conditions import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
@@ -42,7 +45,7 @@ TURN = "<|im_start|>user"
 def conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
     """Return the ways to ask of the variants "tokens_only" and "cut", in the order in which they are asked."""
     names = [*TOKENS_ONLY, *(LATENT_ONLY if spec else ())] if "tokens_only" in variants else []
-    return names + [*(CUT if spec and "cut" in variants else ())]
+    return names + [*(CUT if "cut" in variants else ())]
 
 
 def rotations(probe: dict) -> list[dict]:
@@ -87,6 +90,20 @@ class Prober:
         self.qwen, self.spec, self.items, self.store, self.args = qwen, spec, items, store, args
         self.groups = {name: item.get("group_id") or name for name, item in items.items()}
         self.mean: np.ndarray | None = None
+        if spec is not None:
+            self.check_size()
+
+    def check_size(self) -> None:
+        """Raise DataError unless the model can be fed the latents of the store."""
+        name, hidden = self.args.reader or self.args.model, self.qwen.model.config.text_config.hidden_size
+        try:
+            latent_ids(self.qwen.tokenizer, self.spec)
+        except DataError as error:
+            raise DataError(f"{name}: cannot be given latents of {self.spec.name}: {error}") from error
+        width = next((r["tensors"]["latent"][1] for r in self.store.records.values() if "latent" in r["tensors"]), hidden)
+        if width != hidden:
+            raise DataError(f"{name}: states of {hidden} numbers, but the latents of {self.args.model} have {width}; expected "
+                            "a --reader of the same hidden size")
 
     def latents(self, source: str) -> np.ndarray:
         """Return the latents [k, hidden] of the first segment."""
@@ -130,7 +147,7 @@ class Prober:
         """Read prompts of "tokens_only"; return their state, the ids that R0 puts before its stem, and all places."""
         args, spec, latents = self.args, self.spec, None
         shows = name in ("image", "image_own")
-        images = [open_images(self.items[p["source"]], args.image_root) if shows else [] for p in batch]
+        images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]] for p in batch)]
         texts = [question_text(p, args.suffix) for p in batch]
         if not shows:
             texts = [text.replace("<image>", "") for text in texts]
@@ -150,29 +167,38 @@ class Prober:
         """Read and imagine on the sources' own prompts, hide what has seen the image, put the question; places that
         imagined again come back."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
-        images = [open_images(item, args.image_root) for item in items]
+        images = [open_images(item, item["root"]) for item in items]
         prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
                    for item, pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
         rows, end = decode(qwen, begun.take(list(range(len(batch)))), args.max_new_tokens, self.spec)
         first = begun.mask.shape[1]
-        able = [i for i, row in enumerate(rows) if row.segments and last_latent(row) <= end.mask.shape[1] - first]
+        steps = [self.imagined(row) for row in rows]
+        able = [i for i, its in enumerate(steps) if its and its[-1] < end.mask.shape[1] - first]
         if not able:
             return None, [], []
-        back = rewind(end, begun, [last_latent(row) if i in able else 0 for i, row in enumerate(rows)])
+        back = rewind(end, begun, [steps[i][-1] + 1 if i in able else 0 for i in range(len(rows))])
         for i in able:
             seen = torch.zeros_like(back.mask[i])
             seen[:int(begun.is_image[i].nonzero()[0])] = 1  # what stands before the image, on the left of it
-            for segment in rows[i].segments if name != "cut_none" else ():
-                seen[first + segment.start:first + segment.start + segment.size] = 1
+            if name != "cut_none":
+                seen[[first + step for step in steps[i]]] = 1
             back.mask[i] *= seen
-        end_id = latent_ids(qwen.tokenizer, self.spec)[2]
+        closing = [latent_ids(qwen.tokenizer, self.spec)[2]] if self.spec else \
+            qwen.tokenizer(CLOSE, add_special_tokens=False).input_ids
         blocks = []
         for i in able:
             whole = chat(qwen.tokenizer, question_text(batch[i], args.suffix).replace("<image>", ""), 0, args.system)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
-            blocks.append([end_id] + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
+            blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
         return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able
+
+    def imagined(self, row: Generation) -> list[int]:
+        """Return the steps of a reply that are its imagination: all its latents, or the first text; [] without any."""
+        if self.spec:
+            return [step for s in row.segments for step in range(s.start, s.start + s.size)]
+        found = find_steps(self.qwen, None, row)
+        return found[0] if found else []
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
         """Return the line of one answer; one that could not be asked (no latents this time) is counted as no answer."""

@@ -31,6 +31,8 @@ from utils.rows import DataError
 from utils.similarity import Cell
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
+STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
+          "dummy_pad": ("dummy_pad",), "inner": ("inner",)}  # kind that is analysed -> kinds in the store, whichever is there
 NAME = "states"
 BUDGET = 1 << 30  # bytes of states held at once by `States.cells`
 
@@ -100,6 +102,10 @@ class States:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: damaged line {line[:40]!r}; remove it to capture its sample again") from error
         self.records[record["key"]] = record
+
+    def find(self, kind: str) -> str | None:
+        """Return the name in the store of a kind that is analysed, or None if no sample has it."""
+        return next((name for name in STORED[kind] if any(name in r["tensors"] for r in self.records.values())), None)
 
     def open(self, key: str) -> safe_open:
         path = self.folder / self.records[key]["file"]
