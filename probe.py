@@ -46,7 +46,7 @@ from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
 from utils.readouts import STEM
-from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
+from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import States, StateWriter
 from utils.stats import wilson
@@ -338,7 +338,8 @@ def main(argv: list[str] | None = None) -> int:
                           "decodings_at_most": (2 if spec else 1) * len(wanted) + asked}))
         return 0
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     folder = args.store or output / "states"
     qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels) if args.stage != "analyse" else None
     if args.stage in ("all", "capture"):

@@ -30,7 +30,7 @@ def draw_all(metrics: dict, output: str) -> None:
         figure, rows = draw(metrics, shown)
         if figure is None:
             continue
-        figure.savefig(f"{output}.{name}.png", dpi=150)
+        replace_file(f"{output}.{name}.png", lambda file: figure.savefig(file, format="png", dpi=150), "wb")
         figure.clear()
         replace_file(f"{output}.{name}.csv", partial(write_csv, rows))
 
