@@ -94,7 +94,7 @@ def make_world(folder: Path, n: int) -> None:
         image.save(folder / name)
     for name, prompts in PROMPTS.items():
         write_json(folder / f"{name}.prompts.json", prompts)
-    for name, size in (("", 12 + 4 * n), (".many", 60 + 8 * n)):
+    for name, size in (("", 6 + 4 * n), (".many", 20 + 8 * n)):
         write_json(folder / f"rewrite_captions{name}.jsonl", [
             monet(i, question="which one " * (i % 5) + f"{i}?") for i in range(size)])
         write_rows(folder / f"filter_data{name}.jsonl", [row(f"s/{i}", f"The hull shows {i} of 42.") for i in range(size)])
@@ -133,7 +133,7 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
         found[f"{name} openai"] = Case(name, [*own, str(folder / f"{name}.many.jsonl"), "--backend", "openai", "--model", "m",
                                               "--concurrency", str(CONCURRENCY)], size, keys, files, server=folder)
     train = training_flags(folder / "train_sft.jsonl", folder / "tiny", "", "--max_tokens", "2000", "--max_steps",
-                           str(8 + 6 * n), "--save_every", "2", "--validation_rows", "2", "--eval_every", "10")
+                           str(6 + 6 * n), "--save_every", "2", "--validation_rows", "2", "--eval_every", "10")
     del train[train.index("--output"):train.index("--output") + 2]
     found["train_sft"] = Case(
         "train_sft", train,
@@ -189,8 +189,8 @@ def ended(pid: int, wait: bool = False) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def run_whole(case: Case, output: Path) -> tuple[float, float, float]:
-    """Run undisturbed; return the seconds until work was seen, while it went on, and from then to the end."""
+def run_whole(case: Case, output: Path) -> tuple[float, float, float, int]:
+    """Run undisturbed; return the seconds until work was seen, while it went on, from then to the end, and its progress."""
     began = first = last = time.monotonic()
     pid, before = start(case, output), 0
     while (code := ended(pid)) is None:
@@ -200,24 +200,28 @@ def run_whole(case: Case, output: Path) -> tuple[float, float, float]:
     if code != case.code:
         raise SystemExit(f"{case.script}: exit {code}, expected {case.code}; see {output.with_name('log.txt')}:\n"
                          + output.with_name("log.txt").read_text()[-3000:])
-    return first - began, last - first, time.monotonic() - last
+    return first - began, last - first, time.monotonic() - last, before
 
 
-def kill_once(case: Case, output: Path, times: tuple[float, float, float], n: int, place: int, rng: random.Random) -> bool:
-    """Start a run and kill it; return whether it was still running. `place` 0: with its imports; 1, 2: at any moment."""
-    (before, work, after), done = times, case.progress(output)
+def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], pause: float, place: int,
+              rng: random.Random) -> bool:
+    """Start a run and kill it; return whether it was still running.
+
+    `place` 0: a process with imports of its own; 1, 2: at any moment up to the work; else up to `pause` seconds after the work
+    has gone on, or, where none is left, at any moment.
+    """
+    (before, _, after, full), done = whole, case.progress(output)
     began = time.monotonic()
     pid = start(case, output, alone=place == 0)
-    imports = 20 * before if place == 0 else 0.0  # at most: then the moment is counted from when the work goes on
+    until = None
     if place == 0 and rng.random() < 0.5:
         until = began + rng.uniform(0.1, 3.0)
-    else:
-        until = began + rng.uniform(0, before + after) if place in (1, 2) else None
-    pause, patience = rng.uniform(0, case.pace * work / n), began + imports + 1.5 * before + rng.uniform(0, after)
+    elif place in (1, 2) or done > 0.98 * full:
+        until = began + rng.uniform(0, before + after)
     while (code := ended(pid)) is None:
         now = time.monotonic()
-        if until is None and (case.progress(output) > done or now > patience):
-            until = now + pause
+        if until is None and case.progress(output) > done:
+            until = now + rng.uniform(0, pause)
         if until is not None and now >= until:
             os.kill(pid, signal.SIGKILL)
             code = ended(pid, wait=True)
@@ -249,11 +253,12 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
     began = time.monotonic()
     whole, killed = (folder / name / "out" for name in ("whole", "killed"))
     whole.parent.mkdir(parents=True), killed.parent.mkdir()
-    times, hits, tries = run_whole(case, whole), 0, 0
+    undisturbed, hits, tries = run_whole(case, whole), 0, 0
+    pause = undisturbed[1] * min(case.pace / n, 0.4)
     n_calls = len(calls_of(case.server)) if case.server else 0
     while hits < n and tries < 3 * n and not (case.script == "train_sft" and killed.exists()):
-        hits += kill_once(case, killed, times, n, (tries + 7) % 8 if n > 7 else 3, rng)
-        tries += 1
+        hit = kill_once(case, killed, undisturbed, pause, (tries + 4) % 8 if n > 7 else 3, rng)
+        hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2  # the machine may be quicker by now
     if not (case.script == "train_sft" and killed.exists()):
         code = ended(start(case, killed), wait=True)
         if code != case.code:
