@@ -266,7 +266,8 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
     expected, found = case.records(whole), case.records(killed)
     files, its = final_files(case, whole), final_files(case, killed)
     result = {"kills": hits, "records": len(expected), "lost": len(set(expected) - set(found)),
-              "doubled": len(found) - len(set(found)), "identical": files == its and sorted(map(str, expected)) == sorted(map(str, found)),
+              "doubled": len(found) - len(set(found)),
+              "identical": files == its and sorted(map(str, expected)) == sorted(map(str, found)),
               "files": len(files), "seconds": round(time.monotonic() - began, 1)}
     if not result["identical"]:
         result["differ"] = sorted(name for name in {*files, *its} if files.get(name) != its.get(name))

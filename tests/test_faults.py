@@ -288,7 +288,8 @@ def without_weights(folder: Path) -> None:
 
 DAMAGES = {"cut weights": truncate("model.safetensors"), "no weights": lambda folder: (folder / "model.safetensors").unlink(),
            "a shard missing": without_shard, "shards not in the index": without_weights, "cut config": truncate("config.json"),
-           "cut vocabulary": truncate("vocab.json"), "cut tokenizer": truncate("tokenizer.json"), "cut processor": truncate("preprocessor_config.json"),
+           "cut vocabulary": truncate("vocab.json"), "cut tokenizer": truncate("tokenizer.json"),
+           "cut processor": truncate("preprocessor_config.json"),
            "cut tokenizer config": truncate("tokenizer_config.json"),
            "cut generation config": truncate("generation_config.json")}
 
