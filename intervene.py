@@ -30,14 +30,13 @@ settings, damage or a broken guard; 4 too many failed images; 130 interrupted.
 """
 import argparse
 import json
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from utils.asking import Asking
@@ -55,7 +54,7 @@ from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
 from utils.qwen import Qwen, encode, load, load_processors, load_tools
 from utils.readouts import STEM
-from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, sha256_file, write_json,
+from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
                         write_meta, write_rows)
 from utils.selftest import selftest
 from utils.server import HttpBackend
@@ -105,7 +104,8 @@ def run_batch(run: Run, batch: list[dict]) -> None:
             opened.append((item, open_images(item, run.args.image_root), open_counterfactual(item, run.args.image_root)))
         except ImageError as error:
             log(f"{item['id']}: {error}")
-            run.put(item, "clean", {"error": error.reason})
+            if run.get(item, "clean") is None:
+                run.put(item, "clean", {"error": error.reason})
     if not opened:
         return
     items, images, edits = map(list, zip(*opened))
@@ -166,9 +166,8 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
         found = Known.from_runs(rows)
         tensors = {} if found is None else {name: value if torch.is_tensor(value) else torch.tensor(value)
                                             for name, value in vars(found).items()}
-        aside = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-        os.replace(aside, path)
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        replace_file(path, lambda file: file.write(data), "wb")
     tensors = load_file(path)
     return Known(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
 

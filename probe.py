@@ -54,7 +54,7 @@ from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
 from utils.readouts import STEM
-from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows
+from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
 from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import STORED, States, StateWriter
@@ -343,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
                           "decodings_at_most": (2 if spec else 1) * len(wanted) + asked + sum(map(len, edits.values()))}))
         return 0
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     folder = args.store or output / "states"
     qwen = None
     if args.stage in ("all", "capture"):

@@ -42,14 +42,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from utils.answers import answers_match, last_boxed
-from utils.checkpoints import Run, Saver, keep_lines, open_run, prune, publish, restore, steps_of, take
+from utils.checkpoints import Run, Saver, alone, keep_lines, open_run, prune, publish, restore, steps_of, take
 from utils.decode import PRESETS, LatentSpec, clean_text, generate
 from utils.flops import peak_flops
 from utils.latents import align, run_latents
 from utils.packing import run_packed, use_packed_attention
 from utils.preview import dry_run, make_plan, show_plan
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, process_images, save
-from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta
+from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta, writing
 from utils.sharding import average_replicated, gathered, shard, whole_state
 from utils.steps import Batching, Steps, Work
 from utils.targets import IMAGINATIONS, Example, Target, load_images, make_examples
@@ -295,7 +295,7 @@ def status(record: dict) -> str:
 
 def write_record(acc: Accelerator, folder: Path, record: dict) -> None:
     if acc.is_main_process:
-        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     acc.log({name: value for name, value in record.items() if value is not None}, step=record["step"])
 
@@ -441,7 +441,7 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, begun = parse_args(argv), time.time()
+    args, begun = parse_args(argv), time.monotonic()
     output, folder = Path(args.output), Path(f"{args.output}.run")
     if output.exists():
         raise DataError(f"--output {output} exists; an existing checkpoint is never replaced, move it or name another")
@@ -463,33 +463,34 @@ def main(argv: list[str] | None = None) -> int:
     show_plan(train, plan, acc.device, use_checkpointing, CHUNK, args)
     if args.dry_run:
         return dry_run(train, held_out, plan, args)
-    with acc.main_process_first():
-        settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-        found, run = open_run(folder, settings, args.resume, acc.is_main_process), Run()
-    qwen, objective = make_model(acc, target, use_checkpointing, args)
-    optimizer = make_optimizer(qwen.model, args)
-    if found:
-        restore(found[0], qwen.model, optimizer)
-        run = Run(**found[1])
-        log(f"resumed from {found[0]}")
-    start_trackers(acc, args)
-    for steps in (train, held_out):
-        if steps:
-            steps.qwen = qwen
-    answers, saver = [row["answer"] for row in held_out_rows], Saver(acc.process_index, acc.num_processes)
-    try:
-        with stop_on_signals() as stop:
-            fit(acc, qwen, objective, optimizer, train, held_out, answers, run, saver, stop, args)
-        saver.close()
-    except torch.OutOfMemoryError as error:
-        raise DataError(f"step {run.step + 1}: out of memory; a smaller --max_tokens or --batch_size, more devices, or "
-                        f"--lora_rank: {error}") from error
-    except KeyboardInterrupt:
-        saver.close()  # the checkpoint of this step
-        raise
-    finally:
-        saver.abandon()
-    finish(acc, plan, run, time.time() - begun, args)
+    with alone(folder) if acc.is_main_process else nullcontext():
+        with acc.main_process_first():
+            settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+            found, run = open_run(folder, settings, args.resume, acc.is_main_process), Run()
+        qwen, objective = make_model(acc, target, use_checkpointing, args)
+        optimizer = make_optimizer(qwen.model, args)
+        if found:
+            restore(found[0], qwen.model, optimizer)
+            run = Run(**found[1])
+            log(f"resumed from {found[0]}")
+        start_trackers(acc, args)
+        for steps in (train, held_out):
+            if steps:
+                steps.qwen = qwen
+        answers, saver = [row["answer"] for row in held_out_rows], Saver(acc.process_index, acc.num_processes)
+        try:
+            with stop_on_signals() as stop:
+                fit(acc, qwen, objective, optimizer, train, held_out, answers, run, saver, stop, args)
+            saver.close()
+        except torch.OutOfMemoryError as error:
+            raise DataError(f"step {run.step + 1}: out of memory; a smaller --max_tokens or --batch_size, more devices, or "
+                            f"--lora_rank: {error}") from error
+        except KeyboardInterrupt:
+            saver.close()  # the checkpoint of this step
+            raise
+        finally:
+            saver.abandon()
+        finish(acc, plan, run, time.monotonic() - begun, args)
     return 0
 
 

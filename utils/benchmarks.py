@@ -18,7 +18,7 @@ from utils.bench_rows import SameAs
 from utils.bench_sources import Hub, Rows, check_digest, dataset_rows, download, file_rows, pinned, vstar_folder_rows
 from utils.images import ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
-from utils.rows import DataError, call_key
+from utils.rows import DataError, call_key, replace_file, writing
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
@@ -174,7 +174,7 @@ def store(where: str, data: bytes, folder: Path) -> dict:
         raise ImageError("image_unreadable", f"{where}: {len(data)} bytes that are no picture ({error})") from error
     digest = hashlib.sha256(data).hexdigest()
     path = folder / f"{digest[:16]}{suffix}"
-    path.write_bytes(data)
+    replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
     return {"path": f"{folder.name}/{path.name}", "sha256": digest}
 
 
@@ -189,7 +189,8 @@ def prepare(benchmark: str | Benchmark, folder: str | Path, source: str | Path |
     bench = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     items, stored, seen = [], {}, {}
     for where, row in rows:
         if limit is not None and len(items) == limit:

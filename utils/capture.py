@@ -26,8 +26,14 @@ def batched(rows: list[dict], size: int, what: str) -> tqdm:
 def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace,
             writer: StateWriter, whole: bool = True) -> None:
     """Decode the items that the store lacks and add their states; `args` are probe.py's. `whole`: inner states and those of
-    pads too."""
-    for batch in batched([item for item in items if item["id"] not in writer], args.batch_size, "items"):
+    pads too.
+
+    Batches are made of all items, and one that a kill left half done is decoded again whole: a state's last bits depend on
+    its batch.
+    """
+    for batch in batched(items, args.batch_size, "items"):
+        if all(item["id"] in writer for item in batch):
+            continue
         images = [open_shown(item) for item in batch]
         prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
                    for item, pictures in zip(batch, images)]
@@ -40,9 +46,10 @@ def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int
         dummies = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
         for item, row, pictures, prompt, dummy in zip(batch, rows, images, prompts, dummies):
             visual = [next(features) for _ in pictures][0]
-            tensors, facts = collect(qwen, spec, row, visual, n_steps, dummy)
-            writer.add(item["id"], {kind: x.float().cpu().numpy() for kind, x in tensors.items()},
-                       prompt_sha=text_hash(prompt), n_ids=len(row.ids), finish=row.finish, **facts)
+            if item["id"] not in writer:
+                tensors, facts = collect(qwen, spec, row, visual, n_steps, dummy)
+                writer.add(item["id"], {kind: x.float().cpu().numpy() for kind, x in tensors.items()},
+                           prompt_sha=text_hash(prompt), n_ids=len(row.ids), finish=row.finish, **facts)
 
 
 def collect(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.Tensor, n_steps: int,

@@ -3,11 +3,13 @@
 A checkpoint is a folder step-N with one safetensors file a rank, its own pieces of every trained weight and of the
 optimizer's state, and state.json. No pickle. It may be read by another number of ranks than wrote it.
 """
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from utils.rows import DataError, log, write_json
+from utils.rows import DataError, log, replace_file, write_json, writing
 
 STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
@@ -42,6 +44,23 @@ class Run:
         return [int(entry[-1]) for entry in self.best]
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, made if need be, against a second process: DataError if another has it.
+
+    The lock is one that forks do not inherit: workers outlive a killed run by seconds, and would keep the next one out.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(f"{folder}: another process trains here; wait for it, or give another --output") from error
+        yield
+
+
 def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
     """Make or re-enter the folder of a run; return the last whole checkpoint. For the first rank, before the others.
 
@@ -60,7 +79,10 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
     if not found and resume == "must":
         raise DataError(f"{folder}: no whole checkpoint, against --resume must; expected step-N in it")
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); move {folder} away to start afresh") from error
         differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now" for name in sorted({*settings, *theirs})
                      if settings.get(name) != theirs.get(name)]
         if differing:
@@ -74,7 +96,7 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
 def keep_lines(path: Path, n_lines: int) -> None:
     """Cut a log back to the step resumed from, so that no step stands in it twice."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
-    path.write_text("".join(lines), encoding="utf-8")
+    replace_file(path, lambda file: file.writelines(lines))  # a kill in between must not take the curve with it
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -34,7 +34,7 @@ def save(figures: dict[str, tuple], output: str) -> None:
     """Write each (figure, rows of its CSV) that there is."""
     for name, (figure, rows) in figures.items():
         if figure is not None:
-            figure.savefig(f"{output}.{name}.png", dpi=150)
+            replace_file(f"{output}.{name}.png", partial(figure.savefig, format="png", dpi=150), "wb")
             figure.clear()
             replace_file(f"{output}.{name}.csv", partial(write_csv, rows))
 

@@ -4,8 +4,11 @@ Colours are Okabe and Ito's (2008), which people with colour-blind eyes tell apa
 """
 import csv
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+
+from utils.rows import replace_file
 
 COLORS = {"imagination": "#0072b2", "text": "#d55e00", "image": "#009e73", "inner": "#cc79a7", "dummy_pad": "#7f7f7f",
           "fed": "#56b4e9", "start": "#e69f00"}
@@ -27,12 +30,16 @@ def new_axes(n_rows: int, n_columns: int, width: float, height: float, **more):
 def finish(figure, path: Path, rows: list[dict]) -> None:
     """Write the PNG and, beside it, the CSV of its numbers."""
     from matplotlib import pyplot
-    figure.savefig(path, dpi=150, bbox_inches="tight")  # a label beside an image may lie outside
+    # "tight": a label beside an image may lie outside
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"), "wb")
     pyplot.close(figure)
-    with open(Path(path).with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
+
+    def write(file: TextIO) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+    replace_file(path.with_suffix(".csv"), write)
 
 
 def tidy(ax) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.rows import DataError, log, rank_world, write_json
+from utils.rows import DataError, log, rank_world, write_json, writing
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 
@@ -28,14 +28,14 @@ class Journal:
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
                  shard: tuple[int, int] | None = None):
         self.folder, self.name = Path(folder), name
-        self.folder.mkdir(parents=True, exist_ok=True)
         index, n = shard or rank_world()[:2]
         self.path = self.folder / f"{name}-{index:05d}-of-{n:05d}.jsonl"
         self.places: dict[str, tuple[BinaryIO, int, int]] = {}  # key -> file, offset and length in bytes
         self.transient: set[str] = set()
         self.readers: dict[Path, tuple[BinaryIO, int, int]] = {}  # path -> file, bytes and lines read so far
         self.synced_at = time.monotonic()
-        with ExitStack() as stack:
+        with ExitStack() as stack, writing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             stack.callback(os.close, self.fd)
             try:
@@ -138,14 +138,12 @@ class Journal:
         """Write a record with its "key", in one write; DataError if the disk refuses it."""
         line = json.dumps(record).encode("ascii") + b"\n"
         rest = line
-        try:
+        with writing(self.path):
             while rest:
                 rest = rest[os.write(self.fd, rest):]
             if time.monotonic() - self.synced_at > FSYNC_EVERY_S:
                 os.fsync(self.fd)
                 self.synced_at = time.monotonic()
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; make room and run the same command again") from error
         self.note(record, (self.readers[self.path][0], self.size, len(line)))
         self.size += len(line)
 

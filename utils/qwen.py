@@ -6,11 +6,14 @@ is a token in one of them is a token in all.
 """
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
@@ -48,10 +51,23 @@ class Qwen:
         return self.model.device
 
 
+@contextmanager
+def whole(path: str) -> Iterator[None]:
+    """Turn what the library says of a checkpoint that is half written, or none, into a DataError of one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path}: no whole checkpoint here or on the hub: {' '.join(str(error).split())}; copy or train it "
+                        "again") from error
+
+
 def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
     """Load the configuration, the tokenizer and the image processor of a checkpoint, and no weights."""
     tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
-    config = AutoConfig.from_pretrained(path)
+    with whole(path):
+        config = AutoConfig.from_pretrained(path)
     if config.model_type not in MODEL_TYPES:
         raise DataError(f"{path}: model_type is {config.model_type!r}, expected one of {MODEL_TYPES}")
     factor = image_processor.patch_size * image_processor.merge_size
@@ -71,7 +87,11 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    with whole(path):
+        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype),
+                                                                   attn_implementation="sdpa", output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # which the library makes up at random
+        raise DataError(f"{path}: {len(missing)} weights are missing, the first {missing[0]}; copy or train it again")
     if len(qwen.tokenizer) > model.lm_head.out_features:
         raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
@@ -84,11 +104,15 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
     """Return (tokenizer, image processor) of a checkpoint, the pixel budget set and proven."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
-    try:
+    for file in (Path(path) / "tokenizer.json", Path(path) / "vocab.json"):
+        try:
+            if file.is_file():
+                json.loads(file.read_bytes())  # the library raises no particular error on one that is cut off
+        except ValueError as error:
+            raise DataError(f"{file}: not whole ({error}); copy or train the checkpoint again") from error
+    with whole(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    except OSError as error:
-        raise DataError(f"{path}: not a local checkpoint folder and not reachable on the hub: {error}") from error
     if tokenizer.chat_template is None:  # some releases keep the template in a file of its own
         template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if template is None:
@@ -121,7 +145,8 @@ def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int 
 def eos_ids(path: str, tokenizer) -> list[int]:
     """Return the ids that end a reply: the generation config's, else the tokenizer's own."""
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
-        eos = GenerationConfig.from_pretrained(path).eos_token_id
+        with whole(path):
+            eos = GenerationConfig.from_pretrained(path).eos_token_id
         if eos is not None:
             return list(eos) if isinstance(eos, list) else [eos]
     return [tokenizer.eos_token_id]

@@ -183,16 +183,30 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def replace_file(path: str | Path, write: Callable) -> None:
-    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole."""
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a DataError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; make room, or name an --output that can be written, and run the "
+                        "same command again") from error
+
+
+def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:
+    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole. `mode` "w" or "wb"."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8", newline="\n") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, mode, **({} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"})) as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)  # after a failure: it may be what fills the disk
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:

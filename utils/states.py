@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from utils.journal import Journal, read_settings
-from utils.rows import DataError
+from utils.rows import DataError, replace_file
 from utils.similarity import Cell
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
@@ -68,13 +68,8 @@ class StateWriter:
             if name not in KINDS or states.ndim not in (2, 3) or not np.isfinite(states).all():
                 raise ValueError(f"{key}: {name} {states.shape}: expected finite [steps, d] or [steps, layers, d] of one of "
                                  f"{', '.join(KINDS)}")
-        path = self.folder / file_name(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()}, beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        data = save({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
+        replace_file(self.folder / file_name(key), lambda file: file.write(data), "wb")
         self.journal.append({"key": key, "file": file_name(key), "tensors": {n: list(x.shape) for n, x in tensors.items()},
                              **facts})
 

@@ -1,0 +1,347 @@
+"""Real faults: full and read-only disks, clocks that go back, two processes on one output, ranks that die, files cut off.
+
+    python -m pytest tests/test_faults.py            # each fault, in this process
+    python -m pytest tests/test_faults.py -m slow    # ranks that die, two processes, a disk that fills up at many places
+
+Elsewhere: kills (test_kills.py), damaged checkpoints of a run, a save that fails (test_checkpoints.py), a loss that is not
+finite (test_train_sft.py), damaged journals, torn ends, a journal that meets a full disk (test_rows.py), damaged states
+(test_states.py), damaged rows of stages 1 and 2 (test_rewrite_captions.py, test_filter_data.py), servers (test_server.py,
+test_backends.py).
+"""
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import kills
+from kills import MAINS, ROOT, final_files
+from utils.rows import cli
+
+LOCAL = list(MAINS)  # the six scripts, each with a model in its process
+each_script = pytest.mark.parametrize("script", LOCAL)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+DISK = "No space left on device|File too large|I/O error"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Inputs and checkpoints, the cases of them, and what undisturbed runs write: whole(script) -> path of the output."""
+    folder = tmp_path_factory.mktemp("world")
+    kills.make_world(folder, 0)
+    cases, done = kills.cases(folder, 0), {}
+
+    def whole(script: str) -> Path:
+        if script not in done:
+            done[script] = folder / f"whole_{script}" / "out"
+            assert run(cases[script], done[script]) == cases[script].code
+        return done[script]
+    return cases, whole
+
+
+def run(case, output: Path, *more: str) -> int:
+    """Run a script in this process as its last lines do; return the exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return cli(lambda: MAINS[case.script]([*case.flags, "--output", str(output), *more]))
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def refused(capsys, case, output: Path, match: str, *more: str) -> None:
+    """Assert that a run ends with exit code 2 and one line that says why."""
+    capsys.readouterr()
+    code, err = run(case, output, *more), capsys.readouterr().err
+    last = [line for line in err.splitlines() if line.strip()][-1]
+    assert code == 2 and re.match(f"error: .*({match})", last) and "Traceback" not in err, err[-2000:]
+
+
+# ------------------------------------------------------------------------------------------------ disks
+@contextmanager
+def disk(folder: Path, options: str):
+    """Mount a small disk at `folder`, if this user may; yield whether it is there."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, size: int):
+    """Yield a function that gives the disk at `folder` room; until then it holds `size` bytes, or files may be no larger."""
+    with disk(folder, f"size={size}") as mounted:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+        def make_room() -> None:
+            if mounted:
+                subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        try:
+            yield make_room
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes that a folder takes, in whole pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share: float) -> bool:
+    """Run on a disk that holds `share` of what is written, then with room; return whether it was full.
+
+    Before the second run all files are dated into the future or the past, and in it the clock goes back at every look: what
+    goes on from the first must not depend on either.
+    """
+    cases, whole = world
+    case, expected = cases[script], final_files(cases[script], whole(script))
+    with small_disk(folder, int(share * size_of(whole(script).parent)) // 4096 * 4096 or 4096) as make_room:
+        capsys.readouterr()
+        code, err = run(case, folder / "out"), capsys.readouterr().err
+        if code != case.code:
+            last = err.strip().splitlines()[-1]
+            assert code == 2 and re.match(f"error: .*({DISK})", last) and "Traceback" not in err, err[-3000:]
+            assert not list(folder.rglob("*.tmp"))  # what could not be written takes no room
+        make_room()
+        if code == case.code:
+            return False
+        for n, path in enumerate(sorted(folder.rglob("*"))):
+            os.utime(path, (4e9, 4e9) if n % 2 else (6e8, 6e8))
+        now = [time.time()]
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
+            assert run(case, folder / "out") == case.code
+        assert final_files(case, folder / "out") == expected
+        found, records = case.records(folder / "out"), case.records(whole(script))
+        assert sorted(map(str, found)) == sorted(map(str, records))  # none lost, none twice
+    return True
+
+
+@each_script
+def test_a_full_disk_and_then_a_clock_that_goes_back(world, capsys, monkeypatch, tmp_path, script):
+    assert check_full_disk(world, capsys, monkeypatch, tmp_path / "disk", script, 0.6)
+
+
+@pytest.mark.slow
+@each_script
+def test_a_disk_that_is_full_at_many_places(world, capsys, monkeypatch, tmp_path, script):
+    shares = [0.001, *(n / 12 for n in range(1, 12)), 0.97]
+    full = [check_full_disk(world, capsys, monkeypatch, tmp_path / f"disk{n}", script, share) for n, share in enumerate(shares)]
+    assert sum(full) >= 8
+
+
+@each_script
+def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
+    (tmp_path / "file").write_text("")
+    refused(capsys, world[0][script], tmp_path / "file" / "out", "Not a directory|File exists")
+    with disk(tmp_path / "disk", "ro") as mounted:
+        if mounted:
+            refused(capsys, world[0][script], tmp_path / "disk" / "out", "Read-only file system")
+    assert (tmp_path / "file").read_text() == ""
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+def lock_of(case, output: Path) -> tuple[Path, str]:
+    """Return the file that a run of a script locks, and the call that locks it."""
+    if case.script == "train_sft":
+        return Path(f"{output}.run/lock"), "lockf"
+    if case.script == "probe":
+        return output / "states" / "states-00000-of-00001.jsonl", "flock"
+    return Path(f"{output}.run/calls-00000-of-00001.jsonl"), "flock"
+
+
+@each_script
+def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, script):
+    """The other one holds its lock and does nothing; it finds its files as they were."""
+    case, output = world[0][script], tmp_path / "out"
+    path, call = lock_of(case, output)
+    path.parent.mkdir(parents=True)
+    code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); print(flush=True); "
+            "time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        (path.parent / "step-4.part").mkdir()  # that another one writes, and no one clears away
+        refused(capsys, case, output, "another process")
+        assert sorted(path.parent.iterdir()) == sorted([path, path.parent / "step-4.part"]) and path.read_bytes() == b""
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+def command(case, output: Path, processes: int = 1) -> list[str]:
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                     "--nproc_per_node", str(processes)]
+    return [*start, str(ROOT / f"{case.script}.py"), *case.flags, "--output", str(output)]
+
+
+def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
+    """Start a run as a process, or under torchrun, its messages in a file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.with_name("log.txt"), "a") as log:
+        return subprocess.Popen(command(case, output, processes), stdout=log, stderr=log, env=ONE_THREAD)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, "it ended before anything was seen"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@each_script
+def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tmp_path, script):
+    cases, whole = world
+    case, output = cases[script], tmp_path / "out"
+    first = start(case, output)
+    wait_for(lambda: lock_of(case, output)[0].exists(), first)
+    time.sleep(0.02)  # from the file to its lock
+    first.send_signal(signal.SIGSTOP)  # so that it is still at work when the second one has been loaded
+    second = subprocess.run(command(case, output), capture_output=True, text=True, env=ONE_THREAD)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[-2000:]
+    assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code
+    alone = start(case, tmp_path / "alone" / "out")
+    assert alone.wait(timeout=300) == case.code
+    assert final_files(case, output) == final_files(case, tmp_path / "alone" / "out")
+
+
+# ------------------------------------------------------------------------------------------------ ranks that die
+def rank_of(launcher: int, rank: int) -> int | None:
+    """Return the process id of a rank, a child of torchrun's."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # which is one process
+def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(world, tmp_path, script, rank):
+    case = world[0][script]
+    together, output, code = tmp_path / "whole" / "out", tmp_path / "cut" / "out", int(case.code > 0)  # torchrun's own
+    assert start(case, together, 2).wait(timeout=300) == code
+    launcher = start(case, output, 2)
+    journal = Path(f"{output}.run/calls-0000{rank}-of-00002.jsonl")
+    if script == "train_sft":
+        wait_for(lambda: case.progress(output) >= 2, launcher)
+    else:
+        wait_for(lambda: journal.exists() and journal.stat().st_size > 0, launcher)
+    pid = rank_of(launcher.pid, rank)
+    others = [rank_of(launcher.pid, n) for n in (0, 1) if n != rank]
+    os.kill(pid, signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    assert not any(other and Path(f"/proc/{other}").exists() for other in others)  # nobody waits for the dead
+    assert start(case, output, 2).wait(timeout=300) == code
+    assert final_files(case, output) == final_files(case, together)
+
+
+# ------------------------------------------------------------------------------------------------ files cut off
+def truncate(name: str):
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
+    return damage
+
+
+def split_shards(folder: Path) -> None:
+    """Put the weights into three files with an index, as large checkpoints have them."""
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    names = {key: f"model-{n % 3 + 1:05d}-of-00003.safetensors" for n, key in enumerate(sorted(weights))}
+    for file in set(names.values()):
+        save_file({key: weights[key] for key in names if names[key] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "model.safetensors").unlink()
+
+
+def without_shard(folder: Path) -> None:
+    split_shards(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def without_weights(folder: Path) -> None:
+    split_shards(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if "00002" not in file}
+    path.write_text(json.dumps(index))
+
+
+DAMAGES = {"cut weights": truncate("model.safetensors"), "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+           "a shard missing": without_shard, "shards not in the index": without_weights, "cut config": truncate("config.json"),
+           "cut vocabulary": truncate("vocab.json"), "cut tokenizer": truncate("tokenizer.json"),
+           "cut processor": truncate("preprocessor_config.json"),
+           "cut tokenizer config": truncate("tokenizer_config.json"),
+           "cut generation config": truncate("generation_config.json")}
+
+
+@pytest.mark.parametrize("script, damage", [*((name, "cut weights") for name in LOCAL if name != "evaluate"),
+                                            *(("evaluate", name) for name in DAMAGES if name != "cut tokenizer"),
+                                            ("intervene", "cut tokenizer")])  # train_sft.py writes one, releases may not
+def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage):
+    case = world[0][script]
+    place, copy = case.flags.index("--model") + 1, tmp_path / "copy"
+    shutil.copytree(case.flags[place], copy)
+    DAMAGES[damage](copy)
+    changed = replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]])
+    refused(capsys, changed, tmp_path / "out", re.escape(str(copy)))
+    assert not (tmp_path / "out").is_file()
+
+
+def cut_line(path: Path, line: int) -> None:
+    """Take the second half of a line away, not its end."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1][:len(lines[line - 1]) // 2] + b"\n"
+    path.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("script, flag", [("train_sft", "--data"), ("evaluate", "--items"), ("intervene", "--items"),
+                                          ("probe", "--items"), ("probe", "--probe_items")])
+def test_rows_cut_off_in_the_middle_are_told_with_their_line(world, capsys, tmp_path, script, flag):
+    case = world[0][script]
+    place = case.flags.index(flag) + 1
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(case.flags[place], copy)
+    cut_line(copy, 5)
+    changed = replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]])
+    refused(capsys, changed, tmp_path / "out", re.escape(f"{copy}:5: not JSON"))
+
+
+@pytest.mark.parametrize("script", [name for name in LOCAL if name != "train_sft"])
+def test_a_journal_cut_off_in_the_middle_is_told_and_without_that_line_its_work_is_done_again(world, capsys, tmp_path, script):
+    cases, whole = world
+    case, output = cases[script], tmp_path / "out"
+    for path in whole(script).parent.glob("out*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    journal = lock_of(case, output)[0]
+    cut_line(journal, 3)
+    refused(capsys, case, output, re.escape(f"{journal}:3: damaged"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:2] + lines[3:]))
+    assert run(case, output) == case.code
+    assert final_files(case, output) == final_files(case, whole(script))
+
+
+def test_settings_of_a_training_cut_off(world, capsys, tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "settings.json").write_text('{"data": ')
+    refused(capsys, world[0]["train_sft"], tmp_path / "out", "settings.json: damaged")
