@@ -147,8 +147,8 @@ def measure(results: list[dict], conversations: list[Conversation], protocol: di
     parts = {name: summarize(part, test) for name, part in parts_of(results).items()}
     metrics = {**summarize(results, test), "categories": parts, "own_scores": own_scores(results), "protocol": protocol}
     metrics["headline"] = headline(metrics, args.allow_incomplete)
-    prefill = sum(conversation.seconds("prefill_seconds") for conversation in conversations)
-    metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3) if args.backend == "local" else None,
+    prefill = sum(conversation.seconds("prefill_seconds") for conversation in conversations)  # servers tell none
+    metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
                              "seconds_per_item": round(seconds / len(results), 4),
                              "tokens": n_tokens, "tokens_per_item": round(n_tokens / len(results), 1),
                              "tokens_per_second": round(n_tokens / seconds, 1) if seconds else None}
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         log(f"stopped: {error}")
         return 4
     if found is None:
-        print(f"process {rank_world()[0]}: its share is done; the last of {rank_world()[1]} to finish writes {args.output}. If one is "
+        print(f"process {rank_world()[0]}: its share is done; the last one to finish writes {args.output}. If one is "
               "lost before, the same command goes on from here", file=sys.stderr)
         return 0
     results, conversations, pixels = found

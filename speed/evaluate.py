@@ -12,7 +12,8 @@ word for word: a batch rounds otherwise than a single row, so that a tie may fal
 a process of its own, with its seconds (imports apart) and peak memory.
 
 Writes  --result (results/evaluate.json; with --growth results/growth.json)
-Prints  the same JSON object: seconds of either side, ratios of the rounds, what part of our decoding is prefill, replies that differ
+Prints  the same JSON object: seconds of either side, ratios of the rounds (wall clock, and of processor time where both are in
+        one process), what parts of our time are prefill and decoding, replies that differ
 """
 import argparse
 import json
@@ -35,8 +36,8 @@ ITEMS, VISUAL_TOKENS, FEW = (18, 72, 288), (256, 1024, 2304, 4096), 8  # of --gr
 # ---------------------------------------------------------------------------------------------- the two sides
 def flags_of(args: argparse.Namespace, output: Path) -> list[str]:
     pixels = ["--min_pixels", str(args.visual_tokens * PIXELS_A_TOKEN)] if args.visual_tokens else []
-    return ["--model", args.model, "--items", args.items, "--output", str(output), "--protocol", "plain", "--limit", str(args.limit),
-            "--max_new_tokens", str(args.max_new_tokens), "--dtype", "float32", *pixels]
+    return ["--model", args.model, "--items", args.items, "--output", str(output), "--protocol", "plain",
+            "--limit", str(args.limit), "--max_new_tokens", str(args.max_new_tokens), "--dtype", "float32", *pixels]
 
 
 def run_ours(args: argparse.Namespace, output: Path) -> dict[str, str]:
@@ -78,10 +79,10 @@ def run_peer(args: argparse.Namespace) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- processes
-def timed(run, *arguments) -> tuple[float, dict[str, str]]:
-    began = time.monotonic()
+def timed(run, *arguments) -> tuple[float, float, dict[str, str]]:
+    began, used = time.monotonic(), time.process_time()
     replies = run(*arguments)
-    return time.monotonic() - began, replies
+    return time.monotonic() - began, time.process_time() - used, replies
 
 
 def part(args: argparse.Namespace, folder: Path) -> dict:
@@ -90,14 +91,15 @@ def part(args: argparse.Namespace, folder: Path) -> dict:
     import transformers  # noqa: F401 (imports are no part of what is timed)
 
     import evaluate  # noqa: F401
-    seconds, found = {"ours": [], "peer": []}, {}
+    seconds, cpu, found = {"ours": [], "peer": []}, {"ours": [], "peer": []}, {}
     with redirect_stdout(sys.stderr):
         for _ in range(args.rounds):
             for side in ("ours", "peer") if args.part == "both" else (args.part,):
-                spent, found[side] = timed(*((run_ours, args, folder / f"{args.part}.jsonl") if side == "ours" else (run_peer, args)))
-                seconds[side].append(spent)
-    return {"seconds": seconds, "replies": found, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "threads": torch.get_num_threads()}
+                run = (run_ours, args, folder / f"{args.part}.jsonl") if side == "ours" else (run_peer, args)
+                spent, used, found[side] = timed(*run)
+                seconds[side].append(spent), cpu[side].append(used)
+    return {"seconds": seconds, "cpu": cpu, "replies": found, "threads": torch.get_num_threads(),
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def call(args: argparse.Namespace, name: str, **changes) -> dict:
@@ -136,11 +138,12 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
     metrics = json.loads((folder / "both.jsonl.metrics.json").read_text(encoding="utf-8"))
     spent, prefill = metrics["efficiency"]["seconds"], metrics["efficiency"]["prefill_seconds"]
     whole = both["seconds"]["ours"][-1]
-    result = {"model": Path(args.model).name, "items": len(both["replies"]["ours"]), "tokens_per_item": metrics["efficiency"]["tokens_per_item"],
-              "max_new_tokens": args.max_new_tokens, "cpus": os.cpu_count(), "threads": both["threads"],
+    result = {"model": Path(args.model).name, "items": len(both["replies"]["ours"]),
+              "tokens_per_item": metrics["efficiency"]["tokens_per_item"], "max_new_tokens": args.max_new_tokens,
+              "cpus": os.cpu_count(), "threads": both["threads"],
               "differing_replies": n_differing(both["replies"]["ours"], both["replies"]["peer"]),
               "differing_replies_started": n_differing(replies_of(folder / "started.jsonl"), peer["replies"]["peer"])}
-    for name, sides in (("started", started), ("same_process", both["seconds"])):
+    for name, sides in (("started", started), ("same_process", both["seconds"]), ("same_process_cpu", both["cpu"])):
         ratios = [theirs / ours for ours, theirs in zip(sides["ours"], sides["peer"], strict=True)]
         result[name] = {"ours_s": [round(s, 2) for s in sides["ours"]], "peer_s": [round(s, 2) for s in sides["peer"]],
                         "ratio": round(statistics.median(ratios), 2), "over_rounds": [round(ratio, 2) for ratio in ratios]}
@@ -164,6 +167,31 @@ def grow(args: argparse.Namespace) -> dict:
     return result
 
 
+COMMAND = "python speed/evaluate.py --model toy/work/{} --items toy/work/world/bench.jsonl --folder work/evaluate{}"
+
+
+def readme(result: dict) -> str:
+    """Return the rows of README.md's table that a result makes."""
+    if "visual_tokens" in result:
+        rows, where = [], f"`{COMMAND.format(result['model'], ' --growth')}`, `results/growth.json`"
+        for axis, words in (("items", "{} items against {}"),
+                            ("visual_tokens", f"{FEW} items of {{}} visual tokens against {{}}")):
+            less, most = result[axis][0], result[axis][-1]
+            ours, peer = ([f"{row[f'{side}_s']} s, {row[f'{side}_gib']} GiB" for row in (most, less)]
+                          for side in ("ours", "peer"))
+            what = words.format(most[axis], less[axis])
+            rows.append(f"| evaluating {what} | {' against '.join(ours)} | {' against '.join(peer)} | {where} |")
+            where = "the same"
+        return "\n".join(rows)
+    started, same, cpu = (result[name] for name in ("started", "same_process", "same_process_cpu"))
+    prefill, decode = (f"{100 * result['shares'][name]:.0f} %" for name in ("prefill", "decode"))
+    return (f"| evaluating {result['items']} items, {result['tokens_per_item']} tokens a reply, as started "
+            f"| {started['ours_s'][0]} s | one `generate` an item {started['peer_s'][0]} s ({started['ratio']} times) "
+            f"| `{COMMAND.format(result['model'], '')}`, `results/evaluate.json` |\n"
+            f"| the same in one process, imports apart | {same['ours_s'][0]} s: {prefill} prefill, {decode} decoding "
+            f"| {same['peer_s'][0]} s ({same['ratio']} times; {cpu['ratio']} of processor time) | the same |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a checkpoint")
@@ -185,6 +213,7 @@ def main() -> None:
     result = grow(args) if args.growth else compare(args, folder)
     path = Path(args.result or ROOT / "results" / ("growth.json" if args.growth else "evaluate.json"))
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(readme(result), file=sys.stderr)
     print(json.dumps(result))
 
 
