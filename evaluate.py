@@ -31,6 +31,7 @@ interrupted. Under torchrun every process answers its share, and the last one to
 """
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -141,12 +142,14 @@ def imagines(method: str) -> object:
 
 def measure(results: list[dict], conversations: list[Conversation], protocol: dict, args: argparse.Namespace) -> dict:
     """Return all scores of a run, by category too, and what it cost: seconds of decoding, an item's share of its batch's."""
-    test, seconds = imagines(args.method), sum(conversation.seconds for conversation in conversations)
+    test, seconds = imagines(args.method), sum(conversation.seconds() for conversation in conversations)
     n_tokens = sum(result["n_tokens"] for result in results)
     parts = {name: summarize(part, test) for name, part in parts_of(results).items()}
     metrics = {**summarize(results, test), "categories": parts, "own_scores": own_scores(results), "protocol": protocol}
     metrics["headline"] = headline(metrics, args.allow_incomplete)
-    metrics["efficiency"] = {"seconds": round(seconds, 3), "seconds_per_item": round(seconds / len(results), 4),
+    prefill = sum(conversation.seconds("prefill_seconds") for conversation in conversations)  # servers tell none
+    metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
+                             "seconds_per_item": round(seconds / len(results), 4),
                              "tokens": n_tokens, "tokens_per_item": round(n_tokens / len(results), 1),
                              "tokens_per_second": round(n_tokens / seconds, 1) if seconds else None}
     return metrics
@@ -183,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local = parser.add_argument_group("--backend local")
     local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
     local.add_argument("--latent_size", type=int, help="latents a segment (default: the family's)")
-    local.add_argument("--batch_size", type=int, default=8, help="items a batch, at most")
+    local.add_argument("--batch_size", type=int, default=32, help="items a batch, at most")
     local.add_argument("--batch_tokens", type=int, default=65536, help="tokens a batch, at most, replies at full length")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     server = parser.add_argument_group("--backend openai, and the judge")
@@ -303,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         log(f"stopped: {error}")
         return 4
     if found is None:
+        print(f"process {rank_world()[0]}: its share is done; the last one to finish writes {args.output}. If one is "
+              "lost before, the same command goes on from here", file=sys.stderr)
         return 0
     results, conversations, pixels = found
     write_rows(args.output, results)

@@ -282,6 +282,8 @@ def test_the_table_holds_the_published_sizes():
                      "mme_realworld_lite": 1919, "blink/Jigsaw": 150, "blink/Multi-view_Reasoning": 133, "tablevqa/vwtq": 750,
                      "tablevqa/vwtq_syn": 250, "tablevqa/vtabfact": 250, "mme": 2374, "ocrbench_v2": 10000, "vsp": 400}
     assert all(bench.n == sum(bench.counts.values()) for bench in TABLE.values() if bench.counts)
+    assert all(TABLE[name].counts == {"direct_attributes": 115, "relative_position": 76} for name in ("vstar", "vstar_inline"))
+    assert all(TABLE[name].counts == {"single": 400, "cross": 400} for name in ("hrbench_4k", "hrbench_8k"))
     assert (TABLE["blink/Jigsaw"].n_images, TABLE["blink/Multi-view_Reasoning"].n_images) == (3, 2) and len(TABLE) == 26
     assert all(len(digest) in (32, 64) for bench in TABLE.values() for names in bench.digests.values() for digest in names)
 

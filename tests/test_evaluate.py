@@ -11,11 +11,13 @@ from pathlib import Path
 import benchmark_fixtures as B
 import pytest
 from fault_server import calls_of, serving
+from test_answers import shortest_path
 
 import evaluate
 from utils.decode import PRESETS
 from utils.qwen import add_tokens, load, save
 from utils.rows import DataError, write_rows
+from utils.systems import Local
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,6 +186,81 @@ def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
     assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}
 
 
+@pytest.mark.slow
+def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_checkpoint, shared_data, tmp_path):
+    """All 400 from the published file to the score; then a solution of each is put into the journal in the reply's place."""
+    arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
+                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "8", "--protocol", "plain", "--max_pixels", "50176"]
+    assert evaluate.main(arguments) == 0
+    metrics = json.loads((tmp_path / "v.jsonl.metrics.json").read_text())
+    assert (metrics["n"], metrics["error"], metrics["correct"]) == (400, 0, 0) and len(rows(tmp_path / "v.jsonl")) == 400
+    assert {name: part["n"] for name, part in metrics["categories"].items()} == {f"level_{n}": 100 for n in (3, 4, 5, 6)}
+    boards = {r["id"]: r["gold"] for r in rows(tmp_path / "v.jsonl")}
+    journal = next((tmp_path / "v.jsonl.run").glob("calls-*"))
+    conversations = evaluate.open_conversations(rows(tmp_path / "v.jsonl.items.jsonl"), evaluate.PROTOCOLS["plain"],
+                                                evaluate.parse_args([*arguments, "--image_root", str(tmp_path)]))
+    tokenizer = load(str(tiny_checkpoint), device="cpu", max_pixels=50176)
+    system = Local(tokenizer, None, 8, 8, 65536)
+    ids = {conversation.ask(system): conversation.item["id"] for conversation in conversations}
+    write_rows(journal, [record | {"clean_output": f"\\boxed{{{','.join(shortest_path(boards[ids[record['key']]]))}}}"}
+                         for record in rows(journal)])
+    assert evaluate.main(arguments) == 0
+    metrics = json.loads((tmp_path / "v.jsonl.metrics.json").read_text())
+    assert (metrics["correct"], metrics["accuracy"]) == (400, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+def torchrun(processes, arguments):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                             str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def rank_of(pid):
+    """The rank that torchrun gave a process, None if it is none of its workers."""
+    try:
+        found = dict(part.split("=", 1) for part in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in part)
+    except OSError:
+        return None
+    return found.get("RANK")
+
+
+@pytest.mark.slow
+def test_one_two_and_three_real_processes_write_the_same_bytes(tiny_checkpoint, items):
+    files = []
+    for processes in (1, 2, 3):
+        run = torchrun(processes, flags(items, tiny_checkpoint, "--max_new_tokens", "40", "--dtype", "float32", output=f"{processes}.jsonl"))
+        out, err = run.communicate(timeout=180)
+        assert run.returncode == 0, err
+        assert json.loads(out.splitlines()[-1])["n"] == 9
+        files.append((items.parent / f"{processes}.jsonl").read_bytes())
+    assert len(files[0].splitlines()) == 9 and files[0] == files[1] == files[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are told by /proc")
+def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(tiny_checkpoint, items):
+    """Killed in the middle of its share: torchrun stops the rest, no result is written, and 3 processes finish what 2 began."""
+    arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "400", "--batch_size", "1", "--dtype", "float32", output="cut.jsonl")
+    run = torchrun(2, arguments)
+    share = items.parent / "cut.jsonl.run" / "calls-00001-of-00002.jsonl"
+    while run.poll() is None and not (share.exists() and share.read_bytes().count(b"\n")):
+        time.sleep(0.005)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(next(int(pid) for pid in workers if rank_of(pid) == "1"), signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode not in (0, None) and "the same command goes on" in err and "evaluate.py\", line" not in err, err
+    assert not (items.parent / "cut.jsonl").exists()
+    done = sum(path.read_bytes().count(b"\n") for path in (items.parent / "cut.jsonl.run").glob("calls-*"))
+    assert 1 <= done < 9
+    again = torchrun(3, arguments)
+    _, err = again.communicate(timeout=180)
+    assert again.returncode == 0, err
+    assert evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "400", "--batch_size", "1", "--dtype", "float32",
+                               output="whole.jsonl")) == 0
+    assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ every benchmark, every method
 def write_vsp(folder):
     (folder / "map.png").write_bytes(B.picture(1, "PNG"))
@@ -206,7 +283,7 @@ def server(tmp_path_factory):
 
 def run(folder, name, source, *more):
     """Evaluate a benchmark's fixture; return (exit code, results, metrics)."""
-    output = folder / "out" / f"{'-'.join(more[-2:])}.jsonl".replace("/", "_")
+    output = folder / "out" / f"{len(list(folder.glob('out/*.meta.json')))}.jsonl"
     code = evaluate.main(["--benchmark", name, "--source", str(source), "--output", str(output), "--limit", "50", *more])
     return code, rows(output), json.loads(Path(f"{output}.metrics.json").read_text())
 
@@ -218,8 +295,11 @@ def test_every_benchmark_runs_by_every_method_that_applies(name, tiny_checkpoint
     remote = ["--backend", "openai", "--base_url", server, "--model", "m", "--method"]
     runs = [run(tmp_path, name, source, *local, str(tiny_checkpoint), "--method", "direct"),
             run(tmp_path, name, source, *local, str(latent_checkpoint), "--latent", "mirage"),
-            run(tmp_path, name, source, *remote, "text"), run(tmp_path, name, source, *remote, "tool")]
-    for (code, results, metrics), method in zip(runs, ("direct", "latent", "text", "tool")):
+            run(tmp_path, name, source, *remote, "text"), run(tmp_path, name, source, *remote, "tool"),
+            run(tmp_path, name, source, *local, str(tiny_checkpoint), "--max_pixels", "50176", "--method", "text"),
+            run(tmp_path, name, source, *local, str(tiny_checkpoint), "--max_pixels", "50176", "--protocol", "deepeyes", "--method", "tool"),
+            run(tmp_path, name, source, "--system", "Be brief.", *remote, "direct")]
+    for (code, results, metrics), method in zip(runs, ("direct", "latent", "text", "tool", "text", "tool", "direct")):
         assert code == 0 and sorted(r["id"] for r in results) == sorted(expected if name != "hrbench_8k" else [
             i.replace("4k", "8k") for i in expected])
         assert {(r["method"], r["benchmark"]) for r in results} == {(method, name)} and all(r["prompt"] for r in results)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from speed import evaluate as evaluation
 from toy.report import readme
 from toy.variants import markdown
 
@@ -56,6 +57,9 @@ def test_the_numbers_of_speed_are_those_of_their_files():
     assert f"| {export['scan_s']:.1f} s | the same {export['json_loads_s']:.1f} s |" in table
     sweep = json.loads((ROOT / "results" / "sweep.json").read_text())
     assert f"| {sweep['together_s'][0]} s in one run | eight runs of one condition {sweep['apart_s'][0]} s ({sweep['ratio']} times) |" in table
+    for path, more in ((ROOT / "results" / "evaluate.json", ""), (ROOT / "results" / "growth.json", " --growth")):
+        expected = evaluation.readme(json.loads(path.read_text())) if path.exists() else "| not yet run |"
+        assert f"`{evaluation.COMMAND.format('text', more)}`" in table and expected in table
     train = json.loads((ROOT / "results" / "train.json").read_text())["contenders"]
     peers = [train[name] for name in ("trainer", "trainer_rebalance", "trl")]
     for peer in peers:

@@ -96,7 +96,7 @@ def test_a_conversation_with_the_tool_goes_on_until_it_ends(items, tmp_path, rep
     result = conversation.result()
     assert (conversation.ended_by, result["ended_by"], len(result["turns"]), result["n_tokens"]) == (
         ended_by, ended_by, n_turns, 5 * n_turns)
-    assert conversation.seconds == 0.5 * n_turns
+    assert conversation.seconds() == 0.5 * n_turns
     if n_turns > 1:
         user = system.asked[1][-1]
         assert (user[0], user[1][0], user[1][2:]) == ("user", "<tool_response>", (ASKED, "</tool_response>"))

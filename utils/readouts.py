@@ -7,9 +7,8 @@ only the way past the words can change the score. (R2 is the free reply, parsed.
 """
 import math
 
-import torch
-
-from utils.decode import State, extend_all
+from utils.decode import State
+from utils.likelihood import score_blocks
 from utils.qwen import Qwen, plain
 
 STEM = "The answer is \\boxed{"
@@ -36,26 +35,13 @@ def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) ->
     return blocks, shared
 
 
-@torch.no_grad()
 def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str], before: list[list[int]],
                   by: str = "letter") -> list[dict[str, float]]:
-    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`.
-
-    Option after option, all rows at once; `state` is not used up.
-    """
+    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`; `state` is kept."""
     laid = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
             for item, stem, ids in zip(items, stems, before, strict=True)]
-    scores = [{} for _ in items]
-    for k in range(max(len(item["options"]) for item in items)):
-        rows = [i for i, item in enumerate(items) if k < len(item["options"])]
-        blocks = [laid[i][0][k] for i in rows]
-        hidden = extend_all(qwen, state.take(rows), blocks)[0]
-        for row, i, block in zip(hidden, rows, blocks):
-            shared = laid[i][1]
-            logits = qwen.model.lm_head(row[shared - 1:len(block) - 1]).float().log_softmax(-1)
-            own = torch.tensor(block[shared:], device=logits.device)
-            scores[i][items[i]["options"][k][0]] = float(logits.gather(1, own[:, None]).sum())
-    return scores
+    scores = score_blocks(qwen, state, [blocks for blocks, _ in laid], [shared for _, shared in laid])
+    return [{letter: logp for (letter, _), logp in zip(item["options"], its)} for item, its in zip(items, scores)]
 
 
 def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None], before: list[list[int]],

@@ -91,9 +91,9 @@ class Conversation:
                 for turn, box in zip(self.turns, [*self.boxes, None])]}
         return found
 
-    @property
-    def seconds(self) -> float:
-        return sum(turn.get("seconds", 0.0) for turn in self.turns)
+    def seconds(self, name: str = "seconds") -> float:
+        """Return the sum over the turns; "prefill_seconds": of reading prompts, which a server does not tell."""
+        return sum(turn.get(name, 0.0) for turn in self.turns)
 
 
 def image_hash(root: str, path: str, known: dict[str, str]) -> str:
@@ -189,16 +189,19 @@ class Local:
         """Return the records of a batch that fits."""
         began = time.monotonic()
         state = prefill(self.qwen, inputs, self.spec)
+        if state.hidden.is_cuda:
+            torch.cuda.synchronize(state.hidden.device)
+        read = time.monotonic()
         if ready[0].item["metric"] == "likelihood":
             scores = score_replies(self.qwen, state, [[text for _, text in c.item["options"]] for c in ready])
             said = [{"raw_output": "", "clean_output": "", "finish_reason": "stop", "n_tokens": 0, "n_latent": 0, "scores": its}
                     for its in scores]
         else:
             said = [self.describe(row) for row in decode(self.qwen, state, self.max_new_tokens, self.spec)[0]]
-        seconds = (time.monotonic() - began) / len(ready)
+        seconds, prefill_seconds = ((until - began) / len(ready) for until in (time.monotonic(), read))
         grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
-        return [{"key": c.key, **its, "image_grids": [next(grids) for _ in c.pictures], "seconds": round(seconds, 6)}
-                for c, its in zip(ready, said)]
+        return [{"key": c.key, **its, "image_grids": [next(grids) for _ in c.pictures], "seconds": round(seconds, 6),
+                 "prefill_seconds": round(prefill_seconds, 6)} for c, its in zip(ready, said)]
 
     def describe(self, row: Generation) -> dict:
         """Return what one reply was; its clean text holds no latent positions and no control tokens."""
