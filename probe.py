@@ -228,7 +228,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if argv[:1] == ["derive"]:
         return derive.parse_args(argv[1:])
     if argv[:1] == ["report"]:
-        parser = argparse.ArgumentParser(prog="probe.py report", description="Gather the outputs of evaluate, intervene and probe.")
+        parser = argparse.ArgumentParser(prog="probe.py report",
+                                         description="Gather what evaluate, intervene and probe wrote into one page.")
         parser.add_argument("folder", help="where they lie; report.md and report.html are written into it")
         parser.set_defaults(task="report")
         return parser.parse_args(argv[1:])
