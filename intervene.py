@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -167,7 +168,10 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
         aside = path.with_suffix(f".{os.getpid()}.part")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
         os.replace(aside, path)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it, and it is computed again") from error
     return Known(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
 
 

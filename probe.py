@@ -42,6 +42,7 @@ from utils.decode import PRESETS, LatentSpec
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, sensitivity, spectrum, variance_split
 from utils.items import item_fault, question_text, read_items
+from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
@@ -228,6 +229,8 @@ def choose(items: list[dict], n_items: int) -> list[dict]:
 def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
     """Return items by id and probe items, checked."""
     items = {item["id"]: item for item in read_items(args.items, args.limit, ("mcq",))}
+    if not items:
+        raise DataError(f"{args.items}: no items; expected at least one")
     probes = read_rows(args.probe_items, PROBE_FIELDS, args.limit) if args.probe_items else []
     for item in items.values():
         if not item["images"]:
@@ -349,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"{folder}: no states of {len(missing)} of {len(wanted)} items, the first {missing[0]!r}; run --stage "
                         "capture with the same flags")
     path = output / "metrics.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if args.stage != "all" and path.is_file() else {}
+    kept = read_settings(output, path.name) if args.stage != "all" and path.is_file() else {}
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,
                "level": args.level, "similarity": None, "probing": None} | kept
     if args.stage in ("all", "analyse"):

@@ -6,11 +6,13 @@ is a token in one of them is a token in all.
 """
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
@@ -20,6 +22,7 @@ from utils.rows import DataError
 
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.families
 PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
 
 
@@ -71,7 +74,11 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa",
+                                                            use_safetensors=True)  # never a pickle, which may run code
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: its weights cannot be read ({error}); expected whole model*.safetensors") from error
     if len(qwen.tokenizer) > model.lm_head.out_features:
         raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
@@ -148,8 +155,9 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
 
 
 def plain(text: str) -> str:
-    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn or hold an image."""
-    return text.replace("<|", "< |")
+    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn, hold an image or, where
+    a family's markers are tokens (Monet's `<abs_vis_token>`), begin a latent."""
+    return MARKS.sub("< ", text)
 
 
 def user_content(text: str, n_images: int) -> list[dict]:
