@@ -69,7 +69,7 @@ def test_the_fuzzer_sees_what_it_looks_for(tiny_checkpoint, tmp_path):
 
 def test_no_source_trusts_remote_code_or_loads_a_pickle():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("toy/*.py")]:
-        assert not re.search(r"trust_remote_code|\bimport pickle\b|\bpickle\.|torch\.load\b|(?<![\w.])eval\(|weights_only|allow_pickle", path.read_text()), path
+        assert not re.search(r"trust_remote_code|\bimport pickle\b|\bpickle\.[a-z]|torch\.load\b|(?<![\w.])eval\(|weights_only|allow_pickle", path.read_text()), path
 
 
 # ------------------------------------------------------------------------------------------------ what it found: rows

@@ -170,7 +170,7 @@ def store(where: str, data: bytes, folder: Path) -> dict:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone: which format, and a picture at all
             suffix = SUFFIXES[image.format]
-    except (*BROKEN, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise ImageError("image_unreadable", f"{where}: {len(data)} bytes that are no picture ({error})") from error
     digest = hashlib.sha256(data).hexdigest()
     path = folder / f"{digest[:16]}{suffix}"

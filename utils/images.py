@@ -28,7 +28,8 @@ ORIENTATION = 0x0112  # EXIF tag
 FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
 # what Pillow's readers raise on bytes that are no whole picture, found by tests/hostile.py
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError, AttributeError,
-          ArithmeticError, AssertionError, struct.error, zlib.error, RecursionError, NotImplementedError)
+          ArithmeticError, AssertionError, struct.error, zlib.error, RecursionError, NotImplementedError,
+          Image.DecompressionBombError)
 
 
 class ImageError(DataError):
@@ -127,7 +128,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.size
-    except (*BROKEN, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise ImageError("image_unreadable", f"{path}: no picture header ({error})") from error
 
 
