@@ -12,6 +12,7 @@ ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "ima
 # wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its latents alone
 ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values", "tabfact": "bool",
                 "yesno_pair": "yesno", "unscored": "values"}
+TEXTS = ("benchmark", "category", "group_id", "hint")  # fields that are a string, null or not there
 FAR = 1 << 20  # pixels; beyond any picture
 SCORED = ("mcq", "vsp_path")  # what a script takes that names no metrics of its own
 
@@ -35,7 +36,7 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"answer {str(answer)[:60]}, expected type {ANSWER_TYPES[item['metric']]!r} and a value"
     if not all(isinstance(image, dict) and isinstance(image.get("path"), str) for image in item["images"]):
         return f"images {str(item['images'])[:60]}, expected a list of {{\"path\": ...}}"
-    if odd := [name for name in ("benchmark", "category", "group_id", "hint") if not isinstance(item.get(name), (str, type(None)))]:
+    if odd := [name for name in TEXTS if not isinstance(item.get(name), (str, type(None)))]:
         return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
     raw = item.get("raw") or {}
     if not isinstance(raw, dict) or not re.fullmatch("[0-9]{1,9}", str(raw.get("cycle_category") or 0)):

@@ -42,8 +42,8 @@ def read_result(text: str) -> dict:
         parts.setdefault(SAME.get(row.get("benchmark"), row.get("benchmark")), []).append(row)
     judged = "with_judge" in metrics
     if judged and (odd := [row["id"] for its in parts.values() for row in its if not isinstance(row.get("judged"), str)]):
-        raise DataError(f"{path}: id {odd[0]!r} has no verdict \"judged\", but the metrics beside it tell of a judge; expected both "
-                        "of one run")
+        raise DataError(f"{path}: id {odd[0]!r} has no verdict \"judged\", but its metrics tell of a judge; expected "
+                        "both of one run")
     scores = {}
     for benchmark, rows in parts.items():
         faulty = sum(row["verdict"] == "error" or row.get("judged") == "judge_error" for row in rows)
