@@ -41,6 +41,7 @@ import torch
 
 from utils.backends import ErrorRateError, find_checkpoint, model_identity
 from utils.benchmarks import TABLE, prepare
+from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
 from utils.items import ANSWER_TYPES, read_items
@@ -55,7 +56,7 @@ from utils.scoring import check_scorable, n_options, score
 from utils.server import HttpBackend
 from utils.stage import parse_object
 from utils.summary import headline, own_scores, parts_of, protocol_line, show, summarize
-from utils.systems import METHODS, Conversation, Local, Served, answer_all, render, show_messages
+from utils.systems import METHODS, Conversation, Local, Served, answer_all, is_turn, render, show_messages
 from utils.zoom import MAX_TOKENS
 
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)
@@ -269,7 +270,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol, args: argparse.Names
     fixed = ("model", "backend", "method", "protocol", "system", "suffix", "drop_format_hints", "min_pixels", "max_pixels",
              "max_new_tokens", "latent", "latent_size", "dtype")
     settings = {name: getattr(args, name) for name in fixed} | identity
-    with Journal(f"{args.output}.run", settings) as journal, Journal(f"{args.output}.run", name="judge") as verdicts:
+    with (Journal(f"{args.output}.run", settings, sound=is_turn) as journal,
+          Journal(f"{args.output}.run", name="judge", sound=is_reply) as verdicts):
         for key in list(journal):
             if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
                 journal.forget(key)

@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from utils.answers import answers_match, last_boxed, normalize
 from utils.backends import ErrorRateError
 from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
-from utils.checks import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own, check_rows,
-                          find_markup, parse_options, row_fault, split_final)
+from utils.checks import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows, find_markup,
+                          parse_options, row_fault, split_final, split_spans)
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.replies import fill, load_prompts, object_schema
@@ -117,8 +117,8 @@ def chain_fault(row: dict) -> str | None:
     boxed = last_boxed(row["chain"])
     if boxed is None or not answers_match(boxed, row["answer"], parse_options(row["question"]) or None):
         return "answer"
-    spans = SPAN.findall(row["chain"])
-    left_over = find_markup(SPAN.sub(" ", row["chain"])) - THINK_TAGS
+    spans, outside = split_spans(row["chain"])
+    left_over = find_markup(outside) - THINK_TAGS
     if len(spans) != sum("image" in step for step in row["steps"]) or left_over:
         return "chain"
     return next(filter(None, map(caption_fault, spans)), None)
@@ -131,7 +131,7 @@ def find_flags(row: dict) -> list[str]:
     answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
     """
     answer = row["answer"].strip()
-    seen = any(normalize(answer) in normalize(span) for span in SPAN.findall(row["chain"]))
+    seen = any(normalize(answer) in normalize(span) for span in split_spans(row["chain"])[0])
     needs_no_words = answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer) or \
         answer in parse_options(row["question"])
     holds = row.get("refined") is False, not seen and not needs_no_words, seen and len(answer.split()) >= LONG_ANSWER

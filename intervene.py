@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
@@ -168,7 +169,10 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
                                             for name, value in vars(found).items()}
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         replace_file(path, lambda file: file.write(data), "wb")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it, and it is computed again") from error
     return Known(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
 
 

@@ -50,6 +50,7 @@ from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing,
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
 from utils.items import ANSWER_TYPES, gold_words, item_fault, question_text, read_items
+from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import chat, load, load_processors
@@ -213,6 +214,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
             if item["id"] in items:
                 raise DataError(f"{path}: id {item['id']!r} stands already in {items[item['id']]['file']}; expected it once")
             items[item["id"]] = item | {"file": path, "root": args.image_root or str(Path(path).parent)}
+    if not items:
+        raise DataError(f"{' '.join(args.items)}: no items; expected at least one")
     probes = read_rows(args.probe_items, PROBE_FIELDS, args.limit) if args.probe_items else []
     for probe_item in probes:
         if fault := item_fault({**probe_item, "images": [], "metric": "mcq"}, ("mcq",)):
@@ -360,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"{folder}: no states of {len(missing)} of {len(names)} items, the first {missing[0]!r}; run --stage "
                         "capture with the same flags")
     path = output / "metrics.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if args.stage != "all" and path.is_file() else {}
+    kept = read_settings(output, path.name) if args.stage != "all" and path.is_file() else {}
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,
                "level": args.level, "similarity": None, "probing": None} | kept
     if args.stage in ("all", "analyse"):

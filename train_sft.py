@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from utils.answers import answers_match, last_boxed
 from utils.checkpoints import Run, Saver, alone, keep_lines, open_run, prune, publish, restore, steps_of, take
+from utils.checks import check_own
 from utils.decode import PRESETS, LatentSpec, clean_text, generate
 from utils.flops import peak_flops
 from utils.latents import align, run_latents
@@ -303,7 +304,12 @@ def write_record(acc: Accelerator, folder: Path, record: dict) -> None:
 # ---------------------------------------------------------------------------------------------- the whole run
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Read the rows of all --data files; return (training rows, held-out rows), the latter drawn by --seed."""
-    rows = [row for path in args.data for row in read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py")]
+    rows = []
+    for path in args.data:
+        its = read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py")
+        for row in its:
+            check_own(f"{path}: id {row['id']!r}", row)
+        rows += its
     if len({row["id"] for row in rows}) != len(rows):
         raise DataError(f"--data {' '.join(args.data)}: some ids stand in two files; expected unique ids")
     if args.validation_rows >= len(rows):

@@ -22,8 +22,10 @@ LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>
                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
 MARKER = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>")  # ltnt: a Monet fork's log
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"[{}]")
 TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox)\s*\{([^{}]*)\}")
+MAX_DEPTH = 50  # commands within commands that are taken off an answer
 BARE_LENGTH = 200  # characters of a one-line reply that is read as an answer
 SHORT_LENGTH = 30  # characters; a reply of twice the options' summed length is short too (VLMEvalKit's bound)
 PREFIX = re.compile(r"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.I)
@@ -91,28 +93,32 @@ def strip_markers(output: str) -> str:
     return MARKER.sub("", LATENT_SPAN.sub("", output)).strip()
 
 
-def braced(text: str, start: int) -> str | None:
-    """Return what stands between a brace opened just before `start` and the one that closes it; None if none does."""
-    depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start:i]
-    return None
+def closing_braces(text: str) -> dict[int, int]:
+    """Return {place after an opening brace: place of the brace that closes it}, in one pass."""
+    found, opened = {}, []
+    for match in BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif opened:
+            found[opened.pop()] = match.start()
+    return found
 
 
 def find_box(text: str) -> tuple[str | None, bool]:
     """Return (content, True) of the last box that closes, else (the rest of its line, False) of one that does not."""
-    content, closed, end = None, False, 0
+    content, end, left_open = None, 0, None
+    closing = closing_braces(text) if "boxed" in text or "fbox" in text else {}
     for match in BOX.finditer(text):
         if match.start() < end:
             continue  # a box inside a box: the outer one holds it
-        inner = braced(text, match.end())
-        if inner is not None:
-            content, closed, end = inner, True, match.end() + len(inner)
-        elif not closed:
-            content = text[match.end():].split("\n")[0]
-    return content, closed
+        if match.end() in closing:
+            end = closing[match.end()]
+            content = text[match.end():end]
+        else:
+            left_open = match.end()
+    if content is None and left_open is not None:
+        return text[left_open:].split("\n")[0], False
+    return content, content is not None
 
 
 def last_boxed(text: str) -> str | None:
@@ -124,7 +130,9 @@ def last_boxed(text: str) -> str | None:
 def unwrap(text: str) -> str:
     """Remove TeX text commands, quotes, emphasis and brackets that enclose all of `text`."""
     previous = None
-    while text != previous:
+    for _ in range(MAX_DEPTH):
+        if text == previous:
+            break
         previous = text
         text = TEX.sub(r"\1", text).replace("\\%", "%").strip(EDGES)
         enclosed = len(text) > 1 and text[0] + text[-1] in ("()", "[]", "{}", "（）", "$$")
@@ -242,7 +250,9 @@ def same_quantity(a: str, b: str) -> bool:
 def vsp_moves(text: str) -> str | None:
     """Return the letters U, D, L, R of the last \\boxed{} in a reply, upper-cased; None if no box closes (Mirage)."""
     start = text.rfind("\\boxed{")
-    content = braced(text, start + len("\\boxed{")) if start >= 0 else None
+    begin = start + len("\\boxed{")
+    end = closing_braces(text).get(begin) if start >= 0 else None
+    content = None if end is None else text[begin:end]
     return None if content is None else "".join(move for move in content.upper() if move in "UDLR")
 
 

@@ -8,6 +8,7 @@ The columns: open-compass/VLMEvalKit vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval
 import ast
 import base64
 import binascii
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -32,10 +33,15 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
               images: list, options: list | None = None, category: str | None = None,
               pictures: tuple[str, ...] = ("image",)) -> dict:
     """Return an item called `name`/`key`; `pictures` are the columns that stay out of "raw"."""
+    raw = {column: value for column, value in row.items() if column not in pictures}
+    try:
+        json.dumps(raw)
+    except (TypeError, ValueError) as error:  # bytes or a date, of a parquet file
+        raise DataError(f"{where}: a column cannot be kept as JSON ({error}); expected texts and numbers beside the "
+                        "pictures") from error
     item = {"id": f"{name}/{key}", "benchmark": name, "category": category, "group_id": f"{name}/{key}",
             "question": question, "options": options or [], "answer": {"type": ANSWER_TYPES[metric], "value": answer},
-            "images": images, "metric": metric, "source": where,
-            "raw": {column: value for column, value in row.items() if column not in pictures}}
+            "images": images, "metric": metric, "source": where, "raw": raw}
     return item | ({"hint": row["hint"]} if row.get("hint") else {})
 
 
@@ -61,7 +67,7 @@ def cell_pictures(where: str, row: dict) -> list:
 
 def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
     """Return the picture of a hub data set's column: its bytes, or the path of the file that holds it."""
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, (bytes, str)) or not value:
@@ -74,7 +80,7 @@ def python_list(where: str, column: str, value: object) -> list[str]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise DataError(f"{where}: column {column!r} {str(value)[:40]!r} is no Python list ({error})") from error
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
@@ -99,7 +105,7 @@ def bare_question(where: str, question: str, options: list[list[str]]) -> str:
         tail = "".join("\n" + mark.format(*option) for option in options)
         if question.rstrip().endswith(tail):
             return question.rstrip().removesuffix(tail)
-    if re.search(r"\n\s*(\(A\)|A[.)]) ", question):
+    if re.search(r"\n[^\S\n]*(\(A\)|A[.)]) ", question):
         raise DataError(f"{where}: the question {question[-60:]!r} has options that differ from the columns {options}")
     return question
 

@@ -35,10 +35,15 @@ class Hub:
 # ------------------------------------------------------------------------------------------------ files
 def file_rows(path: Path) -> Rows:
     """Yield the rows of a .tsv, .parquet, .jsonl or .json file; DataError for anything else."""
-    readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": located_rows, ".json": located_rows}
+    readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
         raise DataError(f"{path}: file of kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
     return readers[path.suffix](path)
+
+
+def json_rows(path: Path) -> Rows:
+    """Yield the rows of JSONL or of a JSON list; they may hold pictures, and so be long."""
+    return located_rows(path, longest=MAX_CELL)
 
 
 def tsv_rows(path: Path) -> Rows:
@@ -76,7 +81,7 @@ def parquet_rows(path: Path) -> Rows:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches(batch_size=16) for row in batch.to_pylist())
             yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, OverflowError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a parquet file ({error}); is it whole?") from error
 
 
@@ -95,7 +100,7 @@ def vstar_folder_rows(root: Path) -> Rows:
                 raise DataError(f"{note}: {len(pictures)} pictures named {note.stem}.*, expected one")
             try:
                 row = json.loads(note.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise DataError(f"{note}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{note}: {type(row).__name__}, expected a JSON object")

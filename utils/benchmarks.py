@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from utils import bench_rows as layouts
 from utils.bench_rows import SameAs
 from utils.bench_sources import Hub, Rows, check_digest, dataset_rows, download, file_rows, pinned, vstar_folder_rows
-from utils.images import ImageError, read_bytes, resolve_image
+from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
 from utils.rows import DataError, call_key, replace_file, writing
 
@@ -168,9 +168,9 @@ def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
 def store(where: str, data: bytes, folder: Path) -> dict:
     """Write a picture's bytes, untouched, into `folder` under their hash; return {"path", "sha256"}, path from its parent."""
     try:
-        with Image.open(io.BytesIO(data)) as image:  # the header alone: which format, and a picture at all
-            suffix = SUFFIXES.get(image.format, f".{image.format.lower()}")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone: which format, and a picture at all
+            suffix = SUFFIXES[image.format]
+    except BROKEN as error:
         raise ImageError("image_unreadable", f"{where}: {len(data)} bytes that are no picture ({error})") from error
     digest = hashlib.sha256(data).hexdigest()
     path = folder / f"{digest[:16]}{suffix}"

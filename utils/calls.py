@@ -41,6 +41,13 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
+def is_reply(record: dict) -> bool:
+    """Return whether a record of the journal has the fields of a Reply that are read here, of their types."""
+    return (all(type(record[name]) is str for name in ("key", "text", "finish_reason"))
+            and all(type(record[name]) is int for name in ("n_prompt", "n_new"))
+            and isinstance(record["seconds"], (int, float)) and isinstance(record["error"], (str, type(None))))
+
+
 class IncompleteError(RuntimeError):
     """Calls are in no shard's journal yet, and this process makes none."""
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.answers import BOX, answers_match, last_boxed
-from utils.images import check_images
+from utils.images import IMAGE_REASONS, check_images
 from utils.journal import Journal
 from utils.rows import DataError, call_key
 
@@ -22,9 +22,10 @@ WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
 SPAN = re.compile(r"<think_image>(.*?)</think_image>", re.DOTALL)
+LAST = "</think_image>"
 SENTENCE_END = re.compile(r"[.!?]\s+|\n+|</think>|</think_image>\s*")
 MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
-                    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]*\]|\\boxed|```")
+                    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
 REFUSAL = re.compile(r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
                      r"|answer|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b"
                      r"|\bI apologi[sz]e\b", re.I)
@@ -36,7 +37,7 @@ LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\
 SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai", "caption",
            "language model", "apolog", "description", "image", "picture", "photo", "region", "crop", "question")
 # each REFUSAL, META and LEAK has one of these words, and to look for them is ten times as fast
-OPTION = re.compile(r"^\s*(?:[-*]\s+)?\(?([A-Z])[.):]\s+(\S.*?)\s*$", re.MULTILINE)
+OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
 
@@ -77,9 +78,15 @@ def caption_fault(text: str) -> str | None:
 
 def parse_options(question: str) -> dict[str, str]:
     """Return {letter: text} of the options written one a line ("A. a cat"), or {} if there are not two from A on."""
-    options = dict(OPTION.findall(question))
+    options = {letter: text.rstrip() for letter, text in OPTION.findall(question)}
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
     return options if len(options) >= 2 and "".join(options) == letters else {}
+
+
+def split_spans(text: str) -> tuple[list[str], str]:
+    """Return (what the text imaginations of a chain say, the chain without them)."""
+    end = text.rfind(LAST) + len(LAST) if LAST in text else 0  # no span ends later: searching there takes quadratic time
+    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
 
 
 def split_final(text: str) -> tuple[str, str]:
@@ -159,7 +166,7 @@ def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict]
                     continue
                 key = state_of(root, row["images"], helpers) if seen_images is not None else ""
                 record = seen_images.get(key) if key else None
-                if record:
+                if record and (record["reason"] or len(record["hashes"]) == len(row["images"]) + len(helpers)):
                     found[n] = record["reason"], record["hashes"]
                 else:
                     new.append((n, key, row["images"], helpers))
@@ -171,6 +178,12 @@ def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict]
             yield from (found[n] for n in range(len(window)))
     finally:
         pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
+
+
+def is_look(record: dict) -> bool:
+    """Return whether a record of the images journal says what was found: a reason, or none and hashes."""
+    hashes, reason = record["hashes"], record["reason"]
+    return type(hashes) is list and all(type(digest) is str for digest in hashes) and reason in (None, *IMAGE_REASONS)
 
 
 def state_of(root: str | Path, images: list[str], helpers: list[str]) -> str:

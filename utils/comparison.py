@@ -3,16 +3,29 @@
 Items that are an error in either file are left out and counted; files with other items or other golds are refused.
 """
 from utils.rows import DataError, read_rows
+from utils.scoring import VERDICTS
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval, sign_flip
 
 N_PERM = 10000  # sign flips
+
+
+def read_results(path: str) -> list[dict]:
+    """Read a result file of evaluate.py; DataError for a row whose verdict, benchmark or group is none."""
+    rows = read_rows(path, {"id": str, "verdict": str}, hint="evaluate.py writes it")
+    for row in rows:
+        for name in ("benchmark", "group_id"):
+            if not isinstance(row.get(name), (str, type(None))):
+                raise DataError(f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a string or null")
+        if row["verdict"] not in VERDICTS:
+            raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of {', '.join(VERDICTS)}")
+    return rows
 
 
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
     """Return the pairs of results that are no error, in the first file's order, and how many were left out."""
     where, sides = f"--compare {' '.join(paths)}", []
     for path in paths:
-        sides.append({row["id"]: row for row in read_rows(path, {"id": str, "verdict": str})})
+        sides.append({row["id"]: row for row in read_results(path)})
     if set(sides[0]) != set(sides[1]):
         odd = sorted(set(sides[0]) ^ set(sides[1]))
         raise DataError(f"{where}: {len(odd)} items stand in one file only ({odd[0]}, ...); expected the same items")

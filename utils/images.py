@@ -3,6 +3,8 @@ import base64
 import hashlib
 import io
 import math
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +20,16 @@ MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked from t
 THUMBNAIL = 256  # pixels a side, for comparing two pictures
 SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
 SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
+# Pillow also opens EPS (by running Ghostscript), PSD, FITS and forty others, whatever the file is called
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SERVED_FORMATS = ("JPEG", "PNG", "WEBP")  # what every OpenAI-compatible server decodes
 JPEG_QUALITY = 92  # of a picture that is sent shrunk; PNG would take 17 times as long to encode
 ORIENTATION = 0x0112  # EXIF tag
 FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
+# what Pillow's readers raise on bytes that are no whole picture, found by tests/hostile.py
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError, AttributeError,
+          ArithmeticError, AssertionError, struct.error, zlib.error, RecursionError, NotImplementedError,
+          Image.DecompressionBombError)
 
 
 class ImageError(DataError):
@@ -45,10 +53,14 @@ class Picture(NamedTuple):
 
 def resolve_image(root: str | Path, relative: str) -> Path:
     """Return the path of an existing file under `root`; ImageError if it is missing or leaves the root by any link."""
-    path = Path(root, relative).resolve()
-    if not path.is_relative_to(Path(root).resolve()):
+    try:
+        path = Path(root, relative).resolve()
+        inside, is_file = path.is_relative_to(Path(root).resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
+        raise ImageError("image_missing", f"{relative[:200]!r}: no file can be there ({error})") from error
+    if not inside:
         raise ImageError("image_outside_root", f"{relative}: leaves the image root {root}; paths are relative to it")
-    if not path.is_file():
+    if not is_file:
         raise ImageError("image_missing", f"{path}: no such image; is --image_root {root} right?")
     return path
 
@@ -75,15 +87,16 @@ def open_image(path: str | Path) -> Image.Image:
 def decode_image(data: bytes, path: str | Path) -> Image.Image:
     """`open_image` for bytes already read; `path` only names them in errors."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)
             image.load()
-            return flatten(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # else a second picture of up to 700 MB
+            return flatten(image)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", f"{path}: {error}") from error
     except ImageError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
+    except BROKEN as error:
         raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error
 
 
@@ -103,18 +116,19 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # greys of 0..65535, which Pillow's own conversion would clip at 255
         image = image.convert("F").point(lambda value: value * 255 / 65535).convert("L")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")  # a copy is another picture of up to 700 MB
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)  # in place: alpha_composite would hold two pictures more
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Return (width, height) in pixels from the header alone, before EXIF; ImageError if there is none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise ImageError("image_unreadable", f"{path}: no picture header ({error})") from error
 
 
@@ -174,13 +188,15 @@ def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     """
     data = read_bytes(path)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)
             plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L") and not image.has_transparency_data
                      and getattr(image, "n_frames", 1) == 1 and image.getexif().get(ORIENTATION, 1) == 1)
             if plain and image.width * image.height <= max_pixels:
                 return f"data:{Image.MIME[image.format]};base64,{base64.b64encode(data).decode('ascii')}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", f"{path}: {error}") from error
+    except BROKEN as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error

@@ -1,4 +1,5 @@
 """Benchmark items: read with checks, and asked in the same words by every script that asks them."""
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +12,8 @@ ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "ima
 # wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its latents alone
 ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values", "tabfact": "bool",
                 "yesno_pair": "yesno", "unscored": "values"}
+TEXTS = ("benchmark", "category", "group_id", "hint")  # fields that are a string, null or not there
+FAR = 1 << 20  # pixels; beyond any picture
 SCORED = ("mcq", "vsp_path")  # what a script takes that names no metrics of its own
 
 
@@ -33,8 +36,11 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"answer {str(answer)[:60]}, expected type {ANSWER_TYPES[item['metric']]!r} and a value"
     if not all(isinstance(image, dict) and isinstance(image.get("path"), str) for image in item["images"]):
         return f"images {str(item['images'])[:60]}, expected a list of {{\"path\": ...}}"
-    if odd := [name for name in ("category", "group_id", "hint") if not isinstance(item.get(name), (str, type(None)))]:
+    if odd := [name for name in TEXTS if not isinstance(item.get(name), (str, type(None)))]:
         return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
+    raw = item.get("raw") or {}
+    if not isinstance(raw, dict) or not re.fullmatch("[0-9]{1,9}", str(raw.get("cycle_category") or 0)):
+        return f"field 'raw' is {str(raw)[:60]!r}, expected the published row, its cycle_category a number if there is one"
     if item["metric"] == "vsp_path" and (fault := board_fault(answer["value"])):
         return f"answer {fault}"
     if fault := value_fault(answer):
@@ -46,13 +52,16 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
+        if not all(re.fullmatch("[A-Z]", letter) for letter in letters):  # what is scored in the box, as it stands
+            return f"letters {str(letters)[:60]}, expected A to Z"
     return change_fault(item, metrics)
 
 
 def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
     """Return in words what is wrong with what an intervention would change of an item, its region or its edit, or None."""
     region, edit = item.get("region"), item.get("counterfactual")
-    if region is not None and not (isinstance(region, list) and len(region) == 4 and all(type(n) is int for n in region)
+    if region is not None and not (isinstance(region, list) and len(region) == 4
+                                   and all(type(n) is int and abs(n) < FAR for n in region)
                                    and region[0] < region[2] and region[1] < region[3]):
         return f"region {str(region)[:40]}, expected [left, top, right, bottom] in pixels"
     if edit is None:

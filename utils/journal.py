@@ -6,12 +6,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.rows import DataError, log, rank_world, write_json, writing
+from utils.rows import CANONICAL, DataError, log, rank_world, write_json, writing
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 
@@ -22,12 +22,12 @@ class Journal:
     That file is this process's own, locked against a second writer; the files of all shards are read, so that their
     number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json` holds
     `settings`; opening with others raises DataError. Of two records with one key the later counts. `transient` holds the
-    keys of records that call themselves so: of work worth trying again.
+    keys of records that call themselves so: of work worth trying again. A record on disk that is not `sound` is damage.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
-                 shard: tuple[int, int] | None = None):
-        self.folder, self.name = Path(folder), name
+                 shard: tuple[int, int] | None = None, sound: Callable[[dict], bool] | None = None):
+        self.folder, self.name, self.sound = Path(folder), name, sound
         index, n = shard or rank_world()[:2]
         self.path = self.folder / f"{name}-{index:05d}-of-{n:05d}.jsonl"
         self.places: dict[str, tuple[BinaryIO, int, int]] = {}  # key -> file, offset and length in bytes
@@ -115,8 +115,10 @@ class Journal:
                     break  # another shard is writing it
                 try:
                     record = json.loads(line)
+                    if self.sound and not self.sound(record):
+                        raise ValueError("fields of other types than were written")
                     self.note(record, (file, offset, len(line)))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                     raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
                                     "work, or use --fresh") from error
                 offset += len(line)
@@ -153,12 +155,16 @@ class Journal:
         (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
 
 
-def read_settings(folder: str | Path) -> dict | None:
-    """Return what `folder/meta.json` holds, or None if there is none; DataError if it is damaged."""
-    path = Path(folder, "meta.json")
+def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
+    """Return the object that `folder/<name>` holds, or None if there is none; DataError if it is damaged."""
+    path = Path(folder, name)
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); restore it, or use --fresh") from error
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{type(settings).__name__}, expected an object")
+        CANONICAL.encode(settings)  # ValueError for a number that is none
+        return settings
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error}); restore it, or begin anew (--fresh, another --output)") from error

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from utils.backends import ErrorRateError, Request
 from utils.journal import Journal
+from utils.replies import fill
 from utils.rows import DataError, call_key, log
 
 KINDS = ("map", "grade")
@@ -58,11 +59,6 @@ def question_for(kind: str, item: dict, reply: str) -> str | None:
     shown = f"{gold}. {options[gold]}" if item["metric"] == "mcq" else ", ".join(gold) if isinstance(gold, list) else str(gold)
     listed = "".join(f"\n{letter}. {text}" for letter, text in options.items())
     return fill(GRADE, question=item["question"] + listed, gold=shown, reply=reply)
-
-
-def fill(template: str, **values: str) -> str:
-    """Put values at their {names} in one pass, so that braces in a value (a box, say) are text."""
-    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda match: values[match[1]], template)
 
 
 def parse(kind: str, item: dict, text: str) -> str | None:

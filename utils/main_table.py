@@ -7,7 +7,8 @@ A name of the paper's puts a file into that row; a file without a name stands in
 import json
 from pathlib import Path
 
-from utils.rows import DataError, read_rows
+from utils.comparison import read_results
+from utils.rows import DataError, check_fields
 from utils.scores import macro, micro
 from utils.summary import interval
 
@@ -35,11 +36,14 @@ def read_result(text: str) -> dict:
     beside = Path(f"{path}.metrics.json")
     if not beside.is_file():
         raise DataError(f"--table {text}: no {beside}; expected a result file with its metrics beside it")
-    metrics = json.loads(beside.read_text(encoding="utf-8"))
+    metrics = read_metrics(beside)
     protocol, parts = metrics["protocol"], {}
-    for row in read_rows(path, {"id": str, "verdict": str}):
+    for row in read_results(path):
         parts.setdefault(SAME.get(row.get("benchmark"), row.get("benchmark")), []).append(row)
     judged = "with_judge" in metrics
+    if judged and (odd := [row["id"] for its in parts.values() for row in its if not isinstance(row.get("judged"), str)]):
+        raise DataError(f"{path}: id {odd[0]!r} has no verdict \"judged\", but its metrics tell of a judge; expected "
+                        "both of one run")
     scores = {}
     for benchmark, rows in parts.items():
         faulty = sum(row["verdict"] == "error" or row.get("judged") == "judge_error" for row in rows)
@@ -47,6 +51,28 @@ def read_result(text: str) -> dict:
         scores[benchmark] = {"n": len(rows), "faulty": faulty, "hits": hits}
     return {"row": name or f"{Path(protocol['model']).name} ({protocol['method']})", "scores": scores, "metrics": metrics,
             "path": path}
+
+
+def read_metrics(path: Path) -> dict:
+    """Return the metrics beside a result file; DataError for a file that evaluate.py did not write."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error}); run evaluate.py again, its replies are kept") from error
+    if not isinstance(metrics, dict):
+        raise DataError(f"{path}: {type(metrics).__name__}, expected an object")
+    check_fields(str(path), metrics, {"n": int, "protocol": dict, "efficiency": dict})
+    check_fields(f"{path}: protocol", metrics["protocol"], {"model": str, "method": str, "line": str})
+    number = (int, float, type(None))
+    check_fields(f"{path}: efficiency", metrics["efficiency"], {"seconds_per_item": number, "tokens_per_item": number})
+    for scored in (metrics, metrics.get("with_judge", metrics)):
+        check_fields(str(path), {"ci95": None, "chance": None} | (scored if isinstance(scored, dict) else {"ci95": scored}),
+                     {"ci95": (list, type(None)), "chance": number})
+        for name in ("ci95", "ci95_clustered"):
+            ends = scored.get(name) or (0, 1)
+            if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends):
+                raise DataError(f"{path}: {name} {str(ends)[:40]}, expected two numbers")
+    return metrics
 
 
 def cell(ours: dict | None, paper: float | None) -> str:

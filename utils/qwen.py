@@ -6,6 +6,7 @@ is a token in one of them is a token in all.
 """
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from utils.rows import DataError
 
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.families
 PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
 
 
@@ -87,8 +89,8 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
-    with whole(path):
-        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype),
+    with whole(path):  # safetensors: a pickle may run code
+        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True,
                                                                    attn_implementation="sdpa", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # which the library makes up at random
         raise DataError(f"{path}: {len(missing)} weights are missing, the first {missing[0]}; copy or train it again")
@@ -173,8 +175,9 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
 
 
 def plain(text: str) -> str:
-    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn or hold an image."""
-    return text.replace("<|", "< |")
+    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn, hold an image or, where
+    a family's markers are tokens (Monet's `<abs_vis_token>`), begin a latent."""
+    return MARKS.sub("< ", text)
 
 
 def user_content(text: str, n_images: int) -> list[dict]:

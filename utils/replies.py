@@ -15,8 +15,9 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
     if path is None:
         return dict(prompts)
     try:
-        changes = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        changes = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        json.dumps(changes, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no character
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: no JSON object of prompts ({error})") from error
     if not isinstance(changes, dict) or not all(isinstance(text, str) for text in changes.values()):
         raise DataError(f"{path}: expected one JSON object of strings")

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 BOM = b"\xef\xbb\xbf"
+LONGEST_ROW = 1 << 20  # bytes; a chain has some thousands, and a tokenizer takes minutes over a text of many MB
+LONGEST_ERROR = 8000  # characters shown of a message that quotes what it found
 API_KEY = "OPENAI_API_KEY"  # the environment variable that every client of OpenAI-compatible servers reads
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # named in <output>.meta.json
 
@@ -47,11 +49,18 @@ def cli(main: Callable[[], int]) -> int:
     try:
         return main()
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shorten(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here where the stage keeps a journal", file=sys.stderr)
         return 130
+
+
+def shorten(message: str) -> str:
+    """Return a message without control characters (an id or a path may hold them), and without its middle if it is long."""
+    if len(message) > LONGEST_ERROR:
+        message = f"{message[:LONGEST_ERROR // 2]} [...] {message[-LONGEST_ERROR // 2:]}"
+    return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)
 
 
 def read_api_key(path: str | None) -> str | None:
@@ -90,19 +99,23 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 # ------------------------------------------------------------------------------------------------ reading
-def located_rows(path: str | Path, limit: int | None = None, hint: str | None = None) -> Iterator[tuple[str, dict]]:
+def located_rows(path: str | Path, limit: int | None = None, hint: str | None = None,
+                 longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not one.
+    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not one, or that has
+    more than `longest` bytes.
     """
     try:
         with open(path, "rb") as file:
             begin = file.read(4096).removeprefix(BOM).lstrip()[:1]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}{f'; {hint}' if hint else ''}") from error
-    for n, (line, row) in enumerate((parse_list if begin == b"[" else parse_lines)(str(path))):
+    for n, (line, row, size) in enumerate((parse_list if begin == b"[" else parse_lines)(str(path))):
         if limit is not None and n >= limit:
             return
+        if size > longest:
+            raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected {longest:,} at most, take it out")
         if not isinstance(row, dict):
             raise DataError(f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
         yield f"{path}:{line}", row
@@ -120,39 +133,49 @@ def decode_text(path: str, line: int, data: bytes) -> str:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise DataError(f"{path}:{line}: {half!a} is half a surrogate pair, not a character") from error
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass  # the caller parses again and says where
     return text
 
 
-def parse_lines(path: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for every line that is not blank."""
+def fault_of(error: ValueError | RecursionError) -> str:
+    """Return in words why the parser refused a text: its grammar, an integer of thousands of digits, its depth."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def parse_lines(path: str) -> Iterator[tuple[int, object, int]]:
+    """Yield (line number, value, bytes) for every line that is not blank."""
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             text = text.removeprefix(BOM) if line == 1 else text
             if text.strip():
                 try:
                     value = json.loads(decode_text(path, line, text.removesuffix(b"\n")))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno}); "
-                                    "expected one object a line") from error
-                yield line, value
+                except DataError:
+                    raise
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}:{line}: not JSON ({fault_of(error)}); expected one object a line") from error
+                yield line, value, len(text)
 
 
-def parse_list(path: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for every item of a JSON list that fills the file."""
+def parse_list(path: str) -> Iterator[tuple[int, object, int]]:
+    """Yield (line number, value, characters) for every item of a JSON list that fills the file."""
     text = decode_text(path, 1, Path(path).read_bytes().removeprefix(BOM))
     try:
         items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected one list of objects") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({fault_of(error)}); expected one list of "
+                        "objects") from error
     decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     for item in items:  # parsed a second time, item by item, only to learn the line where each begins
         while text[place] in " \t\r\n,":
             place += 1
         line, counted = line + text.count("\n", counted, place), place
-        yield line, item
-        place = decoder.raw_decode(text, place)[1]
+        end = decoder.raw_decode(text, place)[1]
+        yield line, item, end - place
+        place = end
 
 
 def check_fields(where: str, row: dict, fields: dict[str, type | tuple]) -> None:

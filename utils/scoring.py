@@ -8,6 +8,7 @@ utils.compat alone, for comparison, and never decides one of ours.
 from utils import compat
 from utils.answers import extract_choice, vsp_moves, walk_vsp
 from utils.rows import DataError
+from utils.scores import ROTATIONS
 from utils.tables import read_truth, read_value, read_yes_no, vwtq_numeric
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
@@ -103,6 +104,14 @@ def check_scorable(items: list[dict]) -> None:
         raise DataError(f"item {odd[0]['id']!r} and {len(odd) - 1} more: metric {odd[0]['metric']!r} has no scorer "
                         "(OCRBench-v2's task metrics are not here: its items are a source of latents for probe.py alone); "
                         f"expected one of {', '.join(SCORE)}")
+    seen = set()
+    for item in items:  # said now, and not when all is answered
+        rotation = (item.get("raw") or {}).get("cycle_category")
+        place = item.get("benchmark"), item.get("group_id") or item["id"], rotation and int(rotation)
+        if rotation is not None and (int(rotation) >= ROTATIONS or place in seen):
+            raise DataError(f"item {item['id']!r}: rotation {rotation!r} of question {place[1]!r}; expected each of 0 to "
+                            f"{ROTATIONS - 1} once")
+        seen.add(place)
 
 
 def n_options(item: dict) -> int:

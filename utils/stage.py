@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from utils.backends import LocalBackend
-from utils.calls import Call, Caller, IncompleteError
+from utils.calls import Call, Caller, IncompleteError, is_reply
+from utils.checks import is_look
 from utils.images import visual_tokens
 from utils.journal import Journal, read_settings
 from utils.rows import DataError, call_key, log, rank_world, read_api_key
@@ -23,7 +24,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def parse_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
@@ -105,8 +106,8 @@ def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[st
         if args.export_only and gc.isenabled():  # no model, no cycles, but millions of objects to look through: -8 % time
             gc.disable()
             stack.callback(gc.enable)
-        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard))
-        images = stack.enter_context(Journal(folder, name="images", shard=shard))
+        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, sound=is_reply))
+        images = stack.enter_context(Journal(folder, name="images", shard=shard, sound=is_look))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
         yield Caller(journal, images, backend, identity | asked, prompts, args.max_new_tokens, shard, not args.no_guard,

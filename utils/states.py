@@ -93,8 +93,12 @@ class States:
     def note(self, where: str, line: bytes) -> None:
         try:
             record = json.loads(line)
-            record["key"], record["file"], record["tensors"]
-        except (ValueError, TypeError, KeyError) as error:
+            if record["file"] != file_name(record["key"]):
+                raise ValueError("a file of another name")
+            if not all(kind in KINDS and len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)
+                       for kind, shape in record["tensors"].items()):
+                raise ValueError("shapes that are none")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{where}: damaged line {line[:40]!r}; remove it to capture its sample again") from error
         self.records[record["key"]] = record
 
@@ -105,7 +109,11 @@ class States:
     def open(self, key: str) -> safe_open:
         path = self.folder / self.records[key]["file"]
         try:
-            return safe_open(path, framework="numpy")
+            file = safe_open(path, framework="numpy")
+            for kind, shape in self.records[key]["tensors"].items():
+                if file.get_slice(kind).get_shape() != shape:
+                    raise OSError(f"{kind} of another shape than {shape}")
+            return file
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them "
                             "again") from error

@@ -262,6 +262,16 @@ class Served:
 
 
 # ------------------------------------------------------------------------------------------------ all conversations
+def is_turn(record: dict) -> bool:
+    """Return whether a record of the journal is a turn, or an error, with fields of the types that are read here."""
+    if type(record["key"]) is not str or "error" in record:
+        return type(record["key"]) is str and type(record["error"]) is str
+    return (all(type(record[name]) is str for name in ("raw_output", "clean_output", "finish_reason"))
+            and all(type(record[name]) is int for name in ("n_tokens", "n_latent"))
+            and isinstance(record["seconds"], (int, float)) and type(record["image_grids"]) is list
+            and all(isinstance(number, (int, float)) for number in record.get("scores", ())))
+
+
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int, world: int) -> bool:
     """Answer this process's share and bring every conversation to its end; False if other processes have not done theirs."""
     batches = system.batches(conversations, rank, world)
