@@ -145,9 +145,12 @@ intervene() {  # intervene NAME MODEL FLAGS...
       --model "$2" --output "$work/interventions/$1.$one.jsonl" --conditions full "${@:3}"   # {"stage": "intervene",
   done
 }
-probe() {  # probe NAME MODEL FLAGS...
-  stage "probe_$1" 20 "$work/probes/$1/metrics.json" python probe.py --items "$bench/vstar.items.jsonl" --model "$2" \
-    --output "$work/probes/$1" "${@:3}"   # {"stage": "probe",
+five=("$bench"/{vstar,mme,ocrbench,realworld,vwtq}.items.jsonl)
+probe() {  # probe NAME MODEL FLAGS...: 20 instances of each of five benchmarks, then questions answered without the image
+  stage "probe_$1" 20 "$work/probes/$1/metrics.json" python probe.py --items "${five[@]}" --model "$2" --n_items 100 --edits all \
+    --crossed 10 10 --output "$work/probes/$1" "${@:3}"   # {"stage": "probe",
+  stage "ask_$1" 20 "$work/probes/$1.vstar/metrics.json" python probe.py --items "$bench/vstar.items.jsonl" --model "$2" --circular \
+    --probe_items "$work/vstar_probe.jsonl" --variants tokens_only cut --output "$work/probes/$1.vstar" "${@:3}"   # {"stage": "probe",
 }
 intervene monet "$MONET" --latent monet_capimagine
 intervene lvr "$LVR" --latent lvr
@@ -156,6 +159,10 @@ intervene text "$work/text" directed_llm --editor_model "$EDITOR_LLM" --editor_u
 if [ -n "$MIRAGE" ]; then intervene mirage "$MIRAGE" --latent mirage; fi
 stage interventions_done 0 "$work/interventions_done" touch "$work/interventions_done"
 stop_server
+prepare mme 2 mme
+prepare ocrbench 10 ocrbench_v2
+stage derive 15 "$work/vstar_probe.jsonl" "${many[@]}" probe.py derive --items "$bench/vstar.items.jsonl" --image_root "$bench" \
+  --model "$CAPTIONER" --questions 3 --output "$work/vstar_probe.jsonl"   # {"sources": 191, "asked": 573,
 probe monet "$MONET" --latent monet_capimagine
 probe lvr "$LVR" --latent lvr
 probe latent "$work/latent" --latent mirage

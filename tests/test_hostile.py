@@ -190,7 +190,7 @@ def test_a_store_opens_no_file_but_its_own(tmp_path):
 def test_weights_that_are_a_pickle_are_not_loaded(tiny_checkpoint, tmp_path):
     import shutil
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    for name, said in (("model.safetensors", "cannot be read"), ("pytorch_model.bin", "model")):
+    for name, said in (("model.safetensors", "no whole checkpoint"), ("pytorch_model.bin", "model")):
         (tmp_path / "model" / "model.safetensors").unlink()
         (tmp_path / "model" / name).write_bytes(mutations.PICKLE)
         with pytest.raises(DataError, match=said):

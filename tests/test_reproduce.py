@@ -46,13 +46,13 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
         ("text", "sft"), ("placeholder", "sft"), ("text", "rewritten"), ("latent", "sft"), ("direct", "sft")]
     prepared = [name for args in calls["evaluate"] for name in args.benchmark or ()]
     assert {"vstar", "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw", "blink/Multi-view_Reasoning", "vsp",
-            "tablevqa/vwtq", "tablevqa/vwtq_syn", "tablevqa/vtabfact"} == set(prepared)
+            "tablevqa/vwtq", "tablevqa/vwtq_syn", "tablevqa/vtabfact", "mme", "ocrbench_v2"} == set(prepared)
     answered = [args for args in calls["evaluate"] if args.items]
     assert {args.method for args in answered} == {"direct", "text", "latent", "tool"}
     table = next(args for args in calls["evaluate"] if args.table)
     assert [text.partition("=")[2] for text in table.table] == [args.output for args in answered]
     assert {args.latent for args in calls["intervene"]} == {"off", "monet_capimagine", "lvr", "mirage"} == {
-        args.latent for args in calls["probe"]} | {"mirage"}
+        args.latent for args in calls["probe"] if args.task == "probe"} | {"mirage"}
     assert all("directed_llm" in args.conditions for args in calls["intervene"] if args.latent == "off")
     assert sum("vllm" in words[0] for words in planned) == 2  # the captioner, and the editor that is also the judge
 
