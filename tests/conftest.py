@@ -1,7 +1,11 @@
 """Fixtures: a tiny random Qwen2.5-VL in the released layout, and pictures made on the spot."""
+import os
 import random
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: workers that fight for cores take many times as long
 
 import pytest
 from PIL import Image

@@ -72,7 +72,7 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
                 ax.axhline(edge - 0.5, color="black", linewidth=0.6)
                 ax.axvline(edge - 0.5, color="black", linewidth=0.6)
             if step == 0:
-                ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:14] for name in names], fontsize=6)
+                ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:18] for name in names], fontsize=6)
                 ax.set_ylabel(f"{NAMES[kind]}\n{form}", fontsize=8)
             one, two = np.triu_indices(len(who), 1)
             numbers += [{"kind": kind, "form": form, "step": step + 1, "instance": int(who[i]), "other": int(who[j]),
@@ -81,7 +81,7 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
         ax.set_title(f"step {step + 1}", fontsize=9)
     figure.suptitle(f"Cosine between every two of {len(tasks)} instances, by task", fontsize=11)
     if shown is not None:
-        figure.colorbar(shown, ax=axes, label="cosine", shrink=0.7)
+        figure.colorbar(shown, ax=axes, label="cosine", shrink=0.5, aspect=50)
     finish(figure, path, numbers)
 
 
