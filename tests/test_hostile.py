@@ -21,12 +21,12 @@ from utils.answers import last_boxed
 from utils.checks import find_markup, parse_options, split_spans
 from utils.images import ImageError, data_url, open_image, resolve_image
 from utils.items import item_fault
+from utils.journal import Journal
 from utils.judges import question_for
 from utils.qwen import load, plain
 from utils.rows import LONGEST_ERROR, DataError, cli, read_rows, shorten
 from utils.scoring import check_scorable
 from utils.states import States, StateWriter
-from utils.stage import open_run  # noqa: F401  the room whose journals are fuzzed
 
 BAD = ("tracebacks", "hangs", "escapes", "tokens", "pickles", "memory")
 ROOT = Path(__file__).parents[1]
@@ -170,6 +170,13 @@ def test_damaged_metrics_are_named(tmp_path, metrics, said):
     (tmp_path / "r.jsonl.metrics.json").write_text(metrics)
     with pytest.raises(DataError, match=said):
         evaluate.main(["--table", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "t.md")])
+
+
+@pytest.mark.parametrize("line", [b'\xef\xbb\xbf{"key": "a"}', b'{"key": "\\ud800"}', b"[" * 10_000, b'{"key": 5, "n": "x"}'])
+def test_a_damaged_journal_is_named(tmp_path, line):
+    (tmp_path / "calls-00000-of-00001.jsonl").write_bytes(b'{"key": "\\ud83d\\ude00", "n": 1}\n' + line + b"\n")
+    with pytest.raises(DataError, match="00001.jsonl:2: damaged journal line"):
+        Journal(tmp_path, sound=lambda record: isinstance(record["n"], int))
 
 
 def test_a_store_opens_no_file_but_its_own(tmp_path):

@@ -114,7 +114,9 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break  # another shard is writing it
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8"))
+                    if b"\\ud" in line:  # a pair is a character, half of one is damage
+                        json.dumps(record, ensure_ascii=False).encode("utf-8")
                     if self.sound and not self.sound(record):
                         raise ValueError("fields of other types than were written")
                     self.note(record, (file, offset, len(line)))
