@@ -3,6 +3,7 @@ import csv
 import hashlib
 import json
 import re
+from pathlib import Path
 from collections import Counter
 from dataclasses import replace
 
@@ -250,8 +251,9 @@ def test_the_hub_is_read_at_a_pinned_commit_and_nothing_else(tmp_path, monkeypat
     root, expected = made.write_vstar_original(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **flags: calls.append((names, flags)) or str(root))
     assert len(prepare(sized("vstar_likelihood", expected), tmp_path / "images", revision="a" * 40)) == 2
-    assert calls[2] == (("craigwu/vstar_bench",), {"repo_type": "dataset", "revision": "a" * 40, "allow_patterns": [
-        "direct_attributes/*", "relative_position/*"]})
+    assert calls[2] == (("craigwu/vstar_bench",), {
+        "repo_type": "dataset", "revision": "a" * 40, "allow_patterns": ["direct_attributes/*", "relative_position/*"],
+        "local_dir": Path(huggingface_hub.constants.HF_HUB_CACHE, f"craigwu--vstar_bench-{'a' * 40}")})  # no links
 
 
 def test_a_branch_and_a_missing_revision_are_refused(tmp_path):

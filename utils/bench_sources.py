@@ -147,14 +147,16 @@ def pinned(hub: Hub, revision: str | None) -> str:
 
 def download(hub: Hub, revision: str | None) -> Path:
     """Return the local copy of a file on the hub, or of V*'s two folders where the entry names neither file nor split."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     commit = pinned(hub, revision)
     try:
         if hub.file:
             return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=commit))
+        # into a folder of its own: in the cache's, pictures are links that lead out of it
         return Path(snapshot_download(hub.repo, repo_type="dataset", revision=commit,
+                                      local_dir=Path(constants.HF_HUB_CACHE, f"{hub.repo.replace('/', '--')}-{commit}"),
                                       allow_patterns=[f"{folder}/*" for folder in VSTAR_FOLDERS]))
     except (OSError, HfHubHTTPError) as error:
         raise DataError(f"{hub.repo}@{commit}: cannot be fetched ({error})") from error
