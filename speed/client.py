@@ -5,7 +5,7 @@
 The server answers every request after --latency seconds; every client sends the same picture and text (about 150 kB a
 request, read and encoded anew each time) with --in_flight requests under way. Rounds alternate; the median counts.
 
-Writes  --result (results/client.json)
+Writes  --result (results/client.json; with --growth results/client_growth.json)
 Prints  the same JSON object: requests a second, client CPU a request, ratios
 """
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / "speed" / ".venv"
 CLIENTS = ("ours", "openai", "aiohttp")
+GROWTH = [(750, 560), (3000, 560), (12000, 560), (750, 1120), (750, 2240)]  # requests, pixels of a picture's longer side
 TEXT = "Describe the region in one to three sentences. " * 40
 COMPLETION = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [
     {"index": 0, "message": {"role": "assistant", "content": '{"caption": "a cat"}'}, "finish_reason": "stop"}],
@@ -115,11 +116,17 @@ def run_client(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Return the medians of all clients over the rounds, and the ratios."""
+    """Return the medians of all clients over the rounds, and the ratios; with --growth at every point, a round each."""
+    if args.growth:
+        points = []
+        for args.requests, args.side in GROWTH:
+            points.append(compare(argparse.Namespace(**vars(args) | {"growth": False, "rounds": 1})))
+            print(json.dumps(points[-1]), file=sys.stderr)
+        return {"points": points}
     from PIL import Image
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.jpg"))
-        Image.effect_noise((560, 420), 60).convert("RGB").save(picture, quality=args.quality)
+        Image.effect_noise((args.side, args.side * 3 // 4), 60).convert("RGB").save(picture, quality=args.quality)
         server = subprocess.Popen([sys.executable, __file__, "--serve", "--latency", str(args.latency)],
                                   stdout=subprocess.PIPE, text=True)
         try:
@@ -145,7 +152,9 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.3, help="seconds until the server answers")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts")
     parser.add_argument("--quality", type=int, default=75, help="of the JPEG: sets the size of a request")
-    parser.add_argument("--result", default=str(ROOT / "results" / "client.json"), help="where the numbers go")
+    parser.add_argument("--side", type=int, default=560, help="pixels, of the picture's longer side")
+    parser.add_argument("--growth", action="store_true", help="more requests and larger pictures instead")
+    parser.add_argument("--result", help="where the numbers go")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", choices=CLIENTS, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -162,8 +171,8 @@ def main() -> None:
             (VENV / "installed").touch()
         raise SystemExit(subprocess.run([VENV / "bin" / "python", __file__, *sys.argv[1:]]).returncode)
     result = compare(args)
-    Path(args.result).parent.mkdir(exist_ok=True)
-    Path(args.result).write_text(json.dumps(result, indent=2) + "\n")
+    path = Path(args.result or ROOT / "results" / ("client_growth.json" if args.growth else "client.json"))
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

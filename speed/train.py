@@ -15,7 +15,9 @@ Contenders run in turns, each in a process of its own, `--rounds` times; the fir
 The peers get the same token ids, pixels and labels, made by the same code, and stand in an environment that this script
 makes of speed/requirements-train.txt at its first start (it needs a package index or cache).
 
-Writes  --result (results/train.json)
+--growth: 32, 128 and 512 rows a step, and 8 rows of 256 to 4,096 visual tokens, ours against trainer_rebalance.
+
+Writes  --result (results/train.json; with --growth results/train_growth.json)
 Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the rounds
 """
 import argparse
@@ -33,6 +35,10 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = Path(__file__).parent / ".venv-train"
 CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
 N_ROWS = 128
+GROWTH = [{"rows": n, "visual_tokens": None} for n in (32, 128, 512)] + [
+    {"rows": 8, "visual_tokens": n} for n in (256, 1024, 4096)]
+PACK = 4096 + 1024  # --max_tokens of ours: holds the longest row of --growth
+BUDGET = 8192  # visual tokens a row and an image: more than there are, so that nothing is scaled down
 LEARNING_RATE = 1e-5
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -47,16 +53,16 @@ def words(rng: random.Random, n: int) -> str:
     return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(n))
 
 
-def make_world(folder: Path) -> None:
-    """Write rows.jsonl, its pictures and the checkpoint."""
+def make_world(folder: Path, n_rows: int, visual_tokens: int | None) -> None:
+    """Write rows.jsonl, its pictures (of `visual_tokens` each, or of lengths as in visual CoT) and the checkpoint."""
     from PIL import Image
 
     from toy.make_model import make_model
     from utils.rows import write_rows
     rng, rows = random.Random(0), []
     folder.mkdir(parents=True)
-    for n in range(N_ROWS):
-        visual = min(460, max(24, round(rng.lognormvariate(4.64, 0.6))))  # visual tokens: mean 135
+    for n in range(n_rows):
+        visual = visual_tokens or min(460, max(24, round(rng.lognormvariate(4.64, 0.6))))  # mean 135
         width = max(4, round(visual ** 0.5))
         size = 28 * width, 28 * round(visual / width)
         picture = Image.effect_noise((width, width), 80).resize(size, Image.Resampling.BICUBIC).convert("RGB")  # as smooth as photos
@@ -73,11 +79,16 @@ def make_world(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the contenders
+def count_rows(folder: Path) -> int:
+    return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+
+
 def run_ours(folder: Path, steps: int, output: Path) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
     subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
                     "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
-                    str(N_ROWS), "--max_tokens", "4096", "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
+                    str(count_rows(folder)), "--max_tokens", str(PACK), "--image_tokens", str(BUDGET), "--tokens_per_image",
+                    str(BUDGET), "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
                     "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
@@ -93,7 +104,8 @@ class Rows:
         from utils.qwen import load_tools
         from utils.rows import read_rows
         from utils.targets import Target, make_examples
-        self.qwen, self.target = load_tools(str(folder / "model")), Target("text", str(folder))
+        self.qwen, self.target = load_tools(str(folder / "model")), Target(
+            "text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
         rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
         self.examples = make_examples(self.qwen, rows, self.target)
         self.image_id = self.qwen.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -136,7 +148,7 @@ def run_peer(name: str, folder: Path, steps: int, output: Path) -> dict:
     model.model.visual.requires_grad_(False)
     model.accepts_loss_kwargs = True  # else both divide by the tokens of a batch, not by those of the step: a mean of means
     size = 1 if name == "trainer" else 8
-    settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": N_ROWS // size,
+    settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows.examples) // size,
                 "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "weight_decay": 0.01,
                 "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 1,
                 "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "bf16": False,
@@ -151,7 +163,7 @@ def run_peer(name: str, folder: Path, steps: int, output: Path) -> dict:
         def on_step_end(self, *_, **__):
             times[-1][1] = time.perf_counter()
 
-    dataset = datasets.Dataset.from_list([rows[n] for n in range(N_ROWS)])
+    dataset = datasets.Dataset.from_list([rows[n] for n in range(len(rows.examples))])
     common = {"model": model, "train_dataset": dataset, "data_collator": rows.collate, "callbacks": [Clock()]}
     if name.startswith("trl"):
         import trl
@@ -195,30 +207,13 @@ def compare(runs: dict[str, list[dict]]) -> dict:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--result", default=str(ROOT / "results" / "train.json"), help="where the numbers go")
-    parser.add_argument("--contender", choices=("world", *CONTENDERS), help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    folder = Path(args.folder)
-    sys.path.insert(0, str(ROOT))
-    if args.contender == "world":
-        return make_world(folder)
-    if args.contender:
-        run = run_ours if args.contender == "ours" else lambda *rest: run_peer(args.contender, *rest)
-        print(json.dumps(run(folder, args.steps, Path(args.output))))
-        return None
-    python = make_environment()
-
+def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -> dict:
+    """Make a world and let the contenders run in turns over it; return what `compare` says."""
     def child(contender: str, output: str) -> str:
         command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
-        done = subprocess.run([*command, "--contender", contender, "--output", str(folder / output)], stdout=subprocess.PIPE,
-                              text=True, check=True)
+        flags = [f"--{name}={value}" for name, value in point.items() if value]
+        done = subprocess.run([*command, *flags, "--contender", contender, "--output", str(folder / output)],
+                              stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
 
     child("world", "")
@@ -227,9 +222,39 @@ def main() -> None:
         for name in args.contenders:
             runs[name].append(json.loads(child(name, f"{name}-{n}").splitlines()[-1]))
             print(n, name, [round(seconds, 2) for seconds in runs[name][-1]["seconds"]], file=sys.stderr)
-    result = {"rows": N_ROWS, "tokens": runs["ours"][0]["tokens"], "steps": args.steps, "rounds": args.rounds,
-              "cpus": os.cpu_count(), "contenders": compare(runs)}
-    Path(args.result).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {**point, "tokens": runs["ours"][0]["tokens"], "steps": args.steps, "rounds": args.rounds, "cpus": os.cpu_count(),
+            "contenders": compare(runs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB, with --growth 200")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")
+    parser.add_argument("--result", help="where the numbers go")
+    parser.add_argument("--rows", type=int, default=N_ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--visual_tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=("world", *CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = Path(args.folder)
+    sys.path.insert(0, str(ROOT))
+    if args.contender == "world":
+        return make_world(folder, args.rows, args.visual_tokens)
+    if args.contender:
+        run = run_ours if args.contender == "ours" else lambda *rest: run_peer(args.contender, *rest)
+        print(json.dumps(run(folder, args.steps, Path(args.output))))
+        return None
+    python = make_environment()
+    if args.growth:
+        args.contenders = ["ours", "trainer_rebalance"]
+        result = {"points": [contend(python, folder / str(n), point, args) for n, point in enumerate(GROWTH)]}
+    else:
+        result = contend(python, folder, {"rows": N_ROWS, "visual_tokens": None}, args)
+    path = Path(args.result or ROOT / "results" / ("train_growth.json" if args.growth else "train.json"))
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return None
 
