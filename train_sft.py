@@ -48,8 +48,9 @@ from utils.decode import PRESETS, LatentSpec, clean_text, generate
 from utils.flops import peak_flops
 from utils.latents import align, run_latents
 from utils.packing import run_packed, use_packed_attention
+from utils.patches import process_images
 from utils.preview import dry_run, make_plan, show_plan
-from utils.qwen import Qwen, add_tokens, collate, load, load_tools, process_images, save
+from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
 from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta, writing
 from utils.sharding import average_replicated, gathered, shard, whole_state
 from utils.steps import Batching, Steps, Work

@@ -123,7 +123,7 @@ class Rows:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from utils.qwen import process_images
+        from utils.patches import process_images
         from utils.targets import load_images
         ids = [torch.tensor(item["input_ids"]) for item in items]
         pad = self.qwen.tokenizer.pad_token_id

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from utils.decode import LatentSpec, latent_ids
-from utils.qwen import Qwen, collate, image_features, process_images
+from utils.patches import process_images
+from utils.qwen import Qwen, collate, image_features
 from utils.targets import Example, Target, load_images
 
 

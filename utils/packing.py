@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from utils.qwen import Qwen, collate, process_images
+from utils.patches import process_images
+from utils.qwen import Qwen, collate
 from utils.rows import DataError
 from utils.targets import Example, Target, load_images
 

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from utils.heads import load_head
 from utils.images import smart_size
+from utils.patches import process_images
 from utils.rows import DataError
 
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
@@ -213,11 +214,6 @@ def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]], padd
     pixels = [process_images(qwen.image_processor, row) for row in images]
     batch = collate(qwen, ids, pixels, padding_side)
     return {name: tensor.to(qwen.device) for name, tensor in batch.items()}
-
-
-def process_images(image_processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -> dict | None:
-    """Return {"pixel_values" [n_patches, 1176 or 1536], "image_grid_thw" [n_images, 3]} on the CPU; None for no image."""
-    return dict(image_processor(images, return_tensors="pt")) if images else None
 
 
 def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
