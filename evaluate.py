@@ -44,7 +44,7 @@ from utils.benchmarks import TABLE, prepare
 from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
-from utils.items import ANSWER_TYPES, read_items
+from utils.items import ANSWER_TYPES, group_of, read_items
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
 from utils.main_table import make_table
@@ -130,7 +130,7 @@ def result_of(conversation: Conversation, system: Local | Served, args: argparse
     item, said = conversation.item, conversation.result()
     rotation = (item.get("raw") or {}).get("cycle_category")
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
-            "group_id": item.get("group_id") or item["id"], "gold": item["answer"]["value"], "n_options": n_options(item),
+            "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
             **({} if rotation is None else {"rotation": int(rotation)}), "protocol": args.protocol, "method": args.method,
             "pixels": system.pixels, **said, **score(item, said)}
 

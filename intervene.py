@@ -46,9 +46,9 @@ from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, fin
 from utils.decode import PRESETS, LatentSpec, decode, prefill
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
-from utils.effects import group_of, summarize
+from utils.effects import summarize
 from utils.images import ImageError
-from utils.items import open_images, read_items
+from utils.items import group_of, open_images, read_items
 from utils.journal import Journal
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps

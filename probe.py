@@ -49,7 +49,7 @@ from utils.decode import PRESETS, LatentSpec
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
-from utils.items import ANSWER_TYPES, gold_words, item_fault, question_text, read_items
+from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, question_text, read_items
 from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
@@ -91,7 +91,7 @@ class Analysis:
         self.halves = draw_halves(len(items), args.seed)
         self.labels = {"decode": [gold_words(item) or item["id"] for item in items],
                        "decode_task": self.tasks.tolist()}
-        self.groups = [item.get("group_id") or item["id"] for item in items]
+        self.groups = list(map(group_of, items))
         self.rows: list[dict] = []
         self.matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -196,7 +196,7 @@ def choose(items: list[dict], n_items: int) -> list[dict]:
     """Return up to n items, as many of every file, evenly spread over it, one an image group."""
     files: dict[str, dict[str, dict]] = {}
     for item in items:
-        files.setdefault(item["file"], {}).setdefault(item.get("group_id") or item["id"], item)
+        files.setdefault(item["file"], {}).setdefault(group_of(item), item)
     chosen = []
     for k, firsts in enumerate(map(list, (groups.values() for groups in files.values()))):
         n = min(n_items // len(files) + (k < n_items % len(files)), len(firsts))

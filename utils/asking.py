@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.conditions import sampler
 from utils.decode import Arm, State, prefill
-from utils.items import question_text
+from utils.items import group_of, question_text
 from utils.qwen import Qwen, chat, encode
 
 GREY = (127, 127, 127)
@@ -81,7 +81,7 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
         return items[j][field] == item[field]
 
     if kind == "random":
-        order = [j for j in order if items[j].get("group_id", items[j]["id"]) != item.get("group_id", item["id"])]
+        order = [j for j in order if group_of(items[j]) != group_of(item)]
         return next((j for j in order if not same(j, "answer")), order[0] if order else None)
     share, differ = ("question", "images") if kind == "question" else ("images", "question")
     return next((j for j in order if same(j, share) and not same(j, differ)), None)

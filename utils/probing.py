@@ -29,7 +29,7 @@ from utils.conditions import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
 from utils.families import latent_ids
-from utils.items import open_images, question_text
+from utils.items import group_of, open_images, question_text
 from utils.qwen import Qwen, chat, encode
 from utils.readouts import describe_scores, score_options
 from utils.rows import DataError
@@ -88,7 +88,7 @@ class Prober:
 
     def __init__(self, qwen: Qwen, spec: LatentSpec | None, items: dict[str, dict], store: States, args: argparse.Namespace):
         self.qwen, self.spec, self.items, self.store, self.args = qwen, spec, items, store, args
-        self.groups = {name: item.get("group_id") or name for name, item in items.items()}
+        self.groups = {name: group_of(item) for name, item in items.items()}
         self.mean: np.ndarray | None = None
         if spec is not None:
             self.check_size()
