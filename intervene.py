@@ -40,10 +40,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from utils.asking import Asking
+from utils.asking import Asking, Prompts
 from utils.calls import Caller
 from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition, map_conditions
-from utils.decode import PRESETS, LatentSpec, decode, prefill
+from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
 from utils.effects import summarize
@@ -53,7 +53,7 @@ from utils.journal import Journal
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, encode, load, load_processors, load_tools
+from utils.qwen import Qwen, load, load_processors, load_tools
 from utils.readouts import STEM
 from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
                         write_meta, write_rows)
@@ -161,8 +161,7 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
         rows = []
         for batch in tqdm([items[i:i + size] for i in range(0, len(items), size)], desc="calibration"):
             images = [open_images(item, run.args.image_root) for item in batch]
-            texts = [run.asking.prompt(run.qwen, item, len(its)) for item, its in zip(batch, images)]
-            state = prefill(run.qwen, encode(run.qwen, texts, images))
+            state, _ = Prompts(run.qwen, run.asking, batch, images, [None] * len(batch))["own"]
             rows += decode(run.qwen, state, run.args.max_new_tokens, run.spec, capture=True, with_slots=True)[0]
         found = Known.from_runs(rows)
         tensors = {} if found is None else {name: value if torch.is_tensor(value) else torch.tensor(value)
@@ -372,8 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
                     args.temperature)
     if args.dry_run:
-        tools = argparse.Namespace(tokenizer=load_processors(args.model)[0])
-        log(asking.prompt(tools, items[0], len(items[0]["images"])))
+        log(asking.prompt(load_processors(args.model)[0], items[0], len(items[0]["images"])))
         print(json.dumps({"items": len(items), "calibration": len(calibration), "conditions": args.conditions,
                           "decodings_at_most": len(calibration) + len(items) * (1 + len(args.conditions)),
                           "plan": plan(args, len(items))}))
