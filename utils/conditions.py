@@ -24,6 +24,9 @@ NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mir
 REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent", "no_such_position",
            "no_attention")
 WINDOWS = 8  # of layers in a map, at most
+# do(X), everything said anew: a blank image, the item's answer-changing edit, another item's image or question, the region grey
+DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image", "x_question": "other_question",
+        "x_region": "masked"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
 
 
@@ -150,10 +153,9 @@ class Condition:
 CONDITIONS: dict[str, Condition] = {}
 
 
-def condition(site: str, default: object = None, prompt: str = "own", needs: tuple[str, ...] = (),
-              parse: Callable[[str], object] = float) -> Callable:
+def condition(site: str, **more) -> Callable:
     def register(make: Callable) -> Callable:
-        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, default, prompt, needs, parse)
+        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, **more)
         return make
     return register
 
@@ -518,34 +520,7 @@ def slot_blank_x(case, number):
     return echo(case.clean, case.pick, slot(case.clean))
 
 
-@condition("none", prompt="blank")
-def x_blank(case, number):
-    """do(X): a blank image, everything said anew."""
-    return Arm()
-
-
-@condition("none", prompt="counterfactual")
-def x_counterfactual(case, number):
-    """do(X): the item's answer-changing edit."""
-    return Arm()
-
-
-@condition("none", prompt="other_image")
-def x_image(case, number):
-    """do(X): another item's image."""
-    return Arm()
-
-
-@condition("none", prompt="other_question")
-def x_question(case, number):
-    """do(X): another item's question."""
-    return Arm()
-
-
-@condition("none", prompt="masked")
-def x_region(case, number):
-    """do(X): the item's region of interest greyed out."""
-    return Arm()
+CONDITIONS |= {name: Condition(name, "none", lambda case, number: Arm(), prompt=kind) for name, kind in DO_X.items()}
 
 
 # the paper's arms: Monet (Fig. 2c, App. B Table 4) is tau; Mirage tau, + noise, noise, near zero
