@@ -33,6 +33,7 @@ from utils.items import group_of, open_images, question_text
 from utils.qwen import Qwen, chat, encode
 from utils.readouts import describe_scores, score_options
 from utils.rows import DataError
+from utils.scores import chance
 from utils.states import States
 from utils.stats import mcnemar_exact, paired_interval, robust_mean, wilson
 
@@ -221,7 +222,7 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: f
     n, every = len(probes), {}
     for row in rows:
         every.setdefault(row["condition"], []).append(row)
-    result = {"n": n, "chance": sum(1 / len(p["options"]) for p in probes) / n,
+    result = {"n": n, "chance": chance([len(p["options"]) for p in probes]),
               "gold_letters": Counter(p["answer"]["value"] for p in probes), "conditions": {}}
     for name, its in every.items():
         k, asked = sum(row["correct"] for row in its), [row for row in its if row["r0"]]
