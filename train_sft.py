@@ -206,7 +206,7 @@ def replies(qwen: Qwen, examples: list[Example], target: Target, max_new_tokens:
     """Answer the questions of rows greedily."""
     prompts = [example.ids[:example.trained.index(True)] for example in examples]
     pixels = [process_images(qwen.image_processor, load_images(example.images, target, qwen.factor)) for example in examples]
-    batch = to_device(collate(qwen, prompts, pixels, "left"), qwen.device)
+    batch = to_device(collate(qwen, prompts, pixels), qwen.device)
     for row in generate(qwen, batch, max_new_tokens, target.spec):
         yield clean_text(qwen.tokenizer, row.ids, target.spec)
 
