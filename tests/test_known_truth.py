@@ -173,7 +173,7 @@ def at_end(toy, pixels, clean, other, donor, shift):
 def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
     """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign of it."""
     toy, pixels, _, clean, donor = worlds["in"]
-    arms = make_arms("swap_random", clean, donor, None, 0)
+    arms = make_arms("swap_random", clean, donor, None)
     assert largest(run_arms(toy, pixels, arms), donor) == 0
     assert largest(run_arms(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
 

@@ -33,15 +33,16 @@ Rules:
 Reply with {"edited": [passages], "changed_phrases": [each phrase as it reads now]}.""",
     "RETRY": "An earlier reply could not be used: {fault}. Reply again with the whole JSON object."}
 VERSION = call_key(**PROMPTS)[:16]  # what the records name the prompts by
+MAX_NEW_TOKENS = 1024
 RETRIES = 3  # after the first reply, each told what was wrong with the one before
 SCHEMA = object_schema(edited={"type": "array", "items": {"type": "string"}},
                        changed_phrases={"type": "array", "items": {"type": "string"}})
 Sample = tuple[str, list[tuple[int, int]], dict, str]  # text, spans, item, letter of a wrong option
 
 
-def make_caller(backend: object, journal: Journal, max_new_tokens: int = 1024) -> Caller:
+def make_caller(backend: object, journal: Journal) -> Caller:
     """Return what `direct_all` asks through: prompts and model are in every key, so that a journal answers only for them."""
-    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, max_new_tokens, guarded=False)
+    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS, guarded=False)
 
 
 def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] | NotEditable]:
