@@ -37,13 +37,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from utils.backends import ErrorRateError, find_checkpoint, model_identity
 from utils.benchmarks import TABLE, prepare
 from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
+from utils.families import spec_of
 from utils.items import ANSWER_TYPES, group_of, read_items
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
@@ -106,8 +105,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
         backend = HttpBackend(args.model, args.base_url, protocol.max_pixels, args.image_factor, args.concurrency, args.timeout,
                               args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
-    device = f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu"
-    qwen = load(args.model, args.dtype, device, protocol.min_pixels, protocol.max_pixels)
+    qwen = load(args.model, args.dtype, None, protocol.min_pixels, protocol.max_pixels)
     return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
             {"weights": model_identity(find_checkpoint(args.model))})
 
@@ -260,11 +258,10 @@ def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace)
     return 0
 
 
-def answer_and_judge(items: list[dict], protocol: Protocol, args: argparse.Namespace
+def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None, args: argparse.Namespace
                      ) -> tuple[list[dict], list[Conversation], list] | None:
     """Return (results, conversations, pixel limits), None while other processes have not done their share."""
     conversations = open_conversations(items, protocol, args)
-    spec = None if args.latent == "off" else replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
     fixed = ("model", "backend", "method", "protocol", "system", "suffix", "drop_format_hints", "min_pixels", "max_pixels",
@@ -299,11 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     if n_scored and (args.method, args.backend) != ("direct", "local"):
         raise DataError(f"{path}: {n_scored} items are scored by the likelihood of their options, which needs --method direct "
                         f"and --backend local; got {args.method} and {args.backend}")
-    protocol = find_protocol(args)
+    protocol, spec = find_protocol(args), spec_of(args.latent, args.latent_size)
     if args.dry_run:
         return show_prompt(items, protocol, args)
     try:
-        found = answer_and_judge(items, protocol, args)
+        found = answer_and_judge(items, protocol, spec, args)
     except ErrorRateError as error:
         log(f"stopped: {error}")
         return 4
@@ -314,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     results, conversations, pixels = found
     write_rows(args.output, results)
     described = {"protocol": args.protocol, "method": args.method, "model": args.model, "backend": args.backend, "items": path,
-                 "items_sha256": sha256_file(path), "latent": args.latent,
-                 "latent_size": (args.latent_size or PRESETS[args.latent].size) if args.latent != "off" else None,
+                 "items_sha256": sha256_file(path), "latent": args.latent, "latent_size": spec and spec.size,
                  "system": protocol.system, "suffix": args.suffix, "format_hints": protocol.format_hints, "pixels": pixels,
                  "max_new_tokens": args.max_new_tokens, "prompt_sha": call_key(prompts=[r["prompt_sha"] for r in results])[:16],
                  "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}

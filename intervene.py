@@ -32,7 +32,7 @@ import argparse
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,9 +47,10 @@ from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
 from utils.effects import summarize
+from utils.families import spec_of
 from utils.images import ImageError
 from utils.items import group_of, open_images, read_items
-from utils.journal import Journal
+from utils.journal import Journal, move_aside
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
@@ -251,9 +252,8 @@ def plan(args: argparse.Namespace, n_items: int) -> dict:
 def open_journal(args: argparse.Namespace) -> Journal:
     """Open `<output>.run`; conditions may be added between restarts, and what only the summary uses may change."""
     folder = Path(f"{args.output}.run")
-    if args.fresh and folder.exists():
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+    if args.fresh:
+        move_aside(folder, rank_world()[1])
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     return Journal(folder, {**settings, "items": sha256_file(args.items)})
 
@@ -362,11 +362,9 @@ def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     if args.task == "selftest":
         return run_selftest()
-    spec = None
-    if args.latent != "off":
-        spec = replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
-        if "maps" in args.conditions:
-            add_maps(args, spec)
+    spec = spec_of(args.latent, args.latent_size)
+    if spec and "maps" in args.conditions:
+        add_maps(args, spec)
     calibration, items = split_items(args)
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
                     args.temperature)
@@ -376,9 +374,8 @@ def main(argv: list[str] | None = None) -> int:
                           "decodings_at_most": len(calibration) + len(items) * (1 + len(args.conditions)),
                           "plan": plan(args, len(items))}))
         return 0
-    rank, world, local_rank = rank_world()
-    qwen = load(args.model, args.dtype, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu",
-                args.min_pixels, args.max_pixels)
+    rank, world, _ = rank_world()
+    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))

@@ -38,7 +38,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +45,7 @@ import numpy as np
 from utils import derive
 from utils.capture import capture
 from utils.decode import PRESETS, LatentSpec
+from utils.families import spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
@@ -335,10 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = {item["id"]: item for item in chosen} | {p["source"]: items[p["source"]] for p in probes}
     wanted |= {item["id"]: item for row in grid for item in row}
     edits = {name: edited(name, chosen, args.seed) for name in args.edits}
-    spec, n_steps = None, args.latent_size or TEXT_STEPS
-    if args.latent != "off":
-        n_steps = args.latent_size or PRESETS[args.latent].size
-        spec = replace(PRESETS[args.latent], size=n_steps)
+    spec = spec_of(args.latent, args.latent_size)
+    n_steps = spec.size if spec else args.latent_size or TEXT_STEPS
     if args.dry_run:
         tokenizer, _ = load_processors(args.model)
         log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))

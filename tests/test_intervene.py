@@ -285,3 +285,10 @@ def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items
         run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--max_new_tokens", "41")
     with pytest.raises(SystemExit):
         run(items, model, tmp_path / "o.jsonl", "--conditions", "tau")
+
+
+def test_processes_do_not_race_to_move_a_run_aside(items, tmp_path, monkeypatch):
+    (tmp_path / "r.jsonl.run").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="--fresh with 2 processes"):
+        intervene.open_journal(intervene.parse_args([*flags(items, "m", tmp_path / "r.jsonl"), "--fresh"]))

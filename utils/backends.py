@@ -12,7 +12,7 @@ from threading import Event
 from typing import NamedTuple
 
 from utils.images import ImageError, open_image, visual_tokens
-from utils.rows import DataError, log, rank_world
+from utils.rows import DataError, log
 
 WINDOW = 2048  # requests among which batches are formed by length
 
@@ -97,10 +97,8 @@ class LocalBackend:
 
     def load(self) -> None:
         """Load the checkpoint, on this rank's GPU if there is one."""
-        import torch  # here: a run that only reads its journal needs no torch
-        from utils import qwen
-        device = f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu"
-        self.qwen = qwen.load(str(self.folder), device=device, max_pixels=self.max_pixels)
+        from utils import qwen  # here: a run that only reads its journal needs no torch
+        self.qwen = qwen.load(str(self.folder), max_pixels=self.max_pixels)
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from utils.heads import load_head
 from utils.images import smart_size
-from utils.rows import DataError
+from utils.rows import DataError, rank_world
 
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -81,10 +81,11 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
          min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
     """Load model, tokenizer and image processor of a released-layout checkpoint (flat or nested config).
 
-    `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels` and `max_pixels` bound one image's area; None
-    keeps the checkpoint's own bound. Raises DataError if the folder is no such checkpoint.
+    `device` None is this rank's GPU if there is one; `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels`
+    and `max_pixels` bound one image's area; None keeps the checkpoint's own bound. Raises DataError if the folder
+    is no such checkpoint.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)

@@ -10,7 +10,7 @@ from utils.backends import LocalBackend
 from utils.calls import Call, Caller, IncompleteError, is_reply
 from utils.checks import is_look
 from utils.images import visual_tokens
-from utils.journal import Journal, read_settings
+from utils.journal import Journal, move_aside, read_settings
 from utils.rows import DataError, call_key, log, rank_world, read_api_key
 
 
@@ -87,11 +87,8 @@ def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[st
     folder, shard = Path(f"{args.output}.run"), args.shard or rank_world()[:2]
     if args.export_only and (args.retry_errors or args.fresh):
         raise DataError("--export_only makes no calls; it cannot go with --retry_errors or --fresh")
-    if args.fresh and folder.exists():
-        if shard[1] > 1:
-            raise DataError(f"--fresh with {shard[1]} processes: move {folder} aside by hand, they would race for it")
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+    if args.fresh:
+        move_aside(folder, shard[1])
     asked = {"schemas": call_key(**schemas)}
     settings |= asked | {"prompts": call_key(**prompts), "max_new_tokens": args.max_new_tokens}
     if args.export_only:
