@@ -42,6 +42,7 @@ from utils.benchmarks import TABLE, prepare
 from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
+from utils.edits import OPEN
 from utils.families import spec_of
 from utils.items import ANSWER_TYPES, group_of, read_items
 from utils.journal import Journal
@@ -59,7 +60,6 @@ from utils.systems import METHODS, Conversation, Local, Served, answer_all, is_t
 from utils.zoom import MAX_TOKENS
 
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)
-OPENED = "<think_image>"  # before a text imagination
 
 
 # ------------------------------------------------------------------------------------------------ items
@@ -135,7 +135,7 @@ def result_of(conversation: Conversation, system: Local | Served, args: argparse
 
 def imagines(method: str) -> object:
     """Return the test for an imagination in a result, None for a method that has none."""
-    return {"latent": lambda record: record["n_latent"] > 0, "text": lambda record: OPENED in record["clean_output"],
+    return {"latent": lambda record: record["n_latent"] > 0, "text": lambda record: OPEN in record["clean_output"],
             "tool": lambda record: len(record["turns"]) > 1}.get(method)
 
 
