@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from utils.edits import OPEN, after_marks, count, direct, distance, pick_slot, put_spans
+from utils.edits import OPEN, after_marks, count, direct, distance, passages, pick_slot, put_spans
 from utils.lexicon import others, reworded, survivors
 from utils.slots import NotEditable, swap
 from utils.values import SOMETHING, replace_values
@@ -49,10 +49,6 @@ class Context:
 def until_last_span(text: str, spans: Spans) -> str:
     """Return a reply up to and including its last imagination and its mark: what is edited, and then continued."""
     return text[:after_marks(text, spans[-1][1])]
-
-
-def passages(text: str, spans: Spans) -> list[str]:
-    return [text[start:end] for start, end in spans]
 
 
 def done(text: str, spans: Spans, after: list[str], context: Context, **more) -> tuple[str, dict]:

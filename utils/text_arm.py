@@ -15,8 +15,8 @@ from utils.calls import Caller
 from utils.conditions import DO_X, NotPossible, condition_prompt
 from utils.decode import decode, extend
 from utils.editor_llm import direct_all
-from utils.edits import conclusion, find_spans, put_spans
-from utils.ladder import LADDER, Context, passages, until_last_span
+from utils.edits import conclusion, find_spans, passages, put_spans
+from utils.ladder import LADDER, Context, until_last_span
 from utils.qwen import Qwen
 from utils.readouts import read_out
 from utils.replied import answer_fields, stem_of
