@@ -6,7 +6,7 @@
     site none   the latents are left out, or the prompt is another: do(X)
 
 A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or raises NotPossible
-with a reason of REASONS. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
+with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
 "counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's), "masked" (the item's
 region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`). Sweeps over a number are listed
 by `map_conditions` and drawn by `utils.map_figures`.
@@ -21,8 +21,6 @@ from utils.families import Generation, LatentSpec
 from utils.rows import DataError, call_key
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
-REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent", "no_such_position",
-           "no_attention")
 WINDOWS = 8  # of layers in a map, at most
 # do(X), everything said anew: a blank image, the item's answer-changing edit, another item's image or question, the region grey
 DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image", "x_question": "other_question",
@@ -31,7 +29,8 @@ CONTROLS = ("identity", "replay")  # change nothing: outside the family that Hol
 
 
 class NotPossible(ValueError):
-    """An item that a condition cannot be applied to; the message is one of REASONS."""
+    """An item that a condition cannot be applied to: no_latents, no_donor, no_calibration, no_counterfactual, no_region,
+    one_latent, no_such_position, no_attention."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Case:
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
         """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
-        return gaussian(n, self.seed, self.item["id"], segment, step)
+        return torch.randn(n, generator=seeded(self.seed, self.item["id"], segment, step))
 
     def calibrated(self) -> Known:
         if self.known is None:
@@ -182,17 +181,13 @@ def parse_place(word: str) -> tuple[range, range]:
     return place
 
 
-def condition_prompt(kind: str) -> str:
+def why_no_prompt(kind: str) -> str:
     """Return the reason why an item has no prompt of a kind."""
     return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
 
 
-def gaussian(n: int, *where) -> torch.Tensor:
-    """Return n standard normal numbers that depend on `where` alone."""
-    return torch.randn(n, generator=seeded(*where))
-
-
 def seeded(*where) -> torch.Generator:
+    """Return a generator of numbers that depend on `where` alone."""
     return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
 
 
@@ -204,6 +199,15 @@ def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
 def latent(row: Generation, segment: int, step: int) -> torch.Tensor:
     """Return a latent of a captured run, [hidden]."""
     return row.fed[sum(s.size for s in row.segments[:segment]) + step].float().cpu()
+
+
+def within(row: Generation, segment: int, step: int) -> bool:
+    return segment < len(row.segments) and step < row.segments[segment].size
+
+
+def fed_from(row: Generation) -> Arm:
+    """Return the arm that feeds a captured run's latents at the same positions, as far as it has them."""
+    return fed(lambda z, segment, step: latent(row, segment, step) if within(row, segment, step) else z)
 
 
 def slot(row: Generation) -> Arm:
@@ -240,11 +244,7 @@ def identity(case, number):
 @condition("fed")
 def replay(case, number):
     """The latents captured in the clean run."""
-    return fed(lambda z, segment, step: latent(case.clean, segment, step) if within(case.clean, segment, step) else z)
-
-
-def within(row: Generation, segment: int, step: int) -> bool:
-    return segment < len(row.segments) and step < row.segments[segment].size
+    return fed_from(case.clean)
 
 
 # ------------------------------------------------------------------------------------ fed: content taken away
@@ -387,39 +387,34 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
 
 
 # ------------------------------------------------------------------------------------ donors, fed and in the slots
-def swap(case: Case, kind: str) -> Arm:
-    donor = case.donor(kind)
-    return fed(lambda z, segment, step: latent(donor, segment, step) if within(donor, segment, step) else z)
-
-
 @condition("fed", needs=("random",))
 def swap_random(case, number):
     """The latents of another item, with another right answer where there is one."""
-    return swap(case, "random")
+    return fed_from(case.donor("random"))
 
 
 @condition("fed", needs=("question",))
 def swap_question(case, number):
     """The latents of an item with the same question about another image."""
-    return swap(case, "question")
+    return fed_from(case.donor("question"))
 
 
 @condition("fed", needs=("image",))
 def swap_image(case, number):
     """The latents of an item with another question about the same image."""
-    return swap(case, "image")
+    return fed_from(case.donor("image"))
 
 
 @condition("fed", needs=("counterfactual",))
 def swap_counterfactual(case, number):
     """The latents under the item's own answer-changing edit: does the answer follow them?"""
-    return swap(case, "counterfactual")
+    return fed_from(case.donor("counterfactual"))
 
 
 @condition("fed", needs=("blank",))
 def swap_blank(case, number):
     """World Y(x, Z(x')): the latents that a blank image brings about."""
-    return echo(case.clean, case.pick, swap(case, "blank"))
+    return echo(case.clean, case.pick, fed_from(case.donor("blank")))
 
 
 @condition("slot")

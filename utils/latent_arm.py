@@ -8,8 +8,8 @@ from PIL import Image
 
 from utils.asking import Asking, Prompts, pick_donor
 from utils.attention import stem_attention
-from utils.conditions import (Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent,
-                              likeliest)
+from utils.conditions import (Case, Condition, Known, NotPossible, echo, find_condition, last_latent, likeliest,
+                              why_no_prompt)
 from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.qwen import Qwen
@@ -115,7 +115,7 @@ class LatentBatch:
                     if i not in cases:
                         raise NotPossible("no_latents")
                     if i not in self.prompts[one.prompt][1]:
-                        raise NotPossible(condition_prompt(one.prompt))
+                        raise NotPossible(why_no_prompt(one.prompt))
                     todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
                 except NotPossible as fault:
                     result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,

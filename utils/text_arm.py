@@ -12,7 +12,7 @@ from PIL import Image
 from utils.asking import Asking, Prompts, pick_donor
 from utils.attention import stem_attention
 from utils.calls import Caller
-from utils.conditions import DO_X, NotPossible, condition_prompt
+from utils.conditions import DO_X, NotPossible, why_no_prompt
 from utils.decode import decode, extend
 from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, passages, put_spans
@@ -122,7 +122,7 @@ class TextBatch:
             for i in range(len(self.items)):
                 try:
                     if i not in self.prompts[kind][1]:
-                        raise NotPossible(condition_prompt(kind))
+                        raise NotPossible(why_no_prompt(kind))
                     text, edit = ("", None) if rung is None else self.beginning(rung, i)
                     todo.setdefault(kind, []).append((name, i, text, edit, sees))
                 except (NotEditable, NotPossible) as fault:
