@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import intervene
-from imagining import make_latent_checkpoint, make_text_checkpoint, write_items
+from imagining import make_latent_checkpoint, write_items
 from utils.conditions import CONDITIONS, Case
 from utils.decode import PRESETS, Generation
 from utils.edits import direct, find_spans
@@ -30,15 +30,13 @@ def items(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def text_model(request, tiny_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text") / "checkpoint"
-    return make_text_checkpoint(tiny_checkpoint, folder, follows=request.param), request.param
+def text_model(request, trained):
+    return trained("text", request.param), request.param
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def latent_model(request, tiny_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latent") / "checkpoint"
-    return make_latent_checkpoint(tiny_checkpoint, folder, MIRAGE, follows=request.param), request.param
+def latent_model(request, trained):
+    return trained("latent", request.param), request.param
 
 
 def flags(items, model, output):
@@ -94,7 +92,7 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
 
 
 def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_checkpoint, items, tmp_path):
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", MIRAGE, emitting=("red", "blue"))
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", emitting=("red", "blue"))
     metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau")
     assert metrics["emission"]["share"] == 0.5 and metrics["conditions"]["tau"]["effect"]["n"] == 16
     assert metrics["conditions"]["tau"]["effect"]["delta_all"] == pytest.approx(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from imagining import make_latent_checkpoint, make_picture, write_items
+from imagining import make_picture, write_items
 from utils import qwen as Q
 from utils.asking import Asking
 from utils.conditions import Known
@@ -248,13 +248,11 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
 
 # ------------------------------------------------------------------------------------------- the product's own path
 @pytest.fixture(scope="module")
-def follower(tiny_checkpoint, tmp_path_factory):
+def follower(trained, tmp_path_factory):
     """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
-    folder = tmp_path_factory.mktemp("follower")
-    model = make_latent_checkpoint(tiny_checkpoint, folder / "checkpoint", MIRAGE, steps=60)
-    _, items = write_items(folder, 8)
+    _, items = write_items(tmp_path_factory.mktemp("items"), 8)
     images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i, item in enumerate(items)]
-    return Q.load(str(model), device="cpu", dtype="float32"), items, images
+    return Q.load(str(trained("latent", True)), device="cpu", dtype="float32"), items, images
 
 
 def test_every_site_through_the_batch_of_the_product(follower):

@@ -7,7 +7,7 @@ import pytest
 
 import benchmark_fixtures as made
 import probe
-from imagining import NAMES, make_latent_checkpoint, make_text_checkpoint, write_items
+from imagining import NAMES, make_latent_checkpoint, write_items
 from utils.decode import PRESETS
 from utils.capture import find_steps
 from utils.figures import draw_heatmaps
@@ -38,11 +38,11 @@ def run(data, model, output, *more):
 
 # ------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
-def latent_run(tiny_checkpoint, data, tmp_path_factory):
+def latent_run(trained, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
     folder = tmp_path_factory.mktemp("latent")
-    model = make_latent_checkpoint(tiny_checkpoint, folder / "model", MIRAGE)
-    return folder, run(data, model, folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
+    (folder / "model").symlink_to(trained("latent", True))
+    return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
                        "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
 
@@ -132,8 +132,8 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
 
 
 @pytest.fixture(scope="module")
-def text_model(tiny_checkpoint, tmp_path_factory):
-    return make_text_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("text") / "model")
+def text_model(trained):
+    return trained("text", True)
 
 
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
@@ -272,7 +272,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
     trained on their questions with pictures of its own, imagines at all of them."""
     files = write_five(tmp_path, monkeypatch)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE, ask=lambda rng: rng.choice(asked))
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", ask=lambda rng: rng.choice(asked))
     write_rows(tmp_path / "probe.jsonl", [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
         "type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
         for i, item in enumerate(asked[:12])])
