@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 from utils.asking import Asking, Prompts
 from utils.calls import Caller
-from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition, map_conditions
+from utils.cases import Known
+from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition, map_conditions
 from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all

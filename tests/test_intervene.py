@@ -13,7 +13,8 @@ import torch
 
 import intervene
 from imagining import make_latent_checkpoint, write_items
-from utils.conditions import CONDITIONS, Case
+from utils.cases import Case
+from utils.conditions import CONDITIONS
 from utils.decode import PRESETS, Generation
 from utils.edits import direct, find_spans
 from utils.slots import NotEditable, slot_values

@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from imagining import make_picture, write_items
 from utils import qwen as Q
 from utils.asking import Asking
-from utils.conditions import Known
+from utils.cases import Known
 from utils.decode import Arm, decode, prefill
 from utils.effects import summarize
 from utils.families import PRESETS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from utils.conditions import sampler
+from utils.cases import sampler
 from utils.decode import Arm, State, prefill
 from utils.items import group_of, question_text
 from utils.qwen import Qwen, chat, encode

@@ -12,13 +12,14 @@ region greyed). Worlds of a mediation keep the words before the latents as they 
 by `map_conditions` and drawn by `utils.map_figures`.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from utils.cases import Case, NotPossible, last_latent, latent, seeded, within
 from utils.decode import Arm
-from utils.families import Generation, LatentSpec
-from utils.rows import DataError, call_key
+from utils.families import Generation
+from utils.rows import DataError
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
 WINDOWS = 8  # of layers in a map, at most
@@ -26,113 +27,6 @@ WINDOWS = 8  # of layers in a map, at most
 DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image", "x_question": "other_question",
         "x_region": "masked"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
-
-
-class NotPossible(ValueError):
-    """An item that a condition cannot be applied to: no_latents, no_donor, no_calibration, no_counterfactual, no_region,
-    one_latent, no_such_position, no_attention."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it, `tau`, the first of
-    all, `first` (all [hidden]), mean and standard deviation by position in a segment, `mu_t` and `sigma_t` [K, hidden], and the
-    mean layer inputs by position, `slots_t` [K, layers, hidden]."""
-
-    n_latents: int
-    mu: torch.Tensor
-    tau: torch.Tensor
-    first: torch.Tensor
-    mu_t: torch.Tensor
-    sigma_t: torch.Tensor
-    slots_t: torch.Tensor
-
-    @classmethod
-    def from_runs(cls, runs: list[Generation]) -> "Known | None":
-        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of them."""
-        fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
-        places = torch.tensor([step for row, vectors in zip(runs, fed) for step in steps_of(row)[:len(vectors)]])
-        if not len(places):
-            return None
-        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs for slot in row.slots])
-        mu = latents.double().mean(0).float()
-        at = [places == step for step in range(int(places.max()) + 1)]
-        return cls(len(latents), mu, latents[(latents - mu).norm(dim=1).argmin()], latents[0],
-                   torch.stack([latents[here].mean(0) for here in at]),
-                   torch.stack([latents[here].std(0, correction=0) for here in at]),
-                   torch.stack([slots[here].mean(0) for here in at]))
-
-
-def steps_of(row: Generation) -> list[int]:
-    """Return the position within its segment of each latent of a run."""
-    return [step for segment in row.segments for step in range(segment.size)]
-
-
-def likeliest(logits: torch.Tensor, n: int) -> int:
-    return int(logits.argmax())
-
-
-def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
-    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where` and n alone.
-
-    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same noise (common
-    random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
-    """
-    if not temperature:
-        return likeliest
-
-    def pick(logits: torch.Tensor, n: int) -> int:
-        uniform = torch.rand(len(logits), generator=seeded("sample", *where, n)).clamp(1e-20, 1 - 1e-7)
-        return int((logits.float().cpu() / temperature - (-uniform.log()).log()).argmax())
-    return pick
-
-
-@dataclass
-class Case:
-    """An item and its clean run, and what conditions may take from elsewhere.
-
-    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
-    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply; `attention` how much the
-    answer's stem attends to each of the clean run's latents, in order (None where that was not read).
-    """
-
-    item: dict
-    clean: Generation
-    spec: LatentSpec
-    pad: torch.Tensor
-    start_id: int
-    seed: int
-    known: Known | None = None
-    donors: dict[str, Generation] = field(default_factory=dict)
-    pick: Callable[[torch.Tensor, int], int] = likeliest
-    attention: list[float] | None = None
-
-    def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
-        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
-        return torch.randn(n, generator=seeded(self.seed, self.item["id"], segment, step))
-
-    def calibrated(self) -> Known:
-        if self.known is None:
-            raise NotPossible("no_calibration")
-        return self.known
-
-    def mean(self, step: int) -> torch.Tensor:
-        """Return the mean calibration latent of a position, [hidden]."""
-        known = self.calibrated()
-        return known.mu_t[min(step, len(known.mu_t) - 1)]
-
-    def need_position(self, step: int) -> None:
-        """Raise NotPossible unless a segment of the clean run has a latent at this position."""
-        if all(segment.size <= step for segment in self.clean.segments):
-            raise NotPossible("no_such_position")
-
-    def donor(self, kind: str) -> Generation:
-        """Return a donor with a latent for each of this item's."""
-        row = self.donors.get(kind)
-        if row is None or len(row.segments) < len(self.clean.segments) or any(
-                its.size < mine.size for its, mine in zip(row.segments, self.clean.segments)):
-            raise NotPossible("no_counterfactual" if kind == "counterfactual" and row is None else "no_donor")
-        return row
 
 
 @dataclass(frozen=True)
@@ -181,28 +75,13 @@ def parse_place(word: str) -> tuple[range, range]:
     return place
 
 
-def why_no_prompt(kind: str) -> str:
-    """Return the reason why an item has no prompt of a kind."""
-    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
-
-
-def seeded(*where) -> torch.Generator:
-    """Return a generator of numbers that depend on `where` alone."""
-    return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
-
-
 def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
     """Return the arm that feeds vector(z, segment, step), computed in float32 on the CPU."""
     return Arm(feed=lambda z, segment, step: vector(z.float().cpu(), segment, step).to(z.device, z.dtype))
 
 
-def latent(row: Generation, segment: int, step: int) -> torch.Tensor:
-    """Return a latent of a captured run, [hidden]."""
-    return row.fed[sum(s.size for s in row.segments[:segment]) + step].float().cpu()
-
-
-def within(row: Generation, segment: int, step: int) -> bool:
-    return segment < len(row.segments) and step < row.segments[segment].size
+def everywhere(vector: torch.Tensor) -> Arm:
+    return fed(lambda z, segment, step: vector)
 
 
 def fed_from(row: Generation) -> Arm:
@@ -216,12 +95,6 @@ def slot(row: Generation) -> Arm:
         place = sum(s.size for s in row.segments[:segment]) + step
         return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None  # the last may be unread
     return Arm(slot=states)
-
-
-def last_latent(row: Generation) -> int:
-    """Return how many ids of a run come before what follows its last segment of latents (of none, with `markers_only`); 0
-    without a segment."""
-    return max((segment.start + segment.size for segment in row.segments), default=0)
 
 
 def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
@@ -251,22 +124,19 @@ def replay(case, number):
 @condition("fed")
 def tau(case, number):
     """One calibration latent, the nearest to their mean, for all samples and positions: the paper's Monet arm."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.tau)
+    return everywhere(case.calibrated().tau)
 
 
 @condition("fed")
 def tau_mean(case, number):
     """The mean of the calibration latents everywhere."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.mu)
+    return everywhere(case.calibrated().mu)
 
 
 @condition("fed")
 def tau_first(case, number):
     """The first latent of the calibration items everywhere."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.first)
+    return everywhere(case.calibrated().first)
 
 
 @condition("fed")
@@ -279,8 +149,7 @@ def mean_t(case, number):
 @condition("fed")
 def near_zero(case, number):
     """0.001 of the mean latent: the paper's Mirage arm; read it beside the share of degenerate replies."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: NEAR_ZERO * known.mu)
+    return everywhere(NEAR_ZERO * case.calibrated().mu)
 
 
 @condition("fed", default=1.0)
@@ -319,8 +188,7 @@ def mix(case, number):
 @condition("fed")
 def dummy_pad(case, number):
     """The embedding of the latent pad: as many tokens, nothing fed back."""
-    pad = case.pad.float().cpu()
-    return fed(lambda z, segment, step: pad)
+    return everywhere(case.pad.float().cpu())
 
 
 # ------------------------------------------------------------------------------------ fed: order and position

@@ -8,8 +8,8 @@ from PIL import Image
 
 from utils.asking import Asking, Prompts, pick_donor
 from utils.attention import stem_attention
-from utils.conditions import (Case, Condition, Known, NotPossible, echo, find_condition, last_latent, likeliest,
-                              why_no_prompt)
+from utils.cases import Case, Known, NotPossible, last_latent, likeliest, why_no_prompt
+from utils.conditions import Condition, echo, find_condition
 from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.qwen import Qwen

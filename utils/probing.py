@@ -25,7 +25,7 @@ import torch
 
 from utils.answers import extract_choice
 from utils.capture import batched, find_steps
-from utils.conditions import last_latent
+from utils.cases import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
 from utils.families import latent_ids

@@ -11,7 +11,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from utils.conditions import Case, Known, find_condition
+from utils.cases import Case, Known
+from utils.conditions import find_condition
 from utils.decode import Arm
 from utils.families import PRESETS
 from utils.known_truth import (BATCH, MASKS, VOCABULARY, Run, Toy, answers, draw_items, make_toy, randomised, reproducible, run,

@@ -12,7 +12,8 @@ from PIL import Image
 from utils.asking import Asking, Prompts, pick_donor
 from utils.attention import stem_attention
 from utils.calls import Caller
-from utils.conditions import DO_X, NotPossible, why_no_prompt
+from utils.cases import NotPossible, why_no_prompt
+from utils.conditions import DO_X
 from utils.decode import decode, extend
 from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, passages, put_spans
