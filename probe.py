@@ -43,17 +43,17 @@ from pathlib import Path
 import numpy as np
 
 from utils import derive
-from utils.capture import capture
+from utils.capture import capture, prompt_of
 from utils.decode import PRESETS, LatentSpec
 from utils.families import spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
-from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, question_text, read_items
+from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
 from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
-from utils.qwen import chat, load, load_processors
+from utils.qwen import load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     n_steps = spec.size if spec else args.latent_size or TEXT_STEPS
     if args.dry_run:
         tokenizer, _ = load_processors(args.model)
-        log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))
+        log(prompt_of(tokenizer, chosen[0], len(chosen[0]["images"]), args))
         asked = sum(len(p["options"]) if args.circular else 1 for p in probes) * len(conditions(spec, args.variants))
         print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
                           "decodings_at_most": (2 if spec else 1) * len(wanted) + asked + sum(map(len, edits.values()))}))

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from utils.answers import extract_choice
-from utils.capture import batched, find_steps
+from utils.capture import batched, find_steps, prompt_of
 from utils.cases import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
 from utils.families import latent_ids
-from utils.items import group_of, open_images, question_text
-from utils.qwen import Qwen, chat, encode
+from utils.items import group_of, open_images
+from utils.qwen import Qwen, encode
 from utils.readouts import describe_scores, score_options
 from utils.rows import DataError
 from utils.scores import chance
@@ -146,13 +146,10 @@ class Prober:
 
     def begin(self, batch: list[dict], sources: list[str], name: str) -> tuple[State, list[list[int]], list[int]]:
         """Read prompts of "tokens_only"; return their state, the ids that R0 puts before its stem, and all places."""
-        args, spec, latents = self.args, self.spec, None
+        spec, latents = self.spec, None
         shows = name in ("image", "image_own")
         images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]] for p in batch)]
-        texts = [question_text(p, args.suffix) for p in batch]
-        if not shows:
-            texts = [text.replace("<image>", "") for text in texts]
-        prompts = [chat(self.qwen.tokenizer, text, len(pictures), args.system) for text, pictures in zip(texts, images)]
+        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args) for probe, pictures in zip(batch, images)]
         before = [[] for _ in batch]
         if name not in ("image", "text_only"):
             if spec:
@@ -169,8 +166,7 @@ class Prober:
         imagined again come back."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
-        prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
-                   for item, pictures in zip(items, images)]
+        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
         rows, end = decode(qwen, begun.take(list(range(len(batch)))), args.max_new_tokens, self.spec)
         first = begun.mask.shape[1]
@@ -189,7 +185,7 @@ class Prober:
             qwen.tokenizer(CLOSE, add_special_tokens=False).input_ids
         blocks = []
         for i in able:
-            whole = chat(qwen.tokenizer, question_text(batch[i], args.suffix).replace("<image>", ""), 0, args.system)
+            whole = prompt_of(qwen.tokenizer, batch[i], 0, args)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
             blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
         return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able
