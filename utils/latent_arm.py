@@ -6,7 +6,7 @@ all conditions of all items decode side by side from copies of the prompts' cach
 import torch
 from PIL import Image
 
-from utils.asking import Asking, Prompts, pick_donor
+from utils.asking import Asking, Prompts, answer_fields, first_difference, pick_donor, stem_of
 from utils.attention import stem_attention
 from utils.cases import Case, Known, NotPossible, last_latent, likeliest, why_no_prompt
 from utils.conditions import Condition, echo, find_condition
@@ -14,7 +14,6 @@ from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.qwen import Qwen
 from utils.readouts import read_out
-from utils.replied import answer_fields, first_difference, stem_of
 
 
 class LatentBatch:

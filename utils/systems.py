@@ -20,9 +20,9 @@ from utils.backends import Request
 from utils.decode import Generation, LatentSpec, clean_text, decode, prefill
 from utils.images import ImageError, Picture, image_size, open_picture, read_bytes, resolve_image, smart_size
 from utils.journal import Journal
-from utils.likelihood import score_replies
 from utils.protocols import Protocol, user_text
 from utils.qwen import Qwen, encode, plain, user_content
+from utils.readouts import score_replies
 from utils.rows import DataError, call_key, log
 from utils.zoom import ASKED, MAX_TURNS, read_turn
 

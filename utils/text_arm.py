@@ -9,7 +9,7 @@ import random
 
 from PIL import Image
 
-from utils.asking import Asking, Prompts, pick_donor
+from utils.asking import Asking, Prompts, answer_fields, pick_donor, stem_of
 from utils.attention import stem_attention
 from utils.calls import Caller
 from utils.cases import NotPossible, why_no_prompt
@@ -20,7 +20,6 @@ from utils.edits import conclusion, find_spans, passages, put_spans
 from utils.ladder import LADDER, Context, until_last_span
 from utils.qwen import Qwen
 from utils.readouts import read_out
-from utils.replied import answer_fields, stem_of
 from utils.slots import NotEditable
 
 # name -> (rung of the ladder that makes the beginning, prompt, whether what follows sees the image)
