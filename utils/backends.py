@@ -119,15 +119,8 @@ class LocalBackend:
 
     def batches(self, window: list[Request]) -> Iterator[list[Request]]:
         """Yield the requests in batches, the longest prompts first."""
-        batch, longest = [], 0
-        for length, request in sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True):
-            longest = max(longest, length[0] + request.max_tokens)
-            if len(batch) == self.batch_size or batch and (len(batch) + 1) * longest > self.batch_tokens:
-                yield batch
-                batch, longest = [], length[0] + request.max_tokens
-            batch.append(request)
-        if batch:
-            yield batch
+        order = sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True)
+        yield from fill_batches([(length[0] + r.max_tokens, r) for length, r in order], self)
 
     def length(self, request: Request) -> tuple[int, int]:
         """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the characters."""
@@ -171,6 +164,20 @@ class LocalBackend:
             text = decode.clean_text(self.qwen.tokenizer, row.ids[:request.max_tokens])
             replies.append(Reply(request.key, text, finish, int(mask.sum()), len(row.ids), seconds))
         return replies
+
+
+def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterator[list]:
+    """Yield things, each with its tokens, in their order: at most `limits.batch_size` and, padded to the longest,
+    `limits.batch_tokens` a batch, which may have been lowered since the last one."""
+    batch, longest = [], 0
+    for n_tokens, one in sized:
+        longest = max(longest, n_tokens)
+        if len(batch) == limits.batch_size or batch and (len(batch) + 1) * longest > limits.batch_tokens:
+            yield batch
+            batch, longest = [], n_tokens
+        batch.append(one)
+    if batch:
+        yield batch
 
 
 def find_checkpoint(model_path: str) -> Path:
