@@ -54,7 +54,7 @@ from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key,
                         write_meta, write_rows)
 from utils.scoring import check_scorable, n_options, score
 from utils.server import HttpBackend
-from utils.stage import parse_object
+from utils.stage import add_server_flags, open_server
 from utils.summary import headline, own_scores, parts_of, protocol_line, show, summarize
 from utils.systems import METHODS, Conversation, Local, Served, answer_all, is_turn, render, show_messages
 from utils.zoom import MAX_TOKENS
@@ -102,8 +102,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
         if protocol.min_pixels is not None:
             log(f"the server decides by itself to which area a small picture is enlarged; --protocol {args.protocol} asks for "
                 f"{protocol.min_pixels} pixels at least: see its own settings (vLLM: --mm-processor-kwargs)")
-        backend = HttpBackend(args.model, args.base_url, protocol.max_pixels, args.image_factor, args.concurrency, args.timeout,
-                              args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
+        backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
     qwen = load(args.model, args.dtype, None, protocol.min_pixels, protocol.max_pixels)
     return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
@@ -188,15 +187,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local.add_argument("--batch_size", type=int, default=32, help="items a batch, at most")
     local.add_argument("--batch_tokens", type=int, default=65536, help="tokens a batch, at most, replies at full length")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    server = parser.add_argument_group("--backend openai, and the judge")
-    server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="one or more servers of the model")
-    server.add_argument("--concurrency", type=int, default=64, help="calls under way, over all servers")
-    server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
-    server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without any reply until exit 4")
-    server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
-    server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
-    server.add_argument("--image_factor", type=int, default=28, help="pixels a side of a visual token: 32 for Qwen3-VL")
-    server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON", help="more fields of every request")
+    add_server_flags(parser, "--backend openai, and the judge", 28)
     judge = parser.add_argument_group("--judge (texts alone; free to change between runs)")
     judge.add_argument("--judge", choices=("none", *KINDS), default="none", help="map: which option is meant, gold not shown; "
                        "grade: is it the gold answer")
