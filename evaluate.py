@@ -37,14 +37,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from utils.backends import ErrorRateError, find_checkpoint, model_identity
 from utils.benchmarks import TABLE, prepare
 from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
-from utils.items import ANSWER_TYPES, read_items
+from utils.edits import OPEN
+from utils.families import spec_of
+from utils.items import ANSWER_TYPES, group_of, read_items
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
 from utils.main_table import make_table
@@ -54,13 +54,12 @@ from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key,
                         write_meta, write_rows)
 from utils.scoring import check_scorable, n_options, score
 from utils.server import HttpBackend
-from utils.stage import parse_object
+from utils.stage import add_server_flags, open_server
 from utils.summary import headline, own_scores, parts_of, protocol_line, show, summarize
 from utils.systems import METHODS, Conversation, Local, Served, answer_all, is_turn, render, show_messages
 from utils.zoom import MAX_TOKENS
 
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)
-OPENED = "<think_image>"  # before a text imagination
 
 
 # ------------------------------------------------------------------------------------------------ items
@@ -103,11 +102,9 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
         if protocol.min_pixels is not None:
             log(f"the server decides by itself to which area a small picture is enlarged; --protocol {args.protocol} asks for "
                 f"{protocol.min_pixels} pixels at least: see its own settings (vLLM: --mm-processor-kwargs)")
-        backend = HttpBackend(args.model, args.base_url, protocol.max_pixels, args.image_factor, args.concurrency, args.timeout,
-                              args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
+        backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
-    device = f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu"
-    qwen = load(args.model, args.dtype, device, protocol.min_pixels, protocol.max_pixels)
+    qwen = load(args.model, args.dtype, None, protocol.min_pixels, protocol.max_pixels)
     return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
             {"weights": model_identity(find_checkpoint(args.model))})
 
@@ -130,14 +127,14 @@ def result_of(conversation: Conversation, system: Local | Served, args: argparse
     item, said = conversation.item, conversation.result()
     rotation = (item.get("raw") or {}).get("cycle_category")
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
-            "group_id": item.get("group_id") or item["id"], "gold": item["answer"]["value"], "n_options": n_options(item),
+            "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
             **({} if rotation is None else {"rotation": int(rotation)}), "protocol": args.protocol, "method": args.method,
             "pixels": system.pixels, **said, **score(item, said)}
 
 
 def imagines(method: str) -> object:
     """Return the test for an imagination in a result, None for a method that has none."""
-    return {"latent": lambda record: record["n_latent"] > 0, "text": lambda record: OPENED in record["clean_output"],
+    return {"latent": lambda record: record["n_latent"] > 0, "text": lambda record: OPEN in record["clean_output"],
             "tool": lambda record: len(record["turns"]) > 1}.get(method)
 
 
@@ -190,15 +187,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local.add_argument("--batch_size", type=int, default=32, help="items a batch, at most")
     local.add_argument("--batch_tokens", type=int, default=65536, help="tokens a batch, at most, replies at full length")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    server = parser.add_argument_group("--backend openai, and the judge")
-    server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="one or more servers of the model")
-    server.add_argument("--concurrency", type=int, default=64, help="calls under way, over all servers")
-    server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
-    server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without any reply until exit 4")
-    server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
-    server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
-    server.add_argument("--image_factor", type=int, default=28, help="pixels a side of a visual token: 32 for Qwen3-VL")
-    server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON", help="more fields of every request")
+    add_server_flags(parser, "--backend openai, and the judge", 28)
     judge = parser.add_argument_group("--judge (texts alone; free to change between runs)")
     judge.add_argument("--judge", choices=("none", *KINDS), default="none", help="map: which option is meant, gold not shown; "
                        "grade: is it the gold answer")
@@ -260,11 +249,10 @@ def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace)
     return 0
 
 
-def answer_and_judge(items: list[dict], protocol: Protocol, args: argparse.Namespace
+def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None, args: argparse.Namespace
                      ) -> tuple[list[dict], list[Conversation], list] | None:
     """Return (results, conversations, pixel limits), None while other processes have not done their share."""
     conversations = open_conversations(items, protocol, args)
-    spec = None if args.latent == "off" else replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
     fixed = ("model", "backend", "method", "protocol", "system", "suffix", "drop_format_hints", "min_pixels", "max_pixels",
@@ -299,11 +287,11 @@ def main(argv: list[str] | None = None) -> int:
     if n_scored and (args.method, args.backend) != ("direct", "local"):
         raise DataError(f"{path}: {n_scored} items are scored by the likelihood of their options, which needs --method direct "
                         f"and --backend local; got {args.method} and {args.backend}")
-    protocol = find_protocol(args)
+    protocol, spec = find_protocol(args), spec_of(args.latent, args.latent_size)
     if args.dry_run:
         return show_prompt(items, protocol, args)
     try:
-        found = answer_and_judge(items, protocol, args)
+        found = answer_and_judge(items, protocol, spec, args)
     except ErrorRateError as error:
         log(f"stopped: {error}")
         return 4
@@ -314,8 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     results, conversations, pixels = found
     write_rows(args.output, results)
     described = {"protocol": args.protocol, "method": args.method, "model": args.model, "backend": args.backend, "items": path,
-                 "items_sha256": sha256_file(path), "latent": args.latent,
-                 "latent_size": (args.latent_size or PRESETS[args.latent].size) if args.latent != "off" else None,
+                 "items_sha256": sha256_file(path), "latent": args.latent, "latent_size": spec and spec.size,
                  "system": protocol.system, "suffix": args.suffix, "format_hints": protocol.format_hints, "pixels": pixels,
                  "max_new_tokens": args.max_new_tokens, "prompt_sha": call_key(prompts=[r["prompt_sha"] for r in results])[:16],
                  "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}

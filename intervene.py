@@ -32,7 +32,7 @@ import argparse
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,20 +40,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from utils.asking import Asking
+from utils.asking import Asking, Prompts
 from utils.calls import Caller
-from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, Known, find_condition, map_conditions
-from utils.decode import PRESETS, LatentSpec, decode, prefill
+from utils.cases import Known
+from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition, map_conditions
+from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
-from utils.effects import group_of, summarize
+from utils.effects import summarize
+from utils.families import spec_of
 from utils.images import ImageError
-from utils.items import open_images, read_items
-from utils.journal import Journal
+from utils.items import group_of, open_images, read_items
+from utils.journal import Journal, move_aside
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, encode, load, load_processors, load_tools
+from utils.qwen import Qwen, load, load_processors, load_tools
 from utils.readouts import STEM
 from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
                         write_meta, write_rows)
@@ -161,8 +163,7 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
         rows = []
         for batch in tqdm([items[i:i + size] for i in range(0, len(items), size)], desc="calibration"):
             images = [open_images(item, run.args.image_root) for item in batch]
-            texts = [run.asking.prompt(run.qwen, item, len(its)) for item, its in zip(batch, images)]
-            state = prefill(run.qwen, encode(run.qwen, texts, images))
+            state, _ = Prompts(run.qwen, run.asking, batch, images, [None] * len(batch))["own"]
             rows += decode(run.qwen, state, run.args.max_new_tokens, run.spec, capture=True, with_slots=True)[0]
         found = Known.from_runs(rows)
         tensors = {} if found is None else {name: value if torch.is_tensor(value) else torch.tensor(value)
@@ -252,9 +253,8 @@ def plan(args: argparse.Namespace, n_items: int) -> dict:
 def open_journal(args: argparse.Namespace) -> Journal:
     """Open `<output>.run`; conditions may be added between restarts, and what only the summary uses may change."""
     folder = Path(f"{args.output}.run")
-    if args.fresh and folder.exists():
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+    if args.fresh:
+        move_aside(folder, rank_world()[1])
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     return Journal(folder, {**settings, "items": sha256_file(args.items)})
 
@@ -363,24 +363,20 @@ def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     if args.task == "selftest":
         return run_selftest()
-    spec = None
-    if args.latent != "off":
-        spec = replace(PRESETS[args.latent], size=args.latent_size or PRESETS[args.latent].size)
-        if "maps" in args.conditions:
-            add_maps(args, spec)
+    spec = spec_of(args.latent, args.latent_size)
+    if spec and "maps" in args.conditions:
+        add_maps(args, spec)
     calibration, items = split_items(args)
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
                     args.temperature)
     if args.dry_run:
-        tools = argparse.Namespace(tokenizer=load_processors(args.model)[0])
-        log(asking.prompt(tools, items[0], len(items[0]["images"])))
+        log(asking.prompt(load_processors(args.model)[0], items[0], len(items[0]["images"])))
         print(json.dumps({"items": len(items), "calibration": len(calibration), "conditions": args.conditions,
                           "decodings_at_most": len(calibration) + len(items) * (1 + len(args.conditions)),
                           "plan": plan(args, len(items))}))
         return 0
-    rank, world, local_rank = rank_world()
-    qwen = load(args.model, args.dtype, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu",
-                args.min_pixels, args.max_pixels)
+    rank, world, _ = rank_world()
+    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))

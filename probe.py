@@ -38,22 +38,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from utils import derive
-from utils.capture import capture
+from utils.capture import capture, prompt_of
 from utils.decode import PRESETS, LatentSpec
+from utils.families import spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
-from utils.items import ANSWER_TYPES, gold_words, item_fault, question_text, read_items
+from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
 from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
-from utils.qwen import chat, load, load_processors
+from utils.qwen import load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
@@ -91,7 +91,7 @@ class Analysis:
         self.halves = draw_halves(len(items), args.seed)
         self.labels = {"decode": [gold_words(item) or item["id"] for item in items],
                        "decode_task": self.tasks.tolist()}
-        self.groups = [item.get("group_id") or item["id"] for item in items]
+        self.groups = list(map(group_of, items))
         self.rows: list[dict] = []
         self.matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -196,7 +196,7 @@ def choose(items: list[dict], n_items: int) -> list[dict]:
     """Return up to n items, as many of every file, evenly spread over it, one an image group."""
     files: dict[str, dict[str, dict]] = {}
     for item in items:
-        files.setdefault(item["file"], {}).setdefault(item.get("group_id") or item["id"], item)
+        files.setdefault(item["file"], {}).setdefault(group_of(item), item)
     chosen = []
     for k, firsts in enumerate(map(list, (groups.values() for groups in files.values()))):
         n = min(n_items // len(files) + (k < n_items % len(files)), len(firsts))
@@ -335,13 +335,11 @@ def main(argv: list[str] | None = None) -> int:
     wanted = {item["id"]: item for item in chosen} | {p["source"]: items[p["source"]] for p in probes}
     wanted |= {item["id"]: item for row in grid for item in row}
     edits = {name: edited(name, chosen, args.seed) for name in args.edits}
-    spec, n_steps = None, args.latent_size or TEXT_STEPS
-    if args.latent != "off":
-        n_steps = args.latent_size or PRESETS[args.latent].size
-        spec = replace(PRESETS[args.latent], size=n_steps)
+    spec = spec_of(args.latent, args.latent_size)
+    n_steps = spec.size if spec else args.latent_size or TEXT_STEPS
     if args.dry_run:
         tokenizer, _ = load_processors(args.model)
-        log(chat(tokenizer, question_text(chosen[0], args.suffix), len(chosen[0]["images"]), args.system))
+        log(prompt_of(tokenizer, chosen[0], len(chosen[0]["images"]), args))
         asked = sum(len(p["options"]) if args.circular else 1 for p in probes) * len(conditions(spec, args.variants))
         print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
                           "decodings_at_most": (2 if spec else 1) * len(wanted) + asked + sum(map(len, edits.values()))}))

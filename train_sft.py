@@ -45,6 +45,7 @@ from utils.answers import answers_match, last_boxed
 from utils.checkpoints import Run, Saver, alone, keep_lines, open_run, prune, publish, restore, steps_of, take
 from utils.checks import check_own
 from utils.decode import PRESETS, LatentSpec, clean_text, generate
+from utils.families import spec_of
 from utils.flops import peak_flops
 from utils.latents import align, run_latents
 from utils.packing import run_packed, use_packed_attention
@@ -207,7 +208,7 @@ def replies(qwen: Qwen, examples: list[Example], target: Target, max_new_tokens:
     """Answer the questions of rows greedily."""
     prompts = [example.ids[:example.trained.index(True)] for example in examples]
     pixels = [process_images(qwen.image_processor, load_images(example.images, target, qwen.factor)) for example in examples]
-    batch = to_device(collate(qwen, prompts, pixels, "left"), qwen.device)
+    batch = to_device(collate(qwen, prompts, pixels), qwen.device)
     for row in generate(qwen, batch, max_new_tokens, target.spec):
         yield clean_text(qwen.tokenizer, row.ids, target.spec)
 
@@ -320,10 +321,7 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def make_target(args: argparse.Namespace) -> Target:
-    spec = None
-    if args.imagination == "latent":
-        preset = PRESETS[args.latent]
-        spec = LatentSpec(**{**vars(preset), "size": args.latent_size or preset.size})
+    spec = spec_of(args.latent, args.latent_size) if args.imagination == "latent" else None
     return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image, args.system)
 
 

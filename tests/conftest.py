@@ -2,6 +2,7 @@
 import os
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -26,6 +27,17 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     make_model(TEXTS, folder, n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_checkpoint, tmp_path_factory):
+    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py, trained once a session."""
+    @cache
+    def make(kind, follows):
+        from imagining import make_latent_checkpoint, make_text_checkpoint
+        train = make_text_checkpoint if kind == "text" else make_latent_checkpoint
+        return train(tiny_checkpoint, tmp_path_factory.mktemp(kind) / "checkpoint", follows)
+    return make
 
 
 @pytest.fixture(scope="session")

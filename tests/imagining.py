@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils import qwen as Q
-from utils.decode import embed_prompt, latent_ids
+from utils.decode import PRESETS, embed_prompt, latent_ids
 from utils.items import question_text
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
@@ -70,7 +70,7 @@ def train(qwen, rng, make_reply, steps, pad_id=None, ask=ask_colour):
         schedule.step()
 
 
-def make_text_checkpoint(source, folder, follows=True, steps=300):
+def make_text_checkpoint(source, folder, follows):
     """A model that imagines the colour it sees, in text, and then answers what the imagination says (`follows`) or what
     it sees. In a third of the training rows the imagination names any colour."""
     rng = random.Random(0)
@@ -82,19 +82,19 @@ def make_text_checkpoint(source, folder, follows=True, steps=300):
         told = said if follows else seen
         return f"I look. <think_image>a {said} square</think_image> It is \\boxed{{{told}}}.<|im_end|>", None, None
 
-    train(qwen, rng, make_reply, steps)
+    train(qwen, rng, make_reply, 300)
     Q.save(qwen, str(folder))
     return folder
 
 
-def make_latent_checkpoint(source, folder, spec, follows=True, emitting=tuple(NAMES), steps=200,
-                           ask=ask_colour):
-    """A model that imagines in latents where the image is of an `emitting` colour: each colour has a code vector, the
+def make_latent_checkpoint(source, folder, follows=True, emitting=tuple(NAMES), ask=ask_colour):
+    """A model that imagines in Mirage's latents where the image is of an `emitting` colour: each colour has a code vector, the
     latents are trained to be the code of the colour seen. The answer is the colour whose code is fed (`follows`; a third
     of the rows feed any code), or the colour seen (noise is fed in training)."""
     rng = random.Random(0)
     torch.manual_seed(0)
     qwen = Q.load(str(source), device="cpu", dtype="float32")
+    spec = PRESETS["mirage"]
     Q.add_tokens(qwen, spec.tokens)
     hidden = qwen.model.config.text_config.hidden_size
     codes = dict(zip(NAMES, torch.linalg.qr(torch.randn(hidden, len(NAMES)))[0].T * hidden**0.5))  # rms 1, as states have
@@ -107,6 +107,6 @@ def make_latent_checkpoint(source, folder, spec, follows=True, emitting=tuple(NA
         return (f"{spec.start}{spec.pad * spec.size}{spec.end} It is \\boxed{{{fed}}}.<|im_end|>", vectors,
                 codes[seen].repeat(spec.size, 1))
 
-    train(qwen, rng, make_reply, steps, latent_ids(qwen.tokenizer, spec)[1], ask)
+    train(qwen, rng, make_reply, 200, latent_ids(qwen.tokenizer, spec)[1], ask)
     Q.save(qwen, str(folder))
     return folder

@@ -23,6 +23,11 @@ def test_donors_are_of_another_group_and_another_gold_where_there_is_one():
     assert all(pick_donor(kind, n, ITEMS, list(range(6))) != n for kind in ("random", "question", "image") for n in range(6))
 
 
+def test_an_item_without_a_group_is_its_own():
+    alone = [{**one, "group_id": None} for one in ITEMS]
+    assert pick_donor("random", 0, alone, [0, 1, 2, 3]) == 3 and pick_donor("random", 0, alone, [0, 1]) == 1
+
+
 def test_other_prompts_keep_what_they_should():
     edits = [None] * 5 + [({**ITEMS[5], "id": "5#edit"}, PICTURES[0])]
     own, images = other_prompt("blank", 0, ITEMS, PICTURES, edits)

@@ -3,9 +3,9 @@ import csv
 
 import pytest
 
+from utils.asking import first_difference, is_degenerate, stem_of
 from utils.effect_figures import draw_all
 from utils.effects import change_of_accuracy, change_of_score, lifts, summarize
-from utils.replied import first_difference, is_degenerate, stem_of
 from utils.stats import tango_ci
 
 

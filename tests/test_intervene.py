@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import intervene
-from imagining import make_latent_checkpoint, make_text_checkpoint, write_items
-from utils.conditions import CONDITIONS, Case
+from imagining import make_latent_checkpoint, write_items
+from utils.cases import Case
+from utils.conditions import CONDITIONS
 from utils.decode import PRESETS, Generation
 from utils.edits import direct, find_spans
 from utils.slots import NotEditable, slot_values
@@ -30,15 +31,13 @@ def items(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def text_model(request, tiny_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text") / "checkpoint"
-    return make_text_checkpoint(tiny_checkpoint, folder, follows=request.param), request.param
+def text_model(request, trained):
+    return trained("text", request.param), request.param
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def latent_model(request, tiny_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latent") / "checkpoint"
-    return make_latent_checkpoint(tiny_checkpoint, folder, MIRAGE, follows=request.param), request.param
+def latent_model(request, trained):
+    return trained("latent", request.param), request.param
 
 
 def flags(items, model, output):
@@ -94,7 +93,7 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
 
 
 def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_checkpoint, items, tmp_path):
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", MIRAGE, emitting=("red", "blue"))
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", emitting=("red", "blue"))
     metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau")
     assert metrics["emission"]["share"] == 0.5 and metrics["conditions"]["tau"]["effect"]["n"] == 16
     assert metrics["conditions"]["tau"]["effect"]["delta_all"] == pytest.approx(
@@ -285,3 +284,10 @@ def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items
         run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--max_new_tokens", "41")
     with pytest.raises(SystemExit):
         run(items, model, tmp_path / "o.jsonl", "--conditions", "tau")
+
+
+def test_processes_do_not_race_to_move_a_run_aside(items, tmp_path, monkeypatch):
+    (tmp_path / "r.jsonl.run").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="--fresh with 2 processes"):
+        intervene.open_journal(intervene.parse_args([*flags(items, "m", tmp_path / "r.jsonl"), "--fresh"]))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from imagining import make_latent_checkpoint, make_picture, write_items
+from imagining import make_picture, write_items
 from utils import qwen as Q
 from utils.asking import Asking
-from utils.conditions import Known
+from utils.cases import Known
 from utils.decode import Arm, decode, prefill
 from utils.effects import summarize
 from utils.families import PRESETS
@@ -173,7 +173,7 @@ def at_end(toy, pixels, clean, other, donor, shift):
 def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
     """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign of it."""
     toy, pixels, _, clean, donor = worlds["in"]
-    arms = make_arms("swap_random", clean, donor, None, 0)
+    arms = make_arms("swap_random", clean, donor, None)
     assert largest(run_arms(toy, pixels, arms), donor) == 0
     assert largest(run_arms(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
 
@@ -248,19 +248,17 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
 
 # ------------------------------------------------------------------------------------------- the product's own path
 @pytest.fixture(scope="module")
-def follower(tiny_checkpoint, tmp_path_factory):
+def follower(trained, tmp_path_factory):
     """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
-    folder = tmp_path_factory.mktemp("follower")
-    model = make_latent_checkpoint(tiny_checkpoint, folder / "checkpoint", MIRAGE, steps=60)
-    _, items = write_items(folder, 8)
+    _, items = write_items(tmp_path_factory.mktemp("items"), 8)
     images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i, item in enumerate(items)]
-    return Q.load(str(model), device="cpu", dtype="float32"), items, images
+    return Q.load(str(trained("latent", True)), device="cpu", dtype="float32"), items, images
 
 
 def test_every_site_through_the_batch_of_the_product(follower):
     qwen, items, images = follower
     asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
-    prompts = Q.encode(qwen, [asking.prompt(qwen, item, 1) for item in items], images)
+    prompts = Q.encode(qwen, [asking.prompt(qwen.tokenizer, item, 1) for item in items], images)
     known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True, with_slots=True)[0])
     names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t", "slot_swap_random", "slot_swap_blank",
              "slot_blank_x", "cut_latent", "cut_both"]

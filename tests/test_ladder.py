@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.edits import SPAN, NotEditable, find_spans, word_distance
-from utils.ladder import CONSTANT, LADDER, Context, donors, until_last_span
+from utils.ladder import CONSTANT, LADDER, Context, until_last_span
 from utils.lexicon import CLASSES, SYNONYMS, option_words, others, reworded, survivors
 from utils.measures import early_answering
 from utils.slots import NOT_EDITABLE
@@ -183,32 +183,6 @@ def test_tables_hold_what_they_claim():
     assert len(words) == len(set(words)) and all(len(group) > 1 for group in CLASSES)
     assert not any(word in re.split(r"[\s-]", f"{old} {new}") for old, new in SYNONYMS.items() for word in words)
     assert option_words(ITEM) == {"red", "blue", "green"}
-
-
-# ------------------------------------------------------------------------------------ donors
-def make_items(*groups):
-    return [{"id": f"{category}/{group}/{n}", "category": category, "group_id": group}
-            for category, group, size in groups for n in range(size)]
-
-
-def test_donors_are_a_derangement_over_groups_within_a_category():
-    items = make_items(("x", "a", 3), ("x", "b", 1), ("x", "c", 2), ("y", "d", 2), ("y", "e", 2), ("x", "f", 3))
-    of = {item["id"]: item for item in items}
-    for seed in range(30):
-        found = donors(items, seed)
-        assert sorted(found) == sorted(found.values()) == sorted(of)  # each gives once
-        assert all(of[one]["category"] == of[other]["category"] and of[one]["group_id"] != of[other]["group_id"]
-                   for one, other in found.items())
-    assert donors(items, 0) == donors(items[::-1], 0) != donors(items, 1)
-
-
-def test_who_has_no_donor_has_none():
-    assert donors(make_items(("x", "a", 4)), 0) == dict.fromkeys((f"x/a/{n}" for n in range(4)), None)
-    lonely = donors(make_items(("x", "a", 4), ("x", "b", 1)), 0)
-    given = [donor for donor in lonely.values() if donor]
-    assert all(donor is None or donor.split("/")[1] != one.split("/")[1] for one, donor in lonely.items())
-    assert 1 <= len(given) == len(set(given)) <= 2
-    assert donors([{"id": "1"}, {"id": "2"}], 0) == {"1": "2", "2": "1"}  # without category and group
 
 
 # ------------------------------------------------------------------------------------ measures

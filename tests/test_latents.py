@@ -63,7 +63,7 @@ def test_training_feeds_the_latents_that_decoding_feeds(latent):
     for i, example in enumerate(chosen):
         cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
         pixels = [Q.process_images(qwen.image_processor, load_images(example.images, target, 28))]
-        prompt = Q.collate(qwen, [example.ids[:cut - 1]], pixels, "left")
+        prompt = Q.collate(qwen, [example.ids[:cut - 1]], pixels)
         with torch.no_grad():  # make the start marker the sampled token, then decode
             qwen.model.lm_head.weight.zero_()
             qwen.model.lm_head.weight[start_id] = generate(qwen, prompt, 1, capture=True)[0].states[0]

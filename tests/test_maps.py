@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from test_decode import MIRAGE, batch_of, load_with
-from utils.conditions import CONDITIONS, PRESET_CONDITIONS, Case, Known, NotPossible, find_condition, map_conditions
+from utils.cases import Case, Known, NotPossible
+from utils.conditions import CONDITIONS, PRESET_CONDITIONS, find_condition, map_conditions
 from utils.decode import decode, prefill
 from utils.map_figures import draw_maps
 from utils.measures import attention_by_layer, early_curve, swept

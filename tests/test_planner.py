@@ -2,18 +2,17 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 
 from analytic import trinomial
-from utils.planner import design_effect, detectable_difference, items_for_margin, items_with_no_change, margin_for_items
-from utils.stats import robust_mean, tost_tango
+from utils.planner import detectable_difference, items_for_margin, items_with_no_change, margin_for_items
+from utils.stats import tost_tango
 
 
 def test_golden_values():
     assert items_for_margin(0.1, 0.01) == 8564
     assert [items_for_margin(sd * sd, margin) for sd, margin in ((0.2, 0.05), (0.3, 0.05), (0.5, 0.1))] == [138, 309, 215]
-    assert (items_with_no_change(0.01), items_with_no_change(0.01, exact=True)) == (268, 299)
+    assert items_with_no_change(0.01) == 268
 
 
 @pytest.mark.parametrize("discordance, items", [(0.02, (1713, 429, 191, 69)), (0.05, (4283, 1071, 476, 172)),
@@ -41,12 +40,10 @@ def test_items_and_margins_are_inverse(discordance, margin):
     assert margin_for_items(discordance, n) <= margin < margin_for_items(discordance, n - 1)
 
 
-@pytest.mark.parametrize("margin, alpha", list(itertools.product((0.005, 0.01, 0.03, 0.1), (0.05, 0.01))))
-def test_fewer_items_cannot_show_equivalence_even_if_nothing_changes(margin, alpha):
-    n = items_with_no_change(margin, alpha)
-    assert tost_tango(0, 0, n, margin) < alpha <= tost_tango(0, 0, n - 1, margin)
-    n = items_with_no_change(margin, alpha, exact=True)
-    assert (1 - margin) ** n <= alpha < (1 - margin) ** (n - 1)
+@pytest.mark.parametrize("margin", [0.005, 0.01, 0.03, 0.1])
+def test_fewer_items_cannot_show_equivalence_even_if_nothing_changes(margin):
+    n = items_with_no_change(margin)
+    assert tost_tango(0, 0, n, margin) < 0.05 <= tost_tango(0, 0, n - 1, margin)
 
 
 @pytest.mark.parametrize("discordance, margin, expected", [(0.02, 0.02, 0.67), (0.05, 0.05, 0.67), (0.02, 0.01, 0.76),
@@ -68,22 +65,9 @@ def test_mcnemar_finds_the_detectable_difference_as_often_as_planned():
     assert power == pytest.approx(0.8, abs=0.03)
 
 
-def test_the_design_effect_is_the_variance_of_groups_over_that_of_items():
-    assert design_effect(4, 0.5) == 2.5 and design_effect(1, 0.9) == 1
-    rng, ratios = np.random.default_rng(0), []
-    for _ in range(100):
-        shared = rng.normal(size=(100, 1)) * math.sqrt(0.3)
-        values = (shared + rng.normal(size=(100, 4)) * math.sqrt(0.7)).ravel()
-        widths = [np.ptp(robust_mean(values, groups)[1:]) for groups in (np.arange(400) // 4, np.arange(400))]
-        ratios.append((widths[0] / widths[1]) ** 2)
-    assert np.mean(ratios) == pytest.approx(design_effect(4, 0.3), rel=0.05)
-
-
 @pytest.mark.parametrize("call", [lambda: items_for_margin(0, 0.01), lambda: items_for_margin(0.1, 0),
-                                  lambda: items_for_margin(0.1, 0.01, power=1), lambda: items_for_margin(0.1, 0.01, alpha=0),
                                   lambda: margin_for_items(0.1, 0), lambda: margin_for_items(math.nan, 10),
-                                  lambda: items_with_no_change(1), lambda: detectable_difference(0.1, -1),
-                                  lambda: design_effect(0, 0.1), lambda: design_effect(4, -0.5)])
+                                  lambda: items_with_no_change(1), lambda: detectable_difference(0.1, -1)])
 def test_no_plan_without_sense(call):
     with pytest.raises(ValueError):
         call()

@@ -49,8 +49,8 @@ def test_the_paper_s_run_by_hand(shared_data):
 
 def test_hours_of_known_devices():
     """8 A800 at 40 % of 312 TFLOP/s do 1e18 operations in 1,002 seconds."""
-    assert estimate_hours(3.6e18, 8)["A800"] == pytest.approx(3605 / 3600, abs=0.01)
-    assert estimate_hours(3.6e18, 1)["H200"] == pytest.approx(2.53, abs=0.01)
+    assert estimate_hours(3.6e18)["A800"] == pytest.approx(3605 / 3600, abs=0.01)
+    assert estimate_hours(3.6e18)["H200"] == pytest.approx(2.53 / 8, abs=0.01)
 
 
 def test_lengths_and_their_picture(examples, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import benchmark_fixtures as made
 import probe
-from imagining import NAMES, make_latent_checkpoint, make_text_checkpoint, write_items
+from imagining import NAMES, make_latent_checkpoint, write_items
 from utils.decode import PRESETS
 from utils.capture import find_steps
 from utils.figures import draw_heatmaps
@@ -38,11 +38,11 @@ def run(data, model, output, *more):
 
 # ------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
-def latent_run(tiny_checkpoint, data, tmp_path_factory):
+def latent_run(trained, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
     folder = tmp_path_factory.mktemp("latent")
-    model = make_latent_checkpoint(tiny_checkpoint, folder / "model", MIRAGE)
-    return folder, run(data, model, folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
+    (folder / "model").symlink_to(trained("latent", True))
+    return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
                        "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
 
@@ -56,7 +56,7 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
         assert max(readout("other"), readout("mean"), readout("random")) < readout("own") - 0.3
     difference = metrics["probing"]["own_minus_other"]
     assert difference["ci"][0] > 0 and difference["r0_nats"]["delta"] > 0.5
-    rows = read_rows(folder / "out" / "answers.jsonl", {"id": str}, unique=None)
+    rows = read_rows(folder / "out" / "answers.jsonl", {"condition": str})
     assert len(rows) == 16 * len(ways(MIRAGE, ["tokens_only", "cut"])) == 160
     assert all(row["rule"] != "not_asked" and row["r0"] for row in rows)
 
@@ -87,7 +87,7 @@ def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
     assert {"imagination", "text", "image", "start", "dummy_pad"} <= set(found)
     split = metrics["crossed"]["steps"][0]
     assert split["image"] > 0.9 and split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
-    rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str}, unique=None)
+    rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str})
     assert {row["layer"] for row in rows if row["kind"] == "inner"} == {0, 1}
     first = [row for row in rows if (row["kind"], row["measure"]) == ("imagination", "spectrum")][0]
     assert 2.5 < first["participation_ratio"] < 3.2  # four codes: three directions beside their mean
@@ -132,8 +132,8 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
 
 
 @pytest.fixture(scope="module")
-def text_model(tiny_checkpoint, tmp_path_factory):
-    return make_text_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("text") / "model")
+def text_model(trained):
+    return trained("text", True)
 
 
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
@@ -155,7 +155,7 @@ def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_ima
     from utils.qwen import chat, encode, load
     from utils.readouts import score_options
     run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", " It is \\boxed{")
-    rows = read_rows(tmp_path / "out" / "answers.jsonl", {"id": str}, unique=None)
+    rows = read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})
     assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other", "cut_none")] == [16] * 3
     items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
     args = probe.parse_args(["--model", str(text_model), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
@@ -187,7 +187,7 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
     from utils.readouts import describe_scores, score_options
     metrics = run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint))
     assert metrics["reader"] == str(tiny_checkpoint) and metrics["emission"]["k"] == 8
-    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl", {"id": str}, unique=None)}
+    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})}
     assert {name for _, name in rows} == {"image", "image_own", "text_only", "own", "other"}
     store, reader = States(tmp_path / "out" / "states"), load(str(tiny_checkpoint), "float32", "cpu")
     for i, item in enumerate(read_items(data)[:3]):
@@ -237,7 +237,7 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None  # batch by batch the same
     assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
     assert found["image_swap"]["change"] > 4  # between two codes of 32 numbers of rms 1: 8
-    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str}, unique=None)
+    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
     assert {row["measure"] for row in rows if "edit" in row} == {"change", "sensitivity", "selectivity"}
     before = (tmp_path / "out" / "probes.jsonl").read_bytes()
     assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out" / "probes.jsonl").read_bytes() == before
@@ -272,7 +272,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
     trained on their questions with pictures of its own, imagines at all of them."""
     files = write_five(tmp_path, monkeypatch)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", MIRAGE, ask=lambda rng: rng.choice(asked))
+    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", ask=lambda rng: rng.choice(asked))
     write_rows(tmp_path / "probe.jsonl", [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
         "type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
         for i, item in enumerate(asked[:12])])
@@ -283,7 +283,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
     assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
-    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str}, unique=None)
+    rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
     assert {"within", "between", "difference", "all"} <= {row["pairs"] for row in rows if row["measure"] == "inter"}
     assert any(row["measure"] == "decode_task" for row in rows) and any(row["measure"] == "sensitivity" for row in rows)
 

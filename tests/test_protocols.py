@@ -7,7 +7,7 @@ import pytest
 
 from utils.benchmarks import TABLE, prepare
 from utils.items import question_text
-from utils.protocols import PROTOCOLS, find_protocol, user_text
+from utils.protocols import PROTOCOLS, user_text
 from utils.rows import DataError
 from utils.zoom import TOOL_SYSTEM
 
@@ -137,9 +137,6 @@ def test_system_prompts_and_pixel_limits():
     assert all(not p.suffix and p.format_hints for p in PROTOCOLS.values())
 
 
-def test_protocols_are_found_by_name_and_do_not_change():
-    assert find_protocol("monet") is PROTOCOLS["monet"]
-    with pytest.raises(DataError, match="no protocol 'Monet'; expected one of vlmevalkit, monet, monet_paper, lmms_eval, deepeyes, plain"):
-        find_protocol("Monet")
+def test_protocols_do_not_change():
     with pytest.raises(FrozenInstanceError):
         VLM.system = "other"

@@ -79,7 +79,7 @@ def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path):
     kept, rejected = result(tmp_path)
     asked = Counter(call["fault"] for call in calls_of(tmp_path) if "cut out of a larger image" in call["text"])
     records = {}
-    for record in read_rows(tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl", {"key": str}, unique=None):
+    for record in read_rows(tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl", {"key": str}):
         if record["kind"] == "zoom":
             records[record["id"].split("/")[1]] = record  # the last one counts
     for fault, (reason, detail, n_calls, n_tries) in TABLE.items():

@@ -90,7 +90,7 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
             assert (state[name] - tensor).abs().max() < 2e-5, name
     if not steps.target.spec:
         with torch.no_grad(), gathered(objective):  # ranks that generate different numbers of tokens
-            prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None], "left")
+            prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
             ids = generate(steps.qwen, prompt, 3 + 4 * rank)[0].ids
         assert ids == expected["ids"][:len(ids)]
         assert all(map(math.isfinite, run(steps, objective, optimizer, args, 5, 6)))  # and training goes on
@@ -104,7 +104,7 @@ def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data
     curve = run(steps, objective, optimizer, args, 0, 3)
     run(steps, objective, optimizer, args, 3, 5)
     expected = {"curve": curve, "state": whole_state(objective.model, torch.float32, True)}
-    prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None], "left")
+    prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
     expected["ids"] = generate(steps.qwen, prompt, 7)[0].ids
     mp.spawn(rank_main, args=(2, tmp_path, tiny_checkpoint, data, more, expected), nprocs=2)
     one = prepare(tiny_checkpoint, data, 0, 1, *more)  # what two ranks wrote is read by one

@@ -1,5 +1,4 @@
-"""The store of states: resuming, damage, merging, and cells against what was written.    pytest tests/test_states.py"""
-import os
+"""The store of states: resuming, damage, and cells against what was written.    pytest tests/test_states.py"""
 import signal
 import subprocess
 import sys
@@ -9,20 +8,20 @@ import numpy as np
 import pytest
 
 from utils.rows import DataError
-from utils.states import States, StateWriter, file_name, merge
+from utils.states import States, StateWriter, file_name
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"model": "m"}
 
 
-def fill(folder, n=7, first=0, shard=None):
+def fill(folder, n=7):
     """Samples with 2 to 4 steps of 3 layers x 5, the last one without latents."""
     made = {}
-    with StateWriter(folder, SETTINGS, shard) as writer:
-        for i in range(first, first + n):
+    with StateWriter(folder, SETTINGS) as writer:
+        for i in range(n):
             rng = np.random.default_rng(i)
             made[f"s/{i}"] = {"latent": rng.normal(size=(2 + i % 3, 5)), "inner": rng.normal(size=(2 + i % 3, 3, 5))}
-            if i == first + n - 1:
+            if i == n - 1:
                 made[f"s/{i}"] = {"start": rng.normal(size=(1, 5))}
             writer.add(f"s/{i}", made[f"s/{i}"], task=f"t{i % 2}")
     return made
@@ -90,18 +89,6 @@ def test_damage_is_named(tmp_path):
         file.write(b"\n")
     with pytest.raises(DataError, match=":3: damaged line"):
         States(tmp_path)
-
-
-def test_shards_of_two_machines_merge(tmp_path):
-    made = fill(tmp_path / "a", 3, 0, (0, 2)) | fill(tmp_path / "b", 3, 2, (1, 2))
-    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all") == 5 and merge([tmp_path / "b"], tmp_path / "all") == 0
-    store = States(tmp_path / "all")
-    assert set(store.records) == set(made) and np.allclose(store.load("s/3", "latent"), made["s/3"]["latent"])
-    with pytest.raises(DataError, match="no states-"):
-        States(tmp_path)
-    os.remove(tmp_path / "a" / "meta.json")
-    with pytest.raises(DataError, match="other settings"):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "more")
 
 
 @pytest.mark.parametrize("room", ["similarity", "geometry", "linear_probe", "states", "figures"])

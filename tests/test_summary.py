@@ -3,7 +3,6 @@ import random
 
 import pytest
 
-from utils.scores import implied_counts
 from utils.stats import wilson
 from utils.summary import headline, interval, is_right, mme_scores, own_scores, share, summarize
 
@@ -28,7 +27,7 @@ def test_the_papers_numbers_come_out_of_the_counts_that_they_imply():
     counts = {"direct_attributes": (101, 115), "relative_position": (63, 76)}
     records = [BASE | {"verdict": "correct" if k < right else "incorrect", "category": name, "group_id": f"{name}{k}"}
                for name, (right, n) in counts.items() for k in range(n)]
-    assert round(100 * summarize(records)["accuracy"], 1) == 85.9 and implied_counts(85.9, 191) == [164]
+    assert round(100 * summarize(records)["accuracy"], 1) == 85.9
     parts = {name: summarize([r for r in records if r["category"] == name])["accuracy"] for name in counts}
     assert {name: round(100 * part, 1) for name, part in parts.items()} == {"direct_attributes": 87.8, "relative_position": 82.9}
     assert 1 < 100 * (summarize(records)["ci95"][1] - 0.859) < 5  # half the width is about 4.9 points

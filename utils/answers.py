@@ -17,6 +17,8 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from utils.values import NUMBERS
+
 # Spans that are latents or markers, never words: Monet, Mirage, LVR and the chat format.
 LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
@@ -42,9 +44,7 @@ CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
 EDGES = " \t\n.,;:!\"'“”‘’*_`。"
 
-NUMBER_WORDS = {word: str(number) for number, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())}
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)}
 UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$", "centimeters": "cm",
          "centimeter": "cm", "meters": "m", "meter": "m", "kilometers": "km", "kilometer": "km", "inches": "inch",
          "seconds": "s", "second": "s", "minutes": "min", "minute": "min", "hours": "h", "hour": "h", "years": "year"}

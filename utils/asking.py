@@ -1,4 +1,4 @@
-"""How items are put to a model in both arms of the interventions: the asking, other prompts, donors from the batch.
+"""How items are put to a model in both arms of the interventions, and what a reply says, as fields of a record.
 
 A prompt of a kind ("own", "blank", "counterfactual", "other_image", "other_question", "masked"; `utils.conditions`) is read
 once a batch and kept.
@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from utils.conditions import sampler
+from utils.answers import extract_choice
+from utils.cases import sampler
 from utils.decode import Arm, State, prefill
-from utils.items import question_text
+from utils.items import group_of, question_text
 from utils.qwen import Qwen, chat, encode
 
 GREY = (127, 127, 127)
+BOX = "\\boxed{"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Asking:
         """Return the arm, its ids sampled where it does not choose them itself."""
         return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
 
-    def prompt(self, qwen: Qwen, item: dict, n_images: int) -> str:
-        return chat(qwen.tokenizer, question_text(item, self.suffix), n_images, self.system)
+    def prompt(self, tokenizer, item: dict, n_images: int) -> str:
+        return chat(tokenizer, question_text(item, self.suffix), n_images, self.system)
 
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
@@ -81,7 +83,7 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
         return items[j][field] == item[field]
 
     if kind == "random":
-        order = [j for j in order if items[j].get("group_id", items[j]["id"]) != item.get("group_id", item["id"])]
+        order = [j for j in order if group_of(items[j]) != group_of(item)]
         return next((j for j in order if not same(j, "answer")), order[0] if order else None)
     share, differ = ("question", "images") if kind == "question" else ("images", "question")
     return next((j for j in order if same(j, share) and not same(j, differ)), None)
@@ -100,7 +102,37 @@ class Prompts:
         if kind not in self.read:
             found = {i: other for i in range(len(self.items))
                      if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [self.asking.prompt(self.qwen, item, len(images)) for item, images in found.values()]
+            texts = [self.asking.prompt(self.qwen.tokenizer, item, len(images)) for item, images in found.values()]
             state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
             self.read[kind] = state, list(found)
         return self.read[kind]
+
+
+# ------------------------------------------------------------------------------------ what a reply says
+def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
+    """Return the fields that come from a reply's words; the answer is looked for in `last_words`, after all imagination."""
+    found = extract_choice(last_words.strip(), dict(map(tuple, item["options"])), finish)
+    return {"text": text, "finish": finish, "n_new": len(ids), "pred": found.letter, "rule": found.rule,
+            "correct": found.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
+
+
+def is_degenerate(ids: list[int], finish: str) -> bool:
+    """Return whether a reply ends in a loop: a tail of period up to 64, or cut off with half its 4-grams repeated."""
+    for period in range(1, 65):
+        tail = ids[-max(3 * period, 48):]
+        if len(tail) == max(3 * period, 48) and tail[period:] == tail[:-period]:
+            return True
+    grams = list(zip(*(ids[i:] for i in range(4))))
+    return finish == "length" and bool(grams) and len(set(grams)) < len(grams) / 2
+
+
+def first_difference(one: list[int], other: list[int]) -> int | None:
+    """Return the first index at which two lists differ, None if they are equal."""
+    both = min(len(one), len(other))
+    return next((j for j in range(both) if one[j] != other[j]), None if len(one) == len(other) else both)
+
+
+def stem_of(words: str) -> str | None:
+    """Return a reply's last words up to and including the opening of its last box; None without one."""
+    place = words.rfind(BOX)
+    return None if place < 0 else " " + words[:place].lstrip() + BOX

@@ -12,7 +12,7 @@ from threading import Event
 from typing import NamedTuple
 
 from utils.images import ImageError, open_image, visual_tokens
-from utils.rows import DataError, log, rank_world
+from utils.rows import DataError, log
 
 WINDOW = 2048  # requests among which batches are formed by length
 
@@ -97,10 +97,8 @@ class LocalBackend:
 
     def load(self) -> None:
         """Load the checkpoint, on this rank's GPU if there is one."""
-        import torch  # here: a run that only reads its journal needs no torch
-        from utils import qwen
-        device = f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu"
-        self.qwen = qwen.load(str(self.folder), device=device, max_pixels=self.max_pixels)
+        from utils import qwen  # here: a run that only reads its journal needs no torch
+        self.qwen = qwen.load(str(self.folder), max_pixels=self.max_pixels)
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
@@ -121,15 +119,8 @@ class LocalBackend:
 
     def batches(self, window: list[Request]) -> Iterator[list[Request]]:
         """Yield the requests in batches, the longest prompts first."""
-        batch, longest = [], 0
-        for length, request in sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True):
-            longest = max(longest, length[0] + request.max_tokens)
-            if len(batch) == self.batch_size or batch and (len(batch) + 1) * longest > self.batch_tokens:
-                yield batch
-                batch, longest = [], length[0] + request.max_tokens
-            batch.append(request)
-        if batch:
-            yield batch
+        order = sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True)
+        yield from fill_batches([(length[0] + r.max_tokens, r) for length, r in order], self)
 
     def length(self, request: Request) -> tuple[int, int]:
         """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the characters."""
@@ -173,6 +164,20 @@ class LocalBackend:
             text = decode.clean_text(self.qwen.tokenizer, row.ids[:request.max_tokens])
             replies.append(Reply(request.key, text, finish, int(mask.sum()), len(row.ids), seconds))
         return replies
+
+
+def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterator[list]:
+    """Yield things, each with its tokens, in their order: at most `limits.batch_size` and, padded to the longest,
+    `limits.batch_tokens` a batch, which may have been lowered since the last one."""
+    batch, longest = [], 0
+    for n_tokens, one in sized:
+        longest = max(longest, n_tokens)
+        if len(batch) == limits.batch_size or batch and (len(batch) + 1) * longest > limits.batch_tokens:
+            yield batch
+            batch, longest = [], n_tokens
+        batch.append(one)
+    if batch:
+        yield batch
 
 
 def find_checkpoint(model_path: str) -> Path:

@@ -23,6 +23,12 @@ def batched(rows: list[dict], size: int, what: str) -> tqdm:
     return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
 
 
+def prompt_of(tokenizer, item: dict, n_images: int, args: argparse.Namespace) -> str:
+    """Return the prompt of an item, by --suffix and --system; one without images has no marks of where they stand."""
+    text = question_text(item, args.suffix)
+    return chat(tokenizer, text if n_images else text.replace("<image>", ""), n_images, args.system)
+
+
 def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace,
             writer: StateWriter, whole: bool = True) -> None:
     """Decode the items that the store lacks and add their states; `args` are probe.py's. `whole`: inner states and those of
@@ -35,8 +41,7 @@ def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int
         if all(item["id"] in writer for item in batch):
             continue
         images = [open_shown(item) for item in batch]
-        prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
-                   for item, pictures in zip(batch, images)]
+        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(batch, images)]
         inputs = encode(qwen, prompts, images)
         with torch.no_grad():
             features = iter(image_features(qwen, inputs))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.answers import BOX, answers_match, last_boxed
+from utils.edits import CLOSE, SPAN
 from utils.images import IMAGE_REASONS, check_images
 from utils.journal import Journal
 from utils.rows import DataError, call_key
@@ -21,8 +22,6 @@ CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_re
 WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
-SPAN = re.compile(r"<think_image>(.*?)</think_image>", re.DOTALL)
-LAST = "</think_image>"
 SENTENCE_END = re.compile(r"[.!?]\s+|\n+|</think>|</think_image>\s*")
 MARKUP = re.compile(r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
                     r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
@@ -85,7 +84,7 @@ def parse_options(question: str) -> dict[str, str]:
 
 def split_spans(text: str) -> tuple[list[str], str]:
     """Return (what the text imaginations of a chain say, the chain without them)."""
-    end = text.rfind(LAST) + len(LAST) if LAST in text else 0  # no span ends later: searching there takes quadratic time
+    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # no span ends later: searching there takes quadratic time
     return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
 
 

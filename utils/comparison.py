@@ -2,6 +2,7 @@
 
 Items that are an error in either file are left out and counted; files with other items or other golds are refused.
 """
+from utils.items import group_of
 from utils.rows import DataError, read_rows
 from utils.scoring import VERDICTS
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval, sign_flip
@@ -44,7 +45,7 @@ def difference(pairs: list[tuple[dict, dict]]) -> dict:
     "p" is exact McNemar's ("mcnemar") where every item is its own group, else that of a test that flips the signs of whole
     groups ("sign_flip"); None for items that are all of one group. "ci95" is utils.stats.paired_interval.
     """
-    n, groups = len(pairs), [one.get("group_id") or one["id"] for one, _ in pairs]
+    n, groups = len(pairs), [group_of(one) for one, _ in pairs]
     right = [[int(row["verdict"] == "correct") for row in side] for side in zip(*pairs)]
     changes = [after - before for before, after in zip(*right)]
     lost, won = ([one["id"] for (one, _), change in zip(pairs, changes) if change == sign] for sign in (-1, 1))

@@ -6,131 +6,27 @@
     site none   the latents are left out, or the prompt is another: do(X)
 
 A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or raises NotPossible
-with a reason of REASONS. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
+with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
 "counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's), "masked" (the item's
 region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`). Sweeps over a number are listed
 by `map_conditions` and drawn by `utils.map_figures`.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from utils.cases import Case, NotPossible, last_latent, latent, seeded, within
 from utils.decode import Arm
-from utils.families import Generation, LatentSpec
-from utils.rows import DataError, call_key
+from utils.families import Generation
+from utils.rows import DataError
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
-REASONS = ("no_latents", "no_donor", "no_calibration", "no_counterfactual", "no_region", "one_latent", "no_such_position",
-           "no_attention")
 WINDOWS = 8  # of layers in a map, at most
+# do(X), everything said anew: a blank image, the item's answer-changing edit, another item's image or question, the region grey
+DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image", "x_question": "other_question",
+        "x_region": "masked"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
-
-
-class NotPossible(ValueError):
-    """An item that a condition cannot be applied to; the message is one of REASONS."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it, `tau`, the first of
-    all, `first` (all [hidden]), mean and standard deviation by position in a segment, `mu_t` and `sigma_t` [K, hidden], and the
-    mean layer inputs by position, `slots_t` [K, layers, hidden]."""
-
-    n_latents: int
-    mu: torch.Tensor
-    tau: torch.Tensor
-    first: torch.Tensor
-    mu_t: torch.Tensor
-    sigma_t: torch.Tensor
-    slots_t: torch.Tensor
-
-    @classmethod
-    def from_runs(cls, runs: list[Generation]) -> "Known | None":
-        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of them."""
-        fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
-        places = torch.tensor([step for row, vectors in zip(runs, fed) for step in steps_of(row)[:len(vectors)]])
-        if not len(places):
-            return None
-        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs for slot in row.slots])
-        mu = latents.double().mean(0).float()
-        at = [places == step for step in range(int(places.max()) + 1)]
-        return cls(len(latents), mu, latents[(latents - mu).norm(dim=1).argmin()], latents[0],
-                   torch.stack([latents[here].mean(0) for here in at]),
-                   torch.stack([latents[here].std(0, correction=0) for here in at]),
-                   torch.stack([slots[here].mean(0) for here in at]))
-
-
-def steps_of(row: Generation) -> list[int]:
-    """Return the position within its segment of each latent of a run."""
-    return [step for segment in row.segments for step in range(segment.size)]
-
-
-def likeliest(logits: torch.Tensor, n: int) -> int:
-    return int(logits.argmax())
-
-
-def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
-    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where` and n alone.
-
-    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same noise (common
-    random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
-    """
-    if not temperature:
-        return likeliest
-
-    def pick(logits: torch.Tensor, n: int) -> int:
-        uniform = torch.rand(len(logits), generator=seeded("sample", *where, n)).clamp(1e-20, 1 - 1e-7)
-        return int((logits.float().cpu() / temperature - (-uniform.log()).log()).argmax())
-    return pick
-
-
-@dataclass
-class Case:
-    """An item and its clean run, and what conditions may take from elsewhere.
-
-    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
-    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply; `attention` how much the
-    answer's stem attends to each of the clean run's latents, in order (None where that was not read).
-    """
-
-    item: dict
-    clean: Generation
-    spec: LatentSpec
-    pad: torch.Tensor
-    start_id: int
-    seed: int
-    known: Known | None = None
-    donors: dict[str, Generation] = field(default_factory=dict)
-    pick: Callable[[torch.Tensor, int], int] = likeliest
-    attention: list[float] | None = None
-
-    def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
-        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
-        return gaussian(n, self.seed, self.item["id"], segment, step)
-
-    def calibrated(self) -> Known:
-        if self.known is None:
-            raise NotPossible("no_calibration")
-        return self.known
-
-    def mean(self, step: int) -> torch.Tensor:
-        """Return the mean calibration latent of a position, [hidden]."""
-        known = self.calibrated()
-        return known.mu_t[min(step, len(known.mu_t) - 1)]
-
-    def need_position(self, step: int) -> None:
-        """Raise NotPossible unless a segment of the clean run has a latent at this position."""
-        if all(segment.size <= step for segment in self.clean.segments):
-            raise NotPossible("no_such_position")
-
-    def donor(self, kind: str) -> Generation:
-        """Return a donor with a latent for each of this item's."""
-        row = self.donors.get(kind)
-        if row is None or len(row.segments) < len(self.clean.segments) or any(
-                its.size < mine.size for its, mine in zip(row.segments, self.clean.segments)):
-            raise NotPossible("no_counterfactual" if kind == "counterfactual" and row is None else "no_donor")
-        return row
 
 
 @dataclass(frozen=True)
@@ -150,10 +46,9 @@ class Condition:
 CONDITIONS: dict[str, Condition] = {}
 
 
-def condition(site: str, default: object = None, prompt: str = "own", needs: tuple[str, ...] = (),
-              parse: Callable[[str], object] = float) -> Callable:
+def condition(site: str, **more) -> Callable:
     def register(make: Callable) -> Callable:
-        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, default, prompt, needs, parse)
+        CONDITIONS[make.__name__] = Condition(make.__name__, site, make, **more)
         return make
     return register
 
@@ -180,28 +75,18 @@ def parse_place(word: str) -> tuple[range, range]:
     return place
 
 
-def condition_prompt(kind: str) -> str:
-    """Return the reason why an item has no prompt of a kind."""
-    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
-
-
-def gaussian(n: int, *where) -> torch.Tensor:
-    """Return n standard normal numbers that depend on `where` alone."""
-    return torch.randn(n, generator=seeded(*where))
-
-
-def seeded(*where) -> torch.Generator:
-    return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
-
-
 def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
     """Return the arm that feeds vector(z, segment, step), computed in float32 on the CPU."""
     return Arm(feed=lambda z, segment, step: vector(z.float().cpu(), segment, step).to(z.device, z.dtype))
 
 
-def latent(row: Generation, segment: int, step: int) -> torch.Tensor:
-    """Return a latent of a captured run, [hidden]."""
-    return row.fed[sum(s.size for s in row.segments[:segment]) + step].float().cpu()
+def everywhere(vector: torch.Tensor) -> Arm:
+    return fed(lambda z, segment, step: vector)
+
+
+def fed_from(row: Generation) -> Arm:
+    """Return the arm that feeds a captured run's latents at the same positions, as far as it has them."""
+    return fed(lambda z, segment, step: latent(row, segment, step) if within(row, segment, step) else z)
 
 
 def slot(row: Generation) -> Arm:
@@ -210,12 +95,6 @@ def slot(row: Generation) -> Arm:
         place = sum(s.size for s in row.segments[:segment]) + step
         return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None  # the last may be unread
     return Arm(slot=states)
-
-
-def last_latent(row: Generation) -> int:
-    """Return how many ids of a run come before what follows its last segment of latents (of none, with `markers_only`); 0
-    without a segment."""
-    return max((segment.start + segment.size for segment in row.segments), default=0)
 
 
 def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
@@ -238,33 +117,26 @@ def identity(case, number):
 @condition("fed")
 def replay(case, number):
     """The latents captured in the clean run."""
-    return fed(lambda z, segment, step: latent(case.clean, segment, step) if within(case.clean, segment, step) else z)
-
-
-def within(row: Generation, segment: int, step: int) -> bool:
-    return segment < len(row.segments) and step < row.segments[segment].size
+    return fed_from(case.clean)
 
 
 # ------------------------------------------------------------------------------------ fed: content taken away
 @condition("fed")
 def tau(case, number):
     """One calibration latent, the nearest to their mean, for all samples and positions: the paper's Monet arm."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.tau)
+    return everywhere(case.calibrated().tau)
 
 
 @condition("fed")
 def tau_mean(case, number):
     """The mean of the calibration latents everywhere."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.mu)
+    return everywhere(case.calibrated().mu)
 
 
 @condition("fed")
 def tau_first(case, number):
     """The first latent of the calibration items everywhere."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: known.first)
+    return everywhere(case.calibrated().first)
 
 
 @condition("fed")
@@ -277,8 +149,7 @@ def mean_t(case, number):
 @condition("fed")
 def near_zero(case, number):
     """0.001 of the mean latent: the paper's Mirage arm; read it beside the share of degenerate replies."""
-    known = case.calibrated()
-    return fed(lambda z, segment, step: NEAR_ZERO * known.mu)
+    return everywhere(NEAR_ZERO * case.calibrated().mu)
 
 
 @condition("fed", default=1.0)
@@ -317,8 +188,7 @@ def mix(case, number):
 @condition("fed")
 def dummy_pad(case, number):
     """The embedding of the latent pad: as many tokens, nothing fed back."""
-    pad = case.pad.float().cpu()
-    return fed(lambda z, segment, step: pad)
+    return everywhere(case.pad.float().cpu())
 
 
 # ------------------------------------------------------------------------------------ fed: order and position
@@ -385,39 +255,34 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
 
 
 # ------------------------------------------------------------------------------------ donors, fed and in the slots
-def swap(case: Case, kind: str) -> Arm:
-    donor = case.donor(kind)
-    return fed(lambda z, segment, step: latent(donor, segment, step) if within(donor, segment, step) else z)
-
-
 @condition("fed", needs=("random",))
 def swap_random(case, number):
     """The latents of another item, with another right answer where there is one."""
-    return swap(case, "random")
+    return fed_from(case.donor("random"))
 
 
 @condition("fed", needs=("question",))
 def swap_question(case, number):
     """The latents of an item with the same question about another image."""
-    return swap(case, "question")
+    return fed_from(case.donor("question"))
 
 
 @condition("fed", needs=("image",))
 def swap_image(case, number):
     """The latents of an item with another question about the same image."""
-    return swap(case, "image")
+    return fed_from(case.donor("image"))
 
 
 @condition("fed", needs=("counterfactual",))
 def swap_counterfactual(case, number):
     """The latents under the item's own answer-changing edit: does the answer follow them?"""
-    return swap(case, "counterfactual")
+    return fed_from(case.donor("counterfactual"))
 
 
 @condition("fed", needs=("blank",))
 def swap_blank(case, number):
     """World Y(x, Z(x')): the latents that a blank image brings about."""
-    return echo(case.clean, case.pick, swap(case, "blank"))
+    return echo(case.clean, case.pick, fed_from(case.donor("blank")))
 
 
 @condition("slot")
@@ -518,34 +383,7 @@ def slot_blank_x(case, number):
     return echo(case.clean, case.pick, slot(case.clean))
 
 
-@condition("none", prompt="blank")
-def x_blank(case, number):
-    """do(X): a blank image, everything said anew."""
-    return Arm()
-
-
-@condition("none", prompt="counterfactual")
-def x_counterfactual(case, number):
-    """do(X): the item's answer-changing edit."""
-    return Arm()
-
-
-@condition("none", prompt="other_image")
-def x_image(case, number):
-    """do(X): another item's image."""
-    return Arm()
-
-
-@condition("none", prompt="other_question")
-def x_question(case, number):
-    """do(X): another item's question."""
-    return Arm()
-
-
-@condition("none", prompt="masked")
-def x_region(case, number):
-    """do(X): the item's region of interest greyed out."""
-    return Arm()
+CONDITIONS |= {name: Condition(name, "none", lambda case, number: Arm(), prompt=kind) for name, kind in DO_X.items()}
 
 
 # the paper's arms: Monet (Fig. 2c, App. B Table 4) is tau; Mirage tau, + noise, noise, near zero

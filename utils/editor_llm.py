@@ -7,7 +7,7 @@ NOT_EDITABLE, and never an edit by rules in its place: compare the two editors o
 import json
 
 from utils.calls import Call, Caller, ask
-from utils.edits import pick_slot, put_spans, verify_directed
+from utils.edits import passages, pick_slot, put_spans, verify_directed
 from utils.journal import Journal
 from utils.replies import fill, object_schema
 from utils.rows import call_key
@@ -33,15 +33,16 @@ Rules:
 Reply with {"edited": [passages], "changed_phrases": [each phrase as it reads now]}.""",
     "RETRY": "An earlier reply could not be used: {fault}. Reply again with the whole JSON object."}
 VERSION = call_key(**PROMPTS)[:16]  # what the records name the prompts by
+MAX_NEW_TOKENS = 1024
 RETRIES = 3  # after the first reply, each told what was wrong with the one before
 SCHEMA = object_schema(edited={"type": "array", "items": {"type": "string"}},
                        changed_phrases={"type": "array", "items": {"type": "string"}})
 Sample = tuple[str, list[tuple[int, int]], dict, str]  # text, spans, item, letter of a wrong option
 
 
-def make_caller(backend: object, journal: Journal, max_new_tokens: int = 1024) -> Caller:
+def make_caller(backend: object, journal: Journal) -> Caller:
     """Return what `direct_all` asks through: prompts and model are in every key, so that a journal answers only for them."""
-    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, max_new_tokens, guarded=False)
+    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS, guarded=False)
 
 
 def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] | NotEditable]:
@@ -53,16 +54,15 @@ def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] |
     found: list = [None] * len(samples)
     calls: dict[int, Call] = {}
     for i, (text, spans, item, target) in enumerate(samples):
-        before = [text[start:end] for start, end in spans]
         try:
-            calls[i] = make_call(str(i), before, item, target)
+            calls[i] = make_call(str(i), passages(text, spans), item, target)
         except NotEditable as fault:
             found[i] = fault
 
     def check(call: Call, value: dict) -> tuple[str, str] | None:
         text, spans, item, target = samples[int(call.id)]
         try:
-            verify_directed([text[start:end] for start, end in spans], value["edited"], item, target)
+            verify_directed(passages(text, spans), value["edited"], item, target)
         except NotEditable as fault:
             return str(fault), fault.detail
         return None
@@ -74,7 +74,7 @@ def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] |
             found[i] = NotEditable(outcome.reason, outcome.detail)
             continue
         after = outcome.value["edited"]
-        edit = verify_directed([text[start:end] for start, end in spans], after, item, target)
+        edit = verify_directed(passages(text, spans), after, item, target)
         found[i] = put_spans(text, spans, after), {
             "editor": "llm", "prompt": VERSION, "model": caller.identity.get("model"), **edit,
             "changed_phrases": outcome.value["changed_phrases"]}

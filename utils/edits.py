@@ -66,6 +66,11 @@ def conclusion(text: str, by: str = "marks") -> str:
     return text[after_marks(text, spans[-1][1]):] if spans else text
 
 
+def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """Return what the spans hold."""
+    return [text[start:end] for start, end in spans]
+
+
 def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
     """Return `text` with the spans replaced, last first so that offsets hold; nothing outside them changes."""
     for (start, end), span in zip(reversed(spans), reversed(after), strict=True):
@@ -76,7 +81,7 @@ def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> 
 # ------------------------------------------------------------------------------------ the directed edit
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
     """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was done."""
-    before = [text[start:end] for start, end in spans]
+    before = passages(text, spans)
     slot = pick_slot(before, item, target)
     after = [swap(span, slot)[0] for span in before]
     edit = verify_directed(before, after, item, target)

@@ -60,6 +60,12 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def legend(figure, panels, **more) -> None:
+    """Put one legend of all panels below them."""
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False, **more)
+
+
 def accuracy(metrics: dict, shown: dict) -> tuple:
     from utils.stats import wilson
     figure, (axes,) = new_figure(max(7.0, 0.75 * len(shown) + 2), 5)
@@ -75,8 +81,7 @@ def accuracy(metrics: dict, shown: dict) -> tuple:
                      yerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
             rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label, "share": share,
                          "ci95_low": low, "ci95_high": high})
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False)
+    legend(figure, [axes])
     many = len(shown) > 6
     axes.set_xticks(range(len(shown)), [f"{name}\n({entry['site']})" for name, entry in shown.items()],
                     rotation=45 if many else 0, ha="right" if many else "center", fontsize=8)
@@ -131,8 +136,7 @@ def mediation(metrics: dict, shown: dict) -> tuple:
                      label=label)
             rows.append({"site": site, "effect": name, "n": found["n"], "mean": effect["mean"], "ci95_low": low,
                          "ci95_high": high})
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=5, frameon=False, fontsize=8)
+    legend(figure, [axes], fontsize=8)
     shares = {site: found["proportion_mediated"] for site, found in sites.items()}
     axes.set_xticks(range(len(sites)), [f"site {site}\nmediated: {'-' if s['value'] is None else format(s['value'], '.0%')}"
                                         for site, s in shares.items()])

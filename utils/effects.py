@@ -2,11 +2,12 @@
 
 Effects are taken on the items that imagined something in their clean run ("emitters") and can be intervened on; how many
 those are stands beside every number. Three readouts: R2 accuracy of the free reply (points), R0 and R1 the negative
-log-likelihood of the right option among the options (nats, `utils.readouts`). An item's group is what varies together.
+log-likelihood of the right option among the options (nats, `utils.readouts`).
 """
 from collections import Counter
 from collections.abc import Callable
 
+from utils.items import group_of
 from utils.measures import attention_by_layer, early_curve, swept
 from utils.mediation import donor_lift, mediate
 from utils.planner import items_for_margin, margin_for_items
@@ -16,10 +17,6 @@ from utils.stats import holm, mcnemar_exact, paired_interval, robust_mean, sign_
 Pair = tuple[dict, dict, dict]  # item, its clean record, its record under the condition
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"), "text": ("swap_blank", "blank_x")}
-
-
-def group_of(item: dict) -> str:
-    return item.get("group_id") or item["id"]
 
 
 def share(k: int, n: int) -> dict:

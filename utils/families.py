@@ -11,6 +11,7 @@ import torch
 from utils.qwen import special_id
 from utils.rows import DataError
 
+
 @dataclass(frozen=True)
 class LatentSpec:
     """How a family decodes latents.
@@ -45,6 +46,11 @@ PRESETS = {spec.name: spec for spec in (
                size=4, overwrite_start=False, force_end=True, early_end=True),  # latent_size 4 of its training
     LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",
                size=8, overwrite_start=False, force_end=False, early_end=False))}  # decoding by steps, 8 in the paper
+
+
+def spec_of(name: str, size: int | None) -> LatentSpec | None:
+    """Return what --latent and --latent_size name: a family, with `size` latents a segment if given; None for "off"."""
+    return None if name == "off" else replace(PRESETS[name], size=size or PRESETS[name].size)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import TextIO
 import numpy as np
 
 from utils.rows import replace_file
+from utils.similarity import FORMS
 
 COLORS = {"imagination": "#0072b2", "text": "#d55e00", "image": "#009e73", "inner": "#cc79a7", "dummy_pad": "#7f7f7f",
           "fed": "#56b4e9", "start": "#e69f00"}
@@ -16,7 +17,6 @@ NAMES = {"imagination": "imagination", "text": "text after it", "image": "image 
          "dummy_pad": "pads fed instead", "fed": "fed", "start": "start"}
 MARKS = {"imagination": "o", "text": "s", "image": "^", "inner": "D", "dummy_pad": "x", "fed": "v", "start": "P"}
 SIZES = {"imagination": 3.5, "image": 8}  # lines that coincide stay visible: small marks on top of large ones
-FORM_NAMES = {"raw": "raw", "centred": "centred", "standardised": "standardised", "whitened": "whitened"}
 
 
 def new_axes(n_rows: int, n_columns: int, width: float, height: float, **more):
@@ -90,7 +90,7 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
     titles = {"inter": "between instances, same step", "adjacent": "one instance, step t - 1 to t",
               "first": "one instance, step 1 to t"}
     rows = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all" and row["measure"] in titles]
-    forms = [form for form in FORM_NAMES if any(row["form"] == form for row in rows)]
+    forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
     figure, axes = new_axes(len(forms), 3, 12.5, 2.7 * len(forms) + 0.8, sharey=True)
     for form, panel in zip(forms, axes):
         for ax, (measure, title) in zip(panel, titles.items()):

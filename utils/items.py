@@ -94,6 +94,11 @@ def board_fault(board: object) -> str | None:
     return None
 
 
+def group_of(item: dict) -> str:
+    """Return what varies together with other items, one image's questions, say; an item without a group is its own."""
+    return item.get("group_id") or item["id"]
+
+
 def gold_words(item: dict) -> str | None:
     """Return the right answer in words; None for a map, which has many."""
     kind, value = item["answer"]["type"], item["answer"]["value"]

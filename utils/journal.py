@@ -157,6 +157,15 @@ class Journal:
         (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
 
 
+def move_aside(folder: Path, n_processes: int) -> None:
+    """Give an earlier run's folder, if there is one, another name (--fresh)."""
+    if folder.exists():
+        if n_processes > 1:
+            raise DataError(f"--fresh with {n_processes} processes: move {folder} aside by hand, they would race for it")
+        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+
+
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
     """Return the object that `folder/<name>` holds, or None if there is none; DataError if it is damaged."""
     path = Path(folder, name)

@@ -11,7 +11,7 @@
     no_span        nothing, the marks gone too
     bare           one <think_image>, the placeholder of training
     constant       one fixed passage, the same for all samples                    the paper's latent arm, in text
-    foreign        an imagination of another sample of its category               a mismatch of the usual kind
+    foreign        those of another sample of the batch                           a mismatch of the usual kind
     directed       the right option's value exchanged for a wrong one's           whether the answer follows the content
     truncate_N     the first N % of its words                                     when the answer is settled
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from utils.edits import OPEN, after_marks, count, direct, distance, pick_slot, put_spans
+from utils.edits import OPEN, after_marks, count, direct, distance, passages, pick_slot, put_spans
 from utils.lexicon import others, reworded, survivors
 from utils.slots import NotEditable, swap
 from utils.values import SOMETHING, replace_values
@@ -38,22 +38,17 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a condition needs beside the sample: the letter of a wrong option, the imaginations of the donor (`donors`)
-    or None, the fixed passage, and the seed of what is drawn."""
+    """What a condition needs beside the sample: the letter of a wrong option, the imaginations of the donor or
+    None, and the seed of what is drawn."""
 
     target: str
     donor: Sequence[str] | None = None
-    constant: str = CONSTANT
     seed: int = 0
 
 
 def until_last_span(text: str, spans: Spans) -> str:
     """Return a reply up to and including its last imagination and its mark: what is edited, and then continued."""
     return text[:after_marks(text, spans[-1][1])]
-
-
-def passages(text: str, spans: Spans) -> list[str]:
-    return [text[start:end] for start, end in spans]
 
 
 def done(text: str, spans: Spans, after: list[str], context: Context, **more) -> tuple[str, dict]:
@@ -146,7 +141,7 @@ def around(text: str, spans: Spans, new: str) -> str:
 
 
 def constant(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    return done(text, spans, [context.constant] * len(spans), context)
+    return done(text, spans, [CONSTANT] * len(spans), context)
 
 
 def foreign(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
@@ -176,26 +171,3 @@ LADDER: dict[str, Callable] = {
     "sham": sham, "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": removal, "something": something,
     "filler": filler, "no_span": no_span, "bare": bare, "constant": constant, "foreign": foreign, "directed": directed,
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
-
-
-# ------------------------------------------------------------------------------------ donors
-def donors(items: list[dict], seed: int) -> dict[str, str | None]:
-    """Return for each item's id the id of its donor, another item of its "category" and of another "group_id".
-
-    Within a category a seeded shuffle of the groups, then a shift by the size of the largest: nobody gets himself or his
-    group, and nobody gives twice. None where a category has no other group, or where one group is more than half of it.
-    """
-    found: dict[str, str | None] = {}
-    for category in sorted({str(item.get("category")) for item in items}):
-        groups: dict[str, list[str]] = {}
-        for item in items:
-            if str(item.get("category")) == category:
-                groups.setdefault(item.get("group_id") or item["id"], []).append(item["id"])
-        names = sorted(groups)
-        random.Random(f"{seed}/donors/{category}").shuffle(names)
-        order = [(name, one) for name in names for one in sorted(groups[name])]
-        shift = max(map(len, groups.values()))
-        for i, (name, one) in enumerate(order):
-            other, donor = order[(i + shift) % len(order)]
-            found[one] = donor if other != name else None
-    return found

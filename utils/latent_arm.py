@@ -6,15 +6,14 @@ all conditions of all items decode side by side from copies of the prompts' cach
 import torch
 from PIL import Image
 
-from utils.asking import Asking, Prompts, pick_donor
+from utils.asking import Asking, Prompts, answer_fields, first_difference, pick_donor, stem_of
 from utils.attention import stem_attention
-from utils.conditions import (Case, Condition, Known, NotPossible, condition_prompt, echo, find_condition, last_latent,
-                              likeliest)
+from utils.cases import Case, Known, NotPossible, last_latent, likeliest, why_no_prompt
+from utils.conditions import Condition, echo, find_condition
 from utils.decode import Arm, State, clean_text, decode, rewind
 from utils.families import Generation, LatentSpec, latent_ids
 from utils.qwen import Qwen
 from utils.readouts import read_out
-from utils.replied import answer_fields, first_difference, stem_of
 
 
 class LatentBatch:
@@ -26,6 +25,7 @@ class LatentBatch:
         self.items, self.edits = items, edits
         self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
         self.prompts = Prompts(qwen, asking, items, images, edits)
+        self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
         self.donor_runs: dict[str, dict[int, Generation]] = {}
         self.clean: list[tuple[Generation, dict | None]] = []
         self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items), slots=True)
@@ -74,17 +74,20 @@ class LatentBatch:
 
     # -------------------------------------------------------------------------------- conditions
     def case(self, place: int, needs: set[str]) -> Case:
-        donors = {}
-        for kind in needs & {"random", "question", "image"}:
-            if (j := pick_donor(kind, place, self.items, self.emitters)) is not None:
-                donors[kind] = self.clean[j][0]
-        for kind in needs & {"blank", "counterfactual"}:
-            if place in self.worlds(kind):
-                donors[kind] = self.worlds(kind)[place]
+        self.donors[place] = {kind: found for kind in needs if (found := self.donor(kind, place))}
+        donors = {kind: run for kind, (_, run) in self.donors[place].items()}
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
         clean, scores = self.clean[place]
         return Case(self.items[place], clean, self.spec, pad, self.start_id, self.asking.seed, self.known, donors,
                     self.asking.pick(self.items[place]), scores and scores["attention"]["imagined"])
+
+    def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
+        """Return the donor of a kind (None: the item itself, under a blank image) and its run; None if there is no donor."""
+        if kind in ("blank", "counterfactual"):
+            run = self.worlds(kind).get(place)
+            return run and (self.edits[place][0] if kind == "counterfactual" else None, run)
+        j = pick_donor(kind, place, self.items, self.emitters)
+        return None if j is None else (self.items[j], self.clean[j][0])
 
     def worlds(self, kind: str) -> dict[int, Generation]:
         """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
@@ -111,7 +114,7 @@ class LatentBatch:
                     if i not in cases:
                         raise NotPossible("no_latents")
                     if i not in self.prompts[one.prompt][1]:
-                        raise NotPossible(condition_prompt(one.prompt))
+                        raise NotPossible(why_no_prompt(one.prompt))
                     todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
                 except NotPossible as fault:
                     result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,
@@ -143,12 +146,6 @@ class LatentBatch:
             first = first_difference(clean.ids, row.ids)
             record |= {"first_diff": first, "changed": first is not None, "reach": float((mine - its).abs().max())}
             for kind in one.needs:
-                donor = self.donor_item(kind, place)
+                donor = self.donors[place][kind][0]
                 record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}
         return record
-
-    def donor_item(self, kind: str, place: int) -> dict | None:
-        if kind in ("random", "question", "image"):
-            j = pick_donor(kind, place, self.items, self.emitters)
-            return None if j is None else self.items[j]
-        return self.edits[place] and self.edits[place][0] if kind == "counterfactual" else None

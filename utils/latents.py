@@ -60,7 +60,7 @@ def make_batch(qwen: Qwen, examples: list[Example], weights: list[float], target
     """
     spec = target.spec
     pixels = [process_images(qwen.image_processor, load_images(e.images, target, qwen.factor)) for e in examples]
-    batch = collate(qwen, [e.ids for e in examples], pixels, "left")
+    batch = collate(qwen, [e.ids for e in examples], pixels)
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
     pieces = [piece_lengths(row, latent_ids(qwen.tokenizer, spec)[1], spec.size) for row in ids]
     columns, blocks = lay_out(pieces, spec.size, n_blocks or max(map(len, pieces)))

@@ -44,11 +44,11 @@ def predict(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: flo
 
 
 def probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequence[Hashable], n_folds: int = 5, seed: int = 0,
-          n_shuffles: int = N_SHUFFLES, level: float = 0.95) -> dict:
+          level: float = 0.95) -> dict:
     """Return how well `labels` [n] can be read from states [n, d], by folds over `groups`.
 
     {"accuracy", "low", "high" (groups drawn), "majority" (share of the commonest label), "shuffled" (mean accuracy with
-    labels exchanged), "above_shuffled", "p" ((1 + k) / (1 + n_shuffles)), "n", "classes"}. Labels that are the same
+    labels exchanged), "above_shuffled", "p" ((1 + k) / (1 + N_SHUFFLES)), "n", "classes"}. Labels that are the same
     within every group are exchanged group by group, others instance by instance. ValueError for a single label.
     """
     names, own = np.unique(np.asarray([repr(label) for label in labels]), return_inverse=True)
@@ -56,17 +56,17 @@ def probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequence[Hasha
         raise ValueError(f"{len(states)} states, {len(own)} labels of {len(names)} kinds, {len(groups)} groups; expected as "
                          "many of each, and two kinds or more")
     folds, rng = grouped_folds(groups, n_folds, seed), np.random.default_rng(seed)
-    each = np.stack([own, *(shuffle(own, groups, rng) for _ in range(n_shuffles))], axis=1)  # [n, 1 + n_shuffles]
+    each = np.stack([own, *(shuffle(own, groups, rng) for _ in range(N_SHUFFLES))], axis=1)  # [n, 1 + N_SHUFFLES]
     right = np.zeros(each.shape, dtype=bool)
     for fold in range(n_folds):
         held = folds == fold
-        scores = predict(states[~held], np.eye(len(names))[each[~held]], states[held])  # [m, 1 + n_shuffles, classes]
+        scores = predict(states[~held], np.eye(len(names))[each[~held]], states[held])  # [m, 1 + N_SHUFFLES, classes]
         right[held] = scores.argmax(-1) == each[held]
     accuracy, shuffled = right[:, 0].mean(), right[:, 1:].mean(0)
     low, high = cluster_bootstrap(right[:, 0], list(groups), level, 2000, seed)
     return {"accuracy": float(accuracy), "low": low, "high": high, "majority": float(np.bincount(own).max() / len(own)),
             "shuffled": float(shuffled.mean()), "above_shuffled": float(accuracy - shuffled.mean()),
-            "p": float((1 + (shuffled >= accuracy).sum()) / (1 + n_shuffles)), "n": len(own), "classes": len(names)}
+            "p": float((1 + (shuffled >= accuracy).sum()) / (1 + N_SHUFFLES)), "n": len(own), "classes": len(names)}
 
 
 def shuffle(labels: np.ndarray, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:

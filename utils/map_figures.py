@@ -9,7 +9,7 @@ early      share of answers already those of the whole reply, by how much of the
 import numpy as np
 
 from utils.conditions import find_condition
-from utils.effect_figures import BLUE, GREEN, GREY, ORANGE, new_figure, save, title
+from utils.effect_figures import BLUE, GREEN, GREY, ORANGE, legend, new_figure, save, title
 
 PINK = "#CC79A7"
 LINES = {"keep_one": ("only this position kept", "o", BLUE), "drop_one": ("only this position replaced", "s", ORANGE),
@@ -49,19 +49,19 @@ def effect_map(metrics: dict, swept: dict) -> tuple:
         sure = found["ci95"][0] > 0 or found["ci95"][1] < 0
         axes.annotate(f"{found['delta_nll']:+.3f}{' •' if sure else ''}", (x, y), ha="center", va="center", fontsize=8,
                       color="white" if abs(found["delta_nll"]) > 0.6 * bound else "black")
-    axes.set_xticks(range(len(steps)), [ends(step, 1) for step in steps])
-    axes.set_yticks(range(len(layers)), [ends(layer, 1) for layer in layers])
+    axes.set_xticks(range(len(steps)), [ends(step) for step in steps])
+    axes.set_yticks(range(len(layers)), [ends(layer) for layer in layers])
     axes.set(xlabel="position of the latent", ylabel="inputs of layers")
     figure.colorbar(shown, ax=axes, label=CHANGE)
     axes.set_title(f"{title(metrics)}\na random donor's state at one place; •: 95 % interval without 0\n"
                    f"{whole_change(swept)}", fontsize=9)
-    return figure, [{"position": ends(place[0], 1), "layers": ends(place[1], 1), **row_of(found)}
+    return figure, [{"position": ends(place[0]), "layers": ends(place[1]), **row_of(found)}
                     for place, found in cells.items()]
 
 
-def ends(numbers: range, start: int) -> str:
-    """Return a range of numbers from 0 in words, counted from `start`."""
-    low, high = numbers[0] + start, numbers[-1] + start
+def ends(numbers: range) -> str:
+    """Return a range of numbers from 0 in words, counted from 1."""
+    low, high = numbers[0] + 1, numbers[-1] + 1
     return str(low) if low == high else f"{low}-{high}"
 
 
@@ -89,12 +89,6 @@ def finish(axes, margin: float, **labels) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def legend(figure, panels) -> None:
-    """Put one legend of all panels below them."""
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False)
 
 
 def numbered(swept: dict, name: str, shift: int = 0, **both_ends: tuple[str, float]) -> dict:

@@ -57,7 +57,7 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     pixels = process_images(qwen.image_processor, [image for its in images for image in its]) or {}
     grids = pixels["image_grid_thw"].split([len(its) for its in images]) if pixels else [()] * len(images)
     for example, its in zip(examples, grids):
-        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": its} if len(its) else None], "left"))
+        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": its} if len(its) else None]))
         if rows[-1]["input_ids"].shape[1] != example.n_tokens:
             raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
                             f"{example.n_tokens}; was an image changed during the run?")

@@ -77,9 +77,9 @@ def device_memory(device: torch.device) -> int:
         return int(file.readline().split()[1]) * 1024
 
 
-def estimate_hours(flops: float, n_devices: int = 8) -> dict[str, float]:
-    """Return the hours that `flops` model operations take on `n_devices` of each known device, at MFU of its peak."""
-    return {name: round(flops / (peak * MFU * n_devices) / 3600, 2) for name, peak in PEAKS.items()}
+def estimate_hours(flops: float) -> dict[str, float]:
+    """Return the hours that `flops` model operations take on eight of each known device, at MFU of its peak."""
+    return {name: round(flops / (peak * MFU * 8) / 3600, 2) for name, peak in PEAKS.items()}
 
 
 def check_files(examples: list[Example]) -> list[str]:

@@ -24,15 +24,16 @@ import numpy as np
 import torch
 
 from utils.answers import extract_choice
-from utils.capture import batched, find_steps
-from utils.conditions import last_latent
+from utils.capture import batched, find_steps, prompt_of
+from utils.cases import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
 from utils.families import latent_ids
-from utils.items import open_images, question_text
-from utils.qwen import Qwen, chat, encode
+from utils.items import group_of, open_images
+from utils.qwen import Qwen, encode
 from utils.readouts import describe_scores, score_options
 from utils.rows import DataError
+from utils.scores import chance
 from utils.states import States
 from utils.stats import mcnemar_exact, paired_interval, robust_mean, wilson
 
@@ -88,7 +89,7 @@ class Prober:
 
     def __init__(self, qwen: Qwen, spec: LatentSpec | None, items: dict[str, dict], store: States, args: argparse.Namespace):
         self.qwen, self.spec, self.items, self.store, self.args = qwen, spec, items, store, args
-        self.groups = {name: item.get("group_id") or name for name, item in items.items()}
+        self.groups = {name: group_of(item) for name, item in items.items()}
         self.mean: np.ndarray | None = None
         if spec is not None:
             self.check_size()
@@ -145,13 +146,10 @@ class Prober:
 
     def begin(self, batch: list[dict], sources: list[str], name: str) -> tuple[State, list[list[int]], list[int]]:
         """Read prompts of "tokens_only"; return their state, the ids that R0 puts before its stem, and all places."""
-        args, spec, latents = self.args, self.spec, None
+        spec, latents = self.spec, None
         shows = name in ("image", "image_own")
         images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]] for p in batch)]
-        texts = [question_text(p, args.suffix) for p in batch]
-        if not shows:
-            texts = [text.replace("<image>", "") for text in texts]
-        prompts = [chat(self.qwen.tokenizer, text, len(pictures), args.system) for text, pictures in zip(texts, images)]
+        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args) for probe, pictures in zip(batch, images)]
         before = [[] for _ in batch]
         if name not in ("image", "text_only"):
             if spec:
@@ -168,8 +166,7 @@ class Prober:
         imagined again come back."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
-        prompts = [chat(qwen.tokenizer, question_text(item, args.suffix), len(pictures), args.system)
-                   for item, pictures in zip(items, images)]
+        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
         rows, end = decode(qwen, begun.take(list(range(len(batch)))), args.max_new_tokens, self.spec)
         first = begun.mask.shape[1]
@@ -188,7 +185,7 @@ class Prober:
             qwen.tokenizer(CLOSE, add_special_tokens=False).input_ids
         blocks = []
         for i in able:
-            whole = chat(qwen.tokenizer, question_text(batch[i], args.suffix).replace("<image>", ""), 0, args.system)
+            whole = prompt_of(qwen.tokenizer, batch[i], 0, args)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
             blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
         return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able
@@ -221,7 +218,7 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: f
     n, every = len(probes), {}
     for row in rows:
         every.setdefault(row["condition"], []).append(row)
-    result = {"n": n, "chance": sum(1 / len(p["options"]) for p in probes) / n,
+    result = {"n": n, "chance": chance([len(p["options"]) for p in probes]),
               "gold_letters": Counter(p["answer"]["value"] for p in probes), "conditions": {}}
     for name, its in every.items():
         k, asked = sum(row["correct"] for row in its), [row for row in its if row["r0"]]

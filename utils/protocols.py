@@ -49,13 +49,6 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 )}
 
 
-def find_protocol(name: str) -> Protocol:
-    """Return a protocol; DataError names what there is."""
-    if name not in PROTOCOLS:
-        raise DataError(f"no protocol {name!r}; expected one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
-
-
 def user_text(item: dict, protocol: Protocol) -> str:
     """Return the user's words for an item; its pictures stand before them, in order.
 

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from utils.heads import load_head
 from utils.images import smart_size
 from utils.patches import process_images
-from utils.rows import DataError
+from utils.rows import DataError, rank_world
 
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -82,10 +82,11 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
          min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
     """Load model, tokenizer and image processor of a released-layout checkpoint (flat or nested config).
 
-    `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels` and `max_pixels` bound one image's area; None
-    keeps the checkpoint's own bound. Raises DataError if the folder is no such checkpoint.
+    `device` None is this rank's GPU if there is one; `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels`
+    and `max_pixels` bound one image's area; None keeps the checkpoint's own bound. Raises DataError if the folder
+    is no such checkpoint.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)
@@ -205,14 +206,14 @@ def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]], padding_side: str = "left") -> dict:
+def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]]) -> dict:
     """Turn prompts, each with one `<|image_pad|>` an image, into the tensors of `collate` on the model's device.
 
     A prompt may run on past the generation prompt: what follows is the assistant's own beginning.
     """
     ids = [qwen.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     pixels = [process_images(qwen.image_processor, row) for row in images]
-    batch = collate(qwen, ids, pixels, padding_side)
+    batch = collate(qwen, ids, pixels)
     return {name: tensor.to(qwen.device) for name, tensor in batch.items()}
 
 
@@ -226,11 +227,11 @@ def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
     return [i for token in ids for i in ([token] * next(counts) if token == image_id else [token])]
 
 
-def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None], padding_side: str) -> dict:
+def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None]) -> dict:
     """Pad token lists into one batch, with positions.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L] and, when
-    there is an image, what `pixels` hold (image_grid_thw at least) of all images in order. Left-padded for generation.
+    there is an image, what `pixels` hold (image_grid_thw at least) of all images in order. Padded on the left.
     mm_token_type_ids is always built: without it the library falls back to 1-D positions in silence.
     """
     rows = [expand_images(qwen, row, pixel) for row, pixel in zip(ids, pixels, strict=True)]
@@ -238,9 +239,8 @@ def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None], padding
     input_ids = torch.full((len(rows), length), qwen.tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        span = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
-        input_ids[i, span] = torch.tensor(row)
-        attention_mask[i, span] = 1
+        input_ids[i, length - len(row):] = torch.tensor(row)
+        attention_mask[i, length - len(row):] = 1
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     batch["mm_token_type_ids"] = (input_ids == special_id(qwen.tokenizer, IMAGE_TOKEN)).int()
     present = [pixel for pixel in pixels if pixel is not None]

@@ -191,16 +191,15 @@ def check_fields(where: str, row: dict, fields: dict[str, type | tuple]) -> None
 
 
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
-              unique: str | None = "id", hint: str | None = None) -> list[dict]:
-    """Read rows, check that each has `fields` and that no two share `unique` (None: not checked)."""
+              hint: str | None = None) -> list[dict]:
+    """Read rows, check that each has `fields` and, with "id" among them, that no two share it."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
         check_fields(where, row, fields)
-        if unique in fields:
-            if row[unique] in seen:
-                raise DataError(f"{where}: {unique} {row[unique]!r} stands already at {seen[row[unique]]}; "
-                                "expected it once")
-            seen[row[unique]] = where
+        if "id" in fields:
+            if row["id"] in seen:
+                raise DataError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}; expected it once")
+            seen[row["id"]] = where
         rows.append(row)
     return rows
 

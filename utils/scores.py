@@ -1,4 +1,4 @@
-"""Scores of the benchmarks as they are published: plain formulas over right and wrong answers, and back to the counts.
+"""Scores of the benchmarks as they are published: plain formulas over right and wrong answers.
 
 Shares are fractions from 0 to 1, percentages are named so. Nothing here answers for an empty sample: that is a ValueError.
 """
@@ -48,20 +48,6 @@ def rotations(rows: Iterable[tuple[Hashable, int, bool]]) -> dict:
     complete = [all(found.values()) for found in questions.values() if len(found) == ROTATIONS]
     return {"average": _mean(list(shares.values()), "rotations"), "by_rotation": shares,
             "all_right": sum(complete) / len(complete) if complete else None, "complete": len(complete)}
-
-
-def implied_counts(percent: float, n: int) -> list[int]:
-    """Return the numbers of right answers in n that print as a percentage with one decimal.
-
-    Ties are let fall either way, and a share may have been rounded to two decimals first: published tables do both
-    (566 of 800 is 70.8 and 70.7 in one table, 159 of 191 is 83.246 and 83.3).
-    """
-    if n < 1 or not 0 <= percent <= 100:
-        raise ValueError(f"implied_counts({percent}, {n}): expected 0 to 100 % of at least one item")
-    near = round(percent * n / 100)
-    reach = n // 1000 + 2  # counts within 0.1 %, with room for rounding
-    return [k for k in range(max(0, near - reach), min(n, near + reach) + 1)
-            if abs(round(10000 * k / n) - round(100 * percent)) <= 5]  # in hundredths of a percent, as integers
 
 
 def _mean(values: Sequence[float], name: str) -> float:

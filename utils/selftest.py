@@ -11,7 +11,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from utils.conditions import Case, Known, find_condition
+from utils.cases import Case, Known
+from utils.conditions import find_condition
 from utils.decode import Arm
 from utils.families import PRESETS
 from utils.known_truth import (BATCH, MASKS, VOCABULARY, Run, Toy, answers, draw_items, make_toy, randomised, reproducible, run,
@@ -82,39 +83,39 @@ def check_masks(seed: int = 0) -> dict:
 
 
 # ------------------------------------------------------------------------------------ trained toys
-def train_toy(name: str, steps: int, seed: int = 0) -> Toy:
+def train_toy(name: str, steps: int) -> Toy:
     """Return a trained toy of TOYS; the global seed and dtype stay as they were."""
     mask, shared, random, _ = TOYS[name]
-    with reproducible(seed):
+    with reproducible(0):
         toy = make_toy(mask, shared)
         began, loss = time.monotonic(), train(toy, steps, randomised if random else None)
     log(f"{name}: {steps} steps of {BATCH} in {time.monotonic() - began:.1f} s, last loss {loss:.4f} nats")
     return toy
 
 
-def make_arms(name: str, runs: Run, donors: Run, known: Known | None, seed: int) -> list[Arm]:
+def make_arms(name: str, runs: Run, donors: Run, known: Known | None) -> list[Arm]:
     """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors."""
     found, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
-    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], seed, known, {"random": its})
+    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known, {"random": its})
              for i, (mine, its) in enumerate(zip(runs.rows(), donors.rows()))]
     return [found.make(case, number) for case in cases]
 
 
-def measure(toy: Toy, n: int, seed: int = 0) -> dict:
+def measure(toy: Toy, n: int) -> dict:
     """Return the columns of one toy, and what is found at each site: verdicts and proportions mediated.
 
     x' shows another colour than x, and its runs are the donors: with them no answer of x' is right for x.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(1)
     calibration, pixels, shades = (draw_items(n, generator) for _ in range(3))
     other, gold, its_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)  # eight colours in turn: never one's own
     with torch.no_grad():
         known = Known.from_runs(run(toy, calibration).rows())
         clean, donor = run(toy, pixels), run(toy, other)
-    runs = {name: run_arms(toy, pixels, make_arms(name, clean, donor, known, seed)) for name in CONDITIONS}
-    back = {"fed": run_arms(toy, other, make_arms("replay", clean, donor, known, seed)),  # Y(x', Z(x))
-            "slot": run_arms(toy, other, make_arms("slot_swap_random", donor, clean, known, seed))}
+    runs = {name: run_arms(toy, pixels, make_arms(name, clean, donor, known)) for name in CONDITIONS}
+    back = {"fed": run_arms(toy, other, make_arms("replay", clean, donor, known)),  # Y(x', Z(x))
+            "slot": run_arms(toy, other, make_arms("slot_swap_random", donor, clean, known))}
     right = {name: (one.logits.argmax(-1) == gold).int().tolist()
              for name, one in {"clean": clean, "donor": donor, **runs}.items()}
     found, mediation = {}, {}
@@ -163,18 +164,18 @@ def agrees(found: str | float | None, expected: str | tuple[str, ...] | float) -
     return found is not None and abs(found - expected) < 0.02
 
 
-def selftest(full: bool = False, seed: int = 0) -> dict:
+def selftest(full: bool = False) -> dict:
     """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}, ready for JSON.
 
     The quick form trains QUICK, the full one all TOYS. The model is the CPU's, in float32, and the global seed of torch and its
     default dtype are as before afterwards.
     """
     began, toys = time.monotonic(), {}
-    masks = check_masks(seed)
+    masks = check_masks()
     log(f"masks: {'as expected' if masks['ok'] else 'WRONG: ' + ', '.join(masks['wrong'])}")
     for name in TOYS if full else QUICK:
-        toy, expected = train_toy(name, STEPS[not full], seed), TOYS[name][-1]
-        result = measure(toy, N_ITEMS[not full], seed)
+        toy, expected = train_toy(name, STEPS[not full]), TOYS[name][-1]
+        result = measure(toy, N_ITEMS[not full])
         wrong = [key for key, value in expected.items() if not agrees(result["found"][key], value)]
         toys[name] = {**result, "expected": expected, "wrong": wrong, "ok": not wrong}
         said = "as expected" if not wrong else f"WRONG: {', '.join(wrong)}"

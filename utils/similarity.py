@@ -90,14 +90,13 @@ def draw_halves(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n) % 2
 
 
-def correct(states: np.ndarray, halves: np.ndarray, forms: Iterable[str] = FORMS,
-            shrinkage: float = SHRINKAGE) -> dict[str, np.ndarray] | None:
+def correct(states: np.ndarray, halves: np.ndarray, forms: Iterable[str] = FORMS) -> dict[str, np.ndarray] | None:
     """Return {form: [n, d]}, each half corrected by what the other tells; None if a half has fewer than two states."""
     if min((halves == half).sum() for half in (0, 1)) < 2:
         return None
     result = {form: np.empty_like(states) for form in forms}
     for half in (0, 1):
-        calibration = calibrate(states[halves != half], shrinkage)
+        calibration = calibrate(states[halves != half])
         for form in result:
             result[form][halves == half] = apply(calibration, states[halves == half], form)
     return result
@@ -203,9 +202,9 @@ class Measure:
     """
 
     def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = 0.95, n_boot: int = 2000, seed: int = 0,
-                 forms: tuple[str, ...] = FORMS, shrinkage: float = SHRINKAGE, seen=None):
+                 forms: tuple[str, ...] = FORMS, seen=None):
         self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (level, n_boot, seed)
-        self.forms, self.shrinkage, self.seen = forms, shrinkage, seen or (lambda cell, form, matrix: None)
+        self.forms, self.seen = forms, seen or (lambda cell, form, matrix: None)
         self.rows: tuple[int, ...] | None = None
 
     def prepare(self, rows: np.ndarray) -> None:
@@ -229,7 +228,7 @@ class Measure:
                 continue
             self.prepare(cell.rows)
             place = {"layer": cell.layer, "step": cell.step}
-            forms = correct(cell.states, self.halves[cell.rows], self.forms, self.shrinkage) or {"raw": cell.states}
+            forms = correct(cell.states, self.halves[cell.rows], self.forms) or {"raw": cell.states}
             for form, states in forms.items():
                 matrix = cosine_matrix(states)
                 self.seen(cell, form, matrix)

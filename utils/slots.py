@@ -113,7 +113,7 @@ def table_values(gold: str, target: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------------------------------ a slot in a text
 def clauses(text: str) -> list[tuple[str, set[str]]]:
-    """Return the clauses of a text, which join to it again, each with the things it names (utils.values.stems).
+    """Return the clauses of a text, which join to it again, each with the things it names (`stems`).
 
     A clause that begins with a pronoun also names what the clause before it names.
     """

@@ -10,7 +10,7 @@ from utils.backends import LocalBackend
 from utils.calls import Call, Caller, IncompleteError, is_reply
 from utils.checks import is_look
 from utils.images import visual_tokens
-from utils.journal import Journal, read_settings
+from utils.journal import Journal, move_aside, read_settings
 from utils.rows import DataError, call_key, log, rank_world, read_api_key
 
 
@@ -54,7 +54,12 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     local = parser.add_argument_group("--backend local (free to change between restarts)")
     local.add_argument("--batch_size", type=int, default=16, help="calls a batch, at most")
     local.add_argument("--batch_tokens", type=int, default=32768, help="tokens a batch, at most, replies at full length")
-    server = parser.add_argument_group("--backend openai (the first five are free to change between restarts)")
+    add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
+
+
+def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
+    """Add the flags of OpenAI-compatible servers that hold a model."""
+    server = parser.add_argument_group(title)
     server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="one or more servers that "
                         "hold the model; one that is gone is left out until it is back")
     server.add_argument("--concurrency", type=int, default=64, help="calls under way, over all servers")
@@ -62,8 +67,8 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without any reply until exit 4")
     server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
     server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
-    server.add_argument("--image_factor", type=int, default=32, help="pixels a side of a visual token: 28 for Qwen2.5-VL, "
-                        "32 for Qwen3-VL")
+    server.add_argument("--image_factor", type=int, default=image_factor, help="pixels a side of a visual token: 28 for "
+                        "Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON", help="more fields of every request")
 
 
@@ -73,8 +78,12 @@ def open_backend(args: argparse.Namespace) -> object:
         if args.temperature or args.extra_body:
             raise DataError("--temperature and --extra_body are for --backend openai; the local one decodes greedily")
         return LocalBackend(args.model, args.max_pixels, args.batch_size, args.batch_tokens)
+    return open_server(args, args.max_pixels)
+
+
+def open_server(args: argparse.Namespace, max_pixels: int) -> object:
     from utils.server import HttpBackend  # here: the local backend needs no HTTP client
-    return HttpBackend(args.model, args.base_url, args.max_pixels, args.image_factor, args.concurrency, args.timeout,
+    return HttpBackend(args.model, args.base_url, max_pixels, args.image_factor, args.concurrency, args.timeout,
                        args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
 
 
@@ -87,11 +96,8 @@ def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[st
     folder, shard = Path(f"{args.output}.run"), args.shard or rank_world()[:2]
     if args.export_only and (args.retry_errors or args.fresh):
         raise DataError("--export_only makes no calls; it cannot go with --retry_errors or --fresh")
-    if args.fresh and folder.exists():
-        if shard[1] > 1:
-            raise DataError(f"--fresh with {shard[1]} processes: move {folder} aside by hand, they would race for it")
-        n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+    if args.fresh:
+        move_aside(folder, shard[1])
     asked = {"schemas": call_key(**schemas)}
     settings |= asked | {"prompts": call_key(**prompts), "max_new_tokens": args.max_new_tokens}
     if args.export_only:

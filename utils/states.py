@@ -12,14 +12,11 @@ Tensors are [steps, d] or, for "inner", [steps, layers, d], by kind:
     text       ordinary steps after the first imagination           image      visual tokens as they enter the language model
     inner      inputs of every decoder layer at the latent positions
 
-A sample is written aside and renamed, then its line is appended: killed anywhere, a sample is there or is done again. Shards
-are merged by `merge`, or by copying one folder over another.
+A sample is written aside and renamed, then its line is appended: killed anywhere, a sample is there or is done again.
 """
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +47,8 @@ def file_name(key: str) -> str:
 class StateWriter:
     """Appends samples to a store; `key in writer` tells what is there already. Use as a context manager."""
 
-    def __init__(self, folder: str | Path, settings: dict | None = None, shard: tuple[int, int] | None = None):
-        self.folder, self.journal = Path(folder), Journal(folder, settings, NAME, shard)
+    def __init__(self, folder: str | Path, settings: dict | None = None):
+        self.folder, self.journal = Path(folder), Journal(folder, settings, NAME)
 
     def __enter__(self) -> "StateWriter":
         return self
@@ -168,25 +165,3 @@ class States:
         for n, (layer, step) in enumerate(places):
             yield Cell(layer, step, having[step], blocks[n])
             blocks[n] = None  # a cell that was used need not be kept
-
-
-def merge(sources: Iterable[str | Path], target: str | Path) -> int:
-    """Add to the store `target` every sample of other stores that it lacks; return how many. DataError if they differ in
-    settings."""
-    n = 0
-    sources = [States(source) for source in sources]
-    with StateWriter(target, sources[0].settings if sources else None) as writer:
-        for source in sources:
-            if source.settings != sources[0].settings:
-                raise DataError(f"{source.folder}: captured with other settings than {sources[0].folder}; expected the same "
-                                "model and prompts")
-            for key, record in source.records.items():
-                if key not in writer:
-                    path = Path(target) / record["file"]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                    shutil.copyfile(source.folder / record["file"], beside)
-                    os.replace(beside, path)
-                    writer.journal.append(record)
-                    n += 1
-    return n

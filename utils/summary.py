@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from utils.rows import log
-from utils.scores import macro, micro, rotations
+from utils.scores import chance, macro, micro, rotations
 from utils.scoring import VERDICTS, compat_right
 from utils.stats import cluster_bootstrap, wilson
 
@@ -56,7 +56,7 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
     if not n:
         return result
     options = [record["n_options"] for record in scored]
-    result |= {"chance": sum(1 / k for k in options) / n if all(options) else None,
+    result |= {"chance": chance(options) if all(options) else None,
                "truncated": sum(record["finish_reason"] == "length" for record in scored),
                "mean_tokens": sum(record["n_tokens"] for record in scored) / n,
                "rules": dict(Counter(record["extraction"]["rule"] for record in scored).most_common()),

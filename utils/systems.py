@@ -12,17 +12,18 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 
 import torch
 from tqdm import tqdm
 
-from utils.backends import Request
+from utils.backends import Request, fill_batches
 from utils.decode import Generation, LatentSpec, clean_text, decode, prefill
 from utils.images import ImageError, Picture, image_size, open_picture, read_bytes, resolve_image, smart_size
 from utils.journal import Journal
-from utils.likelihood import score_replies
 from utils.protocols import Protocol, user_text
 from utils.qwen import Qwen, encode, plain, user_content
+from utils.readouts import score_replies
 from utils.rows import DataError, call_key, log
 from utils.zoom import ASKED, MAX_TURNS, read_turn
 
@@ -125,18 +126,12 @@ class Local:
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
         """Return this process's batches, the longest prompts first; likelihoods are apart from replies."""
-        batches, batch, longest, before = [], [], 0, None
         order = sorted((c.item["metric"] == "likelihood", -self.length(c), c.item["id"], i)
                        for i, c in enumerate(conversations))
-        for kind, length, _, i in order:
-            longest = max(longest, self.max_new_tokens - length)
-            full = len(batch) == self.batch_size or (len(batch) + 1) * longest > self.batch_tokens
-            if batch and (full or kind != before):
-                batches.append(batch)
-                batch, longest = [], self.max_new_tokens - length
-            batch.append(conversations[i])
-            before = kind
-        return [*batches, *([batch] if batch else [])][rank::world]
+        batches = []
+        for _, its in groupby(order, key=lambda entry: entry[0]):
+            batches += fill_batches([(self.max_new_tokens - length, conversations[i]) for _, length, _, i in its], self)
+        return batches[rank::world]
 
     def length(self, conversation: Conversation) -> int:
         """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the characters."""

@@ -9,25 +9,23 @@ import random
 
 from PIL import Image
 
-from utils.asking import Asking, Prompts, pick_donor
+from utils.asking import Asking, Prompts, answer_fields, pick_donor, stem_of
 from utils.attention import stem_attention
 from utils.calls import Caller
-from utils.conditions import NotPossible, condition_prompt
+from utils.cases import NotPossible, why_no_prompt
+from utils.conditions import DO_X
 from utils.decode import decode, extend
 from utils.editor_llm import direct_all
-from utils.edits import conclusion, find_spans, put_spans
-from utils.ladder import LADDER, Context, passages, until_last_span
+from utils.edits import conclusion, find_spans, passages, put_spans
+from utils.ladder import LADDER, Context, until_last_span
 from utils.qwen import Qwen
 from utils.readouts import read_out
-from utils.replied import answer_fields, stem_of
 from utils.slots import NotEditable
 
 # name -> (rung of the ladder that makes the beginning, prompt, whether what follows sees the image)
 BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed", "own", False),
           "swap_blank": ("swap_blank", "own", True), "blank_x": ("sham", "blank", True), "blank": ("swap_blank", "blank", True),
-          "x_blank": (None, "blank", True), "x_counterfactual": (None, "counterfactual", True),
-          "x_image": (None, "other_image", True), "x_question": (None, "other_question", True),
-          "x_region": (None, "masked", True)}
+          **{name: (None, kind, True) for name, kind in DO_X.items()}}
 TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_llm")}, **BESIDE}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in LADDER if name.startswith("truncate"))],
@@ -124,7 +122,7 @@ class TextBatch:
             for i in range(len(self.items)):
                 try:
                     if i not in self.prompts[kind][1]:
-                        raise NotPossible(condition_prompt(kind))
+                        raise NotPossible(why_no_prompt(kind))
                     text, edit = ("", None) if rung is None else self.beginning(rung, i)
                     todo.setdefault(kind, []).append((name, i, text, edit, sees))
                 except (NotEditable, NotPossible) as fault:
