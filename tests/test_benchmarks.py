@@ -242,7 +242,7 @@ def test_the_hub_is_read_at_a_pinned_commit_and_nothing_else(tmp_path, monkeypat
         str(source), name=flags["name"], split=flags["split"]))
     assert len(prepare(sized("hrbench_4k", expected), tmp_path / "images")) == 8
     assert calls == [("DreamMr/HR-Bench", {"name": "hrbench_version_split", "split": "hrbench_4k",
-                                           "revision": "83b9013d6293b85dc507e87199ca52517536939c"})]
+                                           "revision": "83b9013d6293b85dc507e87199ca52517536939c", "cache_dir": None})]
     tsv, expected = made.write_vstar(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **flags: calls.append((names, flags)) or str(tsv))
     assert len(prepare(sized("vstar", expected), tmp_path / "images")) == 4
@@ -298,3 +298,11 @@ def test_real_vsp_problems_come_out_word_for_word_with_their_pictures(shared_dat
     for item, row in zip(items, published):
         assert (item["question"], item["answer"]["value"]) == (row["text_input"], row["map_desc"])
         assert (tmp_path / item["images"][0]["path"]).read_bytes() == (source.parent / row["image_input"]).read_bytes()
+
+
+def test_a_folder_is_read_as_it_is_now(tmp_path, monkeypatch):
+    """Not as another of its name was, which the library keeps in its cache."""
+    for place, n in (("old", 3), ("new", 9)):
+        monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 3)[:n])
+        source, _ = made.write_tablevqa(tmp_path / place)
+        assert len(prepare("tablevqa/vwtq", tmp_path / "images", source, limit=20)) == n

@@ -8,8 +8,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from utils.rows import DataError, located_rows
 
@@ -124,15 +126,17 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None, revis
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    try:
-        table = load_dataset(str(place), name=config, split=split, revision=revision)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be loaded "
-                        f"({error})") from error
-    for name, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-    yield from ((f"{place}: {split} row {n}", row) for n, row in enumerate(table))
+    # of a folder the library's cache knows the name alone: it would give the rows of another of that name, or older ones
+    with nullcontext() if revision else TemporaryDirectory() as cache:
+        try:
+            table = load_dataset(str(place), name=config, split=split, revision=revision, cache_dir=cache)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be loaded "
+                            f"({error})") from error
+        for name, feature in table.features.items():
+            if isinstance(feature, Image):
+                table = table.cast_column(name, Image(decode=False))
+        yield from ((f"{place}: {split} row {n}", row) for n, row in enumerate(table))
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
