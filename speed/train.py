@@ -12,12 +12,14 @@ Contenders run in turns, each in a process of its own, `--rounds` times; the fir
   trl                trl.SFTTrainer, 8 rows a batch (its default) and 16 accumulated
   trl_rebalance      the same with `batch_rebalance`
 
-The peers get the same token ids, pixels and labels, made by the same code, and stand in an environment that this script
-makes of speed/requirements-train.txt at its first start (it needs a package index or cache).
+The peers get the same token ids and labels, made by the same code, and the same pixels: of the library's own image processor,
+as their users have them, or, with --own_pixels, of utils.patches, which gives its values to the bit in less time. They stand
+in an environment that this script makes of speed/requirements-train.txt at its first start (it needs a package index or
+cache).
 
 --growth: 32, 128 and 512 rows a step, and 8 rows of 256 to 4,096 visual tokens, ours against trainer_rebalance.
 
-Writes  --result (results/train.json; with --growth results/train_growth.json)
+Writes  --result (results/train.json, train_own_pixels.json or train_growth.json)
 Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the rounds
 """
 import argparse
@@ -100,7 +102,7 @@ class Rows:
     """The rows as items of token ids and labels; their pictures are opened and made into patches when a batch is made, as
     in train_sft.py."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, own_pixels: bool):
         from utils.qwen import load_tools
         from utils.rows import read_rows
         from utils.targets import Target, make_examples
@@ -108,6 +110,7 @@ class Rows:
             "text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
         rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
         self.examples = make_examples(self.qwen, rows, self.target)
+        self.own_pixels = own_pixels
         self.image_id = self.qwen.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __getitem__(self, n: int) -> dict:
@@ -133,17 +136,18 @@ class Rows:
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_id).int()
         pictures = [picture for item in items
                     for picture in load_images(self.examples[item["row"]].images, self.target, self.qwen.factor)]
-        return batch | {name: value for name, value in process_images(self.qwen.image_processor, pictures).items()
-                        if name in ("pixel_values", "image_grid_thw")}
+        processor = self.qwen.image_processor
+        pixels = process_images(processor, pictures) if self.own_pixels else processor(pictures, return_tensors="pt")
+        return batch | {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
 
 
-def run_peer(name: str, folder: Path, steps: int, output: Path) -> dict:
+def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool) -> dict:
     """A library's trainer over the same rows, in this process."""
     import datasets
     import torch
     import transformers
     sys.path.insert(0, str(ROOT))
-    rows = Rows(folder)
+    rows = Rows(folder, own_pixels)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     model.model.visual.requires_grad_(False)
     model.accepts_loss_kwargs = True  # else both divide by the tokens of a batch, not by those of the step: a mean of means
@@ -211,7 +215,7 @@ def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -
     """Make a world and let the contenders run in turns over it; return what `compare` says."""
     def child(contender: str, output: str) -> str:
         command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
-        flags = [f"--{name}={value}" for name, value in point.items() if value]
+        flags = [f"--{name}={value}" for name, value in point.items() if value] + ["--own_pixels"] * args.own_pixels
         done = subprocess.run([*command, *flags, "--contender", contender, "--output", str(folder / output)],
                               stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
@@ -232,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--own_pixels", action="store_true", help="let the peers make patches by utils.patches too")
     parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")
     parser.add_argument("--result", help="where the numbers go")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=argparse.SUPPRESS)
@@ -244,8 +249,8 @@ def main() -> None:
     if args.contender == "world":
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
-        run = run_ours if args.contender == "ours" else lambda *rest: run_peer(args.contender, *rest)
-        print(json.dumps(run(folder, args.steps, Path(args.output))))
+        run = folder, args.steps, Path(args.output)
+        print(json.dumps(run_ours(*run) if args.contender == "ours" else run_peer(args.contender, *run, args.own_pixels)))
         return None
     python = make_environment()
     if args.growth:
@@ -253,7 +258,8 @@ def main() -> None:
         result = {"points": [contend(python, folder / str(n), point, args) for n, point in enumerate(GROWTH)]}
     else:
         result = contend(python, folder, {"rows": N_ROWS, "visual_tokens": None}, args)
-    path = Path(args.result or ROOT / "results" / ("train_growth.json" if args.growth else "train.json"))
+    name = "train_growth" if args.growth else "train_own_pixels" if args.own_pixels else "train"
+    path = Path(args.result or ROOT / "results" / f"{name}.json")
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return None
