@@ -110,6 +110,25 @@ SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "
          "text": ("sham", "irrelevant", "removal", "foreign", "directed", "image_off")}  # of all conditions, in the README
 
 
+ASKED = {"image": "the image", "text_only": "the question alone", "own": "the imagination alone",
+         "other": "another image's imagination"}
+
+
+def probing_lines(probing: dict) -> list[str]:
+    """Return the table of what imaginations tell without the image, and of how alike they are."""
+    lines = ["| questions about the same region, answered from | text: reply, % | R0, % | latent: reply, % | R0, % |",
+             "|---|---|---|---|---|"]
+    for name, words in ASKED.items():
+        cells = []
+        for arm in ("text", "latent"):
+            found = probing[arm]["probing"]["conditions"][name]
+            cells += [f"{percent(part['accuracy'])} ({interval(part['ci'])})" for part in (found, found["r0"])]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    alike = [f"{form} {', '.join('{}: {:.2f}'.format(arm, probing[arm]['similarity']['imagination'][f'inter_{form}']) for arm in probing)}"
+             for form in ("raw", "centred")]
+    return [*lines, "", f"Mean cosine between the imaginations of two items: {'; '.join(alike)}."]
+
+
 def readme(result: dict) -> str:
     """Return what the README shows of a run, between its markers."""
     lines = [f"| held-out items, chance {100 * result['chance']:.0f} % | accuracy, % | 95 % interval |", "|---|---|---|"]
@@ -121,7 +140,7 @@ def readme(result: dict) -> str:
         *lines, "", f"The text model's imagination was edited so that it states another option: it answered that option on "
         f"{follow['k']} of {follow['n']} items. The latent model emitted latents on {emission['k']} of {emission['n']} items.",
         "",
-        *do_z_lines(shown, result["mediation"])])
+        *do_z_lines(shown, result["mediation"]), "", *probing_lines(result["probing"])])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
