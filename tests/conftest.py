@@ -5,14 +5,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: workers that fight for cores take many times as long
-
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # tests run from any folder
+# before torch is imported, and for all processes that tests start: the last bits depend on the number of threads
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}

@@ -95,7 +95,7 @@ def test_killed_and_started_again_gives_the_same_file(tiny_checkpoint, items):
     arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="cut.jsonl")
     journal = items.parent / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
     process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -212,8 +212,7 @@ def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_check
 # ------------------------------------------------------------------------------------------------ several processes
 def torchrun(processes, arguments):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                             str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                             str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rank_of(pid):

@@ -29,7 +29,6 @@ from utils.rows import cli
 
 LOCAL = list(MAINS)  # the six scripts, each with a model in its process
 each_script = pytest.mark.parametrize("script", LOCAL)
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 DISK = "No space left on device|File too large|I/O error"
 
 
@@ -196,7 +195,7 @@ def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
     """Start a run as a process, or under torchrun, its messages in a file."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.with_name("log.txt"), "a") as log:
-        return subprocess.Popen(command(case, output, processes), stdout=log, stderr=log, env=ONE_THREAD)
+        return subprocess.Popen(command(case, output, processes), stdout=log, stderr=log)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -214,7 +213,7 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
     wait_for(lambda: lock_of(case, output)[0].exists(), first)
     time.sleep(0.02)  # from the file to its lock
     first.send_signal(signal.SIGSTOP)  # so that it is still at work when the second one has been loaded
-    second = subprocess.run(command(case, output), capture_output=True, text=True, env=ONE_THREAD)
+    second = subprocess.run(command(case, output), capture_output=True, text=True)
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[-2000:]
     assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code

@@ -1,7 +1,6 @@
 """Interventions on models whose truth is known by training.    pytest tests/test_intervene.py"""
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -110,9 +109,9 @@ def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path
     arguments = [*flags(items, model, output), "--latent", "mirage", "--batch_size", "4"]
     journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
 
-    def start(words):  # one thread each: the last bits depend on their number
+    def start(words):
         return subprocess.Popen([sys.executable, str(ROOT / "intervene.py"), *words], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                stderr=subprocess.DEVNULL)
 
     process = start(arguments)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 9):

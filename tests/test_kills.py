@@ -4,7 +4,6 @@
     python -m pytest tests/test_kills.py -m slow    # 25 kills of each, three trials
 """
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ SCRIPTS = {"rewrite_captions", "filter_data", "train_sft", "evaluate", "interven
 
 def kill(tmp_path, n: int, seed: int) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", str(n), "--seed", str(seed), "--folder",
-                           str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                           str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert {name.split()[0] for name in results} == SCRIPTS

@@ -1,6 +1,5 @@
 """What the tests of training share: flags of a small run, its curve, a run as a process, all gradients in one vector."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def launch(arguments, processes=1):
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen([*start, str(ROOT / "train_sft.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, text=True)
 
 
 def gradient(model) -> torch.Tensor:
