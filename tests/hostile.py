@@ -56,7 +56,7 @@ from utils.targets import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT, "/usr", "/dev", "/proc/self", "/proc/meminfo",
                                                      "/proc/cpuinfo", "/sys", "/lib", "/etc/ld.so.cache", "/etc/localtime")]
-LIBRARIES += [str(Path.home() / ".cache"), str(Path.home() / ".config")]
+LIBRARIES += [str(Path.home() / ".cache"), str(Path.home() / ".config"), f"{tempfile.gettempdir()}/datasets-"]
 FORBIDDEN = ("/dev/zero", "/proc/self/mem", "/etc/passwd")
 JUDGED = json.dumps({"reason": "x", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes", "problems": []})
 watched = {"case": None, "opened": [], "pickles": 0}

@@ -94,7 +94,7 @@ def make_world(folder: Path, n: int) -> None:
         image.save(folder / name)
     for name, prompts in PROMPTS.items():
         write_json(folder / f"{name}.prompts.json", prompts)
-    for name, size in (("", 6 + 4 * n), (".many", 20 + 8 * n)):
+    for name, size in (("", 6 + 6 * n), (".many", 20 + 20 * n)):
         write_json(folder / f"rewrite_captions{name}.jsonl", [
             monet(i, question="which one " * (i % 5) + f"{i}?") for i in range(size)])
         write_rows(folder / f"filter_data{name}.jsonl", [row(f"s/{i}", f"The hull shows {i} of 42.") for i in range(size)])

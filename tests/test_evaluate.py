@@ -317,6 +317,8 @@ def test_options_are_scored_by_their_likelihood_without_a_reply(tiny_checkpoint,
     source, expected = B.write_vstar_original(tmp_path)
     code, results, metrics = run(tmp_path, "vstar_likelihood", source, "--model", str(tiny_checkpoint), "--protocol", "plain")
     assert code == 0 and {r["extraction"]["rule"] for r in results} == {"likelihood"} and metrics["unresolved"] == 0
+    again = run(tmp_path, "vstar_likelihood", source, "--model", str(tiny_checkpoint), "--protocol", "plain")
+    assert again[:2] == (code, results)  # from the journal
     assert all(len(r["scores"]) == r["n_options"] == 2 and r["n_tokens"] == 0 for r in results) and len(results) == len(expected)
     with pytest.raises(DataError, match="2 items are scored by the likelihood"):
         run(tmp_path, "vstar_likelihood", source, "--model", "m", "--backend", "openai", "--method", "text")

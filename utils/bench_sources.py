@@ -127,7 +127,7 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None, revis
     from datasets.exceptions import DatasetsError
 
     # of a folder the library's cache knows the name alone: it would give the rows of another of that name, or older ones
-    with nullcontext() if revision else TemporaryDirectory() as cache:
+    with nullcontext() if revision else TemporaryDirectory(prefix="datasets-") as cache:
         try:
             table = load_dataset(str(place), name=config, split=split, revision=revision, cache_dir=cache)
         except (OSError, ValueError, DatasetsError) as error:

@@ -263,8 +263,9 @@ def is_turn(record: dict) -> bool:
         return type(record["key"]) is str and type(record["error"]) is str
     return (all(type(record[name]) is str for name in ("raw_output", "clean_output", "finish_reason"))
             and all(type(record[name]) is int for name in ("n_tokens", "n_latent"))
-            and isinstance(record["seconds"], (int, float)) and type(record["image_grids"]) is list
-            and all(isinstance(number, (int, float)) for number in record.get("scores", ())))
+            and all(isinstance(record.get(name, 0.0), (int, float)) for name in ("seconds", "prefill_seconds"))
+            and type(record["image_grids"]) is list
+            and all(isinstance(score["logp"], float) and type(score["n"]) is int for score in record.get("scores", ())))
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int, world: int) -> bool:
