@@ -72,7 +72,7 @@ class Case:
     records: Callable[[Path], list]
     files: tuple[str, ...]
     code: int = 0
-    pace: float = 4.0
+    pace: float = 1.6
     server: Path | None = None  # whose calls are counted
 
 

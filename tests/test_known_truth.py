@@ -271,10 +271,10 @@ def test_every_site_through_the_batch_of_the_product(follower):
             its = record[name]
             assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), name
             fed_is_edited = name in ("tau", "swap_random", "swap_blank", "blank_x")
-            assert (its["rel_change"] > 1e-4) == fed_is_edited, (name, its["rel_change"])
+            assert (its["rel_change"] > 1e-5) == fed_is_edited, (name, its["rel_change"])
             if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random", "slot_swap_blank"):
-                assert its["reach"] > 1e-4, name  # the layers behind the first have read something else
-        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-4  # its own slots, its own latents alone
+                assert its["reach"] > 1e-5, name  # the layers behind the first have read something else
+        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-5  # its own slots, its own latents alone
         for name in ("identity", "replay"):
             assert not record[name]["changed"] and record[name]["reach"] < 1e-5 and record[name]["pred"] == clean["pred"]
         assert record["cut_latent"]["reach"] == pytest.approx(0, abs=1e-5)  # an edge acts behind the latents

@@ -67,3 +67,19 @@ def test_the_numbers_of_speed_are_those_of_their_files():
         assert f"{peer['tokens_per_s']} ({min(ratios)} to {max(ratios)})" in table
     assert f"| {train['ours']['tokens_per_s']} |" in table
     assert f"| {train['ours']['peak_gib']} | {', '.join(str(peer['peak_gib']) for peer in peers)} |" in table
+    same = json.loads((ROOT / "results" / "train_own_pixels.json").read_text())["contenders"]
+    assert ", ".join(f"{same[name]['tokens_per_s']} ({min(same[name]['over_rounds'])} to {max(same[name]['over_rounds'])})"
+                     for name in ("trainer", "trainer_rebalance", "trl")) in table
+    memory = json.loads((ROOT / "results" / "probe_memory.json").read_text())
+    assert f"| {memory['analyse_s']:.0f} s, {memory['analyse_gb']} GB | reading them once {memory['read_s']} s |" in table
+
+
+def test_the_numbers_of_the_proofs_are_those_of_their_files():
+    words = " ".join(README.split())
+    kills = json.loads((ROOT / "results" / "kills.json").read_text()).values()
+    assert "{} kills, {} records lost, {} doubled".format(*(sum(its[name] for its in kills)
+                                                            for name in ("kills", "lost", "doubled"))) in words
+    assert all(its["identical"] for its in kills)
+    found = json.loads((ROOT / "results" / "hostile.json").read_text())
+    assert ("{inputs:,} inputs, {tracebacks} tracebacks, {hangs} hangs, {escapes} files opened elsewhere, {tokens} control tokens "
+            "let through, {pickles} pickles loaded".format(**found)) in words

@@ -124,7 +124,8 @@ def probing_lines(probing: dict) -> list[str]:
             found = probing[arm]["probing"]["conditions"][name]
             cells += [f"{percent(part['accuracy'])} ({interval(part['ci'])})" for part in (found, found["r0"])]
         lines.append(f"| {words} | {' | '.join(cells)} |")
-    alike = [f"{form} {', '.join('{}: {:.2f}'.format(arm, probing[arm]['similarity']['imagination'][f'inter_{form}']) for arm in probing)}"
+    cosines = {arm: part["similarity"]["imagination"] for arm, part in probing.items()}
+    alike = [f"{form} " + ", ".join(f"{arm}: {its['inter_' + form]:.2f}" for arm, its in cosines.items())
              for form in ("raw", "centred")]
     return [*lines, "", f"Mean cosine between the imaginations of two items: {'; '.join(alike)}."]
 
