@@ -22,9 +22,9 @@ Writes  --output, a folder: states/ (what was captured: `utils.states`; the same
 Prints  a table on stderr; on stdout one JSON object: emission, mean similarities, accuracy by condition
 
 Kinds of states, at the same K steps of the same generations: "imagination" (latents; with --latent off the states of the
-first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual tokens as they enter the
-language model), "inner" (inputs of every layer at the latents), "dummy_pad" (the pad's embedding fed in place of latents),
-"start" (the state that chose to imagine). Measures and corrections: `utils.similarity`, `utils.geometry`,
+first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual tokens, if there are as many,
+as they enter the language model), "inner" (inputs of every layer at the latents), "dummy_pad" (the pad's embedding fed in
+place of latents), "start" (the state that chose to imagine). Measures and corrections: `utils.similarity`, `utils.geometry`,
 `utils.linear_probe`. Corrected values come from the half of the instances to which an instance does not belong, and
 intervals draw instances, not pairs.
 

@@ -65,7 +65,8 @@ def collect(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.
     if not found:
         return {}, {"emitted": False, "segments": segments, "imagination": None}
     steps, after, imagination = found
-    places = ((np.arange(n_steps) + 0.5) / n_steps * len(visual)).astype(int)
+    n = min(n_steps, len(visual))  # a small image has fewer: none is taken twice, which would look like a state that stays
+    places = ((np.arange(n) + 0.5) / n * len(visual)).astype(int)
     tensors = {"image": visual[places], "text": row.states[after[:n_steps]], "start": row.states[[max(steps[0] - 1, 0)]]}
     if spec is None:
         tensors["imagined"] = row.states[steps[:n_steps]]

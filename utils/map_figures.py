@@ -187,6 +187,6 @@ def early(metrics: dict) -> tuple:
                   "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": part["aoc"]} for point in part["curve"]]
     axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.set_title(f"{title(metrics)}\n{found['n']} items, 95 % intervals", fontsize=9)
     return figure, rows
