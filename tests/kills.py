@@ -72,7 +72,7 @@ class Case:
     records: Callable[[Path], list]
     files: tuple[str, ...]
     code: int = 0
-    pace: float = 1.6
+    pace: float = 1.2
     server: Path | None = None  # whose calls are counted
 
 
@@ -138,7 +138,7 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
     found["train_sft"] = Case(
         "train_sft", train,
         lambda output: max((int(path.name[5:]) for path in Path(f"{output}.run").glob("step-*[0-9]")), default=0),
-        lambda output: lines(Path(f"{output}.run/log.jsonl"), "step"), ("/*", ".metrics.json", ".run/log.jsonl"), pace=1.2)
+        lambda output: lines(Path(f"{output}.run/log.jsonl"), "step"), ("/*", ".metrics.json", ".run/log.jsonl"))
     items = ["--items", str(folder / "items.jsonl")]
     found["evaluate"] = Case("evaluate", [*items, "--model", str(folder / "tiny"), "--max_new_tokens", "24", "--batch_size",
                                           "3", "--protocol", "plain"],
