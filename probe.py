@@ -57,13 +57,12 @@ from utils.qwen import load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
-from utils.similarity import FORMS, Cell, Measure, adjust, correct, draw_halves, unit
+from utils.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import STORED, States, StateWriter
 from utils.stats import wilson
 
 PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "answer": dict}
 TEXT_STEPS = 10  # states of a text imagination that are looked at: as many as Monet has latents
-N_BOOT = 2000
 FOLDS = 5
 MOST_ALIKE = 0.99  # ordinary tokens above leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from utils.journal import Journal
-from utils.rows import (DataError, call_key, cli, located_rows, rank_world, read_rows, sha256_file, write_json,
+from utils.rows import (DataError, call_key, cli, load_object, located_rows, rank_world, read_rows, sha256_file, write_json,
                         write_meta, write_rows)
 
 ROOT = Path(__file__).parents[1]
@@ -236,3 +236,13 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
         null = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
         os.dup2(null, journal.fd)
         os.close(full), os.close(null)
+
+
+@pytest.mark.parametrize("text, said", [("[1]", "list, expected an object"), ('{"a":' * 100_000, "nested too deeply"), ("{", "Expecting")])
+def test_a_file_that_is_no_object_is_a_value_error(tmp_path, text, said):
+    path = tmp_path / "settings.json"
+    path.write_text('{"a": 1}')
+    assert load_object(path) == {"a": 1}
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_object(path)

@@ -116,18 +116,18 @@ ASKED = {"image": "the image", "text_only": "the question alone", "own": "the im
 
 def probing_lines(probing: dict) -> list[str]:
     """Return the table of what imaginations tell without the image, and of how alike they are."""
-    lines = ["| questions about the same region, answered from | text: reply, % | R0, % | latent: reply, % | R0, % |",
-             "|---|---|---|---|---|"]
+    rows = []
     for name, words in ASKED.items():
         cells = []
         for arm in ("text", "latent"):
             found = probing[arm]["probing"]["conditions"][name]
             cells += [f"{percent(part['accuracy'])} ({interval(part['ci'])})" for part in (found, found["r0"])]
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+        rows.append([words, *cells])
+    header = ["questions about the same region, answered from", "text: reply, %", "R0, %", "latent: reply, %", "R0, %"]
     cosines = {arm: part["similarity"]["imagination"] for arm, part in probing.items()}
     alike = [f"{form} " + ", ".join(f"{arm}: {its['inter_' + form]:.2f}" for arm, its in cosines.items())
              for form in ("raw", "centred")]
-    return [*lines, "", f"Mean cosine between the imaginations of two items: {'; '.join(alike)}."]
+    return [*table_lines(header, rows), "", f"Mean cosine between the imaginations of two items: {'; '.join(alike)}."]
 
 
 def readme(result: dict) -> str:

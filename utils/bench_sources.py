@@ -5,7 +5,6 @@ stored (base64 text, {"bytes", "path"}, or a path); nothing here decodes or re-e
 """
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from utils.rows import DataError, located_rows
+from utils.rows import DataError, load_object, located_rows
 
 Rows = Iterator[tuple[str, dict]]
 MAX_CELL = 2**31 - 1  # characters: a picture of HR-Bench 8K is a cell of many MB, csv's own limit is 131,072
@@ -101,11 +100,9 @@ def vstar_folder_rows(root: Path) -> Rows:
             if len(pictures) != 1:
                 raise DataError(f"{note}: {len(pictures)} pictures named {note.stem}.*, expected one")
             try:
-                row = json.loads(note.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                row = load_object(note)
+            except (OSError, ValueError) as error:
                 raise DataError(f"{note}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{note}: {type(row).__name__}, expected a JSON object")
             yield str(note), {**row, "image_file": str(pictures[0].relative_to(root)), "test_type": folder}
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from utils.rows import DataError, log, replace_file, write_json, writing
+from utils.rows import DataError, load_object, log, replace_file, write_json, writing
 
 STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
@@ -80,7 +80,7 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
         raise DataError(f"{folder}: no whole checkpoint, against --resume must; expected step-N in it")
     if path.exists():
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = load_object(path)
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); move {folder} away to start afresh") from error
         differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now" for name in sorted({*settings, *theirs})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.similarity import Bootstrap
+from utils.similarity import N_BOOT, Bootstrap
 
 SHARES = (0.90, 0.95, 0.99)
 
@@ -98,7 +98,7 @@ def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dic
     return result | {"interaction": 1 - result["image"] - result["question"]}
 
 
-def sensitivity(changes: Sequence[float], reference: Sequence[float], level: float = 0.95, n_boot: int = 2000,
+def sensitivity(changes: Sequence[float], reference: Sequence[float], level: float = 0.95, n_boot: int = N_BOOT,
                 seed: int = 0) -> dict:
     """Return E|Z(x) - Z(x')| / E|h(x) - h(x')|, with an interval over instances: how much of what a do(X) does to the
     reference states it does to Z. With changes under a relevant and under an irrelevant edit it is the selectivity."""

@@ -19,13 +19,12 @@ from PIL import Image
 from utils.asking import GREY
 from utils.geometry import sensitivity, variance_split
 from utils.items import open_images, region_in
-from utils.similarity import Bootstrap
+from utils.similarity import N_BOOT, Bootstrap
 from utils.states import States
 
 EDITS = ("identity", "image_swap", "question_swap", "mask_relevant", "mask_irrelevant", "brightness", "crop")
 DARKER = 0.8  # of every value
 CUT_OFF = 0.05  # of each side
-N_BOOT = 2000
 
 
 # ------------------------------------------------------------------------------------ edited items

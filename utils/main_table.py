@@ -4,11 +4,10 @@
 
 A name of the paper's puts a file into that row; a file without a name stands in a row called by its checkpoint and method.
 """
-import json
 from pathlib import Path
 
 from utils.comparison import read_results
-from utils.rows import DataError, check_fields
+from utils.rows import DataError, check_fields, load_object
 from utils.scores import macro, micro
 from utils.summary import interval
 
@@ -56,11 +55,9 @@ def read_result(text: str) -> dict:
 def read_metrics(path: Path) -> dict:
     """Return the metrics beside a result file; DataError for a file that evaluate.py did not write."""
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        metrics = load_object(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}); run evaluate.py again, its replies are kept") from error
-    if not isinstance(metrics, dict):
-        raise DataError(f"{path}: {type(metrics).__name__}, expected an object")
     check_fields(str(path), metrics, {"n": int, "protocol": dict, "efficiency": dict})
     check_fields(f"{path}: protocol", metrics["protocol"], {"model": str, "method": str, "line": str})
     number = (int, float, type(None))

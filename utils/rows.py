@@ -204,6 +204,17 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
     return rows
 
 
+def load_object(path: str | Path) -> dict:
+    """Return the JSON object that fills a file; OSError for a file that cannot be read, ValueError for any other content."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(fault_of(error)) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__}, expected an object")
+    return value
+
+
 # ------------------------------------------------------------------------------------------------ writing
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:

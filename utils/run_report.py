@@ -88,7 +88,7 @@ def read_metrics(path: Path) -> tuple[str | None, dict]:
     """Return the stage (None: an earlier one) and the object of a metrics file; DataError if it is neither."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
         raise DataError(f"{path}: damaged ({error}); expected one JSON object: run the stage again, or move it away") from error
     if isinstance(metrics, dict):
         if metrics.get("stage") in STAGES:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 FORMS = ("raw", "centred", "standardised", "whitened")
+N_BOOT = 2000  # resamples of instances
 SHRINKAGE = 0.1  # rho of `whitened`: bounds what directions without variance in the calibration half can weigh
 LEAST_SHARE = 1e-6  # of the largest variance: directions below are rounding in float32
 
@@ -117,7 +118,7 @@ def cosine_matrix(states: np.ndarray) -> np.ndarray:
 class Bootstrap:
     """Resamples of n instances, the same for every measure of a run, so that differences are paired."""
 
-    def __init__(self, n: int, level: float = 0.95, n_boot: int = 2000, seed: int = 0):
+    def __init__(self, n: int, level: float = 0.95, n_boot: int = N_BOOT, seed: int = 0):
         self.n, self.level = n, level
         self.drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float32)
 
@@ -162,7 +163,7 @@ class PairBootstrap:
     "difference". A mask without pairs is left out. The weights of the masks are made once for all matrices.
     """
 
-    def __init__(self, masks: dict[str, np.ndarray], level: float = 0.95, n_boot: int = 2000, seed: int = 0):
+    def __init__(self, masks: dict[str, np.ndarray], level: float = 0.95, n_boot: int = N_BOOT, seed: int = 0):
         n = len(next(iter(masks.values())))
         self.boot, off = Bootstrap(n, level, n_boot, seed), ~np.eye(n, dtype=bool)
         self.masks = {name: (mask & off) for name, mask in masks.items() if (mask & off).any()}
@@ -201,7 +202,7 @@ class Measure:
     halves and tasks [n] of all instances. `seen(cell, form, matrix)` is called with every inter-instance matrix.
     """
 
-    def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = 0.95, n_boot: int = 2000, seed: int = 0,
+    def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = 0.95, n_boot: int = N_BOOT, seed: int = 0,
                  forms: tuple[str, ...] = FORMS, seen=None):
         self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (level, n_boot, seed)
         self.forms, self.seen = forms, seen or (lambda cell, form, matrix: None)
