@@ -93,10 +93,10 @@ def strip_markers(output: str) -> str:
     return MARKER.sub("", LATENT_SPAN.sub("", output)).strip()
 
 
-def closing_braces(text: str) -> dict[int, int]:
-    """Return {place after an opening brace: place of the brace that closes it}, in one pass."""
+def closing_braces(text: str, start: int = 0) -> dict[int, int]:
+    """Return {place after an opening brace: place of the brace that closes it} from `start` on, in one pass."""
     found, opened = {}, []
-    for match in BRACE.finditer(text):
+    for match in BRACE.finditer(text, start):
         if match[0] == "{":
             opened.append(match.end())
         elif opened:
@@ -107,8 +107,9 @@ def closing_braces(text: str) -> dict[int, int]:
 def find_box(text: str) -> tuple[str | None, bool]:
     """Return (content, True) of the last box that closes, else (the rest of its line, False) of one that does not."""
     content, end, left_open = None, 0, None
-    closing = closing_braces(text) if "boxed" in text or "fbox" in text else {}
-    for match in BOX.finditer(text):
+    boxes = list(BOX.finditer(text))
+    closing = closing_braces(text, boxes[0].start()) if boxes else {}
+    for match in boxes:
         if match.start() < end:
             continue  # a box inside a box: the outer one holds it
         if match.end() in closing:

@@ -43,9 +43,9 @@ class Outcome(NamedTuple):
 
 def is_reply(record: dict) -> bool:
     """Return whether a record of the journal has the fields of a Reply that are read here, of their types."""
-    return (all(type(record[name]) is str for name in ("key", "text", "finish_reason"))
-            and all(type(record[name]) is int for name in ("n_prompt", "n_new"))
-            and isinstance(record["seconds"], (int, float)) and isinstance(record["error"], (str, type(None))))
+    return (type(record["key"]) is type(record["text"]) is type(record["finish_reason"]) is str
+            and type(record["n_prompt"]) is type(record["n_new"]) is int and type(record["seconds"]) in (int, float)
+            and type(record["error"]) in (str, type(None)))
 
 
 class IncompleteError(RuntimeError):
