@@ -39,7 +39,7 @@ CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
 N_ROWS = 128
 GROWTH = [{"rows": n, "visual_tokens": None} for n in (32, 128, 512)] + [
     {"rows": 8, "visual_tokens": n} for n in (256, 1024, 4096)]
-PACK = 4096 + 1024  # --max_tokens of ours: holds the longest row of --growth
+PACK = 2560  # --max_tokens of ours; where pictures are larger, a picture and 1,024 tokens of text
 BUDGET = 8192  # visual tokens a row and an image: more than there are, so that nothing is scaled down
 LEARNING_RATE = 1e-5
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -85,11 +85,11 @@ def count_rows(folder: Path) -> int:
     return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def run_ours(folder: Path, steps: int, output: Path) -> dict:
+def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
     subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
                     "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
-                    str(count_rows(folder)), "--max_tokens", str(PACK), "--image_tokens", str(BUDGET), "--tokens_per_image",
+                    str(count_rows(folder)), "--max_tokens", str(max(PACK, (visual_tokens or 0) + 1024)), "--image_tokens", str(BUDGET), "--tokens_per_image",
                     str(BUDGET), "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
                     "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -250,7 +250,8 @@ def main() -> None:
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
         run = folder, args.steps, Path(args.output)
-        print(json.dumps(run_ours(*run) if args.contender == "ours" else run_peer(args.contender, *run, args.own_pixels)))
+        print(json.dumps(run_ours(*run, args.visual_tokens) if args.contender == "ours"
+                         else run_peer(args.contender, *run, args.own_pixels)))
         return None
     python = make_environment()
     if args.growth:

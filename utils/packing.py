@@ -6,6 +6,7 @@ function that knows no other mask, positions made row by row, no cache.
 """
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from utils.patches import process_images
+from utils.patches import THREADS, process_images
 from utils.qwen import Qwen, collate
 from utils.rows import DataError
 from utils.targets import Example, Target, load_images
@@ -52,7 +53,8 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     row's), row [n] (its row's number in the pack), row_ids.
     """
     rows = []
-    images = [load_images(example.images, target, qwen.factor) for example in examples]
+    with ThreadPoolExecutor(THREADS) as pool:
+        images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
     # one call for all: a call of the image processor costs more than an image
     pixels = process_images(qwen.image_processor, [image for its in images for image in its]) or {}
     grids = pixels["image_grid_thw"].split([len(its) for its in images]) if pixels else [()] * len(images)
@@ -91,15 +93,16 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q, max_length_q,
                           max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
         return out[None], None
+    query, key, value = (x.squeeze(0) for x in (query, key, value))  # [heads, L, d]; x[0] would cost a copy of its gradient
     lengths, back = cu_seq_lens_q.diff(), None
     if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: bring those of one length together
         order, back = by_length(cu_seq_lens_q)
-        query, key, value = (x.index_select(2, order) for x in (query, key, value))
+        query, key, value = (x.index_select(1, order) for x in (query, key, value))
         lengths = lengths.sort().values
     runs = [(length, len(list(its))) for length, its in groupby(lengths.tolist())]
     rows = []
-    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=2) for x in (query, key, value))):
-        parts = [x[0].unflatten(1, (n, length)).transpose(0, 1) for x in parts]  # [n, heads, length, d]: one call for n rows
+    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=1) for x in (query, key, value))):
+        parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]  # [n, heads, length, d]: one call for n rows
         out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
         rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
     out = torch.cat(rows)

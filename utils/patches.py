@@ -3,6 +3,7 @@
 The library turns a picture into floats and then moves these about; here its bytes are moved, and looked up at the end. What a
 byte becomes is asked of the processor itself, whose settings stay the only ones.
 """
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from utils.images import smart_size
+
+THREADS = 4  # to decode and move bytes, which Pillow and numpy do outside of the interpreter's lock
 
 
 def move_bytes(array: np.ndarray, patch: int, merge: int) -> np.ndarray:
@@ -42,10 +45,14 @@ def process_images(image_processor: Qwen2VLImageProcessorPil, images: list[Image
     grids = torch.tensor([[1, height // patch, width // patch] for width, height in sizes])
     counts = grids.prod(1).tolist()
     pixels = torch.empty(sum(counts), 3, frames, patch * patch)
-    for image, size, part in zip(images, sizes, pixels.split(counts)):
+
+    def fill(image: Image.Image, size: tuple[int, int], part: torch.Tensor) -> None:
         if image.size != size:
             image = image.resize(size, image_processor.resample)
         moved, part = move_bytes(np.asarray(image), patch, merge), part.numpy()
         for color in range(3):
             part[:, color] = table[color].take(moved[:, color])[:, None]  # a picture is the same in every frame
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fill, images, sizes, pixels.split(counts)))
     return {"pixel_values": pixels.flatten(1), "image_grid_thw": grids}
