@@ -180,6 +180,39 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
         latent_ids(qwen.tokenizer, MIRAGE)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2])
+def test_a_batch_beyond_the_budget_is_read_in_parts(tiny_checkpoint, monkeypatch, rows_at_once):
+    """One row at a time, as alone, to the bit; and latents that are given reach their own rows."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen)
+    whole = prefill(qwen, batch)
+    monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
+    parts = prefill(qwen, batch)
+    assert torch.allclose(parts.hidden, whole.hidden, atol=1e-5)
+    for layer, its in zip(parts.cache.layers, whole.cache.layers, strict=True):
+        seen = batch["attention_mask"].bool()
+        assert layer.keys.shape == its.keys.shape
+        assert torch.allclose(layer.keys.transpose(1, 2)[seen], its.keys.transpose(1, 2)[seen], atol=1e-5)
+        assert torch.allclose(layer.values.transpose(1, 2)[seen], its.values.transpose(1, 2)[seen], atol=1e-5)
+    if rows_at_once == 1:
+        for i in range(3):
+            assert torch.equal(parts.hidden[i], prefill(qwen, batch_of(qwen, slice(i, i + 1))).hidden[0])
+    together, apart = (decode(qwen, state, 16, MIRAGE)[0] for state in (whole, parts))
+    assert [row.ids for row in together] == [row.ids for row in apart]
+
+
+def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(tiny_checkpoint, monkeypatch):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    _, pad_id, _ = latent_ids(qwen.tokenizer, MIRAGE)
+    batch = batch_of(qwen)
+    batch["input_ids"][:, -3:-1] = pad_id
+    latents = [torch.full((2, qwen.model.config.text_config.hidden_size), value) for value in (0.0, 0.5, 1.0)]
+    whole = prefill(qwen, batch, MIRAGE, latents)
+    monkeypatch.setattr("utils.decode.PREFILL_TOKENS", 1)
+    assert torch.allclose(prefill(qwen, batch, MIRAGE, latents).hidden, whole.hidden, atol=1e-5)
+    assert not torch.allclose(prefill(qwen, batch, MIRAGE, latents[::-1]).hidden, whole.hidden, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------- one prompt, many arms
 def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
     """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not used up."""

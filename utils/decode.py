@@ -2,16 +2,18 @@
 
 A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the final
 norm: position +1, one key-value slot. What differs between the families stands in `utils.families`. With `spec=None` the
-loop equals `model.generate(do_sample=False)` bit for bit.
+loop equals `model.generate(do_sample=False)` bit for bit (of a batch of up to PREFILL_TOKENS; of its rows one by one beyond).
 
 A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them (`State.take`): an `Arm`
 says what is done to one row, so that a batch may hold a clean run and every intervention beside it.
 """
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
 
 from utils.families import PRESETS, Generation, LatentSpec, RowState, Segment, latent_ids
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
@@ -20,6 +22,7 @@ from utils.sites import layer_inputs
 
 __all__ = ["PRESETS", "Arm", "Generation", "LatentSpec", "RowState", "Segment", "State", "clean_text", "decode", "embed_prompt",
            "extend", "extend_all", "generate", "latent_ids", "prefill", "rewind"]
+PREFILL_TOKENS = 4096  # read at once, padding included: long prompts gain nothing from company and pay for its mask
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,58 @@ def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
 def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
             prompt_latents: list[torch.Tensor] | None = None) -> State:
     """Read a left-padded batch from `utils.qwen.encode`. `prompt_latents`: see `embed_prompt`."""
-    if prompt_latents is None:
-        images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
-        prompt = {"input_ids": inputs["input_ids"], **images}
+    pad_id = latent_ids(qwen.tokenizer, spec)[1] if spec and prompt_latents else None
+    n_rows, length = inputs["input_ids"].shape
+    size = max(1, PREFILL_TOKENS // length)
+    if size >= n_rows:
+        cache, hidden = read_prompts(qwen, inputs, prompt_latents, pad_id)
     else:
-        pad_id = latent_ids(qwen.tokenizer, spec)[1] if spec else None
+        parts = [read_prompts(qwen, part, prompt_latents and prompt_latents[first:first + size], pad_id)
+                 for first, part in split_rows(qwen, inputs, size)]
+        cache, hidden = join_caches([part for part, _ in parts], length), torch.cat([last for _, last in parts])
+    return State(cache, hidden, inputs["attention_mask"], inputs["position_ids"][..., -1:],
+                 inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
+
+
+def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int | None
+                 ) -> tuple[DynamicCache, torch.Tensor]:
+    """Return the cache and the last states [B, hidden] of one forward pass."""
+    if prompt_latents is None:
+        prompt = {key: inputs[key] for key in ("input_ids", "pixel_values", "image_grid_thw") if key in inputs}
+    else:
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
     out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"],
                            use_cache=True)
-    return State(out.past_key_values, out.last_hidden_state[:, -1], inputs["attention_mask"], inputs["position_ids"][..., -1:],
-                 inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
+    return out.past_key_values, out.last_hidden_state[:, -1]
+
+
+def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
+    """Yield (number of its first row, part) of a batch by `size` rows, each without the columns that are padding in all of
+    its rows."""
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
+    n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
+    grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
+    ends = [0, *grids.prod(1).cumsum(0).tolist()]  # of each image's patches
+    images = [ends.index(n * qwen.image_processor.merge_size**2) for n in [0, *n_visual]]  # before each row
+    for first in range(0, len(n_visual), size):
+        last = min(first + size, len(n_visual))
+        longest = int(inputs["attention_mask"][first:last].sum(1).max())
+        part = {name: inputs[name][..., first:last, -longest:] for name in names}
+        if images[first] < images[last]:
+            part["image_grid_thw"] = grids[images[first]:images[last]]
+            part["pixel_values"] = inputs["pixel_values"][ends[images[first]]:ends[images[last]]]
+        yield first, part
+
+
+def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
+    """Put the rows of caches into one of `length` columns, each on the right."""
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([F.pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
+
+    cache = DynamicCache()
+    for n, layers in enumerate(zip(*(part.layers for part in parts), strict=True)):
+        cache.update(joined([layer.keys for layer in layers]), joined([layer.values for layer in layers]), n)
+    return cache
 
 
 @torch.no_grad()
