@@ -167,31 +167,6 @@ def grow(args: argparse.Namespace) -> dict:
     return result
 
 
-COMMAND = "python speed/evaluate.py --model toy/work/{} --items toy/work/world/bench.jsonl --folder work/evaluate{}"
-
-
-def readme(result: dict) -> str:
-    """Return the rows of README.md's table that a result makes."""
-    if "visual_tokens" in result:
-        rows, where = [], f"`{COMMAND.format(result['model'], ' --growth')}`, `results/growth.json`"
-        for axis, words in (("items", "{} items against {}"),
-                            ("visual_tokens", f"{FEW} items of {{}} visual tokens against {{}}")):
-            less, most = result[axis][0], result[axis][-1]
-            ours, peer = ([f"{row[f'{side}_s']} s, {row[f'{side}_gib']} GiB" for row in (most, less)]
-                          for side in ("ours", "peer"))
-            what = words.format(most[axis], less[axis])
-            rows.append(f"| evaluating {what} | {' against '.join(ours)} | {' against '.join(peer)} | {where} |")
-            where = "the same"
-        return "\n".join(rows)
-    started, same, cpu = (result[name] for name in ("started", "same_process", "same_process_cpu"))
-    prefill, decode = (f"{100 * result['shares'][name]:.0f} %" for name in ("prefill", "decode"))
-    return (f"| evaluating {result['items']} items, {result['tokens_per_item']} tokens a reply, as started "
-            f"| {started['ours_s'][0]} s | one `generate` an item {started['peer_s'][0]} s ({started['ratio']} times) "
-            f"| `{COMMAND.format(result['model'], '')}`, `results/evaluate.json` |\n"
-            f"| the same in one process, imports apart | {same['ours_s'][0]} s: {prefill} prefill, {decode} decoding "
-            f"| {same['peer_s'][0]} s ({same['ratio']} times; {cpu['ratio']} of processor time) | the same |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a checkpoint")
@@ -213,7 +188,6 @@ def main() -> None:
     result = grow(args) if args.growth else compare(args, folder)
     path = Path(args.result or ROOT / "results" / ("growth.json" if args.growth else "evaluate.json"))
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(readme(result), file=sys.stderr)
     print(json.dumps(result))
 
 

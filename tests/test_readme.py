@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speed import evaluate as evaluation
+from speed.table import table
 from toy.report import readme
 from toy.variants import markdown
 
@@ -47,31 +47,8 @@ def test_the_table_of_the_variants_is_made_of_its_results_file():
     assert table == markdown(json.loads((ROOT / "results" / "variants.json").read_text()))
 
 
-def test_the_numbers_of_speed_are_those_of_their_files():
-    table = README.split("## Speed")[1].split("<!-- end of speed -->")[0]
-    client = json.loads((ROOT / "results" / "client.json").read_text())
-    rates = {name: f"{part['requests_per_s']:.0f}" for name, part in client["clients"].items()}
-    assert f"| {rates['ours']} | openai SDK {rates['openai']}, aiohttp {rates['aiohttp']} |" in table
-    export = json.loads((ROOT / "results" / "export.json").read_text())
-    assert f"| {export['export_s']:.0f} s, {export['export_gb']:.1f} GB |" in table
-    assert f"| {export['scan_s']:.1f} s | the same {export['json_loads_s']:.1f} s |" in table
-    sweep = json.loads((ROOT / "results" / "sweep.json").read_text())
-    assert f"| {sweep['together_s'][0]} s in one run | eight runs of one condition {sweep['apart_s'][0]} s ({sweep['ratio']} times) |" in table
-    for path, more in ((ROOT / "results" / "evaluate.json", ""), (ROOT / "results" / "growth.json", " --growth")):
-        expected = evaluation.readme(json.loads(path.read_text())) if path.exists() else "| not yet run |"
-        assert f"`{evaluation.COMMAND.format('text', more)}`" in table and expected in table
-    train = json.loads((ROOT / "results" / "train.json").read_text())["contenders"]
-    peers = [train[name] for name in ("trainer", "trainer_rebalance", "trl")]
-    for peer in peers:
-        ratios = peer["over_rounds"]
-        assert f"{peer['tokens_per_s']} ({min(ratios)} to {max(ratios)})" in table
-    assert f"| {train['ours']['tokens_per_s']} |" in table
-    assert f"| {train['ours']['peak_gib']} | {', '.join(str(peer['peak_gib']) for peer in peers)} |" in table
-    same = json.loads((ROOT / "results" / "train_own_pixels.json").read_text())["contenders"]
-    assert ", ".join(f"{same[name]['tokens_per_s']} ({min(same[name]['over_rounds'])} to {max(same[name]['over_rounds'])})"
-                     for name in ("trainer", "trainer_rebalance", "trl")) in table
-    memory = json.loads((ROOT / "results" / "probe_memory.json").read_text())
-    assert f"| {memory['analyse_s']:.0f} s, {memory['analyse_gb']} GB | reading them once {memory['read_s']} s |" in table
+def test_the_table_of_speed_is_made_of_its_results_files():
+    assert README.split("<!-- results of speed/ -->\n")[1].split("\n<!-- end -->")[0] == table()
 
 
 def test_the_numbers_of_the_proofs_are_those_of_their_files():
