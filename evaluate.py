@@ -72,7 +72,7 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
                             "--prepare, then give them as --items")
         path, made = f"{args.output}.items.jsonl", []
         for name in args.benchmark:
-            made += prepare(name, f"{args.output}.images", args.source, args.image_root, args.limit, args.revision)
+            made += prepare(TABLE[name], f"{args.output}.images", args.source, args.image_root, args.limit, args.revision)
         write_rows(path, made)
         args.image_root = str(Path(path).parent)
     args.image_root = args.image_root or str(Path(path).parent)
