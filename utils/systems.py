@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils.backends import Request, fill_batches
 from utils.decode import Generation, LatentSpec, clean_text, decode, prefill
-from utils.images import ImageError, Picture, image_size, open_picture, read_bytes, resolve_image, smart_size
+from utils.images import ImageError, Picture, open_picture, read_bytes, resolve_image, visual_tokens
 from utils.journal import Journal
 from utils.protocols import Protocol, user_text
 from utils.qwen import Qwen, encode, plain, user_content
@@ -135,15 +135,11 @@ class Local:
 
     def length(self, conversation: Conversation) -> int:
         """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the characters."""
-        total = sum(len(text) for _, parts in conversation.messages
-                    for text in ([parts] if isinstance(parts, str) else parts) if isinstance(text, str)) // 4
-        for picture in conversation.pictures:
-            try:
-                width, height = smart_size(*image_size(picture.path), self.qwen.factor, *self.pixels)
-                total += width * height // self.qwen.factor**2
-            except ImageError:
-                pass  # its turn will say why
-        return total
+        n_characters = sum(len(text) for _, parts in conversation.messages
+                           for text in ([parts] if isinstance(parts, str) else parts) if isinstance(text, str))
+        low, high = self.pixels
+        return n_characters // 4 + sum(visual_tokens(picture.path, high, low, self.qwen.factor)
+                                       for picture in conversation.pictures)
 
     def prepare(self, batch: list[Conversation]) -> tuple[list[Conversation], dict | None, list[dict]]:
         """Return (conversations that can be asked, their tensors, records of those that cannot)."""
