@@ -10,7 +10,7 @@ from dataclasses import replace
 import benchmark_fixtures as made
 import pytest
 
-from utils.bench_rows import inline_text, unescape
+from utils.bench_rows import inline_text
 from utils.bench_sources import Hub, dataset_rows, file_rows, pinned, tsv_rows
 from utils.benchmarks import TABLE, prepare
 from utils.items import ANSWER_TYPES, read_items
@@ -77,7 +77,6 @@ def test_parts_can_be_joined_again_as_the_source_has_them(tmp_path):
     source, expected = made.write_realworld_parquet(tmp_path)
     for item in prepare(sized("mme_realworld_lite", expected), tmp_path / "images", source):
         assert [f"({letter}) {text}" for letter, text in item["options"]] == item["raw"]["multi-choice options"]
-    assert unescape(r"a\nb\pc\\d") == "a\nb|c\\d"
 
 
 def test_a_picture_cell_of_ten_megabytes_is_read(tmp_path):
