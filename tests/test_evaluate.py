@@ -4,13 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import benchmark_fixtures as B
 import pytest
 from fault_server import calls_of, serving
+from processes import command, rank_of
 from test_answers import shortest_path
 
 import evaluate
@@ -18,8 +18,6 @@ from utils.decode import PRESETS
 from utils.qwen import add_tokens, load, save
 from utils.rows import DataError, write_rows
 from utils.systems import Local
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -89,20 +87,6 @@ def test_a_missing_and_a_truncated_image_and_one_outside_are_counted_errors(tiny
     assert {r["error"] for r in results if "error" in r} == {"image_missing", "image_unreadable", "image_outside_root"}
     metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
     assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
-
-
-def test_killed_and_started_again_gives_the_same_file(tiny_checkpoint, items):
-    arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="cut.jsonl")
-    journal = items.parent / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert evaluate.main(arguments) == 0
-    assert evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="whole.jsonl")) == 0
-    assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
 
 
 def test_a_mended_image_is_asked_again(tiny_checkpoint, items, picture):
@@ -178,14 +162,6 @@ def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data,
         (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
 
 
-def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
-    arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
-                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--protocol", "plain",
-                 "--max_pixels", "50176"]
-    assert evaluate.main(arguments) == 0
-    assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}
-
-
 @pytest.mark.slow
 def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_checkpoint, shared_data, tmp_path):
     """All 400 from the published file to the score; then a solution of each is put into the journal in the reply's place."""
@@ -211,17 +187,7 @@ def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_check
 
 # ------------------------------------------------------------------------------------------------ several processes
 def torchrun(processes, arguments):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                             str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def rank_of(pid):
-    """The rank that torchrun gave a process, None if it is none of its workers."""
-    try:
-        found = dict(part.split("=", 1) for part in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in part)
-    except OSError:
-        return None
-    return found.get("RANK")
+    return subprocess.Popen(command("evaluate", arguments, processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -245,8 +211,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(tiny_ch
     share = items.parent / "cut.jsonl.run" / "calls-00001-of-00002.jsonl"
     while run.poll() is None and not (share.exists() and share.read_bytes().count(b"\n")):
         time.sleep(0.005)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(next(int(pid) for pid in workers if rank_of(pid) == "1"), signal.SIGKILL)
+    os.kill(rank_of(run.pid, 1), signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode not in (0, None) and "the same command goes on" in err and "evaluate.py\", line" not in err, err
     assert not (items.parent / "cut.jsonl").exists()
