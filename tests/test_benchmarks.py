@@ -111,13 +111,13 @@ def test_elsewhere_an_item_is_its_own_group(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ asserts
-def broken(tmp_path, rows, change, at=1):
-    """A TSV whose row `at` is changed, or left out (None)."""
+def broken(tmp_path, rows, change):
+    """A TSV whose second row is changed, or left out (None)."""
     rows = [dict(row) for row in rows]
     if change is None:
-        del rows[at]
+        del rows[1]
     else:
-        rows[at] |= change
+        rows[1] |= change
     return made.write_tsv(tmp_path / "broken.tsv", rows)
 
 
@@ -153,12 +153,10 @@ def test_a_broken_hr_bench_is_named(tmp_path, change, match):
 
 
 @pytest.mark.parametrize("name, rows, change, match", [
-    ("mme_realworld_lite", made.realworld_rows(image=lambda n: made.text_of(made.picture(n))),
+    ("mme_realworld_lite", made.realworld_rows(),
      {"multi-choice options": "['(A) a', '(B b', '(C) c', '(D) d', '(E) e']"}, r"options .*expected five, '\(A\) ...'"),
-    ("mme_realworld_lite", made.realworld_rows(image=lambda n: made.text_of(made.picture(n))),
-     {"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"}, "expected five"),
-    ("mme_realworld_lite", made.realworld_rows(image=lambda n: made.text_of(made.picture(n))),
-     {"multi-choice options": "__import__('os').getcwd()"}, "is no Python list"),
+    ("mme_realworld_lite", made.realworld_rows(), {"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"}, "expected five"),
+    ("mme_realworld_lite", made.realworld_rows(), {"multi-choice options": "__import__('os').getcwd()"}, "is no Python list"),
     ("vstar", [{"index": 1, "picture": 2, "question": 3}] * 2, {}, "no field 'answer'"),
     ("vstar_inline", [{"index": 1, "question": 3}] * 2, {}, "columns index, question are no layout of vstar_inline.*'label'"),
     ("tablevqa/vtabfact", [{"index": n, "question": "q", "answer": "1", "split": "vtabfact",
