@@ -19,6 +19,7 @@ IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_un
 MIN_SIDE = 28  # pixels; one visual token of Qwen2.5-VL
 MAX_ASPECT = 200  # Qwen's smart_resize refuses more
 MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked from the header before anything is decoded
+REGION_PIXELS = 16384 * 28 * 28  # to which a region is shrunk
 THUMBNAIL = 256  # pixels a side, for comparing two pictures
 SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
 SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
@@ -44,13 +45,11 @@ class ImageError(DataError):
 
 class Picture(NamedTuple):
     """What a prompt shows: a file, or the region `box` of it (left, top, right, bottom in the file's pixels, as EXIF turns
-    it), resized to multiples of `factor` within the bounds of `smart_size`."""
+    it), resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
 
     path: str
     box: tuple[int, int, int, int] | None = None
-    factor: int = 28
     min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 16384 * 28 * 28
 
 
 def resolve_image(root: str | Path, relative: str) -> Path:
@@ -220,7 +219,7 @@ def open_picture(picture: Picture) -> Image.Image:
     if picture.box is None:
         return image
     region = image.crop(picture.box)
-    size = smart_size(*region.size, picture.factor, picture.min_pixels, picture.max_pixels)
+    size = smart_size(*region.size, 28, picture.min_pixels, REGION_PIXELS)
     return region.resize(size, Image.Resampling.BICUBIC)
 
 
