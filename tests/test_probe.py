@@ -1,6 +1,5 @@
 """Probing, capture and figures on models whose truth is known.    pytest tests/test_probe.py"""
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from utils.items import open_images, question_text, read_items
 from utils.probing import TURN, Prober, conditions as ways, derange, rotations, score
 from utils.qwen import add_tokens, chat, encode, load, save
 from utils.readouts import describe_scores, score_options
-from utils.rows import DataError, read_rows, write_rows
+from utils.rows import DataError, load_object, read_rows, write_rows
 from utils.similarity import cosine_matrix
 from utils.states import States
 
@@ -41,7 +40,7 @@ def data(tmp_path_factory):
 def run(data, model, output, *more):
     assert probe.main(["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model", str(model),
                        "--output", str(output), "--max_new_tokens", "40", *more]) == 0
-    return json.loads((output / "metrics.json").read_text())
+    return load_object(output / "metrics.json")
 
 
 # ------------------------------------------------------------------------------------------- whole runs
@@ -219,7 +218,7 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output", str(tmp_path / "out"),
              "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
     assert probe.main(flags) == 0
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["edits"]
+    found = load_object(tmp_path / "out" / "metrics.json")["edits"]
     assert set(found) == {*EDITS, "selectivity"} and all(found[name]["asked"] == 8 for name in EDITS)
     assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None  # batch by batch the same
     assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
@@ -265,7 +264,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
     assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"), "--latent", "mirage",
                        "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size", "16",
                        "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap", "question_swap"]) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = load_object(tmp_path / "out" / "metrics.json")
     assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
