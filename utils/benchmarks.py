@@ -47,7 +47,7 @@ class Benchmark:
 # ------------------------------------------------------------------------------------------------ clusters
 def by_question(item: dict) -> str:
     """One group for the rotations of a question: same picture, words, option texts and right text, in any order."""
-    gold = dict(map(tuple, item["options"])).get(item["answer"]["value"])
+    gold = dict(item["options"]).get(item["answer"]["value"])
     key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(), gold=gold,
                    texts=sorted(text for _, text in item["options"]))
     return f"{item['benchmark']}/{key[:16]}"

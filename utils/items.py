@@ -109,7 +109,7 @@ def gold_words(item: dict) -> str | None:
     """Return the right answer in words; None for a map, which has many."""
     kind, value = item["answer"]["type"], item["answer"]["value"]
     if kind == "letter":
-        return dict(map(tuple, item["options"]))[value]
+        return dict(item["options"])[value]
     if kind == "values":
         return value[0]
     return None if kind == "path_map" else str(value).lower()

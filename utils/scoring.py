@@ -18,7 +18,7 @@ MATCHERS = ("vlmevalkit_0bac5c0", "vlmevalkit_e8e78f0")  # VLMEvalKit's at two c
 
 def score_mcq(item: dict, record: dict) -> dict:
     """Multiple choice: the option that `extract_choice` finds. compat: VLMEvalKit's letters, or MME-RealWorld's."""
-    options, text = dict(map(tuple, item["options"])), record["clean_output"]
+    options, text = dict(item["options"]), record["clean_output"]
     found = extract_choice(text, options, record["finish_reason"])
     if item.get("benchmark") == "mme_realworld_lite":
         others = {"mme_realworld": compat.mme_realworld(text, options),
