@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
 
 import torch
 from tqdm import tqdm
@@ -126,11 +125,13 @@ class Local:
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
         """Return this process's batches, the longest prompts first; likelihoods are apart from replies."""
-        order = sorted((c.item["metric"] == "likelihood", -self.length(c), c.item["id"], i)
-                       for i, c in enumerate(conversations))
-        batches = []
-        for _, its in groupby(order, key=lambda entry: entry[0]):
-            batches += fill_batches([(self.max_new_tokens - length, conversations[i]) for _, length, _, i in its], self)
+        scored, asked, batches = [], [], []
+        for conversation in conversations:
+            its = scored if conversation.item["metric"] == "likelihood" else asked
+            its.append((self.length(conversation) + self.max_new_tokens, conversation))
+        for its in (asked, scored):
+            its.sort(key=lambda pair: (-pair[0], pair[1].item["id"]))
+            batches += fill_batches(its, self)
         return batches[rank::world]
 
     def length(self, conversation: Conversation) -> int:
