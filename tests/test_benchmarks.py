@@ -155,7 +155,8 @@ def test_a_broken_hr_bench_is_named(tmp_path, change, match):
 @pytest.mark.parametrize("name, rows, change, match", [
     ("mme_realworld_lite", made.realworld_rows(),
      {"multi-choice options": "['(A) a', '(B b', '(C) c', '(D) d', '(E) e']"}, r"options .*expected five, '\(A\) ...'"),
-    ("mme_realworld_lite", made.realworld_rows(), {"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"}, "expected five"),
+    ("mme_realworld_lite", made.realworld_rows(), {"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"},
+     "expected five"),
     ("mme_realworld_lite", made.realworld_rows(), {"multi-choice options": "__import__('os').getcwd()"}, "is no Python list"),
     ("vstar", [{"index": 1, "picture": 2, "question": 3}] * 2, {}, "no field 'answer'"),
     ("vstar_inline", [{"index": 1, "question": 3}] * 2, {}, "columns index, question are no layout of vstar_inline.*'label'"),

@@ -120,7 +120,8 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
     config = Qwen3VLConfig(
         text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
                             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
-        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}, **ids)
+        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        **ids)
     (folder / "model.safetensors").unlink()
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
