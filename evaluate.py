@@ -44,7 +44,7 @@ from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
 from utils.edits import OPEN
 from utils.families import spec_of
-from utils.items import ANSWER_TYPES, group_of, read_items
+from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
 from utils.main_table import make_table
@@ -72,7 +72,7 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
                             "--prepare, then give them as --items")
         path, made = f"{args.output}.items.jsonl", []
         for name in args.benchmark:
-            made += prepare(name, f"{args.output}.images", args.source, args.image_root, args.limit, args.revision)
+            made += prepare(TABLE[name], f"{args.output}.images", args.source, args.image_root, args.limit, args.revision)
         write_rows(path, made)
         args.image_root = str(Path(path).parent)
     args.image_root = args.image_root or str(Path(path).parent)
@@ -124,11 +124,10 @@ def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Nam
 # ------------------------------------------------------------------------------------------------ results
 def result_of(conversation: Conversation, system: Local | Served, args: argparse.Namespace) -> dict:
     """Return an item's result. The journal keeps what the model said; what it is worth is decided here, on every run."""
-    item, said = conversation.item, conversation.result()
-    rotation = (item.get("raw") or {}).get("cycle_category")
+    item, said, rotation = conversation.item, conversation.result(), rotation_of(conversation.item)
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
-            **({} if rotation is None else {"rotation": int(rotation)}), "protocol": args.protocol, "method": args.method,
+            **({} if rotation is None else {"rotation": rotation}), "protocol": args.protocol, "method": args.method,
             "pixels": system.pixels, **said, **score(item, said)}
 
 

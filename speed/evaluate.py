@@ -29,6 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from utils.rows import write_json  # noqa: E402
+
 PIXELS_A_TOKEN = 28 * 28
 ITEMS, VISUAL_TOKENS, FEW = (18, 72, 288), (256, 1024, 2304, 4096), 8  # of --growth; squares, so that no picture is rounded up
 
@@ -108,7 +111,7 @@ def call(args: argparse.Namespace, name: str, **changes) -> dict:
              "max_new_tokens": args.max_new_tokens} | changes
     began = time.monotonic()
     done = subprocess.run([sys.executable, __file__, "--part", name, *(f"--{key}={value}" for key, value in given.items())],
-                          cwd=os.getcwd(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {"process_s": time.monotonic() - began}
 
 
@@ -186,8 +189,7 @@ def main() -> None:
         print(json.dumps(part(args, folder)))
         return
     result = grow(args) if args.growth else compare(args, folder)
-    path = Path(args.result or ROOT / "results" / ("growth.json" if args.growth else "evaluate.json"))
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.result or ROOT / "results" / ("growth.json" if args.growth else "evaluate.json"), result)
     print(json.dumps(result))
 
 

@@ -34,6 +34,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.rows import write_json, write_rows  # noqa: E402
+
 ENVIRONMENT = Path(__file__).parent / ".venv-train"
 CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
 N_ROWS = 128
@@ -60,7 +64,6 @@ def make_world(folder: Path, n_rows: int, visual_tokens: int | None) -> None:
     from PIL import Image
 
     from toy.make_model import make_model
-    from utils.rows import write_rows
     rng, rows = random.Random(0), []
     folder.mkdir(parents=True)
     for n in range(n_rows):
@@ -146,7 +149,6 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
     import datasets
     import torch
     import transformers
-    sys.path.insert(0, str(ROOT))
     rows = Rows(folder, own_pixels)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     model.model.visual.requires_grad_(False)
@@ -245,7 +247,6 @@ def main() -> None:
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = Path(args.folder)
-    sys.path.insert(0, str(ROOT))
     if args.contender == "world":
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
@@ -260,8 +261,7 @@ def main() -> None:
     else:
         result = contend(python, folder, {"rows": N_ROWS, "visual_tokens": None}, args)
     name = "train_growth" if args.growth else "train_own_pixels" if args.own_pixels else "train"
-    path = Path(args.result or ROOT / "results" / f"{name}.json")
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.result or ROOT / "results" / f"{name}.json", result)
     print(json.dumps(result))
     return None
 

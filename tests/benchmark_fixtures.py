@@ -77,9 +77,12 @@ def vstar_rows() -> list[dict]:
             for n, (stem, texts, gold, category) in enumerate(VSTAR)]
 
 
+def vstar_expected(name: str = "vstar") -> dict:
+    return {f"{name}/{n}": mcq(*parts, picture(n)) for n, parts in enumerate(VSTAR)}
+
+
 def write_vstar(folder: Path) -> tuple[Path, dict]:
-    return write_tsv(folder / "vstar.tsv", vstar_rows()), {
-        f"vstar/{n}": mcq(*parts, picture(n)) for n, parts in enumerate(VSTAR)}
+    return write_tsv(folder / "vstar.tsv", vstar_rows()), vstar_expected()
 
 
 def inline_rows() -> list[dict]:
@@ -92,7 +95,7 @@ def write_vstar_inline(folder: Path) -> tuple[Path, dict]:
     """lmms-lab/vstar-bench: image, text, category, label, question_id; a folder in the hub's layout."""
     rows = [{"image": struct(picture(n)), **row} for n, row in enumerate(inline_rows())]
     write_parquet(folder / "vstar_inline" / "data" / "test-00000-of-00001.parquet", rows)
-    return folder / "vstar_inline", {f"vstar_inline/{n}": mcq(*parts, picture(n)) for n, parts in enumerate(VSTAR)}
+    return folder / "vstar_inline", vstar_expected("vstar_inline")
 
 
 def write_vstar_questions(folder: Path) -> tuple[Path, dict]:
@@ -103,8 +106,7 @@ def write_vstar_questions(folder: Path) -> tuple[Path, dict]:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(picture(n))
         rows.append({"image": str(path.relative_to(folder)), **row})
-    return write_jsonl(folder / "test_questions.jsonl", rows), {
-        f"vstar_inline/{n}": mcq(*parts, picture(n)) for n, parts in enumerate(VSTAR)}
+    return write_jsonl(folder / "test_questions.jsonl", rows), vstar_expected("vstar_inline")
 
 
 def write_vstar_original(folder: Path) -> tuple[Path, dict]:
@@ -173,8 +175,9 @@ REALWORLD = [("What colour is the car?", ["Red", "Green, dark", "White", "(none)
              ("How many signs?", ["1", "2", "3", "4", "This image doesn't feature signs."], "C", "Reasoning/Monitoring")]
 
 
-def realworld_rows(**columns) -> list[dict]:
-    return [{"index": n, **{name: make(n) for name, make in columns.items()}, "question": question,
+def realworld_rows(column: str = "image") -> list[dict]:
+    """The picture, as base64, stands in `column`."""
+    return [{"index": n, column: text_of(picture(n)), "question": question,
              "multi-choice options": [f"({letter}) {text}" for letter, text in lettered(texts)], "answer": gold,
              "category": category, "l2-category": "color"} for n, (question, texts, gold, category) in enumerate(REALWORLD)]
 
@@ -185,14 +188,12 @@ def realworld_expected() -> dict:
 
 def write_realworld(folder: Path) -> tuple[Path, dict]:
     """mme_realworld_lite.tsv: the options are a Python list, written as text."""
-    rows = realworld_rows(image=lambda n: text_of(picture(n)))
-    rows = [row | {"multi-choice options": repr(row["multi-choice options"])} for row in rows]
+    rows = [row | {"multi-choice options": repr(row["multi-choice options"])} for row in realworld_rows()]
     return write_tsv(folder / "realworld.tsv", rows), realworld_expected()
 
 
 def write_realworld_parquet(folder: Path) -> tuple[Path, dict]:
-    rows = realworld_rows(bytes=lambda n: text_of(picture(n)))
-    return write_parquet(folder / "realworld.parquet", rows, ()), realworld_expected()
+    return write_parquet(folder / "realworld.parquet", realworld_rows("bytes"), ()), realworld_expected()
 
 
 # ------------------------------------------------------------------------------------------------ BLINK
@@ -285,17 +286,19 @@ def write_mme_tsv(folder: Path) -> tuple[Path, dict]:
     return write_tsv(folder / "mme.tsv", rows), {f"mme/{k}": yes_no(*parts) for k, parts in enumerate(MME)}
 
 
+def ocr_expected(*answers: str) -> dict:
+    return {f"ocrbench_v2/{n}": {
+        "question": "What is written?", "options": [], "answer": {"type": "values", "value": list(answers)},
+        "category": "text recognition en", "metric": "unscored", "bytes": [picture(n)]} for n in range(2)}
+
+
 def write_ocrbench(folder: Path) -> tuple[Path, dict]:
     rows = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en",
              "answers": ["Stop", "STOP"], "image": struct(picture(n))} for n in range(2)]
-    return write_parquet(folder / "ocr.parquet", rows), {f"ocrbench_v2/{n}": {
-        "question": "What is written?", "options": [], "answer": {"type": "values", "value": ["Stop", "STOP"]},
-        "category": "text recognition en", "metric": "unscored", "bytes": [picture(n)]} for n in range(2)}
+    return write_parquet(folder / "ocr.parquet", rows), ocr_expected("Stop", "STOP")
 
 
 def write_ocrbench_tsv(folder: Path) -> tuple[Path, dict]:
     rows = [{"index": n, "image": text_of(picture(n)), "question": "What is written?", "answers": "['Stop']",
              "type": "text recognition en"} for n in range(2)]
-    return write_tsv(folder / "ocr.tsv", rows), {f"ocrbench_v2/{n}": {
-        "question": "What is written?", "options": [], "answer": {"type": "values", "value": ["['Stop']"]},
-        "category": "text recognition en", "metric": "unscored", "bytes": [picture(n)]} for n in range(2)}
+    return write_tsv(folder / "ocr.tsv", rows), ocr_expected("['Stop']")

@@ -48,7 +48,7 @@ from utils.images import ImageError, data_url, image_size, open_image  # noqa: E
 from utils.items import question_text  # noqa: E402
 from utils.protocols import PROTOCOLS  # noqa: E402
 from utils.qwen import add_tokens, chat, load, load_processors, load_tools  # noqa: E402
-from utils.rows import DataError, cli, write_rows  # noqa: E402
+from utils.rows import cli, write_rows  # noqa: E402
 from utils.states import States, StateWriter  # noqa: E402
 from utils.systems import Conversation, render  # noqa: E402
 from utils.targets import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
@@ -71,10 +71,6 @@ def audit(event: str, args: tuple) -> None:
         inside = path.startswith(watched["case"]) and not path.startswith(f"{watched['case']}/outside")
         if path in FORBIDDEN or not (inside or path.startswith(tuple(watched["allowed"]))):
             watched["opened"].append(path)
-
-
-class Hang(BaseException):
-    """A case took too long."""
 
 
 class StandInModel(StandIn):
@@ -131,7 +127,7 @@ class Tally:
         if watched["pickles"]:
             self.fail("pickles", reader, watched["pickles"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if peak - max(self.base, 0) > LIMIT_GIB * 2**20 and peak > self.peak:
+        if peak - self.base > LIMIT_GIB * 2**20 and peak > self.peak:
             self.fail("memory", reader, f"{(peak - self.base) / 2**20:.2f} GiB more than at the start")
         self.peak = max(self.peak, peak)
         return code
@@ -231,10 +227,9 @@ class Readers:
         for script in (evaluate, probe, intervene):
             script.load_processors = functools.cache(load_processors)
         evaluate.load, train_sft.load_tools = functools.cache(load), functools.cache(load_tools)
-        self.tools = {name: load_tools(self.checkpoint) for name in IMAGINATIONS}
+        self.qwen = load_tools(self.checkpoint)
         for preset in PRESETS.values():  # all families' markers are tokens: none of them may come from data
-            add_tokens(self.tools["latent"], preset.tokens)
-        self.tools["text"] = self.tools["latent"]
+            add_tokens(self.qwen, preset.tokens)
         import utils.stage
         utils.stage.LocalBackend = StandInModel
 
@@ -253,7 +248,7 @@ class Readers:
 
     def check_calls(self, script: object, argv: list[str]) -> None:
         """The words of a call go to a server whose tokenizer takes markers for tokens: none may come from data."""
-        args, tokenizer = script.parse_args(argv), self.tools["text"].tokenizer
+        args, tokenizer = script.parse_args(argv), self.qwen.tokenizer
         if script is rewrite_captions:
             samples = script.read_samples(args)
             script.apply_rules(samples, args.image_root, None)
@@ -275,12 +270,11 @@ class Readers:
         kind = rng.choice(IMAGINATIONS)
         args = train_sft.parse_args(["--data", str(self.write(rng, own_row, [own_row("x/2")])), "--image_root", str(self.root),
                                      "--output", str(self.case / "checkpoint"), "--imagination", kind])
-        target, qwen = train_sft.make_target(args), self.tools["latent" if kind == "latent" else "text"]
+        target, tokenizer = train_sft.make_target(args), self.qwen.tokenizer
 
         def act() -> int:
             rows = train_sft.prepare_rows(args)[0]
-            tokenizer = qwen.tokenizer
-            for row, example in zip(rows, make_examples(qwen, rows, target, args.max_tokens)):
+            for row, example in zip(rows, make_examples(self.qwen, rows, target, args.max_tokens)):
                 n_steps = sum("image" in step for step in row["steps"]) if target.spec else 0
                 latents = "" if not n_steps else target.spec.start + target.spec.pad * target.spec.size + target.spec.end
                 neutral = chat(tokenizer, "x", len(row["images"])) + latents * n_steps + END_OF_TURN
@@ -299,7 +293,7 @@ class Readers:
             self.check_items(script)
 
     def check_items(self, script: object) -> None:
-        tokenizer = self.tools["text"].tokenizer
+        tokenizer = self.qwen.tokenizer
         for item in evaluate.read_items(self.input, None, tuple(evaluate.ANSWER_TYPES)):
             n = len(item["images"])
             prompts = [chat(tokenizer, question_text(item), n)]
@@ -338,7 +332,7 @@ class Readers:
     # -------------------------------------------------------------------------------------------- benchmarks' own files
     def source(self, rng, seed):
         name, make = rng.choice([("vstar", bench.vstar_rows), ("vstar_inline", bench.inline_rows), ("hrbench_4k", bench.hrbench_rows),
-                                 ("mme_realworld_lite", lambda: bench.realworld_rows(image=lambda n: bench.text_of(bench.picture(n)))),
+                                 ("mme_realworld_lite", bench.realworld_rows),
                                  ("blink/Jigsaw", bench.blink_rows), ("tablevqa/vwtq", table_rows), ("mme", mme_rows), ("vsp", vsp_rows),
                                  ("ocrbench_v2", ocr_rows)])
         rows = json.loads(json.dumps(make(), default=bench.text_of))
@@ -393,9 +387,7 @@ class Readers:
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(made, work)
         victim = rng.choice([path for path in sorted((work / "out.jsonl.run").iterdir()) if path.suffix in (".json", ".jsonl") and path.stat().st_size])
-        lines = [json.loads(line) for line in victim.read_text().splitlines()] if victim.suffix == ".jsonl" else [json.loads(victim.read_text())]
-        lines[0] = mutations.mutate(rng, lines[0])
-        victim.write_bytes(mutations.as_file(rng, lines))
+        mutate_file(rng, victim)
         self.run(f"journal of {which}", seed, script.main, *argv, "--output", work / "out.jsonl", *rng.choice(
             ([], ["--export_only"]) if which != "evaluate" else ([], ["--retry_errors"])))
 
@@ -410,9 +402,7 @@ class Readers:
         if victim.suffix == ".safetensors":
             damage(rng, victim)
         else:
-            lines = [json.loads(line) for line in victim.read_text().splitlines()] if victim.suffix == ".jsonl" else [json.loads(victim.read_text())]
-            lines[0] = mutations.mutate(rng, lines[0])
-            victim.write_bytes(mutations.as_file(rng, lines))
+            mutate_file(rng, victim)
 
         def act() -> int:
             found = States(folder)
@@ -434,6 +424,14 @@ def script_markers(tokenizer: object, text: str) -> list[str]:
 def as_cell(value: object) -> str:
     text = mutations.as_line(value) if not isinstance(value, str) else mutations.RAW.get(value, value)
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def mutate_file(rng: random.Random, path: Path) -> None:
+    """Mutate the first line of a JSONL, or the one object of a JSON file."""
+    text = path.read_text()
+    lines = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    lines[0] = mutations.mutate(rng, lines[0])
+    path.write_bytes(mutations.as_file(rng, lines))
 
 
 def damage(rng: random.Random, path: Path) -> None:
@@ -507,7 +505,7 @@ def run_pictures(readers: Readers, n: int, seed: int, bombs: bool) -> None:
             return 0
 
         def train() -> int:
-            make_examples(readers.tools["text"], [own_row() | {"images": ["hostile.png"]}], train_sft.make_target(args), 8192)
+            make_examples(readers.qwen, [own_row() | {"images": ["hostile.png"]}], train_sft.make_target(args), 8192)
             return 0
 
         def store() -> int:
@@ -536,12 +534,17 @@ def run_commands(readers: Readers, n: int, seed: int) -> None:
             readers.tally.fail("tracebacks", f"{script} as a command", done.stderr)
 
 
-def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int, bombs: bool, only: str | None = None) -> dict:
-    """Run it all; return the counts."""
-    watched["allowed"] = [*LIBRARIES, str(Path(checkpoint).resolve())]
+def watch(checkpoint: Path | None = None) -> None:
+    """Note from now on what cases open beside their folder, the checkpoint and what libraries read."""
+    watched["allowed"] = [*LIBRARIES, *([str(checkpoint.resolve())] if checkpoint else [])]
     if "hooked" not in watched:  # an audit hook stays for good
         sys.addaudithook(audit)
         watched["hooked"] = True
+
+
+def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int, bombs: bool, only: str | None = None) -> dict:
+    """Run it all; return the counts."""
+    watch(checkpoint)
     before = {script: dict(vars(script)) for script in (evaluate, probe, intervene, train_sft)}
     import utils.stage
     backend = utils.stage.LocalBackend

@@ -19,10 +19,10 @@ def make_picture(color, tall):
     return Image.new("RGB", (56, 84 if tall else 56), COLORS[color])
 
 
-def write_items(folder, n=16, seed=0):
+def write_items(folder, n):
     """Items about flat squares, the gold option being the colour shown; two items a group, of one colour if n is a
     multiple of 8. Returns (path, items)."""
-    rng, items = random.Random(seed), []
+    rng, items = random.Random(0), []
     for i in range(n):
         color, options = NAMES[i % 4], rng.sample(NAMES, 4)
         make_picture(color, i % 2).save(folder / f"{i}.png")

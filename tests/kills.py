@@ -52,6 +52,7 @@ from utils.items import question_text
 from utils.rows import cli, write_json, write_rows
 
 N_KILLS, CONCURRENCY = 25, 8
+PACE = 1.2  # a kill comes at most this share of the work, divided by the number of kills, after the work has gone on
 PROMPTS = {"rewrite_captions": {"SYSTEM": "", "ZOOM": "{question}", "RETRY": "{fault}"},
            "filter_data": {"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}}
 MAINS = {module.__name__: module.main for module in (rewrite_captions, filter_data, train_sft, evaluate, intervene, probe)}
@@ -62,8 +63,7 @@ VARY = {"seconds", "efficiency", "n_calls", "n_reused", "wall_s", "calls_per_s",
 class Case:
     """A script's run: its flags but for --output, its exit code, how far it is, its records, its final files.
 
-    `progress` and `records` are given the path of the output. `pace`: a kill comes at most that share of the work, divided
-    by the number of kills, after the work has gone on.
+    `progress` and `records` are given the path of the output.
     """
 
     script: str
@@ -72,7 +72,6 @@ class Case:
     records: Callable[[Path], list]
     files: tuple[str, ...]
     code: int = 0
-    pace: float = 1.2
     server: Path | None = None  # whose calls are counted
 
 
@@ -254,7 +253,7 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
     whole, killed = (folder / name / "out" for name in ("whole", "killed"))
     whole.parent.mkdir(parents=True), killed.parent.mkdir()
     undisturbed, hits, tries = run_whole(case, whole), 0, 0
-    pause = undisturbed[1] * min(case.pace / n, 0.4)
+    pause = undisturbed[1] * min(PACE / n, 0.4)
     n_calls = len(calls_of(case.server)) if case.server else 0
     while hits < n and tries < 3 * n and not (case.script == "train_sft" and killed.exists()):
         hit = kill_once(case, killed, undisturbed, pause, (tries + 4) % 8 if n > 7 else 3, rng)

@@ -112,9 +112,9 @@ def as_file(rng: random.Random, rows: list[dict]) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-def sound_picture(seed: int, size: tuple[int, int] = (64, 90)) -> Image.Image:
+def sound_picture(seed: int) -> Image.Image:
     rng = random.Random(seed)
-    return Image.frombytes("RGB", (8, 9), rng.randbytes(216)).resize(size)
+    return Image.frombytes("RGB", (8, 9), rng.randbytes(216)).resize((64, 90))
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

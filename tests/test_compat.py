@@ -4,7 +4,7 @@ import time
 import pytest
 from harness_table import OPTIONS, REPLIES
 
-from utils.compat import mme_realworld, vlmevalkit_0bac5c0, vlmevalkit_e8e78f0, vtabfact, vwtq, without_label
+from utils.compat import mme_realworld, unescape, vlmevalkit_0bac5c0, vlmevalkit_e8e78f0, vtabfact, vwtq, without_label
 
 COL = OPTIONS["COL"]
 
@@ -73,6 +73,10 @@ def test_mme_realworlds_states(reply, official, bare, repaired):
     ("inf", "5", False), ("nan", "nan value", False), ("9" * 400, "1.5", False), ("9" * 5000, "5", False)])
 def test_denotations(output, gold, same):
     assert vwtq(output, gold) is same
+
+
+def test_escapes_are_undone_in_order():
+    assert unescape(r"a\nb\pc\\d") == "a\nb|c\\d"
 
 
 def test_a_gold_without_end_is_refused():

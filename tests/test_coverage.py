@@ -29,11 +29,11 @@ def most_misses(rate, n=N_SETS, chance=0.001):
     return k - 1
 
 
-def simulate(model, truth, margin, binary, size, rho, n=400):
+def simulate(model, truth, margin, binary, size, rho):
     """Return misses of the 95 % interval, claims of an effect and claims of equivalence among the data sets."""
     rng, misses, effects, equivalent = np.random.default_rng(0), 0, 0, 0
     for _ in range(N_SETS):
-        found, groups = draw(model, n, binary, rng, size, rho)
+        found, groups = draw(model, 400, binary, rng, size, rho)
         clean, after = found["y_xz"], found["y_xz0"]
         ci90, ci95 = (paired_interval(clean, after, groups, level, N_BOOT) if binary else
                       robust_mean(after - clean, groups, level)[1:] for level in (0.90, 0.95))

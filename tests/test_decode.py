@@ -17,9 +17,9 @@ MIRAGE = PRESETS["mirage"]
 START, PAD, END, EOS = 1, 2, 3, 9  # of the scripted state machines
 
 
-def load_with(tiny_checkpoint, spec, dtype="float32"):
+def load_with(tiny_checkpoint, spec):
     """A random model that likes to emit the start token: its output row points along the states it sees."""
-    qwen = Q.load(str(tiny_checkpoint), device="cpu", dtype=dtype)
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
     start_id = Q.add_tokens(qwen, spec.tokens)[spec.tokens.index(spec.start)]
     states = torch.cat([g.states for g in generate(qwen, batch_of(qwen), 6, capture=True)])
     with torch.no_grad():

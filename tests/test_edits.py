@@ -103,7 +103,10 @@ def test_clauses_join_again_and_a_pronoun_carries_on():
     (["a golden retriever and golden retrievers"], "golden retriever", "Dalmatian", ["a Dalmatian and Dalmatians"], 2, 4),
     (["golden-retriever"], "golden retriever", "corgi", ["corgi"], 1, 1),
     (["a cup", "a red cup", "red lid"], "red", "blue", ["a cup", "a blue cup", "blue lid"], 2, 2),
-    (["red left of blue"], "red", "blue", ["blue left of red"], 1, 2), (["13, 3.5 and 3"], "3", "4", ["13, 3.5 and 4"], 1, 1)])
+    (["red left of blue"], "red", "blue", ["blue left of red"], 1, 2), (["13, 3.5 and 3"], "3", "4", ["13, 3.5 and 4"], 1, 1),
+    (["A Red cup, RED inside"], "red", "blue", ["A Blue cup, BLUE inside"], 2, 2),
+    (["made of cotton"], "cotton", "dark wool", ["made of dark wool"], 1, 2),
+    (["it is behind the bin"], "Behind the bin", "In front of the bin", ["it is in front of the bin"], 1, 3)])
 def test_the_rules_by_hand(spans, gold, target, after, n_replaced, n_words):
     found, edit = edited(spans, gold, target)
     assert found == after and edit["n_replaced"] == n_replaced and edit["word_distance"] == n_words
@@ -113,7 +116,8 @@ def test_the_rules_by_hand(spans, gold, target, after, n_replaced, n_words):
 @pytest.mark.parametrize("spans, gold, target, reason", [
     (["a green cup"], "red", "blue", "gold_not_mentioned"), (["a bored, scarred man"], "red", "blue", "gold_not_mentioned"),
     (["red, option B says"], "red", "blue", "letter_in_span"), (["red (C)"], "red", "blue", "letter_in_span"),
-    (["a car"], "a car", "the car", "no_slot_value"), (["a cat"], "it", "not", "no_slot_value")])
+    (["a car"], "a car", "the car", "no_slot_value"), (["a cat"], "it", "not", "no_slot_value"),
+    (["it is there"], "yes", "no", "no_slot_value")])
 def test_what_the_rules_refuse(spans, gold, target, reason):
     with pytest.raises(NotEditable, match=f"^{reason}$"):
         edited(spans, gold, target)

@@ -4,22 +4,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import benchmark_fixtures as B
 import pytest
 from fault_server import calls_of, serving
+from processes import command, rank_of
 from test_answers import shortest_path
 
 import evaluate
 from utils.decode import PRESETS
 from utils.qwen import add_tokens, load, save
-from utils.rows import DataError, write_rows
+from utils.rows import DataError, load_object, write_rows
 from utils.systems import Local
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -47,7 +45,7 @@ def rows(path):
 def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed == json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    assert printed == load_object(items.parent / "out.jsonl.metrics.json")
     results = rows(items.parent / "out.jsonl")
     assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and printed["n"] == 9
     assert sum(printed[v] for v in ("correct", "incorrect", "unresolved")) == 9 and "ci95_clustered" in printed
@@ -72,7 +70,7 @@ def latent_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 def test_latents_are_counted(latent_checkpoint, items):
     assert evaluate.main(flags(items, latent_checkpoint, "--latent", "mirage")) == 0
-    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    metrics = load_object(items.parent / "out.jsonl.metrics.json")
     assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == 4
     assert (metrics["protocol"]["method"], metrics["protocol"]["protocol"]) == ("latent", "plain")
 
@@ -87,22 +85,8 @@ def test_a_missing_and_a_truncated_image_and_one_outside_are_counted_errors(tiny
     results = rows(items.parent / "out.jsonl")
     assert [r["verdict"] == "error" for r in results] == [n in (0, 4, 5) for n in range(9)]
     assert {r["error"] for r in results if "error" in r} == {"image_missing", "image_unreadable", "image_outside_root"}
-    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    metrics = load_object(items.parent / "out.jsonl.metrics.json")
     assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
-
-
-def test_killed_and_started_again_gives_the_same_file(tiny_checkpoint, items):
-    arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="cut.jsonl")
-    journal = items.parent / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert evaluate.main(arguments) == 0
-    assert evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "60", output="whole.jsonl")) == 0
-    assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
 
 
 def test_a_mended_image_is_asked_again(tiny_checkpoint, items, picture):
@@ -120,7 +104,7 @@ def test_an_error_has_every_field_and_nothing_but_errors_has_no_accuracy(tiny_ch
     assert evaluate.main(flags(items, tiny_checkpoint, "--image_root", str(tmp_path / "empty"))) == 3
     result = rows(items.parent / "out.jsonl")[0]
     assert result["extraction"] == {"value": None, "rule": "image_missing"} and result["n_tokens"] == 0
-    metrics = json.loads((items.parent / "out.jsonl.metrics.json").read_text())
+    metrics = load_object(items.parent / "out.jsonl.metrics.json")
     assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
 
 
@@ -178,21 +162,13 @@ def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data,
         (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
 
 
-def test_a_few_real_vsp_problems_run(tiny_checkpoint, shared_data, tmp_path):
-    arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
-                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "4", "--limit", "3", "--protocol", "plain",
-                 "--max_pixels", "50176"]
-    assert evaluate.main(arguments) == 0
-    assert {r["verdict"] for r in rows(tmp_path / "v.jsonl")} <= {"correct", "incorrect", "unresolved"}
-
-
 @pytest.mark.slow
 def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_checkpoint, shared_data, tmp_path):
     """All 400 from the published file to the score; then a solution of each is put into the journal in the reply's place."""
     arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model", str(tiny_checkpoint),
                  "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "8", "--protocol", "plain", "--max_pixels", "50176"]
     assert evaluate.main(arguments) == 0
-    metrics = json.loads((tmp_path / "v.jsonl.metrics.json").read_text())
+    metrics = load_object(tmp_path / "v.jsonl.metrics.json")
     assert (metrics["n"], metrics["error"], metrics["correct"]) == (400, 0, 0) and len(rows(tmp_path / "v.jsonl")) == 400
     assert {name: part["n"] for name, part in metrics["categories"].items()} == {f"level_{n}": 100 for n in (3, 4, 5, 6)}
     boards = {r["id"]: r["gold"] for r in rows(tmp_path / "v.jsonl")}
@@ -205,23 +181,13 @@ def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_check
     write_rows(journal, [record | {"clean_output": f"\\boxed{{{','.join(shortest_path(boards[ids[record['key']]]))}}}"}
                          for record in rows(journal)])
     assert evaluate.main(arguments) == 0
-    metrics = json.loads((tmp_path / "v.jsonl.metrics.json").read_text())
+    metrics = load_object(tmp_path / "v.jsonl.metrics.json")
     assert (metrics["correct"], metrics["accuracy"]) == (400, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
 def torchrun(processes, arguments):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                             str(ROOT / "evaluate.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def rank_of(pid):
-    """The rank that torchrun gave a process, None if it is none of its workers."""
-    try:
-        found = dict(part.split("=", 1) for part in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in part)
-    except OSError:
-        return None
-    return found.get("RANK")
+    return subprocess.Popen(command("evaluate", arguments, processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -245,8 +211,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(tiny_ch
     share = items.parent / "cut.jsonl.run" / "calls-00001-of-00002.jsonl"
     while run.poll() is None and not (share.exists() and share.read_bytes().count(b"\n")):
         time.sleep(0.005)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(next(int(pid) for pid in workers if rank_of(pid) == "1"), signal.SIGKILL)
+    os.kill(rank_of(run.pid, 1), signal.SIGKILL)
     _, err = run.communicate(timeout=60)
     assert run.returncode not in (0, None) and "the same command goes on" in err and "evaluate.py\", line" not in err, err
     assert not (items.parent / "cut.jsonl").exists()
@@ -284,7 +249,7 @@ def run(folder, name, source, *more):
     """Evaluate a benchmark's fixture; return (exit code, results, metrics)."""
     output = folder / "out" / f"{len(list(folder.glob('out/*.meta.json')))}.jsonl"
     code = evaluate.main(["--benchmark", name, "--source", str(source), "--output", str(output), "--limit", "50", *more])
-    return code, rows(output), json.loads(Path(f"{output}.metrics.json").read_text())
+    return code, rows(output), load_object(f"{output}.metrics.json")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -333,7 +298,7 @@ def test_several_benchmarks_of_one_source_are_one_run(server, tmp_path):
     source, _ = B.write_tablevqa_tsv(tmp_path)
     code = evaluate.main(["--benchmark", "tablevqa/vwtq", "tablevqa/vtabfact", "--source", str(source), "--limit", "50", "--model",
                           "m", "--backend", "openai", "--base_url", server, "--output", str(tmp_path / "t.jsonl")])
-    metrics = json.loads((tmp_path / "t.jsonl.metrics.json").read_text())
+    metrics = load_object(tmp_path / "t.jsonl.metrics.json")
     assert code == 0 and metrics["own_scores"]["tablevqa"]["splits"] == 2 and metrics["n"] == 5
     assert "tablevqabench" in metrics["compat"] and metrics["numeric"]["correct"] == 0
 
@@ -355,11 +320,11 @@ def test_a_judge_reads_what_no_rule_does_and_the_rest_stands(items, tmp_path):
                        for n, item in enumerate(rows(items))])
     with serving(tmp_path, name="m.jsonl") as (_, model), serving(tmp_path, name="j.jsonl") as (_, judge):
         assert evaluate.main(remote(items, model)) == 0
-        strict = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+        strict = load_object(tmp_path / "out.jsonl.metrics.json")
         assert (strict["correct"], strict["unresolved"], strict["headline"]) == (6, 3, 6 / 9)
         for kind in ("map", "grade"):
             assert evaluate.main([*remote(items, model), *judged_by(judge, kind)]) == 0
-            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
             assert (metrics["accuracy"], metrics["with_judge"]["accuracy"], metrics["headline"]) == (6 / 9, 1.0, 1.0)
             assert metrics["protocol"]["judge"] == f"{kind}:j" and metrics["with_judge"]["judged"] == 3
             theirs = metrics["compat"].get("vlmevalkit_0bac5c0+judge", {}).get("accuracy")
@@ -377,23 +342,23 @@ def test_no_judge_no_start_and_a_judge_that_fails_leaves_no_headline_until_it_is
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 4 and not calls_of(tmp_path, "m.jsonl")
         with serving(tmp_path, name="k.jsonl") as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 3
-            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
             assert (metrics["with_judge"]["judge_errors"], metrics["headline"]) == (1, None)
             assert rows(tmp_path / "out.jsonl")[0]["judged"] == "judge_error"
             assert evaluate.main([*remote(items, model), *judged_by(judge), "--allow_incomplete"]) == 3
-            metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
             assert metrics["headline"] == metrics["with_judge"]["accuracy"] and metrics["with_judge"]["judge_errors"] == 1
         with serving(tmp_path, name="l.jsonl", sound=True) as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
             assert len(calls_of(tmp_path, "l.jsonl")) == 2  # the preflight, and the one that had failed
-    assert json.loads((tmp_path / "out.jsonl.metrics.json").read_text())["headline"] is not None
+    assert load_object(tmp_path / "out.jsonl.metrics.json")["headline"] is not None
 
 
 def test_a_server_that_fails_on_an_item_or_is_gone_says_so(items, tmp_path):
     write_rows(items, [item | {"question": "fault:400" if n == 2 else "What?"} for n, item in enumerate(rows(items))])
     with serving(tmp_path, name="m.jsonl") as (_, model):
         assert evaluate.main(remote(items, model)) == 3
-    metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+    metrics = load_object(tmp_path / "out.jsonl.metrics.json")
     assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
     assert "status 400" in rows(tmp_path / "out.jsonl")[2]["error"]
     with serving(tmp_path, name="n.jsonl", sound=True) as (_, model):
@@ -410,7 +375,7 @@ def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
     assert evaluate.main(remote(items, server, "--method", "tool", output="b.jsonl")) == 0
     one, two = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     assert evaluate.main(["--compare", one, two, "--output", str(tmp_path / "c.json")]) == 0
-    result = json.loads((tmp_path / "c.json").read_text())
+    result = load_object(tmp_path / "c.json")
     assert (result["n"], result["difference"], result["test"], result["other_prompts"]) == (9, 0.0, "sign_flip", 9)
     assert evaluate.main(["--table", f"CapImagine={one}", two, "--output", str(tmp_path / "t.md")]) == 0
     table = (tmp_path / "t.md").read_text()

@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 
 import kills
-from kills import MAINS, ROOT, final_files
+from kills import MAINS, final_files
+from processes import command, rank_of
 from utils.rows import cli
 
 LOCAL = list(MAINS)  # the six scripts, each with a model in its process
@@ -185,17 +186,11 @@ def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, 
         other.stdout.close()
 
 
-def command(case, output: Path, processes: int = 1) -> list[str]:
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     "--nproc_per_node", str(processes)]
-    return [*start, str(ROOT / f"{case.script}.py"), *case.flags, "--output", str(output)]
-
-
 def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
     """Start a run as a process, or under torchrun, its messages in a file."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.with_name("log.txt"), "a") as log:
-        return subprocess.Popen(command(case, output, processes), stdout=log, stderr=log)
+        return subprocess.Popen(command(case.script, [*case.flags, "--output", str(output)], processes), stdout=log, stderr=log)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -213,7 +208,7 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
     wait_for(lambda: lock_of(case, output)[0].exists(), first)
     time.sleep(0.02)  # from the file to its lock
     first.send_signal(signal.SIGSTOP)  # so that it is still at work when the second one has been loaded
-    second = subprocess.run(command(case, output), capture_output=True, text=True)
+    second = subprocess.run(command(script, [*case.flags, "--output", str(output)]), capture_output=True, text=True)
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[-2000:]
     assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code
@@ -223,14 +218,6 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
 
 
 # ------------------------------------------------------------------------------------------------ ranks that die
-def rank_of(launcher: int, rank: int) -> int | None:
-    """Return the process id of a rank, a child of torchrun's."""
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    return None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # which is one process

@@ -47,10 +47,7 @@ def test_all_hostile_inputs(tmp_path):
 def test_the_fuzzer_sees_what_it_looks_for(tiny_checkpoint, tmp_path):
     """A script that fails in each of the ways is counted in each."""
     import pickle
-    hostile.watched["allowed"] = hostile.LIBRARIES
-    if "hooked" not in hostile.watched:
-        hostile.sys.addaudithook(hostile.audit)
-        hostile.watched["hooked"] = True
+    hostile.watch()
     tally = hostile.Tally(tmp_path / "case")
     (tmp_path / "secret").write_text("x")
 
@@ -75,7 +72,7 @@ def test_no_source_trusts_remote_code_or_loads_a_pickle():
 # ------------------------------------------------------------------------------------------------ what it found: rows
 @pytest.mark.parametrize("text, said", [
     ("[" * 10_000 + "]" * 10_000, "nested too deeply"), ('{"id": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply"),
-    ('{"id": ' + "9" * 5000 + "}", "not JSON"), ('{"id": "\\ud800"}', "half a surrogate"), ('{"id": "' + "x" * 2**20 + '"}', "a row of 1,048,586 bytes")])
+    ('{"id": ' + "9" * 5000 + "}", "not JSON"), ('{"id": "' + "x" * 2**20 + '"}', "a row of 1,048,586 bytes")])
 def test_rows_that_break_a_parser(tmp_path, text, said):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(DataError, match=said):

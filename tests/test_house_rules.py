@@ -87,9 +87,9 @@ def test_every_flag_is_read_and_no_flag_is_a_typed_bool(path):
 
 @pytest.mark.parametrize("room", ["rows", "answers", "stats", "planner", "mediation", "compat", "scores", "tables", "scoring",
                                   "summary", "comparison", "main_table", "judges", "protocols", "zoom", "measures",
-                                  "run_report"])
+                                  "run_report", "backends", "similarity", "geometry", "linear_probe", "states", "figures"])
 def test_light_rooms_import_no_torch(room):
-    code = f"import sys; import utils.{room}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = f"import sys; import utils.{room}; sys.exit(bool({{'torch', 'transformers', 'matplotlib'}} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

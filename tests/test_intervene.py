@@ -1,10 +1,6 @@
 """Interventions on models whose truth is known by training.    pytest tests/test_intervene.py"""
 import csv
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +11,8 @@ from imagining import make_latent_checkpoint, write_items
 from utils.cases import Case
 from utils.conditions import CONDITIONS
 from utils.decode import PRESETS, Generation
-from utils.edits import direct, find_spans
-from utils.slots import NotEditable, slot_values
 from utils.rows import DataError
 
-ROOT = Path(__file__).parents[1]
 MIRAGE = PRESETS["mirage"]
 
 
@@ -99,30 +92,6 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_chec
         0.5 * metrics["conditions"]["tau"]["effect"]["delta"])
     few, _ = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau", "--min_emitters", "17")
     assert few["conditions"]["tau"]["effect"] is None and "fewer than --min_emitters 17" in few["conditions"]["tau"]["reason"]
-
-
-def test_killed_and_resumed_no_record_stands_twice(latent_model, items, tmp_path):
-    model, follows = latent_model
-    if not follows:
-        pytest.skip("one model is enough")
-    output = tmp_path / "cut.jsonl"
-    arguments = [*flags(items, model, output), "--latent", "mirage", "--batch_size", "4"]
-    journal = tmp_path / "cut.jsonl.run" / "calls-00000-of-00001.jsonl"
-
-    def start(words):
-        return subprocess.Popen([sys.executable, str(ROOT / "intervene.py"), *words], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)
-
-    process = start(arguments)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 9):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert start(arguments).wait() == 0
-    assert start([*arguments[:5], str(tmp_path / "whole.jsonl"), *arguments[6:]]).wait() == 0
-    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    keys = [(r["id"], r["condition"]) for r in map(json.loads, output.read_text().splitlines())]
-    assert len(keys) == len(set(keys)) == 32 * 6
 
 
 # ------------------------------------------------------------------------------------------- three sites, one reading
@@ -238,41 +207,6 @@ def test_noise_depends_on_seed_item_segment_and_step_alone():
     assert torch.equal(one(z, 0, 2), again(z, 0, 2))
     assert not any(torch.equal(one(z, 0, 2), odd) for odd in (one(z, 0, 3), one(z, 1, 2), other(z, 0, 2)))
     assert one(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
-
-
-# ------------------------------------------------------------------------------------------- the rule editor
-def edited(span, gold, target):
-    item = {"options": [["A", gold], ["B", target]], "answer": {"type": "letter", "value": "A"}}
-    text = f"I look. <think_image>{span}</think_image>"
-    return direct(text, find_spans(text), item, "B")
-
-
-@pytest.mark.parametrize("span, gold, target, after", [
-    ("a red cup", "red", "blue", "a blue cup"), ("A Red cup, red inside", "red", "blue", "A Blue cup, blue inside"),
-    ("reddish, not bored", "red", "blue", None), ("an orange cup", "orange", "red", "a red cup"),
-    ("a red cup", "red", "orange", "an orange cup"), ("red left of blue", "red", "blue", "blue left of red"),
-    ("there are 3 cups", "3", "4", "there are 4 cups"), ("there are three cups", "3", "4", "there are four cups"),
-    ("13 cups, 3 red", "3", "4", "13 cups, 4 red"), ("made of cotton", "cotton", "dark wool", "made of dark wool"),
-    ("two dogs and a dog", "dog", "cat", "two cats and a cat"), ("the left side", "left", "right", "the right side"),
-    ("a 7", "seven", "two", "a 2"), ("RED SIGN", "red", "blue", "BLUE SIGN"),
-    ("it is behind the bin", "Behind the bin", "In front of the bin", "it is in front of the bin")])
-def test_the_rule_editor(span, gold, target, after):
-    text, edit = edited(span, gold, target)
-    if after is not None:
-        assert text == f"I look. <think_image>{after}</think_image>" and edit["n_replaced"] >= 1
-    assert "bored" in text or "bored" not in span  # words that merely hold the value are left
-
-
-@pytest.mark.parametrize("span, gold, target, reason", [
-    ("a green cup", "red", "blue", "gold_not_mentioned"), ("option (A) is red", "red", "blue", "letter_in_span"),
-    ("it is there", "yes", "no", "no_slot_value")])
-def test_what_cannot_be_edited_says_why(span, gold, target, reason):
-    with pytest.raises(NotEditable, match=reason):
-        edited(span, gold, target)
-
-
-def test_the_slot_is_what_two_options_do_not_share():
-    assert slot_values("The color of the cart is red.", "The color of the cart is blue.") == ("red", "blue")
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -1,6 +1,4 @@
 """Latents in training: layout, normalisation, and the very vectors that decoding feeds.    pytest tests/test_latents.py"""
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from training import gradient
 from utils import qwen as Q
 from utils.decode import PRESETS, generate
 from utils.latents import align, lay_out, make_batch, piece_lengths, run_latents
+from utils.rows import read_rows
 from utils.targets import Target, load_images, make_example
 
 MIRAGE = PRESETS["mirage"]
@@ -19,7 +18,7 @@ def latent(tiny_checkpoint, data):
     """(qwen, objective, examples, target) of twelve rows, of which eight imagine."""
     qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("latent", str(data.parent), MIRAGE)
     Q.add_tokens(qwen, MIRAGE.tokens)
-    examples = [make_example(qwen, json.loads(line), target) for line in data.read_text().splitlines()]
+    examples = [make_example(qwen, row, target) for row in read_rows(data, {})]
     return qwen, train_sft.Objective(qwen, MIRAGE, "cosine"), examples, target
 
 

@@ -14,8 +14,8 @@ HAND = {"y_xz": [-0.5, -0.2, -0.9, -0.1], "y_xz0": [-1.0, -0.4, -0.9, -0.6], "y_
         "y_x0z0": [-2.1, -1.9, -1.7, -1.5]}  # log-probabilities of the gold answer
 
 
-def four(model, n=400, binary=False, seed=0, **draws):
-    found, groups = draw(model, n, binary, np.random.default_rng(seed), **draws)
+def four(model, binary=False, **draws):
+    found, groups = draw(model, 400, binary, np.random.default_rng(0), **draws)
     return {**found, "groups": groups}
 
 

@@ -1,6 +1,4 @@
 """Estimates before a run, against the release's numbers and a run's own.    pytest tests/test_preview.py"""
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -9,13 +7,13 @@ from transformers import AutoConfig
 from utils import qwen as Q
 from utils.preview import (check_files, count_parameters, describe_lengths, device_memory, draw_lengths, estimate_hours,
                            estimate_memory, memory_lines)
+from utils.rows import read_rows
 from utils.targets import Target, make_examples
 
 
 @pytest.fixture
 def examples(tiny_checkpoint, data):
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    return make_examples(Q.load_tools(str(tiny_checkpoint)), rows, Target("text", str(data.parent)))
+    return make_examples(Q.load_tools(str(tiny_checkpoint)), read_rows(data, {}), Target("text", str(data.parent)))
 
 
 def test_parameters_are_counted_without_loading_any(tiny_checkpoint):

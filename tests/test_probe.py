@@ -1,19 +1,26 @@
 """Probing, capture and figures on models whose truth is known.    pytest tests/test_probe.py"""
 import csv
-import json
 
 import numpy as np
 import pytest
+import torch
 
 import benchmark_fixtures as made
+import evaluate
 import probe
+from conftest import TEXTS, TINY, TINY_VISION
 from imagining import NAMES, make_latent_checkpoint, write_items
-from utils.decode import PRESETS
+from toy.make_model import make_model
 from utils.capture import find_steps
+from utils.decode import PRESETS, extend_all, generate, prefill
+from utils.edits import CLOSE
 from utils.figures import draw_heatmaps
 from utils.inputs import EDITS
-from utils.probing import Prober, conditions as ways, derange, rotations, score
-from utils.rows import DataError, read_rows, write_rows
+from utils.items import open_images, question_text, read_items
+from utils.probing import TURN, Prober, conditions as ways, derange, rotations, score
+from utils.qwen import add_tokens, chat, encode, load, save
+from utils.readouts import describe_scores, score_options
+from utils.rows import DataError, load_object, read_rows, write_rows
 from utils.similarity import cosine_matrix
 from utils.states import States
 
@@ -33,7 +40,7 @@ def data(tmp_path_factory):
 def run(data, model, output, *more):
     assert probe.main(["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model", str(model),
                        "--output", str(output), "--max_new_tokens", "40", *more]) == 0
-    return json.loads((output / "metrics.json").read_text())
+    return load_object(output / "metrics.json")
 
 
 # ------------------------------------------------------------------------------------------- whole runs
@@ -63,9 +70,6 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
 
 def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
     """Two pictures of one size: the same question is answered alike without the latents, and differently with them."""
-    from utils.items import read_items
-    from utils.qwen import load
-    from utils.readouts import score_options
     folder, _ = latent_run
     items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
     args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
@@ -113,9 +117,6 @@ def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_r
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):
-    from utils.decode import generate
-    from utils.items import open_images, question_text, read_items
-    from utils.qwen import chat, encode, load
     folder, _ = latent_run
     store, item = States(folder / "out" / "states"), read_items(data)[0]
     qwen = load(str(folder / "model"), "float32", "cpu")
@@ -147,13 +148,6 @@ def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data,
 
 def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):
     """With the words hidden too, the scores are those of a prompt without image that has the question as far off."""
-    import torch
-    from utils.decode import extend_all, prefill
-    from utils.edits import CLOSE
-    from utils.items import open_images, question_text, read_items
-    from utils.probing import TURN
-    from utils.qwen import chat, encode, load
-    from utils.readouts import score_options
     run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", " It is \\boxed{")
     rows = read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})
     assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other", "cut_none")] == [16] * 3
@@ -181,10 +175,6 @@ def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_ima
 
 def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tiny_checkpoint, data, tmp_path):
     """Scores of a random reader against the same prompts put together by hand."""
-    from utils.decode import prefill
-    from utils.items import question_text, read_items
-    from utils.qwen import chat, encode, load
-    from utils.readouts import describe_scores, score_options
     metrics = run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint))
     assert metrics["reader"] == str(tiny_checkpoint) and metrics["emission"]["k"] == 8
     rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})}
@@ -202,9 +192,6 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
 
 
 def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_checkpoint, data, tmp_path):
-    from conftest import TEXTS, TINY, TINY_VISION
-    from toy.make_model import make_model
-    from utils.qwen import add_tokens, load, save
     folder, _ = latent_run
     asked = ["--latent", "mirage", "--stage", "ask", "--store", str(folder / "out" / "states"), "--options", "text"]
     with pytest.raises(DataError, match="cannot be given latents of mirage: .*expected one added token"):
@@ -223,7 +210,6 @@ def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_ch
 
 def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_run, data, tmp_path):
     """Another image brings another code; another question, a darker image and nothing at all hardly do."""
-    from utils.items import read_items
     folder, _ = latent_run
     items = read_items(data)
     for n, item in enumerate(items):
@@ -232,7 +218,7 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output", str(tmp_path / "out"),
              "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
     assert probe.main(flags) == 0
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["edits"]
+    found = load_object(tmp_path / "out" / "metrics.json")["edits"]
     assert set(found) == {*EDITS, "selectivity"} and all(found[name]["asked"] == 8 for name in EDITS)
     assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None  # batch by batch the same
     assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
@@ -245,7 +231,6 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
 
 def write_five(folder, monkeypatch):
     """Twenty instances of each of the paper's five benchmarks in their own columns; paths of the items."""
-    import evaluate
     monkeypatch.setattr(made, "VSTAR", made.VSTAR * 5)
     monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
     monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
@@ -279,7 +264,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
     assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"), "--latent", "mirage",
                        "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size", "16",
                        "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap", "question_swap"]) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = load_object(tmp_path / "out" / "metrics.json")
     assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import TINY, TINY_VISION
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -12,11 +13,6 @@ from utils.decode import PRESETS, generate
 from utils.families import MONET_TOKENS
 from utils.images import open_image, smart_size
 from utils.rows import DataError
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1}
-SMALL_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
-                "fullatt_block_indexes": [1]}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +26,8 @@ def real_vocabulary(shared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "checkpoint"
     shutil.copytree(shared_data / "qwen2_5_vl", folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= SMALL | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "torch_dtype": "float32"}
-    config["vision_config"] |= SMALL_VISION
+    config |= TINY | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "torch_dtype": "float32"}
+    config["vision_config"] |= TINY_VISION | {"out_hidden_size": 32, "fullatt_block_indexes": [1]}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     from transformers import AutoConfig
@@ -122,10 +118,10 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
     old = json.loads((folder / "config.json").read_text())
     ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
     config = Qwen3VLConfig(
-        text_config=SMALL | {"vocab_size": old["vocab_size"], "head_dim": 16,
-                             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
-        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
-                       "deepstack_visual_indexes": [0], "num_position_embeddings": 64}, **ids)
+        text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
+                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        **ids)
     (folder / "model.safetensors").unlink()
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())

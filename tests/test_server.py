@@ -44,6 +44,19 @@ def command(path: Path, *urls: str, output: str = "out.jsonl", more: tuple = ())
             "--output", str(path.parent / output), "--backend", "openai", "--model", "m", "--base_url", *urls, *more]
 
 
+def start(path: Path, *urls: str, more: tuple) -> subprocess.Popen:
+    return subprocess.Popen(command(path, *urls, more=more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_calls(n: int, folder: Path, name: str = "calls.jsonl") -> None:
+    while len(calls_of(folder, name)) < n:
+        time.sleep(0.02)
+
+
+def port_of(url: str) -> int:
+    return int(url.split(":")[2].split("/")[0])
+
+
 def run(path: Path, *urls: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command(path, *urls, **options), capture_output=True, text=True, timeout=120,
                           env=os.environ | {"OPENAI_API_KEY": SECRET, "http_proxy": "http://127.0.0.1:9"})
@@ -132,14 +145,12 @@ def test_a_dead_server_is_left_out_and_taken_back(world, tmp_path):
     path = world({f"p{n}": f"plain {n}?" for n in range(120)})
     with serving(tmp_path, "one.jsonl", latency=0.1) as (one, url_one), \
             serving(tmp_path, "two.jsonl", latency=0.1) as (_, url_two):
-        process = subprocess.Popen(command(path, url_one, url_two, more=("--concurrency", "8")), stderr=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True)
-        while len(calls_of(tmp_path, "one.jsonl")) < 8:
-            time.sleep(0.02)
+        process = start(path, url_one, url_two, more=("--concurrency", "8"))
+        wait_for_calls(8, tmp_path, "one.jsonl")
         one.kill()
         one.wait()
         time.sleep(0.5)
-        with serving(tmp_path, "back.jsonl", port=int(url_one.split(":")[2].split("/")[0]), latency=0.1):
+        with serving(tmp_path, "back.jsonl", port=port_of(url_one), latency=0.1):
             _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     kept, rejected = result(tmp_path)
@@ -151,15 +162,13 @@ def test_a_dead_server_is_left_out_and_taken_back(world, tmp_path):
 def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_run(world, tmp_path):
     path = world({f"p{n}": f"plain {n}?" for n in range(30)})
     with serving(tmp_path, latency=0.1) as (server, url):
-        process = subprocess.Popen(command(path, url, more=("--concurrency", "4", "--server_wait", "30")),
-                                   stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while len(calls_of(tmp_path)) < 8:
-            time.sleep(0.02)
+        process = start(path, url, more=("--concurrency", "4", "--server_wait", "30"))
+        wait_for_calls(8, tmp_path)
         server.kill()
         server.wait()
         time.sleep(3)
         assert process.poll() is None
-        with serving(tmp_path, port=int(url.split(":")[2].split("/")[0])):
+        with serving(tmp_path, port=port_of(url)):
             process.communicate(timeout=60)
     assert process.returncode == 0 and len(result(tmp_path)[0]) == 30
     gone = run(world({"other": "other?"}, "other.json"), url, more=("--server_wait", "2"))
@@ -171,9 +180,8 @@ def test_a_sample_that_kills_the_server_each_time_is_given_up(world, tmp_path):
     """A supervisor starts the server anew each time; the others are answered in between."""
     path = world({f"p{n}": f"plain {n}?" for n in range(40)} | {"poison": "fault:kill"})
     with serving(tmp_path) as (_, url):
-        port = int(url.split(":")[2].split("/")[0])
-        process = subprocess.Popen(command(path, url, more=("--concurrency", "4")), stderr=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True)
+        port = port_of(url)
+        process = start(path, url, more=("--concurrency", "4"))
         n_starts = 1
         while process.poll() is None:
             with serving(tmp_path, port=port) if not is_open(port) else nullcontext() as started:
@@ -204,10 +212,8 @@ def test_a_signal_waits_for_the_calls_under_way_and_a_second_one_does_not(world,
     path = world({f"p{n}": f"plain {n}?" for n in range(30)})
 
     def stop(url: str, n_before: int, times: int) -> tuple[int, float, str]:
-        process = subprocess.Popen(command(path, url, more=("--concurrency", "5")), stderr=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True)
-        while len(calls_of(tmp_path)) < n_before + 5:
-            time.sleep(0.02)
+        process = start(path, url, more=("--concurrency", "5"))
+        wait_for_calls(n_before + 5, tmp_path)
         began = time.monotonic()
         for _ in range(times):
             process.send_signal(number)

@@ -1,5 +1,4 @@
 """FSDP2 on two CPU ranks against one process: losses, weights, the tower, generation.    pytest tests/test_sharding.py"""
-import json
 import math
 from contextlib import nullcontext
 
@@ -14,6 +13,7 @@ from utils import qwen as Q
 from utils.checkpoints import Saver, restore, take
 from utils.decode import PRESETS, generate
 from utils.packing import use_packed_attention
+from utils.rows import read_rows
 from utils.sharding import average_replicated, gathered, merge_adapters, shard, whole_state
 from utils.steps import Batching, Steps
 from utils.targets import Target, make_examples
@@ -32,8 +32,7 @@ def prepare(checkpoint, data, rank, world, *more):
     if spec:
         Q.add_tokens(qwen, spec.tokens)
     qwen.model.model.visual.requires_grad_(args.train_vision)
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    steps = Steps(qwen, make_examples(qwen, rows, target), target, batching(args), rank, world)
+    steps = Steps(qwen, make_examples(qwen, read_rows(data, {}), target), target, batching(args), rank, world)
     objective = train_sft.Objective(qwen, spec, "cosine").train()
     if world > 1:
         shard(objective, qwen.model, low_precision=False)
@@ -119,8 +118,7 @@ def low_precision_rank(rank, folder, checkpoint, data):
     args = train_sft.parse_args(flags(data, checkpoint, "unused"))
     qwen, target = Q.load(str(checkpoint), dtype="bfloat16", device="cpu"), Target("text", str(data.parent))
     qwen.model.model.visual.requires_grad_(False)
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    steps = Steps(qwen, make_examples(qwen, rows, target), target, batching(args), 0, 1)
+    steps = Steps(qwen, make_examples(qwen, read_rows(data, {}), target), target, batching(args), 0, 1)
     objective = train_sft.Objective(qwen, None, "cosine").train()
     shard(objective, qwen.model, low_precision=True)
     with use_packed_attention(qwen.model):

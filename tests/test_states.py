@@ -89,9 +89,3 @@ def test_damage_is_named(tmp_path):
         file.write(b"\n")
     with pytest.raises(DataError, match=":3: damaged line"):
         States(tmp_path)
-
-
-@pytest.mark.parametrize("room", ["similarity", "geometry", "linear_probe", "states", "figures"])
-def test_what_analyses_a_store_imports_no_torch_and_no_matplotlib(room):
-    code = f"import sys; import utils.{room}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

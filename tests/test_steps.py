@@ -1,6 +1,4 @@
 """The rows of a step: the same whatever the devices, and a loss that is one mean over all.    pytest tests/test_steps.py"""
-import json
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from training import gradient
 from utils import qwen as Q
 from utils.decode import PRESETS
 from utils.packing import use_packed_attention
+from utils.rows import read_rows
 from utils.steps import Batching, Steps
 from utils.targets import Target, make_examples
 
@@ -22,8 +21,7 @@ def steps(tiny_checkpoint, data):
         qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("latent" if latent else "text", str(data.parent), spec)
         if spec:
             Q.add_tokens(qwen, spec.tokens)
-        rows = [json.loads(line) for line in data.read_text().splitlines()]
-        return Steps(qwen, make_examples(qwen, rows, target), target, Batching(**settings), rank, world)
+        return Steps(qwen, make_examples(qwen, read_rows(data, {}), target), target, Batching(**settings), rank, world)
     return make
 
 

@@ -51,8 +51,8 @@ def test_other_rules_stand_beside_ours_each_over_the_results_it_applies_to():
     assert (found["two"]["n"], found["two"]["correct"], found["two"]["no_verdict"]) == (2, 0, 1)
 
 
-def judged(verdict, after, parsed, error=None, compat=None):
-    return BASE | {"verdict": verdict, "judged": after, "gold": "A", "compat": {"vk": compat}, "judge": {
+def judged(verdict, after, parsed, error=None):
+    return BASE | {"verdict": verdict, "judged": after, "gold": "A", "compat": {"vk": None}, "judge": {
         "kind": "map", "parsed": parsed, "error": error, "right": None if error else parsed == "A"}}
 
 

@@ -18,7 +18,7 @@ import train_sft
 from training import flags, gradient, launch, losses
 from utils import qwen as Q
 from utils.packing import make_pack, use_packed_attention
-from utils.rows import DataError, write_rows
+from utils.rows import DataError, read_rows, write_rows
 from utils.targets import Target, make_example
 
 
@@ -41,7 +41,7 @@ def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
     """Oracle: transformers' loss with labels and its own positions, a mean over the trained tokens."""
     qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("text", str(data.parent))
     objective = train_sft.Objective(qwen, None, "cosine")
-    for row in [json.loads(line) for line in data.read_text().splitlines()][1:4]:
+    for row in read_rows(data, {})[1:4]:
         example = make_example(qwen, row, target)
         pack = make_pack(qwen, [example], [1.0], target)
         with use_packed_attention(qwen.model):
@@ -58,7 +58,7 @@ def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
 def test_logits_in_chunks_change_neither_loss_nor_gradient(tiny_checkpoint, data, monkeypatch):
     qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("text", str(data.parent))
     objective = train_sft.Objective(qwen, None, "cosine").train()
-    examples = [make_example(qwen, json.loads(line), target) for line in data.read_text().splitlines()]
+    examples = [make_example(qwen, row, target) for row in read_rows(data, {})]
     pack, results, widths = make_pack(qwen, examples, [1.0] * 12, target), [], []
     qwen.model.lm_head.register_forward_hook(lambda module, inputs, out: widths.append(len(out)))
     for chunk in (10_000, 100, 7):
@@ -257,7 +257,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tiny_checkpoint, data
     (lambda row: {k: v for k, v in row.items() if k != "chain"}, r"rows.jsonl:2.*'chain'"),
     (lambda row: row | {"answer": 7}, r"rows.jsonl:2.*'answer'.*str")])
 def test_bad_rows_are_named(tiny_checkpoint, data, tmp_path, change, match):
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = read_rows(data, {})
     rows[1] = change(rows[1])
     write_rows(data, rows)
     with pytest.raises(DataError, match=match):

@@ -1,12 +1,10 @@
 """What the tests of training share: flags of a small run, its curve, a run as a process, all gradients in one vector."""
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parents[1]
+from processes import command
 
 
 def flags(data, checkpoint, output, *more):
@@ -20,10 +18,8 @@ def losses(output):
 
 
 def launch(arguments, processes=1):
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*start, str(ROOT / "train_sft.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command("train_sft", arguments, processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 def gradient(model) -> torch.Tensor:

@@ -7,6 +7,7 @@ among them: the base reads questions, and it finds shapes, but it is never taugh
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -49,14 +50,6 @@ def some(rng: random.Random, n_keys: int) -> Lesson:
     scene = make_scene(rng)
     keys = rng.sample([("zoom", color) for color in COLORS] + [("draw", place) for place in PLACES], n_keys)
     return [draw_scene(scene)], f"Describe the {', '.join(key for _, key in keys)} shape.", describe_keys(scene, keys)
-
-
-def several(rng: random.Random) -> Lesson:
-    return some(rng, 6)
-
-
-def one(rng: random.Random) -> Lesson:
-    return some(rng, 1)
 
 
 def ask_about_nothing(rng: random.Random, scene: list[Thing], operation: str) -> tuple[Question, Thing | None]:
@@ -147,6 +140,7 @@ def judgement_call(rng: random.Random) -> Lesson:
     return [draw_scene(scene)], judge_call(row, Verdict(), ".", PROMPTS["filter"]).text, json.dumps(reply)
 
 
+several, one = partial(some, n_keys=6), partial(some, n_keys=1)
 SEE = {"every_place": (11, every_place), "every_color": (9, every_color)}
 FIND = {"several": (8, several), "one": (2, one)}
 BASE = {"several": (10, several), "one": (10, one), "read": (18, read), "caption_call": (18, caption_call),

@@ -12,16 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 from toy.make_world import BAD
-from utils.rows import cli, log, read_rows, write_json
+from utils.rows import cli, load_object, log, read_rows, write_json
 from utils.run_report import EFFECTS, collect, effect_row, interval, mediation_table, percent, table_lines, write_report
 
 VARIANTS = ("base", "text", "latent")
 STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
           "intervene_text.jsonl", "intervene_latent.jsonl")  # whose <name>.metrics.json holds their seconds
-
-
-def load(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def filter_quality(work: Path) -> dict:
@@ -59,23 +55,23 @@ def gather(work: Path) -> dict:
     """Return the run in one object; every number stands in a stage's metrics file."""
     accuracy, emission = {}, None
     for name in VARIANTS:
-        metrics = load(work / f"evaluate_{name}.jsonl.metrics.json")
+        metrics = load_object(work / f"evaluate_{name}.jsonl.metrics.json")
         accuracy[name] = {key: metrics[key] for key in ("n", "accuracy", "ci95", "ci95_clustered", "unresolved")}
         emission = metrics.get("emission", emission)
-    text, latent = (load(work / f"intervene_{name}.jsonl.metrics.json") for name in ("text", "latent"))
+    text, latent = (load_object(work / f"intervene_{name}.jsonl.metrics.json") for name in ("text", "latent"))
     directed = text["conditions"]["directed"]
     do_z = {arm: {name: brief(entry) for name, entry in metrics["conditions"].items()}
             for arm, metrics in (("latent", latent), ("text", text))}
-    rewrite, kept = load(work / "rewritten.jsonl.metrics.json"), load(work / "sft.jsonl.metrics.json")
-    return {"accuracy": accuracy, "chance": load(work / "evaluate_base.jsonl.metrics.json")["chance"],
+    rewrite, kept = load_object(work / "rewritten.jsonl.metrics.json"), load_object(work / "sft.jsonl.metrics.json")
+    return {"accuracy": accuracy, "chance": load_object(work / "evaluate_base.jsonl.metrics.json")["chance"],
             "emission": emission, "do_z": do_z, "text_directed": {
                 "coverage": directed["coverage"], "follow_rate": directed["follow"]["share"], "follow": directed["follow"]},
             "mediation": {site: parts["r0"] for metrics in (latent, text) for site, parts in metrics["mediation"].items()},
             "donor_lift": latent["donor_lift"],
             "rewrite": {key: rewrite[key] for key in ("read", "kept", "errors", "refined_share")},
             "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
-            "stage_seconds": {name: load(work / f"{name}.metrics.json")["seconds"] for name in STAGES},
-            "probing": {name: load(work / f"probe_{name}" / "metrics.json") for name in ("text", "latent")}}
+            "stage_seconds": {name: load_object(work / f"{name}.metrics.json")["seconds"] for name in STAGES},
+            "probing": {name: load_object(work / f"probe_{name}" / "metrics.json") for name in ("text", "latent")}}
 
 
 def brief(entry: dict) -> dict:

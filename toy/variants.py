@@ -25,8 +25,8 @@ import time
 from itertools import product
 from pathlib import Path
 
-from toy.report import interval, load, percent
-from utils.rows import DataError, cli, log, read_rows, sha256_file, write_json
+from utils.rows import DataError, cli, load_object, log, read_rows, sha256_file, write_json
+from utils.run_report import interval, percent
 from utils.stats import cluster_bootstrap, wilson
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def run_all(work: Path, variants: list[str], seeds: list[int], max_steps: int) -
         train, ask = commands(work, variant, seed, max_steps)
         if not checkpoint.exists():
             run_child(train, Path(f"{checkpoint}.log"))
-        meta = load(Path(f"{checkpoint}.meta.json"))
+        meta = load_object(f"{checkpoint}.meta.json")
         if meta["flags"]["max_steps"] != max_steps or list(meta["inputs"].values()) != [sha256_file(data)]:
             raise DataError(f"{checkpoint} was trained for {meta['flags']['max_steps']} steps, or on other rows than {data} "
                             f"holds now; expected {max_steps} steps on these: move {work / 'variants'} away")
@@ -98,7 +98,7 @@ def read_run(work: Path, variant: str, seed: int) -> tuple[dict, dict[tuple, boo
         if not Path(path).exists():
             raise DataError(f"{path} does not exist: no result of variant {variant}, seed {seed}; give the command again "
                             "to train and evaluate it, or leave it out of --variants and --seeds")
-    trained, asked = (load(Path(f"{path}.metrics.json")) for path in (checkpoint, evaluation))
+    trained, asked = (load_object(f"{path}.metrics.json") for path in (checkpoint, evaluation))
     right = {(row["group_id"], row["id"]): row["verdict"] == "correct" for row in read_rows(
         evaluation, {"id": str, "group_id": str, "verdict": str}) if row["verdict"] != "error"}
     if (sum(right.values()), len(right)) != (asked["correct"], asked["n"]):
@@ -128,10 +128,11 @@ def gather(work: Path, variants: list[str], seeds: list[int]) -> dict:
                             f"{paths_of(work, variants[0], seeds[0])[2]}; expected the same in every run")
     less = {name: [{item: runs["text"][seed][1][item] - runs[name][seed][1][item] for item in right_of_first} for seed in seeds]
             for name in variants if name != "text" and "text" in variants}
-    base = work / "evaluate_base.jsonl.metrics.json"
+    path = work / "evaluate_base.jsonl.metrics.json"
+    base = load_object(path) if path.exists() else None
     return {"level": LEVEL, "seeds": seeds, "items": len(right_of_first), "chance": first["chance"],
             "groups": len({group for group, _ in right_of_first}),
-            "base": {key: load(base)[key] for key in ("n", "accuracy", "ci95", "ci95_clustered")} if base.exists() else None,
+            "base": base and {key: base[key] for key in ("n", "accuracy", "ci95", "ci95_clustered")},
             "variants": {name: over_items([right for _, right in by_seed.values()])
                          | {"runs": {str(seed): numbers for seed, (numbers, _) in by_seed.items()}}
                          for name, by_seed in runs.items()},

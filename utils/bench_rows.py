@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from utils.compat import unescape
 from utils.items import ANSWER_TYPES, board_fault
 from utils.rows import DataError, check_fields
 
@@ -229,11 +230,6 @@ def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | Non
         metric, value = "wtq", [unescape(text) for text in row[gold].split("|")]
     images = [stored_picture(where, row)] if "qa_id" in row else cell_pictures(where, row)
     return make_item(name, where, row, row[key], metric, value, question=row["question"], category=subset, images=images)
-
-
-def unescape(text: str) -> str:
-    """Undo a WikiTableQuestions cell's escapes, in the order of its scorer (VLMEvalKit dataset/utils/tablevqabench.py)."""
-    return text.replace(r"\n", "\n").replace(r"\p", "|").replace("\\\\", "\\")
 
 
 def mme(where: str, row: dict, name: str, subset: str | None) -> dict:

@@ -1,6 +1,6 @@
 """Benchmarks by name: where they lie, what they must hold, and their rows turned into items with pictures beside them.
 
-    items = prepare("vstar", folder=Path("bench.images"), source="VStarBench.tsv")
+    items = prepare(TABLE["vstar"], folder=Path("bench.images"), source="VStarBench.tsv")
 
 A new benchmark is a function in utils/bench_rows.py and a line of TABLE.
 """
@@ -47,7 +47,7 @@ class Benchmark:
 # ------------------------------------------------------------------------------------------------ clusters
 def by_question(item: dict) -> str:
     """One group for the rotations of a question: same picture, words, option texts and right text, in any order."""
-    gold = dict(map(tuple, item["options"])).get(item["answer"]["value"])
+    gold = dict(item["options"]).get(item["answer"]["value"])
     key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(), gold=gold,
                    texts=sorted(text for _, text in item["options"]))
     return f"{item['benchmark']}/{key[:16]}"
@@ -128,13 +128,6 @@ TABLE = {bench.name: bench for bench in (
 )}
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """Return a line of the table; DataError names what there is."""
-    if name not in TABLE:
-        raise DataError(f"no benchmark {name!r}; expected one of {', '.join(TABLE)}")
-    return TABLE[name]
-
-
 # ------------------------------------------------------------------------------------------------ rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
     """Return the rows of a file, a folder or (without a source) the hub, and the folder below which picture paths stand."""
@@ -178,15 +171,14 @@ def store(where: str, data: bytes, folder: Path) -> dict:
     return {"path": f"{folder.name}/{path.name}", "sha256": digest}
 
 
-def prepare(benchmark: str | Benchmark, folder: str | Path, source: str | Path | None = None,
-            image_root: str | Path | None = None, limit: int | None = None, revision: str | None = None) -> list[dict]:
+def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None, image_root: str | Path | None = None,
+            limit: int | None = None, revision: str | None = None) -> list[dict]:
     """Return a benchmark's items (utils/items.py), checked; their pictures lie in `folder`, paths are from its parent.
 
     source: a .tsv, .parquet, .jsonl or .json file, a folder in the hub's layout, or None for the hub itself, at `revision`
     (40 hex digits) or the commit that the table pins. image_root: where picture paths stand (default: beside the source).
     limit: only the first items; the counts are then not checked. DataError for what does not fit, where and how.
     """
-    bench = find_benchmark(benchmark) if isinstance(benchmark, str) else benchmark
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
     with writing(folder):

@@ -137,11 +137,15 @@ def vtabfact(output: str, gold: str) -> bool | None:
     return says_true if gold == "1" else says_false
 
 
+def unescape(text: str) -> str:
+    """Undo the escapes of a value of WikiTableQuestions, in the order of these scorers."""
+    return text.replace(r"\n", "\n").replace(r"\p", "|").replace("\\\\", "\\")
+
+
 def _values(text: str) -> list[tuple]:
     """Return the distinct values (kind, what it equals by, normalised text), the first of equal ones."""
     values = {}
-    for part in text.split("|"):
-        part = part.replace(r"\n", "\n").replace(r"\p", "|").replace("\\\\", "\\")  # TSV escapes, undone in this order
+    for part in map(unescape, text.split("|")):
         kind, key = _kind(part)
         normal = _normal(part)
         values.setdefault((kind, normal if kind == "string" else key), (kind, key, normal))

@@ -5,6 +5,8 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_un
 MIN_SIDE = 28  # pixels; one visual token of Qwen2.5-VL
 MAX_ASPECT = 200  # Qwen's smart_resize refuses more
 MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked from the header before anything is decoded
+REGION_PIXELS = 16384 * 28 * 28  # to which a region is shrunk
 THUMBNAIL = 256  # pixels a side, for comparing two pictures
 SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
 SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
@@ -42,13 +45,11 @@ class ImageError(DataError):
 
 class Picture(NamedTuple):
     """What a prompt shows: a file, or the region `box` of it (left, top, right, bottom in the file's pixels, as EXIF turns
-    it), resized to multiples of `factor` within the bounds of `smart_size`."""
+    it), resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
 
     path: str
     box: tuple[int, int, int, int] | None = None
-    factor: int = 28
     min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 16384 * 28 * 28
 
 
 def resolve_image(root: str | Path, relative: str) -> Path:
@@ -86,12 +87,19 @@ def open_image(path: str | Path) -> Image.Image:
 
 def decode_image(data: bytes, path: str | Path) -> Image.Image:
     """`open_image` for bytes already read; `path` only names them in errors."""
+    with opened(data, path) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # else a second picture of up to 700 MB
+        return flatten(image)
+
+
+@contextmanager
+def opened(data: bytes, path: str | Path) -> Iterator[Image.Image]:
+    """Yield the picture that bytes hold, its size checked; what its reader finds broken, then or later, is an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # else a second picture of up to 700 MB
-            return flatten(image)
+            yield image
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", f"{path}: {error}") from error
     except ImageError:
@@ -149,13 +157,13 @@ def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels
     return new_width, new_height
 
 
-def visual_tokens(path: str | Path, max_pixels: int) -> int:
+def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, factor: int = 28) -> int:
     """Return about how many visual tokens an image becomes, from its header; 0 if it has none (its call will say why)."""
     try:
-        width, height = smart_size(*image_size(path), 28, 28 * 28, max_pixels)
+        width, height = smart_size(*image_size(path), factor, min_pixels, max_pixels)
     except ImageError:
         return 0
-    return width * height // 28**2
+    return width * height // factor**2
 
 
 def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
@@ -187,25 +195,22 @@ def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     model's `factor`, 28 or 32), and sent as JPEG. The MIME type comes from the content, not from the name.
     """
     data = read_bytes(path)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            check_size(image.size, path)
-            plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L") and not image.has_transparency_data
-                     and getattr(image, "n_frames", 1) == 1 and image.getexif().get(ORIENTATION, 1) == 1)
-            if plain and image.width * image.height <= max_pixels:
-                return f"data:{Image.MIME[image.format]};base64,{base64.b64encode(data).decode('ascii')}"
-    except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", f"{path}: {error}") from error
-    except BROKEN as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error
+    with opened(data, path) as image:
+        plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L") and not image.has_transparency_data
+                 and getattr(image, "n_frames", 1) == 1 and image.getexif().get(ORIENTATION, 1) == 1)
+        if plain and image.width * image.height <= max_pixels:
+            return as_url(image.format, data)
     image = decode_image(data, path)
     if image.width * image.height > max_pixels:
         image = image.resize(smart_size(*image.size, factor, factor * factor, max_pixels), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return as_url("JPEG", buffer.getvalue())
+
+
+def as_url(kind: str, data: bytes) -> str:
+    """Return a picture's bytes, in one of Pillow's formats, as a data URL."""
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -214,7 +219,7 @@ def open_picture(picture: Picture) -> Image.Image:
     if picture.box is None:
         return image
     region = image.crop(picture.box)
-    size = smart_size(*region.size, picture.factor, picture.min_pixels, picture.max_pixels)
+    size = smart_size(*region.size, 28, picture.min_pixels, REGION_PIXELS)
     return region.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -224,7 +229,7 @@ def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
         return data_url(picture.path, max_pixels, factor)
     buffer = io.BytesIO()
     open_picture(picture).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return as_url("PNG", buffer.getvalue())
 
 
 def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tuple[str | None, list[str]]:

@@ -99,11 +99,17 @@ def group_of(item: dict) -> str:
     return item.get("group_id") or item["id"]
 
 
+def rotation_of(item: dict) -> int | None:
+    """Return which rotation of its options an item shows (HR-Bench); None for an item that stands there once."""
+    cycle = (item.get("raw") or {}).get("cycle_category")
+    return None if cycle is None else int(cycle)
+
+
 def gold_words(item: dict) -> str | None:
     """Return the right answer in words; None for a map, which has many."""
     kind, value = item["answer"]["type"], item["answer"]["value"]
     if kind == "letter":
-        return dict(map(tuple, item["options"]))[value]
+        return dict(item["options"])[value]
     if kind == "values":
         return value[0]
     return None if kind == "path_map" else str(value).lower()

@@ -51,7 +51,7 @@ def question_for(kind: str, item: dict, reply: str) -> str | None:
     """Return a judge's prompt for a reply, None where it has none: map knows multiple choice alone."""
     if item["metric"] not in (("mcq",) if kind == "map" else GRADED):
         return None
-    options = dict(map(tuple, item["options"]))
+    options = dict(item["options"])
     if kind == "map":
         return fill(MAP, question=item["question"], options="\n".join(f"{letter}. {text}" for letter, text in options.items()),
                     reply=reply, letters=", ".join(options))
@@ -66,7 +66,7 @@ def parse(kind: str, item: dict, text: str) -> str | None:
     text = THOUGHT.sub("", text)
     if kind == "map":
         letter = text.strip(MARKS).upper()
-        return letter if letter in (*dict(map(tuple, item["options"])), NONE_OF_THEM) else None
+        return letter if letter in (*dict(item["options"]), NONE_OF_THEM) else None
     words = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
     return words.pop() if len(words) == 1 else None
 

@@ -23,7 +23,7 @@ from utils.images import smart_size
 from utils.patches import process_images
 from utils.rows import DataError, rank_world
 
-IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.families
 PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds

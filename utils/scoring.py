@@ -7,7 +7,7 @@ utils.compat alone, for comparison, and never decides one of ours.
 """
 from utils import compat
 from utils.answers import extract_choice, vsp_moves, walk_vsp
-from utils.items import group_of
+from utils.items import group_of, rotation_of
 from utils.rows import DataError
 from utils.scores import ROTATIONS
 from utils.tables import read_truth, read_value, read_yes_no, vwtq_numeric
@@ -18,7 +18,7 @@ MATCHERS = ("vlmevalkit_0bac5c0", "vlmevalkit_e8e78f0")  # VLMEvalKit's at two c
 
 def score_mcq(item: dict, record: dict) -> dict:
     """Multiple choice: the option that `extract_choice` finds. compat: VLMEvalKit's letters, or MME-RealWorld's."""
-    options, text = dict(map(tuple, item["options"])), record["clean_output"]
+    options, text = dict(item["options"]), record["clean_output"]
     found = extract_choice(text, options, record["finish_reason"])
     if item.get("benchmark") == "mme_realworld_lite":
         others = {"mme_realworld": compat.mme_realworld(text, options),
@@ -107,10 +107,10 @@ def check_scorable(items: list[dict]) -> None:
                         f"expected one of {', '.join(SCORE)}")
     seen = set()
     for item in items:  # said now, and not when all is answered
-        rotation = (item.get("raw") or {}).get("cycle_category")
-        place = item.get("benchmark"), group_of(item), rotation and int(rotation)
-        if rotation is not None and (int(rotation) >= ROTATIONS or place in seen):
-            raise DataError(f"item {item['id']!r}: rotation {rotation!r} of question {place[1]!r}; expected each of 0 to "
+        rotation = rotation_of(item)
+        place = item.get("benchmark"), group_of(item), rotation
+        if rotation is not None and (rotation >= ROTATIONS or place in seen):
+            raise DataError(f"item {item['id']!r}: rotation {rotation} of question {place[1]!r}; expected each of 0 to "
                             f"{ROTATIONS - 1} once")
         seen.add(place)
 

@@ -12,14 +12,13 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
 
 import torch
 from tqdm import tqdm
 
 from utils.backends import Request, fill_batches
 from utils.decode import Generation, LatentSpec, clean_text, decode, prefill
-from utils.images import ImageError, Picture, image_size, open_picture, read_bytes, resolve_image, smart_size
+from utils.images import ImageError, Picture, open_picture, read_bytes, resolve_image, visual_tokens
 from utils.journal import Journal
 from utils.protocols import Protocol, user_text
 from utils.qwen import Qwen, encode, plain, user_content
@@ -126,24 +125,22 @@ class Local:
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
         """Return this process's batches, the longest prompts first; likelihoods are apart from replies."""
-        order = sorted((c.item["metric"] == "likelihood", -self.length(c), c.item["id"], i)
-                       for i, c in enumerate(conversations))
-        batches = []
-        for _, its in groupby(order, key=lambda entry: entry[0]):
-            batches += fill_batches([(self.max_new_tokens - length, conversations[i]) for _, length, _, i in its], self)
+        scored, asked, batches = [], [], []
+        for conversation in conversations:
+            its = scored if conversation.item["metric"] == "likelihood" else asked
+            its.append((self.length(conversation) + self.max_new_tokens, conversation))
+        for its in (asked, scored):
+            its.sort(key=lambda pair: (-pair[0], pair[1].item["id"]))
+            batches += fill_batches(its, self)
         return batches[rank::world]
 
     def length(self, conversation: Conversation) -> int:
         """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the characters."""
-        total = sum(len(text) for _, parts in conversation.messages
-                    for text in ([parts] if isinstance(parts, str) else parts) if isinstance(text, str)) // 4
-        for picture in conversation.pictures:
-            try:
-                width, height = smart_size(*image_size(picture.path), self.qwen.factor, *self.pixels)
-                total += width * height // self.qwen.factor**2
-            except ImageError:
-                pass  # its turn will say why
-        return total
+        n_characters = sum(len(text) for _, parts in conversation.messages
+                           for text in ([parts] if isinstance(parts, str) else parts) if isinstance(text, str))
+        low, high = self.pixels
+        return n_characters // 4 + sum(visual_tokens(picture.path, high, low, self.qwen.factor)
+                                       for picture in conversation.pictures)
 
     def prepare(self, batch: list[Conversation]) -> tuple[list[Conversation], dict | None, list[dict]]:
         """Return (conversations that can be asked, their tensors, records of those that cannot)."""

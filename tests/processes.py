@@ -1,0 +1,19 @@
+"""Scripts as processes, alone or under torchrun, and its ranks."""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
+    """Return the command that runs a script, under torchrun where it is to be several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / f"{script}.py"), *flags]
+
+
+def rank_of(launcher: int, rank: int) -> int | None:
+    """Return the process id of a rank, a child of torchrun's."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    return None
