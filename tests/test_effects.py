@@ -2,6 +2,7 @@
 import csv
 
 import pytest
+from PIL import Image
 
 from utils.asking import first_difference, is_degenerate, stem_of
 from utils.effect_figures import draw_all
@@ -80,6 +81,18 @@ def test_figures_come_with_the_numbers_behind_them(tmp_path):
         assert (tmp_path / f"r.{name}.png").stat().st_size > 10_000
         with open(tmp_path / f"r.{name}.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) >= 5
+
+
+def test_bars_of_many_conditions_are_drawn_as_large_as_those_of_few(tmp_path):
+    """A page shows a figure at the page's width: only its height may grow with the conditions."""
+    _, _, found = run()
+    sizes = []
+    for n in (4, 36):
+        conditions = {f"tau_{k}": found["conditions"]["tau"] for k in range(n)}
+        draw_all({**found, "conditions": conditions, "model": "m", "arm": "latent", "margin": 0.05, "margin_nll": 0.05},
+                 str(tmp_path / f"{n}"))
+        sizes.append(Image.open(tmp_path / f"{n}.accuracy.png").size)
+    assert sizes[0][0] == sizes[1][0] <= 1300 and sizes[1][1] > 3 * sizes[0][1]
 
 
 def test_fields_of_a_reply():

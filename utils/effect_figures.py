@@ -12,6 +12,7 @@ from typing import TextIO
 
 from utils.measures import swept
 from utils.rows import replace_file
+from utils.stats import wilson
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 MARKS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN), "effect": ("o", BLUE),
@@ -66,34 +67,43 @@ def legend(figure, panels, **more) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False, **more)
 
 
+def height_of(shown: dict) -> float:
+    """Return the inches that so many conditions take, a line each: a page shrinks what is wide, not what is long."""
+    return 1.8 + 0.36 * len(shown)
+
+
+def a_line_each(axes, shown: dict, named: bool = True) -> None:
+    """Give every condition a line, the first at the top; `named`: with its name and site on the left."""
+    names = [f"{name} ({entry['site']})" if named else "" for name, entry in shown.items()]
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def accuracy(metrics: dict, shown: dict) -> tuple:
-    from utils.stats import wilson
-    figure, (axes,) = new_figure(max(7.0, 0.75 * len(shown) + 2), 5)
+    figure, (axes,) = new_figure(8, height_of(shown))
     rows = []
-    for x, (name, entry) in enumerate(shown.items()):
+    for y, (name, entry) in enumerate(shown.items()):
         effect = entry["effect"]
         bars = [("clean", effect["acc_clean"], GREY), ("intervened", effect["acc_int"], BLUE)]
         if entry.get("follow"):
             bars.append(("follows the edit", entry["follow"]["share"], ORANGE))
         for j, (label, share, color) in enumerate(bars):
             low, high = wilson(round(share * effect["n"]), effect["n"])
-            axes.bar(x + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label, capsize=2,
-                     yerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
+            axes.barh(y + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label, capsize=2,
+                      xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
             rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label, "share": share,
                          "ci95_low": low, "ci95_high": high})
     legend(figure, [axes])
-    many = len(shown) > 6
-    axes.set_xticks(range(len(shown)), [f"{name}\n({entry['site']})" for name, entry in shown.items()],
-                    rotation=45 if many else 0, ha="right" if many else "center", fontsize=8)
-    axes.set(ylim=(0, 105), ylabel="share of items, %")
+    a_line_each(axes, shown)
+    axes.set(xlim=(0, 105), xlabel="share of items, %")
     axes.set_title(f"{title(metrics)}\nbars with 95 % intervals", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, rows
 
 
 def effects(metrics: dict, shown: dict) -> tuple:
     """Forest: 90 % intervals thick (the equivalence test's), 95 % thin; the margin is the band."""
-    figure, both = new_figure(11, 1.8 + 0.33 * len(shown), 2)
+    figure, both = new_figure(11, height_of(shown), 2)
     rows = []
     panels = (("change in accuracy, points", 100, metrics["margin"], lambda entry: entry["effect"], "delta"),
               ("change in R0 negative log-likelihood, nats", 1, metrics["margin_nll"], lambda entry: entry["r0"], "delta_nll"))
@@ -113,10 +123,8 @@ def effects(metrics: dict, shown: dict) -> tuple:
                          "change": found[value], "ci90_low": found["ci90"][0], "ci90_high": found["ci90"][1],
                          "ci95_low": found["ci95"][0], "ci95_high": found["ci95"][1], "margin": margin,
                          "verdict": found["verdict"]})
-        names = [f"{name} ({entry['site']})" if axes is both[0] else "" for name, entry in shown.items()]
-        axes.set_yticks(range(len(shown)), names, fontsize=8)
-        axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
+        a_line_each(axes, shown, named=axes is both[0])
+        axes.set_xlabel(label)
     figure.suptitle(f"{title(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin", fontsize=10)
     return figure, rows
 
