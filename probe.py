@@ -43,7 +43,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import derive
-from utils.capture import capture, prompt_of
+from utils.asking import prompt_of
+from utils.capture import capture
 from utils.decode import PRESETS, LatentSpec
 from utils.families import spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
