@@ -41,6 +41,10 @@ class Asking:
         """Return the arm, its ids sampled where it does not choose them itself."""
         return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
 
+    def pieces(self, todo: list) -> list[list]:
+        """Return what is to be done in pieces of at most `rows`, each decoded side by side."""
+        return [todo[first:first + self.rows] for first in range(0, len(todo), self.rows)]
+
 
 def prompt_of(tokenizer, item: dict, n_images: int, asked: object, blind: bool = False) -> str:
     """Return the prompt of an item, by `system` and `suffix` of `asked` (an Asking, or a script's flags).
@@ -64,9 +68,8 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
     if kind == "masked":
         if not item.get("region"):
             return None
-        left, top, right, bottom = item["region"]  # pixels of the first image
         first = mine[0].copy()
-        first.paste(GREY, (left, top, right, bottom))
+        first.paste(GREY, tuple(item["region"]))
         return item, [first, *mine[1:]]
     n = len(items)
     others = [(place + k) % n for k in range(1, n)]

@@ -37,10 +37,10 @@ class LatentBatch:
         segment)."""
         state, having = self.prompts[kind]
         done = []
-        for first in range(0, len(places), self.asking.rows):
-            its, their = places[first:first + self.asking.rows], arms[first:first + self.asking.rows]
+        for some in self.asking.pieces(list(zip(places, arms))):
+            its = [i for i, _ in some]
             begun = state.take([having.index(i) for i in its])
-            their = [self.asking.arm(self.items[i], arm) for i, arm in zip(its, their)]
+            their = [self.asking.arm(self.items[i], arm) for i, arm in some]
             rows, end = decode(self.qwen, begun, max_new_tokens or self.asking.max_new_tokens, self.spec, their, capture=True,
                                with_slots=slots)
             done += zip(rows, self.read(begun, end, rows, its) if max_new_tokens is None else [None] * len(rows))
