@@ -61,7 +61,7 @@ from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key,
                         write_meta, write_rows)
 from utils.selftest import selftest
 from utils.server import HttpBackend
-from utils.text_arm import CONTROL, TEXT_CONDITIONS, TEXT_PRESETS, TextBatch
+from utils.text_arm import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
@@ -91,9 +91,6 @@ class Run:
 
     def put(self, item: dict, condition: str, record: dict) -> None:
         self.journal.append({"key": call_key(item=item["id"], condition=condition), "record": record})
-
-    def controls(self) -> tuple[str, ...]:
-        return CONTROLS if self.spec else (CONTROL,)
 
 
 def run_batch(run: Run, batch: list[dict]) -> None:
@@ -398,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
                "margin_nll": args.margin_nll, "stem": args.stem, "dtype": str(qwen.model.dtype).removeprefix("torch."),
                "calibration": {"items": len(calibration), "latents": run.known.n_latents if run.known else 0},
                **summarize(items, records, args.conditions, {name: site_of(name, args) for name in args.conditions},
-                           set(run.controls()), args.margin, args.margin_nll, args.min_emitters, args.rho,
+                           set(CONTROLS if spec else TEXT_CONTROLS), args.margin, args.margin_nll, args.min_emitters, args.rho,
                            kept_shares(args.conditions, spec)),
                "seconds": round(time.monotonic() - began, 1)}
     draw_all(metrics, args.output)

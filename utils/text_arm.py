@@ -32,7 +32,7 @@ TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in LADDER if name.startswith("truncate"))],
                 "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
-CONTROL = "sham"  # changes nothing but the tokens
+TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
 
 
 class Beginning(NamedTuple):
