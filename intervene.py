@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from utils.asking import Asking, Prompts
+from utils.asking import Asking, Prompts, prompt_of
 from utils.calls import Caller
 from utils.cases import Known
 from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition, map_conditions
@@ -55,13 +55,13 @@ from utils.journal import Journal, move_aside
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, load, load_processors, load_tools
+from utils.qwen import Qwen, load, load_tools
 from utils.readouts import STEM
 from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
                         write_meta, write_rows)
 from utils.selftest import selftest
 from utils.server import HttpBackend
-from utils.text_arm import CONTROL, TEXT_CONDITIONS, TEXT_PRESETS, TextBatch
+from utils.text_arm import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
@@ -91,9 +91,6 @@ class Run:
 
     def put(self, item: dict, condition: str, record: dict) -> None:
         self.journal.append({"key": call_key(item=item["id"], condition=condition), "record": record})
-
-    def controls(self) -> tuple[str, ...]:
-        return CONTROLS if self.spec else (CONTROL,)
 
 
 def run_batch(run: Run, batch: list[dict]) -> None:
@@ -338,11 +335,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
 
 
-def add_maps(args: argparse.Namespace, spec: LatentSpec) -> None:
-    """Put the sweeps for these latents and this model's layers in the place of "maps" among the conditions."""
-    sweeps = map_conditions(spec.size, load_tools(args.model).config.text_config.num_hidden_layers)
-    args.conditions = list(dict.fromkeys(
-        name for word in args.conditions for name in (sweeps if word == "maps" else [word])))
+def with_maps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:
+    """Return the conditions with the sweeps for these latents and this model's layers in the place of "maps"."""
+    sweeps = map_conditions(spec.size, qwen.config.text_config.num_hidden_layers)
+    return list(dict.fromkeys(name for word in conditions for name in (sweeps if word == "maps" else [word])))
 
 
 def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
@@ -364,19 +360,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.task == "selftest":
         return run_selftest()
     spec = spec_of(args.latent, args.latent_size)
-    if spec and "maps" in args.conditions:
-        add_maps(args, spec)
     calibration, items = split_items(args)
+    qwen = load_tools(args.model) if args.dry_run else load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
+    if spec:
+        args.conditions = with_maps(args.conditions, spec, qwen)
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
                     args.temperature)
     if args.dry_run:
-        log(asking.prompt(load_processors(args.model)[0], items[0], len(items[0]["images"])))
+        log(prompt_of(qwen.tokenizer, items[0], len(items[0]["images"]), asking))
         print(json.dumps({"items": len(items), "calibration": len(calibration), "conditions": args.conditions,
                           "decodings_at_most": len(calibration) + len(items) * (1 + len(args.conditions)),
                           "plan": plan(args, len(items))}))
         return 0
     rank, world, _ = rank_world()
-    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))
@@ -399,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
                "margin_nll": args.margin_nll, "stem": args.stem, "dtype": str(qwen.model.dtype).removeprefix("torch."),
                "calibration": {"items": len(calibration), "latents": run.known.n_latents if run.known else 0},
                **summarize(items, records, args.conditions, {name: site_of(name, args) for name in args.conditions},
-                           set(run.controls()), args.margin, args.margin_nll, args.min_emitters, args.rho,
+                           set(CONTROLS if spec else TEXT_CONTROLS), args.margin, args.margin_nll, args.min_emitters, args.rho,
                            kept_shares(args.conditions, spec)),
                "seconds": round(time.monotonic() - began, 1)}
     draw_all(metrics, args.output)

@@ -43,7 +43,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import derive
-from utils.capture import capture, prompt_of
+from utils.asking import prompt_of
+from utils.capture import capture
 from utils.decode import PRESETS, LatentSpec
 from utils.families import spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
@@ -53,7 +54,7 @@ from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_ite
 from utils.journal import read_settings
 from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
-from utils.qwen import load, load_processors
+from utils.qwen import Qwen, load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, cli, log, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
@@ -285,6 +286,26 @@ def settings_of(args: argparse.Namespace, n_steps: int) -> dict:
     return {name: getattr(args, name) for name in names} | {"steps": n_steps}
 
 
+def fill_store(folder: str | Path, wanted: list[dict], edits: dict[str, list[dict]], spec: LatentSpec | None, n_steps: int,
+               args: argparse.Namespace) -> Qwen:
+    """Capture the states that the store lacks; return the model, which may be asked the probe items too."""
+    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
+    with StateWriter(folder, settings_of(args, n_steps)) as writer:
+        capture(qwen, spec, wanted, n_steps, args, writer)
+        for changed in edits.values():
+            capture(qwen, spec, changed, n_steps, args, writer, whole=False)
+    return qwen
+
+
+def open_store(folder: str | Path, keys: list[str]) -> States:
+    """Return the store; DataError if it lacks the states of any of `keys`."""
+    store = States(folder)
+    if missing := [key for key in keys if key not in store.records]:
+        raise DataError(f"{folder}: no states of {len(missing)} of {len(keys)} items, the first {missing[0]!r}; run --stage "
+                        "capture with the same flags")
+    return store
+
+
 def analyse(store: States, chosen: list[dict], grid: list[list[dict]], edits: dict[str, list[dict]], n_steps: int,
             args: argparse.Namespace) -> dict:
     """Measure and draw; return what metrics.json says of it."""
@@ -307,7 +328,8 @@ def analyse(store: States, chosen: list[dict], grid: list[list[dict]], edits: di
     return metrics
 
 
-def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentSpec | None, qwen, args) -> dict:
+def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentSpec | None, qwen: Qwen,
+        args: argparse.Namespace) -> dict:
     """Ask the probe items whose source imagined something; return what metrics.json says of it."""
     usable = [probe for probe in probes if store.records[probe["source"]]["emitted"]]
     metrics = {"probe_items_without_imagination": len(probes) - len(usable)}
@@ -337,8 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     spec = spec_of(args.latent, args.latent_size)
     n_steps = spec.size if spec else args.latent_size or TEXT_STEPS
     if args.dry_run:
-        tokenizer, _ = load_processors(args.model)
-        log(prompt_of(tokenizer, chosen[0], len(chosen[0]["images"]), args))
+        log(prompt_of(load_processors(args.model)[0], chosen[0], len(chosen[0]["images"]), args))
         asked = sum(len(p["options"]) if args.circular else 1 for p in probes) * len(conditions(spec, args.variants))
         print(json.dumps({"instances": len(chosen), "probe_items": len(probes),
                           "decodings_at_most": (2 if spec else 1) * len(wanted) + asked + sum(map(len, edits.values()))}))
@@ -349,16 +370,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.store or output / "states"
     qwen = None
     if args.stage in ("all", "capture"):
-        qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
-        with StateWriter(folder, settings_of(args, n_steps)) as writer:
-            capture(qwen, spec, list(wanted.values()), n_steps, args, writer)
-            for changed in edits.values():
-                capture(qwen, spec, changed, n_steps, args, writer, whole=False)
-    store = States(folder)
-    names = [*wanted, *(item["id"] for changed in edits.values() for item in changed)]
-    if missing := [name for name in names if name not in store.records]:
-        raise DataError(f"{folder}: no states of {len(missing)} of {len(names)} items, the first {missing[0]!r}; run --stage "
-                        "capture with the same flags")
+        qwen = fill_store(folder, list(wanted.values()), edits, spec, n_steps, args)
+    store = open_store(folder, [*wanted, *(item["id"] for changed in edits.values() for item in changed)])
     path = output / "metrics.json"
     kept = read_settings(output, path.name) if args.stage != "all" and path.is_file() else {}
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent, "steps": n_steps,

@@ -224,10 +224,9 @@ class Readers:
         self.tally, self.root, self.case, self.checkpoint = tally, root, root.parent, str(checkpoint)
         self.input, self.output = self.case / "in.jsonl", self.case / "out.jsonl"
         # loaded once: what is read of them is the same for every input
-        for script in (evaluate, probe, intervene):
-            script.load_processors = functools.cache(load_processors)
-        evaluate.load, train_sft.load_tools = functools.cache(load), functools.cache(load_tools)
-        self.qwen = load_tools(self.checkpoint)
+        evaluate.load_processors = probe.load_processors = functools.cache(load_processors)
+        intervene.load_tools = train_sft.load_tools = functools.cache(load_tools)
+        evaluate.load, self.qwen = functools.cache(load), load_tools(self.checkpoint)
         for preset in PRESETS.values():  # all families' markers are tokens: none of them may come from data
             add_tokens(self.qwen, preset.tokens)
         import utils.stage

@@ -11,7 +11,7 @@ from PIL import Image
 
 import probe
 from utils.candidates import REASONS, RULES, Candidate, fault_of
-from utils.derive import export, parse_args
+from utils.derive import View, export, look, parse_args
 from utils.items import region_in
 from utils.rows import DataError, read_rows, write_rows
 
@@ -82,6 +82,18 @@ def test_regions_are_cut_to_the_image():
     assert region_in({"id": "x", "region": [-5, 10, 40, 99]}, (30, 50)) == [0, 10, 30, 50]
     with pytest.raises(DataError, match="'x': region .* in an image of 30 x 50"):
         region_in({"id": "x", "region": [30, 0, 40, 9]}, (30, 50))
+
+
+def test_a_region_that_cannot_be_written_ends_the_run_and_is_no_bad_region(world):
+    args = parse_args(["--items", "i", "--image_root", str(world), "--output", str(world / "o.jsonl")])
+    (world / "o.jsonl.run").mkdir()
+    (world / "o.jsonl.run" / "regions").write_text("a file where the folder belongs")
+    with pytest.raises(DataError, match="regions.*make room"):
+        look([item(4, region=[30, 30, 60, 50])], None, args)
+    (world / "o.jsonl.run" / "regions").unlink()
+    good, bad = look([item(4, region=[30, 30, 60, 50]), item(5, region=[300, 0, 310, 9])], None, args)
+    assert isinstance(good, View) and bad.reason == "region" and "in an image of 120 x 90" in bad.detail
+    assert Image.open(good.paths[1]).format == "PNG" and not list((world / "o.jsonl.run" / "regions").glob("*.tmp"))
 
 
 def test_right_options_are_dealt_evenly(tmp_path):

@@ -2,10 +2,12 @@
 import csv
 
 import pytest
+from PIL import Image
 
 from utils.asking import first_difference, is_degenerate, stem_of
 from utils.effect_figures import draw_all
 from utils.effects import change_of_accuracy, change_of_score, lifts, summarize
+from utils.plots import legend, new_figure, write_figure
 from utils.stats import tango_ci
 
 
@@ -80,6 +82,30 @@ def test_figures_come_with_the_numbers_behind_them(tmp_path):
         assert (tmp_path / f"r.{name}.png").stat().st_size > 10_000
         with open(tmp_path / f"r.{name}.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) >= 5
+
+
+def test_a_figure_is_drawn_without_a_display_and_its_numbers_lie_beside_it(tmp_path):
+    figure, [[axes, other]] = new_figure(4, 2, 1, 2)
+    axes.plot([1, 2], [3, 4], label="a")
+    other.plot([1, 2], [4, 3], label="a")
+    legend(figure, (axes, other))
+    write_figure(figure, [{"x": 1, "y": 3}, {"x": 2, "y": 4, "more": 5}], tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (600, 300) and len(figure.legends[0].get_texts()) == 1
+    assert (tmp_path / "a.csv").read_bytes() == b"x,y\n1,3\n2,4\n" and len(list(tmp_path.iterdir())) == 2
+    write_figure(figure, [], tmp_path / "b.png")
+    assert (tmp_path / "b.csv").read_text() == "empty\n"
+
+
+def test_bars_of_many_conditions_are_drawn_as_large_as_those_of_few(tmp_path):
+    """A page shows a figure at the page's width: only its height may grow with the conditions."""
+    _, _, found = run()
+    sizes = []
+    for n in (4, 36):
+        conditions = {f"tau_{k}": found["conditions"]["tau"] for k in range(n)}
+        draw_all({**found, "conditions": conditions, "model": "m", "arm": "latent", "margin": 0.05, "margin_nll": 0.05},
+                 str(tmp_path / f"{n}"))
+        sizes.append(Image.open(tmp_path / f"{n}.accuracy.png").size)
+    assert sizes[0][0] == sizes[1][0] <= 1300 and sizes[1][1] > 3 * sizes[0][1]
 
 
 def test_fields_of_a_reply():

@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from imagining import make_picture, write_items
 from utils import qwen as Q
-from utils.asking import Asking
+from utils.asking import Asking, prompt_of
 from utils.cases import Known
 from utils.decode import Arm, decode, prefill
 from utils.effects import summarize
@@ -258,7 +258,7 @@ def follower(trained, tmp_path_factory):
 def test_every_site_through_the_batch_of_the_product(follower):
     qwen, items, images = follower
     asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
-    prompts = Q.encode(qwen, [asking.prompt(qwen.tokenizer, item, 1) for item in items], images)
+    prompts = Q.encode(qwen, [prompt_of(qwen.tokenizer, item, 1, asking) for item in items], images)
     known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True, with_slots=True)[0])
     names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t", "slot_swap_random", "slot_swap_blank",
              "slot_blank_x", "cut_latent", "cut_both"]

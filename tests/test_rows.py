@@ -63,6 +63,14 @@ def test_says_where_a_row_is_wrong(tmp_path, data, match):
         read_rows(write(tmp_path / "in.jsonl", data), FIELDS)
 
 
+@pytest.mark.parametrize("data", [b'{"id": "a"}\n["' + b"x" * 2**20, b'[{"id": "a"},\n["' + b"x" * 2**20 + b'"]]'])
+def test_a_row_too_long_is_told_by_its_length_and_nothing_is_read_behind_the_limit(tmp_path, data):
+    path = write(tmp_path / "in.jsonl", data)
+    with pytest.raises(DataError, match=r"in\.jsonl:2: a row of 1,048,5\d\d bytes"):
+        list(located_rows(path))
+    assert [row for _, row in located_rows(path, 1)] == [{"id": "a"}] and not list(located_rows(path, 0))
+
+
 def test_a_missing_file_names_the_stage_that_writes_it(tmp_path):
     with pytest.raises(DataError, match="no.jsonl: No such file or directory; stage 1 writes it"):
         read_rows(tmp_path / "no.jsonl", FIELDS, hint="stage 1 writes it")

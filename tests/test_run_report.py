@@ -115,7 +115,7 @@ def test_a_stage_that_was_not_run_is_said_to_be_missing(runs, tmp_path):
 
 
 @pytest.mark.parametrize("damage, match", [
-    (lambda text: text[:len(text) // 2], "damaged"), (lambda text: "[]", "of no stage"), (lambda text: "{}", "of no stage"),
+    (lambda text: text[:len(text) // 2], "damaged"), (lambda text: "[]", "list, expected an object"), (lambda text: "{}", "of no stage"),
     (lambda text: text.replace('"emission"', '"omission"'), "another version.*emission")])
 def test_a_damaged_metrics_file_is_named(runs, tmp_path, damage, match):
     folder = copied(runs, tmp_path / "some", "do z.jsonl.metrics.json", "results.jsonl.metrics.json")

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from utils.geometry import cka, retrieval, sensitivity, spectrum, variance_split
+from utils.geometry import cka, retrieval, spectrum, variance_split
 from utils.similarity import (FORMS, Bootstrap, Cell, Measure, PairBootstrap, adjust, apply, calibrate, correct, cosine_matrix,
                               draw_halves, pair_masks)
 
@@ -218,8 +218,14 @@ def test_without_an_effect_of_images_the_share_is_chance_and_the_p_uniform():
     assert np.mean(shares) == pytest.approx(4 / 19, abs=0.015)
 
 
+def test_a_ratio_of_means_is_computed_in_double_precision():
+    rng = np.random.default_rng(0)
+    above, below = rng.random((2, 50)).astype(np.float32)
+    assert Bootstrap(50).ratio(above, below) == Bootstrap(50).ratio(above.astype(float), below.astype(float))
+
+
 def test_sensitivity_is_the_ratio_of_mean_changes():
-    found = sensitivity([1.0, 3.0, 2.0], [4.0, 4.0, 4.0])
+    found = Bootstrap(3).ratio(np.array([1.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]))
     assert found["value"] == pytest.approx(0.5) and found["low"] >= 0.25 and found["high"] <= 0.75
     with pytest.raises(ValueError, match="lower sum is 0"):
-        sensitivity([1.0, 2.0], [0.0, 0.0])
+        Bootstrap(2).ratio(np.array([1.0, 2.0]), np.zeros(2))

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from utils.stats import wilson
-from utils.summary import headline, interval, is_right, mme_scores, own_scores, share, summarize
+from utils.summary import headline, is_right, mme_scores, own_scores, share, summarize, widest
 
 BASE = {"group_id": "g", "category": "c", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4, "extraction": {"rule": "phrase"},
         "n_options": 4, "compat": {}}
@@ -39,7 +39,7 @@ def test_groups_widen_the_interval():
     (low, high), (clustered_low, clustered_high) = found["ci95"], found["ci95_clustered"]
     assert clustered_high - clustered_low > 1.5 * (high - low)
     alike = share([BASE | {"verdict": ("correct", "incorrect")[n % 2], "group_id": str(n // 2)} for n in range(20)], is_right)
-    assert alike["ci95_clustered"] == (0.5, 0.5) and interval(alike) == tuple(alike["ci95"])  # never printed of no width
+    assert alike["ci95_clustered"] == (0.5, 0.5) and widest(alike) == tuple(alike["ci95"])  # never printed of no width
     assert "ci95_clustered" not in share([r | {"group_id": str(n)} for n, r in enumerate(records)], is_right)
 
 

@@ -41,8 +41,18 @@ class Asking:
         """Return the arm, its ids sampled where it does not choose them itself."""
         return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
 
-    def prompt(self, tokenizer, item: dict, n_images: int) -> str:
-        return chat(tokenizer, question_text(item, self.suffix), n_images, self.system)
+    def pieces(self, todo: list) -> list[list]:
+        """Return what is to be done in pieces of at most `rows`, each decoded side by side."""
+        return [todo[first:first + self.rows] for first in range(0, len(todo), self.rows)]
+
+
+def prompt_of(tokenizer, item: dict, n_images: int, asked: object, blind: bool = False) -> str:
+    """Return the prompt of an item, by `system` and `suffix` of `asked` (an Asking, or a script's flags).
+
+    `blind`: the item's images are kept back, so that nothing may mark where they stood.
+    """
+    text = question_text(item, asked.suffix)
+    return chat(tokenizer, text.replace("<image>", "") if blind else text, n_images, asked.system)
 
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
@@ -58,9 +68,8 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
     if kind == "masked":
         if not item.get("region"):
             return None
-        left, top, right, bottom = item["region"]  # pixels of the first image
         first = mine[0].copy()
-        first.paste(GREY, (left, top, right, bottom))
+        first.paste(GREY, tuple(item["region"]))
         return item, [first, *mine[1:]]
     n = len(items)
     others = [(place + k) % n for k in range(1, n)]
@@ -102,7 +111,7 @@ class Prompts:
         if kind not in self.read:
             found = {i: other for i in range(len(self.items))
                      if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [self.asking.prompt(self.qwen.tokenizer, item, len(images)) for item, images in found.values()]
+            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking) for item, images in found.values()]
             state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
             self.read[kind] = state, list(found)
         return self.read[kind]

@@ -10,23 +10,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.asking import prompt_of
 from utils.decode import Arm, Generation, LatentSpec, decode, prefill
 from utils.edits import CLOSE, find_spans
 from utils.families import latent_ids
 from utils.inputs import open_shown
-from utils.items import question_text
-from utils.qwen import Qwen, chat, encode, image_features
+from utils.qwen import Qwen, encode, image_features
 from utils.states import StateWriter, text_hash
 
 
 def batched(rows: list[dict], size: int, what: str) -> tqdm:
     return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
-
-
-def prompt_of(tokenizer, item: dict, n_images: int, args: argparse.Namespace) -> str:
-    """Return the prompt of an item, by --suffix and --system; one without images has no marks of where they stand."""
-    text = question_text(item, args.suffix)
-    return chat(tokenizer, text if n_images else text.replace("<image>", ""), n_images, args.system)
 
 
 def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace,

@@ -122,10 +122,10 @@ class Case:
             raise NotPossible("no_calibration")
         return self.known
 
-    def mean(self, step: int) -> torch.Tensor:
-        """Return the mean calibration latent of a position, [hidden]."""
-        known = self.calibrated()
-        return known.mu_t[min(step, len(known.mu_t) - 1)]
+    def means(self) -> Callable[[int], torch.Tensor]:
+        """Return what gives the mean calibration latent of a position, [hidden]; NotPossible now, not while decoding."""
+        mu_t = self.calibrated().mu_t
+        return lambda step: mu_t[min(step, len(mu_t) - 1)]
 
     def need_position(self, step: int) -> None:
         """Raise NotPossible unless a segment of the clean run has a latent at this position."""

@@ -7,8 +7,6 @@ from utils.rows import DataError, read_rows
 from utils.scoring import VERDICTS
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval, sign_flip
 
-N_PERM = 10000  # sign flips
-
 
 def read_results(path: str) -> list[dict]:
     """Read a result file of evaluate.py; DataError for a row whose verdict, benchmark or group is none."""
@@ -56,7 +54,7 @@ def difference(pairs: list[tuple[dict, dict]]) -> dict:
               "right_to_wrong": lost, "wrong_to_right": won}
     result["p"] = result["mcnemar_p"]
     if grouped:
-        result["p"] = sign_flip(changes, groups, N_PERM) if len(set(groups)) > 1 else None
+        result["p"] = sign_flip(changes, groups) if len(set(groups)) > 1 else None
     if 1 < len(set(groups)) < n:
         result["ci95_clustered"] = cluster_bootstrap(changes, groups, level=0.95)
     return result

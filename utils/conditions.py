@@ -142,8 +142,8 @@ def tau_first(case, number):
 @condition("fed")
 def mean_t(case, number):
     """The mean at each position: the position's mark stays."""
-    case.calibrated()
-    return fed(lambda z, segment, step: case.mean(step))
+    mean = case.means()
+    return fed(lambda z, segment, step: mean(step))
 
 
 @condition("fed")
@@ -215,16 +215,16 @@ def permute(case, number):
 def keep_one(case, number):
     """The position's mean everywhere but at position `number` (from 0)."""
     case.need_position(number)
-    case.calibrated()
-    return fed(lambda z, segment, step: z if step == number else case.mean(step))
+    mean = case.means()
+    return fed(lambda z, segment, step: z if step == number else mean(step))
 
 
 @condition("fed", default=0)
 def drop_one(case, number):
     """The position's mean at position `number` (from 0) alone."""
     case.need_position(number)
-    case.calibrated()
-    return fed(lambda z, segment, step: case.mean(step) if step == number else z)
+    mean = case.means()
+    return fed(lambda z, segment, step: mean(step) if step == number else z)
 
 
 @condition("fed", default=1)
@@ -249,9 +249,9 @@ def top_random(case, number):
 def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
     """Return the arm that feeds the position's mean but at the first `number` positions of each segment's ranking."""
     case.need_position(number)  # else all are kept
-    case.calibrated()
+    mean = case.means()
     kept = {(segment, step) for segment, steps in enumerate(ranked) for step in steps[:int(number)]}
-    return fed(lambda z, segment, step: z if (segment, step) in kept else case.mean(step))
+    return fed(lambda z, segment, step: z if (segment, step) in kept else mean(step))
 
 
 # ------------------------------------------------------------------------------------ donors, fed and in the slots

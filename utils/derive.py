@@ -27,7 +27,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.backends import ErrorRateError
 from utils.calls import Call, Caller, IncompleteError, ask
@@ -37,7 +39,7 @@ from utils.images import ImageError, Picture, open_image, open_picture
 from utils.items import ANSWER_TYPES, gold_words, read_items, region_in
 from utils.journal import read_settings
 from utils.replies import fill, load_prompts, object_schema
-from utils.rows import DataError, call_key, log, write_json, write_meta, write_rows
+from utils.rows import DataError, call_key, log, replace_file, write_json, write_meta, write_rows
 from utils.stage import add_call_flags, incomplete, open_backend, open_run, show_calls
 
 ATTRIBUTES = ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state", "other")
@@ -83,77 +85,96 @@ MARGIN = 0.25  # of the region's sides, shown around it
 
 
 # ------------------------------------------------------------------------------------ calls
-def shown(item: dict, hashes: list[str], args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the paths of what an item's calls show and what they stand for in keys: its images and, enlarged, its region.
+class View(NamedTuple):
+    """What an item's calls show: paths of its images and, enlarged, of its region; and what they stand for in keys."""
 
-    The region is written into the run's folder once. DataError for one that does not lie in the image.
-    """
+    paths: tuple[str, ...]
+    hashes: tuple[str, ...]
+
+
+NOTHING = View((), ())
+
+
+class Fault(NamedTuple):
+    """Why an item cannot be shown: a closed reason, and what it is in words."""
+
+    reason: str
+    detail: str
+
+
+def view_of(item: dict, hashes: list[str], args: argparse.Namespace) -> View | Fault:
+    """Return what an item's calls show; its region, if it lies in the image, is written into the run's folder once."""
     paths = [os.path.join(args.image_root, image["path"]) for image in item["images"]]
     if not item.get("region"):
-        return tuple(paths), tuple(hashes)
+        return View(tuple(paths), tuple(hashes))
     name = call_key(image=hashes[0], region=item["region"])
     path = Path(f"{args.output}.run", "regions", f"{name[:24]}.png")
     if not path.is_file() and not args.dry_run:
-        width, height = size = open_image(paths[0]).size
-        left, top, right, bottom = region_in(item, size)
-        x, y = (round(MARGIN * side) for side in (right - left, bottom - top))
-        box = max(left - x, 0), max(top - y, 0), min(right + x, width), min(bottom + y, height)
-        picture = open_picture(Picture(paths[0], box, min_pixels=LEAST_SHOWN))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        picture.save(beside, "PNG")
-        os.replace(beside, path)
-    return (*paths, str(path)), (*hashes, name)
+        size = open_image(paths[0]).size
+        try:
+            region = region_in(item, size)
+        except DataError as error:
+            return Fault("region", str(error))
+        picture = open_picture(Picture(paths[0], with_margin(region, size), min_pixels=LEAST_SHOWN))
+        replace_file(path, partial(picture.save, format="PNG"), "wb")
+    return View((*paths, str(path)), (*hashes, name))
 
 
-def look(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> list:
-    """Return, for every item, (paths, hashes) of what is shown, or (closed reason, detail) as a list where it cannot be."""
+def with_margin(region: list[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return a region with MARGIN around it, as far as the image of this (width, height) goes."""
+    left, top, right, bottom = region
+    x, y = (round(MARGIN * side) for side in (right - left, bottom - top))
+    return max(left - x, 0), max(top - y, 0), min(right + x, size[0]), min(bottom + y, size[1])
+
+
+def look(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> list[View | Fault]:
+    """Return what is shown of every item, or why it cannot be."""
     rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]), "steps": [],
              "images": [image["path"] for image in item["images"]]} for item in items]
-    found = []
+    found: list[View | Fault] = []
     for item, (reason, detail, hashes) in zip(items, check_rows(rows, args.image_root, lambda row: None,
                                                                 caller and caller.images)):
         try:
-            found.append([reason, detail] if reason else shown(item, hashes, args))
+            found.append(Fault(reason, detail) if reason else view_of(item, hashes, args))
         except ImageError as error:
-            found.append([error.reason, str(error)])
-        except DataError as error:
-            found.append(["region", str(error)])
+            found.append(Fault(error.reason, str(error)))
     return found
 
 
-def write_call(item: dict, paths: tuple[str, ...], hashes: tuple[str, ...], args, prompts: dict[str, str]) -> Call:
+def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
     """Return the call that writes the candidates of a source."""
     words, subject = ZOOMED if item.get("region") else WHOLE
     text = fill(prompts["WRITE"], shown=words, subject=subject, n=str(args.questions), attributes=", ".join(ATTRIBUTES),
                 question=item["question"].replace("<image>", "").strip(), answer=gold_words(item) or "not told")
-    return Call(item["id"], "write", -1, text, paths, hashes, SCHEMAS["write"])
+    return Call(item["id"], "write", -1, text, *view, SCHEMAS["write"])
 
 
-def answer_call(one: Candidate, kind: str, paths: tuple[str, ...], hashes: tuple[str, ...], args, prompts) -> Call:
+def answer_call(one: Candidate, kind: str, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
     """Return the call that answers a candidate, "answer" from the image and "blind" without."""
     options = "\n".join(f"{letter}. {text}" for letter, text in one.options(args.seed).items())
     text = fill(prompts[kind.upper()], question=one.question.strip(), options=options)
-    return Call(one.id, kind, -1, text, paths, hashes, SCHEMAS[kind])
+    return Call(one.id, kind, -1, text, *view, SCHEMAS[kind])
 
 
 def derive(items: list[dict], caller: Caller, answerer: Caller, args, prompts: dict[str, str]) -> list[Candidate]:
     """Return --questions candidates a source: a pure function of the items and of the replies in the journal."""
-    candidates = [Candidate(f"{item['id']}/probe/{n}", item) for item in items for n in range(args.questions)]
-    looked, n = look(items, caller, args), args.questions
-    sound = [i for i, found in enumerate(looked) if isinstance(found, tuple)]
-    for i, found in enumerate(looked):
-        if isinstance(found, list):
-            for one in candidates[i * n:(i + 1) * n]:
+    views: dict[str, View] = {}
+    by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)] for item in items}
+    for item, found in zip(items, look(items, caller, args)):
+        if isinstance(found, View):
+            views[item["id"]] = found
+        else:
+            for one in by_source[item["id"]]:
                 one.out("rule", *found)
-    written = ask(caller, [write_call(items[i], *looked[i], args, prompts) for i in sound], lambda call, value: None, "write")
-    for i, outcome in zip(sound, written):
-        take(candidates[i * n:(i + 1) * n], outcome)
-    apply_rules(candidates, {items[i]["id"]: looked[i][1][0] for i in sound})
-    views = {items[i]["id"]: looked[i] for i in sound}
+    sound = [item for item in items if item["id"] in views]
+    calls = [write_call(item, views[item["id"]], args, prompts) for item in sound]
+    for item, outcome in zip(sound, ask(caller, calls, lambda call, value: None, "write")):
+        take(by_source[item["id"]], outcome)
+    candidates = [one for mine in by_source.values() for one in mine]
+    apply_rules(candidates, {name: view.hashes[0] for name, view in views.items()})
     for kind in ("answer", "blind") if args.drop_blind else ("answer",):
         alive = [one for one in candidates if one.stage is None]
-        calls = [answer_call(one, kind, *(views[one.source["id"]] if kind == "answer" else ((), ())), args, prompts)
+        calls = [answer_call(one, kind, views[one.source["id"]] if kind == "answer" else NOTHING, args, prompts)
                  for one in alive]
         for one, outcome in zip(alive, ask(answerer, calls, lambda call, value: None, kind)):
             judge(one, kind, outcome, args.seed)
@@ -262,7 +283,7 @@ def run(args: argparse.Namespace) -> int:
     items = read_items(args.items, args.limit, tuple(ANSWER_TYPES))
     if args.dry_run:
         looked = look(items, None, args)
-        calls = [write_call(item, *found, args, prompts) for item, found in zip(items, looked) if isinstance(found, tuple)]
+        calls = [write_call(item, view, args, prompts) for item, view in zip(items, looked) if isinstance(view, View)]
         print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"]), "sources": len(items), "sound": len(calls),
                           "answers_at_most": len(calls) * args.questions * (1 + args.drop_blind)}))
         return 0

@@ -3,21 +3,17 @@
 accuracy   clean against intervened accuracy of every condition, follow rate beside it          (the paper's Fig. 2c, left)
 effects    forest of the changes in accuracy and in R0, margins as bands, verdicts as words     (new)
 mediation  TE and its parts at every site, both orders                                          (new)
-Colours are Okabe and Ito's, which the colour-blind tell apart; shape and place say the same in print.
 """
-import csv
-from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from utils.measures import swept
-from utils.rows import replace_file
+from utils.plots import BAND, BLUE, GREEN, GREY, ORANGE, SKY, YELLOW, legend, new_figure, tidy, write_figure
+from utils.stats import wilson
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 MARKS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN), "effect": ("o", BLUE),
          "inconclusive": ("o", GREY)}
 PARTS = {"TE": ("TE", GREY), "NIE": ("NIE (necessity)", BLUE), "NDE": ("NDE = TE - NIE", ORANGE),
-         "NIE0": ("NIE0 (sufficiency)", "#56B4E9"), "NDE1": ("NDE1 = TE - NIE0", "#F0E442")}
+         "NIE0": ("NIE0 (sufficiency)", SKY), "NDE1": ("NDE1 = TE - NIE0", YELLOW)}
 
 
 def draw_all(metrics: dict, output: str) -> None:
@@ -34,15 +30,7 @@ def save(figures: dict[str, tuple], output: str) -> None:
     """Write each (figure, rows of its CSV) that there is."""
     for name, (figure, rows) in figures.items():
         if figure is not None:
-            replace_file(f"{output}.{name}.png", partial(figure.savefig, format="png", dpi=150), "wb")
-            figure.clear()
-            replace_file(f"{output}.{name}.csv", partial(write_csv, rows))
-
-
-def write_csv(rows: list[dict], file: TextIO) -> None:
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+            write_figure(figure, rows, f"{output}.{name}.png")
 
 
 def title(metrics: dict) -> str:
@@ -51,54 +39,48 @@ def title(metrics: dict) -> str:
             "something")
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple:
-    """Return (figure, axes [columns]), without a display and without pyplot's state."""
-    import matplotlib  # here: importing a script must stay free of side effects
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+def height_of(shown: dict) -> float:
+    """Return the inches that so many conditions take, a line each: a page shrinks what is wide, not what is long."""
+    return 1.8 + 0.36 * len(shown)
 
 
-def legend(figure, panels, **more) -> None:
-    """Put one legend of all panels below them."""
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False, **more)
+def a_line_each(axes, shown: dict, named: bool = True) -> None:
+    """Give every condition a line, the first at the top; `named`: with its name and site on the left."""
+    names = [f"{name} ({entry['site']})" if named else "" for name, entry in shown.items()]
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    tidy(axes)
 
 
 def accuracy(metrics: dict, shown: dict) -> tuple:
-    from utils.stats import wilson
-    figure, (axes,) = new_figure(max(7.0, 0.75 * len(shown) + 2), 5)
+    figure, [[axes]] = new_figure(8, height_of(shown))
     rows = []
-    for x, (name, entry) in enumerate(shown.items()):
+    for y, (name, entry) in enumerate(shown.items()):
         effect = entry["effect"]
         bars = [("clean", effect["acc_clean"], GREY), ("intervened", effect["acc_int"], BLUE)]
         if entry.get("follow"):
             bars.append(("follows the edit", entry["follow"]["share"], ORANGE))
         for j, (label, share, color) in enumerate(bars):
             low, high = wilson(round(share * effect["n"]), effect["n"])
-            axes.bar(x + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label, capsize=2,
-                     yerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
+            axes.barh(y + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label, capsize=2,
+                      xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
             rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label, "share": share,
                          "ci95_low": low, "ci95_high": high})
     legend(figure, [axes])
-    many = len(shown) > 6
-    axes.set_xticks(range(len(shown)), [f"{name}\n({entry['site']})" for name, entry in shown.items()],
-                    rotation=45 if many else 0, ha="right" if many else "center", fontsize=8)
-    axes.set(ylim=(0, 105), ylabel="share of items, %")
+    a_line_each(axes, shown)
+    axes.set(xlim=(0, 105), xlabel="share of items, %")
     axes.set_title(f"{title(metrics)}\nbars with 95 % intervals", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, rows
 
 
 def effects(metrics: dict, shown: dict) -> tuple:
     """Forest: 90 % intervals thick (the equivalence test's), 95 % thin; the margin is the band."""
-    figure, both = new_figure(11, 1.8 + 0.33 * len(shown), 2)
+    figure, [both] = new_figure(11, height_of(shown), 1, 2)
     rows = []
     panels = (("change in accuracy, points", 100, metrics["margin"], lambda entry: entry["effect"], "delta"),
               ("change in R0 negative log-likelihood, nats", 1, metrics["margin_nll"], lambda entry: entry["r0"], "delta_nll"))
     for axes, (label, unit, margin, part, value) in zip(both, panels):
-        axes.axvspan(-unit * margin, unit * margin, color="#dddddd", zorder=0)
+        axes.axvspan(-unit * margin, unit * margin, color=BAND, zorder=0)
         axes.axvline(0, color="black", linewidth=0.8)
         for y, (name, entry) in enumerate(shown.items()):
             if not (found := part(entry)):
@@ -113,10 +95,8 @@ def effects(metrics: dict, shown: dict) -> tuple:
                          "change": found[value], "ci90_low": found["ci90"][0], "ci90_high": found["ci90"][1],
                          "ci95_low": found["ci95"][0], "ci95_high": found["ci95"][1], "margin": margin,
                          "verdict": found["verdict"]})
-        names = [f"{name} ({entry['site']})" if axes is both[0] else "" for name, entry in shown.items()]
-        axes.set_yticks(range(len(shown)), names, fontsize=8)
-        axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
+        a_line_each(axes, shown, named=axes is both[0])
+        axes.set_xlabel(label)
     figure.suptitle(f"{title(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin", fontsize=10)
     return figure, rows
 
@@ -125,7 +105,7 @@ def mediation(metrics: dict, shown: dict) -> tuple:
     sites = {site: parts["r0"] for site, parts in metrics["mediation"].items() if parts["r0"]}
     if not sites:
         return None, []
-    figure, (axes,) = new_figure(8, 4.5)
+    figure, [[axes]] = new_figure(8, 4.5)
     rows, width = [], 0.8 / 5
     for x, (site, found) in enumerate(sites.items()):
         for j, (name, (label, color)) in enumerate(PARTS.items()):
@@ -143,5 +123,5 @@ def mediation(metrics: dict, shown: dict) -> tuple:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("log-probability of the right option, nats")
     axes.set_title(f"{title(metrics)}\nagainst a blank image, 95 % intervals", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return figure, rows

@@ -1,50 +1,29 @@
-"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. matplotlib is imported by the functions.
-
-Colours are Okabe and Ito's (2008), which people with colour-blind eyes tell apart; raw is always drawn beside corrected.
-"""
-import csv
+"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. Raw is always drawn beside corrected."""
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.rows import replace_file
+from utils.plots import BLUE, DARK_GREY, GREEN, ORANGE, PINK, VERMILION, legend, new_figure, tidy, write_figure
 from utils.similarity import FORMS
 
-COLORS = {"imagination": "#0072b2", "text": "#d55e00", "image": "#009e73", "inner": "#cc79a7", "dummy_pad": "#7f7f7f",
-          "fed": "#56b4e9", "start": "#e69f00"}
-NAMES = {"imagination": "imagination", "text": "text after it", "image": "image tokens", "inner": "inner layer",
-         "dummy_pad": "pads fed instead", "fed": "fed", "start": "start"}
-MARKS = {"imagination": "o", "text": "s", "image": "^", "inner": "D", "dummy_pad": "x", "fed": "v", "start": "P"}
-SIZES = {"imagination": 3.5, "image": 8}  # lines that coincide stay visible: small marks on top of large ones
+
+class Look(NamedTuple):
+    """How a kind of states is drawn; lines that coincide stay visible, as small marks lie on top of large ones."""
+
+    name: str
+    color: str
+    mark: str
+    size: float = 5
 
 
-def new_axes(n_rows: int, n_columns: int, width: float, height: float, **more):
-    """Return (figure, axes [n_rows, n_columns]) drawn without a display."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot.subplots(n_rows, n_columns, figsize=(width, height), squeeze=False, layout="constrained", **more)
+LOOKS = {"imagination": Look("imagination", BLUE, "o", 3.5), "text": Look("text after it", VERMILION, "s"),
+         "image": Look("image tokens", GREEN, "^", 8), "inner": Look("inner layer", PINK, "D"),
+         "dummy_pad": Look("pads fed instead", DARK_GREY, "x"), "start": Look("start", ORANGE, "P")}
 
 
 def finish(figure, path: Path, rows: list[dict]) -> None:
-    """Write the PNG and, beside it, the CSV of its numbers."""
-    from matplotlib import pyplot
-    # "tight": a label beside an image may lie outside
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"), "wb")
-    pyplot.close(figure)
-
-    def write(file: TextIO) -> None:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-    replace_file(path.with_suffix(".csv"), write)
-
-
-def tidy(ax) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    write_figure(figure, rows, path, line_end="\r\n", bbox_inches="tight")  # a label beside an image may lie outside
 
 
 def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray,
@@ -54,9 +33,9 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
     matrices[(kind, form, step)] = (places [m] in `tasks`, cosines [m, m]). Instances are ordered by task, with a line
     between tasks and their names on the left.
     """
-    rows = [(kind, form) for kind in COLORS for form in ("raw", "centred") if (kind, form, 0) in matrices]
+    rows = [(kind, form) for kind in LOOKS for form in ("raw", "centred") if (kind, form, 0) in matrices]
     n_steps = 1 + max(step for _, _, step in matrices)
-    figure, axes = new_axes(len(rows), n_steps, 1.35 * n_steps + 1.6, 1.35 * len(rows) + 0.8)
+    figure, axes = new_figure(1.35 * n_steps + 1.6, 1.35 * len(rows) + 0.8, len(rows), n_steps)
     numbers, shown = [], None
     for panel, (kind, form) in zip(axes, rows):
         for step, ax in enumerate(panel):
@@ -73,7 +52,7 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
                 ax.axvline(edge - 0.5, color="black", linewidth=0.6)
             if step == 0:
                 ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:18] for name in names], fontsize=6)
-                ax.set_ylabel(f"{NAMES[kind]}\n{form}", fontsize=8)
+                ax.set_ylabel(f"{LOOKS[kind].name}\n{form}", fontsize=8)
             one, two = np.triu_indices(len(who), 1)
             numbers += [{"kind": kind, "form": form, "step": step + 1, "instance": int(who[i]), "other": int(who[j]),
                          "cosine": f"{matrix[i, j]:.4f}"} for i, j in zip(one, two)]
@@ -91,25 +70,24 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
               "first": "one instance, step 1 to t"}
     rows = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all" and row["measure"] in titles]
     forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
-    figure, axes = new_axes(len(forms), 3, 12.5, 2.7 * len(forms) + 0.8, sharey=True)
+    figure, axes = new_figure(12.5, 2.7 * len(forms) + 0.8, len(forms), 3, sharey=True)
     for form, panel in zip(forms, axes):
         for ax, (measure, title) in zip(panel, titles.items()):
-            for kind in reversed(COLORS):
+            for kind, look in reversed(LOOKS.items()):
                 points = [row for row in rows if (row["kind"], row["form"], row["measure"]) == (kind, form, measure)]
                 if not points:
                     continue
                 x = [row["step"] + 1 for row in points]
-                ax.plot(x, [row["value"] for row in points], marker=MARKS[kind], color=COLORS[kind],
-                        markersize=SIZES.get(kind, 5), label=NAMES[kind])
+                ax.plot(x, [row["value"] for row in points], marker=look.mark, color=look.color, markersize=look.size,
+                        label=look.name)
                 ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.12,
-                                color=COLORS[kind], linewidth=0)
+                                color=look.color, linewidth=0)
             ax.axhline(0, color="black", linewidth=0.5)
             ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "",
                    title=title if form == forms[0] else "")
-            tidy(ax)
+            tidy(ax, whole=True)
         panel[0].set_ylabel(f"{form}\nmean cosine ({100 * level:.3g} %)")
-    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels())))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(handles), frameon=False)
+    legend(figure, axes[0][:1])
     finish(figure, path, rows)
 
 
@@ -119,11 +97,11 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
              "other": "another\nimage's", "mean": "mean", "random": "noise", "cut": "cut:\nown",
              "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
     shown = [name for name in names if name in probing["conditions"]]
-    figure, [[ax]] = new_axes(1, 1, 1.05 * len(shown) + 2, 4.6)
+    figure, [[ax]] = new_figure(1.05 * len(shown) + 2, 4.6)
     rows = []
     for x, name in enumerate(shown):
         entry = probing["conditions"][name]
-        for offset, readout, part, color in ((-0.2, "parsed", entry, "#0072b2"), (0.2, "R0", entry["r0"], "#e69f00")):
+        for offset, readout, part, color in ((-0.2, "parsed", entry, BLUE), (0.2, "R0", entry["r0"], ORANGE)):
             if part is None:
                 continue
             ends = [[100 * abs(end - part["accuracy"])] for end in part["ci"]]
@@ -138,7 +116,7 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
     ax.set(ylim=(0, 118), ylabel=f"accuracy, % ({100 * level:.3g} % interval)",
            xlabel="given beside the question (share parsed)", title=f"{probing['n']} questions about what was imagined")
     ax.set_yticks(range(0, 101, 20))
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     ax.legend(frameon=False, loc="upper center", ncol=3, fontsize=8)
     finish(figure, path, rows)
 
@@ -150,7 +128,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
     rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all" and row["measure"] in ("inter", "decode")]
     panels = [panel for panel in panels if any((row["measure"], row["form"]) == panel[1:] for row in rows)]
     n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))
-    figure, axes = new_axes(1, len(panels), 4.2 * len(panels), 0.16 * n_layers + 2.6)
+    figure, axes = new_figure(4.2 * len(panels), 0.16 * n_layers + 2.6, 1, len(panels))
     for ax, (title, measure, form) in zip(axes[0], panels):
         grid = np.full((n_layers, n_steps), np.nan)
         for row in rows:
@@ -159,7 +137,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
         shown = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower", interpolation="nearest",
                           extent=(0.5, n_steps + 0.5, 0.5, n_layers + 0.5))
         ax.set(title=title, xlabel="step")
-        tidy(ax)
+        tidy(ax, whole=True)
         ax.yaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("input of layer")
     figure.colorbar(shown, ax=axes, shrink=0.8)
@@ -171,17 +149,16 @@ def draw_spectra(rows: list[dict], path: Path) -> None:
     rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1
             and row["participation_ratio"] is not None]
     panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank", "top1": "share of the largest"}
-    figure, axes = new_axes(1, 3, 12.5, 3.9)
+    figure, axes = new_figure(12.5, 3.9, 1, 3)
     for ax, (name, title) in zip(axes[0], panels.items()):
-        for kind in COLORS:
+        for kind, look in LOOKS.items():
             points = [row for row in rows if row["kind"] == kind]
             if points:
-                ax.plot([row["step"] + 1 for row in points], [row[name] for row in points], marker=MARKS[kind],
-                        markersize=SIZES.get(kind, 5), color=COLORS[kind], label=NAMES[kind])
+                ax.plot([row["step"] + 1 for row in points], [row[name] for row in points], marker=look.mark,
+                        markersize=look.size, color=look.color, label=look.name)
         ax.set(title=title, xlabel="step", ylim=(0, 1.05) if name == "top1" else (0, None))
-        tidy(ax)
+        tidy(ax, whole=True)
     sizes = sorted({row["n"] for row in rows})
     figure.suptitle(f"Spectrum over instances (n = {', '.join(map(str, sizes))}; at most n - 1)", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=max(len(labels), 1), frameon=False)
+    legend(figure, axes[0][:1])
     finish(figure, path, rows)

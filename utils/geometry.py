@@ -1,13 +1,9 @@
-"""What a set of states spans and tells, beyond cosines: spectrum, CKA, retrieval, crossed variance, sensitivity. numpy only.
+"""What a set of states spans and tells, beyond cosines: spectrum, CKA, retrieval, crossed variance. numpy only.
 
 All of it works on [n, n] products, so that d may be large. The spectrum has no bootstrap interval: drawing an instance twice
 lowers every rank.
 """
-from collections.abc import Sequence
-
 import numpy as np
-
-from utils.similarity import N_BOOT, Bootstrap
 
 SHARES = (0.90, 0.95, 0.99)
 
@@ -96,11 +92,3 @@ def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dic
         k = sum(between_rows(rng.permuted(index, axis=0)) >= own * (1 - 1e-12) for _ in range(n_perm))
         result |= {name: own / total, f"{name}_chance": (len(index) - 1) / (size - 1), f"{name}_p": (1 + k) / (1 + n_perm)}
     return result | {"interaction": 1 - result["image"] - result["question"]}
-
-
-def sensitivity(changes: Sequence[float], reference: Sequence[float], level: float = 0.95, n_boot: int = N_BOOT,
-                seed: int = 0) -> dict:
-    """Return E|Z(x) - Z(x')| / E|h(x) - h(x')|, with an interval over instances: how much of what a do(X) does to the
-    reference states it does to Z. With changes under a relevant and under an irrelevant edit it is the selectivity."""
-    above, below = np.asarray(changes, dtype=float), np.asarray(reference, dtype=float)
-    return Bootstrap(len(above), level, n_boot, seed).ratio(above, below)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from utils.asking import GREY
-from utils.geometry import sensitivity, variance_split
+from utils.geometry import variance_split
 from utils.items import open_images, region_in
 from utils.similarity import N_BOOT, Bootstrap
 from utils.states import States
@@ -154,7 +154,7 @@ def selectivity(relevant: dict, irrelevant: dict, args: argparse.Namespace) -> t
 
 def ratio(above: np.ndarray, below: np.ndarray, args: argparse.Namespace) -> dict | None:
     """Return the ratio of two means with its interval over samples, or None if the lower is 0."""
-    return sensitivity(above, below, args.level, N_BOOT, args.seed) if below.sum() > 0 else None
+    return Bootstrap(len(above), args.level, N_BOOT, args.seed).ratio(above, below) if below.sum() > 0 else None
 
 
 # ------------------------------------------------------------------------------------ images crossed with questions

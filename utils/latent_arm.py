@@ -28,22 +28,22 @@ class LatentBatch:
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
         self.donor_runs: dict[str, dict[int, Generation]] = {}
         self.clean: list[tuple[Generation, dict | None]] = []
-        self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items), slots=True)
+        self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items))
         self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
 
-    def decode(self, kind: str, places: list[int], arms: list[Arm], slots: bool = False,
-               max_new_tokens: int | None = None) -> list[tuple[Generation, dict | None]]:
+    def decode(self, kind: str, places: list[int], arms: list[Arm],
+               at_most: int | None = None) -> list[tuple[Generation, dict | None]]:
         """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores (None without a
-        segment)."""
+        segment). `at_most`: no more new ids than this, and no scores."""
         state, having = self.prompts[kind]
         done = []
-        for first in range(0, len(places), self.asking.rows):
-            its, their = places[first:first + self.asking.rows], arms[first:first + self.asking.rows]
+        for some in self.asking.pieces(list(zip(places, arms))):
+            its = [i for i, _ in some]
             begun = state.take([having.index(i) for i in its])
-            their = [self.asking.arm(self.items[i], arm) for i, arm in zip(its, their)]
-            rows, end = decode(self.qwen, begun, max_new_tokens or self.asking.max_new_tokens, self.spec, their, capture=True,
-                               with_slots=slots)
-            done += zip(rows, self.read(begun, end, rows, its) if max_new_tokens is None else [None] * len(rows))
+            their = [self.asking.arm(self.items[i], arm) for i, arm in some]
+            rows, end = decode(self.qwen, begun, at_most or self.asking.max_new_tokens, self.spec, their, capture=True,
+                               with_slots=True)
+            done += zip(rows, self.read(begun, end, rows, its) if at_most is None else [None] * len(rows))
         return done
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
@@ -95,7 +95,7 @@ class LatentBatch:
             places = [i for i in self.prompts[kind][1] if i in self.emitters]
             longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1  # read the last latent too
             arms = [echo(self.clean[i][0], likeliest) for i in places]
-            runs = self.decode(kind, places, arms, True, longest) if places else []
+            runs = self.decode(kind, places, arms, longest) if places else []
             self.donor_runs[kind] = {i: row for i, (row, _) in zip(places, runs)}
         return self.donor_runs[kind]
 
@@ -120,7 +120,7 @@ class LatentBatch:
                     result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,
                                        "reason": str(fault)}
         for kind, its in todo.items():
-            runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its], slots=True)
+            runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its])
             for (name, one, i, _), (row, scores) in zip(its, runs):
                 result[i][name] = self.describe(i, row, scores, one)
         return result

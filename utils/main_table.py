@@ -8,8 +8,9 @@ from pathlib import Path
 
 from utils.comparison import read_results
 from utils.rows import DataError, check_fields, load_object
+from utils.run_report import interval, percent, table_lines
 from utils.scores import macro, micro
-from utils.summary import interval
+from utils.summary import widest
 
 # benchmark -> heading, in the order of the paper's tables
 COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_realworld_lite": "MME-RW-Lite",
@@ -17,6 +18,7 @@ COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_rea
            "tablevqa/vwtq_syn": "VWTQ-Syn", "tablevqa/vtabfact": "VTabFact"}
 TABLES = tuple(name for name in COLUMNS if name.startswith("tablevqa/"))
 OVERALL = "TableVQA"  # the paper's overall is the macro mean of the three
+DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds an item", "tokens an item", "protocol"]
 SAME = {"vstar_inline": "vstar"}  # the same questions from another file
 # CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None where it has no number
 _NONE = (None, None, None, None)
@@ -94,15 +96,13 @@ def make_table(texts: list[str]) -> str:
                                 "once, or another NAME=")
             row[benchmark] = found | {"score": micro({benchmark: found["hits"]})}
     head = [*COLUMNS.values(), OVERALL]
-    lines = ["Accuracy in %, strict or with the judge named below; in brackets the paper's.", "",
-             f"| model | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    scores = []
     for name, found in rows.items():
         paper = PAPER.get(name, (None,) * len(head))
         cells = [cell(found.get(benchmark), number) for benchmark, number in zip(COLUMNS, paper)]
-        lines.append(f"| {name} | {' | '.join([*cells, cell(overall(found), paper[-1])])} |")
-    lines += ["", "| row | benchmark | n | 95 % interval | chance | seconds an item | tokens an item | protocol |",
-              "|---" * 8 + "|"]
-    return "\n".join([*lines, *(detail(result) for result in results)]) + "\n"
+        scores.append([name, *cells, cell(overall(found), paper[-1])])
+    return "\n".join(["Accuracy in %, strict or with the judge named below; in brackets the paper's.", "",
+                      *table_lines(["model", *head], scores), "", *table_lines(DETAILS, list(map(details, results)))]) + "\n"
 
 
 def overall(found: dict[str, dict]) -> dict | None:
@@ -113,13 +113,10 @@ def overall(found: dict[str, dict]) -> dict | None:
             "score": macro({name: found[name]["hits"] for name in TABLES})}
 
 
-def detail(result: dict) -> str:
-    """Return the line that says what a row of the table was made of."""
+def details(result: dict) -> list[str]:
+    """Return what a row of the table was made of, the cells of DETAILS."""
     metrics, spent = result["metrics"], result["metrics"]["efficiency"]
     scored = metrics.get("with_judge") or metrics
-    low, high = interval(scored) if scored["ci95"] else (0.0, 0.0)
-    shown = f"{100 * low:.1f} to {100 * high:.1f}" if scored["ci95"] else "-"
-    chance = metrics.get("chance")
-    return (f"| {result['row']} | {', '.join(map(str, result['scores']))} | {metrics['n']} | {shown} | "
-            f"{'-' if chance is None else format(100 * chance, '.1f')} | {spent['seconds_per_item']} | "
-            f"{spent['tokens_per_item']} | {metrics['protocol']['line']} |")
+    return [result["row"], ", ".join(map(str, result["scores"])), str(metrics["n"]),
+            interval(widest(scored) if scored["ci95"] else None), percent(metrics.get("chance")),
+            str(spent["seconds_per_item"]), str(spent["tokens_per_item"]), metrics["protocol"]["line"]]

@@ -9,9 +9,9 @@ early      share of answers already those of the whole reply, by how much of the
 import numpy as np
 
 from utils.conditions import find_condition
-from utils.effect_figures import BLUE, GREEN, GREY, ORANGE, legend, new_figure, save, title
+from utils.effect_figures import save, title
+from utils.plots import BAND, BLUE, GREEN, GREY, ORANGE, PINK, legend, new_figure, tidy
 
-PINK = "#CC79A7"
 LINES = {"keep_one": ("only this position kept", "o", BLUE), "drop_one": ("only this position replaced", "s", ORANGE),
          "top_k": ("most attended", "D", GREEN), "top_random": ("random ranking", "x", GREY),
          "mix": ("(1 - dose) z + dose tau", "o", BLUE), "add_noise": ("z + dose rms(z) noise", "s", ORANGE)}
@@ -41,7 +41,7 @@ def effect_map(metrics: dict, swept: dict) -> tuple:
     grid = np.full((len(layers), len(steps)), np.nan)
     for (its_steps, its_layers), found in cells.items():
         grid[layers.index(its_layers), steps.index(its_steps)] = found["delta_nll"]
-    figure, (axes,) = new_figure(max(6.0, 0.75 * len(steps) + 3), max(3.6, 0.45 * len(layers) + 1.9))
+    figure, [[axes]] = new_figure(max(6.0, 0.75 * len(steps) + 3), max(3.6, 0.45 * len(layers) + 1.9))
     bound = max(float(np.nanmax(np.abs(grid))), metrics["margin_nll"])  # what is within the margin stays pale
     shown = axes.imshow(grid, vmin=-bound, vmax=bound, cmap="RdBu_r", aspect="auto", origin="lower")
     for (its_steps, its_layers), found in cells.items():
@@ -84,52 +84,51 @@ def curve(axes, points: dict, name: str, looks: tuple[str, str, str]) -> list[di
     return [{"curve": name, "x": at, **row_of(points[at])} for at in x]
 
 
-def finish(axes, margin: float, **labels) -> None:
-    axes.axhspan(-margin, margin, color="#dddddd", zorder=0, label="margin")
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(**labels)
-    axes.spines[["top", "right"]].set_visible(False)
+def curves_beside(metrics: dict, *panels: tuple[str, dict[str, dict]]) -> tuple:
+    """Return (figure, axes, rows of the CSV) of two panels, (label of x, {condition: points}), with the margin as a band."""
+    figure, [both] = new_figure(11, 4.2, 1, 2)
+    rows = []
+    for axes, (label, curves) in zip(both, panels, strict=True):
+        for name, points in curves.items():
+            rows += curve(axes, points, name, LINES[name]) if points else []
+        axes.axhspan(-metrics["margin_nll"], metrics["margin_nll"], color=BAND, zorder=0, label="margin")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel=label, ylabel=CHANGE)
+        tidy(axes)
+    return figure, both, rows
 
 
-def numbered(swept: dict, name: str, shift: int = 0, **both_ends: tuple[str, float]) -> dict:
-    """Return {number + shift: effect} of a swept condition, with what stands at the ends of its curve."""
+def numbered(swept: dict, name: str, *both_ends: tuple[str, float], shift: int = 0) -> dict:
+    """Return {number + shift: effect} of a swept condition, with the (condition, x) that stand at the ends of its curve."""
     points = {number + shift: found for number, found in swept.get(name, {}).items() if number is not None}
-    for other, at in both_ends.values():
+    for other, at in both_ends:
         if points and None in swept.get(other, {}):
             points.setdefault(at, swept[other][None])
     return points
 
 
 def positions(metrics: dict, swept: dict) -> tuple:
-    kept = {name: numbered(swept, name, 1) for name in ("keep_one", "drop_one")}
+    kept = {name: numbered(swept, name, shift=1) for name in ("keep_one", "drop_one")}
     size = metrics["latent_size"]
-    ranked = {name: numbered(swept, name, low=("mean_t", 0), high=("identity", size)) for name in ("top_k", "top_random")}
+    ranked = {name: numbered(swept, name, ("mean_t", 0), ("identity", size)) for name in ("top_k", "top_random")}
     if max(len(points) for points in (*kept.values(), *ranked.values())) < 2:
         return None, []
-    figure, both = new_figure(11, 4.2, 2)
-    rows = []
-    for axes, curves, label in ((both[0], kept, "position"), (both[1], ranked, "latents kept of a segment, k")):
-        for name, points in curves.items():
-            rows += curve(axes, points, name, LINES[name]) if points else []
-        finish(axes, metrics["margin_nll"], xlabel=label, ylabel=CHANGE)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure, both, rows = curves_beside(metrics, ("position", kept), ("latents kept of a segment, k", ranked))
+    for axes in both:
+        tidy(axes, whole=True)
     legend(figure, both)
     figure.suptitle(f"{title(metrics)}\nother latents replaced by their position's mean; 95 % intervals", fontsize=10)
     return figure, rows
 
 
 def doses(metrics: dict, swept: dict) -> tuple:
-    curves = {"mix": numbered(swept, "mix", low=("identity", 0)), "add_noise": numbered(swept, "add_noise")}
-    if max(map(len, curves.values())) < 2:
+    mixed, noisy = numbered(swept, "mix", ("identity", 0)), numbered(swept, "add_noise")
+    if max(len(mixed), len(noisy)) < 2:
         return None, []
-    figure, both = new_figure(11, 4.2, 2)
-    rows = []
-    for axes, (name, points) in zip(both, curves.items()):
-        rows += curve(axes, points, name, LINES[name]) if points else []
-        finish(axes, metrics["margin_nll"], xlabel="dose", ylabel=CHANGE)
-    if curves["add_noise"]:
+    figure, both, rows = curves_beside(metrics, ("dose", {"mix": mixed}), ("dose", {"add_noise": noisy}))
+    if noisy:
         both[1].set_xscale("log")
-        both[1].set_xticks(sorted(curves["add_noise"]), [f"{dose:g}" for dose in sorted(curves["add_noise"])])
+        both[1].set_xticks(sorted(noisy), [f"{dose:g}" for dose in sorted(noisy)])
         both[1].minorticks_off()
     legend(figure, both)
     figure.suptitle(f"{title(metrics)}\n95 % intervals", fontsize=10)
@@ -140,7 +139,7 @@ def attention(metrics: dict) -> tuple:
     found = metrics["attention"]
     if not found:
         return None, []
-    figure, both = new_figure(11, 4.4, 2)
+    figure, [both] = new_figure(11, 4.4, 1, 2)
     rows = []
     for name, (label, mark, color) in LOOKS.items():
         mean = np.array([at["mean"] for at in found["mass"][name]])
@@ -161,8 +160,7 @@ def attention(metrics: dict) -> tuple:
     both[1].yaxis.set_major_formatter("{x:g}")
     both[1].yaxis.set_minor_formatter("{x:g}")
     for axes in both:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        tidy(axes, whole=True)
     legend(figure, both)
     figure.suptitle(f"{title(metrics)}\nwhere the answer's stem looks (mass is not use); 95 % intervals; dotted: even "
                     "attention", fontsize=10)
@@ -173,7 +171,7 @@ def early(metrics: dict) -> tuple:
     found = metrics["early_answering"]
     if not found:
         return None, []
-    figure, (axes,) = new_figure(6.5, 4.4)
+    figure, [[axes]] = new_figure(6.5, 4.4)
     rows = []
     for readout, label, mark, size, color in (("r2", "reply, parsed", "o", 10, BLUE),
                                               ("r0", "likeliest option (R0)", "s", 5, ORANGE)):  # small on large, if they meet
@@ -186,7 +184,7 @@ def early(metrics: dict) -> tuple:
         rows += [{"readout": readout, "n": found["n"], "kept": point["kept"], "same": point["same"],
                   "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": part["aoc"]} for point in part["curve"]]
     axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     axes.set_title(f"{title(metrics)}\n{found['n']} items, 95 % intervals", fontsize=9)
     return figure, rows

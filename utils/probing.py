@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from utils.answers import extract_choice
-from utils.capture import batched, find_steps, prompt_of
+from utils.asking import prompt_of
+from utils.capture import batched, find_steps
 from utils.cases import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
@@ -149,7 +150,8 @@ class Prober:
         spec, latents = self.spec, None
         shows = name in ("image", "image_own")
         images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]] for p in batch)]
-        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args) for probe, pictures in zip(batch, images)]
+        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args, blind=not shows)
+                   for probe, pictures in zip(batch, images)]
         before = [[] for _ in batch]
         if name not in ("image", "text_only"):
             if spec:
@@ -185,7 +187,7 @@ class Prober:
             qwen.tokenizer(CLOSE, add_special_tokens=False).input_ids
         blocks = []
         for i in able:
-            whole = prompt_of(qwen.tokenizer, batch[i], 0, args)
+            whole = prompt_of(qwen.tokenizer, batch[i], 0, args, blind=True)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
             blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
         return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able

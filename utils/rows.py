@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -104,18 +105,15 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
     `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not one, or that has
-    more than `longest` bytes.
+    more than `longest` bytes; rows behind the first `limit` are not looked at.
     """
     try:
         with open(path, "rb") as file:
             begin = file.read(4096).removeprefix(BOM).lstrip()[:1]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}{f'; {hint}' if hint else ''}") from error
-    for n, (line, row, size) in enumerate((parse_list if begin == b"[" else parse_lines)(str(path))):
-        if limit is not None and n >= limit:
-            return
-        if size > longest:
-            raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected {longest:,} at most, take it out")
+    parsed = (parse_list if begin == b"[" else parse_lines)(str(path), longest)
+    for line, row in islice(parsed, None if limit is None else max(limit, 0)):
         if not isinstance(row, dict):
             raise DataError(f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
         yield f"{path}:{line}", row
@@ -145,23 +143,29 @@ def fault_of(error: ValueError | RecursionError) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def parse_lines(path: str) -> Iterator[tuple[int, object, int]]:
-    """Yield (line number, value, bytes) for every line that is not blank."""
+def check_length(path: str, line: int, size: int, longest: int) -> None:
+    if size > longest:
+        raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected {longest:,} at most, take it out")
+
+
+def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) for every line that is not blank."""
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             text = text.removeprefix(BOM) if line == 1 else text
             if text.strip():
+                check_length(path, line, len(text), longest)
                 try:
                     value = json.loads(decode_text(path, line, text.removesuffix(b"\n")))
                 except DataError:
                     raise
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{line}: not JSON ({fault_of(error)}); expected one object a line") from error
-                yield line, value, len(text)
+                yield line, value
 
 
-def parse_list(path: str) -> Iterator[tuple[int, object, int]]:
-    """Yield (line number, value, characters) for every item of a JSON list that fills the file."""
+def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) for every item of a JSON list that fills the file."""
     text = decode_text(path, 1, Path(path).read_bytes().removeprefix(BOM))
     try:
         items = json.loads(text)
@@ -174,7 +178,8 @@ def parse_list(path: str) -> Iterator[tuple[int, object, int]]:
             place += 1
         line, counted = line + text.count("\n", counted, place), place
         end = decoder.raw_decode(text, place)[1]
-        yield line, item, end - place
+        check_length(path, line, end - place, longest)
+        yield line, item
         place = end
 
 

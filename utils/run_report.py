@@ -5,14 +5,13 @@ Outputs are found by their metrics (`<output>.metrics.json`, and `<folder>/metri
 """
 import base64
 import html
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 from utils.measures import swept
-from utils.rows import DataError, replace_file
+from utils.rows import DataError, load_object, replace_file
 
 STAGES = ("evaluate", "intervene", "probe")
 OTHERS = ("kept", "imagination")  # fields by which the metrics of the first three stages are known: not shown here
@@ -87,16 +86,15 @@ def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
 def read_metrics(path: Path) -> tuple[str | None, dict]:
     """Return the stage (None: an earlier one) and the object of a metrics file; DataError if it is neither."""
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
+        metrics = load_object(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}); expected one JSON object: run the stage again, or move it away") from error
-    if isinstance(metrics, dict):
-        if metrics.get("stage") in STAGES:
-            return metrics["stage"], metrics
-        if {"protocol", "accuracy", "categories"} <= set(metrics):
-            return "evaluate", metrics
-        if any(field in metrics for field in OTHERS):
-            return None, metrics
+    if metrics.get("stage") in STAGES:
+        return metrics["stage"], metrics
+    if {"protocol", "accuracy", "categories"} <= set(metrics):
+        return "evaluate", metrics
+    if any(field in metrics for field in OTHERS):
+        return None, metrics
     raise DataError(f"{path}: the metrics of no stage; expected those of {', '.join(STAGES)}: run it again, or move it away")
 
 
@@ -153,13 +151,13 @@ def settings_of(output: str) -> list[Block]:
     if not path.is_file():
         return [("text", f"{path.name}: not there.")]
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = load_object(path)
         rows = [[f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)]
                 for name, value in meta["flags"].items() if value or value == 0 and value is not False]
         rows += [["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())],
                  *([f"sha256 of {name}", value] for name, value in meta["inputs"].items()),
                  ["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); run the stage again, or move it away") from error
     return [("table", ["setting", "value"], rows)]
 

@@ -133,6 +133,7 @@ class Bootstrap:
 
     def ratio(self, above: np.ndarray, below: np.ndarray) -> dict:
         """Return the same of sum(above) / sum(below), both [n]: instances of nothing weigh nothing."""
+        above, below = (values.astype(np.float64) for values in (above, below))
         if not below.sum() > 0:
             raise ValueError(f"ratio of means: the lower sum is {below.sum()}, expected above 0")
         with np.errstate(divide="ignore", invalid="ignore"):

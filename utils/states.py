@@ -136,15 +136,15 @@ class States:
             return
         for i, shape in shapes.items():
             shapes[i] = [min(shape[0], (at_most or {}).get(keys[i], shape[0])), *shape[1:]]
-        layered = len(next(iter(shapes.values()))) == 3
-        width = {tuple(shape[1:]) for shape in shapes.values()}
-        if len(width) != 1:
-            raise DataError(f"{self.folder}: {kind} of {len(width)} shapes {sorted(width)}, expected one; were two models "
-                            "mixed?")
+        of_a_step = {tuple(shape[1:]) for shape in shapes.values()}
+        if len(of_a_step) != 1:
+            raise DataError(f"{self.folder}: {kind} of {len(of_a_step)} shapes {sorted(of_a_step)}, expected one; were two "
+                            "models mixed?")
+        *n_layers, width = of_a_step.pop()
         longest = max(shape[0] for shape in shapes.values())
         steps = range(min(longest, n_steps or longest))
-        places = [(layer, step) for layer in (range(next(iter(width))[0]) if layered else [-1]) for step in steps]
-        at_once = max(1, budget // (4 * next(iter(width))[-1] * len(shapes)))
+        places = [(layer, step) for layer in (range(*n_layers) if n_layers else [-1]) for step in steps]
+        at_once = max(1, budget // (4 * width * len(shapes)))
         for first in range(0, len(places), at_once):
             yield from self.sweep(kind, keys, shapes, places[first:first + at_once])
 

@@ -36,7 +36,7 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
     return found
 
 
-def interval(part: dict) -> tuple[float, float]:
+def widest(part: dict) -> tuple[float, float]:
     """Return the 95 % interval to print of a `share`: end by end the wider of Wilson's and the cluster bootstrap's, which
     collapses where all groups score alike."""
     low, high = zip(part["ci95"], part.get("ci95_clustered", part["ci95"]))
@@ -172,7 +172,7 @@ def show(metrics: dict) -> None:
         f"{'cut off':>9}")
     for name, part in {**metrics["categories"], "all": metrics}.items():
         if part["n"]:
-            low, high = interval(part)
+            low, high = widest(part)
             log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   {low:.1%} to {high:.1%}"
                 f"{part['unresolved']:>11}{part['error']:>8}{part['mean_tokens']:>8.0f}{part['truncated']:>9}")
     judged = {"with judge": metrics["with_judge"]["accuracy"]} if "with_judge" in metrics else {}

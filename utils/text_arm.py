@@ -6,6 +6,7 @@ imagination (`image_off`, `image_off_directed`, the positive control), and the w
 is what a blank image brings about (`swap_blank`) or a blank image has the item's own (`blank_x`).
 """
 import random
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -14,9 +15,10 @@ from utils.attention import stem_attention
 from utils.calls import Caller
 from utils.cases import NotPossible, why_no_prompt
 from utils.conditions import DO_X
-from utils.decode import decode, extend
+from utils.decode import State, decode, extend
 from utils.editor_llm import direct_all
 from utils.edits import conclusion, find_spans, passages, put_spans
+from utils.families import Generation
 from utils.ladder import LADDER, Context, until_last_span
 from utils.qwen import Qwen
 from utils.readouts import read_out
@@ -30,7 +32,18 @@ TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in LADDER if name.startswith("truncate"))],
                 "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
-CONTROL = "sham"  # changes nothing but the tokens
+TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
+
+
+class Beginning(NamedTuple):
+    """The beginning of a reply that is to be continued: of a condition and the item at `place`, its text ("": none), how that
+    was edited, and whether what follows sees the image."""
+
+    condition: str
+    place: int
+    text: str
+    edit: dict | None
+    sees: bool
 
 
 class TextBatch:
@@ -59,14 +72,12 @@ class TextBatch:
         """Return what each item imagines under a blank image, its own words before the first imagination said first."""
         if self.blank_spans is None:
             places = [i for i in range(len(self.items)) if self.spans[i] and self.by == "marks"]
-            heads = [self.head(i) for i in places]
             self.blank_spans = {}
-            for first in range(0, len(places), self.asking.rows):
-                its = places[first:first + self.asking.rows]
-                mine = heads[first:first + self.asking.rows]
-                state = extend(self.qwen, self.prompts["blank"][0].take(its), mine)
+            for its in self.asking.pieces(places):
+                heads = [self.head(i) for i in its]
+                state = extend(self.qwen, self.prompts["blank"][0].take(its), heads)
                 arms = [self.asking.arm(self.items[i]) for i in its]
-                for i, head, row in zip(its, mine, decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]):
+                for i, head, row in zip(its, heads, decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]):
                     text = self.qwen.tokenizer.decode(head + row.ids, skip_special_tokens=True)
                     self.blank_spans[i] = passages(text, find_spans(text))
         return self.blank_spans
@@ -116,7 +127,7 @@ class TextBatch:
 
     def records(self, names: list[str]) -> list[dict[str, dict]]:
         result = [{"clean": self.describe_clean(i)} for i in range(len(self.items))]
-        todo: dict[str, list] = {}
+        todo: dict[str, list[Beginning]] = {}
         for name in names:
             rung, kind, sees = TEXT_CONDITIONS[name]
             for i in range(len(self.items)):
@@ -124,58 +135,64 @@ class TextBatch:
                     if i not in self.prompts[kind][1]:
                         raise NotPossible(why_no_prompt(kind))
                     text, edit = ("", None) if rung is None else self.beginning(rung, i)
-                    todo.setdefault(kind, []).append((name, i, text, edit, sees))
+                    todo.setdefault(kind, []).append(Beginning(name, i, text, edit, sees))
                 except (NotEditable, NotPossible) as fault:
                     result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None, "correct": False,
                                        "reason": fault.args[0], "target": self.target(self.items[i])}
         for kind, its in todo.items():
-            for name, i, record in self.continued(kind, its):
-                result[i][name] = record
-        own = [i for i in range(len(self.items)) if self.spans[i]]
-        heads = [("sham", i, until_last_span(self.texts[i], self.spans[i]), None, True) for i in own]
-        shams = self.continued("own", heads, scores_only=True)
-        for _, i, record in shams:
-            result[i]["clean"] |= record
+            for one, record in self.continued(kind, its):
+                result[one.place][one.condition] = record
+        for one, scores in self.scored_clean():
+            result[one.place]["clean"] |= scores
         return result
 
-    def continued(self, kind: str, todo: list[tuple], scores_only: bool = False) -> list[tuple[str, int, dict]]:
-        """Feed beginnings back, score the options behind them and go on; return (condition, place, record)."""
+    def read(self, kind: str, its: list[Beginning]) -> tuple[State, list[dict]]:
+        """Feed beginnings, none of them empty, back; return the state behind them and how the options score there."""
+        items, texts = [self.items[one.place] for one in its], [self.texts[one.place] for one in its]
+        state = extend(self.qwen, self.after_prompt(kind, its), [self.ids(one.text) for one in its])
+        state.hide_images([n for n, one in enumerate(its) if not one.sees])
+        stems = [stem_of(conclusion(text, self.by)) for text in texts]
+        return state, read_out(self.qwen, state, items, self.asking.stem, stems, [[]] * len(its), self.asking.options)
+
+    def after_prompt(self, kind: str, its: list[Beginning]) -> State:
         state, having = self.prompts[kind]
+        return state.take([having.index(one.place) for one in its])
+
+    def continued(self, kind: str, todo: list[Beginning]) -> list[tuple[Beginning, dict]]:
+        """Feed beginnings back, score the options behind them and go on; return each with its record."""
         done = []
-        for first in range(0, len(todo), self.asking.rows):
-            its = todo[first:first + self.asking.rows]
-            begun = state.take([having.index(i) for _, i, *_ in its])
-            behind = [k for k, (_, _, text, *_) in enumerate(its) if text]
-            records = [{"r0": None, "r1": None} for _ in its]
-            if behind:
-                read = extend(self.qwen, begun.take(behind), [self.ids(its[k][2]) for k in behind])
-                read.hide_images([n for n, k in enumerate(behind) if not its[k][4]])
-                places = [its[k][1] for k in behind]
-                stems = [stem_of(conclusion(self.texts[i], self.by)) for i in places]
-                for k, scores in zip(behind, read_out(self.qwen, read, [self.items[i] for i in places], self.asking.stem, stems,
-                                                      [[]] * len(places), self.asking.options)):
-                    records[k] |= scores
-            if scores_only:  # clean runs, all with an imagination
-                looks = stem_attention(self.qwen, read, [], self.asking.stem,
-                                       [self.columns(begun.mask.shape[1], i, text) for _, i, text, *_ in its])
-                records = [record | {"attention": look} for record, look in zip(records, looks)]
-            else:
-                free = [k for k in range(len(its)) if k not in behind]
-                for some, ready in ((behind, behind and read), (free, free and begun.take(free))):
-                    arms = [self.asking.arm(self.items[its[k][1]]) for k in some]
-                    rows = decode(self.qwen, ready, self.asking.max_new_tokens, arms=arms)[0] if some else []
-                    for k, row in zip(some, rows):
-                        records[k] |= self.describe(its[k], row)
-            done += [(name, i, record) for (name, i, *_), record in zip(its, records)]
+        for some in self.asking.pieces(todo):
+            for its in ([one for one in some if one.text], [one for one in some if not one.text]):
+                if not its:
+                    continue
+                if its[0].text:
+                    state, scores = self.read(kind, its)
+                else:
+                    state, scores = self.after_prompt(kind, its), [{"r0": None, "r1": None}] * len(its)
+                arms = [self.asking.arm(self.items[one.place]) for one in its]
+                rows = decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]
+                done += [(one, found | self.describe(one, row)) for one, found, row in zip(its, scores, rows)]
         return done
 
-    def describe(self, todo: tuple, row) -> dict:
-        name, place, text, edit, _ = todo
+    def scored_clean(self) -> list[tuple[Beginning, dict]]:
+        """Return for each clean reply with an imagination how the options score behind it, and where the stem looks there."""
+        heads = [Beginning("clean", i, until_last_span(self.texts[i], spans), None, True)
+                 for i, spans in enumerate(self.spans) if spans]
+        n_prompt, done = self.prompts["own"][0].mask.shape[1], []
+        for its in self.asking.pieces(heads):
+            state, scores = self.read("own", its)
+            looks = stem_attention(self.qwen, state, [], self.asking.stem,
+                                   [self.columns(n_prompt, one.place, one.text) for one in its])
+            done += [(one, found | {"attention": look}) for one, found, look in zip(its, scores, looks)]
+        return done
+
+    def describe(self, one: Beginning, row: Generation) -> dict:
+        place, text = one.place, one.text
         item, said = self.items[place], self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
         last = said if text else conclusion(said, self.by)
         changed = said.strip() != (conclusion(self.texts[place], self.by) if text else self.texts[place]).strip()
         return {"emitted": bool(self.spans[place] if text else find_spans(said, self.by)), "spans": self.spans[place],
-                **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed, "edit": edit,
+                **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed, "edit": one.edit,
                 "target": self.target(item), "ids": row.ids}
 
     def describe_clean(self, place: int) -> dict:
