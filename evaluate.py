@@ -112,7 +112,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
 def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
     """Return the judge of the flags; texts alone, at temperature 0."""
     backend = HttpBackend(args.judge_model, args.judge_base_url, 1, 28, args.concurrency, args.timeout, args.judge_wait,
-                          api_key=read_api_key(args.judge_key_file))
+                          api_key=read_api_key(args.judge_key_file, "--judge_key_file"))
     return Judge(args.judge, backend, journal, args.judge_max_tokens)
 
 

@@ -269,6 +269,8 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     for path in (tmp_path / "key", tmp_path / "none"):
         with pytest.raises(DataError, match="--api_key_file"):
             read_api_key(str(path))
+        with pytest.raises(DataError, match="--judge_key_file"):
+            read_api_key(str(path), "--judge_key_file")
     monkeypatch.delenv("OPENAI_API_KEY")
     assert read_api_key(None) is None
 

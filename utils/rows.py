@@ -64,16 +64,16 @@ def shorten(message: str) -> str:
     return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)
 
 
-def read_api_key(path: str | None) -> str | None:
+def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
     """Return the key from a file or, without one, from the environment; None if there is neither."""
     if path is None:
         return os.environ.get(API_KEY) or None
     try:
         key = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--api_key_file {path}: cannot be read ({error})") from error
+        raise DataError(f"{flag} {path}: cannot be read ({error})") from error
     if not key:
-        raise DataError(f"--api_key_file {path}: is empty; expected the key and nothing else")
+        raise DataError(f"{flag} {path}: is empty; expected the key and nothing else")
     return key
 
 
