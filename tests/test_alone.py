@@ -14,6 +14,13 @@ import pytest
 from fault_server import serving
 from PIL import Image, ImageDraw
 
+import evaluate
+import filter_data
+import intervene
+import probe
+import rewrite_captions
+from utils.rows import DataError
+
 ROOT = Path(__file__).parents[1]
 GOODS = ("bread 3", "米饭 五", "شاي 7", "figs 9", "salt 2", "milk 4")
 
@@ -82,3 +89,47 @@ def test_every_script_works_alone_on_another_projects_data(project, tiny_checkpo
     probed = run_alone("probe", tmp_path, *asked, "--output", out / "6", "--probe_items", project / "fragen.jsonl")
     assert probed["emission"]["n"] == 6
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == []  # nothing was written beside the caller
+
+
+# ------------------------------------------------------------------------------------------------ a slip of the user's
+@pytest.mark.parametrize("script, reads, more", [
+    (rewrite_captions, ["--input", "ketten.jsonl"], ["--image_root", "."]),
+    (filter_data, ["--input", "ketten.jsonl"], ["--image_root", "."]), (evaluate, ["--items", "items.jsonl"], ["--model", "m"]),
+    (evaluate, ["--compare", "items.jsonl", "fragen.jsonl"], []), (evaluate, ["--table", "Ours=items.jsonl"], []),
+    (intervene, ["--items", "items.jsonl"], ["--model", "m"]),
+    (probe, ["derive", "--items", "items.jsonl"], ["--image_root", "."])])
+def test_no_script_replaces_what_it_reads(project, monkeypatch, script, reads, more):
+    monkeypatch.chdir(project)
+    before = {path: path.read_bytes() for path in project.glob("*.jsonl")}
+    own = next(word.rpartition("=")[2] for word in reads if word.endswith(".jsonl"))
+    with pytest.raises(DataError, match="is read too, as .*; name another --output"):
+        script.main([*reads, *more, "--output", str(project / own)])
+    assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("script", [evaluate, intervene, probe])
+def test_another_familys_checkpoint_leaves_no_run_that_refuses_the_right_flags(project, tiny_checkpoint, script):
+    flags = ["--model", str(tiny_checkpoint), "--items", str(project / "items.jsonl"), "--output", str(project / "out"),
+             "--max_new_tokens", "4"]
+    wrong = ["--latent", "mirage", *(["--calibration", "2"] if script is intervene else [])]
+    with pytest.raises(DataError, match="expected one added token; is this a checkpoint that was trained with that token"):
+        script.main([*flags, *wrong])
+    assert script.main(flags) == 0
+
+
+@pytest.mark.parametrize("script", [rewrite_captions, filter_data])
+def test_a_model_folder_that_is_none_leaves_no_run_behind(project, tmp_path, script):
+    rows = [{**json.loads(line), "chain": "It costs that."} for line in (project / "ketten.jsonl").read_text("utf-8").splitlines()]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="no config.json here; expected a checkpoint folder"):
+        script.main(["--input", str(project / "rows.jsonl"), "--image_root", str(project), "--output", str(tmp_path / "out"),
+                     "--model", str(project)])
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_row_that_is_almost_of_our_form_says_what_it_lacks(project, tmp_path):
+    row = json.loads((project / "ketten.jsonl").read_text("utf-8").splitlines()[0])
+    (tmp_path / "in.jsonl").write_text(json.dumps({name: row[name] for name in row if name != "subset"}))
+    with pytest.raises(DataError, match="are of no known form; .*; for own it lacks subset$"):
+        rewrite_captions.main(["--input", str(tmp_path / "in.jsonl"), "--image_root", str(project), "--output",
+                               str(tmp_path / "out"), "--dry_run"])
