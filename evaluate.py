@@ -43,15 +43,15 @@ from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
 from utils.edits import OPEN
-from utils.families import spec_of
+from utils.families import latent_ids, spec_of
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
 from utils.main_table import make_table
 from utils.protocols import PROTOCOLS, Protocol
 from utils.qwen import load, load_processors
-from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
-                        write_meta, write_rows)
+from utils.rows import (DataError, Help, call_key, check_output, cli, log, rank_world, read_api_key, replace_file,
+                        sha256_file, write_json, write_meta, write_rows)
 from utils.scoring import check_scorable, n_options, score
 from utils.server import HttpBackend
 from utils.stage import add_server_flags, open_server
@@ -105,6 +105,8 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
         backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
     qwen = load(args.model, args.dtype, None, protocol.min_pixels, protocol.max_pixels)
+    if spec:
+        latent_ids(qwen.tokenizer, spec)  # refuses another family's checkpoint before there is a run with these settings
     return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
             {"weights": model_identity(find_checkpoint(args.model))})
 
@@ -154,7 +156,7 @@ def measure(results: list[dict], conversations: list[Conversation], protocol: di
 
 # ------------------------------------------------------------------------------------------------ the stage
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", help="checkpoint folder or hub name; with --backend openai the server's name for it")
     parser.add_argument("--items", help="items JSONL")
     parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME", help=f"make the items: {', '.join(TABLE)}")
@@ -185,7 +187,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local.add_argument("--latent_size", type=int, help="latents a segment (default: the family's)")
     local.add_argument("--batch_size", type=int, default=32, help="items a batch, at most")
     local.add_argument("--batch_tokens", type=int, default=65536, help="tokens a batch, at most, replies at full length")
-    local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="auto: bfloat16 on a GPU, else float32")
     add_server_flags(parser, "--backend openai, and the judge", 28)
     judge = parser.add_argument_group("--judge (texts alone; free to change between runs)")
     judge.add_argument("--judge", choices=("none", *KINDS), default="none", help="map: which option is meant, gold not shown; "
@@ -275,6 +278,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
+    check_output(args.output, [*([args.items] if args.items else []), *(args.compare or []),
+                               *(text.rpartition("=")[2] for text in args.table or [])])
     if other_work(args):
         return 0
     items, path = find_items(args)

@@ -35,7 +35,7 @@ from utils.checks import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_faul
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.replies import fill, load_prompts, object_schema
-from utils.rows import cli, log, read_rows, write_json, write_meta, write_rows
+from utils.rows import Help, check_output, cli, log, read_rows, write_json, write_meta, write_rows
 from utils.stage import add_call_flags, incomplete, open_run, show_calls
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
@@ -253,7 +253,7 @@ def parse_require(text: str) -> tuple[str, str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
     parser.add_argument("--blind_answer", action="store_true", help="one more call a row: answer from the chain without "
@@ -267,6 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
+    check_output(args.output, [args.input])
     prompts = load_prompts(args.prompts, PROMPTS)
     rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
     for row in rows:

@@ -48,7 +48,7 @@ from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
 from utils.effects import summarize
-from utils.families import spec_of
+from utils.families import latent_ids, spec_of
 from utils.images import ImageError
 from utils.items import group_of, open_images, read_items
 from utils.journal import Journal, move_aside
@@ -57,8 +57,8 @@ from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
 from utils.qwen import Qwen, load, load_tools
 from utils.readouts import STEM
-from utils.rows import (DataError, call_key, cli, log, rank_world, read_api_key, replace_file, sha256_file, write_json,
-                        write_meta, write_rows)
+from utils.rows import (DataError, Help, call_key, check_output, cli, log, rank_world, read_api_key, replace_file,
+                        sha256_file, write_json, write_meta, write_rows)
 from utils.selftest import selftest
 from utils.server import HttpBackend
 from utils.text_arm import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
@@ -180,7 +180,8 @@ def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     n_calibration = args.calibration if args.latent != "off" else 0
     items = read_items(args.items, None if args.limit is None else n_calibration + args.limit, ("mcq",))
     if len(items) <= n_calibration:
-        raise DataError(f"{args.items}: {len(items)} items, of which --calibration takes {n_calibration}; expected more")
+        raise DataError(f"{args.items}: {len(items)} items, of which --calibration takes {n_calibration}; "
+                        "expected more, or a smaller --calibration")
     return items[:n_calibration], items[n_calibration:]
 
 
@@ -219,7 +220,8 @@ def show(metrics: dict) -> None:
     log(f"imagined something: {emission['k']} of {emission['n']} items, {100 * (emission['share'] or 0):.1f} %{interval}")
     for name, entry in metrics["conditions"].items():
         if not (effect := entry["effect"]):
-            log(f"{name} | no effect to report: {entry['reason']}")
+            why = ", ".join(f"{n} items: {reason}" for reason, n in entry.get("reasons", {}).items())
+            log(f"{name} | no effect to report: {entry['reason']}" + (f" ({why})" if why else ""))
             continue
         low, high = (100 * end for end in effect["ci90"])
         line = (f"{name} ({entry['site']}, n = {effect['n']}) | {100 * effect['acc_clean']:.1f} -> "
@@ -266,7 +268,7 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("task", nargs="?", choices=("run", "selftest"), default="run", help="selftest needs no other flag")
     parser.add_argument("--model", help="checkpoint folder or hub name")
     parser.add_argument("--items", help="items JSONL, as evaluate.py --prepare writes it")
@@ -299,7 +301,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api_key_file", default=None, help="file with their key (default: the environment's OPENAI_API_KEY)")
     parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
     parser.add_argument("--min_pixels", type=int, default=None, help="area to which an image is enlarged")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the wrong options")
     parser.add_argument("--limit", type=int, default=None, help="analyse only the first N items after calibration")
     parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside and begin anew")
@@ -330,8 +333,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not 0 < args.margin < 1 or not args.margin_nll > 0 or not 0 < args.rho < 1:
         parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}, --rho {args.rho}: expected shares and nats, "
                      "above 0")
-    for name in ("batch_size", "rows", "max_new_tokens", "min_emitters"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "rows", "max_new_tokens", "min_emitters", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
 
 
@@ -359,6 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     if args.task == "selftest":
         return run_selftest()
+    check_output(args.output, [args.items])
     spec = spec_of(args.latent, args.latent_size)
     calibration, items = split_items(args)
     qwen = load_tools(args.model) if args.dry_run else load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
@@ -373,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
                           "plan": plan(args, len(items))}))
         return 0
     rank, world, _ = rank_world()
+    if spec:
+        latent_ids(qwen.tokenizer, spec)  # refuses another family's checkpoint before there is a run with these settings
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))

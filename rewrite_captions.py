@@ -8,7 +8,9 @@ Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one c
     python rewrite_captions.py --input ... --image_root . --output rewritten.jsonl --backend openai --concurrency 256
 
 Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input", "image_input",
-        "text_output", "image_output") or rows in our own form; told apart by their keys
+        "text_output", "image_output") or rows in our own form, {"id", "subset", "images", "question", "answer", "steps"},
+        the steps {"text"} or {"image", "operation": zoom or draw} and the last one's text with \\boxed{the answer}; told apart
+        by their keys. Image paths are relative to --image_root
 Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"}, input order
         <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
         rejected.jsonl (every other sample and its reason)
@@ -33,7 +35,7 @@ from utils.checks import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.replies import fill, load_prompts, object_schema
-from utils.rows import DataError, cli, located_rows, log, write_json, write_meta, write_rows
+from utils.rows import DataError, Help, check_output, cli, located_rows, log, write_json, write_meta, write_rows
 from utils.sources import OPERATIONS, SOURCE_REASONS, Sample, convert
 from utils.stage import add_call_flags, incomplete, open_run, show_calls
 
@@ -116,6 +118,9 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
                 raise DataError(f"{where}: id {name!r} stands already at {seen[name]}; expected it once")
             seen[name] = where
             samples.append(sample)
+    for subset, operation in args.operation:
+        if all(sample.row["subset"] != subset for sample in samples):
+            log(f"--operation {subset}={operation}: no sample read is of that subset")
     return samples
 
 
@@ -332,7 +337,7 @@ def parse_operation(text: str) -> tuple[str, str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--input", required=True, nargs="+", help="one or more files, read in this order")
     add_call_flags(parser, max_new_tokens=512)
     parser.add_argument("--operation", type=parse_operation, action="append", default=[], metavar="SUBSET=zoom|draw",
@@ -348,6 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
+    check_output(args.output, args.input)
     prompts, samples = load_prompts(args.prompts, PROMPTS), read_samples(args)
     if args.dry_run:
         print(json.dumps(preview(samples, args, prompts)))

@@ -52,7 +52,7 @@ from utils.packing import run_packed, use_packed_attention
 from utils.patches import process_images
 from utils.preview import dry_run, make_plan, show_plan
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
-from utils.rows import DataError, cli, log, read_rows, stop_on_signals, write_json, write_meta, writing
+from utils.rows import DataError, Help, cli, log, read_rows, stop_on_signals, write_json, write_meta, writing
 from utils.sharding import average_replicated, gathered, shard, whole_state
 from utils.steps import Batching, Steps, Work
 from utils.targets import IMAGINATIONS, Example, Target, load_images, make_examples
@@ -61,8 +61,8 @@ INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "step
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
 RECENT = 50  # steps whose median loss a spike is measured from
 ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's
-FREE_SETTINGS = ("num_workers", "save_every", "keep", "keep_best", "max_tokens", "checkpointing", "dry_run", "resume", "spike",
-                 "report_to")  # may change when a run is resumed
+FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "max_tokens", "checkpointing", "dry_run", "resume",
+                 "spike", "report_to")  # may change when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -308,12 +308,14 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Read the rows of all --data files; return (training rows, held-out rows), the latter drawn by --seed."""
     rows = []
     for path in args.data:
-        its = read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py")
+        its = read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py writes it")
         for row in its:
             check_own(f"{path}: id {row['id']!r}", row)
         rows += its
     if len({row["id"] for row in rows}) != len(rows):
         raise DataError(f"--data {' '.join(args.data)}: some ids stand in two files; expected unique ids")
+    if not rows:
+        raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
     if args.validation_rows >= len(rows):
         raise DataError(f"--validation_rows {args.validation_rows} of {len(rows)} rows leaves none to train on")
     random.Random(args.seed).shuffle(rows)
@@ -359,19 +361,19 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of rows")
     parser.add_argument("--image_root", default=".", help="folder that image paths are relative to")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; an existing one is an error")
-    parser.add_argument("--imagination", choices=IMAGINATIONS, default="text")
+    parser.add_argument("--imagination", choices=IMAGINATIONS, default="text", help="the target; see above")
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latent tokens")
     parser.add_argument("--latent_size", type=int, default=None, help="latents an image (default: the family's)")
     parser.add_argument("--align_weight", type=float, default=10.0,
                         help="weight of the alignment beside a cross-entropy of weight 1 (Mirage stage 1: 1 beside 0.1; "
                              "its stage 2: 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine", help="Mirage: cosine; LVR: mse")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the rows")
     parser.add_argument("--max_steps", type=int, default=None, help="optimizer steps in all (overrides --epochs)")
     parser.add_argument("--global_batch", type=int, default=128, help="rows an optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=int, default=8192, help="tokens a forward pass on one device, visual ones "
@@ -379,10 +381,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="--imagination latent: rows a forward pass, padded")
     parser.add_argument("--loss_norm", choices=("token", "row"), default="token", help="the loss of a step is the mean over "
                         "its trained tokens, or over its rows (as one row a device and no packing has it)")
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
-    parser.add_argument("--warmup_steps", type=int, default=10)
+    parser.add_argument("--learning_rate", type=float, default=1e-5, help="after the warm-up")
+    parser.add_argument("--warmup_steps", type=int, default=10, help="optimizer steps until it is reached")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="after the warm-up")
-    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--spike", type=float, default=2.0, help="stop if the loss is this many nats above the median of the "
                         "last 50 steps; 0: never")
@@ -406,12 +408,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "checkpoint if there is one; must: an error if there is none; never: an error if there is one")
     parser.add_argument("--report_to", default="none", help="also log to a tracker that accelerate knows: tensorboard, wandb")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that prepare batches; 0 for none")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")
     parser.add_argument("--limit", type=int, default=None, help="read only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="look at the rows, every image and the plan; train nothing")
     args = parser.parse_args(argv)
-    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep", "keep_best"):
-        if getattr(args, name) < 1:
+    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep", "keep_best",
+                 "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.checkpointing == "on" and args.imagination == "latent":
         parser.error("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")

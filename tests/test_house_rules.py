@@ -1,5 +1,6 @@
 """The rules of the house, held by reading the source.    pytest tests/test_house_rules.py"""
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -80,7 +81,7 @@ def test_every_flag_is_read_and_no_flag_is_a_typed_bool(path):
             flags.add(call.args[0].value.removeprefix("--"))
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             assert keywords.get("type") != "bool"
-            assert "help" in keywords or "default" in keywords, f"--{call.args[0].value} says nothing"
+            assert "help" in keywords, f"{call.args[0].value} says nothing"
     for flag in flags:
         assert re.search(rf"args\.{flag}\b", source) or f'"{flag}"' in source, f"--{flag} is never read"
 
@@ -108,6 +109,21 @@ def test_a_script_with_utils_alone_answers_help(path, tmp_path):
     shutil.copytree(ROOT / "utils", tmp_path / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run([sys.executable, path.name, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "Reads" in done.stdout and "--output" in done.stdout
+
+
+@each_script
+def test_help_tells_every_default(path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        importlib.import_module(path.stem).parse_args(["--help"])
+    told = dict(re.findall(r"^  --(\w+)(.*(?:\n {4,}.*)*)", capsys.readouterr().out.partition("\noptions:")[2], re.MULTILINE))
+    flags = {call.args[0].value.removeprefix("--"): {k.arg: k.value for k in call.keywords}.get("default")
+             for source in (ROOT / "utils" / "stage.py", path) for call in nodes(source, ast.Call)  # a script's own come last
+             if ast.unparse(call.func).endswith("add_argument")}
+    assert len(told) > 20
+    for name, default in flags.items():
+        if name in told and isinstance(default, ast.Constant) and default.value not in (None, ""):
+            assert "(default: " in told[name], f"--{name}: {told[name]}"
 
 
 def test_every_script_has_a_test_file_and_every_room_is_tested():

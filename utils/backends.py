@@ -183,6 +183,8 @@ def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterato
 def find_checkpoint(model_path: str) -> Path:
     """Return the folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if need be."""
     if Path(model_path).is_dir():
+        if not (Path(model_path) / "config.json").is_file():
+            raise DataError(f"{model_path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
         return Path(model_path)
     from huggingface_hub import snapshot_download
     try:

@@ -39,7 +39,7 @@ from utils.images import ImageError, Picture, open_image, open_picture
 from utils.items import ANSWER_TYPES, gold_words, read_items, region_in
 from utils.journal import read_settings
 from utils.replies import fill, load_prompts, object_schema
-from utils.rows import DataError, call_key, log, replace_file, write_json, write_meta, write_rows
+from utils.rows import DataError, Help, call_key, check_output, log, replace_file, write_json, write_meta, write_rows
 from utils.stage import add_call_flags, incomplete, open_backend, open_run, show_calls
 
 ATTRIBUTES = ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state", "other")
@@ -258,7 +258,7 @@ def export(candidates: list[Candidate], args: argparse.Namespace) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="probe.py derive", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
     add_call_flags(parser, max_new_tokens=1536)
     parser.add_argument("--questions", type=int, default=3, help="candidates asked for a source")
@@ -280,6 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Do what the flags of `parse_args` say; return the exit code."""
     began, prompts = time.monotonic(), load_prompts(args.prompts, PROMPTS)
+    check_output(args.output, [args.items])
     items = read_items(args.items, args.limit, tuple(ANSWER_TYPES))
     if args.dry_run:
         looked = look(items, None, args)

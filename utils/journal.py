@@ -82,7 +82,8 @@ class Journal:
         if changed:
             table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
-            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or --fresh\n"
+            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or move "
+                            f"{self.folder} aside (--fresh does, where there is one)\n"
                             + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:

@@ -161,7 +161,7 @@ def special_id(tokenizer, name: str) -> int:
     ids = tokenizer(name, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != name:
         raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; "
-                        "is this a checkpoint trained with it?")
+                        "is this a checkpoint that was trained with that token?")
     return ids[0]
 
 

@@ -57,6 +57,18 @@ def cli(main: Callable[[], int]) -> int:
         return 130
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it stands, and with every default that a flag's own words do not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        empty = action.default is False or action.default in (None, "", [], {}, argparse.SUPPRESS)
+        if action.required or empty or "default" in told:
+            return told
+        listed = isinstance(action.default, list)
+        return f"{told} (default: {' '.join(action.default) if listed else '%(default)s'})"
+
+
 def shorten(message: str) -> str:
     """Return a message without control characters (an id or a path may hold them), and without its middle if it is long."""
     if len(message) > LONGEST_ERROR:
@@ -183,15 +195,16 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
         place = end
 
 
-def check_fields(where: str, row: dict, fields: dict[str, type | tuple]) -> None:
-    """Raise DataError unless `row` holds every field with its type (a bool is not an int)."""
+def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: str | None = None) -> None:
+    """Raise DataError unless `row` holds every field with its type (a bool is not an int). `hint`: what writes such rows."""
     for name, kind in fields.items():
         kinds, value = kind if isinstance(kind, tuple) else (kind,), row.get(name)
         if name in row and isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
             continue
         expected = " or ".join(k.__name__ for k in kinds)
         if name not in row:
-            raise DataError(f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}")
+            raise DataError(f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}"
+                            + (f"; {hint}" if hint else ""))
         raise DataError(f"{where}: field {name!r} should be {expected}, got {type(value).__name__} {str(value)[:40]!r}")
 
 
@@ -200,7 +213,7 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
     """Read rows, check that each has `fields` and, with "id" among them, that no two share it."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
-        check_fields(where, row, fields)
+        check_fields(where, row, fields, hint)
         if "id" in fields:
             if row["id"] in seen:
                 raise DataError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}; expected it once")
@@ -229,6 +242,13 @@ def writing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; make room, or name an --output that can be written, and run the "
                         "same command again") from error
+
+
+def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """DataError if writing `output` would replace one of the files that are read."""
+    for path in inputs:
+        if os.path.realpath(path) == os.path.realpath(output):
+            raise DataError(f"--output {output}: is read too, as {path}, and would be replaced; name another --output")
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:

@@ -35,8 +35,11 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str], nee
     """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type."""
     form = next((name for name, fields in INPUTS.items() if all(key in value for key in fields)), None)
     if form is None:
+        near, fields = min(INPUTS.items(), key=lambda form: len(set(form[1]) - set(value)) / len(form[1]))
+        lacking = ", ".join(key for key in fields if key not in value)
         raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; expected those of "
-                        + " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items()))
+                        + " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
+                        + (f"; for {near} it lacks {lacking}" if len(lacking) < len(", ".join(fields)) else ""))
     check_fields(where, value, INPUTS[form])
     if form == "own":
         return convert_own(where, value)

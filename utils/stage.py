@@ -21,6 +21,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(n)
 
 
+def parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
+    return int(text)
+
+
 def parse_object(text: str) -> dict:
     try:
         value = json.loads(text)
@@ -37,11 +43,11 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--image_root", required=True, help="folder that image paths are relative to and may not leave")
     parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct", help="folder, hub name (the paper's) or, with "
                         "--backend openai, the name that the server gives it")
-    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help="a reply; a longer one is asked again "
-                        "with twice as many, then cut_off")
-    parser.add_argument("--max_pixels", type=int, default=1280 * 28 * 28, help="area to which an image is shrunk")
+    parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens, help="a reply; a longer one is asked "
+                        "again with twice as many, then cut_off")
+    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area to which an image is shrunk")
     parser.add_argument("--prompts", help="JSON object of prompts by name, in place of those of this script")
-    parser.add_argument("--limit", type=int, help="only the first N samples; their calls are reused by a longer run")
+    parser.add_argument("--limit", type=parse_count, help="only the first N samples; their calls are reused by a longer run")
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where the model failed before")
     parser.add_argument("--export_only", action="store_true", help="write the output from the journal, without calls")
@@ -52,8 +58,9 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--backend", choices=("local", "openai"), default="local",
                         help="local: transformers in this process; openai: any OpenAI-compatible server")
     local = parser.add_argument_group("--backend local (free to change between restarts)")
-    local.add_argument("--batch_size", type=int, default=16, help="calls a batch, at most")
-    local.add_argument("--batch_tokens", type=int, default=32768, help="tokens a batch, at most, replies at full length")
+    local.add_argument("--batch_size", type=parse_count, default=16, help="calls a batch, at most")
+    local.add_argument("--batch_tokens", type=parse_count, default=32768,
+                       help="tokens a batch, at most, replies at full length")
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
 
 
@@ -62,13 +69,13 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
     server = parser.add_argument_group(title)
     server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="one or more servers that "
                         "hold the model; one that is gone is left out until it is back")
-    server.add_argument("--concurrency", type=int, default=64, help="calls under way, over all servers")
+    server.add_argument("--concurrency", type=parse_count, default=64, help="calls under way, over all servers")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
     server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without any reply until exit 4")
     server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
     server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
-    server.add_argument("--image_factor", type=int, default=image_factor, help="pixels a side of a visual token: 28 for "
-                        "Qwen2.5-VL, 32 for Qwen3-VL")
+    server.add_argument("--image_factor", type=parse_count, default=image_factor, help="pixels a side of a visual token: 28 "
+                        "for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON", help="more fields of every request")
 
 

@@ -148,7 +148,7 @@ class Local:
         for conversation in batch:
             try:
                 if conversation.fault:
-                    raise ImageError(conversation.fault, "its picture cannot be used")
+                    raise ImageError(conversation.fault, "its picture cannot be used; is --image_root right?")
                 images.append([open_picture(picture) for picture in conversation.pictures])
                 ready.append(conversation)
             except ImageError as error:
