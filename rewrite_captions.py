@@ -99,9 +99,8 @@ QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
-PICTURES = ("image", "picture", "figure", "crop")
-POINTING = re.compile(rf"\b(?:at|in|see|on|from) (?:the|this) (?:{'|'.join(PICTURES)}) (?:above|below)\b"
-                      rf"|\b(?:above|below|attached) (?:{'|'.join(PICTURES)})\b", re.I)  # at images that are gone
+POINTING = re.compile(r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
+                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)  # at images that are gone
 LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those before
 
 
@@ -197,9 +196,8 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
     """Return ("refine", the fault in words) if a refined chain lost, added or garbled something, or None."""
     if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
         return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
-    numbers = set(NUMBER.findall(" ".join(text for _, text in segments)))
     for n, ((kind, before), part) in enumerate(zip(segments, value["segments"]), 1):
-        if fault := segment_fault(kind, before, part["text"].strip(), numbers):
+        if fault := segment_fault(kind, before, part["text"].strip(), segments):
             return "refine", f"segment {n} {fault}"
     n_before = sum(len(text) for _, text in segments)
     n_after = sum(len(part["text"]) for part in value["segments"])
@@ -208,11 +206,11 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
     return None
 
 
-def segment_fault(kind: str, before: str, after: str, numbers: set[str]) -> str | None:
+def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, str]]) -> str | None:
     """Return in words what a refined segment must not have, or None.
 
-    No markup, loop or pointing at images that was not there before, no number outside of `numbers`; an observation must
-    also still be a caption (stage 2 will hold it to that) and have lost nothing.
+    No markup, loop or pointing at images that was not there before, no number that none of the `segments` had; an
+    observation must also still be a caption (stage 2 will hold it to that) and have lost nothing.
     """
     if not after:
         return "is empty"
@@ -226,10 +224,14 @@ def segment_fault(kind: str, before: str, after: str, numbers: set[str]) -> str 
             return f"has markup: {', '.join(sorted(markup))}"
         if has_loop(after) and not has_loop(before):
             return "repeats itself"
-    if any(word in after for word in PICTURES) and (match := POINTING.search(after)) and not POINTING.search(before):
-        return f"points at an image that the reader does not have: {match[0]!r}"
-    new = sorted(set(NUMBER.findall(after)) - numbers)
-    return f"has new numbers: {', '.join(new)}" if new else None
+    lower = after.lower()
+    if "above" in lower or "below" in lower or "attached" in lower:  # each POINTING has one of these, and few texts do
+        if (match := POINTING.search(after)) and not POINTING.search(before):
+            return f"points at an image that the reader does not have: {match[0]!r}"
+    new = set(NUMBER.findall(after)).difference(NUMBER.findall(before))
+    if new:
+        new = new.difference(*(NUMBER.findall(text) for _, text in segments))
+    return f"has new numbers: {', '.join(sorted(new))}" if new else None
 
 
 def lost_facts(caption: str, refined: str) -> str | None:
@@ -284,18 +286,17 @@ def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace, 
 
 def reject_repeated(samples: list[Sample], at_most: int) -> None:
     """Reject in place the samples with a caption that stands for more than `at_most` different images."""
-    shown = defaultdict(set)
-    captions = []
+    uses = defaultdict(list)  # caption -> samples and images
     for sample in samples:
         if sample.reason is None:
             steps = [step for step in sample.row["steps"] if "image" in step]
             for step, digest in zip(steps, sample.hashes[len(sample.row["images"]):], strict=True):
-                shown[step["caption"].lower()].add(digest)
-                captions.append((sample, step["caption"]))
-    for sample, caption in captions:
-        n_images = len(shown[caption.lower()])
-        if n_images > at_most and sample.reason is None:
-            sample.reject("caption_repeated", f"the same caption for {n_images} different images: {caption[:80]!r}")
+                uses[step["caption"].lower()].append((sample, step["caption"], digest))
+    for its in uses.values():
+        n_images = len({digest for _, _, digest in its}) if len(its) > at_most else 0
+        for sample, caption, _ in its if n_images > at_most else ():
+            if sample.reason is None:
+                sample.reject("caption_repeated", f"the same caption for {n_images} different images: {caption[:80]!r}")
 
 
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:

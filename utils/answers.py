@@ -130,6 +130,8 @@ def last_boxed(text: str) -> str | None:
 
 def unwrap(text: str) -> str:
     """Remove TeX text commands, quotes, emphasis and brackets that enclose all of `text`."""
+    if text.isalnum():
+        return text
     previous = None
     for _ in range(MAX_DEPTH):
         if text == previous:
