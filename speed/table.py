@@ -61,13 +61,13 @@ def train_own_pixels(found: dict) -> list[tuple]:
 
 def train_growth(found: dict) -> list[tuple]:
     rows = []
-    for words, points in (("{rows} rows a step", [p for p in found["points"] if not p["visual_tokens"]]),
-                          ("8 rows of {visual_tokens} visual tokens", [p for p in found["points"] if p["visual_tokens"]])):
+    for axis, words in (("rows", "{} rows a step"), ("visual_tokens", "8 rows of {} visual tokens")):
+        points = [point for point in found["points"] if (axis == "rows") is (point["visual_tokens"] is None)]
         ours, peer = ([point["contenders"][name] for point in points] for name in ("ours", "trainer_rebalance"))
         sides = [f"{join(its['tokens_per_s'] for its in side)} tokens/s, {join(its['peak_gib'] for its in side)} GiB"
                  for side in (ours, peer)]
         ratios = join(its["ours_is_faster_by"] for its in peer)
-        rows.append((f"training, {join(words.format(**point) for point in points)}", sides[0],
+        rows.append((f"training, {words.format(join(point[axis] for point in points))}", sides[0],
                      f"`batch_rebalance` {sides[1]} ({ratios} times)"))
     return rows
 
@@ -119,10 +119,10 @@ def train_gpu(found: dict) -> list[tuple]:
 
 ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py --growth",
         export: "python speed/export.py --folder work/export", train: "python speed/train.py --folder work/train",
-        train_own_pixels: "python speed/train.py --folder work/train --own_pixels",
-        train_growth: "python speed/train.py --folder work/train --growth",
+        train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
+        train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
-        sweep: SWEEP, sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE, growth: f"{EVALUATE} --growth",
+        sweep: f"{SWEEP} --limit 16 --rounds 2", sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE, growth: f"{EVALUATE} --growth",
         probe_memory: "python speed/probe.py --folder work/probe"}
 
 
