@@ -228,9 +228,11 @@ def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, 
     if "above" in lower or "below" in lower or "attached" in lower:  # each POINTING has one of these, and few texts do
         if (match := POINTING.search(after)) and not POINTING.search(before):
             return f"points at an image that the reader does not have: {match[0]!r}"
-    new = set(NUMBER.findall(after)).difference(NUMBER.findall(before))
-    if new:
-        new = new.difference(*(NUMBER.findall(text) for _, text in segments))
+    new = set(NUMBER.findall(after))
+    for _, text in ((kind, before), *segments):  # its own first: mostly no other need be read
+        if not new:
+            return None
+        new.difference_update(NUMBER.findall(text))
     return f"has new numbers: {', '.join(sorted(new))}" if new else None
 
 

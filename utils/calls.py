@@ -76,14 +76,16 @@ class Caller:
     wall_s: float = 0.0
     used: dict[str, tuple] = field(default_factory=dict)  # key -> seconds, tokens in, tokens out, JSON as asked or None
 
+    def __post_init__(self) -> None:
+        self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # of all keys: hashed once
+
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
         """Return the request of a call; a second attempt ends with the fault of the first, and has room if cut off."""
         text, room = call.text, self.max_new_tokens
         if before is not None:
             text += "\n" + fill(self.prompts["RETRY"], fault=before.detail)
             room *= 2 if before.reason == "cut_off" else 1
-        key = call_key(kind=call.kind, system=self.prompts["SYSTEM"], text=text, images=call.hashes, attempt=attempt,
-                       max_new_tokens=room, **self.identity)
+        key = call_key(common=self.common, kind=call.kind, text=text, images=call.hashes, attempt=attempt, max_new_tokens=room)
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, room, call.schema)
 
     def outcome(self, request: Request, call: Call, attempt: int, check: Callable) -> Outcome:

@@ -33,9 +33,9 @@ META = re.compile(r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)
                   r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)  # of the task, not the scene
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
-SUSPECT = ("answer", "option", "choice", "sorry", "unable", "not able", "can't", "cannot", "can not", "as an ai", "caption",
-           "language model", "apolog", "description", "image", "picture", "photo", "region", "crop", "question")
-# each REFUSAL, META and LEAK has one of these words, and to look for them is ten times as fast
+SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "language model", "apolog", "caption",
+           "description", "image", "picture", "photo", "region", "crop", "question")
+# each REFUSAL, META and LEAK has one of these, and to look for them is ten times as fast
 OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
