@@ -43,15 +43,15 @@ from utils.calls import is_reply
 from utils.comparison import compare_all, describe
 from utils.decode import PRESETS, LatentSpec
 from utils.edits import OPEN
-from utils.families import latent_ids, spec_of
+from utils.families import load_with, spec_of
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
 from utils.judges import KINDS, Judge, add_verdicts
 from utils.main_table import make_table
 from utils.protocols import PROTOCOLS, Protocol
-from utils.qwen import load, load_processors
-from utils.rows import (DataError, Help, call_key, check_output, cli, log, rank_world, read_api_key, replace_file,
-                        sha256_file, write_json, write_meta, write_rows)
+from utils.qwen import load_processors
+from utils.rows import (DataError, Help, call_key, check_output, cli, log, parse_count, rank_world, read_api_key,
+                        replace_file, sha256_file, write_json, write_meta, write_rows)
 from utils.scoring import check_scorable, n_options, score
 from utils.server import HttpBackend
 from utils.stage import add_server_flags, open_server
@@ -104,9 +104,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol, spec: LatentSpec |
                 f"{protocol.min_pixels} pixels at least: see its own settings (vLLM: --mm-processor-kwargs)")
         backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
-    qwen = load(args.model, args.dtype, None, protocol.min_pixels, protocol.max_pixels)
-    if spec:
-        latent_ids(qwen.tokenizer, spec)  # refuses another family's checkpoint before there is a run with these settings
+    qwen = load_with(spec, args.model, args.dtype, protocol.min_pixels, protocol.max_pixels)
     return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
             {"weights": model_identity(find_checkpoint(args.model))})
 
@@ -175,18 +173,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--drop_format_hints", action="store_true", help="do not ask for a bare letter or word")
     parser.add_argument("--min_pixels", type=int, help="area to which an image is enlarged (default: the protocol's)")
     parser.add_argument("--max_pixels", type=int, help="area to which an image is shrunk (default: the protocol's)")
-    parser.add_argument("--max_new_tokens", type=int, help=f"of a turn, latent steps included (default: {MAX_NEW_TOKENS}; "
-                        f"{MAX_TOKENS} for --method tool)")
-    parser.add_argument("--limit", type=int, help="only the first N items")
+    parser.add_argument("--max_new_tokens", type=parse_count, help="of a turn, latent steps included (default: "
+                        f"{MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
+    parser.add_argument("--limit", type=parse_count, help="only the first N items")
     parser.add_argument("--allow_incomplete", action="store_true", help="give a headline number in spite of errors")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items; no model")
     parser.add_argument("--backend", choices=("local", "openai"), default="local", help="transformers here, or a server")
     local = parser.add_argument_group("--backend local")
     local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
-    local.add_argument("--latent_size", type=int, help="latents a segment (default: the family's)")
-    local.add_argument("--batch_size", type=int, default=32, help="items a batch, at most")
-    local.add_argument("--batch_tokens", type=int, default=65536, help="tokens a batch, at most, replies at full length")
+    local.add_argument("--latent_size", type=parse_count, help="latents a segment (default: the family's)")
+    local.add_argument("--batch_size", type=parse_count, default=32, help="items a batch, at most")
+    local.add_argument("--batch_tokens", type=parse_count, default=65536,
+                       help="tokens a batch, at most, replies at full length")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="auto: bfloat16 on a GPU, else float32")
     add_server_flags(parser, "--backend openai, and the judge", 28)
@@ -196,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--judge_model", help="the name that its server gives it")
     judge.add_argument("--judge_base_url", nargs="+", default=["http://127.0.0.1:8001/v1"], help="one or more servers of it")
     judge.add_argument("--judge_key_file", help="file with its key; without it $OPENAI_API_KEY, if set")
-    judge.add_argument("--judge_max_tokens", type=int, default=1024, help="of its reply, thoughts included")
+    judge.add_argument("--judge_max_tokens", type=parse_count, default=1024, help="of its reply, thoughts included")
     judge.add_argument("--judge_wait", type=float, default=60.0, help="seconds without any reply until it counts as gone")
     judge.add_argument("--judge_all", action="store_true", help="ask about resolved replies too, to count disagreement")
     return check_args(parser, parser.parse_args(argv))
@@ -204,9 +203,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Refuse flags that cannot go together, and settle defaults that depend on others."""
-    for name in ("batch_size", "batch_tokens", "max_new_tokens", "latent_size", "limit", "judge_max_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     if sum(map(bool, (args.items, args.benchmark, args.compare, args.table))) != 1:
         parser.error("expected one of --items, --benchmark, --compare and --table")
     if not (args.compare or args.table or args.prepare) and not args.model:

@@ -48,17 +48,17 @@ from utils.decode import PRESETS, LatentSpec, decode
 from utils.editor_llm import make_caller
 from utils.effect_figures import draw_all
 from utils.effects import summarize
-from utils.families import latent_ids, spec_of
+from utils.families import load_with, spec_of
 from utils.images import ImageError
 from utils.items import group_of, open_images, read_items
 from utils.journal import Journal, move_aside
 from utils.latent_arm import LatentBatch
 from utils.map_figures import draw_maps
 from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, load, load_tools
+from utils.qwen import Qwen, load_tools
 from utils.readouts import STEM
-from utils.rows import (DataError, Help, call_key, check_output, cli, log, rank_world, read_api_key, replace_file,
-                        sha256_file, write_json, write_meta, write_rows)
+from utils.rows import (DataError, Help, call_key, check_output, cli, log, parse_count, rank_world, read_api_key,
+                        replace_file, sha256_file, write_json, write_meta, write_rows)
 from utils.selftest import selftest
 from utils.server import HttpBackend
 from utils.text_arm import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
@@ -275,7 +275,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
     parser.add_argument("--output", help="records JSONL to write; <output>.run/ beside it is the journal")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
-    parser.add_argument("--latent_size", type=int, default=None, help="latents a segment (default: the family's)")
+    parser.add_argument("--latent_size", type=parse_count, default=None, help="latents a segment (default: the family's)")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
                         help="paper, full, maps, or names, with their number if they take one (add_noise:0.3); latents: "
                              f"{', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
@@ -288,12 +288,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--margin", type=float, default=0.05, help="equivalence margin, a share of items; fix it before a run")
     parser.add_argument("--margin_nll", type=float, default=0.05, help="equivalence margin of R0 and R1, nats")
     parser.add_argument("--rho", type=float, default=0.1, help="share of the total effect that Z is tested to carry at most")
-    parser.add_argument("--min_emitters", type=int, default=50, help="fewer items with an imagination: no effect is given")
+    parser.add_argument("--min_emitters", type=parse_count, default=50,
+                        help="fewer items with an imagination: no effect is given")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="what is put after the question")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a decoding, latent steps included")
-    parser.add_argument("--batch_size", type=int, default=8, help="items a batch; donors come from it")
-    parser.add_argument("--rows", type=int, default=64, help="rows decoded side by side: items times conditions")
+    parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="of a decoding, latent steps included")
+    parser.add_argument("--batch_size", type=parse_count, default=8, help="items a batch; donors come from it")
+    parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side: items times conditions")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else all conditions on an item meet "
                         "the same random numbers (--seed); run several seeds")
     parser.add_argument("--editor_model", default=None, help="model of directed_llm, as its server names it")
@@ -304,7 +305,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the wrong options")
-    parser.add_argument("--limit", type=int, default=None, help="analyse only the first N items after calibration")
+    parser.add_argument("--limit", type=parse_count, default=None, help="analyse only the first N items after calibration")
     parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside and begin anew")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)
@@ -333,9 +334,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not 0 < args.margin < 1 or not args.margin_nll > 0 or not 0 < args.rho < 1:
         parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}, --rho {args.rho}: expected shares and nats, "
                      "above 0")
-    for name in ("batch_size", "rows", "max_new_tokens", "min_emitters", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
 
 
 def with_maps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:
@@ -365,7 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     check_output(args.output, [args.items])
     spec = spec_of(args.latent, args.latent_size)
     calibration, items = split_items(args)
-    qwen = load_tools(args.model) if args.dry_run else load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
+    qwen = (load_tools(args.model) if args.dry_run else
+            load_with(spec, args.model, args.dtype, args.min_pixels, args.max_pixels))
     if spec:
         args.conditions = with_maps(args.conditions, spec, qwen)
     asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
@@ -377,8 +376,6 @@ def main(argv: list[str] | None = None) -> int:
                           "plan": plan(args, len(items))}))
         return 0
     rank, world, _ = rank_world()
-    if spec:
-        latent_ids(qwen.tokenizer, spec)  # refuses another family's checkpoint before there is a run with these settings
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         run = Run(qwen, spec, journal, asking, args, editor=open_editor(args, stack))

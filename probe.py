@@ -44,9 +44,9 @@ import numpy as np
 
 from utils import derive
 from utils.asking import prompt_of
-from utils.capture import capture
+from utils.capture import batched, capture
 from utils.decode import PRESETS, LatentSpec
-from utils.families import latent_ids, spec_of
+from utils.families import load_with, spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
 from utils.geometry import cka, retrieval, spectrum
 from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
@@ -56,7 +56,7 @@ from utils.linear_probe import probe
 from utils.probing import Prober, conditions, rotations, score
 from utils.qwen import Qwen, load, load_processors
 from utils.readouts import STEM
-from utils.rows import DataError, Help, cli, log, read_rows, write_json, write_meta, write_rows, writing
+from utils.rows import DataError, Help, cli, log, parse_count, read_rows, write_json, write_meta, write_rows, writing
 from utils.run_report import collect, write_report
 from utils.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.states import STORED, States, StateWriter
@@ -255,20 +255,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_root", default=None, help="folder of the images (default: that of each items file)")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
-    parser.add_argument("--latent_size", type=int, default=None,
+    parser.add_argument("--latent_size", type=parse_count, default=None,
                         help=f"latents a segment (default: the family's); with --latent off, steps looked at ({TEXT_STEPS})")
-    parser.add_argument("--n_items", type=int, default=100, help="instances compared, evenly spread over the files")
+    parser.add_argument("--n_items", type=parse_count, default=100, help="instances compared, evenly spread over the files")
     parser.add_argument("--level", type=float, default=0.95, help="of all intervals")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="what is put after the question")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="of a decoding, latent steps included")
-    parser.add_argument("--batch_size", type=int, default=8, help="items a batch, at most")
+    parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="of a decoding, latent steps included")
+    parser.add_argument("--batch_size", type=parse_count, default=8, help="items a batch, at most")
     parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
     parser.add_argument("--min_pixels", type=int, default=None, help="area to which an image is enlarged")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples and of who is given whose imagination")
-    parser.add_argument("--limit", type=int, default=None, help="read only the first N items and probe items")
+    parser.add_argument("--limit", type=parse_count, default=None, help="read only the first N items and probe items")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count decodings; writes nothing")
     parser.set_defaults(task="probe")
     if argv and not argv[0].startswith("-"):
@@ -277,9 +277,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.edits = list(EDITS) if "all" in args.edits else list(dict.fromkeys(args.edits))
     if args.reader and "cut" in args.variants:
         parser.error("--variants cut: what is kept are states of the model that read the image; expected no --reader")
-    for name in ("batch_size", "max_new_tokens", "n_items", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     return args
 
 
@@ -292,13 +289,11 @@ def settings_of(args: argparse.Namespace, n_steps: int) -> dict:
 def fill_store(folder: str | Path, wanted: list[dict], edits: dict[str, list[dict]], spec: LatentSpec | None, n_steps: int,
                args: argparse.Namespace) -> Qwen:
     """Capture the states that the store lacks; return the model, which may be asked the probe items too."""
-    qwen = load(args.model, args.dtype, None, args.min_pixels, args.max_pixels)
-    if spec:
-        latent_ids(qwen.tokenizer, spec)  # refuses another family's checkpoint before there is a store with these settings
+    qwen = load_with(spec, args.model, args.dtype, args.min_pixels, args.max_pixels)
     with StateWriter(folder, settings_of(args, n_steps)) as writer:
-        capture(qwen, spec, wanted, n_steps, args, writer)
-        for changed in edits.values():
-            capture(qwen, spec, changed, n_steps, args, writer, whole=False)
+        for items in (wanted, *edits.values()):
+            for batch in batched(items, args.batch_size, "items"):
+                capture(qwen, spec, batch, n_steps, args, writer, whole=items is wanted)
     return qwen
 
 

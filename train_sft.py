@@ -52,7 +52,7 @@ from utils.packing import run_packed, use_packed_attention
 from utils.patches import process_images
 from utils.preview import dry_run, make_plan, show_plan
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
-from utils.rows import DataError, Help, cli, log, read_rows, stop_on_signals, write_json, write_meta, writing
+from utils.rows import DataError, Help, cli, log, parse_count, read_rows, stop_on_signals, write_json, write_meta, writing
 from utils.sharding import average_replicated, gathered, shard, whole_state
 from utils.steps import Batching, Steps, Work
 from utils.targets import IMAGINATIONS, Example, Target, load_images, make_examples
@@ -368,17 +368,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; an existing one is an error")
     parser.add_argument("--imagination", choices=IMAGINATIONS, default="text", help="the target; see above")
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latent tokens")
-    parser.add_argument("--latent_size", type=int, default=None, help="latents an image (default: the family's)")
+    parser.add_argument("--latent_size", type=parse_count, default=None, help="latents an image (default: the family's)")
     parser.add_argument("--align_weight", type=float, default=10.0,
                         help="weight of the alignment beside a cross-entropy of weight 1 (Mirage stage 1: 1 beside 0.1; "
                              "its stage 2: 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine", help="Mirage: cosine; LVR: mse")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the rows")
+    parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
     parser.add_argument("--max_steps", type=int, default=None, help="optimizer steps in all (overrides --epochs)")
-    parser.add_argument("--global_batch", type=int, default=128, help="rows an optimizer step, whatever the number of GPUs")
-    parser.add_argument("--max_tokens", type=int, default=8192, help="tokens a forward pass on one device, visual ones "
+    parser.add_argument("--global_batch", type=parse_count, default=128,
+                        help="rows an optimizer step, whatever the number of GPUs")
+    parser.add_argument("--max_tokens", type=parse_count, default=8192, help="tokens a forward pass on one device, visual ones "
                         "included: rows are packed up to it")
-    parser.add_argument("--batch_size", type=int, default=1, help="--imagination latent: rows a forward pass, padded")
+    parser.add_argument("--batch_size", type=parse_count, default=1, help="--imagination latent: rows a forward pass, padded")
     parser.add_argument("--loss_norm", choices=("token", "row"), default="token", help="the loss of a step is the mean over "
                         "its trained tokens, or over its rows (as one row a device and no packing has it)")
     parser.add_argument("--learning_rate", type=float, default=1e-5, help="after the warm-up")
@@ -400,22 +401,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--select", choices=("loss", "answers"), default="loss", help="the best is that of the least held-out "
                         "loss, or of the most held-out answers that are generated right")
     parser.add_argument("--answer_tokens", type=int, default=512, help="--select answers: tokens a reply at most")
-    parser.add_argument("--eval_every", type=int, default=50, help="steps between looks at the held-out rows")
-    parser.add_argument("--save_every", type=int, default=250, help="steps between checkpoints")
-    parser.add_argument("--keep", type=int, default=2, help="checkpoints kept to resume from")
-    parser.add_argument("--keep_best", type=int, default=1, help="exports kept of the best looks, in <output>.run/best-N")
+    parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between looks at the held-out rows")
+    parser.add_argument("--save_every", type=parse_count, default=250, help="steps between checkpoints")
+    parser.add_argument("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
+    parser.add_argument("--keep_best", type=parse_count, default=1,
+                        help="exports kept of the best looks, in <output>.run/best-N")
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on from the last whole "
                         "checkpoint if there is one; must: an error if there is none; never: an error if there is one")
     parser.add_argument("--report_to", default="none", help="also log to a tracker that accelerate knows: tensorboard, wandb")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that prepare batches; 0 for none")
     parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")
-    parser.add_argument("--limit", type=int, default=None, help="read only the first N rows of each file")
+    parser.add_argument("--limit", type=parse_count, default=None, help="read only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="look at the rows, every image and the plan; train nothing")
     args = parser.parse_args(argv)
-    for name in ("epochs", "global_batch", "batch_size", "max_tokens", "eval_every", "save_every", "keep", "keep_best",
-                 "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.checkpointing == "on" and args.imagination == "latent":
         parser.error("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")
     if args.lora_rank and args.train_vision:

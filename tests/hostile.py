@@ -44,10 +44,11 @@ import probe  # noqa: E402
 import rewrite_captions  # noqa: E402
 import train_sft  # noqa: E402
 from utils.decode import PRESETS  # noqa: E402
+from utils.families import load_with  # noqa: E402
 from utils.images import ImageError, data_url, image_size, open_image  # noqa: E402
 from utils.items import question_text  # noqa: E402
 from utils.protocols import PROTOCOLS  # noqa: E402
-from utils.qwen import add_tokens, chat, load, load_processors, load_tools  # noqa: E402
+from utils.qwen import add_tokens, chat, load_processors, load_tools  # noqa: E402
 from utils.rows import cli, write_rows  # noqa: E402
 from utils.states import States, StateWriter  # noqa: E402
 from utils.systems import Conversation, render  # noqa: E402
@@ -226,7 +227,7 @@ class Readers:
         # loaded once: what is read of them is the same for every input
         evaluate.load_processors = probe.load_processors = functools.cache(load_processors)
         intervene.load_tools = train_sft.load_tools = functools.cache(load_tools)
-        evaluate.load, self.qwen = functools.cache(load), load_tools(self.checkpoint)
+        evaluate.load_with, self.qwen = functools.cache(load_with), load_tools(self.checkpoint)
         for preset in PRESETS.values():  # all families' markers are tokens: none of them may come from data
             add_tokens(self.qwen, preset.tokens)
         import utils.stage

@@ -180,11 +180,16 @@ def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterato
         yield batch
 
 
+def check_folder(path: str) -> None:
+    """DataError for a folder without a checkpoint; a name that is no folder is the hub's."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
+
+
 def find_checkpoint(model_path: str) -> Path:
     """Return the folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if need be."""
+    check_folder(model_path)
     if Path(model_path).is_dir():
-        if not (Path(model_path) / "config.json").is_file():
-            raise DataError(f"{model_path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
         return Path(model_path)
     from huggingface_hub import snapshot_download
     try:

@@ -99,10 +99,7 @@ def vstar_folder_rows(root: Path) -> Rows:
             pictures = [path for path in sorted(note.parent.glob(f"{note.stem}.*")) if path != note]
             if len(pictures) != 1:
                 raise DataError(f"{note}: {len(pictures)} pictures named {note.stem}.*, expected one")
-            try:
-                row = load_object(note)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{note}: not JSON ({error})") from error
+            row = load_object(note, "copy it from its source again")
             yield str(note), {**row, "image_file": str(pictures[0].relative_to(root)), "test_type": folder}
 
 

@@ -23,32 +23,30 @@ def batched(rows: list[dict], size: int, what: str) -> tqdm:
     return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
 
 
-def capture(qwen: Qwen, spec: LatentSpec | None, items: list[dict], n_steps: int, args: argparse.Namespace,
+def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], n_steps: int, args: argparse.Namespace,
             writer: StateWriter, whole: bool = True) -> None:
-    """Decode the items that the store lacks and add their states; `args` are probe.py's. `whole`: inner states and those of
-    pads too.
+    """Decode a batch of items, unless the store has them, and add their states; `args` are probe.py's. `whole`: inner states
+    and those of pads too.
 
-    Batches are made of all items, and one that a kill left half done is decoded again whole: a state's last bits depend on
-    its batch.
+    A batch that a kill left half done is decoded again whole: a state's last bits depend on its batch.
     """
-    for batch in batched(items, args.batch_size, "items"):
-        if all(item["id"] in writer for item in batch):
-            continue
-        images = [open_shown(item) for item in batch]
-        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(batch, images)]
-        inputs = encode(qwen, prompts, images)
-        with torch.no_grad():
-            features = iter(image_features(qwen, inputs))
-        begun, everyone = prefill(qwen, inputs), list(range(len(batch)))
-        rows, _ = decode(qwen, begun.take(everyone), args.max_new_tokens, spec, capture=True,
-                         with_slots=whole and spec is not None)
-        dummies = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
-        for item, row, pictures, prompt, dummy in zip(batch, rows, images, prompts, dummies):
-            visual = [next(features) for _ in pictures][0]
-            if item["id"] not in writer:
-                tensors, facts = collect(qwen, spec, row, visual, n_steps, dummy)
-                writer.add(item["id"], {kind: x.float().cpu().numpy() for kind, x in tensors.items()},
-                           prompt_sha=text_hash(prompt), n_ids=len(row.ids), finish=row.finish, **facts)
+    if all(item["id"] in writer for item in batch):
+        return
+    images = [open_shown(item) for item in batch]
+    prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(batch, images)]
+    inputs = encode(qwen, prompts, images)
+    with torch.no_grad():
+        features = iter(image_features(qwen, inputs))
+    begun, everyone = prefill(qwen, inputs), list(range(len(batch)))
+    rows, _ = decode(qwen, begun.take(everyone), args.max_new_tokens, spec, capture=True,
+                     with_slots=whole and spec is not None)
+    dummies = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
+    for item, row, pictures, prompt, dummy in zip(batch, rows, images, prompts, dummies):
+        visual = [next(features) for _ in pictures][0]
+        if item["id"] not in writer:
+            tensors, facts = collect(qwen, spec, row, visual, n_steps, dummy)
+            writer.add(item["id"], {kind: x.float().cpu().numpy() for kind, x in tensors.items()},
+                       prompt_sha=text_hash(prompt), n_ids=len(row.ids), finish=row.finish, **facts)
 
 
 def collect(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.Tensor, n_steps: int,

@@ -79,10 +79,7 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
     if not found and resume == "must":
         raise DataError(f"{folder}: no whole checkpoint, against --resume must; expected step-N in it")
     if path.exists():
-        try:
-            theirs = load_object(path)
-        except ValueError as error:
-            raise DataError(f"{path}: damaged ({error}); move {folder} away to start afresh") from error
+        theirs = load_object(path, f"move {folder} away to start afresh")
         differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now" for name in sorted({*settings, *theirs})
                      if settings.get(name) != theirs.get(name)]
         if differing:

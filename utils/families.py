@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from utils.qwen import special_id
+from utils.qwen import Qwen, load, special_id
 from utils.rows import DataError
 
 
@@ -121,3 +121,12 @@ def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
         raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ones in that order; "
                         "this checkpoint was trained with another family's tokens")
     return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
+
+
+def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixels: int | None = None,
+              max_pixels: int | None = None) -> Qwen:
+    """Load a checkpoint (`utils.qwen.load`) that is to be decoded with these latents; DataError for another family's."""
+    qwen = load(path, dtype, None, min_pixels, max_pixels)
+    if spec:
+        latent_ids(qwen.tokenizer, spec)  # now, before there is a run that remembers wrong flags
+    return qwen

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.rows import CANONICAL, DataError, load_object, log, rank_world, write_json, writing
+from utils.rows import DataError, load_object, log, rank_world, write_json, writing
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 
@@ -172,9 +172,4 @@ def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
     path = Path(folder, name)
     if not path.is_file():
         return None
-    try:
-        settings = load_object(path)
-        CANONICAL.encode(settings)  # ValueError for a number that is none
-        return settings
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); restore it, or begin anew (--fresh, another --output)") from error
+    return load_object(path, "restore it, or begin anew (--fresh, another --output)")

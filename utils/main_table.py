@@ -56,10 +56,7 @@ def read_result(text: str) -> dict:
 
 def read_metrics(path: Path) -> dict:
     """Return the metrics beside a result file; DataError for a file that evaluate.py did not write."""
-    try:
-        metrics = load_object(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error}); run evaluate.py again, its replies are kept") from error
+    metrics = load_object(path, "run evaluate.py again, its replies are kept")
     check_fields(str(path), metrics, {"n": int, "protocol": dict, "efficiency": dict})
     check_fields(f"{path}: protocol", metrics["protocol"], {"model": str, "method": str, "line": str})
     number = (int, float, type(None))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
+from utils.backends import check_folder
 from utils.heads import load_head
 from utils.images import smart_size
 from utils.patches import process_images
@@ -106,8 +107,7 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
     """Return (tokenizer, image processor) of a checkpoint, the pixel budget set and proven."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
+    check_folder(path)
     for file in (Path(path) / "tokenizer.json", Path(path) / "vocab.json"):
         try:
             if file.is_file():

@@ -69,6 +69,17 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{told} (default: {' '.join(action.default) if listed else '%(default)s'})"
 
 
+def parse_count(text: str) -> int:
+    """Return what a flag counts, for argparse to refuse anything below 1."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
+    return count
+
+
 def shorten(message: str) -> str:
     """Return a message without control characters (an id or a path may hold them), and without its middle if it is long."""
     if len(message) > LONGEST_ERROR:
@@ -222,14 +233,17 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
     return rows
 
 
-def load_object(path: str | Path) -> dict:
-    """Return the JSON object that fills a file; OSError for a file that cannot be read, ValueError for any other content."""
+def load_object(path: str | Path, hint: str = "run what writes it again") -> dict:
+    """Return the JSON object that fills a file. DataError for a file that cannot be read or holds anything else; `hint` says
+    what to do then."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(fault_of(error)) from error
+        CANONICAL.encode(value)  # ValueError for a number that is none
+    except (OSError, ValueError, RecursionError) as error:
+        why = fault_of(error) if isinstance(error, RecursionError) else error  # a file has lines: not only the column
+        raise DataError(f"{path}: damaged ({why}); {hint}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{type(value).__name__}, expected an object")
+        raise DataError(f"{path}: damaged ({type(value).__name__}, expected an object); {hint}")
     return value
 
 

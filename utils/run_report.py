@@ -85,10 +85,7 @@ def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
 # ------------------------------------------------------------------------------------ what a run folder holds
 def read_metrics(path: Path) -> tuple[str | None, dict]:
     """Return the stage (None: an earlier one) and the object of a metrics file; DataError if it is neither."""
-    try:
-        metrics = load_object(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error}); expected one JSON object: run the stage again, or move it away") from error
+    metrics = load_object(path, "expected one JSON object: run the stage again, or move it away")
     if metrics.get("stage") in STAGES:
         return metrics["stage"], metrics
     if {"protocol", "accuracy", "categories"} <= set(metrics):
@@ -150,14 +147,14 @@ def settings_of(output: str) -> list[Block]:
     path = Path(f"{output}.meta.json")
     if not path.is_file():
         return [("text", f"{path.name}: not there.")]
+    meta = load_object(path, "run the stage again, or move it away")
     try:
-        meta = load_object(path)
         rows = [[f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)]
                 for name, value in meta["flags"].items() if value or value == 0 and value is not False]
         rows += [["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())],
                  *([f"sha256 of {name}", value] for name, value in meta["inputs"].items()),
                  ["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); run the stage again, or move it away") from error
     return [("table", ["setting", "value"], rows)]
 

@@ -11,7 +11,7 @@ from utils.calls import Call, Caller, IncompleteError, is_reply
 from utils.checks import is_look
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
-from utils.rows import DataError, call_key, log, rank_world, read_api_key
+from utils.rows import DataError, call_key, log, parse_count, rank_world, read_api_key
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -19,12 +19,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and n.isdecimal() and int(index) < int(n)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1")
     return int(index), int(n)
-
-
-def parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
-    return int(text)
 
 
 def parse_object(text: str) -> dict:
