@@ -148,7 +148,7 @@ def test_check_own(changes, match):
         check_own("x:1", own_row(**changes))
 
 
-def test_check_rows_keeps_the_first_sound_duplicate(tmp_path, picture):
+def test_check_rows_keeps_the_first_sound_duplicate(tmp_path, picture, capsys):
     picture("a.png"), picture("b.png", color="blue"), picture("copy.png")
     rows = [own_row(id="bad", steps=[]), own_row(id="no file", images=["no.png"]), own_row(id="first"),
             own_row(id="same", images=["copy.png"]), own_row(id="other", question="Another?")]
@@ -157,6 +157,10 @@ def test_check_rows_keeps_the_first_sound_duplicate(tmp_path, picture):
     assert found[3][1].endswith("of first") and len(found[2][2]) == 2
     with pytest.raises(DataError, match="--image_root .*nowhere: no such folder"):
         check_rows(rows, tmp_path / "nowhere")
+    assert "no row has its images" not in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    assert {look.reason for look in check_rows(rows[1:], tmp_path / "elsewhere")} == {"image_missing"}
+    assert "no row has its images under --image_root" in (err := capsys.readouterr().err) and "elsewhere/no.png" in err
 
 
 # ------------------------------------------------------------------------------------------------ calls

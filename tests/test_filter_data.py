@@ -141,6 +141,7 @@ def test_every_row_has_a_verdict_and_an_error_is_no_drop(world, judge, capsys):
         "doubt": ("judge", ["unanswerable_unclear"]),
         "error": ("error", ["bad_json"]), "schema": ("error", ["bad_schema"]), "rule": ("rule", ["caption_leak"]),
         "again": ("rule", ["duplicate"]), "lost": ("rule", ["image_missing"]), "a": (None, [])}
+    assert "no.png: no such image; is --image_root" in verdicts["lost"]["detail"]
     assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None and verdicts["z"]["keep"] is True
     assert verdicts["a"]["flags"] == ["unrefined", "answer_unseen"] and verdicts["z"]["flags"] == []
     captured = capsys.readouterr()

@@ -210,9 +210,13 @@ def test_check_images(tmp_path, picture, images, helpers, reason):
     image.save(tmp_path / "line.png")
     Image.new("RGB", (50, 50), "teal").save(tmp_path / "flat.jpg")
     (tmp_path / "cut.png").write_bytes(first.read_bytes()[:-30])
-    found, hashes = check_images(tmp_path, images, helpers)
-    assert found == reason
-    assert reason or len(hashes) == len(images) + len(helpers)
+    found = check_images(tmp_path, images, helpers)
+    assert found.reason == reason
+    if reason:
+        culprit = images[0] if reason in ("image_flat", "image_outside_root") else helpers[-1]
+        assert culprit in found.detail
+    else:
+        assert found.detail == "" and len(found.hashes) == len(images) + len(helpers)
 
 
 def test_real_photographs_open(shared_data):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from utils.answers import BOX, answers_match, last_boxed
 from utils.edits import CLOSE, SPAN
-from utils.images import IMAGE_REASONS, check_images
+from utils.images import IMAGE_REASONS, Look, check_images
 from utils.journal import Journal
-from utils.rows import DataError, call_key
+from utils.rows import DataError, call_key, log
 
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
@@ -129,8 +129,8 @@ def row_fault(row: dict) -> str | None:
 
 
 def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault,
-               seen_images: Journal | None = None) -> list[tuple[str | None, str, list[str]]]:
-    """Return (reason or None, detail, image hashes) a row, by all that needs no model.
+               seen_images: Journal | None = None) -> list[Look]:
+    """Return what is wrong with each row, by all that needs no model, and its images' hashes.
 
     `fault_of` first, then the images (utils.images.check_images), then "duplicate": a sound row before it has the same
     question, question images and answer. Images of which `seen_images` knows paths, sizes and times are not opened.
@@ -139,20 +139,21 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
         raise DataError(f"--image_root {root}: no such folder; image paths are relative to it")
     found, seen = [], {}
     looked = look_at_images(rows, root, fault_of, seen_images)
-    for row, (reason, hashes) in zip(rows, looked, strict=True):
-        detail = ""
-        if reason is None:
-            same = row["question"], row["answer"], *hashes[:len(row["images"])]
+    for row, look in zip(rows, looked, strict=True):
+        if look.reason is None:
+            same = row["question"], row["answer"], *look.hashes[:len(row["images"])]
             if same in seen:
-                reason, detail = "duplicate", f"question, images and answer of {seen[same]}"
+                look = look._replace(reason="duplicate", detail=f"question, images and answer of {seen[same]}")
             seen.setdefault(same, row["id"])
-        found.append((reason, detail, hashes))
+        found.append(look)
+    if found and all(look.reason == "image_missing" for look in found):
+        log(f"no row has its images under --image_root {root}; the first: {found[0].detail}")
     return found
 
 
 def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
-                   seen_images: Journal | None) -> Iterator[tuple[str | None, list[str]]]:
-    """Yield (reason or None, image hashes) a row; what is new goes into `seen_images`."""
+                   seen_images: Journal | None) -> Iterator[Look]:
+    """Yield what is found by `fault_of` or in its images, a row; what is new goes into `seen_images`."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
     try:
         for first in range(0, len(rows), WINDOW):
@@ -161,19 +162,19 @@ def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict]
             for n, row in enumerate(window):
                 helpers = [step["image"] for step in row["steps"] if "image" in step]
                 if reason := fault_of(row):
-                    found[n] = reason, []
+                    found[n] = Look(reason, "", [])
                     continue
                 key = state_of(root, row["images"], helpers) if seen_images is not None else ""
                 record = seen_images.get(key) if key else None
                 if record and (record["reason"] or len(record["hashes"]) == len(row["images"]) + len(helpers)):
-                    found[n] = record["reason"], record["hashes"]
+                    found[n] = Look(record["reason"], record.get("detail", ""), record["hashes"])
                 else:
                     new.append((n, key, row["images"], helpers))
             results = pool.map(lambda work: check_images(root, work[2], work[3]), new)
-            for (n, key, _, _), (reason, hashes) in zip(new, results, strict=True):
-                found[n] = reason, hashes
+            for (n, key, _, _), look in zip(new, results, strict=True):
+                found[n] = look
                 if key and key not in seen_images:
-                    seen_images.append({"key": key, "id": window[n]["id"], "reason": reason, "hashes": hashes})
+                    seen_images.append({"key": key, "id": window[n]["id"], **look._asdict()})
             yield from (found[n] for n in range(len(window)))
     finally:
         pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
@@ -182,7 +183,8 @@ def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict]
 def is_look(record: dict) -> bool:
     """Return whether a record of the images journal says what was found: a reason, or none and hashes."""
     hashes, reason = record["hashes"], record["reason"]
-    return type(hashes) is list and all(type(digest) is str for digest in hashes) and reason in (None, *IMAGE_REASONS)
+    return (type(hashes) is list and all(type(digest) is str for digest in hashes) and reason in (None, *IMAGE_REASONS)
+            and type(record.get("detail", "")) is str)  # runs begun before there were details go on
 
 
 def state_of(root: str | Path, images: list[str], helpers: list[str]) -> str:

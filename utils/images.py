@@ -232,11 +232,17 @@ def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
     return as_url("PNG", buffer.getvalue())
 
 
-def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tuple[str | None, list[str]]:
-    """Return (reason, hashes) for a sample: the first of IMAGE_REASONS that holds or None, and each file's sha256.
+class Look(NamedTuple):
+    """What was found in a sample's images: the first of IMAGE_REASONS that holds or None, in words, and each file's sha256."""
 
-    `helpers` are the pictures of its steps; one that shows no more than the first question image is image_no_op.
-    """
+    reason: str | None
+    detail: str
+    hashes: list[str]
+
+
+def check_images(root: str | Path, images: list[str], helpers: list[str]) -> Look:
+    """Look at a sample's images. `helpers` are the pictures of its steps; one that shows no more than the first question
+    image is image_no_op."""
     hashes, first = [], None
     try:
         for n, name in enumerate([*images, *helpers]):
@@ -246,12 +252,12 @@ def check_images(root: str | Path, images: list[str], helpers: list[str]) -> tup
             small = decode_image(data, path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
             first = first or small
             if all(high - low <= FLAT_WITHIN for low, high in small.getextrema()):
-                return "image_flat", hashes
+                return Look("image_flat", f"{path}: one colour all over", hashes)
             if n >= len(images) and not differ(first, small):
-                return "image_no_op", hashes
+                return Look("image_no_op", f"{path}: shows no more than {images[0]}", hashes)
     except ImageError as error:
-        return error.reason, hashes
-    return None, hashes
+        return Look(error.reason, str(error), hashes)
+    return Look(None, "", hashes)
 
 
 def differ(one: Image.Image, other: Image.Image) -> bool:
