@@ -120,7 +120,7 @@ class Prompts:
 # ------------------------------------------------------------------------------------ what a reply says
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
     """Return the fields that come from a reply's words; the answer is looked for in `last_words`, after all imagination."""
-    found = extract_choice(last_words.strip(), dict(map(tuple, item["options"])), finish)
+    found = extract_choice(last_words.strip(), dict(item["options"]), finish)
     return {"text": text, "finish": finish, "n_new": len(ids), "pred": found.letter, "rule": found.rule,
             "correct": found.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from utils.flops import PEAKS
 from utils.images import ImageError, open_image
-from utils.rows import log
+from utils.plots import BLUE, VERMILION, new_figure
+from utils.rows import log, replace_file
 from utils.steps import Steps
 from utils.targets import Example, marked
 
@@ -106,17 +108,16 @@ def describe_lengths(examples: list[Example]) -> dict[str, int]:
 
 def draw_lengths(examples: list[Example], max_tokens: int, path: str) -> None:
     """Write a histogram of the rows' lengths, all tokens and trained ones, as a PNG."""
-    from matplotlib.figure import Figure  # here: no other part of training draws
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure, [both] = new_figure(7, 3.2, 1, 2)
     lengths, stats = [example.n_tokens for example in examples], describe_lengths(examples)
-    for axes, values, title in zip(figure.subplots(1, 2), (lengths, [example.n_trained for example in examples]),
+    for axes, values, title in zip(both, (lengths, [example.n_trained for example in examples]),
                                    ("all tokens of a row", "trained tokens of a row")):
-        axes.hist(values, bins=40, range=(0, 1.05 * max(values)), color="#0072B2")
+        axes.hist(values, bins=40, range=(0, 1.05 * max(values)), color=BLUE)
         axes.set(xlabel=title, ylabel="rows")
-    figure.axes[0].axvline(stats["p95"], color="#D55E00", linestyle="--")
+    both[0].axvline(stats["p95"], color=VERMILION, linestyle="--")
     figure.suptitle(f"{len(lengths)} rows: 95 % have at most {stats['p95']} tokens (dashed), the longest {stats['max']}; "
                     f"--max_tokens {max_tokens}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    replace_file(path, partial(figure.savefig, format="png", dpi=150), "wb")
 
 
 def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:

@@ -205,7 +205,7 @@ class Prober:
         row = {"id": probe["id"], "source": probe["source"], "donor": None if name in ("image", "text_only") else donor,
                "condition": name, "gold": gold, "pred": None, "rule": "not_asked", "correct": False, "text": "", "r0": None}
         if reply is not None:
-            found = extract_choice(conclude(self.qwen, self.spec, reply), dict(map(tuple, probe["options"])), reply.finish)
+            found = extract_choice(conclude(self.qwen, self.spec, reply), dict(probe["options"]), reply.finish)
             row |= {"pred": found.letter, "rule": found.rule, "correct": found.letter == gold,
                     "text": clean_text(self.qwen.tokenizer, reply.ids, self.spec), "r0": describe_scores(scores, gold)}
         return row

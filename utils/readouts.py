@@ -18,7 +18,7 @@ BRACE = "}"
 
 def option_words(item: dict, by: str) -> dict[str, str]:
     """Return what stands in the box for each letter: itself (by "letter") or the option's words (by "text")."""
-    return {letter: letter if by == "letter" else plain(text) for letter, text in map(tuple, item["options"])}
+    return {letter: letter if by == "letter" else plain(text) for letter, text in item["options"]}
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:

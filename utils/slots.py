@@ -58,7 +58,7 @@ def slots(item: dict, target: str) -> list[Slot]:
     First what the two options do not share, then the words of one table that they hold. Yes against no turns a statement
     round, and needs a question that says which.
     """
-    options, gold = dict(map(tuple, item["options"])), item["answer"]["value"]
+    options, gold = dict(item["options"]), item["answer"]["value"]
     referents = frozenset(stems(item.get("question", "")))
     answers = [re.sub(r"\W", "", strip_label(options[letter])).lower() for letter in (gold, target)]
     if referents and (answers[0] in YES and answers[1] in NO or answers[0] in NO and answers[1] in YES):
