@@ -20,9 +20,8 @@ def kill(tmp_path, n: int, seed: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert {name.split()[0] for name in results} == SCRIPTS
-    assert sum(its["kills"] for its in results.values()) >= 6 * n  # of 8 cases: a quick machine may be done before the last kill
     for name, its in results.items():
-        assert its["kills"] >= 0.5 * n and its["records"] > 0 and its["files"] > 1, name
+        assert its["kills"] >= 0.8 * n and its["records"] > 0 and its["files"] > 1, name
         assert (its["lost"], its["doubled"], its["identical"]) == (0, 0, True), name
         assert 0 <= its.get("calls_made_again", 0) <= 8 * its["kills"], name  # 8 are under way
 
