@@ -19,6 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.rows import write_json  # noqa: E402
+
 CONDITIONS = ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_random", "slot_swap_random", "cut_latent")
 VISUAL_TOKENS, PIXELS_A_TOKEN = 1024, 28 * 28
 GROWTH = [(4, 256), (16, 256), (64, 256), (4, 1024), (4, 4096)]  # items, visual tokens
@@ -75,8 +79,7 @@ def main() -> None:
             print(json.dumps(result["points"][-1]), file=sys.stderr)
     else:
         result = compare(args)
-    path = Path(args.result or ROOT / "results" / ("sweep_growth.json" if args.growth else "sweep.json"))
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.result or ROOT / "results" / ("sweep_growth.json" if args.growth else "sweep.json"), result)
     print(json.dumps(result))
 
 

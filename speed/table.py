@@ -41,7 +41,8 @@ def client_growth(found: dict) -> list[tuple]:
 
 def export(found: dict) -> list[tuple]:
     peer = f"`json.loads` of every line {found['json_loads_s']:.1f} s"
-    return [(f"export of {found['samples']:,} journalled samples", f"{found['export_s']:.0f} s, {found['export_gb']:.1f} GB", peer),
+    size = f"{found['export_s']:.0f} s, {found['export_gb']:.1f} GB"
+    return [(f"export of {found['samples']:,} journalled samples", size, peer),
             ("opening the same journals after a kill", f"{found['scan_s']:.1f} s", SAME)]
 
 
@@ -122,8 +123,8 @@ ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py
         train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
         train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
-        sweep: f"{SWEEP} --limit 16 --rounds 2", sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE, growth: f"{EVALUATE} --growth",
-        probe_memory: "python speed/probe.py --folder work/probe"}
+        sweep: f"{SWEEP} --limit 16 --rounds 2", sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE,
+        growth: f"{EVALUATE} --growth", probe_memory: "python speed/probe.py --folder work/probe"}
 
 
 def table() -> str:

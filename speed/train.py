@@ -90,11 +90,12 @@ def count_rows(folder: Path) -> int:
 
 def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
+    pack = max(PACK, (visual_tokens or 0) + 1024)
     subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
                     "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
-                    str(count_rows(folder)), "--max_tokens", str(max(PACK, (visual_tokens or 0) + 1024)), "--image_tokens", str(BUDGET), "--tokens_per_image",
-                    str(BUDGET), "--learning_rate", str(LEARNING_RATE), "--schedule", "constant",
-                    "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
+                    str(count_rows(folder)), "--max_tokens", str(pack), "--image_tokens", str(BUDGET), "--tokens_per_image",
+                    str(BUDGET), "--learning_rate", str(LEARNING_RATE), "--schedule", "constant", "--warmup_steps", "1",
+                    "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
