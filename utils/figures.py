@@ -23,7 +23,7 @@ LOOKS = {"imagination": Look("imagination", BLUE, "o", 3.5), "text": Look("text 
 
 
 def finish(figure, path: Path, rows: list[dict]) -> None:
-    write_figure(figure, rows, path, line_end="\r\n", bbox_inches="tight")  # a label beside an image may lie outside
+    write_figure(figure, rows, path, bbox_inches="tight")  # a label beside an image may lie outside
 
 
 def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray,

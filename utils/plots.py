@@ -35,10 +35,10 @@ def legend(figure, panels, **more) -> None:
                   **more)
 
 
-def write_figure(figure, rows: list[dict], png: str | Path, line_end: str = "\n", **more) -> None:
+def write_figure(figure, rows: list[dict], png: str | Path, **more) -> None:
     """Write a figure and, beside it under the same name, its numbers; the first row names the columns."""
     def write_csv(file: TextIO) -> None:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore", lineterminator=line_end)
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
