@@ -1,4 +1,5 @@
 """Loading checkpoints and turning chats into tensors.    pytest tests/test_qwen.py"""
+import copy
 import json
 import shutil
 
@@ -63,6 +64,23 @@ def test_pixel_budget_holds_on_both_forms_of_settings(tiny_checkpoint, tmp_path,
         assert grid.tolist() == [1, height // 14, width // 14] and int(grid.prod()) // 4 <= tokens
     with pytest.raises(DataError, match="expected 784 <= min_pixels <= max_pixels"):
         Q.load_processors(str(tmp_path / "c"), min_pixels=100_000, max_pixels=50_000)
+
+
+def test_patches_are_multiplied_as_the_stock_model_convolves_them(tiny_checkpoint, picture):
+    """Features and the gradient of the first layer's weight, whose name and shape stay; a copy computes with its own."""
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    Q.multiply_patches(qwen.model)  # as on a GPU
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="sdpa")
+    inputs = Q.process_images(qwen.image_processor, [Image.open(picture("a.png", size=(90, 140)))])
+    gradients = []
+    for model in (qwen.model, copy.deepcopy(qwen.model), stock):
+        features = model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+        features.square().sum().backward()
+        gradients.append((features, model.model.visual.patch_embed.proj.weight.grad))
+    for features, gradient in gradients[:2]:
+        assert torch.allclose(features, gradients[2][0], atol=1e-5)
+        assert torch.allclose(gradient, gradients[2][1], rtol=1e-4, atol=1e-5) and gradient.abs().max() > 0
+    assert qwen.model.state_dict().keys() == stock.state_dict().keys()
 
 
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):

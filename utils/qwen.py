@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
@@ -100,9 +102,25 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
     if len(qwen.tokenizer) > model.lm_head.out_features:
         raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
+    if torch.device(device).type == "cuda":
+        multiply_patches(model)
     qwen.model, qwen.config, head = model.to(device).eval(), model.config, load_head(path)
     qwen.latent_head = head and head.to(device, model.dtype)
     return qwen
+
+
+def multiply_patches(model: torch.nn.Module) -> None:
+    """Have the vision tower's first layer, a convolution whose kernel is the whole patch, computed as a matrix product.
+
+    By cuDNN's version such a convolution in bfloat16 has no engine or takes seconds instead of milliseconds
+    (huggingface/transformers issue 45750, sgl-project/sglang-omni pull 539); vLLM and SGLang multiply too. The weight keeps its
+    name and shape.
+    """
+    def multiply(conv: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+
+    first = model.model.visual.patch_embed.proj
+    first.forward = MethodType(multiply, first)  # a method, so that a copy of the model computes with its own weight
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
