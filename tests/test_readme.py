@@ -42,6 +42,14 @@ def test_the_numbers_of_the_toy_are_those_of_its_results_file():
     assert table == readme(json.loads((ROOT / "results" / "toy.json").read_text()))
 
 
+def test_what_the_stages_keep_is_what_they_kept_of_the_toy():
+    toy = json.loads((ROOT / "results" / "toy.json").read_text())
+    for stage in ("rewrite", "filter"):
+        assert f'last line is `{{"read": {toy[stage]["read"]}, "kept": {toy[stage]["kept"]}, ' in README
+    assert f'"imagination": "text", "rows": {toy["filter"]["kept"]}, ' in README
+    assert f'"accuracy": {toy["accuracy"]["text"]["accuracy"]:.4f}...' in README
+
+
 def test_the_table_of_the_variants_is_made_of_its_results_file():
     table = README.split("<!-- results/variants.json -->\n")[1].split("\n<!-- end -->")[0]
     assert table == markdown(json.loads((ROOT / "results" / "variants.json").read_text()))
