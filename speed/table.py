@@ -118,11 +118,17 @@ def train_gpu(found: dict) -> list[tuple]:
             for run in found["runs"]]
 
 
+def infer_gpu(found: dict) -> list[tuple]:
+    return [(f"{run['what']}, {run['size']}, {run['visual_tokens']} visual tokens an item, {found['device']}",
+             run.get("failed") or f"{run['items_per_s']} items/s", "") for run in found["runs"]]
+
+
 ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py --growth",
         export: "python speed/export.py --folder work/export", train: "python speed/train.py --folder work/train",
         train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
         train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
+        infer_gpu: "python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         sweep: f"{SWEEP} --limit 16 --rounds 2", sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE,
         growth: f"{EVALUATE} --growth", probe_memory: "python speed/probe.py --folder work/probe"}
 
