@@ -54,6 +54,11 @@ def train(found: dict) -> list[tuple]:
             ("training, peak memory, GiB", its["ours"]["peak_gib"], join(peer["peak_gib"] for peer in peers.values()))]
 
 
+def train_profile(found: dict) -> list[tuple]:
+    parts = join(f"{part} {seconds}" for part, seconds in found["parts_s"].items())
+    return [(f"where {found['step_s']} s of a training step go, s", parts, "")]
+
+
 def train_own_pixels(found: dict) -> list[tuple]:
     its = found["contenders"]
     return [("training, the peers with our code for pixels", its["ours"]["tokens_per_s"],
@@ -125,6 +130,7 @@ def infer_gpu(found: dict) -> list[tuple]:
 
 ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py --growth",
         export: "python speed/export.py --folder work/export", train: "python speed/train.py --folder work/train",
+        train_profile: "python speed/train_profile.py --folder work/profile",
         train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
         train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",

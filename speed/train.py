@@ -88,14 +88,18 @@ def count_rows(folder: Path) -> int:
     return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
 
 
+def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> list[str]:
+    pack = max(PACK, (visual_tokens or 0) + 1024)
+    return ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--model", str(folder / "model"), "--output",
+            str(output), "--max_steps", str(steps), "--global_batch", str(count_rows(folder)), "--max_tokens", str(pack),
+            "--image_tokens", str(BUDGET), "--tokens_per_image", str(BUDGET), "--learning_rate", str(LEARNING_RATE),
+            "--schedule", "constant", "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every",
+            "1000000"]
+
+
 def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
-    pack = max(PACK, (visual_tokens or 0) + 1024)
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(folder / "rows.jsonl"), "--image_root", str(folder),
-                    "--model", str(folder / "model"), "--output", str(output), "--max_steps", str(steps), "--global_batch",
-                    str(count_rows(folder)), "--max_tokens", str(pack), "--image_tokens", str(BUDGET), "--tokens_per_image",
-                    str(BUDGET), "--learning_rate", str(LEARNING_RATE), "--schedule", "constant", "--warmup_steps", "1",
-                    "--checkpointing", "on", "--num_workers", "0", "--save_every", "1000000"],
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output, visual_tokens)],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
