@@ -251,6 +251,8 @@ def test_a_file_that_is_no_object_is_a_value_error(tmp_path, text, said):
     path = tmp_path / "settings.json"
     path.write_text('{"a": 1}')
     assert load_object(path) == {"a": 1}
+    path.write_text('{"a": NaN}')  # a measure may be undefined; of settings utils.journal asks more
+    assert load_object(path)["a"] != load_object(path)["a"]
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
         load_object(path)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.rows import DataError, load_object, log, rank_world, write_json, writing
+from utils.rows import CANONICAL, DataError, load_object, log, rank_world, write_json, writing
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 
@@ -169,7 +169,12 @@ def move_aside(folder: Path, n_processes: int) -> None:
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
     """Return the object that `folder/<name>` holds, or None if there is none; DataError if it is damaged."""
-    path = Path(folder, name)
+    path, hint = Path(folder, name), "restore it, or begin anew (--fresh, another --output)"
     if not path.is_file():
         return None
-    return load_object(path, "restore it, or begin anew (--fresh, another --output)")
+    settings = load_object(path, hint)
+    try:
+        CANONICAL.encode(settings)  # ValueError for a number that is none: it would equal no setting
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); {hint}") from error
+    return settings

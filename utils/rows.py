@@ -238,13 +238,12 @@ def load_object(path: str | Path, hint: str = "run what writes it again") -> dic
     what to do then."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        CANONICAL.encode(value)  # ValueError for a number that is none
+        if not isinstance(value, dict):
+            raise ValueError(f"{type(value).__name__}, expected an object")
+        return value
     except (OSError, ValueError, RecursionError) as error:
         why = fault_of(error) if isinstance(error, RecursionError) else error  # a file has lines: not only the column
         raise DataError(f"{path}: damaged ({why}); {hint}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: damaged ({type(value).__name__}, expected an object); {hint}")
-    return value
 
 
 # ------------------------------------------------------------------------------------------------ writing
