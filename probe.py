@@ -44,7 +44,7 @@ import numpy as np
 
 from utils import derive
 from utils.asking import prompt_of
-from utils.capture import batched, capture
+from utils.capture import capture
 from utils.decode import PRESETS, LatentSpec
 from utils.families import load_with, spec_of
 from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
@@ -53,7 +53,7 @@ from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_cros
 from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
 from utils.journal import read_settings
 from utils.linear_probe import probe
-from utils.probing import Prober, conditions, rotations, score
+from utils.probing import Prober, batched, conditions, rotations, score
 from utils.qwen import Qwen, load, load_processors
 from utils.readouts import STEM
 from utils.rows import DataError, Help, cli, log, parse_count, read_rows, write_json, write_meta, write_rows, writing

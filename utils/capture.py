@@ -8,7 +8,6 @@ from bisect import bisect_left
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.asking import prompt_of
 from utils.decode import Arm, Generation, LatentSpec, decode, prefill
@@ -17,10 +16,6 @@ from utils.families import latent_ids
 from utils.inputs import open_shown
 from utils.qwen import Qwen, encode, image_features
 from utils.states import StateWriter, text_hash
-
-
-def batched(rows: list[dict], size: int, what: str) -> tqdm:
-    return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
 
 
 def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], n_steps: int, args: argparse.Namespace,

@@ -22,10 +22,11 @@ from collections import Counter
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from utils.answers import extract_choice
 from utils.asking import prompt_of
-from utils.capture import batched, find_steps
+from utils.capture import find_steps
 from utils.cases import last_latent
 from utils.decode import Generation, LatentSpec, State, clean_text, decode, extend_all, prefill, rewind
 from utils.edits import CLOSE, OPEN, conclusion
@@ -48,6 +49,10 @@ def conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
     """Return the ways to ask of the variants "tokens_only" and "cut", in the order in which they are asked."""
     names = [*TOKENS_ONLY, *(LATENT_ONLY if spec else ())] if "tokens_only" in variants else []
     return names + [*(CUT if "cut" in variants else ())]
+
+
+def batched(rows: list[dict], size: int, what: str) -> tqdm:
+    return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=what)
 
 
 def rotations(probe: dict) -> list[dict]:
