@@ -203,6 +203,11 @@ def run_whole(case: Case, output: Path) -> tuple[float, float, float, int]:
     return first - began, last - first, time.monotonic() - last, before
 
 
+def is_trained(case: Case, output: Path) -> bool:
+    """Return whether a training is done: started again, it would refuse its own checkpoint."""
+    return case.script == "train_sft" and output.exists()
+
+
 def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], pause: float, place: int,
               rng: random.Random) -> bool:
     """Start a run and kill it; return whether it was still running.
@@ -227,7 +232,7 @@ def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], 
             code = ended(pid, wait=True)
             break
         time.sleep(0.002)
-    if code not in (case.code, -signal.SIGKILL) and not (case.script == "train_sft" and output.exists()):
+    if code not in (case.code, -signal.SIGKILL) and not is_trained(case, output):
         raise SystemExit(f"{case.script}: exit {code} after a kill:\n" + output.with_name("log.txt").read_text()[-3000:])
     return code == -signal.SIGKILL
 
@@ -257,13 +262,13 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
     pause = undisturbed[1] * min(PACE / n, 0.4)
     n_calls = len(calls_of(case.server)) if case.server else 0
     while hits < n and tries < 3 * n:
-        if case.script == "train_sft" and killed.exists():  # trained before the last kill: all over, and quicker
+        if is_trained(case, killed):  # before the last kill: all over, and quicker
             shutil.rmtree(killed.parent)
             killed.parent.mkdir()
             hits = 0
         hit = kill_once(case, killed, undisturbed, pause, (tries + 4) % 8 if n > 7 else 3, rng)
         hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2  # the machine may be quicker by now
-    if not (case.script == "train_sft" and killed.exists()):
+    if not is_trained(case, killed):
         code = ended(start(case, killed), wait=True)
         if code != case.code:
             raise SystemExit(f"{case.script}: exit {code} in the end:\n" + killed.with_name("log.txt").read_text()[-3000:])
