@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from train_gpu import ROOT, SIZES, make_checkpoint
+from train_gpu import ROOT, SIZES, make_checkpoint, noise
 
 from utils.decode import PRESETS, generate
 from utils.qwen import add_tokens, chat, encode, load, save
@@ -29,11 +28,7 @@ from utils.rows import load_object, write_json, write_rows
 
 CONDITIONS = ("identity", "add_noise", "tau", "swap_random", "slot_swap_random", "cut_latent")
 SPEC = PRESETS["monet_vllm"]
-
-
-def picture_of(tokens: int) -> Image.Image:
-    side = 28 * round(tokens ** 0.5)
-    return Image.effect_noise((side, side), 60).convert("RGB")
+CALIBRATION = 4  # items
 
 
 def make_items(folder: Path, tokens: int, n: int) -> Path:
@@ -41,7 +36,7 @@ def make_items(folder: Path, tokens: int, n: int) -> Path:
     items = []
     for i in range(n):
         name = f"{tokens}-{i}.png"
-        picture_of(tokens).save(folder / name)
+        noise(round(tokens ** 0.5)).save(folder / name)
         items.append({"id": f"{tokens}/{i}", "question": "What stands to the left of the house?", "metric": "mcq",
                       "options": [["A", "a red circle"], ["B", "two people"], ["C", "a boat"], ["D", "a tree"]],
                       "answer": {"type": "letter", "value": "ABCD"[i % 4]}, "images": [{"path": name}]})
@@ -53,7 +48,7 @@ def make_latent(model: Path, folder: Path) -> None:
     """Write the checkpoint with latent tokens that likes to emit the start token."""
     qwen = load(str(model), "bfloat16")
     start_id = add_tokens(qwen, SPEC.tokens)[SPEC.tokens.index(SPEC.start)]
-    inputs = encode(qwen, [chat(qwen.tokenizer, "What is this?", 1)], [[picture_of(64)]])
+    inputs = encode(qwen, [chat(qwen.tokenizer, "What is this?", 1)], [[noise(8)]])
     state = generate(qwen, inputs, 8, capture=True)[0].states.mean(0)
     with torch.no_grad():
         qwen.model.lm_head.weight[start_id] = state * 3 / state.norm()
@@ -84,17 +79,18 @@ def run_evaluate(model: Path, items: Path, args: argparse.Namespace, latent: lis
 
 def run_intervene(model: Path, items: Path, args: argparse.Namespace, latent: list[str]) -> dict:
     """Items a second under all CONDITIONS, the clean run included."""
+    few, most = args.items // 4, args.items - CALIBRATION
     seconds = []
-    for n in (args.items // 4, args.items - 4):
+    for n in (few, most):
         found = call("intervene", items.with_suffix(".intervene"), [
-            "--model", str(model), "--items", str(items), "--limit", str(n), "--calibration", "4", "--conditions", *CONDITIONS,
-            "--max_new_tokens", str(args.max_new_tokens), "--min_emitters", "2", *latent])
+            "--model", str(model), "--items", str(items), "--limit", str(n), "--calibration", str(CALIBRATION),
+            "--conditions", *CONDITIONS, "--max_new_tokens", str(args.max_new_tokens), "--min_emitters", "2", *latent])
         if "failed" in found:
             return found
         seconds.append(found["seconds"])
     if seconds[1] < 1.5 * seconds[0]:
         return {"failed": f"{seconds[0]} s for a quarter of the items, {seconds[1]} s for all: mostly loading; more --items"}
-    return {"items_per_s": round((args.items - 4 - args.items // 4) / (seconds[1] - seconds[0]), 3),
+    return {"items_per_s": round((most - few) / (seconds[1] - seconds[0]), 3),
             "conditions": len(CONDITIONS), "emitting": found["emission"]["share"]}
 
 

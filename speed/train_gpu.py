@@ -74,6 +74,11 @@ def make_checkpoint(config_folder: Path, size: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))  # save_pretrained wrote another form
 
 
+def noise(side: int) -> Image.Image:
+    """Return a square picture of `side` visual tokens a side."""
+    return Image.effect_noise((28 * side, 28 * side), 60).convert("RGB")
+
+
 def make_rows(folder: Path, tokens: int, model: Path) -> Path:
     """Write N_ROWS rows of about `tokens` tokens: half an image, half words, of which four fifths are trained."""
     tokenizer, rng, rows = load_tools(str(model)).tokenizer, random.Random(0), []
@@ -82,7 +87,7 @@ def make_rows(folder: Path, tokens: int, model: Path) -> Path:
     n_words = tokens - side * side - 60
     for n in range(N_ROWS):
         name = f"{tokens}-{n}.png"
-        Image.effect_noise((28 * side, 28 * side), 60).convert("RGB").save(folder / name)
+        noise(side).save(folder / name)
         question, chain = (" ".join(rng.choices(words, k=k)) for k in (n_words // 5, n_words * 4 // 5))
         assert len(tokenizer(chain).input_ids) < tokens
         rows.append({"id": f"{tokens}/{n}", "images": [name], "question": question, "answer": "two", "steps": [{"text": chain}],
