@@ -11,6 +11,7 @@ Contenders run in turns, each in a process of its own, `--rounds` times; the fir
   trainer_rebalance  its best setting: 8 rows on average in batches that `batch_rebalance` makes of like lengths
   trl                trl.SFTTrainer, 8 rows a batch (its default) and 16 accumulated
   trl_rebalance      the same with `batch_rebalance`
+  ours_keep, trainer_rebalance_keep  ours and its strongest peer once more, with activations kept, not computed again
 
 The peers get the same token ids and labels, made by the same code, and the same pixels: of the library's own image processor,
 as their users have them, or, with --own_pixels, of utils.patches, which gives its values to the bit in less time. They stand
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from utils.rows import write_json, write_rows  # noqa: E402
 
 ENVIRONMENT = Path(__file__).parent / ".venv-train"
-CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
+CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance", "ours_keep", "trainer_rebalance_keep")
 N_ROWS = 128
 GROWTH = [{"rows": n, "visual_tokens": None} for n in (32, 128, 512)] + [
     {"rows": 8, "visual_tokens": n} for n in (256, 1024, 4096)]
@@ -97,10 +98,11 @@ def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | N
             "1000000"]
 
 
-def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
+def run_ours(name: str, folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output, visual_tokens)],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = flags_of_ours(folder, steps, output, visual_tokens) + ["--checkpointing", "off"] * name.endswith("keep")
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
             "tokens": log[0]["tokens"], "peak_gib": log[-1]["peak_gib"]}
@@ -161,10 +163,10 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
     size = 1 if name == "trainer" else 8
     settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows.examples) // size,
                 "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "weight_decay": 0.01,
-                "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 1,
-                "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "bf16": False,
+                "gradient_checkpointing": not name.endswith("keep"), "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "logging_steps": 1, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "bf16": False,
                 "disable_tqdm": True, "dataloader_num_workers": 0,
-                "train_sampling_strategy": "batch_rebalance" if name.endswith("rebalance") else "random"}
+                "train_sampling_strategy": "batch_rebalance" if "rebalance" in name else "random"}
     times = []
 
     class Clock(transformers.TrainerCallback):
@@ -255,9 +257,9 @@ def main() -> None:
     if args.contender == "world":
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
-        run = folder, args.steps, Path(args.output)
-        print(json.dumps(run_ours(*run, args.visual_tokens) if args.contender == "ours"
-                         else run_peer(args.contender, *run, args.own_pixels)))
+        run = args.contender, folder, args.steps, Path(args.output)
+        print(json.dumps(run_ours(*run, args.visual_tokens) if args.contender.startswith("ours")
+                         else run_peer(*run, args.own_pixels)))
         return None
     python = make_environment()
     if args.growth:

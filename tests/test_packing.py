@@ -112,6 +112,17 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpointing):
     assert (leaked - gradient).norm() > 0.05 * gradient.norm()
 
 
+def test_the_last_mlp_computes_what_predicts_alone(rows):
+    qwen, examples, target = rows
+    pack, layers, seen = make_pack(qwen, examples, [1.0] * 5, target), qwen.model.model.language_model.layers, []
+    for layer in layers[-2:]:
+        layer.mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    with use_packed_attention(qwen.model):
+        assert len(run_packed(qwen.model, pack)) == len(pack["source"])
+    assert seen == [pack["input_ids"].shape[1], len(pack["source"])]
+    assert "forward" not in vars(layers[-1])  # as it was
+
+
 def test_the_frozen_tower_runs_once_and_without_gradients(rows):
     qwen, examples, target = rows
     qwen.model.model.visual.requires_grad_(False)

@@ -1,7 +1,8 @@
 """How many floating-point operations a training step of Qwen2.5-VL needs, and what a device can do at best.
 
 Model operations: a multiplication and an addition are two; activations computed a second time do not count, nor does a
-frozen tower's backward pass. MFU = model operations / (seconds x devices x peak).
+frozen tower's backward pass, nor what no prediction depends on: in the last layer, the MLP at positions that predict nothing.
+MFU = model operations / (seconds x devices x peak).
 """
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16 a second, NVIDIA's data sheets
 WINDOW = 64  # patches that a patch of the vision tower sees in its windowed blocks: 112 / 14, squared
@@ -13,6 +14,7 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
 
     `config` is the model's; `grids` are (frames, rows, columns) of patches of every image. The terms are those of
     the usual count: matrices a token, attention within a row (half of it is masked), the head at predictions
+    and the last layer's MLP at predictions
     alone, and the tower with full attention in `fullatt_block_indexes` and windows elsewhere.
     """
     text, vision = config.text_config, config.vision_config
@@ -20,7 +22,9 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
     kv_width = text.num_key_value_heads * (width // text.num_attention_heads)
     matrices = layers * (2 * width * width + 2 * width * kv_width + 3 * width * text.intermediate_size)
     attention = layers * width * sum(2 * n * n for n in lengths)  # 4 n^2, half of it masked
-    language = 2 * matrices * sum(lengths) + attention + 2 * width * text.vocab_size * n_targets
+    at_all = matrices - 3 * width * text.intermediate_size
+    at_targets = width * (3 * text.intermediate_size + text.vocab_size)
+    language = 2 * (at_all * sum(lengths) + at_targets * n_targets) + attention
     patches = [t * h * w for t, h, w in grids]
     n, d = sum(patches), vision.hidden_size
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -128,9 +128,31 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
         raise RuntimeError("a pack outside of use_packed_attention: its rows would attend to each other")
     images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
     bounds, longest = pack["cu_seqlens"], pack["max_length"]
-    out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"], cu_seq_lens_q=bounds,
-                      cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False, **images)
-    return out.last_hidden_state[0, pack["source"]]
+    with last_layer_at(model, pack["source"]):
+        out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"], cu_seq_lens_q=bounds,
+                          cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False, **images)
+    return out.last_hidden_state[0]
+
+
+@contextmanager
+def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Let the last decoder layer, inside the block, go on behind its attention with `positions` [n] alone: [1, n, hidden].
+
+    Nothing else of its output would be read, and in visual CoT these are a seventh of all. Nor is this layer checkpointed:
+    the backward pass begins with it, so that its activations would be forgotten for no longer than the head takes.
+    """
+    layer = model.model.language_model.layers[-1]
+
+    def forward(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+        hidden = (hidden + attended).index_select(1, positions)
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 @contextmanager
