@@ -61,8 +61,8 @@ INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "step
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
 RECENT = 50  # steps whose median loss a spike is measured from
 ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # not the tower's
-FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "max_tokens", "checkpointing", "dry_run", "resume",
-                 "spike", "report_to")  # may change when a run is resumed
+FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "max_tokens", "checkpoint_every", "dry_run",
+                 "resume", "spike", "report_to")  # may change when a run is resumed
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -327,7 +327,7 @@ def make_target(args: argparse.Namespace) -> Target:
     return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image, args.system)
 
 
-def make_model(acc: Accelerator, target: Target, use_checkpointing: bool, args: argparse.Namespace) -> tuple[Qwen, Objective]:
+def make_model(acc: Accelerator, target: Target, checkpoint_every: int, args: argparse.Namespace) -> tuple[Qwen, Objective]:
     """Load, freeze, adapt and shard the model: on GPUs computed in bfloat16, on CPUs in float32, sharded over several."""
     on_gpu = acc.device.type == "cuda"
     torch.manual_seed(args.seed)  # new rows of the embedding, adapters: the same on every rank, which keeps a piece of them
@@ -340,11 +340,9 @@ def make_model(acc: Accelerator, target: Target, use_checkpointing: bool, args: 
     visual.requires_grad_(args.train_vision)
     if args.train_vision:
         visual.float()
-    if use_checkpointing:
+    if checkpoint_every:
         # on the language model alone: on the whole model a frozen tower would run twice, and backwards once
-        language_model = qwen.model.model.language_model
-        (getattr(language_model, "activation_checkpointing_enable", None)
-         or language_model.gradient_checkpointing_enable)()  # its older name
+        qwen.model.model.language_model.activation_checkpointing_enable(every_n_layers=checkpoint_every)
     objective = Objective(qwen, target.spec, args.align_loss, autocast=on_gpu and args.train_vision)
     if on_gpu or acc.num_processes > 1:
         shard(objective, qwen.model, low_precision=on_gpu)
@@ -392,8 +390,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_vision", action="store_true", help="train the vision tower too (the paper freezes it)")
     parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank instead of all weights (needs "
                         "peft; take --learning_rate 1e-4); they are merged into what is written")
-    parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto", help="compute the language "
-                        "model's activations again in the backward pass; auto: on a GPU, and never with latents")
+    parser.add_argument("--checkpoint_every", type=int, default=None, help="compute the activations of every nth layer "
+                        "of the language model again in the backward pass: 1 all, 2 every second (faster, more memory), 0 none "
+                        "(default: 1 on a GPU, 0 on a CPU and with latents)")
     parser.add_argument("--image_tokens", type=int, default=2000, help="visual tokens a row before images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280, help="then the most of one image (Monet)")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
@@ -414,8 +413,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=parse_count, default=None, help="read only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="look at the rows, every image and the plan; train nothing")
     args = parser.parse_args(argv)
-    if args.checkpointing == "on" and args.imagination == "latent":
-        parser.error("--checkpointing on does not go with --imagination latent, whose recurrence needs the cache")
+    if args.checkpoint_every is not None and args.checkpoint_every < 0:
+        parser.error(f"--checkpoint_every {args.checkpoint_every}: expected 0, for no layer, or a count")
+    if args.checkpoint_every and args.imagination == "latent":
+        parser.error("--checkpoint_every does not go with --imagination latent, whose recurrence needs the cache")
     if args.lora_rank and args.train_vision:
         parser.error("--lora_rank and --train_vision exclude each other")
     return args
@@ -463,17 +464,18 @@ def main(argv: list[str] | None = None) -> int:
                         args.num_workers)
     train, held_out = (Steps(tools, part, target, batching, acc.process_index, acc.num_processes) if part else None
                        for part in parts)
-    use_checkpointing = args.checkpointing == "on" or (
-        args.checkpointing == "auto" and acc.device.type == "cuda" and not target.spec)
+    checkpoint_every = args.checkpoint_every
+    if checkpoint_every is None:
+        checkpoint_every = int(acc.device.type == "cuda" and not target.spec)
     plan = make_plan(train, len(held_out_rows), args)
-    show_plan(train, plan, acc.device, use_checkpointing, CHUNK, args)
+    show_plan(train, plan, acc.device, checkpoint_every, CHUNK, args)
     if args.dry_run:
         return dry_run(train, held_out, plan, args)
     with alone(folder) if acc.is_main_process else nullcontext():
         with acc.main_process_first():
             settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
             found, run = open_run(folder, settings, args.resume, acc.is_main_process), Run()
-        qwen, objective = make_model(acc, target, use_checkpointing, args)
+        qwen, objective = make_model(acc, target, checkpoint_every, args)
         optimizer = make_optimizer(qwen.model, args)
         if found:
             restore(found[0], qwen.model, optimizer)

@@ -94,13 +94,13 @@ def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | N
     return ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--model", str(folder / "model"), "--output",
             str(output), "--max_steps", str(steps), "--global_batch", str(count_rows(folder)), "--max_tokens", str(pack),
             "--image_tokens", str(BUDGET), "--tokens_per_image", str(BUDGET), "--learning_rate", str(LEARNING_RATE),
-            "--schedule", "constant", "--warmup_steps", "1", "--checkpointing", "on", "--num_workers", "0", "--save_every",
+            "--schedule", "constant", "--warmup_steps", "1", "--checkpoint_every", "1", "--num_workers", "0", "--save_every",
             "1000000"]
 
 
 def run_ours(name: str, folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
-    flags = flags_of_ours(folder, steps, output, visual_tokens) + ["--checkpointing", "off"] * name.endswith("keep")
+    flags = flags_of_ours(folder, steps, output, visual_tokens) + ["--checkpoint_every", "0"] * name.endswith("keep")
     subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags], check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]

@@ -91,15 +91,15 @@ def leaking(model, batch):
                  **images_of(batch)).logits[0, batch["source"]]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpointing):
+@pytest.mark.parametrize("checkpoint_every", [0, 1, 2])
+def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpoint_every):
     qwen, examples, target = rows
     alone = [make_pack(qwen, [example], [1.0], target) for example in examples]
     together = make_pack(qwen, examples, [1.0] * 5, target)
     loss, gradient = gradients(qwen, stock, alone)
     leaked_loss, leaked = gradients(qwen, leaking, [together])
-    if checkpointing:
-        qwen.model.model.language_model.gradient_checkpointing_enable()
+    if checkpoint_every:
+        qwen.model.model.language_model.activation_checkpointing_enable(every_n_layers=checkpoint_every)
         qwen.model.train()
     with use_packed_attention(qwen.model):
         for batches in ([together], [make_pack(qwen, part, [1.0] * len(part), target)
@@ -126,7 +126,7 @@ def test_the_last_mlp_computes_what_predicts_alone(rows):
 def test_the_frozen_tower_runs_once_and_without_gradients(rows):
     qwen, examples, target = rows
     qwen.model.model.visual.requires_grad_(False)
-    qwen.model.model.language_model.gradient_checkpointing_enable()
+    qwen.model.model.language_model.activation_checkpointing_enable()
     qwen.model.train()
     seen = []
     qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
