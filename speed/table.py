@@ -65,6 +65,13 @@ def train_own_pixels(found: dict) -> list[tuple]:
              join(f"{its[name]['tokens_per_s']} ({spread(its[name]['over_rounds'])})" for name in PEERS))]
 
 
+def train_keep(found: dict) -> list[tuple]:
+    its = found["contenders"]
+    sides = [f"{side['tokens_per_s']}, {side['peak_gib']} GiB" for side in (its["ours"], its["trainer_rebalance"])]
+    return [("training with activations kept on both sides", sides[0],
+             f"`batch_rebalance` {sides[1]} ({spread(its['trainer_rebalance']['over_rounds'])})")]
+
+
 def train_growth(found: dict) -> list[tuple]:
     rows = []
     for axis, words in (("rows", "{} rows a step"), ("visual_tokens", "8 rows of {} visual tokens")):
@@ -132,6 +139,7 @@ ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py
         export: "python speed/export.py --folder work/export", train: "python speed/train.py --folder work/train",
         train_profile: "python speed/train_profile.py --folder work/profile",
         train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
+        train_keep: "python speed/train.py --folder work/train --keep --contenders ours trainer_rebalance",
         train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         infer_gpu: "python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",

@@ -11,16 +11,18 @@ Contenders run in turns, each in a process of its own, `--rounds` times; the fir
   trainer_rebalance  its best setting: 8 rows on average in batches that `batch_rebalance` makes of like lengths
   trl                trl.SFTTrainer, 8 rows a batch (its default) and 16 accumulated
   trl_rebalance      the same with `batch_rebalance`
-  ours_keep, trainer_rebalance_keep  ours and its strongest peer once more, with activations kept, not computed again
 
 The peers get the same token ids and labels, made by the same code, and the same pixels: of the library's own image processor,
 as their users have them, or, with --own_pixels, of utils.patches, which gives its values to the bit in less time. They stand
 in an environment that this script makes of speed/requirements-train.txt at its first start (it needs a package index or
 cache).
 
+--keep: all keep their activations instead, for less time and more memory. The peers gain more by it: checkpointing on the whole
+model runs the frozen tower twice.
 --growth: 32, 128 and 512 rows a step, and 8 rows of 256 to 4,096 visual tokens, ours against trainer_rebalance.
 
-Writes  --result (results/train.json, train_own_pixels.json or train_growth.json)
+Writes  --result (results/train.json, train_own_pixels.json, train_keep.json or
+        train_growth.json)
 Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the rounds
 """
 import argparse
@@ -40,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 from utils.rows import write_json, write_rows  # noqa: E402
 
 ENVIRONMENT = Path(__file__).parent / ".venv-train"
-CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance", "ours_keep", "trainer_rebalance_keep")
+CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
 N_ROWS = 128
 GROWTH = [{"rows": n, "visual_tokens": None} for n in (32, 128, 512)] + [
     {"rows": 8, "visual_tokens": n} for n in (256, 1024, 4096)]
@@ -89,20 +91,19 @@ def count_rows(folder: Path) -> int:
     return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None) -> list[str]:
+def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, keep: bool = False) -> list[str]:
     pack = max(PACK, (visual_tokens or 0) + 1024)
     return ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--model", str(folder / "model"), "--output",
             str(output), "--max_steps", str(steps), "--global_batch", str(count_rows(folder)), "--max_tokens", str(pack),
             "--image_tokens", str(BUDGET), "--tokens_per_image", str(BUDGET), "--learning_rate", str(LEARNING_RATE),
-            "--schedule", "constant", "--warmup_steps", "1", "--checkpoint_every", "1", "--num_workers", "0", "--save_every",
-            "1000000"]
+            "--schedule", "constant", "--warmup_steps", "1", "--checkpoint_every", str(int(not keep)), "--num_workers", "0",
+            "--save_every", "1000000"]
 
 
-def run_ours(name: str, folder: Path, steps: int, output: Path, visual_tokens: int | None) -> dict:
+def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, keep: bool) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
-    flags = flags_of_ours(folder, steps, output, visual_tokens) + ["--checkpoint_every", "0"] * name.endswith("keep")
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags], check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output, visual_tokens, keep)],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
             "tokens": log[0]["tokens"], "peak_gib": log[-1]["peak_gib"]}
@@ -151,7 +152,7 @@ class Rows:
         return batch | {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
 
 
-def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool) -> dict:
+def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool, keep: bool) -> dict:
     """A library's trainer over the same rows, in this process."""
     import datasets
     import torch
@@ -163,10 +164,10 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
     size = 1 if name == "trainer" else 8
     settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows.examples) // size,
                 "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "weight_decay": 0.01,
-                "gradient_checkpointing": not name.endswith("keep"), "gradient_checkpointing_kwargs": {"use_reentrant": False},
-                "logging_steps": 1, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True, "bf16": False,
-                "disable_tqdm": True, "dataloader_num_workers": 0,
-                "train_sampling_strategy": "batch_rebalance" if "rebalance" in name else "random"}
+                "gradient_checkpointing": not keep, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "logging_steps": 1, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True,
+                "bf16": False, "disable_tqdm": True, "dataloader_num_workers": 0,
+                "train_sampling_strategy": "batch_rebalance" if name.endswith("rebalance") else "random"}
     times = []
 
     class Clock(transformers.TrainerCallback):
@@ -224,7 +225,8 @@ def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -
     """Make a world and let the contenders run in turns over it; return what `compare` says."""
     def child(contender: str, output: str) -> str:
         command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
-        flags = [f"--{name}={value}" for name, value in point.items() if value] + ["--own_pixels"] * args.own_pixels
+        flags = [f"--{name}={value}" for name, value in point.items() if value]
+        flags += ["--own_pixels"] * args.own_pixels + ["--keep"] * args.keep
         done = subprocess.run([*command, *flags, "--contender", contender, "--output", str(folder / output)],
                               stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--own_pixels", action="store_true", help="let the peers make patches by utils.patches too")
+    parser.add_argument("--keep", action="store_true", help="let nobody compute activations again")
     parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")
     parser.add_argument("--result", help="where the numbers go")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=argparse.SUPPRESS)
@@ -257,9 +260,9 @@ def main() -> None:
     if args.contender == "world":
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
-        run = args.contender, folder, args.steps, Path(args.output)
-        print(json.dumps(run_ours(*run, args.visual_tokens) if args.contender.startswith("ours")
-                         else run_peer(*run, args.own_pixels)))
+        run = folder, args.steps, Path(args.output)
+        print(json.dumps(run_ours(*run, args.visual_tokens, args.keep) if args.contender == "ours"
+                         else run_peer(args.contender, *run, args.own_pixels, args.keep)))
         return None
     python = make_environment()
     if args.growth:
@@ -267,7 +270,7 @@ def main() -> None:
         result = {"points": [contend(python, folder / str(n), point, args) for n, point in enumerate(GROWTH)]}
     else:
         result = contend(python, folder, {"rows": N_ROWS, "visual_tokens": None}, args)
-    name = "train_growth" if args.growth else "train_own_pixels" if args.own_pixels else "train"
+    name = "train_growth" if args.growth else "train_own_pixels" if args.own_pixels else "train_keep" if args.keep else "train"
     write_json(args.result or ROOT / "results" / f"{name}.json", result)
     print(json.dumps(result))
     return None

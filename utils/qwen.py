@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 
@@ -174,6 +175,7 @@ def eos_ids(path: str, tokenizer) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
+@lru_cache(64)  # asked for at every row of a batch
 def special_id(tokenizer, name: str) -> int:
     """Return the id of an added token by its name; DataError if the tokenizer does not hold it as one token."""
     ids = tokenizer(name, add_special_tokens=False).input_ids
