@@ -46,12 +46,13 @@ def export(found: dict) -> list[tuple]:
             ("opening the same journals after a kill", f"{found['scan_s']:.1f} s", SAME)]
 
 
-def train(found: dict) -> list[tuple]:
+def train(found: dict, what: str = "training") -> list[tuple]:
     its = found["contenders"]
     peers = {name: its[name] for name in PEERS}
-    return [("training, tokens/s (ratio of ours over rounds)", its["ours"]["tokens_per_s"],
-             join(f"{PEERS[name]} {peer['tokens_per_s']} ({spread(peer['over_rounds'])})" for name, peer in peers.items())),
-            ("training, peak memory, GiB", its["ours"]["peak_gib"], join(peer["peak_gib"] for peer in peers.values()))]
+    return [(f"{what}, tokens/s (median ratio of ours, range over {found['rounds']} rounds)", its["ours"]["tokens_per_s"],
+             join(f"{PEERS[name]} {peer['tokens_per_s']} ({peer['ours_is_faster_by']}, {spread(peer['over_rounds'])})"
+                  for name, peer in peers.items())),
+            (f"{what}, peak memory, GiB", its["ours"]["peak_gib"], join(peer["peak_gib"] for peer in peers.values()))]
 
 
 def train_profile(found: dict) -> list[tuple]:
@@ -65,7 +66,11 @@ def train_own_pixels(found: dict) -> list[tuple]:
              join(f"{its[name]['tokens_per_s']} ({spread(its[name]['over_rounds'])})" for name in PEERS))]
 
 
-def train_keep(found: dict) -> list[tuple]:
+def train_layers(found: dict) -> list[tuple]:
+    return train(found, "training, ours with `--recompute layers`")
+
+
+def train_none(found: dict) -> list[tuple]:
     its = found["contenders"]
     sides = [f"{side['tokens_per_s']}, {side['peak_gib']} GiB" for side in (its["ours"], its["trainer_rebalance"])]
     return [("training with activations kept on both sides", sides[0],
@@ -138,9 +143,10 @@ def infer_gpu(found: dict) -> list[tuple]:
 ROWS = {client: "python speed/client.py", client_growth: "python speed/client.py --growth",
         export: "python speed/export.py --folder work/export", train: "python speed/train.py --folder work/train",
         train_profile: "python speed/train_profile.py --folder work/profile",
-        train_own_pixels: "python speed/train.py --folder work/train --own_pixels --rounds 2",
-        train_keep: "python speed/train.py --folder work/train --keep --contenders ours trainer_rebalance",
-        train_growth: "python speed/train.py --folder work/train --growth --rounds 1 --steps 3",
+        train_own_pixels: "python speed/train.py --folder work/train_own_pixels --own_pixels --rounds 2",
+        train_layers: "python speed/train.py --folder work/train_layers --recompute layers",
+        train_none: "python speed/train.py --folder work/train_none --recompute none --contenders ours trainer_rebalance",
+        train_growth: "python speed/train.py --folder work/train_growth --growth --rounds 1 --steps 3",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         infer_gpu: "python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         sweep: f"{SWEEP} --limit 16 --rounds 2", sweep_growth: f"{SWEEP} --growth", evaluate: EVALUATE,

@@ -3,8 +3,8 @@
     python speed/train.py --folder work/train_speed
 
 128 rows drawn by a seed: 185 tokens on average and at most 467, 71 % of them visual, 13 % trained, as in visual CoT; a
-random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5, clipping at 1, activations of
-the language model computed again. A step is all 128 rows for every contender, so their losses must agree at every step.
+random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5, clipping at 1. Activations are
+computed again: the peers' of whole layers, as that is what they have, ours by --recompute mlps. A step is all 128 rows for every contender, so their losses must agree at every step.
 Contenders run in turns, each in a process of its own, `--rounds` times; the first step of each is a warm-up.
 
   trainer            transformers.Trainer, one row a device and 128 accumulated (Monet's layout)
@@ -17,12 +17,11 @@ as their users have them, or, with --own_pixels, of utils.patches, which gives i
 in an environment that this script makes of speed/requirements-train.txt at its first start (it needs a package index or
 cache).
 
---keep: all keep their activations instead, for less time and more memory. The peers gain more by it: checkpointing on the whole
-model runs the frozen tower twice.
+--recompute layers: ours computes whole layers again too. --recompute none: all keep their activations, for less time and more
+memory. The peers gain more by it: checkpointing on the whole model runs the frozen tower twice.
 --growth: 32, 128 and 512 rows a step, and 8 rows of 256 to 4,096 visual tokens, ours against trainer_rebalance.
 
-Writes  --result (results/train.json, train_own_pixels.json, train_keep.json or
-        train_growth.json)
+Writes  --result (results/train.json, train_own_pixels.json, train_layers.json, train_none.json or train_growth.json)
 Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the rounds
 """
 import argparse
@@ -91,18 +90,19 @@ def count_rows(folder: Path) -> int:
     return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
 
 
-def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, keep: bool = False) -> list[str]:
+def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None,
+                  recompute: str = "mlps") -> list[str]:
     pack = max(PACK, (visual_tokens or 0) + 1024)
     return ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--model", str(folder / "model"), "--output",
             str(output), "--max_steps", str(steps), "--global_batch", str(count_rows(folder)), "--max_tokens", str(pack),
             "--image_tokens", str(BUDGET), "--tokens_per_image", str(BUDGET), "--learning_rate", str(LEARNING_RATE),
-            "--schedule", "constant", "--warmup_steps", "1", "--checkpoint_every", str(int(not keep)), "--num_workers", "0",
-            "--save_every", "1000000"]
+            "--schedule", "constant", "--warmup_steps", "1", "--recompute", recompute, "--num_workers", "0", "--save_every",
+            "1000000"]
 
 
-def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, keep: bool) -> dict:
+def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, recompute: str) -> dict:
     """train_sft.py as a user starts it; its own log has the figures."""
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output, visual_tokens, keep)],
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output, visual_tokens, recompute)],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
@@ -152,7 +152,7 @@ class Rows:
         return batch | {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
 
 
-def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool, keep: bool) -> dict:
+def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool, recompute: str) -> dict:
     """A library's trainer over the same rows, in this process."""
     import datasets
     import torch
@@ -164,7 +164,7 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
     size = 1 if name == "trainer" else 8
     settings = {"output_dir": str(output), "per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows.examples) // size,
                 "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "weight_decay": 0.01,
-                "gradient_checkpointing": not keep, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "gradient_checkpointing": recompute != "none", "gradient_checkpointing_kwargs": {"use_reentrant": False},
                 "logging_steps": 1, "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True,
                 "bf16": False, "disable_tqdm": True, "dataloader_num_workers": 0,
                 "train_sampling_strategy": "batch_rebalance" if name.endswith("rebalance") else "random"}
@@ -226,7 +226,7 @@ def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -
     def child(contender: str, output: str) -> str:
         command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
         flags = [f"--{name}={value}" for name, value in point.items() if value]
-        flags += ["--own_pixels"] * args.own_pixels + ["--keep"] * args.keep
+        flags += ["--own_pixels"] * args.own_pixels + ["--recompute", args.recompute]
         done = subprocess.run([*command, *flags, "--contender", contender, "--output", str(folder / output)],
                               stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
@@ -244,11 +244,11 @@ def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB, with --growth 200")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a round, the first not measured")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--own_pixels", action="store_true", help="let the peers make patches by utils.patches too")
-    parser.add_argument("--keep", action="store_true", help="let nobody compute activations again")
+    parser.add_argument("--recompute", choices=("layers", "mlps", "none"), default="mlps", help="what ours computes again")
     parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")
     parser.add_argument("--result", help="where the numbers go")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=argparse.SUPPRESS)
@@ -261,16 +261,19 @@ def main() -> None:
         return make_world(folder, args.rows, args.visual_tokens)
     if args.contender:
         run = folder, args.steps, Path(args.output)
-        print(json.dumps(run_ours(*run, args.visual_tokens, args.keep) if args.contender == "ours"
-                         else run_peer(args.contender, *run, args.own_pixels, args.keep)))
+        print(json.dumps(run_ours(*run, args.visual_tokens, args.recompute) if args.contender == "ours"
+                         else run_peer(args.contender, *run, args.own_pixels, args.recompute)))
         return None
+    if folder.exists():
+        parser.error(f"{folder} exists; expected a new folder")
     python = make_environment()
     if args.growth:
         args.contenders = ["ours", "trainer_rebalance"]
         result = {"points": [contend(python, folder / str(n), point, args) for n, point in enumerate(GROWTH)]}
     else:
         result = contend(python, folder, {"rows": N_ROWS, "visual_tokens": None}, args)
-    name = "train_growth" if args.growth else "train_own_pixels" if args.own_pixels else "train_keep" if args.keep else "train"
+    name = ("train_growth" if args.growth else "train_own_pixels" if args.own_pixels
+            else "train" if args.recompute == "mlps" else f"train_{args.recompute}")
     write_json(args.result or ROOT / "results" / f"{name}.json", result)
     print(json.dumps(result))
     return None

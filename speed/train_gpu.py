@@ -106,7 +106,7 @@ def run(folder: Path, model: Path, tokens: int, max_tokens: int, steps: int, rat
     done = subprocess.run([sys.executable, str(ROOT / "train_sft.py"), "--data", str(data), "--image_root", str(folder), "--model",
                            str(model), "--output", str(output), "--max_steps", str(steps), "--global_batch", str(N_ROWS),
                            "--max_tokens", str(max_tokens), "--image_tokens", str(tokens), "--tokens_per_image", str(tokens),
-                           "--checkpoint_every", "1", "--spike", "0", "--save_every", "1000000"],
+                           "--recompute", "layers", "--spike", "0", "--save_every", "1000000"],
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = Path(f"{output}.run/log.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

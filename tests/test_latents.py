@@ -41,11 +41,13 @@ def summed(objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
     return sums, gradient(objective.model)
 
 
-def test_neither_batch_size_nor_blocks_that_others_need_change_loss_or_gradient(latent):
+def test_batch_size_blocks_that_others_need_and_checkpoints_leave_loss_and_gradient(latent):
     """Oracle: the sums over rows one by one."""
     qwen, objective, examples, target = latent
     results = [summed(objective, [make_batch(qwen, examples[k:k + size], [1.0] * len(examples[k:k + size]), target, n_blocks)
                                   for k in range(0, 12, size)]) for size, n_blocks in ((1, None), (5, None), (12, None), (5, 4))]
+    train_sft.recompute_activations(qwen.model, "mlps")
+    results.append(summed(objective, [make_batch(qwen, examples, [1.0] * 12, target)]))
     for sums, its in results[1:]:
         assert torch.allclose(sums, results[0][0], rtol=1e-5)
         assert (its - results[0][1]).norm() < 1e-5 * results[0][1].norm()

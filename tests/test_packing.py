@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import train_sft
 from utils import qwen as Q
 from utils.packing import NAME, make_pack, packed_attention, plan_packs, run_packed, use_packed_attention
+from utils.preview import RECOMPUTED
 from utils.rows import DataError
 from utils.targets import Target, image_grids, load_images, make_example
 
@@ -91,16 +93,15 @@ def leaking(model, batch):
                  **images_of(batch)).logits[0, batch["source"]]
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 1, 2])
-def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, checkpoint_every):
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute):
     qwen, examples, target = rows
     alone = [make_pack(qwen, [example], [1.0], target) for example in examples]
     together = make_pack(qwen, examples, [1.0] * 5, target)
     loss, gradient = gradients(qwen, stock, alone)
     leaked_loss, leaked = gradients(qwen, leaking, [together])
-    if checkpoint_every:
-        qwen.model.model.language_model.activation_checkpointing_enable(every_n_layers=checkpoint_every)
-        qwen.model.train()
+    train_sft.recompute_activations(qwen.model, recompute)
+    qwen.model.train()
     with use_packed_attention(qwen.model):
         for batches in ([together], [make_pack(qwen, part, [1.0] * len(part), target)
                                      for part in (examples[:2], examples[2:3], examples[3:])], alone):

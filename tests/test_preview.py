@@ -30,20 +30,22 @@ def test_the_paper_s_run_by_hand(shared_data):
     counts = count_parameters(config)
     assert counts["layers"] + counts["root"] == pytest.approx(7.616e9, rel=1e-3) and counts["tower"] == pytest.approx(
         0.677e9, rel=2e-3)
-    parts = estimate_memory(config, 8192, 1800, 8, sharded=True, checkpoint_every=1)
+    parts = estimate_memory(config, 8192, 1800, 8, sharded=True, recompute="layers")
     assert parts["weights, gradients, optimizer"] == pytest.approx(15.2e9, rel=0.01)
     assert parts["vision tower"] == pytest.approx(1.35e9, rel=0.01)
     assert parts["activations"] == pytest.approx(3.4e9, rel=0.05)
     assert parts["total"] == pytest.approx(sum(size for name, size in parts.items() if name != "total"))
     assert 28e9 < parts["total"] < 40e9
     assert memory_lines(parts, 80 * 2**30, 8192)[0].endswith(": fits")
-    one = estimate_memory(config, 8192, 1800, 1, sharded=True, checkpoint_every=1)
+    one = estimate_memory(config, 8192, 1800, 1, sharded=True, recompute="layers")
     assert memory_lines(one, 80 * 2**30, 8192)[0].endswith("DOES NOT FIT; take more devices, a smaller model, or --lora_rank 64")
-    whole = estimate_memory(config, 8192, 1800, 8, sharded=True, checkpoint_every=0)
-    assert "take a smaller --max_tokens than 8192 or --checkpoint_every 1" in memory_lines(whole, 80e9, 8192)[0]
-    half = estimate_memory(config, 8192, 1800, 8, sharded=True, checkpoint_every=2)
-    assert half["total"] == pytest.approx(58e9, rel=0.05)  # as reckoned by hand: it fits into 80 GB, as all kept do not
-    adapted = estimate_memory(config, 8192, 1800, 8, sharded=True, checkpoint_every=1, lora_rank=64)
+    whole = estimate_memory(config, 8192, 1800, 8, sharded=True, recompute="none")
+    assert "take a smaller --max_tokens than 8192 or --recompute layers" in memory_lines(whole, 80e9, 8192)[0]
+    halfway = estimate_memory(config, 8192, 1800, 8, sharded=True, recompute="mlps")
+    # 28 layers of 8 x 3584 + 4 x 512 numbers a token, and the 4 x 18944 of one MLP: it fits into 80 GB, as all kept do not
+    assert halfway["activations"] == pytest.approx(8192 * 2 * (28 * 30720 + 75776)) == pytest.approx(15.3e9, rel=0.01)
+    assert memory_lines(halfway, 80e9, 8192)[0].endswith(": fits")
+    adapted = estimate_memory(config, 8192, 1800, 8, sharded=True, recompute="layers", lora_rank=64)
     assert adapted["weights, gradients, optimizer"] < 0.4 * parts["weights, gradients, optimizer"]
 
 

@@ -35,6 +35,7 @@ def prepare(checkpoint, data, rank, world, *more):
     steps = Steps(qwen, make_examples(qwen, read_rows(data, {}), target), target, batching(args), rank, world)
     objective = train_sft.Objective(qwen, spec, "cosine").train()
     if world > 1:
+        train_sft.recompute_activations(qwen.model, args.recompute or "none")
         shard(objective, qwen.model, low_precision=False)
     return steps, objective, train_sft.make_optimizer(qwen.model, args), args
 
@@ -90,13 +91,16 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
     if not steps.target.spec:
         with torch.no_grad(), gathered(objective):  # ranks that generate different numbers of tokens
             prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
+            objective.eval()  # while it trains, checkpointed layers use no cache
             ids = generate(steps.qwen, prompt, 3 + 4 * rank)[0].ids
+            objective.train()
         assert ids == expected["ids"][:len(ids)]
         assert all(map(math.isfinite, run(steps, objective, optimizer, args, 5, 6)))  # and training goes on
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("more", [(), ("--train_vision",), ("--imagination", "latent")])
+@pytest.mark.parametrize("more", [(), ("--train_vision", "--recompute", "layers"),
+                                  ("--imagination", "latent", "--recompute", "mlps")])
 def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data, tmp_path, more):
     """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other rank."""
     steps, objective, optimizer, args = prepare(tiny_checkpoint, data, 0, 1, *more)

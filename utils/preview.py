@@ -21,6 +21,7 @@ from utils.steps import Steps
 from utils.targets import Example, marked
 
 ADAMW = 16  # bytes a trained weight: float32 weight, gradient, two moments
+RECOMPUTED = ("layers", "mlps", "none")  # what of the language model may have its activations computed again
 HEAD = 14  # bytes a logit: as computed, in float32, softmax, gradients
 MFU = 0.4  # share of the peak that an estimate of hours supposes; the log has the run's own
 
@@ -34,13 +35,13 @@ def count_parameters(config) -> dict[str, int]:
     return counts | {"root": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
 
 
-def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, checkpoint_every: int,
+def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, recompute: str,
                     train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by what they are for, and "total".
 
     `sharded`: computed in bfloat16 and sharded over the devices (a GPU run); else float32 and whole (a CPU).
     `n_targets`: predictions in a pack of `max_tokens` tokens, of which the head computes as many at a time as it may.
-    `checkpoint_every`: activations of every nth layer are computed again, 0 for none.
+    `recompute`: which of RECOMPUTED has its activations computed again.
     """
     text, counts = config.text_config, count_parameters(config)
     wide = 2 if sharded else 4
@@ -48,15 +49,15 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
     kv = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     adapters = lora_rank * text.num_hidden_layers * (9 * text.hidden_size + 2 * kv + 3 * text.intermediate_size)
     weights = 4 * language + ADAMW * adapters if lora_rank else ADAMW * language
-    layer = wide * max_tokens * (8 * text.hidden_size + 4 * text.intermediate_size + 4 * kv)  # what one keeps for its backward
-    n_again = math.ceil(text.num_hidden_layers / checkpoint_every) if checkpoint_every else 0
+    mlp, others = 4 * text.intermediate_size, 8 * text.hidden_size + 4 * kv  # numbers that a layer's backward needs, a token
+    kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute]
+    again = {"layers": others + mlp, "mlps": mlp, "none": 0}[recompute]  # a layer at a time
     parts = {"weights, gradients, optimizer": weights / share,
              "vision tower": counts["tower"] * (ADAMW if train_vision else wide),
              # two layers at a time, the root group for the whole pass, its gradients as computed and as reduced
              "gathered weights": sharded * (2 * wide * counts["layers"] / text.num_hidden_layers
                                             + counts["root"] * (2 * wide + 4)),
-             "activations": (wide * max_tokens * text.hidden_size * n_again
-                             + layer * (text.num_hidden_layers - n_again + min(1, n_again))),
+             "activations": wide * max_tokens * (kept * text.num_hidden_layers + again),
              "logits": n_targets * text.vocab_size * HEAD}
     return parts | {"total": sum(parts.values())}
 
@@ -68,7 +69,7 @@ def memory_lines(parts: dict[str, float], available: float, max_tokens: int) -> 
     if parts["total"] <= 0.95 * available:
         return ["memory a device, estimated: fits", *lines]
     fixed = parts["total"] - parts["activations"]
-    advice = (f"a smaller --max_tokens than {max_tokens} or --checkpoint_every 1" if fixed < 0.9 * available
+    advice = (f"a smaller --max_tokens than {max_tokens} or --recompute layers" if fixed < 0.9 * available
               else "more devices, a smaller model, or --lora_rank 64")
     return [f"memory a device, estimated: DOES NOT FIT; take {advice}", *lines]
 
@@ -135,7 +136,7 @@ def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
             "balance": round(sum(work.balance for work in first) / len(first), 4), "petaflop": round(flops / 1e15, 6)}
 
 
-def show_plan(train: Steps, plan: dict, device: torch.device, checkpoint_every: int, chunk: int,
+def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str, chunk: int,
               args: argparse.Namespace) -> None:
     """Log the first rows, the plan, and the memory that a device needs before any weight is loaded."""
     for example in train.examples[:3 if args.dry_run else 1]:
@@ -143,7 +144,7 @@ def show_plan(train: Steps, plan: dict, device: torch.device, checkpoint_every: 
     log(" | ".join(f"{key} {value}" for key, value in plan.items()))
     longest = args.batch_size * plan["max"] if train.target.spec else args.max_tokens
     n_targets = min(chunk, longest * plan["trained_tokens"] // plan["tokens"] + 1)
-    parts = estimate_memory(train.qwen.config, longest, n_targets, train.world, device.type == "cuda", checkpoint_every,
+    parts = estimate_memory(train.qwen.config, longest, n_targets, train.world, device.type == "cuda", recompute,
                             args.train_vision, args.lora_rank)
     log("\n".join(memory_lines(parts, device_memory(device), args.max_tokens)))
 
