@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: 13 to 24 minutes on 2 CPU cores.
+# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: 13 to 27 minutes on 2 CPU cores.
 #
 #     bash toy/run.sh [folder]        (default: toy/work)
 #
