@@ -62,15 +62,15 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
     return parts | {"total": sum(parts.values())}
 
 
-def memory_lines(parts: dict[str, float], available: float, max_tokens: int) -> list[str]:
-    """Return the estimate as lines for people, with what to change if it does not fit into `available` bytes."""
+def memory_lines(parts: dict[str, float], available: float, smaller: str) -> list[str]:
+    """Return the estimate as lines for people; if it does not fit into `available` bytes, with what to change: `smaller`
+    says what helps where activations are too many."""
     lines = [f"  {name:<32}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'of the device':<32}{available / 2**30:9.2f} GiB")
     if parts["total"] <= 0.95 * available:
         return ["memory a device, estimated: fits", *lines]
     fixed = parts["total"] - parts["activations"]
-    advice = (f"a smaller --max_tokens than {max_tokens} or --recompute layers" if fixed < 0.9 * available
-              else "more devices, a smaller model, or --lora_rank 64")
+    advice = smaller if fixed < 0.9 * available else "more devices, a smaller model, or --lora_rank 64"
     return [f"memory a device, estimated: DOES NOT FIT; take {advice}", *lines]
 
 
@@ -146,7 +146,9 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str, ch
     n_targets = min(chunk, longest * plan["trained_tokens"] // plan["tokens"] + 1)
     parts = estimate_memory(train.qwen.config, longest, n_targets, train.world, device.type == "cuda", recompute,
                             args.train_vision, args.lora_rank)
-    log("\n".join(memory_lines(parts, device_memory(device), args.max_tokens)))
+    smaller = (f"a smaller --batch_size than {args.batch_size} or --recompute mlps" if train.target.spec
+               else f"a smaller --max_tokens than {args.max_tokens} or --recompute layers")
+    log("\n".join(memory_lines(parts, device_memory(device), smaller)))
 
 
 def dry_run(train: Steps, held_out: Steps | None, plan: dict, args: argparse.Namespace) -> int:
