@@ -209,6 +209,12 @@ def test_a_step_is_the_same_rows_however_they_are_packed(tiny_checkpoint, data, 
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "none", "--max_tokens", "20"))
 
 
+def test_latents_cannot_have_whole_layers_recomputed(capsys):
+    with pytest.raises(SystemExit):
+        train_sft.parse_args(["--data", "d", "--output", "o", "--imagination", "latent", "--recompute", "layers"])
+    assert "whose recurrence needs the cache; take mlps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rate, spike, said", [
     ("1e30", "2", "loss (nan|inf)|gradient norm (nan|inf)|had a median"), ("0.3", "0.01", "had a median of")])
 def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint, data, tmp_path, rate, spike, said):
