@@ -4,7 +4,8 @@
 
 128 rows drawn by a seed: 185 tokens on average and at most 467, 71 % of them visual, 13 % trained, as in visual CoT; a
 random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5, clipping at 1. Activations are
-computed again: the peers' of whole layers, as their flag does, ours by --recompute mlps. A step is all 128 rows for every contender, so their losses must agree at every step.
+computed again: the peers' of whole layers, as their flag does, ours by --recompute mlps. A step is all 128 rows for every
+contender, so their losses must agree at every step.
 Contenders run in turns, each in a process of its own, `--rounds` times; the first step of each is a warm-up.
 
   trainer            transformers.Trainer, one row a device and 128 accumulated (Monet's layout)
