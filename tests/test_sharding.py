@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 import train_sft
 from training import flags
@@ -17,6 +18,13 @@ from utils.rows import read_rows
 from utils.sharding import average_replicated, gathered, merge_adapters, shard, whole_state
 from utils.steps import Batching, Steps
 from utils.targets import Target, make_examples
+
+EPS = 1e-3  # Adam's: the learning rate of these runs
+# How far weights may be apart after five steps of Adam, lr * m / (sqrt(v) + eps). Where each gradient may be off by d, so
+# may m and sqrt(v), and a step's update by 2 * lr * d / eps. With Adam's own eps of 1e-8 that has no bound but 2 * lr
+# where the gradient is itself rounding (a key's bias moves all scores of a row nearly alike): the sign of noise. With eps = lr
+# it is 2 d a step: 2e-6 in five for d = 2e-7, three roundings of float32 of the gradients here, which are below 1.
+NEAR = 2e-6
 
 
 def batching(args) -> Batching:
@@ -37,16 +45,39 @@ def prepare(checkpoint, data, rank, world, *more):
     if world > 1:
         train_sft.recompute_activations(qwen.model, args.recompute or "none")
         shard(objective, qwen.model, low_precision=False)
-    return steps, objective, train_sft.make_optimizer(qwen.model, args), args
+    optimizer = train_sft.make_optimizer(qwen.model, args)
+    for group in optimizer.param_groups:
+        group["eps"] = EPS
+    return steps, objective, optimizer, args
 
 
-def run(steps, objective, optimizer, args, first, last) -> list[float]:
-    """Train steps first to last - 1 and return their losses, this rank's share."""
+def gradients(objective) -> dict[str, torch.Tensor]:
+    """All gradients by name, whole; every rank must call."""
+    return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+            for name, p in objective.model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(mine, its):
+    """Two orders of the same sums: within 1e-5 of the largest of all, which is about a hundred roundings of float32."""
+    assert mine.keys() == its.keys()
+    largest = max(float(gradient.abs().max()) for gradient in its.values())
+    for name, gradient in its.items():
+        assert (mine[name] - gradient).abs().max() < 1e-5 * largest, name
+
+
+def check_weights(mine, its):
+    assert mine.keys() == its.keys()
+    for name, tensor in its.items():
+        assert (mine[name] - tensor).abs().max() < NEAR, name
+
+
+def run(steps, objective, optimizer, args, first, last, found=None) -> list[float]:
+    """Train steps first to last - 1 and return their losses, this rank's share; `found` takes the first step's gradients."""
     with nullcontext() if steps.target.spec else use_packed_attention(objective.model):
-        return list(run_steps(steps, objective, optimizer, args, first, last))
+        return list(run_steps(steps, objective, optimizer, args, first, last, found))
 
 
-def run_steps(steps, objective, optimizer, args, first, last):
+def run_steps(steps, objective, optimizer, args, first, last, found):
     for step in range(first, last):
         work, total = steps.work(step), 0.0
         for k in range(work.micro_steps):
@@ -57,6 +88,8 @@ def run_steps(steps, objective, optimizer, args, first, last):
             total += float(loss.detach())
         if args.train_vision:
             average_replicated([p for p in objective.parameters() if p.requires_grad])
+        if found is not None and not found:
+            found.update(gradients(objective))
         optimizer.step()
         optimizer.zero_grad()
         yield total
@@ -68,7 +101,9 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
     steps, objective, optimizer, args = prepare(checkpoint, data, rank, world, *more)
     model, seen = objective.model, []
     model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
-    curve = torch.tensor(run(steps, objective, optimizer, args, 0, 3))
+    found = {}
+    curve = torch.tensor(run(steps, objective, optimizer, args, 0, 3, found))
+    check_gradients(found, expected["gradients"])
     dist.all_reduce(curve)
     assert curve.tolist() == pytest.approx(expected["curve"], rel=1e-5)
     if not more:
@@ -85,9 +120,7 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
     state = whole_state(model, torch.float32, rank == 0)
     assert bool(state) == (rank == 0)
     if rank == 0:
-        assert state.keys() == expected["state"].keys()
-        for name, tensor in expected["state"].items():
-            assert (state[name] - tensor).abs().max() < 2e-5, name
+        check_weights(state, expected["state"])
     if not steps.target.spec:
         with torch.no_grad(), gathered(objective):  # ranks that generate different numbers of tokens
             prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
@@ -104,17 +137,17 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
 def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data, tmp_path, more):
     """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other rank."""
     steps, objective, optimizer, args = prepare(tiny_checkpoint, data, 0, 1, *more)
-    curve = run(steps, objective, optimizer, args, 0, 3)
+    found = {}
+    curve = run(steps, objective, optimizer, args, 0, 3, found)
     run(steps, objective, optimizer, args, 3, 5)
-    expected = {"curve": curve, "state": whole_state(objective.model, torch.float32, True)}
+    expected = {"curve": curve, "gradients": found, "state": whole_state(objective.model, torch.float32, True)}
     prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
     expected["ids"] = generate(steps.qwen, prompt, 7)[0].ids
     mp.spawn(rank_main, args=(2, tmp_path, tiny_checkpoint, data, more, expected), nprocs=2)
     one = prepare(tiny_checkpoint, data, 0, 1, *more)  # what two ranks wrote is read by one
     restore(tmp_path / "step-3", one[1].model, one[2])
     run(*one, 3, 5)
-    for name, tensor in whole_state(one[1].model, torch.float32, True).items():
-        assert (expected["state"][name] - tensor).abs().max() < 2e-5, name
+    check_weights(whole_state(one[1].model, torch.float32, True), expected["state"])
 
 
 def low_precision_rank(rank, folder, checkpoint, data):
