@@ -6,6 +6,8 @@ from test_decode import MIRAGE, batch_of, load_with
 from utils.attention import GROUPS, NAME, stem_attention, watched, weigh
 from utils.decode import decode, embed_prompt, extend, prefill, rewind
 
+pytestmark = pytest.mark.numeric
+
 STEM = " The answer is \\boxed{"
 
 

@@ -13,6 +13,8 @@ from utils.families import PRESETS, RowState, latent_ids
 from utils.heads import GatedHead, SimpleHead
 from utils.rows import DataError
 
+pytestmark = pytest.mark.numeric
+
 MIRAGE = PRESETS["mirage"]
 START, PAD, END, EOS = 1, 2, 3, 9  # of the scripted state machines
 

@@ -22,6 +22,8 @@ from utils.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, PATCH,
 from utils.latent_arm import LatentBatch
 from utils.selftest import NON_ZERO, QUICK, TOYS, ZEROS, agrees, check_masks, compare, fed_of, make_arms, selftest
 
+pytestmark = pytest.mark.numeric
+
 MIRAGE = PRESETS["mirage"]
 EXACT = 1e-5  # two orders of the same sums in float32, of logits of about 1
 

@@ -10,6 +10,8 @@ from utils.latents import align, lay_out, make_batch, piece_lengths, run_latents
 from utils.rows import read_rows
 from utils.targets import Target, load_images, make_example
 
+pytestmark = pytest.mark.numeric
+
 MIRAGE = PRESETS["mirage"]
 
 

@@ -12,6 +12,8 @@ from utils.map_figures import draw_maps
 from utils.measures import attention_by_layer, early_curve, swept
 from utils.rows import DataError
 
+pytestmark = pytest.mark.numeric
+
 HAND = [0.1, 0.4, 0.2, 0.3]  # attention to the four latents of a segment
 
 

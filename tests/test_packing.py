@@ -15,6 +15,8 @@ from utils.preview import RECOMPUTED
 from utils.rows import DataError
 from utils.targets import Target, image_grids, load_images, make_example
 
+pytestmark = pytest.mark.numeric
+
 WORDS = ("what digit is on the red circle closer look I the answer is blue square seven").split()
 
 

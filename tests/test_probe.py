@@ -24,6 +24,8 @@ from utils.rows import DataError, load_object, read_rows, write_rows
 from utils.similarity import cosine_matrix
 from utils.states import States
 
+pytestmark = pytest.mark.numeric
+
 MIRAGE = PRESETS["mirage"]
 
 
@@ -117,6 +119,7 @@ def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_r
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):
+    """To 1e-4, a hundred roundings of states of about 1. What pads make of themselves: pads written into the prompt."""
     folder, _ = latent_run
     store, item = States(folder / "out" / "states"), read_items(data)[0]
     qwen = load(str(folder / "model"), "float32", "cpu")
@@ -128,8 +131,11 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
         assert np.allclose(store.load(item["id"], kind), wanted.numpy(), atol=1e-4), kind
     inner, pads = store.load(item["id"], "inner"), store.load(item["id"], "dummy_pad")
     assert np.allclose(inner[:, 0], row.fed.numpy(), atol=1e-4)  # what the first layer reads is what is fed
-    assert np.allclose(pads[0], row.states[steps[0]].numpy(), atol=1e-4)
-    assert not np.allclose(pads[1], row.states[steps[1]].numpy(), atol=1e-2)
+    prompt = chat(qwen.tokenizer, question_text(item), 1) + MIRAGE.start + MIRAGE.pad * (MIRAGE.size - 1)
+    with torch.no_grad():
+        written = qwen.model.model(**encode(qwen, [prompt], [open_images(item, data.parent)])).last_hidden_state[0, -MIRAGE.size:]
+    assert len(steps) == MIRAGE.size and np.allclose(pads, written.numpy(), atol=1e-4)
+    assert not np.allclose(pads[1:], row.states[steps[1:]].numpy(), atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +148,7 @@ def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data,
     assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
     assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"]["conditions"]
     conditions = metrics["probing"]["conditions"]
-    # The model was never trained without an image, so it may fail there, but another's imagination must be worse.
-    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > conditions["other"]["accuracy"] + 0.2
+    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > 0.9 and conditions["other"]["accuracy"] < 0.1
 
 
 def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):

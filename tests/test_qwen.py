@@ -15,6 +15,8 @@ from utils.families import MONET_TOKENS
 from utils.images import open_image, smart_size
 from utils.rows import DataError
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint):

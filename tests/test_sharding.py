@@ -19,6 +19,8 @@ from utils.sharding import average_replicated, gathered, merge_adapters, shard, 
 from utils.steps import Batching, Steps
 from utils.targets import Target, make_examples
 
+pytestmark = pytest.mark.numeric
+
 EPS = 1e-3  # Adam's: the learning rate of these runs
 # How far weights may be apart after five steps of Adam, lr * m / (sqrt(v) + eps). Where each gradient may be off by d, so
 # may m and sqrt(v), and a step's update by 2 * lr * d / eps. With Adam's own eps of 1e-8 that has no bound but 2 * lr

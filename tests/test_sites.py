@@ -6,6 +6,8 @@ from test_decode import MIRAGE, batch_of, load_with
 from utils.decode import Arm, decode, prefill
 from utils.sites import layer_inputs
 
+pytestmark = pytest.mark.numeric
+
 
 def slots_of(row):
     """An arm that puts a captured run's layer inputs at the same latent positions."""

@@ -11,6 +11,8 @@ from utils.rows import read_rows
 from utils.steps import Batching, Steps
 from utils.targets import Target, make_examples
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def steps(tiny_checkpoint, data):
