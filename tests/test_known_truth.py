@@ -271,7 +271,7 @@ def test_every_site_through_the_batch_of_the_product(follower):
         clean = record["clean"]
         for name in names:
             its = record[name]
-            assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), name
+            assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), (name, its)
             fed_is_edited = name in ("tau", "swap_random", "swap_blank", "blank_x")
             assert (its["rel_change"] > 1e-5) == fed_is_edited, (name, its["rel_change"])
             if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random", "slot_swap_blank"):
