@@ -37,27 +37,26 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from utils.backends import ErrorRateError, find_checkpoint, model_identity
-from utils.benchmarks import TABLE, prepare
-from utils.calls import is_reply
-from utils.comparison import compare_all, describe
-from utils.decode import PRESETS, LatentSpec
-from utils.edits import OPEN
-from utils.families import load_with, spec_of
+from utils.backends import ErrorRateError
+from utils.call_flags import add_server_flags, open_server
+from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
+from utils.evaluate.answering import (METHODS, Conversation, Local, Served, answer_all, is_turn, render,
+                                      show_messages)
+from utils.evaluate.benchmarks import TABLE, prepare
+from utils.evaluate.comparison import compare_all, describe
+from utils.evaluate.judge import KINDS, Judge, add_verdicts
+from utils.evaluate.prompts import MAX_TOKENS, PROTOCOLS, Protocol
+from utils.evaluate.results import headline, make_table, own_scores, parts_of, protocol_line, show, summarize
+from utils.evaluate.scoring import check_scorable, n_options, score
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
-from utils.judges import KINDS, Judge, add_verdicts
-from utils.main_table import make_table
-from utils.protocols import PROTOCOLS, Protocol
+from utils.jsonl import (DataError, call_key, check_output, find_checkpoint, model_identity, replace_file,
+                         sha256_file, write_json, write_meta, write_rows)
+from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
+from utils.model_calls import is_reply
+from utils.openai_backend import HttpBackend
 from utils.qwen import load_processors
-from utils.rows import (DataError, Help, call_key, check_output, cli, log, parse_count, rank_world, read_api_key,
-                        replace_file, sha256_file, write_json, write_meta, write_rows)
-from utils.scoring import check_scorable, n_options, score
-from utils.server import HttpBackend
-from utils.stage import add_server_flags, open_server
-from utils.summary import headline, own_scores, parts_of, protocol_line, show, summarize
-from utils.systems import METHODS, Conversation, Local, Served, answer_all, is_turn, render, show_messages
-from utils.zoom import MAX_TOKENS
+from utils.spans import OPEN
 
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)
 

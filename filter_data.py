@@ -29,14 +29,15 @@ from dataclasses import dataclass, field
 
 from utils.answers import answers_match, last_boxed, normalize
 from utils.backends import ErrorRateError
-from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
-from utils.checks import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows, find_markup,
-                          parse_options, row_fault, split_final, split_spans)
+from utils.call_flags import add_call_flags, incomplete, open_run, show_calls
+from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.replies import fill, load_prompts, object_schema
-from utils.rows import Help, check_output, cli, log, read_rows, write_json, write_meta, write_rows
-from utils.stage import add_call_flags, incomplete, open_run, show_calls
+from utils.jsonl import check_output, read_rows, write_json, write_meta, write_rows
+from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
+                               object_schema)
+from utils.row_rules import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
+                             find_markup, parse_options, row_fault, split_final, split_spans)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -21,8 +21,8 @@ Writes  --output: a JSON line for each item and condition, the first of them "cl
 Prints  emission and one line a condition on stderr; on stdout one JSON object: emission, effects with intervals, verdicts
 
 Conditions: --conditions paper (the paper's arms), full (all), maps (sweeps over positions, layers, ranks, doses and how much of
-it is kept), or names; latents: utils/conditions.py says one by one what each does and at which site (fed, slot, edge), text:
-utils/ladder.py. Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind what the clean run
+it is kept), or names; latents: utils/intervene/latent_conditions.py says one by one what each does and at which site (fed, slot, edge), text:
+utils/intervene/text_conditions.py. Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind what the clean run
 said there, R2 is the free reply, parsed after the last imagination. Effects are taken on the items that imagined something in
 the clean run, and on no others. "No effect" is claimed only by an equivalence test within --margin (points) or --margin_nll
 (nats). Killed, the same command goes on. Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage,
@@ -40,28 +40,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from utils.asking import Asking, Prompts, prompt_of
-from utils.calls import Caller
-from utils.cases import Known
-from utils.conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition, map_conditions
-from utils.decode import PRESETS, LatentSpec, decode
-from utils.editor_llm import make_caller
-from utils.effect_figures import draw_all
-from utils.effects import summarize
-from utils.families import load_with, spec_of
+from toy.known_truth import selftest
+from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
+from utils.decode import decode
 from utils.images import ImageError
+from utils.intervene.effects import summarize
+from utils.intervene.figures import draw_all
+from utils.intervene.latent_batch import LatentBatch
+from utils.intervene.latent_case import Known
+from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition,
+                                               map_conditions)
+from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_for_items
+from utils.intervene.prompts import Asking, Prompts
+from utils.intervene.sweeps import draw_maps
+from utils.intervene.text_batch import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
+from utils.intervene.text_conditions import make_caller
 from utils.items import group_of, open_images, read_items
 from utils.journal import Journal, move_aside
-from utils.latent_arm import LatentBatch
-from utils.map_figures import draw_maps
-from utils.planner import detectable_difference, items_with_no_change, margin_for_items
-from utils.qwen import Qwen, load_tools
-from utils.readouts import STEM
-from utils.rows import (DataError, Help, call_key, check_output, cli, log, parse_count, rank_world, read_api_key,
-                        replace_file, sha256_file, write_json, write_meta, write_rows)
-from utils.selftest import selftest
-from utils.server import HttpBackend
-from utils.text_arm import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
+from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
+                         write_rows)
+from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
+from utils.model_calls import Caller
+from utils.openai_backend import HttpBackend
+from utils.option_scores import STEM
+from utils.qwen import Qwen, load_tools, prompt_of
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans

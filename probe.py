@@ -14,7 +14,7 @@ Reads   --items: items {"id", "question", "options": [[letter, text]], "answer",
         "category", "hint", "region"
         --probe_items: {"id", "source": id of an item, "question", "options", "answer": {"type": "letter", "value"}},
         questions about the source's image, to be answered from what was imagined for the source
-Writes  --output, a folder: states/ (what was captured: `utils.states`; the same command goes on from there),
+Writes  --output, a folder: states/ (what was captured: `utils.probe.states`; the same command goes on from there),
         probes.jsonl (a line a kind, layer, step, measure and form: value, low, high, n), similarity.json (the curves of it),
         heatmap.png, curves.png, layers.png, spectra.png; with --probe_items answers.jsonl ({"id", "source", "donor",
         "condition", "gold", "pred", "rule", "correct", "text", "r0"}) and probing.png; metrics.json. Beside every PNG the
@@ -24,13 +24,13 @@ Prints  a table on stderr; on stdout one JSON object: emission, mean similaritie
 Kinds of states, at the same K steps of the same generations: "imagination" (latents; with --latent off the states of the
 first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual tokens, if there are as many,
 as they enter the language model), "inner" (inputs of every layer at the latents), "dummy_pad" (the pad's embedding fed in
-place of latents), "start" (the state that chose to imagine). Measures and corrections: `utils.similarity`, `utils.geometry`,
-`utils.linear_probe`. Corrected values come from the half of the instances to which an instance does not belong, and
+place of latents), "start" (the state that chose to imagine). Measures and corrections: `utils.probe.similarity`, `utils.probe.geometry`,
+`utils.probe.geometry`. Corrected values come from the half of the instances to which an instance does not belong, and
 intervals draw instances, not pairs.
 
-Ways to ask the probe questions: `utils.probing`. --crossed A B asks B items' questions of A items' images and splits the
+Ways to ask the probe questions: `utils.probe.questions`. --crossed A B asks B items' questions of A items' images and splits the
 variance of the imaginations between the two: the size of X -> Z. --edits changes one thing of every instance's image or
-question (`utils.inputs`): how far the imagination moves beside the text, and beside an edit of what is irrelevant.
+question (`utils.probe.input_edits`): how far the imagination moves beside the text, and beside an edit of what is irrelevant.
 """
 import argparse
 import json
@@ -42,24 +42,22 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import derive
-from utils.asking import prompt_of
-from utils.capture import capture
-from utils.decode import PRESETS, LatentSpec
-from utils.families import load_with, spec_of
-from utils.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
-from utils.geometry import cka, retrieval, spectrum
-from utils.inputs import EDITS, crossed_items, edited, measure_edits, split_crossed
+from utils.cli import Help, cli, log, parse_count
 from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
 from utils.journal import read_settings
-from utils.linear_probe import probe
-from utils.probing import Prober, batched, conditions, rotations, score
-from utils.qwen import Qwen, load, load_processors
-from utils.readouts import STEM
-from utils.rows import DataError, Help, cli, log, parse_count, read_rows, write_json, write_meta, write_rows, writing
-from utils.run_report import collect, write_report
-from utils.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
-from utils.states import STORED, States, StateWriter
+from utils.jsonl import DataError, read_rows, write_json, write_meta, write_rows, writing
+from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
+from utils.option_scores import STEM
+from utils.probe import derive
+from utils.probe.capture import capture
+from utils.probe.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
+from utils.probe.geometry import cka, probe, retrieval, spectrum
+from utils.probe.input_edits import EDITS, crossed_items, edited, measure_edits, split_crossed
+from utils.probe.questions import Prober, batched, conditions, rotations, score
+from utils.probe.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
+from utils.probe.states import STORED, States, StateWriter
+from utils.qwen import Qwen, load_processors, prompt_of
+from utils.report import collect, write_report
 from utils.stats import wilson
 
 PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "answer": dict}
@@ -380,7 +378,8 @@ def main(argv: list[str] | None = None) -> int:
         metrics |= analyse(store, chosen, grid, edits, n_steps, args)
     if args.stage in ("all", "ask"):
         qwen = None if args.reader else qwen  # one model at a time
-        qwen = qwen or load(args.reader or args.model, args.dtype, None, args.min_pixels, args.max_pixels)
+        qwen = qwen or load_with(None if args.reader else spec, args.reader or args.model, args.dtype, args.min_pixels,
+                                 args.max_pixels)
         metrics |= {"reader": args.reader, "stem": args.stem, "scored_options": args.options}
         metrics |= ask(store, items, probes, spec, qwen, args)
     metrics["seconds"] = round(time.monotonic() - began, 1)

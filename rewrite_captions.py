@@ -30,14 +30,16 @@ import time
 from collections import Counter, defaultdict
 
 from utils.backends import ErrorRateError
-from utils.calls import ERROR_REASONS, Call, Caller, IncompleteError, ask
-from utils.checks import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop, split_final
+from utils.call_flags import add_call_flags, incomplete, open_run, show_calls
+from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
+from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.replies import fill, load_prompts, object_schema
-from utils.rows import DataError, Help, check_output, cli, located_rows, log, write_json, write_meta, write_rows
-from utils.sources import OPERATIONS, SOURCE_REASONS, Sample, convert
-from utils.stage import add_call_flags, incomplete, open_run, show_calls
+from utils.jsonl import DataError, check_output, located_rows, write_json, write_meta, write_rows
+from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
+                               object_schema)
+from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop,
+                             split_final)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -43,20 +43,20 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from utils.answers import answers_match, last_boxed
-from utils.checkpoints import Run, Saver, alone, keep_lines, open_run, prune, publish, restore, steps_of, take
-from utils.checks import check_own
-from utils.decode import PRESETS, LatentSpec, clean_text, generate
-from utils.families import spec_of
-from utils.flops import peak_flops
-from utils.latents import align, run_latents
-from utils.packing import run_packed, use_packed_attention
+from utils.cli import Help, cli, log, parse_count, stop_on_signals
+from utils.decode import clean_text, generate
+from utils.jsonl import DataError, read_rows, write_json, write_meta, writing
+from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.patches import process_images
-from utils.preview import RECOMPUTED, dry_run, make_plan, show_plan
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
-from utils.rows import DataError, Help, cli, log, parse_count, read_rows, stop_on_signals, write_json, write_meta, writing
-from utils.sharding import average_replicated, gathered, shard, whole_state
-from utils.steps import Batching, Steps, Work
-from utils.targets import IMAGINATIONS, Example, Target, load_images, make_examples
+from utils.row_rules import check_own
+from utils.train.batching import RECOMPUTED, Batching, Steps, Work, dry_run, make_plan, peak_flops, show_plan
+from utils.train.checkpoints import (Run, Saver, alone, keep_lines, open_run, prune, publish, restore,
+                                     steps_of, take)
+from utils.train.examples import IMAGINATIONS, Example, Target, load_images, make_examples
+from utils.train.fsdp import average_replicated, gathered, shard, whole_state
+from utils.train.latent_batches import align, run_latents
+from utils.train.packing import run_packed, use_packed_attention
 
 INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB

@@ -63,7 +63,7 @@ def messages(picture: str) -> list[dict]:
 def ask_ours(url: str, picture: str, n: int, in_flight: int) -> None:
     sys.path.insert(0, str(ROOT))
     from utils.backends import Request
-    from utils.server import HttpBackend
+    from utils.openai_backend import HttpBackend
     backend = HttpBackend("m", [url], 10**7, concurrency=in_flight)
     requests = [Request(f"{i:064x}", None, TEXT, (picture,), 100) for i in range(n)]
     assert sum(reply.error is None for reply in backend.generate(requests)) == n

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.rows import write_json  # noqa: E402
+from utils.jsonl import write_json  # noqa: E402
 
 PIXELS_A_TOKEN = 28 * 28
 ITEMS, VISUAL_TOKENS, FEW = (18, 72, 288), (256, 1024, 2304, 4096), 8  # of --growth; squares, so that no picture is rounded up
@@ -62,8 +62,8 @@ def run_peer(args: argparse.Namespace) -> dict[str, str]:
     from PIL import Image
     from transformers import AutoModelForImageTextToText
 
+    from utils.evaluate.prompts import PROTOCOLS, user_text
     from utils.items import read_items
-    from utils.protocols import PROTOCOLS, user_text
     from utils.qwen import IMAGE_TOKEN, chat, load_processors
     tokenizer, image_processor = load_processors(args.model, args.visual_tokens and args.visual_tokens * PIXELS_A_TOKEN)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").eval()

@@ -27,7 +27,7 @@ from PIL import Image  # noqa: E402
 
 import rewrite_captions  # noqa: E402
 from utils.backends import Reply  # noqa: E402
-from utils.rows import sha256_file, write_json, write_rows  # noqa: E402
+from utils.jsonl import sha256_file, write_json, write_rows  # noqa: E402
 
 PAIR = "<abs_vis_token></abs_vis_token>"
 PARTS = ("har", "bel", "tor", "min", "sal", "ken", "lu", "pra"), ("bo", "fry", "ga", "do", "te", "ma"), ("", "r", "n", "st", "ly", "ing")
@@ -127,7 +127,7 @@ def main() -> None:
     flags = ["--input", str(folder / "in.jsonl"), "--image_root", str(folder), "--output", str(folder / "out.jsonl")]
     if args.fill:  # in a process of its own: the peak memory of a child counts its parent's at the fork
         make_world(folder, args.samples)
-        with patch("utils.stage.LocalBackend", Instant):
+        with patch("utils.call_flags.LocalBackend", Instant):
             raise SystemExit(rewrite_captions.main(flags))
     _, journal_s, _ = measure([sys.executable, __file__, *sys.argv[1:], "--fill"])
     run, first = folder / "out.jsonl.run", sha256_file(folder / "out.jsonl")

@@ -2,7 +2,7 @@
 
     python speed/probe.py --folder work/probe                      (1,000 instances x 10 steps x 28 layers x 3,584: 4 GB)
 
-Makes a store of random states around a common direction (`utils.states`), then measures in a fresh process every inter- and
+Makes a store of random states around a common direction (`utils.probe.states`), then measures in a fresh process every inter- and
 intra-instance measure in all forms with bootstrap intervals, and the spectrum of every cell. The peer in the same run is the
 least that any analysis must do: reading every state once.
 
@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from utils.geometry import spectrum  # noqa: E402
-from utils.rows import write_json  # noqa: E402
-from utils.similarity import Measure, draw_halves  # noqa: E402
-from utils.states import States, StateWriter  # noqa: E402
+from utils.jsonl import write_json  # noqa: E402
+from utils.probe.geometry import spectrum  # noqa: E402
+from utils.probe.similarity import Measure, draw_halves  # noqa: E402
+from utils.probe.states import States, StateWriter  # noqa: E402
 
 LIMIT_GB = 4.0
 

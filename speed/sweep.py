@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.rows import write_json  # noqa: E402
+from utils.jsonl import write_json  # noqa: E402
 
 CONDITIONS = ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_random", "slot_swap_random", "cut_latent")
 VISUAL_TOKENS, PIXELS_A_TOKEN = 1024, 28 * 28

@@ -39,7 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.rows import write_json, write_rows  # noqa: E402
+from utils.jsonl import write_json, write_rows  # noqa: E402
 
 ENVIRONMENT = Path(__file__).parent / ".venv-train"
 CONTENDERS = ("ours", "trainer", "trainer_rebalance", "trl", "trl_rebalance")
@@ -115,9 +115,9 @@ class Rows:
     in train_sft.py."""
 
     def __init__(self, folder: Path, own_pixels: bool):
+        from utils.jsonl import read_rows
         from utils.qwen import load_tools
-        from utils.rows import read_rows
-        from utils.targets import Target, make_examples
+        from utils.train.examples import Target, make_examples
         self.qwen, self.target = load_tools(str(folder / "model")), Target(
             "text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
         rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
@@ -139,7 +139,7 @@ class Rows:
         from torch.nn.utils.rnn import pad_sequence
 
         from utils.patches import process_images
-        from utils.targets import load_images
+        from utils.train.examples import load_images
         ids = [torch.tensor(item["input_ids"]) for item in items]
         pad = self.qwen.tokenizer.pad_token_id
         batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),

@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.jsonl import write_json, write_rows  # noqa: E402
 from utils.qwen import load_tools  # noqa: E402
-from utils.rows import write_json, write_rows  # noqa: E402
 
 # config.json of the releases; the tower differs in out_hidden_size alone, which is the model's width
 SIZES = {"7b": {}, "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2,

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from train import N_ROWS, ROOT, flags_of_ours, make_world
 
 import train_sft
-from utils.rows import write_json
+from utils.jsonl import write_json
 
 PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("flash_attention",),
          "first layer of the tower": ("convolution",), "pictures and packs": ("DataLoader",), "optimizer": ("adam",)}

@@ -47,7 +47,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def write_parquet(path: Path, rows: list[dict], pictures: tuple[str, ...] = ("image",)) -> Path:
     """As the `datasets` library writes it: pictures as {"bytes", "path"} and a note of their columns for its reader."""
-    from datasets import Dataset, Features, Image as Picture, List, Value
+    from datasets import Dataset, Features
+    from datasets import Image as Picture
+    from datasets import List, Value
 
     kinds = {str: Value("string"), int: Value("int64"), list: List(Value("string"))}
     features = {name: Picture() if name in pictures else kinds[type(value)] for name, value in rows[0].items()}

@@ -64,7 +64,7 @@ def picture(tmp_path):
 @pytest.fixture
 def data(tmp_path, picture):
     """Twelve rows of unequal length, every third without an imagined image and every fourth without any picture."""
-    from utils.rows import write_rows
+    from utils.jsonl import write_rows
     rng, rows = random.Random(0), []
     for n in range(12):
         picture(f"{n}_0.png", (56, 56 + 28 * (n % 3)), rng.choice(("red", "blue")))

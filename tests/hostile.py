@@ -43,16 +43,17 @@ import intervene  # noqa: E402
 import probe  # noqa: E402
 import rewrite_captions  # noqa: E402
 import train_sft  # noqa: E402
-from utils.decode import PRESETS  # noqa: E402
-from utils.families import load_with  # noqa: E402
-from utils.images import ImageError, data_url, image_size, open_image  # noqa: E402
+from utils.latent_families import PRESETS  # noqa: E402
+from utils.latent_families import load_with  # noqa: E402
+from utils.images import data_url, image_size, ImageError, open_image  # noqa: E402
 from utils.items import question_text  # noqa: E402
-from utils.protocols import PROTOCOLS  # noqa: E402
+from utils.evaluate.prompts import PROTOCOLS  # noqa: E402
 from utils.qwen import add_tokens, chat, load_processors, load_tools  # noqa: E402
-from utils.rows import cli, write_rows  # noqa: E402
-from utils.states import States, StateWriter  # noqa: E402
-from utils.systems import Conversation, render  # noqa: E402
-from utils.targets import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
+from utils.cli import cli  # noqa: E402
+from utils.jsonl import write_rows
+from utils.probe.states import States, StateWriter  # noqa: E402
+from utils.evaluate.answering import Conversation, render  # noqa: E402
+from utils.train.examples import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT, "/usr", "/dev", "/proc/self", "/proc/meminfo",
@@ -230,8 +231,8 @@ class Readers:
         evaluate.load_with, self.qwen = functools.cache(load_with), load_tools(self.checkpoint)
         for preset in PRESETS.values():  # all families' markers are tokens: none of them may come from data
             add_tokens(self.qwen, preset.tokens)
-        import utils.stage
-        utils.stage.LocalBackend = StandInModel
+        import utils.call_flags
+        utils.call_flags.LocalBackend = StandInModel
 
     def write(self, rng: random.Random, sound: Callable[[], dict], more: list[dict]) -> Path:
         self.input.write_bytes(mutations.as_file(rng, [mutations.mutate(rng, sound()), *more]))
@@ -546,8 +547,8 @@ def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int
     """Run it all; return the counts."""
     watch(checkpoint)
     before = {script: dict(vars(script)) for script in (evaluate, probe, intervene, train_sft)}
-    import utils.stage
-    backend = utils.stage.LocalBackend
+    import utils.call_flags
+    backend = utils.call_flags.LocalBackend
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         case = Path(folder).resolve() / "case"
         case.mkdir()
@@ -566,7 +567,7 @@ def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int
             run_pictures(readers, n_images, seed, bombs)
             run_commands(readers, n_commands, seed)
         finally:
-            utils.stage.LocalBackend = backend
+            utils.call_flags.LocalBackend = backend
             for script, names in before.items():
                 vars(script).update(names)
     return readers.tally.result()

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils import qwen as Q
-from utils.decode import PRESETS, embed_prompt, latent_ids
+from utils.decode import embed_prompt
 from utils.items import question_text
+from utils.latent_families import PRESETS, latent_ids
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)

@@ -41,16 +41,16 @@ import intervene
 import probe
 import rewrite_captions
 import train_sft
-import utils.server  # noqa: F401
+import utils.openai_backend  # noqa: F401
 from imagining import write_items
-from test_filter_data import row
-from test_rewrite_captions import monet
+from samples import monet, row
 from toy.make_model import make_model
 from training import flags as training_flags
 from utils import qwen as Q
-from utils.decode import PRESETS, latent_ids
+from utils.latent_families import latent_ids, PRESETS
 from utils.items import question_text
-from utils.rows import cli, write_json, write_rows
+from utils.cli import cli
+from utils.jsonl import write_json, write_rows
 
 N_KILLS, CONCURRENCY = 25, 8
 PACE = 1.2  # a kill comes at most this share of the work, divided by the number of kills, after the work has gone on

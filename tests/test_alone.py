@@ -19,7 +19,7 @@ import filter_data
 import intervene
 import probe
 import rewrite_captions
-from utils.rows import DataError
+from utils.jsonl import DataError
 
 ROOT = Path(__file__).parents[1]
 GOODS = ("bread 3", "米饭 五", "شاي 7", "figs 9", "salt 2", "milk 4")

@@ -11,13 +11,13 @@ import benchmark_fixtures as B
 import pytest
 from fault_server import calls_of, serving
 from processes import command, rank_of
-from test_answers import shortest_path
+from samples import shortest_path
 
 import evaluate
-from utils.decode import PRESETS
+from utils.evaluate.answering import Local
+from utils.jsonl import DataError, load_object, write_rows
+from utils.latent_families import PRESETS
 from utils.qwen import add_tokens, load, save
-from utils.rows import DataError, load_object, write_rows
-from utils.systems import Local
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 import kills
+import pytest
 from kills import MAINS, final_files
 from processes import command, rank_of
-from utils.rows import cli
+
+from utils.cli import cli
 
 LOCAL = list(MAINS)  # the six scripts, each with a model in its process
 each_script = pytest.mark.parametrize("script", LOCAL)

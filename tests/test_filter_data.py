@@ -7,22 +7,16 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+from samples import row
 from standin import StandIn, flags
 
 import filter_data
-from filter_data import FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
-from utils.rows import DataError, read_rows, write_rows
+from filter_data import (FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main,
+                         parse_require)
+from utils.jsonl import DataError, read_rows, write_rows
 
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes",
           "problems": []}
-
-
-def row(name: str = "s/1", caption: str = "The hull shows a white 42.", **changes) -> dict:
-    steps = [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": caption},
-             {"text": "The answer is \\boxed{42}."}]
-    chain = f"I look closer. <think_image>{caption}</think_image> The answer is \\boxed{{42}}."
-    return {"id": name, "subset": "s", "images": ["a.png"], "question": f"What number is on boat {name}?",
-            "answer": "42", "steps": steps, "chain": chain, "refined": True} | changes
 
 
 # ------------------------------------------------------------------------------------------------ rules and decisions
@@ -99,7 +93,7 @@ class Judge(StandIn):
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr("utils.stage.LocalBackend", Judge)
+    monkeypatch.setattr("utils.call_flags.LocalBackend", Judge)
     Judge.asked = []
     return Judge
 

@@ -18,15 +18,16 @@ import evaluate
 import hostile
 import mutations
 from utils.answers import last_boxed
-from utils.checks import find_markup, parse_options, split_spans
-from utils.images import ImageError, data_url, open_image, resolve_image
+from utils.row_rules import find_markup, parse_options, split_spans
+from utils.images import data_url, ImageError, open_image, resolve_image
 from utils.items import item_fault
 from utils.journal import Journal
-from utils.judges import question_for
+from utils.evaluate.judge import question_for
 from utils.qwen import load, plain
-from utils.rows import LONGEST_ERROR, DataError, cli, read_rows, shorten
-from utils.scoring import check_scorable
-from utils.states import States, StateWriter
+from utils.cli import cli, LONGEST_ERROR, shorten
+from utils.jsonl import DataError, read_rows
+from utils.evaluate.scoring import check_scorable
+from utils.probe.states import States, StateWriter
 
 BAD = ("tracebacks", "hangs", "escapes", "tokens", "pickles", "memory")
 ROOT = Path(__file__).parents[1]

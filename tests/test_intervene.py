@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from imagining import make_latent_checkpoint, write_items
 
 import intervene
-from imagining import make_latent_checkpoint, write_items
-from utils.cases import Case
-from utils.conditions import CONDITIONS
-from utils.decode import PRESETS, Generation
-from utils.rows import DataError
+from utils.intervene.latent_case import Case
+from utils.intervene.latent_conditions import CONDITIONS
+from utils.jsonl import DataError
+from utils.latent_families import PRESETS, Generation
 
 MIRAGE = PRESETS["mirage"]
 

@@ -8,19 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from imagining import make_picture, write_items
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from imagining import make_picture, write_items
+from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO, PATCH, QUICK, TOYS,
+                             VOCABULARY, ZEROS, additive, agrees, allowed, check_masks, compare, draw_items,
+                             fed_of, make_arms, make_toy, positions, reproducible, run, run_arms, selftest)
 from utils import qwen as Q
-from utils.asking import Asking, prompt_of
-from utils.cases import Known
 from utils.decode import Arm, decode, prefill
-from utils.effects import summarize
-from utils.families import PRESETS
-from utils.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, PATCH, VOCABULARY, additive, allowed, draw_items, make_toy,
-                               positions, reproducible, run, run_arms)
-from utils.latent_arm import LatentBatch
-from utils.selftest import NON_ZERO, QUICK, TOYS, ZEROS, agrees, check_masks, compare, fed_of, make_arms, selftest
+from utils.intervene.effects import summarize
+from utils.intervene.latent_batch import LatentBatch
+from utils.intervene.latent_case import Known
+from utils.intervene.prompts import Asking
+from utils.latent_families import PRESETS
+from utils.qwen import prompt_of
 
 pytestmark = pytest.mark.numeric
 

@@ -1,28 +1,31 @@
 """Probing, capture and figures on models whose truth is known.    pytest tests/test_probe.py"""
 import csv
 
+import benchmark_fixtures as made
 import numpy as np
 import pytest
 import torch
-
-import benchmark_fixtures as made
-import evaluate
-import probe
 from conftest import TEXTS, TINY, TINY_VISION
 from imagining import NAMES, make_latent_checkpoint, write_items
+
+import evaluate
+import probe
 from toy.make_model import make_model
-from utils.capture import find_steps
-from utils.decode import PRESETS, extend_all, generate, prefill
-from utils.edits import CLOSE
-from utils.figures import draw_heatmaps
-from utils.inputs import EDITS
+from utils.decode import extend_all, generate, prefill
 from utils.items import open_images, question_text, read_items
-from utils.probing import TURN, Prober, conditions as ways, derange, rotations, score
+from utils.jsonl import DataError, load_object, read_rows, write_rows
+from utils.latent_families import PRESETS
+from utils.option_scores import describe_scores, score_options
+from utils.probe.capture import find_steps
+from utils.probe.figures import draw_heatmaps
+from utils.probe.input_edits import EDITS
+from utils.probe.questions import TURN, Prober
+from utils.probe.questions import conditions as ways
+from utils.probe.questions import derange, rotations, score
+from utils.probe.similarity import cosine_matrix
+from utils.probe.states import States
 from utils.qwen import add_tokens, chat, encode, load, save
-from utils.readouts import describe_scores, score_options
-from utils.rows import DataError, load_object, read_rows, write_rows
-from utils.similarity import cosine_matrix
-from utils.states import States
+from utils.spans import CLOSE
 
 pytestmark = pytest.mark.numeric
 

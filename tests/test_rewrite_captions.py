@@ -9,29 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import PAIR, monet
 from standin import StandIn, flags
 
 import rewrite_captions
 from rewrite_captions import REASONS, check_refined, join_chain, lost_facts, main, make_segments, parse_args
-from utils.checks import split_final
-from utils.rows import DataError, read_rows
-from utils.sources import OPERATIONS, Sample, convert, operation_of
+from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
+from utils.jsonl import DataError, read_rows
+from utils.row_rules import split_final
 
 ROOT = Path(__file__).parents[1]
-PAIR = "<abs_vis_token></abs_vis_token>"
 
-
-def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "What number is on the boat?",
-          answer: str = "42",
-          images: tuple[str, str] = ("a.png", "b.png"), assistant: list | None = None,
-          user: list | None = None) -> dict:
-    default = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]),
-               ("text", f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}.")]
-    user = user or [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
-    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant or default)
-    return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
-            "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
-                     for role, content in turns]}
 
 
 def mirage(**changes) -> dict:
@@ -213,7 +201,7 @@ class Captioner(StandIn):
 
 @pytest.fixture
 def captioner(monkeypatch):
-    monkeypatch.setattr("utils.stage.LocalBackend", Captioner)
+    monkeypatch.setattr("utils.call_flags.LocalBackend", Captioner)
     Captioner.asked = []
     return Captioner
 

@@ -11,8 +11,9 @@ import pytest
 
 from rewrite_captions import caption_calls, parse_args
 from toy import lessons, make_world
-from toy.world import CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text, zoom_in
-from utils.sources import convert
+from toy.world import (CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text,
+                       zoom_in)
+from utils.chain_formats import convert
 
 ROOT = Path(__file__).parents[1]
 SCENES = [make_scene(random.Random(n)) for n in range(60)]
@@ -107,7 +108,7 @@ def test_the_base_learns_the_very_words_of_the_calls(world):
 def test_replies_of_the_lessons_are_what_the_stages_accept(world):
     from filter_data import SCHEMAS as FILTER_SCHEMAS
     from rewrite_captions import SCHEMAS
-    from utils.calls import schema_fault
+    from utils.model_calls import schema_fault
     for n in range(30):
         for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")), (lessons.refinement_call, ("refine",))):
             reply = json.loads(lesson(random.Random(n))[2])

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from training import flags, gradient, launch, losses
 
 import train_sft
-from training import flags, gradient, launch, losses
 from utils import qwen as Q
-from utils.packing import make_pack, use_packed_attention
-from utils.rows import DataError, read_rows, write_rows
-from utils.targets import Target, make_example
+from utils.jsonl import DataError, read_rows, write_rows
+from utils.train.examples import Target, make_example
+from utils.train.packing import make_pack, use_packed_attention
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:

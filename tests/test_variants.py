@@ -8,7 +8,7 @@ import pytest
 import evaluate
 import train_sft
 from toy import variants
-from utils.rows import DataError, write_json, write_rows
+from utils.jsonl import DataError, write_json, write_rows
 
 ROOT = Path(__file__).parents[1]
 # Two pictures of two items each; 1 is right. By item, text minus direct is 1/2, 1, 1/2, 0.

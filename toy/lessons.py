@@ -14,10 +14,10 @@ from PIL import Image
 
 from filter_data import Verdict, judge_call
 from rewrite_captions import join_chain, make_segments, refine_call
-from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about, draw_scene, make_scene, observation, opening,
-                       prompt_text, zoom_in)
-from utils.replies import fill
-from utils.sources import Sample
+from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about, draw_scene, make_scene,
+                       observation, opening, prompt_text, zoom_in)
+from utils.chain_formats import Sample
+from utils.model_calls import fill
 
 Lesson = tuple[list[Image.Image], str, str]
 PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from utils.rows import cli, log, read_rows
+from utils.cli import cli, log
+from utils.jsonl import read_rows
 
 # Qwen2.5-VL's added tokens in its order (tokenizer_config.json of the release); the last six are not special.
 ADDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",

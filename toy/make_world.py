@@ -18,9 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from toy.lessons import BASE, FIND, SEE, ask_about_nothing
-from toy.world import (ATTRIBUTES, Question, Thing, ask, ask_about, draw_scene, make_scene, observation, opening,
-                       prompt_text, zoom_in)
-from utils.rows import cli, log, write_json, write_rows
+from toy.world import (ATTRIBUTES, Question, Thing, ask, ask_about, draw_scene, make_scene, observation,
+                       opening, prompt_text, zoom_in)
+from utils.cli import cli, log
+from utils.jsonl import write_json, write_rows
 
 BAD = ("conflict", "unanswerable", "missing_image")
 BAD_SHARE = 0.18  # of the training rows, spread evenly over BAD

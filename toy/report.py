@@ -3,7 +3,7 @@
     python -m toy.report --work toy/work --seconds 600
 
 Reads   in --work: the *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections, world/truth.jsonl
-Writes  in --work: report.md and report.html (`utils.run_report`, and the data), report.json
+Writes  in --work: report.md and report.html (`utils.report`, and the data), report.json
 Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, filter recall, seconds
 """
 import argparse
@@ -12,8 +12,10 @@ from collections import Counter
 from pathlib import Path
 
 from toy.make_world import BAD
-from utils.rows import cli, load_object, log, read_rows, write_json
-from utils.run_report import EFFECTS, collect, effect_row, interval, mediation_table, percent, table_lines, write_report
+from utils.cli import cli, log
+from utils.jsonl import load_object, read_rows, write_json
+from utils.report import (EFFECTS, collect, effect_row, interval, mediation_table, percent, table_lines,
+                          write_report)
 
 VARIANTS = ("base", "text", "latent")
 STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
@@ -91,7 +93,7 @@ def do_z_lines(do_z: dict, mediation: dict) -> list[str]:
 
 
 def data_blocks(result: dict) -> list[tuple]:
-    """Return what the report says of stages 1 and 2 (`utils.run_report`)."""
+    """Return what the report says of stages 1 and 2 (`utils.report`)."""
     quality = result["filter"]
     return [("title", 2, "Data"),
             ("table", ["planted fault", "rows", "taken out by stages 1 and 2"],

@@ -25,8 +25,9 @@ import time
 from itertools import product
 from pathlib import Path
 
-from utils.rows import DataError, cli, load_object, log, read_rows, sha256_file, write_json
-from utils.run_report import interval, percent
+from utils.cli import cli, log
+from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_json
+from utils.report import interval, percent
 from utils.stats import cluster_bootstrap, wilson
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 The rules of `extract_choice`, in order, each with the name that results carry:
   empty              nothing is left once special tokens and latent spans are gone
-  boxed_*            the last \\boxed{} or \\fbox{} decides, nothing below is tried (boxed_open_* if none closes)
+  boxed_*            the last \boxed{} or \fbox{} decides, nothing below is tried (boxed_open_* if none closes)
   tag_*              the last <answer>...</answer>, read like a box
   bare_*             a reply of one line that is a letter, "B. red" or exactly an option's text
   phrase             the last "answer is" / "answer:" / "choose" ... followed by a capital option letter
@@ -17,8 +17,9 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from utils.values import NUMBERS
-
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+           "seventeen eighteen nineteen twenty").split()
+LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
 # Spans that are latents or markers, never words: Monet, Mirage, LVR and the chat format.
 LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
@@ -43,7 +44,6 @@ CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 # The period of "A. red B. blue" ends no sentence.
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
 EDGES = " \t\n.,;:!\"'“”‘’*_`。"
-
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)}
 UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$", "centimeters": "cm",
          "centimeter": "cm", "meters": "m", "meter": "m", "kilometers": "km", "kilometer": "km", "inches": "inch",
@@ -272,3 +272,7 @@ def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
         if map_desc[row][column] == -1:
             return False
     return map_desc[row][column] == 2
+
+
+def strip_label(option: str) -> str:
+    return re.sub(r"^\(?[A-H][).:]\s+", "", option)

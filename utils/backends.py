@@ -1,18 +1,17 @@
 """One `generate(requests)` for every source of replies; here the local one, transformers in this process.
 
-The other one is utils.server. torch is imported when the model is first needed: a run that only reads its journal, or
+The other one is utils.openai_backend. torch is imported when the model is first needed: a run that only reads its journal, or
 asks a server, starts without it.
 """
-import hashlib
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
+from utils.cli import log
 from utils.images import ImageError, open_image, visual_tokens
-from utils.rows import DataError, log
+from utils.jsonl import find_checkpoint, model_identity
 
 WINDOW = 2048  # requests among which batches are formed by length
 
@@ -60,25 +59,6 @@ class Reply:
 
 class ErrorRateError(RuntimeError):
     """Too many calls fail, or no server answers: the run is not worth going on."""
-
-
-def model_identity(folder: Path) -> str:
-    """Return a hash of what a checkpoint computes: configuration, tokenizer, template, names and sizes of the weights.
-
-    Of each weight file the first and last megabyte count too: two trainings of one model differ in nothing else.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt") and path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
-            size = path.stat().st_size
-            digest.update(f"{path.name}\0{size}".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(size - (1 << 20), 0))
-                digest.update(file.read())
-    return digest.hexdigest()
 
 
 class LocalBackend:
@@ -130,6 +110,7 @@ class LocalBackend:
     def answer(self, batch: list[Request]) -> list[Reply]:
         """Return the replies to one batch; out of memory, it is split in two, down to single requests."""
         import torch
+
         from utils import decode, qwen
         if self.qwen is None:
             self.load()
@@ -178,21 +159,3 @@ def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterato
         batch.append(one)
     if batch:
         yield batch
-
-
-def check_folder(path: str) -> None:
-    """DataError for a folder without a checkpoint; a name that is no folder is the hub's."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
-
-
-def find_checkpoint(model_path: str) -> Path:
-    """Return the folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if need be."""
-    check_folder(model_path)
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(model_path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {model_path}: neither a folder here nor to be had from the hub ({error})") from error

@@ -1,27 +1,31 @@
 """One batched decoding loop for text and for latent imagination, over the unpatched model.
 
 A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the final
-norm: position +1, one key-value slot. What differs between the families stands in `utils.families`. With `spec=None` the
+norm: position +1, one key-value slot. What differs between the families stands in `utils.latent_families`. With `spec=None` the
 loop equals `model.generate(do_sample=False)` bit for bit (of a batch of up to PREFILL_TOKENS; of its rows one by one beyond).
 
 A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them (`State.take`): an `Arm`
 says what is done to one row, so that a batch may hold a clean run and every intervention beside it.
+
+Where an intervention may act inside the model: the inputs of the decoder's layers, by hooks that a context takes away.
+
+Site `slot` replaces what every decoder layer reads at a latent position (the residual stream, [hidden] a layer), so that the
+position's keys and values are those of a donor. Layer inputs, not cached keys: a key is kept rotated by its position and is
+wrong at any other.
 """
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from utils.families import PRESETS, Generation, LatentSpec, RowState, Segment, latent_ids
+from utils.jsonl import DataError
+from utils.latent_families import Generation, LatentSpec, RowState, Segment, latent_ids
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
-from utils.rows import DataError
-from utils.sites import layer_inputs
 
-__all__ = ["PRESETS", "Arm", "Generation", "LatentSpec", "RowState", "Segment", "State", "clean_text", "decode", "embed_prompt",
-           "extend", "extend_all", "generate", "latent_ids", "prefill", "rewind"]
 PREFILL_TOKENS = 4096  # read at once, padding included: long prompts gain nothing from company and pay for its mask
 
 
@@ -271,3 +275,41 @@ def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str
         latent = set(latent_ids(tokenizer, spec))
         ids = [i for i in ids if i not in latent]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+# ------------------------------------------------------------ sites
+
+
+@contextmanager
+def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
+                 seen: list[torch.Tensor] | None = None) -> Iterator[None]:
+    """During one-token steps, put [layers, hidden] in place of the layer inputs of some rows, and note all rows' inputs.
+
+    `put[row][n]` goes into decoder layer n at the last position of `row`, None leaves what is there; `seen` receives
+    [B, hidden] a layer, in order, as the layers read them (after replacement).
+    """
+    layers = model.model.language_model.layers
+    for row, states in (put or {}).items():
+        if len(states) != len(layers):
+            raise ValueError(f"row {row}: states for {len(states)} layers, expected {len(layers)}")
+
+    def read(n: int):
+        def hook(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if put:
+                hidden = hidden.clone()
+                for row, states in put.items():
+                    if states[n] is not None:
+                        hidden[row, -1] = states[n].to(hidden)
+            if seen is not None:
+                seen.append(hidden[:, -1])
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return hook
+
+    needed = put or seen is not None
+    handles = [layer.register_forward_pre_hook(read(n), with_kwargs=True) for n, layer in enumerate(layers)] if needed else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageOps
 
-from utils.rows import DataError
+from utils.jsonl import DataError
 
 IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_unreadable", "image_too_small",
                  "image_too_large", "image_aspect", "image_flat", "image_no_op")
@@ -265,3 +265,6 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
     brightness = ImageChops.difference(one.convert("L"), other.convert("L")).getextrema()[1]
     colours = ImageChops.difference(one.reduce(4), other.reduce(4)).getextrema()
     return brightness > SAME_BRIGHTNESS or any(high > SAME_COLOUR for _, high in colours)
+
+
+GREY = (127, 127, 127)

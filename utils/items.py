@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.images import open_image, resolve_image
-from utils.rows import DataError, read_rows
+from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
 # metric -> type of the gold answer. likelihood: the option that the model finds likeliest as a reply, no letters;

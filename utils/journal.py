@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.rows import CANONICAL, DataError, load_object, log, rank_world, write_json, writing
+from utils.cli import log, rank_world
+from utils.jsonl import CANONICAL, DataError, load_object, write_json, writing
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
 

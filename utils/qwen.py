@@ -18,18 +18,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2VLImageProcessorPil
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
+                          Qwen2VLImageProcessorPil)
 from transformers.utils import cached_file
 
-from utils.backends import check_folder
-from utils.heads import load_head
+from utils.cli import rank_world
 from utils.images import smart_size
+from utils.items import question_text
+from utils.jsonl import DataError, check_folder
 from utils.patches import process_images
-from utils.rows import DataError, rank_world
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.families
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.latent_families
 PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
 
 
@@ -40,7 +41,7 @@ class Qwen:
     `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the tokens that
     end a reply, from the generation config (the model config names only one of Qwen's two). `saved_dtype` is the type of
     the weights in the checkpoint, whatever they were loaded as. `model` is None without weights (`load_tools`). `latent_head`
-    is LVR's, if the checkpoint has one (`utils.heads`).
+    is LVR's, set by `utils.latent_families.load_with`.
     """
 
     model: torch.nn.Module | None
@@ -105,8 +106,7 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
                         "the tokenizer belongs to another checkpoint")
     if torch.device(device).type == "cuda":
         multiply_patches(model)
-    qwen.model, qwen.config, head = model.to(device).eval(), model.config, load_head(path)
-    qwen.latent_head = head and head.to(device, model.dtype)
+    qwen.model, qwen.config = model.to(device).eval(), model.config
     return qwen
 
 
@@ -298,3 +298,12 @@ def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) 
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     qwen.tokenizer.save_pretrained(folder)
     qwen.image_processor.save_pretrained(folder)
+
+
+def prompt_of(tokenizer, item: dict, n_images: int, asked: object, blind: bool = False) -> str:
+    """Return the prompt of an item, by `system` and `suffix` of `asked` (an Asking, or a script's flags).
+
+    `blind`: the item's images are kept back, so that nothing may mark where they stood.
+    """
+    text = question_text(item, asked.suffix)
+    return chat(tokenizer, text.replace("<image>", "") if blind else text, n_images, asked.system)

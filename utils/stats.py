@@ -266,3 +266,16 @@ def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
             front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
             return math.exp(front) / (a * fraction)
     raise ValueError(f"I_{x}({a}, {b}): {FRACTION_TERMS} terms do not settle; expected fewer degrees of freedom")
+
+
+def chance(n_options: Sequence[int]) -> float:
+    """Return the share that blind guessing gets: the mean over items of one in the number of options (36.0 % on V*)."""
+    if any(n < 1 for n in n_options):
+        raise ValueError(f"chance: an item with {min(n_options)} options, expected at least 1")
+    return _mean([1 / n for n in n_options], "chance")
+
+
+def _mean(values: Sequence[float], name: str) -> float:
+    if not values:
+        raise ValueError(f"{name}: no items, expected at least one")
+    return sum(values) / len(values)

@@ -1,0 +1,308 @@
+"""The decoding loop against generate, replay and scripted tokens.    pytest tests/test_decode.py"""
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from decoding import MIRAGE, batch_of, load_with
+from safetensors.torch import load_file, save_file
+
+from utils import latent_families as families
+from utils import qwen as Q
+from utils.decode import Arm, clean_text, decode, embed_prompt, extend, generate, prefill, rewind
+from utils.jsonl import DataError
+from utils.latent_families import PRESETS, GatedHead, RowState, SimpleHead, latent_ids
+
+pytestmark = pytest.mark.numeric
+
+START, PAD, END, EOS = 1, 2, 3, 9  # of the scripted state machines
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_without_latents_equals_generate_bit_for_bit(tiny_checkpoint, dtype):
+    qwen = Q.load(str(tiny_checkpoint), device="cpu", dtype=dtype)
+    batch = batch_of(qwen)
+    # An end of text that this random model really emits, so that rows stop at different steps.
+    qwen.eos_ids = [generate(qwen, batch, 9)[1].ids[5]]
+    ours = generate(qwen, batch, 24, with_logits=True)
+    theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=24, do_sample=False,
+                                 eos_token_id=qwen.eos_ids, pad_token_id=qwen.tokenizer.pad_token_id,
+                                 output_logits=True, return_dict_in_generate=True)
+    assert ours[1].finish == "stop" and len(ours[1].ids) <= 6
+    for i, row in enumerate(ours):
+        assert theirs.sequences[i, batch["input_ids"].shape[1]:][:len(row.ids)].tolist() == row.ids
+        for step, logits in enumerate(row.logits):  # generate returns its logits in float32
+            assert torch.equal(logits.float(), theirs.logits[step][i]), (i, step)
+
+
+def test_a_row_alone_equals_the_row_in_a_batch(tiny_checkpoint):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    together = generate(qwen, batch_of(qwen), 16, MIRAGE, capture=True)
+    for i in range(3):
+        alone = generate(qwen, batch_of(qwen, slice(i, i + 1)), 16, MIRAGE, capture=True)[0]
+        assert alone.ids == together[i].ids and alone.segments == together[i].segments
+        assert torch.allclose(alone.states, together[i].states, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_one_forward_over_the_captured_latents_gives_the_same_logits(tiny_checkpoint, name):
+    """Teacher forcing is the second way to compute a run; shifting the latents by one must break it."""
+    spec = PRESETS[name]
+    qwen = load_with(tiny_checkpoint, spec)
+    batch = batch_of(qwen)
+    rows = generate(qwen, batch, 20, spec, capture=True, with_logits=True)
+    assert any(row.segments for row in rows)
+    for i, row in enumerate(rows):
+        single = batch_of(qwen, slice(i, i + 1))
+        assert difference(qwen, single, row, row.fed) < 1e-4
+        if len(row.fed) > 1:
+            assert difference(qwen, single, row, row.fed.roll(1, 0)) > 1e-3
+
+
+@torch.no_grad()
+def difference(qwen, single, row, fed):
+    n = single["input_ids"].shape[1]
+    embeds = embed_prompt(qwen, single, None, None)
+    tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
+    latent = [j for segment in row.segments for j in range(segment.start, segment.start + segment.size)]
+    tail[0, latent] = fed
+    positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))
+    hidden = qwen.model.model(inputs_embeds=torch.cat([embeds, tail], 1), use_cache=False,
+                              position_ids=torch.cat([single["position_ids"], positions], -1)).last_hidden_state[0]
+    return float((qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max())
+
+
+def run(spec, script, n=None):
+    row = RowState(spec, (START, PAD, END), [EOS])
+    fed = []
+    for token in script:
+        if row.done or (n and len(row.out.ids) == n):
+            break
+        fed.append(row.advance(token))
+    return row.out.ids, [i for i, f in enumerate(fed) if f], row
+
+
+@pytest.mark.parametrize("name, size, script, ids, fed", [
+    # Monet's runner overwrites the start token: K positions from it on, then the end.
+    ("monet_vllm", 2, [5, 1, 7, 7, 6, 9], [5, 1, 2, 3, 6, 9], [1, 2]),
+    ("monet_vllm", 1, [1, 7, 6, 9], [1, 3, 6, 9], [0]),
+    ("monet_capimagine", 2, [5, 1, 7, 7, 7, 6, 9], [5, 1, 2, 2, 3, 6, 9], [2, 3]),
+    ("mirage", 4, [1, 7, 3, 6, 9], [1, 2, 3, 6, 9], [1]),  # a sampled end closes early
+    ("mirage", 2, [1, 9, 1, 7, 6, 9], [1, 2, 2, 3, 6, 9], [1, 2]),  # end of text and start inside are ignored
+    ("mirage", 1, [1, 7, 7, 1, 7, 7, 9], [1, 2, 3, 1, 2, 3, 9], [1, 4]),  # two segments
+    ("lvr", 2, [1, 7, 7, 6, 9], [1, 2, 2, 6, 9], [1, 2]),  # no end is written: the sampled token stands
+    ("lvr", 2, [1, 3, 7, 9], [1, 2, 2, 9], [1, 2]),  # a sampled end does not close; end of text right after the latents
+    ("lvr", 2, [1, 7, 7, 1, 7, 7, 6], [1, 2, 2, 1, 2, 2, 6], [1, 2, 4, 5])])
+def test_state_machine_on_scripted_tokens(name, size, script, ids, fed):
+    out, places, row = run(replace(PRESETS[name], size=size), script)
+    assert (out, places) == (ids, fed)
+    assert row.out.finish == ("stop" if script[-1] == EOS else "length")
+
+
+@pytest.mark.parametrize("name, distance", [("monet_vllm", 10), ("monet_capimagine", 11), ("mirage", 5)])
+def test_distance_from_start_to_end_marker(name, distance):
+    ids, _, row = run(PRESETS[name], [START] + [7] * 20)
+    assert ids.index(END) - ids.index(START) == distance and row.out.segments[0].closed_by == "limit"
+
+
+def test_a_segment_cut_by_max_new_tokens_says_so():
+    ids, fed, row = run(PRESETS["mirage"], [5, START] + [7] * 9, n=4)
+    assert (ids, fed, row.out.segments[0].closed_by) == ([5, START, PAD, PAD], [2, 3], "max_tokens")
+
+
+def replay_of(row):
+    return Arm(feed=lambda z, segment, step: row.fed[sum(s.size for s in row.segments[:segment]) + step])
+
+
+def test_edits_at_the_fed_vector(tiny_checkpoint):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen)
+    clean = generate(qwen, batch, 16, MIRAGE, capture=True)
+    same = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: z)] * 3)
+    assert [g.ids for g in same] == [g.ids for g in clean]
+    fixed = torch.arange(32.0)
+    tau = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: fixed)] * 3)
+    for g, c in zip(tau, clean):
+        assert (g.fed == fixed).all() and len(g.fed) == sum(s.size for s in g.segments)
+        first = min([s.start for s in c.segments], default=len(c.ids))
+        assert g.ids[:first] == c.ids[:first]
+    one = generate(qwen, batch, 16, MIRAGE, arms=[Arm(feed=lambda z, *place: fixed), Arm(), Arm()])
+    assert [g.ids for g in one[1:]] == [g.ids for g in clean[1:]]
+    replay = generate(qwen, batch, 16, MIRAGE, arms=[replay_of(row) for row in clean])
+    assert [g.ids for g in replay] == [g.ids for g in clean]
+
+
+def test_latents_put_into_the_prompt_replay_the_run(tiny_checkpoint):
+    """The recorded ids as prompt, the captured vectors at the pads: decoding goes on as it did."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen, slice(1, 2))
+    clean = generate(qwen, batch, 16, MIRAGE, capture=True)[0]
+    segment = clean.segments[0]
+    cut = segment.start + segment.size + 1
+    prompt = Q.chat(qwen.tokenizer, "I look closer.", 0) + qwen.tokenizer.decode(clean.ids[:cut])
+    again = Q.encode(qwen, [prompt], [[]])
+    assert again["input_ids"][0, -cut:].tolist() == clean.ids[:cut]
+    rest = generate(qwen, again, 16 - cut, MIRAGE, prompt_latents=[clean.fed[:segment.size]])[0]
+    assert rest.ids == clean.ids[cut:]
+    with pytest.raises(DataError, match="1 latents for 4 latent pads"):
+        generate(qwen, again, 2, MIRAGE, prompt_latents=[clean.fed[:1]])
+
+
+def test_text_of_a_row_has_no_latents_and_no_control_tokens(tiny_checkpoint):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
+    words = qwen.tokenizer("It is blue.").input_ids
+    assert clean_text(qwen.tokenizer, [start, pad, pad, end, *words, qwen.eos_ids[0]], MIRAGE) == "It is blue."
+
+
+def test_tokens_of_another_family_are_refused(tiny_checkpoint):
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    with pytest.raises(DataError, match="expected one added token"):
+        latent_ids(qwen.tokenizer, MIRAGE)
+    Q.add_tokens(qwen, (MIRAGE.tokens[1], MIRAGE.tokens[0], MIRAGE.tokens[2]))  # another order than Mirage's
+    with pytest.raises(DataError, match="expected consecutive ones in that order"):
+        latent_ids(qwen.tokenizer, MIRAGE)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2])
+def test_a_batch_beyond_the_budget_is_read_in_parts(tiny_checkpoint, monkeypatch, rows_at_once):
+    """One row at a time, as alone, to the bit; and latents that are given reach their own rows."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen)
+    whole = prefill(qwen, batch)
+    monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
+    parts = prefill(qwen, batch)
+    assert torch.allclose(parts.hidden, whole.hidden, atol=1e-5)
+    for layer, its in zip(parts.cache.layers, whole.cache.layers, strict=True):
+        seen = batch["attention_mask"].bool()
+        assert layer.keys.shape == its.keys.shape
+        assert torch.allclose(layer.keys.transpose(1, 2)[seen], its.keys.transpose(1, 2)[seen], atol=1e-5)
+        assert torch.allclose(layer.values.transpose(1, 2)[seen], its.values.transpose(1, 2)[seen], atol=1e-5)
+    if rows_at_once == 1:
+        for i in range(3):
+            assert torch.equal(parts.hidden[i], prefill(qwen, batch_of(qwen, slice(i, i + 1))).hidden[0])
+    together, apart = (decode(qwen, state, 16, MIRAGE)[0] for state in (whole, parts))
+    assert [row.ids for row in together] == [row.ids for row in apart]
+
+
+def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(tiny_checkpoint, monkeypatch):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    _, pad_id, _ = latent_ids(qwen.tokenizer, MIRAGE)
+    batch = batch_of(qwen)
+    batch["input_ids"][:, -3:-1] = pad_id
+    latents = [torch.full((2, qwen.model.config.text_config.hidden_size), value) for value in (0.0, 0.5, 1.0)]
+    whole = prefill(qwen, batch, MIRAGE, latents)
+    monkeypatch.setattr("utils.decode.PREFILL_TOKENS", 1)
+    assert torch.allclose(prefill(qwen, batch, MIRAGE, latents).hidden, whole.hidden, atol=1e-5)
+    assert not torch.allclose(prefill(qwen, batch, MIRAGE, latents[::-1]).hidden, whole.hidden, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- one prompt, many arms
+def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
+    """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not used up."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch, fixed = batch_of(qwen), torch.arange(32.0)
+    arms = [Arm(), Arm(feed=lambda z, *place: fixed), Arm(hide=("latents", "images"))]
+    state = prefill(qwen, batch)
+    rows, _ = decode(qwen, state.take([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True, with_logits=True)
+    for k, arm in enumerate(arms):
+        alone, _ = decode(qwen, state.take([0, 1, 2]), 16, MIRAGE, [arm] * 3, capture=True, with_logits=True)
+        for mine, its in zip(rows[k::3], alone):
+            assert mine.ids == its.ids and torch.allclose(mine.logits, its.logits, atol=1e-4)
+    assert any(not torch.equal(rows[k].logits, rows[0].logits) for k in (1, 2))
+
+
+def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
+    """Blocks of unlike lengths after unlike prompts; then again from where each row had read fewer ids."""
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    tail = [qwen.tokenizer(text).input_ids for text in ("It is blue.", "a red circle with the digit 7", "It")]
+    state = prefill(qwen, batch_of(qwen))
+    after = extend(qwen, state, tail)
+    for i, ids in enumerate(tail):
+        assert torch.allclose(after.hidden[i], whole(qwen, i, ids), atol=1e-5)
+    decoded, end = decode(qwen, state.take([0, 1, 2]), 9)
+    kept = [3, 0, 7]
+    again = extend(qwen, rewind(end, state, kept), tail)
+    for i, ids in enumerate(tail):
+        assert torch.allclose(again.hidden[i], whole(qwen, i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
+    with pytest.raises(ValueError, match="row 0: 9 ids to keep of 8"):
+        rewind(end, state, [9, 0, 0])
+    with pytest.raises(ValueError, match="expected one of ids each"):
+        extend(qwen, state, [[1], [], [1]])
+
+
+@torch.no_grad()
+def whole(qwen, i, ids):
+    """The last state of row i with these ids behind its prompt, in one pass without a cache."""
+    single = batch_of(qwen, slice(i, i + 1))
+    embeds = torch.cat([embed_prompt(qwen, single, None, None), qwen.model.get_input_embeddings()(torch.tensor([ids]))], 1)
+    positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(ids))
+    return qwen.model.model(inputs_embeds=embeds, use_cache=False, position_ids=torch.cat(
+        [single["position_ids"], positions], -1)).last_hidden_state[0, -1]
+
+
+@torch.no_grad()
+def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
+    """Site `edge` by closing columns from the end marker on, against one pass with the attention matrix written out."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = batch_of(qwen, slice(0, 1))
+    row = generate(qwen, batch, 7, MIRAGE, [Arm(hide=("latents", "images"))], capture=True, with_logits=True)[0]
+    segment, n = row.segments[0], batch["input_ids"].shape[1]
+    assert segment.closed_by != "max_tokens" and len(row.fed) == segment.size
+    total = n + len(row.ids)
+    allowed = torch.ones(total, total).tril().bool()
+    after, first = n + segment.start + segment.size, n + segment.start
+    allowed[after:, first:after] = False
+    allowed[after:, :n] &= batch["input_ids"][0] != Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
+    additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+    tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
+    tail[0, segment.start:segment.start + segment.size] = row.fed
+    positions = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))], -1)
+    hidden = qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, batch, None, None), tail], 1), use_cache=False,
+                              attention_mask={"full_attention": additive}, position_ids=positions).last_hidden_state[0]
+    assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
+    clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
+    upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
+    assert torch.equal(clean.logits[:upto], row.logits[:upto]) and (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
+
+
+def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpoint, tmp_path):
+    """A checkpoint with lvr_head.*: what latent steps put out passes through it, by teacher forcing as the second way."""
+    spec = PRESETS["lvr"]
+    for kind, head in (("simple", SimpleHead(32)), ("glu", GatedHead(32, 48))):
+        folder = tmp_path / kind
+        shutil.copytree(tiny_checkpoint, folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {f"lvr_head.{name}": tensor for name, tensor in head.state_dict().items()},
+                  folder / "model.safetensors", metadata={"format": "pt"})
+        qwen = load_with(folder, spec)
+        qwen.latent_head = families.load_with(None, str(folder)).latent_head
+        assert torch.equal(qwen.latent_head(torch.ones(1, 32)), head(torch.ones(1, 32)))
+        batch = batch_of(qwen, slice(1, 2))
+        row = generate(qwen, batch, 16, spec, capture=True)[0]
+        segment = row.segments[0]
+        qwen.latent_head = None
+        plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]  # before the head
+        own = plain.states[segment.start:segment.start + segment.size]
+        assert torch.allclose(row.fed[0], own[0], atol=1e-5)
+        assert torch.allclose(row.fed[1:segment.size], head(own[1:]), atol=1e-5)
+    assert families.load_with(None, str(tiny_checkpoint)).latent_head is None
+
+
+# ------------------------------------------------------------------------------------------- sampling
+def test_choices_are_the_arms_own(tiny_checkpoint):
+    """Forced ids drive the same state machine; a banned start token is never recorded."""
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
+    batch = batch_of(qwen)
+    clean = generate(qwen, batch, 16, MIRAGE, capture=True)
+    forced = generate(qwen, batch, 16, MIRAGE, [Arm(choose=lambda logits, n, ids=row.ids: ids[n]) for row in clean], capture=True)
+    assert [row.ids for row in forced] == [row.ids for row in clean]
+    assert all(torch.equal(a.fed, b.fed) for a, b in zip(forced, clean))
+
+    def without_start(logits, n):
+        return int(logits.index_fill(0, torch.tensor([start]), -torch.inf).argmax())
+
+    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Arm(choose=without_start)] * 3))
+    empty = generate(qwen, batch, 16, MIRAGE, [Arm(spec=replace(MIRAGE, size=0))] * 3)
+    assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)

@@ -1,0 +1,192 @@
+"""Loading checkpoints and turning chats into tensors.    pytest tests/test_qwen.py"""
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, TINY_VISION
+from PIL import Image
+from transformers import (AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
+
+from utils import qwen as Q
+from utils.decode import generate
+from utils.images import open_image, smart_size
+from utils.jsonl import DataError
+from utils.latent_families import MONET_TOKENS, PRESETS
+
+pytestmark = pytest.mark.numeric
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Q.load(str(tiny_checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real_vocabulary(shared_data, tmp_path_factory):
+    """A random checkpoint with Qwen2.5-VL-7B's own config, vocabulary, template and image settings, its sizes shrunk."""
+    folder = tmp_path_factory.mktemp("real") / "checkpoint"
+    shutil.copytree(shared_data / "qwen2_5_vl", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= TINY | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "torch_dtype": "float32"}
+    config["vision_config"] |= TINY_VISION | {"out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    from transformers import AutoConfig
+    Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))  # flat again, as released
+    shutil.copy(shared_data / "qwen2_5_vl" / "generation_config.json", folder)  # saving wrote another
+    return folder
+
+
+def test_flat_and_nested_configs_load_alike(tiny, tiny_checkpoint, tmp_path):
+    assert "text_config" not in json.loads((tiny_checkpoint / "config.json").read_text())
+    Q.save(tiny, str(tmp_path / "nested"))
+    assert "text_config" in json.loads((tmp_path / "nested" / "config.json").read_text())
+    again = Q.load(str(tmp_path / "nested"), device="cpu")
+    assert again.eos_ids == tiny.eos_ids and again.factor == 28
+    for (name, a), (_, b) in zip(tiny.model.state_dict().items(), again.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(DataError, match="inputs are not edited"):
+        Q.save(tiny, str(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("settings", [{"min_pixels": 3136, "max_pixels": 12845056},
+                                      {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}])
+def test_pixel_budget_holds_on_both_forms_of_settings(tiny_checkpoint, tmp_path, settings):
+    shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    path = tmp_path / "c" / "preprocessor_config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("min_pixels", "max_pixels")}
+    path.write_text(json.dumps(config | settings))
+    for tokens in (4, 100, 600):
+        _, processor = Q.load_processors(str(tmp_path / "c"), max_pixels=tokens * 784)
+        grid = Q.process_images(processor, [Image.new("RGB", (900, 1300))])["image_grid_thw"][0]
+        width, height = smart_size(900, 1300, 28, 3136, tokens * 784)
+        assert grid.tolist() == [1, height // 14, width // 14] and int(grid.prod()) // 4 <= tokens
+    with pytest.raises(DataError, match="expected 784 <= min_pixels <= max_pixels"):
+        Q.load_processors(str(tmp_path / "c"), min_pixels=100_000, max_pixels=50_000)
+
+
+def test_patches_are_multiplied_as_the_stock_model_convolves_them(tiny_checkpoint, picture):
+    """Features and the gradient of the first layer's weight, whose name and shape stay; a copy computes with its own."""
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    Q.multiply_patches(qwen.model)  # as on a GPU
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="sdpa")
+    inputs = Q.process_images(qwen.image_processor, [Image.open(picture("a.png", size=(90, 140)))])
+    gradients = []
+    for model in (qwen.model, copy.deepcopy(qwen.model), stock):
+        features = model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+        features.square().sum().backward()
+        gradients.append((features, model.model.visual.patch_embed.proj.weight.grad))
+    for features, gradient in gradients[:2]:
+        assert torch.allclose(features, gradients[2][0], atol=1e-5)
+        assert torch.allclose(gradient, gradients[2][1], rtol=1e-4, atol=1e-5) and gradient.abs().max() > 0
+    assert qwen.model.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
+    with pytest.raises(DataError, match="no config.json here"):
+        Q.load(str(tmp_path))
+
+
+def test_chat_places_images_and_breaks_control_tokens(tiny):
+    pad = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = Q.chat(tiny.tokenizer, "What is this?<|im_end|>", 2)
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + pad * 2
+                    + "What is this?< |im_end|><|im_end|>\n<|im_start|>assistant\n")
+    assert f"first {pad} then {pad}.<|im_end|>" in Q.chat(tiny.tokenizer, "first <image> then <image>.", 2)
+    assert Q.chat(tiny.tokenizer, "a", 0, system="Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    with pytest.raises(DataError, match="1 <image> markers for 2 images"):
+        Q.chat(tiny.tokenizer, "one <image>", 2)
+
+
+def test_collate_counts_positions_and_padding(tiny):
+    images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (84, 84)), Image.new("RGB", (56, 56))]]
+    prompts = [Q.chat(tiny.tokenizer, "What is it?", len(row)) for row in images]
+    batch = Q.encode(tiny, prompts, images)
+    image_id = Q.special_id(tiny.tokenizer, Q.IMAGE_TOKEN)
+    assert (batch["input_ids"] == image_id).sum(1).tolist() == [6, 0, 9 + 4]
+    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == image_id).int())
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1, 1]
+    assert batch["pixel_values"].shape == (4 * (6 + 9 + 4), 3 * 2 * 14 * 14)
+    # Text positions run on by one; after an image of h x w tokens they go on max(h, w) after its first.
+    for row in range(3):
+        places = batch["position_ids"][:, row, batch["attention_mask"][row].bool()]
+        steps = batch["mm_token_type_ids"][row, batch["attention_mask"][row].bool()]
+        assert places.max() + 1 == (steps == 0).sum() + [3, 0, 3 + 2][row]
+    with pytest.raises(DataError, match="2 .*image_pad.* in a prompt with 1 images"):
+        Q.encode(tiny, [prompts[2]], [images[0]])
+
+
+def test_prompts_equal_one_by_one_and_batched(tiny):
+    """Left padding changes no state of a row: the oracle is the row alone."""
+    images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (84, 56), "blue")]]
+    prompts = [Q.chat(tiny.tokenizer, text, len(row)) for text, row in zip(("a", "some longer text", "b c"), images)]
+
+    def last_state(prompts, images):
+        batch = {k: v for k, v in Q.encode(tiny, prompts, images).items() if k != "mm_token_type_ids"}
+        return tiny.model.model(**batch).last_hidden_state[:, -1]
+    together = last_state(prompts, images)
+    for i in range(3):
+        assert torch.allclose(together[i], last_state(prompts[i:i + 1], images[i:i + 1])[0], atol=1e-4)
+
+
+def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "qwen3"
+    shutil.copytree(tiny_checkpoint, folder)
+    old = json.loads((folder / "config.json").read_text())
+    ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    config = Qwen3VLConfig(
+        text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
+                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        **ids)
+    (folder / "model.safetensors").unlink()
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": 16}))
+    qwen = Q.load(str(folder), device="cpu", max_pixels=64 * 32 * 32)
+    assert qwen.factor == 32 and qwen.model.config.model_type == "qwen3_vl"
+    batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What?", 1), Q.chat(qwen.tokenizer, "No picture here.", 0)],
+                     [[Image.new("RGB", (64, 96))], []])
+    assert (batch["mm_token_type_ids"].sum(1)).tolist() == [6, 0]
+    assert [len(g.ids) > 0 for g in generate(qwen, batch, 4)] == [True, True]
+    theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=4,
+                                 do_sample=False, eos_token_id=qwen.eos_ids, pad_token_id=qwen.tokenizer.pad_token_id)
+    ours = generate(qwen, batch, 4)
+    for row, generation in zip(theirs[:, batch["input_ids"].shape[1]:].tolist(), ours):
+        assert row[:len(generation.ids)] == generation.ids
+
+
+# -------------------------------------------------------------------------- the released vocabulary and real pictures
+def test_monet_tokens_get_the_released_ids_by_name(real_vocabulary):
+    qwen = Q.load(str(real_vocabulary), device="cpu")
+    rows = qwen.model.lm_head.out_features
+    assert Q.add_tokens(qwen, MONET_TOKENS) == [151665, 151666, 151667, 151668, 151669]
+    assert Q.add_tokens(qwen, MONET_TOKENS) == [151665, 151666, 151667, 151668, 151669]  # a second time adds nothing
+    assert qwen.model.lm_head.out_features == rows == 152064
+    assert qwen.eos_ids == [151645, 151643]
+
+
+@pytest.mark.parametrize("family, first", [("mirage", 151665), ("lvr", 151665), ("monet_vllm", 151665)])
+def test_each_family_starts_at_the_first_free_id(real_vocabulary, family, first):
+    tokenizer = AutoTokenizer.from_pretrained(real_vocabulary)
+    tokenizer.add_tokens(list(PRESETS[family].tokens), special_tokens=True)
+    assert [Q.special_id(tokenizer, name) for name in PRESETS[family].tokens] == list(
+        range(first, first + len(PRESETS[family].tokens)))
+
+
+@pytest.mark.parametrize("tokens", [4, 64, 500, 2000])
+def test_real_photographs_at_budgets_from_4_to_2000_tokens(real_vocabulary, shared_data, tokens):
+    qwen = Q.load(str(real_vocabulary), device="cpu", max_pixels=tokens * 28 * 28)
+    paths = sorted((shared_data / "photos").iterdir())
+    assert len(paths) == 11
+    for path in paths if tokens < 2000 else paths[:2]:
+        image = open_image(path)
+        batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What is in the picture?", 1)], [[image]])
+        n_visual = int(batch["mm_token_type_ids"].sum())
+        width, height = smart_size(*image.size, 28, 3136, tokens * 784)
+        assert n_visual == width * height // 784 <= tokens
+        assert len(generate(qwen, batch, 2)[0].ids) == 2

@@ -1,0 +1,110 @@
+"""Other harnesses' verdicts, against what their own code answered.    pytest tests/test_compat.py"""
+import time
+
+import pytest
+from harness_table import OPTIONS, REPLIES
+
+from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_0bac5c0, vlmevalkit_e8e78f0,
+                                              vtabfact, vwtq, without_label)
+
+COL = OPTIONS["COL"]
+
+
+@pytest.mark.parametrize("name, gold, reply, head, older, mme, letter, rule", REPLIES)
+def test_frozen_columns(name, gold, reply, head, older, mme, letter, rule):
+    options = OPTIONS[name]
+    before = dict(options)
+    assert vlmevalkit_e8e78f0(reply, options) == head
+    assert vlmevalkit_0bac5c0(reply, options) == older
+    assert mme_realworld(reply) == mme_realworld(reply, repaired=True) == mme
+    assert options == before  # theirs lower-cases the texts in place
+
+
+@pytest.mark.parametrize("column, totals", [(3, (19, 20, 9)), (4, (20, 23, 5)), (5, (19, 16, 13))])
+def test_columns_add_up(column, totals):
+    """Right, nothing and wrong letters as counted when the harnesses ran."""
+    right, nothing = sum(row[column] == row[1] for row in REPLIES), sum(row[column] is None for row in REPLIES)
+    assert (right, nothing, 48 - right - nothing) == totals
+
+
+@pytest.mark.parametrize("reply, older, head", [
+    ("B one two three", "B", "B"), ("B one two three four", None, None),  # among the last four words
+    ("B one two three four five B", None, None), ("A or B", None, None), ("Z", "Z", "Z"), ("A Z", "A", "A"),
+    ("The correct answer is B. Here is why: a white cup would be A.", None, "B"),
+    ("the ANSWER  IS **d", None, "D"), ("The answer is E.", None, None),
+    ("Failed to obtain answer via API B", None, None), ("I can't process this file. B", "Z", "Z"),
+    ("Failed to obtain answer via API: answer is B", None, None),
+    ("-B-", None, None), ("<B>", None, None), ("{B}", "B", "B"), ("infrared", "B", "B"), ("Red", "B", "B"),
+    ("x" * 31 + " red", None, None), ("x" * 30 + " red", "B", "B"), ("red or blue", None, None)])
+def test_vlmevalkits_rules(reply, older, head):
+    """The four texts of COL sum to 17 characters, so a text counts in up to 34."""
+    assert (vlmevalkit_0bac5c0(reply, COL), vlmevalkit_e8e78f0(reply, COL)) == (older, head)
+
+
+def test_only_letters_that_are_options_are_inferred():
+    options = {"A": "left", "B": "right"}
+    assert vlmevalkit_e8e78f0("The answer is certainly on this side of the river, as told", options) is None
+    assert vlmevalkit_e8e78f0("The answer is below, on this side of the river, as I told", options) == "B"
+
+
+@pytest.mark.parametrize("reply, official, bare, repaired", [
+    ("", "A", "A", "A"), ("c", "A", "C", "C"), ("blue", "C", None, None), ("red", "B", None, None),
+    ("The best", None, None, None), ("Best answer: C", "B", "B", "C"), ("Best answer:Best option: C", "C", "C", "C"),
+    ("The best option is C", "C", "C", "C"),
+    ("Based on it, D", "B", "B", "B"), ("one two three four five six seven eight nine ten blue", None, None, None)])
+def test_mme_realworlds_states(reply, official, bare, repaired):
+    """`c` is looked for in "(A) black" first: the script that gets the options reads it as A."""
+    options = {"A": "black", "B": "red", "C": "blue"}
+    assert mme_realworld(reply, options) == official
+    assert (mme_realworld(reply), mme_realworld(reply, repaired=True)) == (bare, repaired)
+
+
+@pytest.mark.parametrize("output, gold, same", [
+    ("2004.", "2004", True), ("2004.0", "2004", True), ("Freeman", "freeman", True), ("Café", "cafe", True),
+    ("United States (USA)", "United States", True), ("The year is 2004", "2004", False), ("\\boxed{2004}", "2004", False),
+    ("1,234", "1234", False), ("$5", "5", False), ("50%", "50", False), ("3 goals", "3", False),
+    ("Apple, Banana", "Apple|Banana", False), ("Apple||Banana", "Banana|Apple", True),
+    ("Apple|Banana|apple", "Apple|Banana", True),
+    ("Apple", "Apple|Banana", False), ("Apple||Banana", "Apple", False), ("“Apple”", "apple", True), ("a–b", "a-b", True),
+    ("Apple[1]", "Apple", True), ("Apple†", "Apple", True), ("[1]", "", True), ("[a]", "", False), ("a  b\tc", "A B C", True),
+    ("2004-05-01", "2004-5-1", True), ("xx-05-01", "xxxx-5-1", True), ("2004-xx-xx", "2004", True),
+    ("2004-13-01", "2004-13-1", False), ("1e3", "1000", True), ("2.9999999", "2", True), ("2.9999999", "3", False),
+    ("1.5000001", "1.5", True), ("1.51", "1.5", False),
+    ("a\\pb", "a\\pb", True), ("a|b", "a\\pb", False), ("a\\nb", "a b", True), ("Answer: 2004", "2004", False), ("", "", True),
+    ("inf", "5", False), ("nan", "nan value", False), ("9" * 400, "1.5", False), ("9" * 5000, "5", False)])
+def test_denotations(output, gold, same):
+    assert vwtq(output, gold) is same
+
+
+def test_escapes_are_undone_in_order():
+    assert unescape(r"a\nb\pc\\d") == "a\nb|c\\d"
+
+
+def test_a_gold_without_end_is_refused():
+    with pytest.raises(ValueError, match="without end"):
+        vwtq("5", "inf")
+
+
+def test_only_a_label_in_front_is_removed():
+    assert without_label("Answer: 2004") == "2004" and vwtq(without_label("Answer: 2004"), "2004")
+    assert all(without_label(text) == text for text in ("answer: 2", "The Answer: 2", "Answer:2"))
+
+
+def test_a_long_row_of_brackets_takes_no_time():
+    """Two readings of each bracket would be 2 to the 200 ways to fail."""
+    began = time.monotonic()
+    assert not vwtq("[1]" * 200 + " x", "y")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("output, verdicts", [
+    ("True", (True, False)), ("FALSE.", (False, True)), ("It is not false, so True", (None, None)), ("untrue", (True, False)),
+    ("Yes", (False, False)), ("", (False, False)), ("The answer is true", (True, False)), ("0", (False, False))])
+def test_true_or_false(output, verdicts):
+    assert (vtabfact(output, "1"), vtabfact(output, "0")) == verdicts
+
+
+@pytest.mark.parametrize("gold", [1, True, "true", ""])
+def test_a_gold_of_another_type_is_refused(gold):
+    with pytest.raises(ValueError, match="gold"):
+        vtabfact("true", gold)

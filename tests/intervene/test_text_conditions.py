@@ -1,0 +1,223 @@
+"""The ladder of text interventions and its measures: hand-written cases.    pytest tests/test_ladder.py"""
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from utils.answers import NUMBERS
+from utils.intervene.effects import early_answering
+from utils.intervene.text_conditions import CONSTANT, LADDER, Context, until_last_span
+from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, word_distance
+from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, reworded, survivors
+from utils.spans import SPAN, find_spans
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_dev.jsonl"
+ITEM = {"id": "i", "question": "What color is the cup?", "options": [["A", "red"], ["B", "blue"], ["C", "green"]],
+        "answer": {"type": "letter", "value": "A"}}
+TEXT = ("I look. <think_image>The image shows a red cup on a wooden table, 2 lids.</think_image> More: "
+        "<think_image>a red lid</think_image> So it is \\boxed{A}.")
+SPANS = ["The image shows a red cup on a wooden table, 2 lids.", "a red lid"]
+
+
+def run(condition, spans=SPANS, item=ITEM, text=None, by="marks", **context):
+    """Apply a condition; check what every edit must keep, and return (text, edit)."""
+    if text is None:
+        text = " ".join(f"word {n} <think_image>{span}</think_image>" for n, span in enumerate(spans)) + " The end."
+    places = find_spans(text, by)
+    before = until_last_span(text, places)
+    after, edit = LADDER[condition](before, places, item, Context(**{"target": "B", **context}))
+    assert {"editor", "target", "before", "after", "word_distance"} <= set(edit) and edit["target"] == "B"
+    assert edit["before"] == [text[a:b] for a, b in places]
+    assert edit["word_distance"] == sum(map(word_distance, edit["before"], edit["after"]))
+    if by == "marks" and condition not in ("no_span", "bare"):  # nothing outside the spans changed
+        assert SPAN.sub("", after) == SPAN.sub("", before)
+        assert [after[a:b] for a, b in find_spans(after)] == edit["after"]
+    return after, edit
+
+
+def refused(condition, **more):
+    with pytest.raises(NotEditable) as fault:
+        run(condition, **more)
+    assert str(fault.value) in NOT_EDITABLE and fault.value.detail
+    return str(fault.value)
+
+
+def test_the_text_is_cut_after_the_last_mark():
+    assert until_last_span(TEXT, find_spans(TEXT)).endswith("a red lid</think_image>")
+    cued = "I see red. Therefore A."
+    assert until_last_span(cued, find_spans(cued, "cues")) == "I see red."
+
+
+# ------------------------------------------------------------------------------------ one test a condition
+@pytest.mark.parametrize("condition, after", [
+    ("sham", SPANS), ("removal", ["", ""]), ("constant", [CONSTANT, CONSTANT]),
+    ("something", ["The image shows a something cup on a wooden table, 2 lids.", "a something lid"]),
+    ("filler", ["... ... ... ... ... ... ... ... ... ... ... ...", "... ... ..."]),
+    ("directed", ["The image shows a blue cup on a wooden table, 2 lids.", "a blue lid"]),
+    ("truncate_0", ["", ""]), ("truncate_25", ["The image shows a", ""]),  # 15 words: of 3.75, 7.5 and 11.25 4, 8 and 11
+    ("truncate_50", ["The image shows a red cup on a", ""]),
+    ("truncate_75", [SPANS[0].removesuffix(" lids."), ""])])
+def test_what_each_condition_leaves(condition, after):
+    text, edit = run(condition)
+    assert edit["after"] == after
+    if condition == "sham":
+        assert edit["word_distance"] == 0
+    if condition == "something":
+        assert (edit["from"], edit["to"], edit["n_replaced"]) == ("red", "something", 2)
+
+
+@pytest.mark.parametrize("condition, expected", [
+    ("no_span", "I look. More:"), ("bare", "I look. <think_image> More: <think_image>")])
+def test_marks_go_with_the_span_or_stay_alone(condition, expected):
+    text, edit = run(condition, text=TEXT)
+    assert text == expected and edit["after"] == ["", ""] and edit["word_distance"] == 15
+
+
+def test_replies_without_marks_have_the_same_ladder():
+    text = "Easy. The image shows a red cup. Therefore A."
+    assert run("no_span", text=text, by="cues")[0] == "Easy."
+    assert run("bare", text=text, by="cues")[0] == "Easy. <think_image>"
+    assert run("filler", text=text, by="cues")[0] == "Easy. ... ... ... ... ... ..."
+    assert run("directed", text=text, by="cues")[0] == "Easy. The image shows a blue cup."
+
+
+def test_a_truncation_keeps_the_spaces_and_grows():
+    spans = ["a  b\nc d", "e f g h"]
+    kept = [" ".join(run(f"truncate_{p}", spans=spans)[1]["after"]).split() for p in (0, 25, 50, 75)]
+    assert kept == [[], list("ab"), list("abcd"), list("abcdef")]
+    assert run("truncate_25", spans=spans)[1]["after"] == ["a  b", ""]
+    assert run("truncate_75", spans=["one"])[1]["after"] == ["one"]  # kept in the curve, at distance 0
+
+
+def test_something_removes_every_form_and_only_where_it_counts():
+    number = {**ITEM, "options": [["A", "3"], ["B", "4"]]}
+    assert run("something", spans=["Three cups, 3 lids, 13"], item=number)[1]["after"] == [
+        "Something cups, something lids, 13"]
+    dogs = {**ITEM, "options": [["A", "dog"], ["B", "cat"]]}
+    assert run("something", spans=["dogs"], item=dogs)[1]["after"] == ["something"]
+    side = {**ITEM, "question": "Where is the dog?", "options": [["A", "left"], ["B", "right"]]}
+    assert run("something", spans=["A man is left. The dog is left."], item=side)[1]["after"] == [
+        "A man is left. The dog is something."]
+    told = {**ITEM, "question": "Is the cup red?", "options": [["A", "Yes"], ["B", "No"]]}
+    assert refused("something", spans=["The cup is red"], item=told) == "no_slot_value"
+
+
+def test_foreign_takes_the_donors_spans_first_for_first():
+    assert run("foreign", donor=["x", "y", "z"])[1]["after"] == ["x", "y"]
+    assert refused("foreign") == refused("foreign", donor=["x"]) == "no_donor"
+    assert refused("foreign", donor=SPANS) == "unchanged"
+
+
+def test_what_changes_nothing_is_no_edit():
+    assert refused("removal", spans=[""]) == refused("filler", spans=[""]) == "unchanged"
+    assert refused("constant", spans=[CONSTANT]) == "unchanged"
+    assert refused("directed", spans=["a green cup"]) == refused("irrelevant", spans=["a green cup"]) == "gold_not_mentioned"
+
+
+# ------------------------------------------------------------------------------------ paraphrase
+@pytest.mark.parametrize("span, after", [
+    ("The image clearly shows an image", "The picture plainly displays a picture"),
+    ("red cup, red lid", "In this view, red cup, red lid"),
+    ("The cup is red", "In this view, the cup is red"), ("Mickey Mouse", "In this view, Mickey Mouse"),
+    ("SHOWS 2", "DISPLAYS 2")])
+def test_paraphrases(span, after):
+    assert run("paraphrase", spans=[span])[1]["after"] == [after]
+
+
+def test_a_paraphrase_leaves_alone_what_an_option_says():
+    item = {**ITEM, "options": [["A", "next to the area"], ["B", "beside the shows"]]}
+    span = "The image shows it next to the area"
+    assert run("paraphrase", spans=[span], item=item)[1]["after"] == ["The picture shows it next to the area"]
+    assert survivors([span], item) == survivors([reworded(span, item)], item)
+
+
+def test_survivors_see_a_lost_value_or_number():
+    base = survivors(["two red cups, 3.5 m"], ITEM)
+    assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM) == {"red": 1, "number 2": 1, "number 3.5": 1}
+    assert all(base != survivors([other], ITEM) for other in ("two cups, 3.5 m", "red cups, 3.5 m", "two red cups, 3.6 m"))
+
+
+def test_a_paraphrase_that_loses_a_value_is_refused(monkeypatch):
+    monkeypatch.setitem(SYNONYMS, "cup", "mug")
+    monkeypatch.setattr("utils.intervene.word_forms.option_words", lambda item: set())
+    item = {**ITEM, "options": [["A", "cup"], ["B", "7"]]}
+    monkeypatch.setitem(SYNONYMS, "2", "5")
+    assert refused("paraphrase", item=item) == "value_changed"
+
+
+# ------------------------------------------------------------------------------------ the irrelevant edit
+def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
+    spans = ["A red cup beside a black cup on a wooden table, 2 lids"]
+    for seed in range(20):
+        edit = run("irrelevant", spans=spans, seed=seed)[1]
+        assert edit["directed_distance"] == 1 and edit["word_distance"] == 1
+        old, new = edit["from"][0], edit["to"][0]
+        assert old in ("black", "wooden", "table", "two") and new not in ("red", "blue", "green", "cup", *spans[0].split())
+        assert any({old, new} <= set(words) for words in CLASSES)
+    assert len({run("irrelevant", spans=spans, seed=seed)[1]["from"][0] for seed in range(20)}) == 4
+    assert run("irrelevant", spans=spans, seed=3) == run("irrelevant", spans=spans, seed=3)
+
+
+def test_more_words_are_changed_for_a_larger_edit():
+    spans = ["A red cup and a red lid, a black dog, a wooden table, 27 cars"]
+    edit = run("irrelevant", spans=spans)[1]
+    assert edit["directed_distance"] == edit["word_distance"] == 2 and len(edit["from"]) == 2
+    few = run("irrelevant", spans=["red red red table"])[1]
+    assert few["directed_distance"] == 3 and few["word_distance"] == 1  # words ran out, and the record tells
+
+
+def test_nothing_to_change_is_a_reason():
+    assert refused("irrelevant", spans=["The cup is red"]) == "no_irrelevant_word"
+    assert refused("irrelevant", spans=["The cup is red, not green"]) == "no_irrelevant_word"
+    for number in ("7", "seven", "42"):
+        assert others([f"a cup, {number}"], {**ITEM, "question": f"Is {number} on the cup?"}, random.Random(0)) == []
+        (_, new), = others([f"a cup, {number}"], ITEM, random.Random(0))
+        assert new.isdigit() and len(new) == 2 if number == "42" else new in NUMBERS[2:13]
+
+
+def test_tables_hold_what_they_claim():
+    words = [word for group in CLASSES for word in group]
+    assert len(words) == len(set(words)) and all(len(group) > 1 for group in CLASSES)
+    assert not any(word in re.split(r"[\s-]", f"{old} {new}") for old, new in SYNONYMS.items() for word in words)
+    assert option_words(ITEM) == {"red", "blue", "green"}
+
+
+# ------------------------------------------------------------------------------------ measures
+@pytest.mark.parametrize("curve, area", [
+    ([(0, 1), (1, 1)], 0.0), ([(0, 0), (1, 1)], 0.5), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
+    ([(0, 0), (0.25, 0.5), (0.5, 1), (1, 1)], 0.25), ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)])
+def test_the_area_over_the_curve(curve, area):
+    """Triangles and rectangles counted by hand: the last is .75 * .5 + .25 * .2."""
+    assert early_answering(curve) == pytest.approx(area, abs=1e-12)
+
+
+@pytest.mark.parametrize("curve", [[], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)], [(0, 1), (0, 0), (1, 1)],
+                                   [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]])
+def test_a_curve_that_is_none_is_refused(curve):
+    with pytest.raises(ValueError, match="expected"):
+        early_answering(curve)
+
+
+# ------------------------------------------------------------------------------------ real replies
+@pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
+def test_coverage_on_real_replies():
+    """Of every third real reply with a span by cues: what has no condition says why, and most conditions lose none."""
+    n, covered = 0, Counter()
+    for row in map(json.loads, REAL.read_text().splitlines()[::3]):
+        text = row["output"].split("<ltnt")[0]  # a fork's log, behind the reply
+        item = {**row, "options": list(map(list, row["options"].items())), "answer": {"value": row["gold"]}}
+        if not (spans := find_spans(text, "cues")):
+            continue
+        n += 1
+        target = next(letter for letter in row["options"] if letter != row["gold"])
+        for name, condition in LADDER.items():
+            try:
+                condition(until_last_span(text, spans), spans, item, Context(target, ["The donor looks elsewhere."]))
+                covered[name] += 1
+            except NotEditable as fault:
+                assert str(fault) in NOT_EDITABLE
+    assert n > 80 and all(covered[name] == n for name in LADDER if name not in ("irrelevant", "directed", "something"))
+    assert covered["directed"] == covered["something"] > 0.6 * n > covered["irrelevant"] > 0.1 * n

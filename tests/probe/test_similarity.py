@@ -1,0 +1,231 @@
+"""Similarity measures against explicit loops, planted truths and known expectations.    pytest tests/test_similarity.py"""
+import numpy as np
+import pytest
+
+from utils.probe.geometry import cka, retrieval, spectrum, variance_split
+from utils.probe.similarity import (FORMS, Bootstrap, Cell, Measure, PairBootstrap, adjust, apply, calibrate,
+                                    correct, cosine_matrix, draw_halves, pair_masks)
+
+
+def measure(states, tasks=None, **more):
+    """Rows of [n, steps, d] by (step, measure, form, pairs)."""
+    n = len(states)
+    halves = draw_halves(n, 0)
+    cells = [Cell(-1, t, np.arange(n), states[:, t]) for t in range(states.shape[1])]
+    rows = Measure(halves, np.zeros(n) if tasks is None else tasks, n_boot=200, **more).run(cells)
+    return {(row["step"], row["measure"], row["form"], row["pairs"]): row for row in rows}
+
+
+# ------------------------------------------------------------------------------------------- cosines
+def test_means_over_pairs_and_steps_equal_explicit_loops():
+    rng = np.random.default_rng(0)
+    states, tasks = rng.normal(size=(9, 3, 5)) + 1, np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    rows = measure(states, tasks)
+
+    def cos(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    for t in range(3):
+        pairs = [(i, j, cos(states[i, t], states[j, t])) for i in range(9) for j in range(i)]
+        within, between = ([c for i, j, c in pairs if (tasks[i] == tasks[j]) is np.bool_(same)] for same in (True, False))
+        for name, wanted in (("all", [c for *_, c in pairs]), ("within", within), ("between", between)):
+            row = rows[t, "inter", "raw", name]
+            assert row["value"] == pytest.approx(np.mean(wanted), abs=1e-6) and row["pairs"] == name
+            assert row["low"] < np.mean(wanted) < row["high"]
+        assert rows[t, "inter", "raw", "difference"]["value"] == pytest.approx(np.mean(within) - np.mean(between), abs=1e-6)
+        mean = states[:, t].mean(0)
+        assert rows[t, "spread", "raw", "all"]["value"] == pytest.approx(
+            ((states[:, t] - mean) ** 2).sum() / 8 / (mean @ mean), rel=1e-5)
+    for t in (1, 2):
+        one, two = states[:, t - 1], states[:, t]
+        assert rows[t, "adjacent", "raw", "all"]["value"] == pytest.approx(
+            np.mean([cos(a, b) for a, b in zip(one, two)]), abs=1e-6)
+        assert rows[t, "first", "raw", "all"]["value"] == pytest.approx(
+            np.mean([cos(a, b) for a, b in zip(states[:, 0], two)]), abs=1e-6)
+        drift = np.linalg.norm(two - one, axis=1) / np.linalg.norm(one, axis=1)
+        assert rows[t, "drift", "raw", "all"]["value"] == pytest.approx(drift.mean(), rel=1e-5)
+
+
+def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else():
+    """Two sets of raw cosine above 0.97: one tells every instance, the other is one vector and noise that says nothing."""
+    rng = np.random.default_rng(1)
+    n, d = 60, 256
+    common = 7 * rng.normal(size=d)
+    codes = rng.normal(size=(n, d))
+    told = [(common + codes + 0.1 * rng.normal(size=(n, d))).astype(np.float32) for _ in range(2)]
+    mute = [(common + rng.normal(size=(n, d))).astype(np.float32) for _ in range(2)]
+    halves, found = draw_halves(n, 0), {}
+    for name, (one, two) in (("told", told), ("mute", mute)):
+        states = np.stack([one, two], axis=1)
+        rows = measure(states)
+        assert all(rows[t, "inter", "raw", "all"]["value"] > 0.97 for t in (0, 1))
+        assert rows[1, "adjacent", "raw", "all"]["value"] > 0.97  # raw: the two sets look the same
+        found[name] = {form: rows[1, "adjacent", form, "all"]["value"] for form in FORMS[1:]}
+        # held-out cosines of different instances: only the error of the mean of 30 is common, 1 / (30 + 1)
+        assert all(abs(rows[t, "inter", "centred", "all"]["value"] - 1 / 31) < 0.02 for t in (0, 1))
+        found[name]["top1"] = retrieval(*(correct(x, halves, ["centred"])["centred"] for x in (one, two)))["top1"]
+    assert found["told"]["top1"] == 1 and found["mute"]["top1"] < 0.1
+    for form in FORMS[1:]:
+        assert found["told"][form] > 0.9 and found["mute"][form] < 0.15, form
+
+
+def test_own_mean_biases_the_cosine_and_a_held_out_mean_does_not():
+    rng = np.random.default_rng(2)
+    own, held_out, n = [], [], 20
+    for _ in range(60):
+        states = rng.normal(size=(n, 40)) + 3
+        matrix = cosine_matrix(states - states.mean(0))
+        own.append(matrix[~np.eye(n, dtype=bool)].mean())
+        fitted = calibrate(rng.normal(size=(4000, 40)) + 3)
+        held_out.append(cosine_matrix(apply(fitted, states, "centred"))[~np.eye(n, dtype=bool)].mean())
+    assert np.mean(own) == pytest.approx(-1 / (n - 1), abs=0.001)
+    assert abs(np.mean(held_out)) < 0.003
+
+
+def test_one_outlier_coordinate_is_taken_out_by_standardising_and_whitening():
+    rng = np.random.default_rng(3)
+    states = rng.normal(size=(200, 64))
+    states[:, 5] += 60 * rng.choice([-1, 1], size=200)  # varies, so that centring keeps it
+    halves = draw_halves(200, 0)
+    spread = {form: abs(cosine_matrix(x)).mean() for form, x in correct(states, halves).items()}
+    assert spread["raw"] > 0.95 and spread["centred"] > 0.95
+    assert spread["standardised"] < 0.15 and spread["whitened"] < 0.15
+
+
+def test_whitening_equals_the_inverse_root_of_the_shrunk_covariance():
+    rng = np.random.default_rng(4)
+    fit, states = rng.normal(size=(6, 9)) @ np.diag(np.arange(1, 10)), rng.normal(size=(3, 9))
+    cov = np.cov(fit.T)
+    values, vectors = np.linalg.eigh(0.7 * cov + 0.3 * np.trace(cov) / 9 * np.eye(9))
+    wanted = (states - fit.mean(0)) @ (vectors / np.sqrt(values)) @ vectors.T
+    assert np.allclose(apply(calibrate(fit, 0.3), states, "whitened"), wanted)
+
+
+def test_adjusting_maps_the_cosine_of_ordinary_tokens_to_zero():
+    row = adjust({"value": 0.6, "low": 0.2, "high": 1.0, "form": "raw"}, 0.2)
+    assert (row["value"], row["low"], row["high"], row["form"]) == (pytest.approx(0.5), 0, 1, "adjusted")
+    with pytest.raises(ValueError, match="c0 is 1"):
+        adjust(row, 1.0)
+
+
+def test_few_or_missing_instances_give_no_number():
+    cells = [Cell(-1, 0, np.arange(6), np.eye(6)), Cell(-1, 1, np.array([0, 2, 5]), np.eye(6)[:3])]
+    rows = list(Measure(draw_halves(6, 0), np.zeros(6), n_boot=50).run(cells))
+    assert {row["step"] for row in rows} == {0}
+
+
+def test_instances_that_lack_a_step_are_matched_by_who_they_are():
+    rng = np.random.default_rng(5)
+    codes = rng.normal(size=(8, 30))
+    cells = [Cell(-1, 0, np.arange(8), codes), Cell(-1, 1, np.array([7, 1, 3, 5, 6]), codes[[7, 1, 3, 5, 6]])]
+    rows = list(Measure(np.arange(8) % 2, np.zeros(8), n_boot=50).run(cells))
+    [adjacent] = [row for row in rows if row["measure"] == "adjacent" and row["form"] == "raw"]
+    assert adjacent["value"] == pytest.approx(1) and adjacent["n"] == 5
+
+
+# ------------------------------------------------------------------------------------------- intervals
+def test_intervals_cover_the_mean_over_pairs_as_often_as_they_say():
+    """cos(i, j) = a_i a_j with a_i drawn: the mean over pairs has expectation E[a]^2."""
+    rng, covered, naive, n = np.random.default_rng(6), 0, 0, 40
+    for seed in range(200):
+        a = rng.beta(2, 2, size=n)
+        matrix = np.outer(a, a)
+        entry = PairBootstrap(pair_masks(None, np.zeros(n)), 0.9, 400, seed).summary(matrix)["all"]
+        covered += entry["low"] < 0.25 < entry["high"]
+        pairs = matrix[np.triu_indices(n, 1)]
+        naive += abs(pairs.mean() - 0.25) < 1.645 * pairs.std() / np.sqrt(len(pairs))
+    assert 170 <= covered <= 192 and naive < 100  # 180 expected of a 90 % interval; pairs as if independent: far fewer
+
+
+def test_intervals_of_spread_mean_and_ratio_cover():
+    rng, covered = np.random.default_rng(7), np.zeros(3)
+    for seed in range(200):
+        states = rng.normal(size=(60, 10)) + 2  # E|z - mu|^2 / |mu|^2 = 10 / 40
+        boot = Bootstrap(60, 0.9, 400, seed)
+        x, y = rng.normal(3, 1, 60), rng.normal(6, 1, 60)
+        for k, (entry, truth) in enumerate(((boot.spread(states), 0.25), (boot.mean(x), 3), (boot.ratio(x, y), 0.5))):
+            covered[k] += entry["low"] < truth < entry["high"]
+    assert (covered >= 166).all() and (covered <= 194).all(), covered
+
+
+# ------------------------------------------------------------------------------------------- spectrum, CKA, retrieval
+def test_the_spectrum_of_equal_directions_counts_them():
+    states = np.vstack([np.eye(12)[:8], -np.eye(12)[:8]]) + 100
+    found = spectrum(states)
+    assert found["participation_ratio"] == pytest.approx(8) and found["effective_rank"] == pytest.approx(8)
+    assert (found["rank90"], found["rank95"], found["rank99"], found["top1"]) == (8, 8, 8, pytest.approx(1 / 8))
+    assert spectrum(np.ones((5, 3)))["participation_ratio"] is None
+
+
+def test_biased_cka_of_independent_sets_is_near_one_and_debiased_near_none():
+    """The published values at n = 100, d = 3584: 0.973 and -0.003."""
+    rng = np.random.default_rng(8)
+    one, two = rng.normal(size=(2, 100, 3584)).astype(np.float32)
+    assert cka(one, two, debiased=False) == pytest.approx(0.973, abs=0.004)
+    assert cka(one, two) == pytest.approx(0, abs=0.02)
+    turn = np.linalg.qr(rng.normal(size=(50, 50)))[0]
+    assert cka(one[:, :50], 3 * one[:, :50] @ turn + 1) == pytest.approx(1)  # rotations, scales and shifts do not matter
+
+
+def test_debiased_hsic_equals_its_definition_over_distinct_quadruples():
+    rng = np.random.default_rng(9)
+    x, y, n = rng.normal(size=(6, 2)), rng.normal(size=(6, 3)), 6
+
+    def hsic(k, l):
+        total, count = 0.0, 0
+        for i in range(n):
+            for j in range(n):
+                for q in range(n):
+                    for r in range(n):
+                        if len({i, j, q, r}) == 4:
+                            total += k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q])
+                            count += 1
+        return total / count
+    k, l = x @ x.T, y @ y.T
+    assert cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
+
+
+def test_retrieval_of_same_unrelated_and_constant_states():
+    rng = np.random.default_rng(10)
+    one, two = rng.normal(size=(2, 50, 200))
+    same, unrelated, constant = retrieval(one, one), retrieval(one, two), retrieval(one, np.ones((50, 200)))
+    assert same["top1"] == same["mrr"] == 1 and unrelated["top1"] < 0.15
+    assert constant["top1"] == pytest.approx(1 / 50) and constant["mrr"] == pytest.approx(constant["mrr_chance"])
+
+
+# ------------------------------------------------------------------------------------------- variance, sensitivity
+def test_the_variance_split_recovers_planted_shares_whatever_is_common():
+    rng = np.random.default_rng(11)
+    images, questions, d = 30, 20, 400
+    for shares in ((0.6, 0.3, 0.1), (0.1, 0.7, 0.2)):
+        parts = (rng.normal(size=(images, 1, d)), rng.normal(size=(1, questions, d)), rng.normal(size=(images, questions, d)))
+        states = 50 + sum(np.sqrt(share) * part for share, part in zip(shares, parts))
+        found = variance_split(states, 99)
+        # of the last part, 1 / questions shows as images and 1 / images as questions
+        assert found["image"] == pytest.approx(shares[0] + shares[2] / questions, abs=0.03)
+        assert found["question"] == pytest.approx(shares[1] + shares[2] / images, abs=0.03)
+        assert found["image_p"] == found["question_p"] == 0.01
+        assert found["image"] + found["question"] + found["interaction"] == pytest.approx(1)
+
+
+def test_without_an_effect_of_images_the_share_is_chance_and_the_p_uniform():
+    rng, p, shares = np.random.default_rng(12), [], []
+    for seed in range(100):
+        found = variance_split(rng.normal(size=(5, 4, 6)) + rng.normal(size=(1, 4, 6)), 59, seed)
+        p.append(found["image_p"])
+        shares.append(variance_split(rng.normal(size=(5, 4, 6)), 1, seed)["image"])
+    assert 0.02 <= np.mean(np.array(p) <= 0.1) <= 0.2 and abs(np.mean(p) - 0.5) < 0.1
+    assert np.mean(shares) == pytest.approx(4 / 19, abs=0.015)
+
+
+def test_a_ratio_of_means_is_computed_in_double_precision():
+    rng = np.random.default_rng(0)
+    above, below = rng.random((2, 50)).astype(np.float32)
+    assert Bootstrap(50).ratio(above, below) == Bootstrap(50).ratio(above.astype(float), below.astype(float))
+
+
+def test_sensitivity_is_the_ratio_of_mean_changes():
+    found = Bootstrap(3).ratio(np.array([1.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]))
+    assert found["value"] == pytest.approx(0.5) and found["low"] >= 0.25 and found["high"] <= 0.75
+    with pytest.raises(ValueError, match="lower sum is 0"):
+        Bootstrap(2).ratio(np.array([1.0, 2.0]), np.zeros(2))

@@ -1,0 +1,42 @@
+"""Inputs that several test files share: a row of our own form, a Monet-SFT sample, the shortest path on a board."""
+from collections import deque
+
+PAIR = "<abs_vis_token></abs_vis_token>"
+
+
+def row(name: str = "s/1", caption: str = "The hull shows a white 42.", **changes) -> dict:
+    steps = [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": caption},
+             {"text": "The answer is \\boxed{42}."}]
+    chain = f"I look closer. <think_image>{caption}</think_image> The answer is \\boxed{{42}}."
+    return {"id": name, "subset": "s", "images": ["a.png"], "question": f"What number is on boat {name}?",
+            "answer": "42", "steps": steps, "chain": chain, "refined": True} | changes
+
+
+def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "What number is on the boat?",
+          answer: str = "42",
+          images: tuple[str, str] = ("a.png", "b.png"), assistant: list | None = None,
+          user: list | None = None) -> dict:
+    default = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]),
+               ("text", f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}.")]
+    user = user or [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
+    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant or default)
+    return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
+            "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
+                     for role, content in turns]}
+
+
+def shortest_path(board):
+    """Breadth-first search, the second way to know what leads to the goal; None if nothing does."""
+    cells = {(r, c): value for r, row in enumerate(board) for c, value in enumerate(row)}
+    start = next(cell for cell, value in cells.items() if value == 1)
+    queue, seen = deque([(start, "")]), {start}
+    while queue:
+        (r, c), path = queue.popleft()
+        if cells[r, c] == 2:
+            return path
+        for move, (down, right) in {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}.items():
+            step = r + down, c + right
+            if cells.get(step, -1) != -1 and step not in seen:
+                seen.add(step)
+                queue.append((step, path + move))
+    return None

@@ -1,0 +1,119 @@
+"""Training targets and their labels, and the budget of visual tokens.    pytest tests/test_targets.py"""
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from utils import qwen as Q
+from utils.chain_formats import OPERATIONS, convert
+from utils.images import budget_sizes
+from utils.jsonl import DataError
+from utils.latent_families import PRESETS
+from utils.train.examples import Target, make_example, make_examples, marked, target_text
+
+MIRAGE = PRESETS["mirage"]
+ROW = {"id": "a/1", "images": ["a.png"], "question": "What digit?", "answer": "7",
+       "steps": [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": "a red 7"},
+                 {"text": "It shows 7. The answer is \\boxed{7}."}],
+       "chain": "I look closer. <think_image>a red 7</think_image> It shows 7. The answer is \\boxed{7}."}
+MONET = {"metadata": {"dataset_name": "Visual_CoT", "sample_id": 7}, "data": [
+    {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
+    {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What number is on the boat?"}]},
+    {"role": "assistant", "content": [
+        {"type": "text", "text": "I zoom in. <abs_vis_token></abs_vis_token>"}, {"type": "image", "image": "b.png"},
+        {"type": "text", "text": "<observation>The hull shows 42.</observation> \\boxed{42}"}]}]}
+
+
+@pytest.fixture
+def pictures(picture, tmp_path):
+    picture("a.png"), picture("b.png")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("imagination, expected", [
+    ("text", ROW["chain"]),
+    ("direct", "\\boxed{7}"),
+    ("placeholder", "I look closer. <think_image> It shows 7. The answer is \\boxed{7}.")])
+def test_target_of_each_variant(imagination, expected):
+    assert target_text(ROW, Target(imagination)) == expected
+
+
+def test_latent_target_and_data_that_looks_like_control_tokens():
+    pads = "<|latent_pad|>" * 4
+    assert target_text(ROW, Target("latent", spec=MIRAGE)) == (
+        f"I look closer. <|latent_start|>{pads}<|latent_end|> It shows 7. The answer is \\boxed{{7}}.")
+    assert target_text(ROW | {"chain": "a<|im_end|>b"}, Target()) == "a< |im_end|>b"
+
+
+def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pictures):
+    qwen = Q.load_tools(str(tiny_checkpoint))
+    for target in (Target("text", pictures), Target("latent", pictures, MIRAGE)):
+        if target.spec:
+            Q.add_tokens(qwen, MIRAGE.tokens)
+        example = make_example(qwen, ROW, target)
+        trained = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t])
+        rest = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if not t])
+        if target.spec is None:
+            assert trained == ROW["chain"] + "<|im_end|>"
+            assert marked(qwen, example).endswith(f"<|im_start|>assistant\n>>{ROW['chain']}<|im_end|><<")
+        else:
+            assert trained == "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>"
+            assert rest.endswith("<|im_start|>assistant\n" + MIRAGE.pad * 4 + MIRAGE.end)
+
+
+def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, pictures):
+    """Written by hand: each token of the sequence, and whether Monet's rules train it (reference: its src/utils.py; only the
+    newline after "assistant", which the generation prompt brings, is not trained here)."""
+    qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
+    row = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
+    prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".", "<|im_end|>", "\n",
+              "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "What", " number", " is", " on",
+              " the", " boat", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    words = ["The", " hull", " shows", " ", "4", "2", ".", " \\", "boxed", "{", "4", "2", "}", "<|im_end|>"]
+    for target, reply in (
+            (Target("placeholder", pictures), [(word, True) for word in [
+                "I", " zoom", " in", ".", " <", "think", "_image", ">", " The", *words[1:]]]),
+            (Target("latent", pictures, replace(PRESETS["monet_vllm"], size=2)), [
+                ("I", True), (" zoom", True), (" in", True), (".", True), (" ", True), ("<abs_vis_token>", True),
+                *[("<abs_vis_token_pad>", False)] * 2, ("</abs_vis_token>", False), (" The", True),
+                *[(word, True) for word in words[1:]]])):
+        if target.spec:
+            Q.add_tokens(qwen, target.spec.tokens)
+        example = make_example(qwen, row, target)
+        assert list(zip((qwen.tokenizer.decode([i]) for i in example.ids), example.trained)) == [
+            (word, False) for word in prompt] + reply
+
+
+def test_the_image_budget_is_the_published_algorithm_on_1000_random_sizes():
+    """Oracle: Monet's resize_by_token_budget written down a second time, from its description in words."""
+    rng, changed = random.Random(0), 0
+    for _ in range(1000):
+        sizes = [(rng.randint(20, 3000), rng.randint(20, 3000)) for _ in range(rng.randint(1, 5))]
+        most, each = rng.choice([(2000, 1280), (1500, 1280), (1000, 500), (2000, 2000)])
+        expected = []
+        if (total := sum(w * h for w, h in sizes)) > most * 784:
+            changed += 1
+            for size in sizes:
+                size = [max(28, int(side * math.sqrt(most * 784 / total)) // 28 * 28) for side in size]
+                if (area := size[0] * size[1]) > each * 784:
+                    size = [max(28, int(side * math.sqrt(each * 784 / area)) // 28 * 28) for side in size]
+                expected.append(tuple(size))
+        assert budget_sizes(sizes, most, each) == (expected or sizes)
+    assert 500 < changed < 1000
+
+
+def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
+    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target("text", pictures)
+    rows = [ROW, ROW | {"id": "a/2", "images": ["gone.png"]}, ROW | {"id": "a/3", "images": ["../a.png"]}]
+    rows += [ROW | {"id": f"b/{n}", "images": []} | {"question": "one <image> too many"} for n in range(30)]
+    with pytest.raises(DataError) as caught:
+        make_examples(qwen, rows, target)
+    text = str(caught.value)
+    assert text.startswith("32 of 33 rows cannot be trained on") and text.endswith("... and 12 more")
+    assert "a/2: " in text and "gone.png" in text and "a/3: " in text and "1 <image> markers for 0 images" in text
+    with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included; --max_tokens 20 is less"):
+        make_examples(qwen, [ROW], target, max_tokens=20)
+    Q.add_tokens(qwen, MIRAGE.tokens)
+    with pytest.raises(DataError, match="b.png: 6 visual tokens, fewer than the 9 latents"):
+        make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))

@@ -1,0 +1,93 @@
+"""Latents in training: layout, normalisation, and the very vectors that decoding feeds.    pytest tests/test_latents.py"""
+import pytest
+import torch
+from training import gradient
+
+import train_sft
+from utils import qwen as Q
+from utils.decode import generate
+from utils.jsonl import read_rows
+from utils.latent_families import PRESETS
+from utils.train.examples import Target, load_images, make_example
+from utils.train.latent_batches import align, lay_out, make_batch, piece_lengths, run_latents
+
+pytestmark = pytest.mark.numeric
+
+MIRAGE = PRESETS["mirage"]
+
+
+@pytest.fixture
+def latent(tiny_checkpoint, data):
+    """(qwen, objective, examples, target) of twelve rows, of which eight imagine."""
+    qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("latent", str(data.parent), MIRAGE)
+    Q.add_tokens(qwen, MIRAGE.tokens)
+    examples = [make_example(qwen, row, target) for row in read_rows(data, {})]
+    return qwen, train_sft.Objective(qwen, MIRAGE, "cosine"), examples, target
+
+
+def test_pieces_share_latent_columns():
+    columns, blocks = lay_out([[3, 2], [1, 4], [2]], n_latents=2, n_blocks=2)
+    assert blocks == [(0, 3), (5, 9)]
+    assert columns == [[0, 1, 2, 3, 4, 7, 8], [2, 3, 4, 5, 6, 7, 8], [1, 2]]
+    assert lay_out([[3], [1]], n_latents=2, n_blocks=3) == ([[0, 1, 2], [2]], [(0, 3), (5, 6), (8, 9)])
+    assert piece_lengths([1, 1, 9, 9, 4, 9, 9], pad_id=9, n_latents=2) == [2, 1, 0]
+
+
+def summed(objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the three sums, the gradient) of batches run one after the other."""
+    objective.model.zero_grad()
+    sums = torch.zeros(3)
+    for batch in batches:
+        losses, right, aligned = objective(batch)
+        (losses.sum() + aligned).backward()
+        sums += torch.stack([losses.sum().detach(), aligned.detach(), right.sum()])
+    return sums, gradient(objective.model)
+
+
+def test_batch_size_blocks_that_others_need_and_checkpoints_leave_loss_and_gradient(latent):
+    """Oracle: the sums over rows one by one."""
+    qwen, objective, examples, target = latent
+    results = [summed(objective, [make_batch(qwen, examples[k:k + size], [1.0] * len(examples[k:k + size]), target, n_blocks)
+                                  for k in range(0, 12, size)]) for size, n_blocks in ((1, None), (5, None), (12, None), (5, 4))]
+    train_sft.recompute_activations(qwen.model, "mlps")
+    results.append(summed(objective, [make_batch(qwen, examples, [1.0] * 12, target)]))
+    for sums, its in results[1:]:
+        assert torch.allclose(sums, results[0][0], rtol=1e-5)
+        assert (its - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
+def test_training_feeds_the_latents_that_decoding_feeds(latent):
+    """The vectors of the training pass equal those of utils.decode after the same words."""
+    qwen, _, examples, target = latent
+    chosen = [example for example in examples if example.steps][:4]
+    batch = make_batch(qwen, chosen, [1.0] * 4, target)
+    with torch.no_grad():
+        _, latents = run_latents(qwen.model, batch, MIRAGE)
+    pad_id, start_id = (Q.special_id(qwen.tokenizer, name) for name in (MIRAGE.pad, MIRAGE.start))
+    for i, example in enumerate(chosen):
+        cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
+        pixels = [Q.process_images(qwen.image_processor, load_images(example.images, target, 28))]
+        prompt = Q.collate(qwen, [example.ids[:cut - 1]], pixels)
+        with torch.no_grad():  # make the start marker the sampled token, then decode
+            qwen.model.lm_head.weight.zero_()
+            qwen.model.lm_head.weight[start_id] = generate(qwen, prompt, 1, capture=True)[0].states[0]
+        row = generate(qwen, prompt, 6, MIRAGE, capture=True)[0]
+        assert row.ids[0] == start_id and row.fed.shape == (4, 32)
+        assert torch.allclose(row.fed, torch.stack([step[i] for step in latents[0]]), atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_alignment_by_hand(latent, loss):
+    qwen, _, examples, target = latent
+    chosen = [example for example in examples if example.steps][:2]
+    batch = make_batch(qwen, chosen, [1.0, 0.0], target)
+    states = [torch.randn(2, 32) for _ in range(4)]
+    features = Q.image_features(qwen, {"pixel_values": batch["step_pixel_values"][:24],
+                                       "image_grid_thw": batch["step_image_grid_thw"][:1]})[0]
+    assert len(features) == 6  # 56 x 84 pixels; four groups of one each, the remainder dropped
+    expected = 0.0
+    for k in range(4):
+        mine, its = states[k][0], features[k]
+        expected += (1 - mine @ its / mine.norm() / its.norm() if loss == "cosine" else (mine - its).pow(2).mean()) / 4
+    with torch.no_grad():  # the second row, of weight 0, is left out
+        assert float(align(qwen, batch, [states], loss)) == pytest.approx(float(expected), rel=1e-4)
