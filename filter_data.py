@@ -1,23 +1,27 @@
 """Keep the rewritten rows that are fit to train on, by rules first and then by the judgement of a model.
 
-Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one call a row that passes the rules)
+Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one call a row that passes the
+rules)
 
-    python filter_data.py --input rewritten.jsonl --image_root . --model Qwen/Qwen3-VL-4B-Instruct --output sft.jsonl
+    python filter_data.py --input rewritten.jsonl --image_root . --model Qwen/Qwen3-VL-4B-Instruct --output \
+      sft.jsonl
     python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --rules_only
-    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --export_only --keep_unclear
+    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --export_only \
+      --keep_unclear
 
-Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from rewrite_captions.py
+Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from
+rewrite_captions.py
 Writes  --output: the kept rows, unchanged and in input order
         <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
-        verdicts.jsonl: every row's {"id", "subset", "keep", "stage": rule | judge | error | null, "reasons", "detail",
-        "flags", "judge", "blind"}
-        <output>.meta.json, <output>.metrics.json
+        verdicts.jsonl: every row's {"id", "subset", "keep", "stage": rule | judge | error | null, "reasons",
+        "detail", "flags", "judge", "blind"} <output>.meta.json, <output>.metrics.json
 Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-The model only fills in fields; code decides from them, when the output is written: other thresholds need no new call. A
-row on which the model failed is neither kept nor counted as dropped: it is an error, and the exit code is 3. Killed or
-interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0 complete; 3 complete with
-errors; 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted.
+The model only fills in fields; code decides from them, when the output is written: other thresholds need no
+new call. A row on which the model failed is neither kept nor counted as dropped: it is an error, and the exit
+code is 3. Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit
+codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed calls, or no server
+answers; 130 interrupted.
 """
 import argparse
 import json
@@ -83,16 +87,20 @@ SCHEMAS = {"judge": JUDGE_SCHEMA, "blind": object_schema(answer={"type": "string
 FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsupported",
           "chain_consistent": "inconsistent"}  # a judge's field -> the reason if it is "no"
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
-JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values() for ending in ("", "_unclear")) + PROBLEMS + (
+JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values()
+                      for ending in ("", "_unclear")) + PROBLEMS + (
     "required", "blind_answer")
 FLAGS = ("unrefined", "answer_unseen", "answer_stated")
-LONG_ANSWER = 6  # words; no observation should hold so long an answer word for word, unless it is a text in the image
-THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # what a chain may hold outside observations (Mirage: <think>)
+# words; no observation should hold so long an answer word for word, unless it is a text in the image
+LONG_ANSWER = 6
+# what a chain may hold outside observations (Mirage: <think>)
+THINK_TAGS = {"<think>", "</think>", "\\boxed"}
 
 
 @dataclass
 class Verdict:
-    """What became of a row: kept if `stage` is None, else the stage that took it out and its closed reasons."""
+    """What became of a row: kept if `stage` is None, else the stage that took it out and its closed reasons.
+    """
 
     stage: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -110,8 +118,8 @@ class Verdict:
 def chain_fault(row: dict) -> str | None:
     """Return the closed reason why a row's texts are unfit, or None.
 
-    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if its observations are
-    not one an image step, or markup is left over; CAPTION_REASONS for an observation.
+    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if its
+    observations are not one an image step, or markup is left over; CAPTION_REASONS for an observation.
     """
     if reason := row_fault(row):
         return reason
@@ -128,14 +136,15 @@ def chain_fault(row: dict) -> str | None:
 def find_flags(row: dict) -> list[str]:
     """Return the FLAGS of a row: worth knowing, never a reason to drop it.
 
-    answer_unseen: no observation holds the answer, which is not yes or no, a number or the letter of an option.
-    answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
+    answer_unseen: no observation holds the answer, which is not yes or no, a number or the letter of an
+    option. answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
     """
     answer = row["answer"].strip()
     seen = any(normalize(answer) in normalize(span) for span in split_spans(row["chain"])[0])
     needs_no_words = answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer) or \
         answer in parse_options(row["question"])
-    holds = row.get("refined") is False, not seen and not needs_no_words, seen and len(answer.split()) >= LONG_ANSWER
+    holds = row.get("refined") is False, not seen and not needs_no_words, seen and len(
+        answer.split()) >= LONG_ANSWER
     return [flag for flag, hit in zip(FLAGS, holds, strict=True) if hit]
 
 
@@ -159,7 +168,8 @@ def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) 
 
 
 def blind_call(row: dict, prompts: dict[str, str]) -> Call:
-    """Return the call that answers from the chain without its final sentence; it shows neither image nor answer."""
+    """Return the call that answers from the chain without its final sentence; it shows neither image nor
+    answer."""
     chain, _ = split_final(row["chain"])
     text = fill(prompts["BLIND"], question=row["question"].strip(), chain=chain)
     return Call(row["id"], "blind", -1, text, (), (), SCHEMAS["blind"])
@@ -178,8 +188,10 @@ def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[st
     return reasons + [problem for problem in PROBLEMS if problem in value["problems"]]
 
 
-def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace, prompts: dict[str, str]) -> list[Verdict]:
-    """Return a verdict a row: a pure function of the rows and of the replies in the journal (rules alone without one).
+def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace,
+          prompts: dict[str, str]) -> list[Verdict]:
+    """Return a verdict a row: a pure function of the rows and of the replies in the journal (rules alone
+    without one).
     """
     verdicts = apply_rules(rows, args.image_root, caller and caller.images)
     alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
@@ -199,7 +211,8 @@ def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace, pro
         verdict.blind = outcome.value and outcome.value["answer"]
         if verdict.stage != "error" and outcome.value is None:
             verdict.out("error", [outcome.reason], outcome.detail)
-        elif verdict.stage is None and not answers_match(verdict.blind, row["answer"], parse_options(row["question"]) or None):
+        elif verdict.stage is None and not answers_match(verdict.blind, row["answer"],
+                                                         parse_options(row["question"]) or None):
             verdict.out("judge", ["blind_answer"], f"answered {verdict.blind[:80]!r} from the chain alone")
     return verdicts
 
@@ -210,7 +223,8 @@ def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
 
     A row counts under the first of its reasons, so that the reasons of a subset add up to what it lost.
     """
-    subsets = defaultdict(lambda: {"in": 0, "rule": 0, "judge": 0, "error": 0, "kept": 0, "reasons": Counter()})
+    subsets = defaultdict(lambda: {"in": 0, "rule": 0, "judge": 0, "error": 0, "kept": 0,
+                                   "reasons": Counter()})
     for row, verdict in zip(rows, verdicts, strict=True):
         subset = subsets[row["subset"]]
         subset["in"] += 1
@@ -219,7 +233,8 @@ def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
     for subset in subsets.values():
         assert subset["in"] == subset["rule"] + subset["judge"] + subset["error"] + subset["kept"]
         subset["reasons"] = dict(subset["reasons"].most_common())
-    totals = {name: sum(subset[name] for subset in subsets.values()) for name in ("rule", "judge", "error", "kept")}
+    totals = {name: sum(subset[name] for subset in subsets.values()) for name in ("rule", "judge", "error",
+                                                                                  "kept")}
     share = round(totals["kept"] / len(rows), 4) if rows else None
     return {"read": len(rows), "kept": totals["kept"], "kept_share": share,
             "rule_rejected": totals["rule"], "judge_dropped": totals["judge"], "errors": totals["error"],
@@ -230,7 +245,8 @@ def show_table(counts: dict) -> None:
     """Log one line a subset, under it its reasons."""
     log(f"{'subset':<28}{'in':>9}{'rule':>9}{'judge':>9}{'error':>9}{'kept':>9}")
     for name, subset in counts["subsets"].items():
-        log(f"{name:<28}" + "".join(f"{subset[column]:>9,}" for column in ("in", "rule", "judge", "error", "kept")))
+        log(f"{name:<28}" + "".join(f"{subset[column]:>9,}" for column in ("in", "rule", "judge", "error",
+                                                                           "kept")))
         for reason, n in subset["reasons"].items():
             log(f"    {reason:<40}{n:>6,}  {n / subset['in']:.1%}")
 
@@ -239,7 +255,8 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
     """Write the kept rows and every verdict in input order; return the counts."""
     counts = count_verdicts(rows, verdicts)
     write_rows(f"{output}.run/verdicts.jsonl", (
-        {"id": row["id"], "subset": row["subset"], "keep": v.stage is None, "stage": v.stage, "reasons": v.reasons,
+        {"id": row["id"], "subset": row["subset"], "keep": v.stage is None, "stage": v.stage,
+         "reasons": v.reasons,
          "detail": v.detail, "flags": find_flags(row), "judge": v.judge, "blind": v.blind}
         for row, v in zip(rows, verdicts, strict=True)))
     write_rows(output, (row for row, verdict in zip(rows, verdicts) if verdict.stage is None))
@@ -249,7 +266,8 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
 def parse_require(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if name not in FIELDS or value not in VERDICT["enum"]:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIELDS)}, =, and yes, no or unclear")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one of {', '.join(FIELDS)}, =, and yes, no or unclear")
     return name, value
 
 
@@ -257,7 +275,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
-    parser.add_argument("--blind_answer", action="store_true", help="one more call a row: answer from the chain without "
+    parser.add_argument("--blind_answer", action="store_true",
+                        help="one more call a row: answer from the chain without "
                         "image and final sentence; what does not match the answer is dropped")
     parser.add_argument("--keep_unclear", action="store_true", help="keep rows that the judge calls unclear")
     parser.add_argument("--require", type=parse_require, action="append", default=[], metavar="FIELD=VALUE",
@@ -270,7 +289,8 @@ def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     check_output(args.output, [args.input])
     prompts = load_prompts(args.prompts, PROMPTS)
-    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
+    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit,
+                     hint="rewrite_captions.py writes it")
     for row in rows:
         check_own(f"{args.input}: id {row['id']!r}", row)
     if args.dry_run:
@@ -278,14 +298,16 @@ def main(argv: list[str] | None = None) -> int:
         alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
         calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
         calls += [blind_call(row, prompts) for row, _ in alive] if args.blind_answer else []
-        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)))
+        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows,
+                                                                                                verdicts)))
         return 0
     speed = {}
     try:
         if args.rules_only:
             verdicts = judge(rows, None, args, prompts)
         else:
-            with open_run(args, prompts, SCHEMAS, stage="filter_data", blind_answer=args.blind_answer) as caller:
+            with open_run(args, prompts, SCHEMAS, stage="filter_data",
+                          blind_answer=args.blind_answer) as caller:
                 index, n_shards = caller.shard
                 if n_shards > 1 and caller.backend:
                     judge(rows[index::n_shards], caller, args, prompts)
@@ -299,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         return incomplete(args, error)
     metrics = export(rows, verdicts, args.output) | speed | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, [args.input], metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)
+    write_meta(args.output, args, [args.input], metrics["seconds"], prompts=prompts,
+               prompts_version=PROMPTS_VERSION)
     show_table(metrics)
     print(json.dumps(metrics))
     return 3 if metrics["errors"] else 0

@@ -1,32 +1,39 @@
 """Change what a model imagines, in latents or in text, and measure what that does to its answers.
 
-Stage 5 of 6:  train_sft.py -> [intervene.py] -> figures; items from evaluate.py    (one reading of a prompt, all conditions)
+Stage 5 of 6:  train_sft.py -> [intervene.py] -> figures; items from evaluate.py    (one reading of a prompt,
+all conditions)
 
     python intervene.py --model checkpoint --items vstar.jsonl --output text.jsonl
-    python intervene.py --model NOVAglow646/Monet-7B --items vstar.jsonl --latent monet_vllm --output monet.jsonl
-    torchrun --standalone --nproc_per_node 8 intervene.py --model checkpoint --items hrbench_4k.jsonl --output text.jsonl
+    python intervene.py --model NOVAglow646/Monet-7B --items vstar.jsonl --latent monet_vllm --output \
+      monet.jsonl
+    torchrun --standalone --nproc_per_node 8 intervene.py --model checkpoint --items hrbench_4k.jsonl \
+      --output text.jsonl
     python intervene.py selftest        (models whose truth is known; under 2 minutes on a CPU)
 
-Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer": {"type": "letter",
-        "value"}, "images": [{"path"}], "metric": "mcq"} and, if there, "group_id", "category", "hint", "region" ([left, top,
-        right, bottom] in pixels of the first image), "counterfactual" ({"images", "answer"} of an answer-changing edit, and
-        "question", "options" where they differ)
-Writes  --output: a JSON line for each item and condition, the first of them "clean": {"id", "group", "category", "gold",
-        "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed", "rel_change", "reach", "donor",
-        "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule", "correct", "changed", "first_diff", "degenerate",
-        "reason"}
-        <output>.metrics.json, <output>.meta.json, figures with a CSV each: <output>.effects.png, .accuracy.png, .mediation.png,
-        .attention.png, .early.png, and of sweeps .map.png, .positions.png, .doses.png; <output>.run/ is the journal to resume
-        from
-Prints  emission and one line a condition on stderr; on stdout one JSON object: emission, effects with intervals, verdicts
+Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer": {"type":
+        "letter",
+        "value"}, "images": [{"path"}], "metric": "mcq"} and, if there, "group_id", "category", "hint",
+        "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual" ({"images",
+        "answer"} of an answer-changing edit, and "question", "options" where they differ)
+Writes  --output: a JSON line for each item and condition, the first of them "clean": {"id", "group",
+        "category", "gold",
+        "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed", "rel_change",
+        "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule", "correct", "changed",
+        "first_diff", "degenerate", "reason"} <output>.metrics.json, <output>.meta.json, figures with a CSV
+        each: <output>.effects.png, .accuracy.png, .mediation.png, .attention.png, .early.png, and of sweeps
+        .map.png, .positions.png, .doses.png; <output>.run/ is the journal to resume from
+Prints  emission and one line a condition on stderr; on stdout one JSON object: emission, effects with
+intervals, verdicts
 
-Conditions: --conditions paper (the paper's arms), full (all), maps (sweeps over positions, layers, ranks, doses and how much of
-it is kept), or names; latents: utils/intervene/latent_conditions.py says one by one what each does and at which site (fed, slot, edge), text:
-utils/intervene/text_conditions.py. Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind what the clean run
-said there, R2 is the free reply, parsed after the last imagination. Effects are taken on the items that imagined something in
-the clean run, and on no others. "No effect" is claimed only by an equivalence test within --margin (points) or --margin_nll
-(nats). Killed, the same command goes on. Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage,
-settings, damage or a broken guard; 4 too many failed images; 130 interrupted.
+Conditions: --conditions paper (the paper's arms), full (all), maps (sweeps over positions, layers, ranks,
+doses and how much of it is kept), or names; latents: utils/intervene/latent_conditions.py says one by one
+what each does and at which site (fed, slot, edge), text: utils/intervene/text_conditions.py. Readouts: R0
+scores the options behind a fixed stem right after the imagination, R1 behind what the clean run said there,
+R2 is the free reply, parsed after the last imagination. Effects are taken on the items that imagined
+something in the clean run, and on no others. "No effect" is claimed only by an equivalence test within
+--margin (points) or --margin_nll (nats). Killed, the same command goes on. Exit codes: 0 complete; 3
+complete, but images of some items failed; 2 usage, settings, damage or a broken guard; 4 too many failed
+images; 130 interrupted.
 """
 import argparse
 import json
@@ -68,14 +75,16 @@ from utils.qwen import Qwen, load_tools, prompt_of
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
 # may change between restarts: what only the summary uses, and conditions, which may be added
-FREE_SETTINGS = ("task", "items", "output", "image_root", "conditions", "margin", "margin_nll", "rho", "min_emitters", "fresh",
+FREE_SETTINGS = ("task", "items", "output", "image_root", "conditions", "margin", "margin_nll", "rho",
+                 "min_emitters", "fresh",
                  "dry_run", "editor_url", "api_key_file")
 
 
-# ------------------------------------------------------------------------------------ decoding, with a journal
+# ----------------------------------------------------------------------------------- decoding, with a journal
 @dataclass
 class Run:
-    """What the batches of a run share. `spec` None is the text arm; `known` None: calibration items emitted nothing."""
+    """What the batches of a run share. `spec` None is the text arm; `known` None: calibration items emitted
+    nothing."""
 
     qwen: Qwen
     spec: LatentSpec | None
@@ -86,8 +95,10 @@ class Run:
     editor: Caller | None = None
 
     def get(self, item: dict, condition: str) -> dict | None:
-        """Return the record of an item's decoding, if it was made; a failed clean one stands for all conditions."""
-        clean, own = (self.journal.get(call_key(item=item["id"], condition=name)) for name in ("clean", condition))
+        """Return the record of an item's decoding, if it was made; a failed clean one stands for all
+        conditions."""
+        clean, own = (self.journal.get(call_key(item=item["id"], condition=name)) for name in ("clean",
+                                                                                               condition))
         line = clean if clean and "error" in clean["record"] else own
         return line and line["record"]
 
@@ -96,14 +107,16 @@ class Run:
 
 
 def run_batch(run: Run, batch: list[dict]) -> None:
-    """Decode a batch clean and under all conditions, always in the same composition; keep the records that are missing."""
+    """Decode a batch clean and under all conditions, always in the same composition; keep the records that
+    are missing."""
     names = ["clean", *run.args.conditions]
     if all(run.get(item, name) is not None for item in batch for name in names):
         return
     opened = []
     for item in batch:
         try:
-            opened.append((item, open_images(item, run.args.image_root), open_counterfactual(item, run.args.image_root)))
+            opened.append((item, open_images(item, run.args.image_root),
+                           open_counterfactual(item, run.args.image_root)))
         except ImageError as error:
             log(f"{item['id']}: {error}")
             if run.get(item, "clean") is None:
@@ -118,7 +131,8 @@ def run_batch(run: Run, batch: list[dict]) -> None:
     for item, records in zip(items, arms.records(run.args.conditions)):
         for name in names:
             if run.spec and name != "clean" and "reason" not in records[name]:
-                check_guards(item["id"], name, records["clean"], records[name], run.qwen.model.dtype == torch.float32)
+                check_guards(item["id"], name, records["clean"], records[name], run.qwen.model.dtype
+                             == torch.float32)
             if run.get(item, name) is None:
                 run.put(item, name, records[name])
 
@@ -132,27 +146,34 @@ def open_counterfactual(item: dict, root: str) -> tuple[dict, list] | None:
 
 
 def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bool) -> None:
-    """Raise DataError where an intervention did what it must not, or did nothing: the harness would measure itself.
+    """Raise DataError where an intervention did what it must not, or did nothing: the harness would measure
+    itself.
 
-    `exact`: in float32, where a row does not depend on the batch beyond the last bits. In lower precision rounding alone may
-    change ids; what the controls change is then the floor that the summary shows beside every effect.
+    `exact`: in float32, where a row does not depend on the batch beyond the last bits. In lower precision
+    rounding alone may change ids; what the controls change is then the floor that the summary shows beside
+    every effect.
     """
     one, _ = find_condition(condition)
     differs, first = record["first_diff"], next((s["start"] for s in clean["segments"]), None)
     if first is None:
         if differs is not None:
-            raise DataError(f"{name}: no latents in the clean run, but {condition} changed id {differs}; expected the same ids")
+            raise DataError(
+                f"{name}: no latents in the clean run, but {condition} changed id {differs}; expected the same ids")
         return
     if one.prompt != "own" or one.site == "none":
         return
     if exact and differs is not None and (condition in CONTROLS or differs < first):
-        raise DataError(f"{name}: {condition} changed id {differs} (first latent at {first}), expected the clean run's ids "
+        raise DataError(
+            f"{name}: {condition} changed id {differs} (first latent at {first}), expected the clean run's ids "
                         f"{'throughout' if condition in CONTROLS else 'before the latents'}; try --batch_size 1")
-    if one.site == "fed" and condition not in CONTROLS and not (record["rel_change"] or 0) > 0 and record["n_fed"]:
-        raise DataError(f"{name}: {condition} fed the clean latents (relative change {record['rel_change']}), expected "
+    if one.site == "fed" and condition not in CONTROLS and not (record["rel_change"]
+                                                                or 0) > 0 and record["n_fed"]:
+        raise DataError(
+            f"{name}: {condition} fed the clean latents (relative change {record['rel_change']}), expected "
                         "others; is its number 0, or are all latents of this model the same vector?")
     if one.site == "fed" and condition not in CONTROLS and record["n_fed"] and not record["reach"] > 0:
-        raise DataError(f"{name}: {condition} left every layer's input at the latent positions as it was; expected a change")
+        raise DataError(
+            f"{name}: {condition} left every layer's input at the latent positions as it was; expected a change")
 
 
 def calibrate(run: Run, items: list[dict]) -> Known | None:
@@ -163,7 +184,8 @@ def calibrate(run: Run, items: list[dict]) -> Known | None:
         for batch in tqdm([items[i:i + size] for i in range(0, len(items), size)], desc="calibration"):
             images = [open_images(item, run.args.image_root) for item in batch]
             state, _ = Prompts(run.qwen, run.asking, batch, images, [None] * len(batch))["own"]
-            rows += decode(run.qwen, state, run.args.max_new_tokens, run.spec, capture=True, with_slots=True)[0]
+            rows += decode(run.qwen, state, run.args.max_new_tokens, run.spec, capture=True,
+                           with_slots=True)[0]
         found = Known.from_runs(rows)
         tensors = {} if found is None else {name: value if torch.is_tensor(value) else torch.tensor(value)
                                             for name, value in vars(found).items()}
@@ -218,7 +240,8 @@ def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
 def show(metrics: dict) -> None:
     """Log emission and one line a condition."""
     emission = metrics["emission"]
-    interval = "" if emission["ci95"] is None else " [{:.1f}, {:.1f}]".format(*(100 * end for end in emission["ci95"]))
+    interval = "" if emission["ci95"] is None else " [{:.1f}, {:.1f}]".format(*(100 * end
+                                                                                for end in emission["ci95"]))
     log(f"imagined something: {emission['k']} of {emission['n']} items, {100 * (emission['share'] or 0):.1f} %{interval}")
     for name, entry in metrics["conditions"].items():
         if not (effect := entry["effect"]):
@@ -233,11 +256,13 @@ def show(metrics: dict) -> None:
             line += f" | R0 {entry['r0']['delta_nll']:+.3f} nats [{low:+.3f}, {high:+.3f}] {entry['r0']['verdict']}"
         if entry.get("follow"):
             line += f" | follows {100 * entry['follow']['share']:.1f} %"
-        log(line + f" | changed {100 * effect['changed']:.1f} % | unresolved {100 * effect['unresolved_clean']:.1f} -> "
+        log(line
+            + f" | changed {100 * effect['changed']:.1f} % | unresolved {100 * effect['unresolved_clean']:.1f} -> "
                    f"{100 * effect['unresolved_int']:.1f} % | loops {100 * effect['degenerate_int']:.1f} %")
     for site, readouts in metrics["mediation"].items():
         if found := readouts["r0"]:
-            parts = " | ".join("{} {:+.3f} [{:+.3f}, {:+.3f}]".format(name, found[name]["mean"], *found[name]["ci95"])
+            parts = " | ".join("{} {:+.3f} [{:+.3f}, {:+.3f}]".format(name, found[name]["mean"],
+                                                                      *found[name]["ci95"])
                                for name in ("TE", "NIE", "NIE0", "NDE"))
             share = found["proportion_mediated"]
             mediated = share["reason"] if share["value"] is None else f"{100 * share['value']:.1f} %"
@@ -245,14 +270,17 @@ def show(metrics: dict) -> None:
 
 
 def plan(args: argparse.Namespace, n_items: int) -> dict:
-    """Return what this many items can show: for shares of changed answers, the margin and the difference found with 80 %."""
+    """Return what this many items can show: for shares of changed answers, the margin and the difference
+    found with 80 %."""
     return {"items_if_nothing_changes": items_with_no_change(args.margin),
             "with_changed_answers": {psi: {"smallest_margin": round(margin_for_items(psi, n_items), 4),
-                                           "difference_found": round(detectable_difference(psi, n_items), 4)} for psi in PSI}}
+                                           "difference_found": round(detectable_difference(psi, n_items), 4)}
+                                           for psi in PSI}}
 
 
 def open_journal(args: argparse.Namespace) -> Journal:
-    """Open `<output>.run`; conditions may be added between restarts, and what only the summary uses may change."""
+    """Open `<output>.run`; conditions may be added between restarts, and what only the summary uses may
+    change."""
     folder = Path(f"{args.output}.run")
     if args.fresh:
         move_aside(folder, rank_world()[1])
@@ -261,7 +289,8 @@ def open_journal(args: argparse.Namespace) -> Journal:
 
 
 def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
-    """Return what directed_llm asks its edits of, with a journal of their own; None where it is not among the conditions."""
+    """Return what directed_llm asks its edits of, with a journal of their own; None where it is not among the
+    conditions."""
     if "directed_llm" not in args.conditions:
         return None
     # no image is sent: the editor reads text alone
@@ -271,45 +300,62 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("task", nargs="?", choices=("run", "selftest"), default="run", help="selftest needs no other flag")
+    parser.add_argument("task", nargs="?", choices=("run", "selftest"), default="run",
+                        help="selftest needs no other flag")
     parser.add_argument("--model", help="checkpoint folder or hub name")
     parser.add_argument("--items", help="items JSONL, as evaluate.py --prepare writes it")
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
     parser.add_argument("--output", help="records JSONL to write; <output>.run/ beside it is the journal")
-    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off", help="family of the latent tokens")
-    parser.add_argument("--latent_size", type=parse_count, default=None, help="latents a segment (default: the family's)")
+    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
+                        help="family of the latent tokens")
+    parser.add_argument("--latent_size", type=parse_count, default=None,
+                        help="latents a segment (default: the family's)")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
                         help="paper, full, maps, or names, with their number if they take one (add_noise:0.3); latents: "
                              f"{', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
-    parser.add_argument("--spans", choices=("marks", "cues"), default="marks", help="text imaginations stand between marks, or "
+    parser.add_argument("--spans", choices=("marks", "cues"), default="marks",
+                        help="text imaginations stand between marks, or "
                         "from the first word of perception to the first of conclusion")
     parser.add_argument("--calibration", type=int, default=32,
                         help="items, from the front of the file and not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", default=" " + STEM, help="what options are scored behind (R0)")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what stands in the box of an answer")
-    parser.add_argument("--margin", type=float, default=0.05, help="equivalence margin, a share of items; fix it before a run")
-    parser.add_argument("--margin_nll", type=float, default=0.05, help="equivalence margin of R0 and R1, nats")
-    parser.add_argument("--rho", type=float, default=0.1, help="share of the total effect that Z is tested to carry at most")
+    parser.add_argument("--options", choices=("letter", "text"), default="letter",
+                        help="what stands in the box of an answer")
+    parser.add_argument("--margin", type=float, default=0.05,
+                        help="equivalence margin, a share of items; fix it before a run")
+    parser.add_argument("--margin_nll", type=float, default=0.05,
+                        help="equivalence margin of R0 and R1, nats")
+    parser.add_argument("--rho", type=float, default=0.1,
+                        help="share of the total effect that Z is tested to carry at most")
     parser.add_argument("--min_emitters", type=parse_count, default=50,
                         help="fewer items with an imagination: no effect is given")
     parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="what is put after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="of a decoding, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8, help="items a batch; donors come from it")
-    parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side: items times conditions")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; else all conditions on an item meet "
+    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
+                        help="of a decoding, latent steps included")
+    parser.add_argument("--batch_size", type=parse_count, default=8,
+                        help="items a batch; donors come from it")
+    parser.add_argument("--rows", type=parse_count, default=64,
+                        help="rows decoded side by side: items times conditions")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="0 is greedy; else all conditions on an item meet "
                         "the same random numbers (--seed); run several seeds")
     parser.add_argument("--editor_model", default=None, help="model of directed_llm, as its server names it")
-    parser.add_argument("--editor_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="OpenAI-compatible servers")
-    parser.add_argument("--api_key_file", default=None, help="file with their key (default: the environment's OPENAI_API_KEY)")
+    parser.add_argument("--editor_url", nargs="+", default=["http://127.0.0.1:8000/v1"],
+                        help="OpenAI-compatible servers")
+    parser.add_argument("--api_key_file", default=None,
+                        help="file with their key (default: the environment's OPENAI_API_KEY)")
     parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
     parser.add_argument("--min_pixels", type=int, default=None, help="area to which an image is enlarged")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the wrong options")
-    parser.add_argument("--limit", type=parse_count, default=None, help="analyse only the first N items after calibration")
-    parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside and begin anew")
-    parser.add_argument("--dry_run", action="store_true", help="show a prompt, count decodings and plan; writes nothing")
+    parser.add_argument("--limit", type=parse_count, default=None,
+                        help="analyse only the first N items after calibration")
+    parser.add_argument("--fresh", action="store_true",
+                        help="move an earlier <output>.run aside and begin anew")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)
     if args.task == "run":
         check_args(parser, args)
@@ -321,11 +367,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if missing := [f"--{name}" for name in ("model", "items", "output") if getattr(args, name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     presets = TEXT_PRESETS if args.latent == "off" else PRESET_CONDITIONS
-    args.conditions = list(dict.fromkeys(name for word in args.conditions for name in presets.get(word, [word])))
+    args.conditions = list(dict.fromkeys(name for word in args.conditions for name in presets.get(word,
+                                                                                                  [word])))
     args.image_root = args.image_root or str(Path(args.items).parent)
     for name in args.conditions:
         if args.latent == "off" and name not in TEXT_CONDITIONS:
-            parser.error(f"--conditions {name}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
+            parser.error(
+                f"--conditions {name}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
         if args.latent != "off" and name != "maps":
             try:
                 find_condition(name)
@@ -334,12 +382,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if "directed_llm" in args.conditions and not args.editor_model:
         parser.error("--conditions directed_llm needs --editor_model")
     if not 0 < args.margin < 1 or not args.margin_nll > 0 or not 0 < args.rho < 1:
-        parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}, --rho {args.rho}: expected shares and nats, "
+        parser.error(
+            f"--margin {args.margin}, --margin_nll {args.margin_nll}, --rho {args.rho}: expected shares and nats, "
                      "above 0")
 
 
 def with_maps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:
-    """Return the conditions with the sweeps for these latents and this model's layers in the place of "maps"."""
+    """Return the conditions with the sweeps for these latents and this model's layers in the place of "maps".
+    """
     sweeps = map_conditions(spec.size, qwen.config.text_config.num_hidden_layers)
     return list(dict.fromkeys(name for word in conditions for name in (sweeps if word == "maps" else [word])))
 
@@ -347,8 +397,10 @@ def with_maps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:
 def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
     """Return the share of the imagination that each truncating condition keeps."""
     if spec is None:
-        return {name: int(name.removeprefix("truncate_")) / 100 for name in names if name.startswith("truncate_")}
-    counts = {"markers_only": 0.0} | {name: find_condition(name)[1] for name in names if name.startswith("keep_first")}
+        return {name: int(name.removeprefix("truncate_")) / 100 for name in names
+                if name.startswith("truncate_")}
+    counts = {"markers_only": 0.0} | {name: find_condition(name)[1] for name in names
+                                      if name.startswith("keep_first")}
     return {name: counts[name] / spec.size for name in names if name in counts and counts[name] < spec.size}
 
 
@@ -369,7 +421,8 @@ def main(argv: list[str] | None = None) -> int:
             load_with(spec, args.model, args.dtype, args.min_pixels, args.max_pixels))
     if spec:
         args.conditions = with_maps(args.conditions, spec, qwen)
-    asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed, args.rows,
+    asking = Asking(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed,
+                    args.rows,
                     args.temperature)
     if args.dry_run:
         log(prompt_of(qwen.tokenizer, items[0], len(items[0]["images"]), asking))
@@ -395,12 +448,16 @@ def main(argv: list[str] | None = None) -> int:
             log(f"stopped: the images of {n_errors} of {len(items)} items failed; is --image_root {args.image_root} right?")
             return 4
         records = export(run, items)
-    metrics = {"stage": "intervene", "model": args.model, "items": args.items, "arm": "text" if spec is None else "latent",
+    metrics = {"stage": "intervene", "model": args.model, "items": args.items, "arm": "text" if spec is None
+               else "latent",
                "latent": args.latent, "latent_size": spec.size if spec else None, "margin": args.margin,
-               "margin_nll": args.margin_nll, "stem": args.stem, "dtype": str(qwen.model.dtype).removeprefix("torch."),
+               "margin_nll": args.margin_nll, "stem": args.stem,
+               "dtype": str(qwen.model.dtype).removeprefix("torch."),
                "calibration": {"items": len(calibration), "latents": run.known.n_latents if run.known else 0},
-               **summarize(items, records, args.conditions, {name: site_of(name, args) for name in args.conditions},
-                           set(CONTROLS if spec else TEXT_CONTROLS), args.margin, args.margin_nll, args.min_emitters, args.rho,
+               **summarize(items, records, args.conditions,
+                           {name: site_of(name, args) for name in args.conditions},
+                           set(CONTROLS if spec else TEXT_CONTROLS), args.margin, args.margin_nll,
+                           args.min_emitters, args.rho,
                            kept_shares(args.conditions, spec)),
                "seconds": round(time.monotonic() - began, 1)}
     draw_all(metrics, args.output)

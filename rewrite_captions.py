@@ -1,26 +1,33 @@
-"""Turn interleaved image-text chains into chains of text: every intermediate image becomes a caption of what it shows.
+"""Turn interleaved image-text chains into chains of text: every intermediate image becomes a caption of what
+it shows.
 
 Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one call an image and one a chain)
 
-    python rewrite_captions.py --input Visual_CoT/train.json --image_root . --model Qwen/Qwen3-VL-4B-Instruct \\
+    python rewrite_captions.py --input Visual_CoT/train.json --image_root . --model \
+      Qwen/Qwen3-VL-4B-Instruct \\
         --output rewritten.jsonl
-    torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output rewritten.jsonl
-    python rewrite_captions.py --input ... --image_root . --output rewritten.jsonl --backend openai --concurrency 256
+    torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output \
+      rewritten.jsonl
+    python rewrite_captions.py --input ... --image_root . --output rewritten.jsonl --backend openai \
+      --concurrency 256
 
-Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input", "image_input",
-        "text_output", "image_output") or rows in our own form, {"id", "subset", "images", "question", "answer", "steps"},
-        the steps {"text"} or {"image", "operation": zoom or draw} and the last one's text with \\boxed{the answer}; told apart
-        by their keys. Image paths are relative to --image_root
-Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"}, input order
+Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input",
+        "image_input",
+        "text_output", "image_output") or rows in our own form, {"id", "subset", "images", "question",
+        "answer", "steps"}, the steps {"text"} or {"image", "operation": zoom or draw} and the last one's text
+        with \\boxed{the answer}; told apart by their keys. Image paths are relative to --image_root
+Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"},
+        input order
         <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
         rejected.jsonl (every other sample and its reason)
         <output>.meta.json, <output>.metrics.json
 Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0 complete, also
-if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema, backend_error);
-2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted. Under torchrun, or with
---shard, every process asks its share of the samples, and the last one to finish writes the output.
+Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0
+complete, also if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json,
+bad_schema, backend_error); 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130
+interrupted. Under torchrun, or with --shard, every process asks its share of the samples, and the last one to
+finish writes the output.
 """
 import argparse
 import json
@@ -89,20 +96,24 @@ Reply with JSON: {"segments": [{"id": 1, "text": "..."}, ...]} with ids 1 to {co
 TEXT = {"type": "string", "maxLength": 1200}
 SCHEMAS = {
     "zoom": object_schema(caption=TEXT, legible={"type": "string", "enum": ["yes", "partly", "no"]}),
-    "draw": object_schema(marks={"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 16},
+    "draw": object_schema(marks={"type": "array", "items": {"type": "string", "maxLength": 200},
+                                 "maxItems": 16},
                           description=TEXT, changed={"type": "boolean"}),
     "refine": object_schema(segments={"type": "array", "items": object_schema(
         id={"type": "integer"}, text={"type": "string", "maxLength": 8000})}),
 }
-REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS, "caption_illegible",
+REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS,
+           "caption_illegible",
            "caption_unchanged", "caption_repeated", *ERROR_REASONS)
-NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # not \d+: a pattern that begins with a set is searched a third faster
+# not \d+: a pattern that begins with a set is searched a third faster
+NUMBER = re.compile(r"\d\d*(?:\.\d+)?")
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
 POINTING = re.compile(r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
-                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)  # at images that are gone
+                      # at images that are gone
+                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)
 LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those before
 
 
@@ -137,7 +148,8 @@ def apply_rules(samples: list[Sample], root: str, seen_images: Journal | None) -
 
 # ------------------------------------------------------------------------------------------------ captions
 def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
-    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed one.
+    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed
+    one.
 
     With --with_original, zoom sees the first question image too.
     """
@@ -152,7 +164,8 @@ def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, s
             shown.insert(0, (row["images"][0], sample.hashes[0]))
         prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
         text = fill(prompt, question=row["question"].strip())
-        calls.append(Call(row["id"], kind, n, text, tuple(os.path.join(args.image_root, path) for path, _ in shown),
+        calls.append(Call(row["id"], kind, n, text, tuple(os.path.join(args.image_root, path) for path,
+                                                          _ in shown),
                           tuple(digest for _, digest in shown), SCHEMAS[kind]))
     return calls
 
@@ -183,7 +196,8 @@ def make_segments(steps: list[dict]) -> tuple[list[tuple[str, str]], str]:
 
 def join_chain(segments: list[tuple[str, str]], final: str) -> str:
     """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
-    pieces = [f"<think_image>{text}</think_image>" if kind == "observation" else text for kind, text in segments]
+    pieces = [f"<think_image>{text}</think_image>" if kind == "observation" else text for kind,
+              text in segments]
     return " ".join([*pieces, final])
 
 
@@ -211,8 +225,8 @@ def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, st
 def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, str]]) -> str | None:
     """Return in words what a refined segment must not have, or None.
 
-    No markup, loop or pointing at images that was not there before, no number that none of the `segments` had; an
-    observation must also still be a caption (stage 2 will hold it to that) and have lost nothing.
+    No markup, loop or pointing at images that was not there before, no number that none of the `segments`
+    had; an observation must also still be a caption (stage 2 will hold it to that) and have lost nothing.
     """
     if not after:
         return "is empty"
@@ -227,7 +241,8 @@ def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, 
         if has_loop(after) and not has_loop(before):
             return "repeats itself"
     lower = after.lower()
-    if "above" in lower or "below" in lower or "attached" in lower:  # each POINTING has one of these, and few texts do
+    # each POINTING has one of these, and few texts do
+    if "above" in lower or "below" in lower or "attached" in lower:
         if (match := POINTING.search(after)) and not POINTING.search(before):
             return f"points at an image that the reader does not have: {match[0]!r}"
     new = set(NUMBER.findall(after))
@@ -239,7 +254,8 @@ def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, 
 
 
 def lost_facts(caption: str, refined: str) -> str | None:
-    """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or None."""
+    """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or
+    None."""
     if caption in refined:
         return None
     numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
@@ -255,15 +271,18 @@ def lost_facts(caption: str, refined: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ the stage
 def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
-    """Check, caption and refine samples in place: a pure function of the samples and of the replies in the journal."""
+    """Check, caption and refine samples in place: a pure function of the samples and of the replies in the
+    journal."""
     apply_rules(samples, args.image_root, caller.images)
     add_captions(samples, caller, args, prompts)
     add_chains(samples, caller, args, prompts)
 
 
-def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace,
+                 prompts: dict[str, str]) -> None:
     """Give every image step of the sound samples its caption, or reject the sample."""
-    calls = [(sample, call) for sample in samples if sample.reason is None for call in caption_calls(sample, args, prompts)]
+    calls = [(sample, call) for sample in samples if sample.reason is None
+             for call in caption_calls(sample, args, prompts)]
     outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
     for (sample, call), outcome in zip(calls, outcomes, strict=True):
         if outcome.value is not None:
@@ -272,19 +291,22 @@ def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace
             sample.reject(outcome.reason, outcome.detail)
 
 
-def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
+               prompts: dict[str, str]) -> None:
     """Give every captioned sample its chain, refined if the model's refinement passes the checks."""
     alive = [sample for sample in samples if sample.reason is None]
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
     replies = [None] * len(alive)
     if not args.no_refine:
         outcomes = ask(caller, [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive],
-                       lambda call, value: check_refined(parts[call.id][0], value), "refinement", guarded=False)
+                       lambda call, value: check_refined(parts[call.id][0], value), "refinement",
+                       guarded=False)
         replies = [outcome.value for outcome in outcomes]
     for sample, value in zip(alive, replies, strict=True):
         segments, final = parts[sample.row["id"]]
         if value:
-            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"], strict=True)]
+            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"],
+                                                                                strict=True)]
         sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
 
 
@@ -300,7 +322,8 @@ def reject_repeated(samples: list[Sample], at_most: int) -> None:
         n_images = len({digest for _, _, digest in its}) if len(its) > at_most else 0
         for sample, caption, _ in its if n_images > at_most else ():
             if sample.reason is None:
-                sample.reject("caption_repeated", f"the same caption for {n_images} different images: {caption[:80]!r}")
+                sample.reject("caption_repeated",
+                              f"the same caption for {n_images} different images: {caption[:80]!r}")
 
 
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:
@@ -322,13 +345,15 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
 
 
 def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind, with a stand-in for captions that are not written yet; return the counts."""
+    """Show one prompt of each kind, with a stand-in for captions that are not written yet; return the counts.
+    """
     apply_rules(samples, args.image_root, None)
     alive = [sample for sample in samples if sample.reason is None]
     calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
     for sample, call in calls:
         sample.row["steps"][call.step]["caption"] = "(the caption)"
-    refine = [] if args.no_refine else [refine_call(s, make_segments(s.row["steps"])[0], prompts) for s in alive]
+    refine = [] if args.no_refine else [refine_call(s, make_segments(s.row["steps"])[0], prompts)
+                                        for s in alive]
     counts = show_calls([call for _, call in calls] + refine, args, prompts["SYSTEM"])
     reasons = Counter(sample.reason for sample in samples if sample.reason)
     return {"read": len(samples), "calls": counts, "rejected": dict(sorted(reasons.items()))}
@@ -345,13 +370,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--input", required=True, nargs="+", help="one or more files, read in this order")
     add_call_flags(parser, max_new_tokens=512)
-    parser.add_argument("--operation", type=parse_operation, action="append", default=[], metavar="SUBSET=zoom|draw",
+    parser.add_argument("--operation", type=parse_operation, action="append", default=[],
+                        metavar="SUBSET=zoom|draw",
                         help="what the images of a subset of another name are; repeatable")
-    parser.add_argument("--allow_no_observation", action="store_true", help="keep Monet samples without <observation>, "
+    parser.add_argument("--allow_no_observation", action="store_true",
+                        help="keep Monet samples without <observation>, "
                         "which Monet's own preprocessing drops unless it is given this flag")
-    parser.add_argument("--with_original", action="store_true", help="show the whole image beside the region of a zoom")
-    parser.add_argument("--no_refine", action="store_true", help="leave the chain as it is after captions are put in")
-    parser.add_argument("--max_same_caption", type=int, default=20, help="different images that one caption may stand "
+    parser.add_argument("--with_original", action="store_true",
+                        help="show the whole image beside the region of a zoom")
+    parser.add_argument("--no_refine", action="store_true",
+                        help="leave the chain as it is after captions are put in")
+    parser.add_argument("--max_same_caption", type=int, default=20,
+                        help="different images that one caption may stand "
                         "for; more is a captioner that does not look")
     return parser.parse_args(argv)
 
@@ -370,7 +400,8 @@ def main(argv: list[str] | None = None) -> int:
             if n_shards > 1 and caller.backend:
                 rewrite(samples[index::n_shards], caller, args, prompts)
                 caller.read_all_shards()
-                samples = read_samples(args)  # anew: what holds among a shard's samples need not hold among all
+                # anew: what holds among a shard's samples need not hold among all
+                samples = read_samples(args)
             rewrite(samples, caller, args, prompts)
     except ErrorRateError as error:
         log(f"stopped: {error}")
@@ -380,7 +411,8 @@ def main(argv: list[str] | None = None) -> int:
     reject_repeated(samples, args.max_same_caption)
     metrics = export(samples, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, args.input, metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)
+    write_meta(args.output, args, args.input, metrics["seconds"], prompts=prompts,
+               prompts_version=PROMPTS_VERSION)
     log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> {args.output}")
     print(json.dumps(metrics))
     return 3 if metrics["errors"] else 0

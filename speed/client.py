@@ -1,9 +1,11 @@
-"""Requests a second of the HTTP backend, of aiohttp and of the openai SDK, against one local server, in one run.
+"""Requests a second of the HTTP backend, of aiohttp and of the openai SDK, against one local server, in one
+run.
 
     python speed/client.py            # makes speed/.venv with the peers first
 
-The server answers every request after --latency seconds; every client sends the same picture and text (about 150 kB a
-request, read and encoded anew each time) with --in_flight requests under way. Rounds alternate; the median counts.
+The server answers every request after --latency seconds; every client sends the same picture and text (about
+150 kB a request, read and encoded anew each time) with --in_flight requests under way. Rounds alternate; the
+median counts.
 
 Writes  --result (results/client.json; with --growth results/client_growth.json)
 Prints  the same JSON object: requests a second, client CPU a request, ratios
@@ -25,10 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / "speed" / ".venv"
 CLIENTS = ("ours", "openai", "aiohttp")
-GROWTH = [(750, 560), (3000, 560), (12000, 560), (750, 1120), (750, 2240)]  # requests, pixels of a picture's longer side
+# requests, pixels of a picture's longer side
+GROWTH = [(750, 560), (3000, 560), (12000, 560), (750, 1120), (750, 2240)]
 TEXT = "Describe the region in one to three sentences. " * 40
 COMPLETION = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-    {"index": 0, "message": {"role": "assistant", "content": '{"caption": "a cat"}'}, "finish_reason": "stop"}],
+    {"index": 0, "message": {"role": "assistant", "content": '{"caption": "a cat"}'},
+     "finish_reason": "stop"}],
     "usage": {"prompt_tokens": 900, "completion_tokens": 30, "total_tokens": 930}}
 
 
@@ -57,7 +61,8 @@ def serve(latency: float) -> None:
 
 def messages(picture: str) -> list[dict]:
     url = f"data:image/jpeg;base64,{base64.b64encode(Path(picture).read_bytes()).decode('ascii')}"
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": TEXT}]}]
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
+                                         {"type": "text", "text": TEXT}]}]
 
 
 def ask_ours(url: str, picture: str, n: int, in_flight: int) -> None:
@@ -92,7 +97,8 @@ def ask_openai(url: str, picture: str, n: int, in_flight: int) -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             async def one() -> None:
                 async with free:
-                    done = await client.chat.completions.create(model="m", messages=messages(picture), max_tokens=100)
+                    done = await client.chat.completions.create(model="m", messages=messages(picture),
+                                                                max_tokens=100)
                     assert done.choices
             await asyncio.gather(*(one() for _ in range(n)))
     asyncio.run(run())
@@ -102,7 +108,8 @@ def measure(name: str, args: argparse.Namespace, url: str, picture: str) -> dict
     """Run one client in a process of its own; return its requests a second and CPU milliseconds a request."""
     command = [sys.executable, __file__, "--client", name, "--url", url, "--picture", picture, "--requests",
                str(args.requests), "--in_flight", str(args.in_flight)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                                     text=True).stdout.splitlines()[-1])
 
 
 def run_client(args: argparse.Namespace) -> None:
@@ -116,7 +123,8 @@ def run_client(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Return the medians of all clients over the rounds, and the ratios; with --growth at every point, a round each."""
+    """Return the medians of all clients over the rounds, and the ratios; with --growth at every point, a
+    round each."""
     if args.growth:
         points = []
         for args.requests, args.side in GROWTH:
@@ -126,12 +134,14 @@ def compare(args: argparse.Namespace) -> dict:
     from PIL import Image
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder, "picture.jpg"))
-        Image.effect_noise((args.side, args.side * 3 // 4), 60).convert("RGB").save(picture, quality=args.quality)
+        Image.effect_noise((args.side, args.side * 3 // 4), 60).convert("RGB").save(picture,
+                                                                                    quality=args.quality)
         server = subprocess.Popen([sys.executable, __file__, "--serve", "--latency", str(args.latency)],
                                   stdout=subprocess.PIPE, text=True)
         try:
             url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-            rounds = [{name: measure(name, args, url, picture) for name in CLIENTS} for _ in range(args.rounds)]
+            rounds = [{name: measure(name, args, url, picture) for name in CLIENTS}
+                      for _ in range(args.rounds)]
         finally:
             server.kill()
             server.wait()
@@ -141,12 +151,14 @@ def compare(args: argparse.Namespace) -> dict:
     rates = {name: part["requests_per_s"] for name, part in found.items()}
     return {"clients": found, "ours_to_openai": round(rates["ours"] / rates["openai"], 2),
             "ours_to_aiohttp": round(rates["ours"] / rates["aiohttp"], 2), "request_kb": round(size / 1000),
-            "latency_s": args.latency, "in_flight": args.in_flight, "requests": args.requests, "rounds": args.rounds,
+            "latency_s": args.latency, "in_flight": args.in_flight, "requests": args.requests,
+            "rounds": args.rounds,
             "cpus": os.cpu_count()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=3000, help="a client and round")
     parser.add_argument("--in_flight", type=int, default=256, help="requests under way")
     parser.add_argument("--latency", type=float, default=0.3, help="seconds until the server answers")
@@ -167,7 +179,8 @@ def main() -> None:
     if Path(sys.prefix) != VENV:
         if not (VENV / "installed").exists():
             venv.create(VENV, with_pip=True, clear=True)
-            subprocess.run([VENV / "bin" / "pip", "install", "--quiet", "-r", ROOT / "speed" / "requirements.txt"], check=True)
+            subprocess.run([VENV / "bin" / "pip", "install", "--quiet", "-r", ROOT / "speed"
+                            / "requirements.txt"], check=True)
             (VENV / "installed").touch()
         raise SystemExit(subprocess.run([VENV / "bin" / "python", __file__, *sys.argv[1:]]).returncode)
     result = compare(args)

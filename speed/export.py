@@ -2,9 +2,10 @@
 
     python speed/export.py --samples 125000 --folder work/export
 
-Makes samples in Monet's form (one question image and one or two helper images each, hard links of a few pictures), has a
-backend without a model fill the journal through rewrite_captions.py, and then measures in fresh processes. The peer in
-the same run is the least that any reader must do: json.loads of every line of the same journals.
+Makes samples in Monet's form (one question image and one or two helper images each, hard links of a few
+pictures), has a backend without a model fill the journal through rewrite_captions.py, and then measures in
+fresh processes. The peer in the same run is the least that any reader must do: json.loads of every line of
+the same journals.
 
 Writes  --result (results/export.json)
 Prints  the same JSON object: seconds, peak memory in GB, ratios to the peer
@@ -30,7 +31,8 @@ from utils.backends import Reply  # noqa: E402
 from utils.jsonl import sha256_file, write_json, write_rows  # noqa: E402
 
 PAIR = "<abs_vis_token></abs_vis_token>"
-PARTS = ("har", "bel", "tor", "min", "sal", "ken", "lu", "pra"), ("bo", "fry", "ga", "do", "te", "ma"), ("", "r", "n", "st", "ly", "ing")
+PARTS = ("har", "bel", "tor", "min", "sal", "ken", "lu", "pra"), ("bo", "fry", "ga", "do", "te",
+                                                                  "ma"), ("", "r", "n", "st", "ly", "ing")
 WORDS = ["".join(parts) for parts in itertools.product(*PARTS)]  # 288: about as repetitive as English
 SCAN = """
 import sys, time
@@ -74,7 +76,8 @@ def make_world(folder: Path, n: int) -> None:
         for step in range(1 + i % 5 // 4):
             assistant += [{"type": "text", "text": f"{words(rng, 30)}. {PAIR}"},
                           {"type": "image", "image": image(f"{i}_{step + 1}.png", i + step + 1)}]
-        assistant.append({"type": "text", "text": f"<observation>{words(rng, 10)}</observation> {words(rng, 30)}. "
+        assistant.append({"type": "text",
+                          "text": f"<observation>{words(rng, 10)}</observation> {words(rng, 30)}. "
                                                   f"The answer is \\boxed{{{i}}}."})
         user = [{"type": "image", "image": image(f"{i}_0.png", i)},
                 {"type": "text", "text": f"{words(rng, 15)} {i}?\nPut your final answer within \\boxed{{}}."}]
@@ -101,7 +104,8 @@ class Instant:
                     value = {"caption": f"{words(self.rng, 40)} {self.rng.random()}", "legible": "yes"}
                 else:
                     lines = [line for line in request.text.splitlines() if line.startswith("[")]
-                    value = {"segments": [{"id": n, "text": line.split(": ", 1)[1]} for n, line in enumerate(lines, 1)]}
+                    value = {"segments": [{"id": n, "text": line.split(": ", 1)[1]} for n,
+                                          line in enumerate(lines, 1)]}
                 yield Reply(request.key, json.dumps(value), "stop", 700, 80, 1.0)
 
 
@@ -117,28 +121,33 @@ def measure(command: list[str]) -> tuple[str, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=125_000, help="as many as the paper rewrites")
     parser.add_argument("--folder", required=True, help="a new folder to work in; about 10 kB a sample")
-    parser.add_argument("--result", default=str(ROOT / "results" / "export.json"), help="where the numbers go")
+    parser.add_argument("--result", default=str(ROOT / "results" / "export.json"),
+                        help="where the numbers go")
     parser.add_argument("--fill", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = Path(args.folder)
-    flags = ["--input", str(folder / "in.jsonl"), "--image_root", str(folder), "--output", str(folder / "out.jsonl")]
+    flags = ["--input", str(folder / "in.jsonl"), "--image_root", str(folder), "--output",
+             str(folder / "out.jsonl")]
     if args.fill:  # in a process of its own: the peak memory of a child counts its parent's at the fork
         make_world(folder, args.samples)
         with patch("utils.call_flags.LocalBackend", Instant):
             raise SystemExit(rewrite_captions.main(flags))
     _, journal_s, _ = measure([sys.executable, __file__, *sys.argv[1:], "--fill"])
     run, first = folder / "out.jsonl.run", sha256_file(folder / "out.jsonl")
-    peer_s, n_lines = measure([sys.executable, "-c", PEER, *map(str, sorted(run.glob("calls-*.jsonl")))])[0].split()
+    peer_s, n_lines = measure([sys.executable, "-c", PEER, *map(str, sorted(run.glob("calls-*.jsonl")))])[
+        0].split()
     scan, _, scan_gb = measure([sys.executable, "-c", SCAN, str(run)])
     scan_s, n_calls, n_images = scan.split()
     _, export_s, export_gb = measure([sys.executable, "rewrite_captions.py", *flags, "--export_only"])
     assert sha256_file(folder / "out.jsonl") == first and n_calls == n_lines
     result = {"samples": args.samples, "journalled_calls": int(n_calls), "journalled_images": int(n_images),
               "journal_gb": round(sum(path.stat().st_size for path in run.glob("*.jsonl")) / 2**30, 3),
-              "first_run_s": round(journal_s, 1), "json_loads_s": round(float(peer_s), 2), "scan_s": round(float(scan_s), 2),
+              "first_run_s": round(journal_s, 1), "json_loads_s": round(float(peer_s), 2),
+              "scan_s": round(float(scan_s), 2),
               "scan_gb": round(scan_gb, 2), "export_s": round(export_s, 1), "export_gb": round(export_gb, 2),
               "scan_to_json_loads": round(float(scan_s) / float(peer_s), 2),
               "export_to_json_loads": round(export_s / float(peer_s), 2), "cpus": os.cpu_count()}

@@ -1,13 +1,16 @@
 """evaluate.py and intervene.py on one GPU with random weights at the released sizes: items a second.
 
-    python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/infer_gpu              (a GPU; minutes)
-    python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/infer_gpu --size tiny  (any machine: does it run?)
+    python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/infer_gpu              (a GPU; \
+      minutes)
+    python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/infer_gpu --size tiny  (any \
+      machine: does it run?)
 
---config and the sizes are those of speed/train_gpu.py. Items show one picture of 1,000 or 8,000 visual tokens. Random weights
-never end a reply, so that each has --max_new_tokens. With latents the model has Monet's tokens, and its row of the start token
-points along the states that it sees, so that it imagines (`emitting` is the share of items that do); a latent step costs what
-a token costs, and what the interventions add is the point. evaluate.py tells its seconds without loading; of intervene.py,
-which reads a prompt once for all conditions, the seconds of a quarter of the items are taken off, loading with them.
+--config and the sizes are those of speed/train_gpu.py. Items show one picture of 1,000 or 8,000 visual
+tokens. Random weights never end a reply, so that each has --max_new_tokens. With latents the model has
+Monet's tokens, and its row of the start token points along the states that it sees, so that it imagines
+(`emitting` is the share of items that do); a latent step costs what a token costs, and what the interventions
+add is the point. evaluate.py tells its seconds without loading; of intervene.py, which reads a prompt once
+for all conditions, the seconds of a quarter of the items are taken off, loading with them.
 
 Writes  --result (results/infer_gpu.json), again after every configuration
 Prints  one line a configuration, then the same JSON object
@@ -38,8 +41,10 @@ def make_items(folder: Path, tokens: int, n: int) -> Path:
     for i in range(n):
         name = f"{tokens}-{i}.png"
         noise(round(tokens ** 0.5)).save(folder / name)
-        items.append({"id": f"{tokens}/{i}", "question": "What stands to the left of the house?", "metric": "mcq",
-                      "options": [["A", "a red circle"], ["B", "two people"], ["C", "a boat"], ["D", "a tree"]],
+        items.append({"id": f"{tokens}/{i}", "question": "What stands to the left of the house?",
+                      "metric": "mcq",
+                      "options": [["A", "a red circle"], ["B", "two people"], ["C", "a boat"],
+                                  ["D", "a tree"]],
                       "answer": {"type": "letter", "value": "ABCD"[i % 4]}, "images": [{"path": name}]})
     write_rows(folder / f"{tokens}.items.jsonl", items)
     return folder / f"{tokens}.items.jsonl"
@@ -73,7 +78,8 @@ def run_evaluate(model: Path, items: Path, args: argparse.Namespace, latent: lis
     if "failed" in found:
         return found
     spent = found["efficiency"]
-    return {"items_per_s": round(args.items / spent["seconds"], 3), "tokens_per_item": spent["tokens_per_item"],
+    return {"items_per_s": round(args.items / spent["seconds"], 3),
+            "tokens_per_item": spent["tokens_per_item"],
             "prefill_share": round(spent["prefill_seconds"] / spent["seconds"], 3),
             **({"emitting": found["emission"]["share"]} if latent else {})}
 
@@ -84,8 +90,10 @@ def run_intervene(model: Path, items: Path, args: argparse.Namespace, latent: li
     seconds = []
     for n in (few, most):
         found = call("intervene", items.with_suffix(".intervene"), [
-            "--model", str(model), "--items", str(items), "--limit", str(n), "--calibration", str(CALIBRATION),
-            "--conditions", *CONDITIONS, "--max_new_tokens", str(args.max_new_tokens), "--min_emitters", "2", *latent])
+            "--model", str(model), "--items", str(items), "--limit", str(n), "--calibration",
+            str(CALIBRATION),
+            "--conditions", *CONDITIONS, "--max_new_tokens", str(args.max_new_tokens), "--min_emitters", "2",
+            *latent])
         if "failed" in found:
             return found
         seconds.append(found["seconds"])
@@ -96,17 +104,21 @@ def run_intervene(model: Path, items: Path, args: argparse.Namespace, latent: li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="folder of the released configuration and tokenizer files")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True,
+                        help="folder of the released configuration and tokenizer files")
     parser.add_argument("--folder", required=True, help="a folder to work in; 35 GB for 7b")
     parser.add_argument("--size", nargs="+", choices=tuple(SIZES), default=["3b", "7b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1000, 8000], help="visual tokens an item")
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--result", default=str(ROOT / "results" / "infer_gpu.json"), help="where the numbers go")
+    parser.add_argument("--result", default=str(ROOT / "results" / "infer_gpu.json"),
+                        help="where the numbers go")
     args = parser.parse_args()
     folder, on_gpu = Path(args.folder), torch.cuda.is_available()
-    result = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__, "items": args.items,
+    result = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__,
+              "items": args.items,
               "runs": []}
     for size in args.size:
         plain, imagining = folder / size, folder / f"{size}_latent"

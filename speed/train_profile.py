@@ -2,7 +2,8 @@
 
     python speed/train_profile.py --folder work/profile
 
-Seconds are each operator's own, without those it calls, summed over the third step. What is left is outside of operators.
+Seconds are each operator's own, without those it calls, summed over the third step. What is left is outside
+of operators.
 
 Writes  --result (results/train_profile.json)
 Prints  the same JSON object
@@ -22,7 +23,8 @@ import train_sft
 from utils.jsonl import write_json
 
 PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("flash_attention",),
-         "first layer of the tower": ("convolution",), "pictures and packs": ("DataLoader",), "optimizer": ("adam",)}
+         "first layer of the tower": ("convolution",), "pictures and packs": ("DataLoader",),
+         "optimizer": ("adam",)}
 REST = "other operators"
 STEP = 3  # the first makes the optimizer's state, and both meet fresh memory
 
@@ -32,9 +34,11 @@ def part_of(operator: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB")
-    parser.add_argument("--result", default=str(ROOT / "results" / "train_profile.json"), help="where the numbers go")
+    parser.add_argument("--result", default=str(ROOT / "results" / "train_profile.json"),
+                        help="where the numbers go")
     args = parser.parse_args()
     folder, step, numbers, found = Path(args.folder), train_sft.train_step, count(1), {}
     make_world(folder, N_ROWS, None)
@@ -56,7 +60,8 @@ def main() -> None:
     for name, seconds in operators.items():
         parts[part_of(name)] += seconds
     parts["outside of operators"] = found["step_s"] - sum(parts.values())
-    result = {"step_s": round(found["step_s"], 2), "parts_s": {part: round(seconds, 2) for part, seconds in parts.items()},
+    result = {"step_s": round(found["step_s"], 2), "parts_s": {part: round(seconds, 2) for part,
+                                                               seconds in parts.items()},
               "operators_s": {name: round(seconds, 3) for name, seconds in list(operators.items())[:15]},
               "cpus": os.cpu_count()}
     write_json(args.result, result)

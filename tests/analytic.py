@@ -1,9 +1,10 @@
-"""A model with known truth, in closed form: an attribute reaches the answer through latents, past them, or both ways.
+"""A model with known truth, in closed form: an attribute reaches the answer through latents, past them, or
+both ways.
 
-An item shows attribute a of C. Its latent is Z = kappa * E_a + mu0, with E [C, d] orthonormal rows and mu0 a direction that
-all items share. The answer's logits are scale * (share * E (Z - mu0) + (1 - share) * E I) + noise, where I is E_a, or 0 for
-the blank image. The noise is Gumbel's: the likeliest answer is right with the probability of a softmax. At kappa = 1 and
-with the same noise in every world NIE = share * TE, item by item.
+An item shows attribute a of C. Its latent is Z = kappa * E_a + mu0, with E [C, d] orthonormal rows and mu0 a
+direction that all items share. The answer's logits are scale * (share * E (Z - mu0) + (1 - share) * E I) +
+noise, where I is E_a, or 0 for the blank image. The noise is Gumbel's: the likeliest answer is right with the
+probability of a softmax. At kappa = 1 and with the same noise in every world NIE = share * TE, item by item.
 """
 import itertools
 import math
@@ -15,7 +16,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AnalyticModel:
-    """`redraw` is the probability that an intervened run draws its noise anew: changes of answers without any effect."""
+    """`redraw` is the probability that an intervened run draws its noise anew: changes of answers without any
+    effect."""
     share: float
     scale: float = 3.0
     kappa: float = 1.0
@@ -38,9 +40,11 @@ class AnalyticModel:
         return self.kappa * shown + self.mu0
 
     def logits(self, attributes: np.ndarray | None, latents: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Return the logits [n, n_options] of the image (None: blank), latents forced to a value, and noise."""
+        """Return the logits [n, n_options] of the image (None: blank), latents forced to a value, and noise.
+        """
         image = np.zeros_like(latents) if attributes is None else self.embedding[attributes]
-        return self.scale * (self.share * (latents - self.mu0) + (1 - self.share) * image) @ self.embedding.T + noise
+        return self.scale * (self.share * (latents - self.mu0) + (1 - self.share)
+                             * image) @ self.embedding.T + noise
 
     def worlds(self, attributes: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return the logits of the four worlds of items; the clean world keeps the items' own noise."""
@@ -59,9 +63,11 @@ class AnalyticModel:
 
     def accuracy_under_tau(self) -> float:
         """Return the probability of a right answer when every item is given the latents of one attribute."""
-        direct, lie, others = self.scale * (1 - self.share), self.scale * self.share * self.kappa, self.n_options - 1
+        direct, lie, others = self.scale * (1
+                                            - self.share), self.scale * self.share * self.kappa, self.n_options - 1
         same = self.accuracy(True, True)
-        return (same + others * math.exp(direct) / (math.exp(direct) + math.exp(lie) + others - 1)) / self.n_options
+        return (same + others * math.exp(direct) / (math.exp(direct) + math.exp(lie) + others
+                                                    - 1)) / self.n_options
 
 
 def outcomes(worlds: dict[str, np.ndarray], attributes: np.ndarray, binary: bool) -> dict[str, np.ndarray]:
@@ -71,9 +77,11 @@ def outcomes(worlds: dict[str, np.ndarray], attributes: np.ndarray, binary: bool
     return {name: logits[np.arange(len(attributes)), attributes] for name, logits in worlds.items()}
 
 
-def draw(model: AnalyticModel, n: int, binary: bool, rng: np.random.Generator, size: int = 1, rho: float = 0.0) -> tuple:
-    """Return (outcomes of n items in the four worlds, groups). In a share rho of the groups of `size` all items are copies of
-    the first, so that every item keeps its distribution and items of a group correlate by rho exactly."""
+def draw(model: AnalyticModel, n: int, binary: bool, rng: np.random.Generator, size: int = 1,
+         rho: float = 0.0) -> tuple:
+    """Return (outcomes of n items in the four worlds, groups). In a share rho of the groups of `size` all
+    items are copies of the first, so that every item keeps its distribution and items of a group correlate by
+    rho exactly."""
     attributes, groups = rng.integers(model.n_options, size=n), np.arange(n) // size
     found = outcomes(model.worlds(attributes, rng), attributes, binary)
     copies = (rng.random(n // size) < rho)[groups]
@@ -82,10 +90,13 @@ def draw(model: AnalyticModel, n: int, binary: bool, rng: np.random.Generator, s
 
 
 def trinomial(n: int, p_b: float, p_c: float) -> Iterator[tuple[int, int, float]]:
-    """Yield (b, c, probability) of all counts of changed answers that come up at all, of n items that change or not."""
+    """Yield (b, c, probability) of all counts of changed answers that come up at all, of n items that change
+    or not."""
     logs = [math.lgamma(i + 1) for i in range(n + 1)]
     for b, c in itertools.product(range(n + 1), repeat=2):
-        if abs(b - n * p_b) < 8 * math.sqrt(n * p_b) + 8 and abs(c - n * p_c) < 8 * math.sqrt(n * p_c) + 8 and b + c <= n:
+        if abs(b - n * p_b) < 8 * math.sqrt(n * p_b) + 8 and abs(c - n * p_c) < 8 * math.sqrt(
+            n * p_c) + 8 and b + c <= n:
             rest = n - b - c
-            yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b) + c * math.log(p_c)
+            yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b) + c
+                                 * math.log(p_c)
                                  + rest * math.log(1 - p_b - p_c))

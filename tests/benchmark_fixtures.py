@@ -1,4 +1,5 @@
-"""Tiny benchmarks in each source's own columns, with pictures made on the spot; tests/test_benchmarks.py reads them.
+"""Tiny benchmarks in each source's own columns, with pictures made on the spot; tests/test_benchmarks.py
+reads them.
 
 Every `write_*` returns (path, expected): for each item, by its id, what must come out of the file.
 """
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-VSTAR = [  # stem, options, gold, category: four options and two, a stem that comes twice, text that a TSV must quote
-    ("What is the material of the glove?", ["rubber", "cotton", "kevlar", "leather"], "A", "direct_attributes"),
+# stem, options, gold, category: four options and two, a stem that comes twice, text that a TSV must quote
+VSTAR = [
+    ("What is the material of the glove?", ["rubber", "cotton", "kevlar", "leather"], "A",
+     "direct_attributes"),
     ('What does the "sign" say?', ["None", "NA", "left.", 'a "quoted" word'], "B", "direct_attributes"),
     ("Is the dog left\tor right of the tree?", ["left", "right"], "B", "relative_position"),
     ("Is the dog left\tor right of the tree?", ["left", "right"], "A", "relative_position")]
@@ -19,7 +22,8 @@ BAKED = "\nAnswer with the option's letter from the given choices directly."
 
 
 def picture(n: int, kind: str = "JPEG") -> bytes:
-    """Bytes of a 56 x 84 picture; another `n` gives other bytes. JPEG of a quality that no library writes by default."""
+    """Bytes of a 56 x 84 picture; another `n` gives other bytes. JPEG of a quality that no library writes by
+    default."""
     file = io.BytesIO()
     image = Image.new("RGB", (56, 84), (40 * n % 256, 90, 200 - 30 * n % 200))
     image.paste("white", (0, 0, 20 + n, 30))
@@ -46,13 +50,15 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def write_parquet(path: Path, rows: list[dict], pictures: tuple[str, ...] = ("image",)) -> Path:
-    """As the `datasets` library writes it: pictures as {"bytes", "path"} and a note of their columns for its reader."""
+    """As the `datasets` library writes it: pictures as {"bytes", "path"} and a note of their columns for its
+    reader."""
     from datasets import Dataset, Features
     from datasets import Image as Picture
     from datasets import List, Value
 
     kinds = {str: Value("string"), int: Value("int64"), list: List(Value("string"))}
-    features = {name: Picture() if name in pictures else kinds[type(value)] for name, value in rows[0].items()}
+    features = {name: Picture() if name in pictures else kinds[type(value)] for name,
+                value in rows[0].items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows, features=Features(features)).to_parquet(str(path))
     return path
@@ -75,7 +81,8 @@ def mcq(question, texts, gold, category, *images) -> dict:
 def vstar_rows() -> list[dict]:
     """VStarBench.tsv: index, image, question, A, B, C, D, answer, category."""
     return [{"index": n, "image": text_of(picture(n)), "question": stem,
-             **{letter: dict(lettered(texts)).get(letter, "") for letter in "ABCD"}, "answer": gold, "category": category}
+             **{letter: dict(lettered(texts)).get(letter, "") for letter in "ABCD"}, "answer": gold,
+             "category": category}
             for n, (stem, texts, gold, category) in enumerate(VSTAR)]
 
 
@@ -112,16 +119,19 @@ def write_vstar_questions(folder: Path) -> tuple[Path, dict]:
 
 
 def write_vstar_original(folder: Path) -> tuple[Path, dict]:
-    """craigwu/vstar_bench: a JSON beside each picture, options are sentences, the first is right; other folders unused."""
+    """craigwu/vstar_bench: a JSON beside each picture, options are sentences, the first is right; other
+    folders unused."""
     root, expected = folder / "vstar_bench", {}
     for n, category in enumerate(["direct_attributes", "relative_position", "GPT4V-hard"]):
         place = root / category
         place.mkdir(parents=True)
         texts = [f"The dog is on the {side}." for side in ("left", "right")]
         (place / f"sa_{n}.jpg").write_bytes(picture(n))
-        (place / f"sa_{n}.json").write_text(json.dumps({"target_object": ["dog", "cat"], "bbox": [[1, 2, 3, 4], [9, 1, 5.5, 6]],
+        (place / f"sa_{n}.json").write_text(json.dumps({"target_object": ["dog", "cat"],
+                                                        "bbox": [[1, 2, 3, 4], [9, 1, 5.5, 6]],
                                                         "question": "Where is the dog?", "options": texts}))
-        expected[f"vstar_likelihood/{category}/sa_{n}"] = mcq("Where is the dog?", texts, "A", category, picture(n)) | {
+        expected[f"vstar_likelihood/{category}/sa_{n}"] = mcq("Where is the dog?", texts, "A", category,
+                                                              picture(n)) | {
             "metric": "likelihood", "region": [1, 1, 15, 7]}
     del expected["vstar_likelihood/GPT4V-hard/sa_2"]
     return root, expected
@@ -129,14 +139,16 @@ def write_vstar_original(folder: Path) -> tuple[Path, dict]:
 
 # ------------------------------------------------------------------------------------------------ HR-Bench
 def hrbench_rows() -> list[dict]:
-    """index, question, answer, category, A to D, cycle_category, image (base64); two questions, rotation by rotation."""
+    """index, question, answer, category, A to D, cycle_category, image (base64); two questions, rotation by
+    rotation."""
     rows = []
     for cycle in range(4):
         for n, category in enumerate(("single", "cross")):
             texts = [f"the {colour} one" for colour in ("red", "blue", "green", "black")]
             turned = texts[cycle:] + texts[:cycle]
             rows.append({"index": len(rows), "question": f"Which kiosk is nearest to gate {n}?",
-                         "answer": "ABCD"[turned.index(texts[n])], "category": category, **dict(lettered(turned)),
+                         "answer": "ABCD"[turned.index(texts[n])], "category": category,
+                         **dict(lettered(turned)),
                          "cycle_category": str(cycle), "image": text_of(picture(n))})
     return rows
 
@@ -171,17 +183,21 @@ def write_hrbench_hub(folder: Path) -> tuple[Path, dict]:
     return root, hrbench_expected()
 
 
-# ------------------------------------------------------------------------------------------------ MME-RealWorld-Lite
-REALWORLD = [("What colour is the car?", ["Red", "Green, dark", "White", "(none)", "The image does not feature the colour"],
+# ----------------------------------------------------------------------------------------- MME-RealWorld-Lite
+REALWORLD = [("What colour is the car?", ["Red", "Green, dark", "White", "(none)",
+                                          "The image does not feature the colour"],
               "E", "Perception/Remote Sensing"),
-             ("How many signs?", ["1", "2", "3", "4", "This image doesn't feature signs."], "C", "Reasoning/Monitoring")]
+             ("How many signs?", ["1", "2", "3", "4", "This image doesn't feature signs."], "C",
+              "Reasoning/Monitoring")]
 
 
 def realworld_rows(column: str = "image") -> list[dict]:
     """The picture, as base64, stands in `column`."""
     return [{"index": n, column: text_of(picture(n)), "question": question,
-             "multi-choice options": [f"({letter}) {text}" for letter, text in lettered(texts)], "answer": gold,
-             "category": category, "l2-category": "color"} for n, (question, texts, gold, category) in enumerate(REALWORLD)]
+             "multi-choice options": [f"({letter}) {text}" for letter, text in lettered(texts)],
+             "answer": gold,
+             "category": category, "l2-category": "color"} for n,
+             (question, texts, gold, category) in enumerate(REALWORLD)]
 
 
 def realworld_expected() -> dict:
@@ -204,53 +220,64 @@ JIGSAW_QUESTION = "Given the first image with one part missing, can you tell whi
 
 
 def blink_rows() -> list[dict]:
-    """Hub: idx, question, sub_task, image_1 to image_4, choices, answer, prompt, and columns that are not used."""
+    """Hub: idx, question, sub_task, image_1 to image_4, choices, answer, prompt, and columns that are not
+    used."""
     options = "".join(f"\n({letter}) {text}" for letter, text in lettered(JIGSAW))
     return [{"idx": f"val_Jigsaw_{n}", "question": JIGSAW_QUESTION, "sub_task": "Jigsaw",
-             **{f"image_{k}": struct(picture(3 * n + k, "PNG")) for k in (1, 2, 3)}, "image_4": None, "choices": JIGSAW,
-             "answer": "(B)" if n else "(A)", "prompt": f"{JIGSAW_QUESTION}\nSelect from the following choices.{options}"}
+             **{f"image_{k}": struct(picture(3 * n + k, "PNG")) for k in (1, 2, 3)}, "image_4": None,
+             "choices": JIGSAW,
+             "answer": "(B)" if n else "(A)",
+             "prompt": f"{JIGSAW_QUESTION}\nSelect from the following choices.{options}"}
             for n in range(2)]
 
 
 def write_blink(folder: Path) -> tuple[Path, dict]:
     write_parquet(folder / "BLINK" / "Jigsaw" / "val-00000-of-00001.parquet", blink_rows(),
                   tuple(f"image_{k}" for k in range(1, 5)))
-    (folder / "BLINK" / "README.md").write_text("---\nconfigs:\n- config_name: Jigsaw\n  data_files:\n  - split: val\n"
+    (folder / "BLINK"
+     / "README.md").write_text("---\nconfigs:\n- config_name: Jigsaw\n  data_files:\n  - split: val\n"
                                                 "    path: Jigsaw/val-*\n---\n")
     return folder / "BLINK", {f"blink/Jigsaw/val_Jigsaw_{n}": mcq(
-        JIGSAW_QUESTION, JIGSAW, "AB"[n], "Jigsaw", *(picture(3 * n + k, "PNG") for k in (1, 2, 3))) for n in range(2)}
+        JIGSAW_QUESTION, JIGSAW, "AB"[n], "Jigsaw", *(picture(3 * n + k, "PNG") for k in (1, 2, 3)))
+        for n in range(2)}
 
 
 def write_blink_tsv(folder: Path) -> tuple[Path, dict]:
     """BLINK.tsv: all subtasks in one file, pictures as a Python list of base64."""
-    rows = [{"index": n, "question": JIGSAW_QUESTION, **dict(lettered(JIGSAW)), "C": "", "D": "", "answer": "AB"[n % 2],
+    rows = [{"index": n, "question": JIGSAW_QUESTION, **dict(lettered(JIGSAW)), "C": "", "D": "",
+             "answer": "AB"[n % 2],
              "category": category, "image": repr([text_of(picture(3 * n + k, "PNG")) for k in (1, 2, 3)])}
             for n, category in enumerate(["Jigsaw", "Counting", "Jigsaw"])]
     return write_tsv(folder / "blink.tsv", rows), {f"blink/Jigsaw/{n}": mcq(
-        JIGSAW_QUESTION, JIGSAW, "A", "Jigsaw", *(picture(3 * n + k, "PNG") for k in (1, 2, 3))) for n in (0, 2)}
+        JIGSAW_QUESTION, JIGSAW, "A", "Jigsaw", *(picture(3 * n + k, "PNG") for k in (1, 2, 3)))
+        for n in (0, 2)}
 
 
-# ------------------------------------------------------------------------------------------------ TableVQABench
+# ---------------------------------------------------------------------------------------------- TableVQABench
 TABLES = {"vwtq": [("who won?", "Freeman"), ("which two?", r"Apple|10\p20"), ("note?", r"a\nb")],
           "vtabfact": [("the bucks win 6 games", "1"), ("all scores are above 8.8", "0")]}
-TABLE_GOLDS = {"Freeman": ["Freeman"], r"Apple|10\p20": ["Apple", "10|20"], r"a\nb": ["a\nb"], "1": True, "0": False}
+TABLE_GOLDS = {"Freeman": ["Freeman"], r"Apple|10\p20": ["Apple", "10|20"], r"a\nb": ["a\nb"], "1": True,
+               "0": False}
 
 
 def table_item(split: str, question: str, gold: str, n: int) -> dict:
     kind, metric = ("bool", "tabfact") if split == "vtabfact" else ("values", "wtq")
-    return {"question": question, "options": [], "answer": {"type": kind, "value": TABLE_GOLDS[gold]}, "category": split,
+    return {"question": question, "options": [], "answer": {"type": kind, "value": TABLE_GOLDS[gold]},
+            "category": split,
             "metric": metric, "bytes": [picture(n, "PNG")]}
 
 
 def write_tablevqa(folder: Path, split: str = "vwtq") -> tuple[Path, dict]:
-    """terryoo/TableVQA-Bench: qa_id, image, question, text_markdown_table, text_html_table, gt; a split is a file."""
+    """terryoo/TableVQA-Bench: qa_id, image, question, text_markdown_table, text_html_table, gt; a split is a
+    file."""
     for name, rows in TABLES.items():
         write_parquet(folder / "tables" / "data" / f"{name}-00000-of-00001.parquet",
                       [{"qa_id": f"{name}_{n}", "image": struct(picture(n, "PNG")), "question": question,
                         "text_markdown_table": "| a |", "text_html_table": "<table/>", "gt": gold}
                        for n, (question, gold) in enumerate(rows)])
     card = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in TABLES)
-    (folder / "tables" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{card}---\n")
+    (folder / "tables"
+     / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{card}---\n")
     return folder / "tables", {f"tablevqa/{split}/{split}_{n}": table_item(split, *row, n)
                                for n, row in enumerate(TABLES[split])}
 
@@ -258,15 +285,19 @@ def write_tablevqa(folder: Path, split: str = "vwtq") -> tuple[Path, dict]:
 def write_tablevqa_tsv(folder: Path, split: str = "vtabfact") -> tuple[Path, dict]:
     """tablevqa-bench.tsv: index, image, question, answer, split; all splits in one file."""
     rows = [(name, *row) for name in TABLES for row in TABLES[name]]
-    tsv = [{"index": n, "image": text_of(picture(n, "PNG")), "question": question, "answer": gold, "split": name}
+    tsv = [{"index": n, "image": text_of(picture(n, "PNG")), "question": question, "answer": gold,
+            "split": name}
            for n, (name, question, gold) in enumerate(rows)]
-    return write_tsv(folder / "tables.tsv", tsv), {f"tablevqa/{split}/{n}": table_item(split, question, gold, n)
-                                                   for n, (name, question, gold) in enumerate(rows) if name == split}
+    return write_tsv(folder / "tables.tsv", tsv), {f"tablevqa/{split}/{n}": table_item(split, question, gold,
+                                                                                       n)
+                                                   for n, (name, question, gold) in enumerate(rows) if name
+                                                   == split}
 
 
-# ------------------------------------------------------------------------------------------------ sources of latents
+# ----------------------------------------------------------------------------------------- sources of latents
 def yes_no(question: str, gold: str, n: int) -> dict:
-    return {"question": question, "options": [], "answer": {"type": "yesno", "value": gold.lower()}, "category": "count",
+    return {"question": question, "options": [], "answer": {"type": "yesno", "value": gold.lower()},
+            "category": "count",
             "metric": "yesno_pair", "bytes": [picture(n)]}
 
 
@@ -275,15 +306,18 @@ MME = [(f"Is there {what} in the picture? Please answer yes or no.", gold, n)
 
 
 def write_mme(folder: Path) -> tuple[Path, dict]:
-    rows = [{"question_id": f"count/{n}.jpg", "image": struct(picture(n)), "question": question, "answer": gold,
+    rows = [{"question_id": f"count/{n}.jpg", "image": struct(picture(n)), "question": question,
+             "answer": gold,
              "category": "count"} for question, gold, n in MME]
     return write_parquet(folder / "mme.parquet", rows), {
         f"mme/count/{n}.jpg/{gold.lower()}": yes_no(question, gold, n) for question, gold, n in MME}
 
 
 def write_mme_tsv(folder: Path) -> tuple[Path, dict]:
-    """MME.tsv: a picture that two rows share may stand in one of them; the other's cell is that row's index."""
-    rows = [{"index": k, "image": (1 if k == 0 else 2) if k in (0, 3) else text_of(picture(n)), "question": question,
+    """MME.tsv: a picture that two rows share may stand in one of them; the other's cell is that row's index.
+    """
+    rows = [{"index": k, "image": (1 if k == 0 else 2) if k in (0, 3) else text_of(picture(n)),
+             "question": question,
              "answer": gold, "category": "count"} for k, (question, gold, n) in enumerate(MME)]
     return write_tsv(folder / "mme.tsv", rows), {f"mme/{k}": yes_no(*parts) for k, parts in enumerate(MME)}
 

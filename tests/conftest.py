@@ -10,10 +10,12 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # tests run from any folder
-# before torch is imported, and for all processes that tests start: the last bits depend on the number of threads
+# before torch is imported, and for all processes that tests start: the last bits depend on the number of
+# threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1}
 TINY_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 TEXTS = ["What digit is on the red circle?", "a red circle with the digit 7", "The answer is \\boxed{7}.",
          "I look closer. <think_image>a blue square</think_image> It is blue."] * 4
@@ -30,7 +32,8 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tiny_checkpoint, tmp_path_factory):
-    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py, trained once a session."""
+    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py, trained once
+    a session."""
     @cache
     def make(kind, follows):
         from imagining import make_latent_checkpoint, make_text_checkpoint
@@ -63,7 +66,8 @@ def picture(tmp_path):
 
 @pytest.fixture
 def data(tmp_path, picture):
-    """Twelve rows of unequal length, every third without an imagined image and every fourth without any picture."""
+    """Twelve rows of unequal length, every third without an imagined image and every fourth without any
+    picture."""
     from utils.jsonl import write_rows
     rng, rows = random.Random(0), []
     for n in range(12):
@@ -71,9 +75,11 @@ def data(tmp_path, picture):
         picture(f"{n}_1.png", (56, 84), "green")
         words = " ".join(["closer"] * rng.randint(1, 12))
         steps = [{"text": f"I look {words}."}]
-        steps += [{"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}] if n % 3 else []
+        steps += [{"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}] if n % 3 else [
+            ]
         steps += [{"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
-        rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [], "question": f"What is {words}?",
+        rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [],
+                     "question": f"What is {words}?",
                      "answer": str(n), "steps": steps,
                      "chain": f"I look {words}. <think_image>a thing</think_image> The answer is \\boxed{{{n}}}."})
     write_rows(tmp_path / "rows.jsonl", rows)

@@ -2,9 +2,10 @@
 
     python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05] [--sound]
 
-Without a fault, or mended (--sound), it answers by rule from the request alone: the same request, the same bytes. Without a
-schema it is a model that is shown items, or a judge of its replies. Prints its port. Every POST
-is a line in --log: {"text", "fault", "n" (how often this text came), "images" (sha256), "key" (Authorization)}.
+Without a fault, or mended (--sound), it answers by rule from the request alone: the same request, the same
+bytes. Without a schema it is a model that is shown items, or a judge of its replies. Prints its port. Every
+POST is a line in --log: {"text", "fault", "n" (how often this text came), "images" (sha256), "key"
+(Authorization)}.
 """
 import argparse
 import base64
@@ -23,7 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 STATUSES = {"408": 408, "429": 429, "502": 502, "503": 503, "504": 504}  # twice, then an answer
-ALWAYS = {"400": 400, "413": 413, "422": 422, "418": 418, "500": 500, "401": 401, "403": 403, "404": 404, "302": 302}
+ALWAYS = {"400": 400, "413": 413, "422": 422, "418": 418, "500": 500, "401": 401, "403": 403, "404": 404,
+          "302": 302}
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: flo
             ) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run this server in a process of its own; yield it and its base URL."""
     process = subprocess.Popen([sys.executable, __file__, "--log", str(folder / name),
-                                "--port", str(port), "--latency", str(latency), *(["--sound"] if sound else [])], stdout=subprocess.PIPE, text=True)
+                                "--port", str(port), "--latency", str(latency),
+                                *(["--sound"] if sound else [])], stdout=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -42,7 +45,8 @@ def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: flo
 
 def calls_of(folder: Path, name: str = "calls.jsonl") -> list[dict]:
     """Return what a server was asked so far."""
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists() else []
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists(
+        ) else []
 
 
 class Server(ThreadingHTTPServer):
@@ -67,42 +71,50 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)),
+                            **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
 
     def do_GET(self) -> None:
-        self.answer(500, b'{"detail": "no cache folder"}')  # as transformers serve without a Hugging Face cache
+        # as transformers serve without a Hugging Face cache
+        self.answer(500, b'{"detail": "no cache folder"}')
 
     def do_POST(self) -> None:
         data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         parts = data["messages"][-1]["content"]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
-        images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts if part["type"] == "image_url"]
+        images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts
+                  if part["type"] == "image_url"]
         fault = match[1] if (match := re.search(r"fault:(\w+)", text)) and not self.server.sound else None
         with self.server.lock:
             n = self.server.counts[text] = self.server.counts.get(text, 0) + 1
-            line = {"text": text, "fault": fault, "n": n, "images": [hashlib.sha256(image).hexdigest() for image in images],
+            line = {"text": text, "fault": fault, "n": n, "images": [hashlib.sha256(image).hexdigest()
+                                                                     for image in images],
                     "key": self.headers.get("Authorization"), "model": data["model"], "seed": data["seed"],
                     "max_tokens": data["max_tokens"], "temperature": data["temperature"]}
             self.server.log.write(json.dumps(line) + "\n")
             self.server.log.flush()
         time.sleep(self.server.latency)
-        self.misbehave(fault, n) or self.complete(reply(data, text) if "response_format" in data else say(data, text))
+        self.misbehave(fault, n) or self.complete(reply(data, text) if "response_format" in data
+                                                  else say(data, text))
 
     def complete(self, content: str | None, finish: str = "stop") -> None:
-        body = {"model": "served", "system_fingerprint": "stub-1", "usage": {"prompt_tokens": 20, "completion_tokens": 9},
+        body = {"model": "served", "system_fingerprint": "stub-1", "usage": {"prompt_tokens": 20,
+                                                                             "completion_tokens": 9},
                 "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
         self.answer(200, json.dumps(body).encode())
 
     def misbehave(self, fault: str | None, n: int) -> bool:
         """Do what a fault says; return whether it was an answer (or the end of the connection)."""
         if fault in STATUSES and n <= 2:
-            self.answer(STATUSES[fault], b'{"error": "busy"}', **({"Retry_After": "1"} if fault in ("429", "503") else {}))
+            self.answer(STATUSES[fault], b'{"error": "busy"}',
+                        **({"Retry_After": "1"} if fault in ("429", "503") else {}))
         elif fault in ALWAYS or fault == "500once" and n == 1:
-            self.answer(ALWAYS.get(fault, 500), f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'.encode())
+            self.answer(ALWAYS.get(fault, 500),
+                        f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'.encode())
         elif fault == "kill":
             os._exit(1)
         elif fault == "hang" and n <= 2:
@@ -137,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
 def reply(data: dict, text: str) -> str:
     """Return what a good model would say, by the schema that was asked for."""
     asked = set(data["response_format"]["json_schema"]["schema"]["properties"])
-    mark = "".join("abcdefghij"[int(digit, 16) % 10] for digit in hashlib.sha256(text.encode()).hexdigest()[:6])
+    mark = "".join("abcdefghij"[int(digit, 16) % 10]
+                   for digit in hashlib.sha256(text.encode()).hexdigest()[:6])
     if "fault:control" in text:
         mark += "\n\t and a tab"
     if "caption" in asked:
@@ -153,7 +166,8 @@ def reply(data: dict, text: str) -> str:
                  for span in json.loads(re.search(r"^Passages: (\[.*\])$", text, re.MULTILINE)[1])]
         value = {"edited": spans[1:] if "fault:missing" in text else spans, "changed_phrases": [new]}
     elif "answerable" in asked:
-        value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes", "observation_supports_answer": "yes",
+        value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes",
+                 "observation_supports_answer": "yes",
                  "chain_consistent": "unclear" if "fault:unclear" in text else "yes", "problems": []}
     elif "questions" in asked:
         value = {"questions": write_questions(text, mark)}
@@ -167,10 +181,14 @@ def reply(data: dict, text: str) -> str:
 
 
 DEFECTS = [  # of a written question, and the reason that it must be given
-    ({"question": " "}, "empty"), ({"wrong": ["blue", "green <image>", "red"]}, "markup"), ({"wrong": ["blue", "red"]}, "options"),
-    ({"wrong": ["blue", "Blue.", "red"]}, "options"), ({"wrong": ["blue", "red", "none of these"]}, "catch_all"),
-    ({"wrong": ["blue", "B. red", "green"]}, "letter"), ({"question": "Is the lid seen white or what?"}, "gold_in_stem"),
-    ({"question": "SOURCE"}, "source_question"), ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"},
+    ({"question": " "}, "empty"), ({"wrong": ["blue", "green <image>", "red"]}, "markup"),
+    ({"wrong": ["blue", "red"]}, "options"),
+    ({"wrong": ["blue", "Blue.", "red"]}, "options"), ({"wrong": ["blue", "red", "none of these"]},
+                                                       "catch_all"),
+    ({"wrong": ["blue", "B. red", "green"]}, "letter"), ({"question": "Is the lid seen white or what?"},
+                                                         "gold_in_stem"),
+    ({"question": "SOURCE"}, "source_question"),
+    ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"},
                                                   "source_answer"),
     ({"question": "What colour has the lid, which is misread?"}, "image_wrong"),
     ({"question": "What colour has the lid, which is unclear?"}, "image_none"),
@@ -179,25 +197,30 @@ DEFECTS = [  # of a written question, and the reason that it must be given
 
 
 def write_questions(text: str, mark: str) -> list[dict]:
-    """Return as many questions as are asked for, or one of each of DEFECTS; the right option says that it is seen."""
+    """Return as many questions as are asked for, or one of each of DEFECTS; the right option says that it is
+    seen."""
     source = re.search(r"^Someone was asked this about it:\n(.*)$", text, re.MULTILINE)[1]
     sound = {"attribute": "colour", "question": "", "answer": "seen white", "wrong": ["blue", "green", "red"]}
     if "fault:rules" in text:
         return [{**sound, "question": "Which colour has the rim?", **changes,
-                 **({"question": source} if changes.get("question") == "SOURCE" else {})} for changes, _ in DEFECTS]
+                 **({"question": source} if changes.get("question") == "SOURCE" else {})} for changes,
+                 _ in DEFECTS]
     n = int(re.search(r"Write (\d+) other", text)[1]) - ("fault:few" in text)
     return [{**sound, "question": f"What {name} has thing {mark}?", "attribute": name}
-            for name in ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state")[:n]]
+            for name in ("colour", "material", "shape", "size", "count", "text", "position", "pattern",
+                         "part", "state")[:n]]
 
 
 def choose_letter(text: str) -> str:
-    """Return the option that says that it is seen where the picture is there, and a wrong one where it is not."""
+    """Return the option that says that it is seen where the picture is there, and a wrong one where it is
+    not."""
     options = dict(re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE))
     seen = next(letter for letter, option in options.items() if option.startswith("seen"))
     if "unclear" in text:
         return "none"
     blind = "cannot see" in text
-    return seen if ("guessable" in text if blind else "misread" not in text) else next(x for x in options if x != seen)
+    return seen if ("guessable" in text if blind else "misread" not in text) else next(x for x in options
+                                                                                       if x != seen)
 
 
 def say(data: dict, text: str) -> str:

@@ -1,13 +1,16 @@
-"""Forty-eight replies, and what VLMEvalKit, MME-RealWorld's function and these rules read in each (their code was run)."""
+"""Forty-eight replies, and what VLMEvalKit, MME-RealWorld's function and these rules read in each (their code
+was run)."""
 
 OPTIONS = {name: dict(zip("ABCDE", texts)) for name, texts in {
-    "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"), "LR": ("left", "right"),
+    "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"),
+    "LR": ("left", "right"),
     "BIN": ("To the right of the recycle bin", "In front of the recycle bin", "Behind the recycle bin",
             "To the left of the recycle bin"),
     "NUM": ("48", "49", "4", "9"), "TEN": ("1", "2", "3", "10"), "SNOW": ("red", "white", "blue", "green"),
     "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color"),
     "JIG": ("the second image", "the third image")}.items()}
-IMAGINED = ("Suppose the image had been zoomed in on the lower left region, so that the cup next to the laptop is enlarged. In "
+IMAGINED = (
+    "Suppose the image had been zoomed in on the lower left region, so that the cup next to the laptop is enlarged. In "
             "this imagined view the cup shows a matte surface whose colour is clearly red.")
 MARKED = "Suppose a rectangle had been drawn around the cup. A closer look shows the surface is red."
 # Options, gold, reply, VLMEvalKit e8e78f0, VLMEvalKit 0bac5c0, MME-RealWorld on bare letters, ours, our rule
@@ -38,7 +41,8 @@ REPLIES = [(name, gold, reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), 
     ("COL", "C",
      "At first glance one Cannot determine the answer, but zooming in shows blue. \\boxed{C}",
      "Z", "Z", "A", "C", "boxed_letter"),
-    ("COL", "C", "I'm sorry, but without the image provided I cannot answer.", "Z", "Z", None, None, "unresolved"),
+    ("COL", "C", "I'm sorry, but without the image provided I cannot answer.", "Z", "Z", None, None,
+     "unresolved"),
     ("COL", "C", "{R}", None, None, None, "B", "tail_text"),
     ("COL", "C", "", None, None, "A", None, "empty"),
     ("COL", "C",
@@ -47,7 +51,8 @@ REPLIES = [(name, gold, reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), 
     ("COL", "D", "The options are A, B, C, D. The right one is D.", None, None, "A", None, "unresolved"),
     ("LR", "A", "The dog is on the left side of the river. \\boxed{A}", "A", "A", "A", "A", "boxed_letter"),
     ("LR", "A", "left", "A", "A", None, "A", "bare_text"),
-    ("LR", "A", "The dog is to the left of the river, not to the right.", None, None, None, None, "unresolved"),
+    ("LR", "A", "The dog is to the left of the river, not to the right.", None, None, None, None,
+     "unresolved"),
     ("NUM", "A", "48", None, None, None, "A", "bare_text"),
     ("TEN", "D", "10", None, None, None, "D", "bare_text"),
     ("TEN", "C", "There are 3 people.", None, None, None, "C", "bare_text_in"),
@@ -59,12 +64,15 @@ REPLIES = [(name, gold, reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), 
     ("MAT", "B",
      "<abs_vis_token>词汇 A the</abs_vis_token> The glove is made of cotton. \\boxed{B}",
      None, None, "A", "B", "boxed_letter"),
-    ("JIG", "B", "The missing corner is completed by the third image (B).", "B", "B", "B", "B", "bare_text_in"),
+    ("JIG", "B", "The missing corner is completed by the third image (B).", "B", "B", "B", "B",
+     "bare_text_in"),
     ("RW5", "E", "E. The image does not feature the color.", "E", "E", "E", "E", "bare_letter_text"),
-    ("RW5", "E", "The answer is E, because the object in question is not visible anywhere.", None, None, "E", "E", "phrase"),
+    ("RW5", "E", "The answer is E, because the object in question is not visible anywhere.", None, None, "E",
+     "E", "phrase"),
     ("RW5", "C", "Based on the image, the car is yellow. \\boxed{C}", "C", "C", "B", "C", "boxed_letter"),
     ("COL", "B", "答案是B。", None, None, "B", "B", "phrase"),
-    ("COL", "B", "<think>A red or blue cup? Clearly red.</think><answer>B</answer>", None, None, "A", "B", "tag_letter"),
+    ("COL", "B", "<think>A red or blue cup? Clearly red.</think><answer>B</answer>", None, None, "A", "B",
+     "tag_letter"),
     ("MAT", "B", "\\boxed{\\textbf{(B)}}", "B", "B", "B", "B", "boxed_letter"),
     ("BIN", "C",
      "Zoom in on region A of the map. The person stands behind the recycle bin.\n\nTherefore, the final answer is \\boxed{C}",

@@ -3,13 +3,15 @@
     python tests/hostile.py --result results/hostile.json      (minutes on one core)
 
 Reads   nothing: inputs are made by tests/mutations.py from --seed, around sound ones
-Writes  --result: {"rows", "images", "processes", "tracebacks", "hangs", "escapes", "tokens", "pickles", "memory", ...}
+Writes  --result: {"rows", "images", "processes", "tracebacks", "hangs", "escapes", "tokens", "pickles",
+"memory", ...}
 Prints  the same as one JSON object; exit code 1 if a count of failures is not 0
 
-Scripts run in this process, through the `cli` that their commands go through; a sample runs as commands. For each input:
-no exception but a SystemExit or one line and a code of 0, 2, 3 or 4; at most 10 s; at most 2 GiB more memory at the peak; no file
-opened outside of the case's folder (an audit hook; library code and the checkpoint are named below); no control token in
-a prompt or a training row that the template itself does not bring; no class looked up by a pickle.
+Scripts run in this process, through the `cli` that their commands go through; a sample runs as commands. For
+each input: no exception but a SystemExit or one line and a code of 0, 2, 3 or 4; at most 10 s; at most 2 GiB
+more memory at the peak; no file opened outside of the case's folder (an audit hook; library code and the
+checkpoint are named below); no control token in a prompt or a training row that the template itself does not
+bring; no class looked up by a pickle.
 """
 import argparse
 import contextlib
@@ -56,11 +58,14 @@ from utils.evaluate.answering import Conversation, render  # noqa: E402
 from utils.train.examples import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
-LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT, "/usr", "/dev", "/proc/self", "/proc/meminfo",
-                                                     "/proc/cpuinfo", "/sys", "/lib", "/etc/ld.so.cache", "/etc/localtime")]
+LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT, "/usr", "/dev",
+                                                    "/proc/self", "/proc/meminfo",
+                                                     "/proc/cpuinfo", "/sys", "/lib", "/etc/ld.so.cache",
+                                                     "/etc/localtime")]
 LIBRARIES += [str(Path.home() / ".cache"), str(Path.home() / ".config"), f"{tempfile.gettempdir()}/datasets-"]
 FORBIDDEN = ("/dev/zero", "/proc/self/mem", "/etc/passwd")
-JUDGED = json.dumps({"reason": "x", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes", "problems": []})
+JUDGED = json.dumps({"reason": "x", "answerable": "yes", "observation_supports_answer": "yes",
+                     "chain_consistent": "yes", "problems": []})
 watched = {"case": None, "opened": [], "pickles": 0}
 
 
@@ -81,16 +86,18 @@ class StandInModel(StandIn):
     def reply(self, text: str) -> str:
         if "[1]" in text:
             return json.dumps({"segments": []})
-        return JUDGED if "judge this example" in text else json.dumps({"caption": "a white 42 on a hull", "legible": "yes"})
+        return JUDGED if "judge this example" in text else json.dumps({"caption": "a white 42 on a hull",
+                                                                       "legible": "yes"})
 
 
-# ------------------------------------------------------------------------------------------------ what is counted
+# -------------------------------------------------------------------------------------------- what is counted
 class Tally:
     """Runs cases and counts; `case` is the folder that they may read."""
 
     def __init__(self, case: Path):
         self.case, self.counts, self.codes, self.by_reader = case, Counter(), Counter(), Counter()
-        self.failures, self.slowest, self.base = [], (0.0, ""), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.failures, self.slowest, self.base = [], (0.0,
+                                                      ""), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.peak = self.base
 
     def fail(self, kind: str, reader: str, said: object) -> None:
@@ -116,7 +123,8 @@ class Tally:
             faulthandler.cancel_dump_traceback_later()
             watched["case"] = None
         took, said = time.monotonic() - began, err.getvalue()
-        took = took if took > 6 * LIMIT_S else min(took, time.process_time() - busy)  # other work on the machine is no hang
+        # other work on the machine is no hang
+        took = took if took > 6 * LIMIT_S else min(took, time.process_time() - busy)
         self.slowest = max(self.slowest, (round(took, 2), f"{reader} {seed}"))
         if code is not None:
             self.codes[str(code)] += 1
@@ -143,10 +151,13 @@ class Tally:
             self.fail("tokens", reader, names or f"lacks {expected - found}")
 
     def result(self) -> dict:
-        names = ("rows", "images", "processes", "tracebacks", "hangs", "escapes", "tokens", "pickles", "memory")
-        return {"inputs": sum(self.counts[name] for name in names[:3])} | {name: self.counts[name] for name in names} | {
+        names = ("rows", "images", "processes", "tracebacks", "hangs", "escapes", "tokens", "pickles",
+                 "memory")
+        return {"inputs": sum(self.counts[name] for name in names[:3])} | {name: self.counts[name]
+                                                                           for name in names} | {
             "exit_codes": dict(sorted(self.codes.items())), "by_reader": dict(sorted(self.by_reader.items())),
-            "slowest_s": self.slowest, "more_memory_gib": round((self.peak - self.base) / 2**20, 2), "failures": self.failures[:50]}
+            "slowest_s": self.slowest, "more_memory_gib": round((self.peak - self.base) / 2**20, 2),
+            "failures": self.failures[:50]}
 
 
 @functools.cache
@@ -158,10 +169,12 @@ def template_ids(tokenizer: object, ids: list[int]) -> Counter:
     return Counter(i for i in ids if i in special_ids(tokenizer))
 
 
-# ------------------------------------------------------------------------------------------------ sound inputs
+# ----------------------------------------------------------------------------------------------- sound inputs
 def own_row(name: str = "x/1") -> dict:
-    return {"id": name, "subset": "Visual_CoT", "images": ["a.png"], "question": "What is on the hull?\nA. 41\nB. 42", "answer": "42",
-            "steps": [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": "a white 42 on a hull"},
+    return {"id": name, "subset": "Visual_CoT", "images": ["a.png"],
+            "question": "What is on the hull?\nA. 41\nB. 42", "answer": "42",
+            "steps": [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom",
+                                                   "caption": "a white 42 on a hull"},
                       {"text": "It shows 42. The answer is \\boxed{42}."}],
             "chain": "I look closer. <think_image>a white 42 on a hull</think_image> It shows 42. The answer is \\boxed{42}.", "refined": True}
 
@@ -169,9 +182,11 @@ def own_row(name: str = "x/1") -> dict:
 def monet_row(name: object = 7) -> dict:
     content = [("text", "I zoom in. <abs_vis_token></abs_vis_token>"), ("image", "b.png"),
                ("text", "<observation>The hull shows 42.</observation> The answer is \\boxed{42}.")]
-    turns = ("system", [("text", "Help.")]), ("user", [("image", "a.png"), ("text", "What number?")]), ("assistant", content)
+    turns = ("system", [("text", "Help.")]), ("user", [("image", "a.png"), ("text", "What number?")]), (
+        "assistant", content)
     return {"metadata": {"dataset_name": "Visual_CoT", "sample_id": name},
-            "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in parts]} for role, parts in turns]}
+            "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in parts]}
+                     for role, parts in turns]}
 
 
 def mirage_row() -> dict:
@@ -180,11 +195,14 @@ def mirage_row() -> dict:
 
 
 def item_row(name: str = "i/1", metric: str = "mcq") -> dict:
-    gold = {"mcq": {"type": "letter", "value": "B"}, "likelihood": {"type": "letter", "value": "B"}, "wtq": {"type": "values", "value": ["7"]},
+    gold = {"mcq": {"type": "letter", "value": "B"}, "likelihood": {"type": "letter", "value": "B"},
+            "wtq": {"type": "values", "value": ["7"]},
             "tabfact": {"type": "bool", "value": True}, "yesno_pair": {"type": "yesno", "value": "yes"},
             "vsp_path": {"type": "path_map", "value": [[1, 0], [-1, 2]]}}[metric]
-    return {"id": name, "benchmark": "toy", "category": "zoom", "group_id": f"g/{name}", "question": "What digit?", "answer": gold,
-            "options": [["A", "4"], ["B", "7"]] if gold["type"] == "letter" else [], "images": [{"path": "a.png", "sha256": "0"}],
+    return {"id": name, "benchmark": "toy", "category": "zoom", "group_id": f"g/{name}",
+            "question": "What digit?", "answer": gold,
+            "options": [["A", "4"], ["B", "7"]] if gold["type"] == "letter" else [],
+            "images": [{"path": "a.png", "sha256": "0"}],
             "metric": metric, "hint": "look", "raw": {"cycle_category": "0"}, "region": [1, 2, 30, 40],
             "counterfactual": {"images": [{"path": "b.png"}], "answer": gold}}
 
@@ -195,16 +213,20 @@ def probe_row(name: str = "p/1") -> dict:
 
 
 def result_row(name: str = "i/1") -> dict:
-    return {"id": name, "benchmark": "vstar", "category": "a", "group_id": "g", "gold": "B", "n_options": 4, "prompt_sha": "0",
+    return {"id": name, "benchmark": "vstar", "category": "a", "group_id": "g", "gold": "B", "n_options": 4,
+            "prompt_sha": "0",
             "verdict": "correct", "clean_output": "B", "judged": "correct", "n_tokens": 3, "n_latent": 0}
 
 
-METRICS = {"n": 2, "ci95": [0.1, 0.9], "chance": 0.25, "efficiency": {"seconds_per_item": 1.0, "tokens_per_item": 8.0},
-           "protocol": {"model": "m", "method": "text", "line": "l"}, "with_judge": {"ci95": [0.1, 0.9], "chance": 0.3}}
+METRICS = {"n": 2, "ci95": [0.1, 0.9], "chance": 0.25, "efficiency": {"seconds_per_item": 1.0,
+                                                                      "tokens_per_item": 8.0},
+           "protocol": {"model": "m", "method": "text", "line": "l"}, "with_judge": {"ci95": [0.1, 0.9],
+                                                                                     "chance": 0.3}}
 
 
 def make_case(folder: Path) -> Path:
-    """Make the root with its pictures, links out of it, a pipe and a circle of links; beside it what may not be read."""
+    """Make the root with its pictures, links out of it, a pipe and a circle of links; beside it what may not
+    be read."""
     root = folder / "root"
     (folder / "outside").mkdir()
     root.mkdir()
@@ -218,7 +240,7 @@ def make_case(folder: Path) -> Path:
     return root
 
 
-# ------------------------------------------------------------------------------------------------ readers of rows
+# -------------------------------------------------------------------------------------------- readers of rows
 class Readers:
     """One method a reader: it writes the input of a random generator and runs the script that reads it."""
 
@@ -243,33 +265,40 @@ class Readers:
 
     def stage_1(self, rng, seed):
         form, sound = rng.choice([("monet", monet_row), ("mirage", mirage_row), ("own", own_row)])
-        argv = ["--input", self.write(rng, sound, [own_row("x/2")]), "--image_root", self.root, "--output", self.output, "--dry_run"]
+        argv = ["--input", self.write(rng, sound, [own_row("x/2")]), "--image_root", self.root, "--output",
+                self.output, "--dry_run"]
         if self.run(f"rewrite_captions {form}", seed, rewrite_captions.main, *argv) == 0:
             self.check_calls(rewrite_captions, [str(word) for word in argv])
 
     def check_calls(self, script: object, argv: list[str]) -> None:
-        """The words of a call go to a server whose tokenizer takes markers for tokens: none may come from data."""
+        """The words of a call go to a server whose tokenizer takes markers for tokens: none may come from
+        data."""
         args, tokenizer = script.parse_args(argv), self.qwen.tokenizer
         if script is rewrite_captions:
             samples = script.read_samples(args)
             script.apply_rules(samples, args.image_root, None)
-            calls = [call for s in samples if s.reason is None for call in script.caption_calls(s, args, script.PROMPTS)]
+            calls = [call for s in samples if s.reason is None
+                     for call in script.caption_calls(s, args, script.PROMPTS)]
         else:
             rows = script.read_rows(args.input, script.OWN_FIELDS | {"chain": str})
             calls = [script.judge_call(row, verdict, args.image_root, script.PROMPTS)
-                     for row, verdict in zip(rows, script.judge(rows, None, args, script.PROMPTS)) if verdict.stage is None]
+                     for row, verdict in zip(rows, script.judge(rows, None, args, script.PROMPTS))
+                     if verdict.stage is None]
         for call in calls:
             if "<|" in call.text.replace("<| ", "") and (markers := script_markers(tokenizer, call.text)):
                 self.tally.fail("tokens", f"{script.__name__} call", markers)
 
     def stage_2(self, rng, seed):
-        argv = ["--input", self.write(rng, own_row, [own_row("x/2")]), "--image_root", self.root, "--output", self.output]
-        if self.run("filter_data", seed, filter_data.main, *argv, rng.choice(("--dry_run", "--rules_only"))) == 0:
+        argv = ["--input", self.write(rng, own_row, [own_row("x/2")]), "--image_root", self.root, "--output",
+                self.output]
+        if self.run("filter_data", seed, filter_data.main, *argv,
+                    rng.choice(("--dry_run", "--rules_only"))) == 0:
             self.check_calls(filter_data, [str(word) for word in argv])
 
     def training(self, rng, seed):
         kind = rng.choice(IMAGINATIONS)
-        args = train_sft.parse_args(["--data", str(self.write(rng, own_row, [own_row("x/2")])), "--image_root", str(self.root),
+        args = train_sft.parse_args(["--data", str(self.write(rng, own_row, [own_row("x/2")])),
+                                     "--image_root", str(self.root),
                                      "--output", str(self.case / "checkpoint"), "--imagination", kind])
         target, tokenizer = train_sft.make_target(args), self.qwen.tokenizer
 
@@ -287,9 +316,12 @@ class Readers:
     def items(self, rng, seed):
         metric = rng.choice(("mcq", "mcq", "likelihood", "wtq", "tabfact", "yesno_pair", "vsp_path"))
         self.write(rng, lambda: item_row(metric=metric), [item_row("i/2")])
-        script, argv = rng.choice([(evaluate, ["--output", self.output, "--backend", rng.choice(("local", "openai")), "--max_pixels", "100000"]),
-                                   (probe, ["--output", self.case / "probe"]), (intervene, ["--output", self.output, "--latent", "off"])])
-        argv = ["--items", self.input, "--image_root", self.root, "--model", self.checkpoint, "--dry_run", *argv]
+        script, argv = rng.choice([(evaluate, ["--output", self.output, "--backend",
+                                               rng.choice(("local", "openai")), "--max_pixels", "100000"]),
+                                   (probe, ["--output", self.case / "probe"]),
+                                   (intervene, ["--output", self.output, "--latent", "off"])])
+        argv = ["--items", self.input, "--image_root", self.root, "--model", self.checkpoint, "--dry_run",
+                *argv]
         if self.run(f"{script.__name__} items", seed, script.main, *argv) == 0:
             self.check_items(script)
 
@@ -301,40 +333,53 @@ class Readers:
             if script is evaluate:
                 conversation = Conversation(item, PROTOCOLS["vlmevalkit"], str(self.root), "direct", {})
                 prompts.append(render(tokenizer, conversation.messages))
-            expected = template_ids(tokenizer, tokenizer(chat(tokenizer, "x", n), add_special_tokens=False).input_ids)
+            expected = template_ids(tokenizer, tokenizer(chat(tokenizer, "x", n),
+                                                         add_special_tokens=False).input_ids)
             for prompt in prompts:
-                self.tally.check_tokens(f"{script.__name__} prompt", tokenizer, tokenizer(prompt, add_special_tokens=False).input_ids, expected)
+                self.tally.check_tokens(f"{script.__name__} prompt", tokenizer,
+                                        tokenizer(prompt, add_special_tokens=False).input_ids, expected)
 
     def probe_items(self, rng, seed):
         write_rows(self.case / "items.jsonl", [item_row(), item_row("i/2")])
         self.write(rng, probe_row, [probe_row("p/2") | {"source": "i/2"}])
-        self.run("probe questions", seed, probe.main, "--items", self.case / "items.jsonl", "--probe_items", self.input, "--image_root", self.root,
-                 "--model", self.checkpoint, "--output", self.case / "probe", "--dry_run", *rng.choice(([], ["--circular"])))
+        self.run("probe questions", seed, probe.main, "--items", self.case / "items.jsonl", "--probe_items",
+                 self.input, "--image_root", self.root,
+                 "--model", self.checkpoint, "--output", self.case / "probe", "--dry_run",
+                 *rng.choice(([], ["--circular"])))
 
     def results(self, rng, seed):
         self.write(rng, result_row, [result_row("i/2") | {"verdict": "incorrect"}])
-        metrics = mutations.as_line(mutations.mutate(rng, METRICS)) if rng.random() < 0.5 else json.dumps(METRICS)
-        Path(f"{self.input}.metrics.json").write_bytes(mutations.PICKLE if rng.random() < 0.03 else metrics.encode("utf-8", "surrogatepass"))
+        metrics = mutations.as_line(mutations.mutate(rng, METRICS)) if rng.random() < 0.5 else json.dumps(
+            METRICS)
+        Path(f"{self.input}.metrics.json").write_bytes(mutations.PICKLE if rng.random() < 0.03
+                                                       else metrics.encode("utf-8", "surrogatepass"))
         write_rows(self.case / "other.jsonl", [result_row(), result_row("i/2")])
         if rng.random() < 0.5:
-            self.run("evaluate --table", seed, evaluate.main, "--table", f"Monet={self.input}", "--output", self.case / "table.md")
+            self.run("evaluate --table", seed, evaluate.main, "--table", f"Monet={self.input}", "--output",
+                     self.case / "table.md")
         else:
-            self.run("evaluate --compare", seed, evaluate.main, "--compare", self.input, self.case / "other.jsonl", "--output",
+            self.run("evaluate --compare", seed, evaluate.main, "--compare", self.input, self.case
+                     / "other.jsonl", "--output",
                      self.case / "compare.json")
 
     def prompts(self, rng, seed):
         write_rows(self.case / "own.jsonl", [own_row()])
         script, flag = rng.choice([(rewrite_captions, "--no_refine"), (filter_data, "--blind_answer")])
-        lines = mutations.as_file(rng, [mutations.mutate(rng, {name: text for name, text in script.PROMPTS.items()})])
+        lines = mutations.as_file(rng,
+                                  [mutations.mutate(rng,
+                                                    {name: text for name, text in script.PROMPTS.items()})])
         self.input.write_bytes(lines)
-        self.run("prompts", seed, script.main, "--input", self.case / "own.jsonl", "--image_root", self.root, "--output", self.output,
+        self.run("prompts", seed, script.main, "--input", self.case / "own.jsonl", "--image_root", self.root,
+                 "--output", self.output,
                  "--prompts", self.input, "--dry_run", flag)
 
-    # -------------------------------------------------------------------------------------------- benchmarks' own files
+    # ---------------------------------------------------------------------------------- benchmarks' own files
     def source(self, rng, seed):
-        name, make = rng.choice([("vstar", bench.vstar_rows), ("vstar_inline", bench.inline_rows), ("hrbench_4k", bench.hrbench_rows),
+        name, make = rng.choice([("vstar", bench.vstar_rows), ("vstar_inline", bench.inline_rows),
+                                 ("hrbench_4k", bench.hrbench_rows),
                                  ("mme_realworld_lite", bench.realworld_rows),
-                                 ("blink/Jigsaw", bench.blink_rows), ("tablevqa/vwtq", table_rows), ("mme", mme_rows), ("vsp", vsp_rows),
+                                 ("blink/Jigsaw", bench.blink_rows), ("tablevqa/vwtq", table_rows),
+                                 ("mme", mme_rows), ("vsp", vsp_rows),
                                  ("ocrbench_v2", ocr_rows)])
         rows = json.loads(json.dumps(make(), default=bench.text_of))
         rows[0] = mutations.mutate(rng, rows[0])
@@ -348,46 +393,58 @@ class Readers:
             write_parquet(rng, path, make(), rows)
         if rng.random() < 0.15 and path.exists():
             damage(rng, path)
-        self.run(f"evaluate --benchmark {kind}", seed, evaluate.main, "--benchmark", name, "--source", path, "--image_root", self.root, "--prepare",
+        self.run(f"evaluate --benchmark {kind}", seed, evaluate.main, "--benchmark", name, "--source", path,
+                 "--image_root", self.root, "--prepare",
                  "--output", self.case / "bench", *rng.choice(([], ["--limit", "2"])))
 
     def folder_source(self, rng, seed):
         shutil.rmtree(self.case / "sources", ignore_errors=True)
         (self.case / "sources").mkdir()
-        make, name = rng.choice([(bench.write_vstar_original, "vstar_likelihood"), (bench.write_vstar_original, "vstar_likelihood"),
-                                 (bench.write_vstar_original, "vstar_likelihood"), (bench.write_tablevqa, "tablevqa/vwtq"), (bench.write_blink, "blink/Jigsaw")])
+        make, name = rng.choice([(bench.write_vstar_original, "vstar_likelihood"),
+                                 (bench.write_vstar_original, "vstar_likelihood"),
+                                 (bench.write_vstar_original, "vstar_likelihood"),
+                                 (bench.write_tablevqa, "tablevqa/vwtq"),
+                                 (bench.write_blink, "blink/Jigsaw")])
         folder = make(self.case / "sources")[0]
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         victim = rng.choice([path for path in files if path.suffix in (".json", ".parquet", ".jpg")])
         act = rng.randrange(5)
         if victim.suffix == ".json" and act < 3:
-            victim.write_bytes(mutations.as_file(rng, [mutations.mutate(rng, json.loads(victim.read_text()))]))
-        elif act == 3 and victim.suffix == ".jpg":  # tables and notes are what the user names, wherever they lie
+            victim.write_bytes(mutations.as_file(rng,
+                                                 [mutations.mutate(rng, json.loads(victim.read_text()))]))
+        # tables and notes are what the user names, wherever they lie
+        elif act == 3 and victim.suffix == ".jpg":
             victim.unlink()
             victim.symlink_to(rng.choice((self.case / "outside" / "secret.png", "/etc/passwd", victim)))
         else:
             damage(rng, victim)
-        self.run("evaluate --benchmark folder", seed, evaluate.main, "--benchmark", name, "--source", folder, "--prepare", "--output",
+        self.run("evaluate --benchmark folder", seed, evaluate.main, "--benchmark", name, "--source", folder,
+                 "--prepare", "--output",
                  self.case / "bench", "--limit", "2")
 
-    # -------------------------------------------------------------------------------------------- what scripts wrote themselves
+    # -------------------------------------------------------------------------- what scripts wrote themselves
     def journal(self, rng, seed):
         which = rng.choice(("rewrite", "rewrite", "filter", "filter", "evaluate"))
         made = self.case / f"journal_{which}"
         write_rows(self.case / "own.jsonl", [own_row(), own_row("x/2") | {"answer": "B"}])
         write_rows(self.case / "items.jsonl", [item_row(), item_row("i/2")])
         common = ["--image_root", self.root, "--model", self.checkpoint]
-        script, argv = {"rewrite": (rewrite_captions, ["--input", self.case / "own.jsonl", "--no_guard", *common]),
+        script, argv = {"rewrite": (rewrite_captions, ["--input", self.case / "own.jsonl", "--no_guard",
+                                                       *common]),
                         "filter": (filter_data, ["--input", self.case / "own.jsonl", "--no_guard", *common]),
-                        "evaluate": (evaluate, ["--items", self.case / "items.jsonl", "--max_new_tokens", "4", "--protocol", "plain",
+                        "evaluate": (evaluate, ["--items", self.case / "items.jsonl", "--max_new_tokens", "4",
+                                                "--protocol", "plain",
                                                 "--dtype", "float32", *common])}[which]
         if not made.exists():
             made.mkdir()
-            self.tally.run(f"journal of {which}", "rows", lambda: script.main([*map(str, argv), "--output", str(made / "out.jsonl")]), "sound")
+            self.tally.run(f"journal of {which}", "rows",
+                           lambda: script.main([*map(str, argv), "--output", str(made / "out.jsonl")]),
+                           "sound")
         work = self.case / "again"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(made, work)
-        victim = rng.choice([path for path in sorted((work / "out.jsonl.run").iterdir()) if path.suffix in (".json", ".jsonl") and path.stat().st_size])
+        victim = rng.choice([path for path in sorted((work / "out.jsonl.run").iterdir())
+                             if path.suffix in (".json", ".jsonl") and path.stat().st_size])
         mutate_file(rng, victim)
         self.run(f"journal of {which}", seed, script.main, *argv, "--output", work / "out.jsonl", *rng.choice(
             ([], ["--export_only"]) if which != "evaluate" else ([], ["--retry_errors"])))
@@ -419,7 +476,8 @@ class Readers:
 def script_markers(tokenizer: object, text: str) -> list[str]:
     """Return the control tokens of Qwen's chat format that a text is read as."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return [name for i in ids if i in special_ids(tokenizer) and (name := tokenizer.convert_ids_to_tokens(i)).startswith("<|")]
+    return [name for i in ids if i in special_ids(tokenizer)
+            and (name := tokenizer.convert_ids_to_tokens(i)).startswith("<|")]
 
 
 def as_cell(value: object) -> str:
@@ -463,36 +521,43 @@ def write_parquet(rng: random.Random, path: Path, sound: list[dict], rows: list[
 
 
 def table_rows() -> list[dict]:
-    return [{"qa_id": f"vwtq_{n}", "image": bench.struct(bench.picture(n)), "question": "who?", "gt": r"Apple|10\p20"} for n in range(2)]
+    return [{"qa_id": f"vwtq_{n}", "image": bench.struct(bench.picture(n)), "question": "who?",
+             "gt": r"Apple|10\p20"} for n in range(2)]
 
 
 def mme_rows() -> list[dict]:
-    return [{"question_id": "count/0.jpg", "image": bench.struct(bench.picture(0)), "question": question, "answer": gold, "category": "count"}
+    return [{"question_id": "count/0.jpg", "image": bench.struct(bench.picture(0)), "question": question,
+             "answer": gold, "category": "count"}
             for question, gold in (("a dog?", "Yes"), ("a cat?", "No"))]
 
 
 def vsp_rows() -> list[dict]:
-    return [{"text_input": f"Map {n}: <image>", "image_input": "a.png", "map_id": str(n), "map_desc": [[1, 0], [-1, 2]]} for n in range(2)]
+    return [{"text_input": f"Map {n}: <image>", "image_input": "a.png", "map_id": str(n),
+             "map_desc": [[1, 0], [-1, 2]]} for n in range(2)]
 
 
 def ocr_rows() -> list[dict]:
-    return [{"id": n, "question": "What?", "type": "text recognition en", "answers": ["Stop"], "image": bench.struct(bench.picture(n))} for n in range(2)]
+    return [{"id": n, "question": "What?", "type": "text recognition en", "answers": ["Stop"],
+             "image": bench.struct(bench.picture(n))} for n in range(2)]
 
 
-SHARES = {"stage_1": 22, "stage_2": 18, "training": 18, "items": 16, "probe_items": 5, "results": 8, "prompts": 4, "source": 14, "folder_source": 2,
+SHARES = {"stage_1": 22, "stage_2": 18, "training": 18, "items": 16, "probe_items": 5, "results": 8,
+          "prompts": 4, "source": 14, "folder_source": 2,
           "journal": 6, "store": 4}  # how often each reader's turn comes
 
 
-# ------------------------------------------------------------------------------------------------ pictures, commands
+# ----------------------------------------------------------------------------------------- pictures, commands
 def run_pictures(readers: Readers, n: int, seed: int, bombs: bool) -> None:
-    """Put each picture before all that opens one: rules of stages 1 and 2, training, benchmarks, what is sent to a server."""
+    """Put each picture before all that opens one: rules of stages 1 and 2, training, benchmarks, what is sent
+    to a server."""
     tally, path = readers.tally, readers.root / "hostile.png"
     write_rows(readers.case / "one.jsonl", [own_row() | {"images": ["hostile.png"]}])
     args = train_sft.parse_args(["--data", "x", "--image_root", str(readers.root), "--output", "x"])
     for name, data in mutations.hostile_pictures(n, seed, bombs):
         path.write_bytes(data)
         tally.run("picture in stage 1", "images", lambda: rewrite_captions.main(
-            ["--input", str(readers.case / "one.jsonl"), "--image_root", str(readers.root), "--output", str(readers.output), "--dry_run"]), name)
+            ["--input", str(readers.case / "one.jsonl"), "--image_root", str(readers.root), "--output",
+             str(readers.output), "--dry_run"]), name)
 
         def open_it() -> int:
             for open_one in (image_size, open_image):
@@ -506,7 +571,8 @@ def run_pictures(readers: Readers, n: int, seed: int, bombs: bool) -> None:
             return 0
 
         def train() -> int:
-            make_examples(readers.qwen, [own_row() | {"images": ["hostile.png"]}], train_sft.make_target(args), 8192)
+            make_examples(readers.qwen, [own_row() | {"images": ["hostile.png"]}],
+                          train_sft.make_target(args), 8192)
             return 0
 
         def store() -> int:
@@ -520,12 +586,15 @@ def run_commands(readers: Readers, n: int, seed: int) -> None:
     """Run a sample as commands, each with its own process."""
     for k in range(n):
         rng = random.Random(f"{seed} command {k}")
-        script, sound, flags = [("rewrite_captions", own_row, ["--dry_run"]), ("filter_data", own_row, ["--rules_only"]),
+        script, sound, flags = [("rewrite_captions", own_row, ["--dry_run"]),
+                                ("filter_data", own_row, ["--rules_only"]),
                                 ("train_sft", own_row, ["--dry_run", "--model", readers.checkpoint])][k % 3]
         path = readers.write(rng, sound, [own_row("x/2")])
-        argv = ["--data" if script == "train_sft" else "--input", path, "--image_root", readers.root, "--output", readers.case / f"command_{k}", *flags]
+        argv = ["--data" if script == "train_sft" else "--input", path, "--image_root", readers.root,
+                "--output", readers.case / f"command_{k}", *flags]
         try:
-            done = subprocess.run([sys.executable, f"{script}.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=90)
+            done = subprocess.run([sys.executable, f"{script}.py", *map(str, argv)], cwd=ROOT,
+                                  capture_output=True, text=True, timeout=90)
         except subprocess.TimeoutExpired:
             readers.tally.fail("hangs", script, "90 s as a command")
             continue
@@ -543,7 +612,8 @@ def watch(checkpoint: Path | None = None) -> None:
         watched["hooked"] = True
 
 
-def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int, bombs: bool, only: str | None = None) -> dict:
+def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int, bombs: bool, only: str
+        | None = None) -> dict:
     """Run it all; return the counts."""
     watch(checkpoint)
     before = {script: dict(vars(script)) for script in (evaluate, probe, intervene, train_sft)}
@@ -574,7 +644,8 @@ def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", required=True, help="JSON to write")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--images", type=int, default=500)
@@ -587,7 +658,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_model(TEXTS, Path(folder) / "tiny", n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
         began = time.monotonic()
-        result = run(Path(folder) / "tiny", args.rows, args.images, args.commands, args.seed, bombs=args.images >= 100, only=args.only)
+        result = run(Path(folder) / "tiny", args.rows, args.images, args.commands, args.seed,
+                     bombs=args.images >= 100, only=args.only)
         result |= {"seed": args.seed, "seconds": round(time.monotonic() - began, 1)}
     Path(args.result).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

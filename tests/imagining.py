@@ -1,8 +1,10 @@
-"""Tiny trained checkpoints whose imagination is known to be followed or ignored, and items: for the tests of stages 5 and 6.
+"""Tiny trained checkpoints whose imagination is known to be followed or ignored, and items: for the tests of
+stages 5 and 6.
 
-How well a short training went must not decide a test. So each thing that a test does to a model (a question put otherwise, a
-picture changed, noise or a pad fed, latents or picture hidden) is a kind of row in its training, with an answer that is told,
-and a model is handed out only if it does on new rows what `faults` states; otherwise another seed is tried.
+How well a short training went must not decide a test. So each thing that a test does to a model (a question
+put otherwise, a picture changed, noise or a pad fed, latents or picture hidden) is a kind of row in its
+training, with an answer that is told, and a model is handed out only if it does on new rows what `faults`
+states; otherwise another seed is tried.
 """
 import json
 import random
@@ -30,35 +32,40 @@ def make_picture(color, tall):
 
 
 def write_items(folder, n):
-    """Items about flat squares, the gold option being the colour shown; two items a group, of one colour if n is a
-    multiple of 8. Returns (path, items)."""
+    """Items about flat squares, the gold option being the colour shown; two items a group, of one colour if n
+    is a multiple of 8. Returns (path, items)."""
     rng, items = random.Random(0), []
     for i in range(n):
         color, options = NAMES[i % 4], rng.sample(NAMES, 4)
         make_picture(color, i % 2).save(folder / f"{i}.png")
         other = NAMES[(i + 1) % 4]
         make_picture(other, i % 2).save(folder / f"{i}_edit.png")
-        items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color", "question": QUESTION,
+        items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color",
+                      "question": QUESTION,
                       "options": [list(pair) for pair in zip("ABCD", options)], "metric": "mcq",
-                      "answer": {"type": "letter", "value": "ABCD"[options.index(color)]}, "images": [{"path": f"{i}.png"}],
+                      "answer": {"type": "letter", "value": "ABCD"[options.index(color)]},
+                      "images": [{"path": f"{i}.png"}],
                       "counterfactual": {"images": [{"path": f"{i}_edit.png"}],
-                                         "answer": {"type": "letter", "value": "ABCD"[options.index(other)]}}})
+                                         "answer": {"type": "letter",
+                                                    "value": "ABCD"[options.index(other)]}}})
     path = folder / "items.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path, items
 
 
 def ask_colour(rng):
-    return {"question": QUESTION + rng.choice(("", " Now?")), "options": list(zip("ABCD", rng.sample(NAMES, 4)))}
+    return {"question": QUESTION + rng.choice(("", " Now?")),
+            "options": list(zip("ABCD", rng.sample(NAMES, 4)))}
 
 
 # ------------------------------------------------------------------------------------------- rows
 @dataclass
 class Row:
-    """A reply, of which the first `given` characters are not trained, to a picture of a colour (None: to no picture).
+    """A reply, of which the first `given` characters are not trained, to a picture of a colour (None: to no
+    picture).
 
-    fed and wanted [n, hidden]: what is fed at the latents' pads, and the states one step before. hide: what the tokens
-    after them may not see ("picture", "latents").
+    fed and wanted [n, hidden]: what is fed at the latents' pads, and the states one step before. hide: what
+    the tokens after them may not see ("picture", "latents").
     """
     kind: str
     seen: str
@@ -77,21 +84,25 @@ def processed(processor, color, tall, edit):
     if edit == "darker":
         image = image.point(lambda value: round(0.8 * value))
     elif edit in ("left", "bottom"):
-        image.paste((127, 127, 127), (0, 0, 20, 56) if edit == "left" else (30, image.height - 56, 50, image.height))
+        image.paste((127, 127, 127), (0, 0, 20, 56) if edit == "left" else (30, image.height - 56, 50,
+                                                                            image.height))
     return Q.process_images(processor, [image])
 
 
 def forward(qwen, rng, rows, pad_id, ask):
-    """Return (hidden states [B, L, hidden], ids of the batch, what each state should say or -100, is before a latent)."""
+    """Return (hidden states [B, L, hidden], ids of the batch, what each state should say or -100, is before a
+    latent)."""
     ids = [qwen.tokenizer(Q.chat(qwen.tokenizer, question_text(ask(rng)), int(row.shown)) + row.reply,
                           add_special_tokens=False).input_ids for row in rows]
     edits = ("",) * 5 + ("darker", "left", "bottom")
-    pixels = [processed(qwen.image_processor, row.seen, rng.random() < 0.5, rng.choice(edits)) if row.shown else None for row in rows]
+    pixels = [processed(qwen.image_processor, row.seen, rng.random() < 0.5, rng.choice(edits)) if row.shown
+              else None for row in rows]
     batch = Q.collate(qwen, ids, pixels)
     ids = batch["input_ids"]
     length = ids.shape[1]
     see = torch.ones(length, length, dtype=torch.bool).tril() & batch["attention_mask"][:, None].bool()
-    targets, is_latent = torch.full_like(ids, -100), ids == pad_id if pad_id else torch.zeros_like(ids, dtype=torch.bool)
+    targets, is_latent = torch.full_like(ids, -100), ids == pad_id if pad_id else torch.zeros_like(
+        ids, dtype=torch.bool)
     for i, row in enumerate(rows):
         n = len(qwen.tokenizer(row.reply[row.given:], add_special_tokens=False).input_ids)
         targets[i, -n:] = ids[i, -n:]
@@ -105,7 +116,8 @@ def forward(qwen, rng, rows, pad_id, ask):
     see |= torch.eye(length, dtype=torch.bool)  # padding sees itself
     mask = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[:, None]
     embeds = embed_prompt(qwen, batch, [row.fed for row in rows] if pad_id else None, pad_id)
-    hidden = qwen.model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"]).last_hidden_state
+    hidden = qwen.model.model(inputs_embeds=embeds, attention_mask=mask,
+                              position_ids=batch["position_ids"]).last_hidden_state
     is_latent[[not row.shown for row in rows]] = False  # nothing is wanted of them
     return hidden[:, :-1], targets[:, 1:], is_latent[:, 1:]
 
@@ -128,8 +140,9 @@ def train(qwen, rng, make_row, steps, pad_id=None, ask=ask_colour):
 
 @torch.no_grad()
 def faults(qwen, rng, make_row, pad_id, ask):
-    """Say what a model does not do on 160 new rows: every trained token is the likeliest in all plain replies and, but for
-    one, in 19 of 20 of each other kind; states before latents are within 0.05 (mean square, of 1) of what is wanted."""
+    """Say what a model does not do on 160 new rows: every trained token is the likeliest in all plain replies
+    and, but for one, in 19 of 20 of each other kind; states before latents are within 0.05 (mean square, of
+    1) of what is wanted."""
     right, apart = {}, []
     for _ in range(10):
         rows = [make_row(rng) for _ in range(BATCH)]
@@ -138,10 +151,12 @@ def faults(qwen, rng, make_row, pad_id, ask):
         for row, its in zip(rows, good.tolist()):
             right.setdefault(row.kind, []).append(its)
         if is_latent.any():
-            apart.append(float(F.mse_loss(hidden[is_latent], torch.cat([row.wanted for row in rows if row.shown]))))
+            apart.append(float(F.mse_loss(hidden[is_latent],
+                                          torch.cat([row.wanted for row in rows if row.shown]))))
     right.pop("noise", None)  # may lie between two codes
     least = {kind: len(its) if kind == "plain" else 0.95 * len(its) - 1 for kind, its in right.items()}
-    wrong = [f"{kind}: {sum(its)} of {len(its)} right" for kind, its in right.items() if sum(its) < least[kind]]
+    wrong = [f"{kind}: {sum(its)} of {len(its)} right" for kind, its in right.items()
+             if sum(its) < least[kind]]
     mean = sum(apart) / max(len(apart), 1)
     return wrong + [f"states before latents are {mean:.3f} from what is wanted"] * (mean > 0.05)
 
@@ -163,8 +178,8 @@ def make(source, folder, prepare, steps, ask=ask_colour):
 
 
 def make_text_checkpoint(source, folder, follows):
-    """A model that imagines the colour it sees, in text, and then answers what the imagination says (`follows`) or what it
-    sees; and NOTHING where it does not see the picture and should answer that."""
+    """A model that imagines the colour it sees, in text, and then answers what the imagination says
+    (`follows`) or what it sees; and NOTHING where it does not see the picture and should answer that."""
     def make_row(rng):
         seen, said = rng.choice(NAMES), rng.choice(NAMES)
         kind = rng.choice(("plain", "plain", "plain", "told", "told", "blind"))
@@ -178,10 +193,11 @@ def make_text_checkpoint(source, folder, follows):
 
 
 def make_latent_checkpoint(source, folder, follows=True, emitting=tuple(NAMES), ask=ask_colour):
-    """A model that imagines in Mirage's latents where the image is of an `emitting` colour: each colour has a code vector, and
-    the latents are trained to be the code of the colour seen, whatever is fed.
+    """A model that imagines in Mirage's latents where the image is of an `emitting` colour: each colour has a
+    code vector, and the latents are trained to be the code of the colour seen, whatever is fed.
 
-    The answer is the colour whose code is nearest to what is fed (`follows`), or the colour seen; NOTHING where that is hidden.
+    The answer is the colour whose code is nearest to what is fed (`follows`), or the colour seen; NOTHING
+    where that is hidden.
     """
     spec = PRESETS["mirage"]
 
@@ -196,7 +212,8 @@ def make_latent_checkpoint(source, folder, follows=True, emitting=tuple(NAMES), 
             if seen not in emitting:
                 none = torch.zeros(0, width)
                 return Row("plain", seen, f"It is \\boxed{{{seen}}}.<|im_end|>", fed=none, wanted=none)
-            kind = rng.choice(("plain",) * 6 + ("other",) * 4 + ("noise", "pad", "blind", "no picture", "no latents",
+            kind = rng.choice(("plain",) * 6 + ("other",) * 4 + ("noise", "pad", "blind", "no picture",
+                                                                 "no latents",
                                                                  "neither"))
             color = NAMES.index(seen if kind == "plain" else rng.choice(NAMES))
             fed = codes[color].repeat(spec.size, 1)
@@ -210,9 +227,11 @@ def make_latent_checkpoint(source, folder, follows=True, emitting=tuple(NAMES), 
             told = NOTHING if kind in lost else NAMES[color] if follows else seen
             given = f"{spec.start}{spec.pad * spec.size}{spec.end}"
             reply = f"{given} It is \\boxed{{{told}}}.<|im_end|>"
-            hide = {"no picture": ("picture",), "no latents": ("latents",), "neither": ("picture", "latents")}.get(kind, ())
+            hide = {"no picture": ("picture",), "no latents": ("latents",),
+                    "neither": ("picture", "latents")}.get(kind, ())
             return Row("other" if kind == "noise" and not follows else kind, seen, reply, kind != "blind",
-                       len(given) * (kind == "blind"), fed, codes[NAMES.index(seen)].repeat(spec.size, 1), hide)
+                       len(given) * (kind == "blind"), fed, codes[NAMES.index(seen)].repeat(spec.size, 1),
+                       hide)
 
         return make_row, pad_id
 

@@ -1,15 +1,17 @@
-"""SIGKILL at random moments changes nothing: every script, killed and started again, against a run that nobody killed.
+"""SIGKILL at random moments changes nothing: every script, killed and started again, against a run that
+nobody killed.
 
     python tests/kills.py --result results/kills.json              # 25 kills of each
     python tests/kills.py --kills 2 --cases evaluate probe
 
-Prints one JSON object: {case: {"kills": how many came before the end, "records": of the run that nobody killed, "lost",
-"doubled": of the killed one's, "identical": whether all final files are the same to the byte (seconds and speeds in metrics
-apart), ...}}.
+Prints one JSON object: {case: {"kills": how many came before the end, "records": of the run that nobody
+killed, "lost", "doubled": of the killed one's, "identical": whether all final files are the same to the byte
+(seconds and speeds in metrics apart), ...}}.
 
-A run is a fork of this process, which has imported the scripts: imports take ten times as long as the work, and kills would
-hardly ever fall into that. Of eight kills one is of a process of its own, imports and all, two at any moment until the work
-begins or, where none is left, while results are written; the others come while work is being done.
+A run is a fork of this process, which has imported the scripts: imports take ten times as long as the work,
+and kills would hardly ever fall into that. Of eight kills one is of a process of its own, imports and all,
+two at any moment until the work begins or, where none is left, while results are written; the others come
+while work is being done.
 """
 import argparse
 import json
@@ -53,11 +55,15 @@ from utils.cli import cli
 from utils.jsonl import write_json, write_rows
 
 N_KILLS, CONCURRENCY = 25, 8
-PACE = 1.2  # a kill comes at most this share of the work, divided by the number of kills, after the work has gone on
+# a kill comes at most this share of the work, divided by the number of kills, after the work has gone on
+PACE = 1.2
 PROMPTS = {"rewrite_captions": {"SYSTEM": "", "ZOOM": "{question}", "RETRY": "{fault}"},
            "filter_data": {"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}}
-MAINS = {module.__name__: module.main for module in (rewrite_captions, filter_data, train_sft, evaluate, intervene, probe)}
-VARY = {"seconds", "efficiency", "n_calls", "n_reused", "wall_s", "calls_per_s", "tokens_per_s", "p50_s", "p95_s"}  # in metrics
+MAINS = {module.__name__: module.main for module in (rewrite_captions, filter_data, train_sft, evaluate,
+                                                     intervene, probe)}
+# in metrics
+VARY = {"seconds", "efficiency", "n_calls", "n_reused", "wall_s", "calls_per_s", "tokens_per_s", "p50_s",
+        "p95_s"}
 
 
 @dataclass
@@ -76,9 +82,10 @@ class Case:
     server: Path | None = None  # whose calls are counted
 
 
-# ------------------------------------------------------------------------------------------------ what there is to do
+# ---------------------------------------------------------------------------------------- what there is to do
 def plant_start(qwen, spec, items: list[dict], root: Path) -> None:
-    """Let a random model begin every reply with latents: its output row of the start token is a state it has there."""
+    """Let a random model begin every reply with latents: its output row of the start token is a state it has
+    there."""
     images = [[Image.open(root / items[0]["images"][0]["path"])]]
     inputs = Q.encode(qwen, [Q.chat(qwen.tokenizer, question_text(items[0]), 1)], images)
     with torch.no_grad():
@@ -87,7 +94,8 @@ def plant_start(qwen, spec, items: list[dict], root: Path) -> None:
 
 
 def make_world(folder: Path, n: int) -> None:
-    """Write pictures, the two checkpoints and all inputs, so much of them that the last of n kills still finds work."""
+    """Write pictures, the two checkpoints and all inputs, so much of them that the last of n kills still
+    finds work."""
     for name, color in (("a.png", "red"), ("b.png", "blue")):
         image = Image.new("RGB", (56, 84), color)
         image.paste("white", (0, 0, 28, 28))
@@ -97,11 +105,14 @@ def make_world(folder: Path, n: int) -> None:
     for name, size in (("", 6 + 6 * n), (".many", 20 + 20 * n)):
         write_json(folder / f"rewrite_captions{name}.jsonl", [
             monet(i, question="which one " * (i % 5) + f"{i}?") for i in range(size)])
-        write_rows(folder / f"filter_data{name}.jsonl", [row(f"s/{i}", f"The hull shows {i} of 42.") for i in range(size)])
-    write_rows(folder / "train_sft.jsonl", [row(f"t/{i}", "closer " * (i % 5 + 1) + "still", answer=str(i)) for i in range(12)])
+        write_rows(folder / f"filter_data{name}.jsonl", [row(f"s/{i}", f"The hull shows {i} of 42.")
+                                                         for i in range(size)])
+    write_rows(folder / "train_sft.jsonl", [row(f"t/{i}", "closer " * (i % 5 + 1) + "still", answer=str(i))
+                                            for i in range(12)])
     _, items = write_items(folder, 16 + 4 * n - 4 * n % 8)
     write_rows(folder / "probe.jsonl", [
-        {"id": f"probe/{i}", "source": item["id"], **{name: item[name] for name in ("question", "options", "answer")}}
+        {"id": f"probe/{i}", "source": item["id"],
+         **{name: item[name] for name in ("question", "options", "answer")}}
         for i, item in enumerate(items[:8])])
     make_model(TEXTS, folder / "tiny", n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
     latent, spec = Q.load(str(folder / "tiny"), dtype="float32", device="cpu"), PRESETS["mirage"]
@@ -114,41 +125,54 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
     """Return the runs in a world; those that end in "openai" need --base_url yet."""
     def journal(name: str) -> tuple[Callable, Callable]:
         def place(output: Path) -> Path:
-            return Path(f"{output}.run" if name == "calls" else output / "states") / f"{name}-00000-of-00001.jsonl"
+            return Path(f"{output}.run" if name == "calls" else output
+                        / "states") / f"{name}-00000-of-00001.jsonl"
         return (lambda output: place(output).stat().st_size if place(output).exists() else 0,
                 lambda output: [json.loads(line)["key"] for line in place(output).read_text().splitlines()])
 
     def lines(output: Path, *fields: str) -> list:
-        return [tuple(line[name] for name in fields) for line in map(json.loads, output.read_text().splitlines())]
+        return [tuple(line[name] for name in fields) for line in map(json.loads,
+                                                                     output.read_text().splitlines())]
 
     size, keys = journal("calls")
     found = {}
     for name, derived in (("rewrite_captions", "rejected.jsonl"), ("filter_data", "verdicts.jsonl")):
         own = ["--image_root", str(folder), "--no_guard", "--input"]
         files = ("", f".run/{derived}", ".metrics.json")
-        found[name] = Case(name, [*own, str(folder / f"{name}.jsonl"), "--model", str(folder / "tiny"), "--batch_size", "3",
+        found[name] = Case(name, [*own, str(folder / f"{name}.jsonl"), "--model", str(folder / "tiny"),
+                                  "--batch_size", "3",
                                   "--max_new_tokens", "24", "--max_pixels", str(9 * 28 * 28), "--prompts",
                                   str(folder / f"{name}.prompts.json")],
-                           size, keys, files, code=3)  # a random model never writes JSON: all are errors, always alike
-        found[f"{name} openai"] = Case(name, [*own, str(folder / f"{name}.many.jsonl"), "--backend", "openai", "--model", "m",
-                                              "--concurrency", str(CONCURRENCY)], size, keys, files, server=folder)
-    train = training_flags(folder / "train_sft.jsonl", folder / "tiny", "", "--max_tokens", "2000", "--max_steps",
-                           str(6 + 6 * n), "--save_every", "2", "--validation_rows", "2", "--eval_every", "10")
+                           # a random model never writes JSON: all are errors, always alike
+                           size, keys, files, code=3)
+        found[f"{name} openai"] = Case(name, [*own, str(folder / f"{name}.many.jsonl"), "--backend", "openai",
+                                              "--model", "m",
+                                              "--concurrency", str(CONCURRENCY)], size, keys, files,
+                                              server=folder)
+    train = training_flags(folder / "train_sft.jsonl", folder / "tiny", "", "--max_tokens", "2000",
+                           "--max_steps",
+                           str(6 + 6 * n), "--save_every", "2", "--validation_rows", "2", "--eval_every",
+                           "10")
     del train[train.index("--output"):train.index("--output") + 2]
     found["train_sft"] = Case(
         "train_sft", train,
-        lambda output: max((int(path.name[5:]) for path in Path(f"{output}.run").glob("step-*[0-9]")), default=0),
-        lambda output: lines(Path(f"{output}.run/log.jsonl"), "step"), ("/*", ".metrics.json", ".run/log.jsonl"))
+        lambda output: max((int(path.name[5:]) for path in Path(f"{output}.run").glob("step-*[0-9]")),
+                           default=0),
+        lambda output: lines(Path(f"{output}.run/log.jsonl"), "step"),
+        ("/*", ".metrics.json", ".run/log.jsonl"))
     items = ["--items", str(folder / "items.jsonl")]
-    found["evaluate"] = Case("evaluate", [*items, "--model", str(folder / "tiny"), "--max_new_tokens", "24", "--batch_size",
+    found["evaluate"] = Case("evaluate", [*items, "--model", str(folder / "tiny"), "--max_new_tokens", "24",
+                                          "--batch_size",
                                           "3", "--protocol", "plain"],
                              size, lambda output: keys(output) + lines(output, "id"), ("", ".metrics.json"))
-    items += ["--model", str(folder / "latent"), "--latent", "mirage", "--max_new_tokens", "12", "--batch_size", "4"]
+    items += ["--model", str(folder / "latent"), "--latent", "mirage", "--max_new_tokens", "12",
+              "--batch_size", "4"]
     found["intervene"] = Case("intervene", [*items, "--calibration", "8", "--min_emitters", "4"], size,
                               lambda output: keys(output) + lines(output, "id", "condition"),
                               ("", ".metrics.json", ".*.png", ".*.csv"))
     captured, names = journal("states")
-    found["probe"] = Case("probe", [*items, "--probe_items", str(folder / "probe.jsonl"), "--n_items", "1000"], captured,
+    found["probe"] = Case("probe", [*items, "--probe_items", str(folder / "probe.jsonl"), "--n_items",
+                                    "1000"], captured,
                           lambda output: names(output) + lines(output / "answers.jsonl", "id", "condition"),
                           ("/*.*", "/states/*/*.safetensors"))
     return found
@@ -156,7 +180,8 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
 
 # ------------------------------------------------------------------------------------------------ runs
 def fork(work: Callable[[], int], log: Path) -> int:
-    """Run `work` in a fork, its exit code that of the process, its output in a file; return the process id."""
+    """Run `work` in a fork, its exit code that of the process, its output in a file; return the process id.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -190,7 +215,8 @@ def ended(pid: int, wait: bool = False) -> int | None:
 
 
 def run_whole(case: Case, output: Path) -> tuple[float, float, float, int]:
-    """Run undisturbed; return the seconds until work was seen, while it went on, from then to the end, and its progress."""
+    """Run undisturbed; return the seconds until work was seen, while it went on, from then to the end, and
+    its progress."""
     began = first = last = time.monotonic()
     pid, before = start(case, output), 0
     while (code := ended(pid)) is None:
@@ -198,7 +224,8 @@ def run_whole(case: Case, output: Path) -> tuple[float, float, float, int]:
             first, last, before = first if before else time.monotonic(), time.monotonic(), now
         time.sleep(0.003)
     if code != case.code:
-        raise SystemExit(f"{case.script}: exit {code}, expected {case.code}; see {output.with_name('log.txt')}:\n"
+        raise SystemExit(
+            f"{case.script}: exit {code}, expected {case.code}; see {output.with_name('log.txt')}:\n"
                          + output.with_name("log.txt").read_text()[-3000:])
     return first - began, last - first, time.monotonic() - last, before
 
@@ -212,8 +239,8 @@ def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], 
               rng: random.Random) -> bool:
     """Start a run and kill it; return whether it was still running.
 
-    `place` 0: a process with imports of its own; 1, 2: at any moment up to the work; else up to `pause` seconds after the work
-    has gone on, or, where none is left, at any moment.
+    `place` 0: a process with imports of its own; 1, 2: at any moment up to the work; else up to `pause`
+    seconds after the work has gone on, or, where none is left, at any moment.
     """
     (before, _, after, full), done = whole, case.progress(output)
     began = time.monotonic()
@@ -233,12 +260,14 @@ def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], 
             break
         time.sleep(0.002)
     if code not in (case.code, -signal.SIGKILL) and not is_trained(case, output):
-        raise SystemExit(f"{case.script}: exit {code} after a kill:\n" + output.with_name("log.txt").read_text()[-3000:])
+        raise SystemExit(f"{case.script}: exit {code} after a kill:\n"
+                         + output.with_name("log.txt").read_text()[-3000:])
     return code == -signal.SIGKILL
 
 
 def final_files(case: Case, output: Path) -> dict[str, object]:
-    """Return what must not differ: the bytes of final files, metrics and log without what is measured by the clock."""
+    """Return what must not differ: the bytes of final files, metrics and log without what is measured by the
+    clock."""
     found = {}
     for pattern in case.files:
         for path in sorted(output.parent.glob(f"{output.name}{pattern}")):
@@ -248,7 +277,8 @@ def final_files(case: Case, output: Path) -> dict[str, object]:
             if path.name.endswith("metrics.json"):
                 content = {key: value for key, value in json.loads(content).items() if key not in VARY}
             elif path.name == "log.jsonl":
-                content = [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, content.splitlines())]
+                content = [(line["step"], line["loss"], line["grad_norm"])
+                           for line in map(json.loads, content.splitlines())]
             found[name] = content
     return found
 
@@ -267,11 +297,13 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
             killed.parent.mkdir()
             hits = 0
         hit = kill_once(case, killed, undisturbed, pause, (tries + 4) % 8 if n > 7 else 3, rng)
-        hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2  # the machine may be quicker by now
+        # the machine may be quicker by now
+        hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2
     if not is_trained(case, killed):
         code = ended(start(case, killed), wait=True)
         if code != case.code:
-            raise SystemExit(f"{case.script}: exit {code} in the end:\n" + killed.with_name("log.txt").read_text()[-3000:])
+            raise SystemExit(f"{case.script}: exit {code} in the end:\n"
+                             + killed.with_name("log.txt").read_text()[-3000:])
     expected, found = case.records(whole), case.records(killed)
     files, its = final_files(case, whole), final_files(case, killed)
     result = {"kills": hits, "records": len(expected), "lost": len(set(expected) - set(found)),
@@ -287,9 +319,11 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     names = [*MAINS, "rewrite_captions openai", "filter_data openai"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=N_KILLS, help="of each case")
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", help="where to work (default: a temporary one)")
     parser.add_argument("--result", help="JSON file to write")

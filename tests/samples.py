@@ -1,4 +1,5 @@
-"""Inputs that several test files share: a row of our own form, a Monet-SFT sample, the shortest path on a board."""
+"""Inputs that several test files share: a row of our own form, a Monet-SFT sample, the shortest path on a
+board."""
 from collections import deque
 
 PAIR = "<abs_vis_token></abs_vis_token>"
@@ -19,7 +20,8 @@ def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "Wh
     default = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]),
                ("text", f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}.")]
     user = user or [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
-    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant or default)
+    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant
+                                                                                     or default)
     return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
             "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
                      for role, content in turns]}

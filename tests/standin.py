@@ -21,5 +21,6 @@ class StandIn:
 
 def flags(path: Path, *more: str) -> list[str]:
     """Return the flags of a run over `path`, beside which images and output lie."""
-    return ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / "out.jsonl"),
+    return ["--input", str(path), "--image_root", str(path.parent), "--output",
+            str(path.parent / "out.jsonl"),
             "--model", "m", *more]

@@ -1,7 +1,9 @@
-"""Each script with utils/ alone, in a folder of its own, on another project's data.    pytest tests/test_alone.py
+"""Each script with utils/ alone, in a folder of its own, on another project's data.    pytest
+tests/test_alone.py
 
-The data is unlike the toy's: receipts and charts under names with spaces and other scripts' letters, rows with keys of their
-own, answers in words of three languages. Every script is run from a folder that holds neither it nor the data.
+The data is unlike the toy's: receipts and charts under names with spaces and other scripts' letters, rows
+with keys of their own, answers in words of three languages. Every script is run from a folder that holds
+neither it nor the data.
 """
 import json
 import os
@@ -27,7 +29,8 @@ GOODS = ("bread 3", "米饭 五", "شاي 7", "figs 9", "salt 2", "milk 4")
 
 @pytest.fixture
 def project(tmp_path):
-    """Return the folder of a project: six drawn receipts, a detail of each, chains, items, and questions to probe with."""
+    """Return the folder of a project: six drawn receipts, a detail of each, chains, items, and questions to
+    probe with."""
     folder = tmp_path / "Belege & Diagramme 图"
     rows, items, probes = [], [], []
     for n, (good, price) in enumerate(line.split() for line in GOODS):
@@ -37,18 +40,23 @@ def project(tmp_path):
         for name, image in ((whole, picture), (detail, picture.crop((0, 15 * n, 84, 15 * n + 28)))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / name)
-        rows.append({"id": f"receipts/{n}", "subset": "receipts", "images": [whole], "question": f"What does {good} cost?",
+        rows.append({"id": f"receipts/{n}", "subset": "receipts", "images": [whole],
+                     "question": f"What does {good} cost?",
                      "answer": price, "licence": {"name": "CC0"},
-                     "steps": [{"text": f"I look for {good}."}, {"image": detail, "operation": ("zoom", "draw")[n % 2]},
+                     "steps": [{"text": f"I look for {good}."},
+                               {"image": detail, "operation": ("zoom", "draw")[n % 2]},
                                {"text": f"It costs that. The answer is \\boxed{{{price}}}."}]})
         letters = "ABC"[n % 3:] + "ABC"[:n % 3]
-        item = {"id": f"receipts/{n}", "question": f"What does {good} cost?", "answer": {"type": "letter", "value": letters[0]},
+        item = {"id": f"receipts/{n}", "question": f"What does {good} cost?",
+                "answer": {"type": "letter", "value": letters[0]},
                 "options": sorted([letter, word] for letter, word in zip(letters, (price, "100", "千"))),
                 "images": [{"path": whole}], "metric": "mcq", "drawn_by": "hand"}
         items.append(item)
-        probes.append({**item, "id": f"receipts/{n}/again", "source": item["id"], "question": f"Which price has {good}?"})
+        probes.append({**item, "id": f"receipts/{n}/again", "source": item["id"],
+                       "question": f"Which price has {good}?"})
     for name, lines in (("ketten.jsonl", rows), ("items.jsonl", items), ("fragen.jsonl", probes)):
-        (folder / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        (folder / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                                   encoding="utf-8")
     return folder
 
 
@@ -59,7 +67,8 @@ def run_alone(script: str, folder: Path, *flags: str | Path) -> dict:
     shutil.copytree(ROOT / "utils", place / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / f"{script}.py", place)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, place / f"{script}.py", *flags], cwd=elsewhere, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, place / f"{script}.py", *flags], cwd=elsewhere, env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -69,33 +78,43 @@ def test_every_script_works_alone_on_another_projects_data(project, tiny_checkpo
     images = ("--image_root", project)
     with serving(tmp_path) as (_, url):
         server = ("--backend", "openai", "--base_url", url, "--model", "any")
-        made = run_alone("rewrite_captions", tmp_path, "--input", project / "ketten.jsonl", "--output", out / "1.jsonl", *images,
+        made = run_alone("rewrite_captions", tmp_path, "--input", project / "ketten.jsonl", "--output",
+                         out / "1.jsonl", *images,
                          *server)
         assert (made["read"], made["kept"], made["errors"]) == (6, 6, 0)
-        kept = run_alone("filter_data", tmp_path, "--input", out / "1.jsonl", "--output", out / "2.jsonl", *images, *server)
+        kept = run_alone("filter_data", tmp_path, "--input", out / "1.jsonl", "--output", out / "2.jsonl",
+                         *images, *server)
         assert (kept["read"], kept["kept"], kept["errors"]) == (6, 6, 0)
     rows = [json.loads(line) for line in (out / "2.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["answer"] for row in rows] == [line.split()[1] for line in GOODS]
 
-    trained = run_alone("train_sft", tmp_path, "--data", out / "2.jsonl", *images, "--model", tiny_checkpoint, "--output",
-                        out / "3 latent", "--imagination", "latent", "--max_steps", "2", "--global_batch", "3", "--num_workers", "0")
+    trained = run_alone("train_sft", tmp_path, "--data", out / "2.jsonl", *images, "--model", tiny_checkpoint,
+                        "--output",
+                        out / "3 latent", "--imagination", "latent", "--max_steps", "2", "--global_batch",
+                        "3", "--num_workers", "0")
     assert (trained["rows"], trained["steps"]) == (6, 2)
-    asked = ("--model", out / "3 latent", "--items", project / "items.jsonl", "--latent", "mirage", "--max_new_tokens", "8")
+    asked = ("--model", out / "3 latent", "--items", project / "items.jsonl", "--latent", "mirage",
+             "--max_new_tokens", "8")
     scored = run_alone("evaluate", tmp_path, *asked, "--output", out / "4.jsonl", "--protocol", "plain")
     assert (scored["n"], scored["error"]) == (6, 0)
-    changed = run_alone("intervene", tmp_path, *asked, "--output", out / "5.jsonl", "--calibration", "2", "--conditions",
+    changed = run_alone("intervene", tmp_path, *asked, "--output", out / "5.jsonl", "--calibration", "2",
+                        "--conditions",
                         "identity", "cut_latent")
     assert (changed["n"], changed["errors"], changed["calibration"]["items"]) == (4, 0, 2)
-    probed = run_alone("probe", tmp_path, *asked, "--output", out / "6", "--probe_items", project / "fragen.jsonl")
+    probed = run_alone("probe", tmp_path, *asked, "--output", out / "6", "--probe_items",
+                       project / "fragen.jsonl")
     assert probed["emission"]["n"] == 6
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == []  # nothing was written beside the caller
+    # nothing was written beside the caller
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ a slip of the user's
+# --------------------------------------------------------------------------------------- a slip of the user's
 @pytest.mark.parametrize("script, reads, more", [
     (rewrite_captions, ["--input", "ketten.jsonl"], ["--image_root", "."]),
-    (filter_data, ["--input", "ketten.jsonl"], ["--image_root", "."]), (evaluate, ["--items", "items.jsonl"], ["--model", "m"]),
-    (evaluate, ["--compare", "items.jsonl", "fragen.jsonl"], []), (evaluate, ["--table", "Ours=items.jsonl"], []),
+    (filter_data, ["--input", "ketten.jsonl"], ["--image_root", "."]), (evaluate, ["--items", "items.jsonl"],
+                                                                        ["--model", "m"]),
+    (evaluate, ["--compare", "items.jsonl", "fragen.jsonl"], []), (evaluate, ["--table", "Ours=items.jsonl"],
+                                                                   []),
     (intervene, ["--items", "items.jsonl"], ["--model", "m"]),
     (probe, ["derive", "--items", "items.jsonl"], ["--image_root", "."])])
 def test_no_script_replaces_what_it_reads(project, monkeypatch, script, reads, more):
@@ -108,21 +127,26 @@ def test_no_script_replaces_what_it_reads(project, monkeypatch, script, reads, m
 
 
 @pytest.mark.parametrize("script", [evaluate, intervene, probe])
-def test_another_familys_checkpoint_leaves_no_run_that_refuses_the_right_flags(project, tiny_checkpoint, script):
-    flags = ["--model", str(tiny_checkpoint), "--items", str(project / "items.jsonl"), "--output", str(project / "out"),
+def test_another_familys_checkpoint_leaves_no_run_that_refuses_the_right_flags(project, tiny_checkpoint,
+                                                                               script):
+    flags = ["--model", str(tiny_checkpoint), "--items", str(project / "items.jsonl"), "--output",
+             str(project / "out"),
              "--max_new_tokens", "4"]
     wrong = ["--latent", "mirage", *(["--calibration", "2"] if script is intervene else [])]
-    with pytest.raises(DataError, match="expected one added token; is this a checkpoint that was trained with that token"):
+    with pytest.raises(DataError,
+                       match="expected one added token; is this a checkpoint that was trained with that token"):
         script.main([*flags, *wrong])
     assert script.main(flags) == 0
 
 
 @pytest.mark.parametrize("script", [rewrite_captions, filter_data])
 def test_a_model_folder_that_is_none_leaves_no_run_behind(project, tmp_path, script):
-    rows = [{**json.loads(line), "chain": "It costs that."} for line in (project / "ketten.jsonl").read_text("utf-8").splitlines()]
+    rows = [{**json.loads(line), "chain": "It costs that."}
+            for line in (project / "ketten.jsonl").read_text("utf-8").splitlines()]
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="no config.json here; expected a checkpoint folder"):
-        script.main(["--input", str(project / "rows.jsonl"), "--image_root", str(project), "--output", str(tmp_path / "out"),
+        script.main(["--input", str(project / "rows.jsonl"), "--image_root", str(project), "--output",
+                     str(tmp_path / "out"),
                      "--model", str(project)])
     assert not list(tmp_path.glob("out*"))
 
@@ -131,5 +155,6 @@ def test_a_row_that_is_almost_of_our_form_says_what_it_lacks(project, tmp_path):
     row = json.loads((project / "ketten.jsonl").read_text("utf-8").splitlines()[0])
     (tmp_path / "in.jsonl").write_text(json.dumps({name: row[name] for name in row if name != "subset"}))
     with pytest.raises(DataError, match="are of no known form; .*; for own it lacks subset$"):
-        rewrite_captions.main(["--input", str(tmp_path / "in.jsonl"), "--image_root", str(project), "--output",
+        rewrite_captions.main(["--input", str(tmp_path / "in.jsonl"), "--image_root", str(project),
+                               "--output",
                                str(tmp_path / "out"), "--dry_run"])

@@ -1,12 +1,14 @@
-"""Real faults: full and read-only disks, clocks that go back, two processes on one output, ranks that die, files cut off.
+"""Real faults: full and read-only disks, clocks that go back, two processes on one output, ranks that die,
+files cut off.
 
     python -m pytest tests/test_faults.py            # each fault, in this process
-    python -m pytest tests/test_faults.py -m slow    # ranks that die, two processes, a disk that fills up at many places
+    python -m pytest tests/test_faults.py -m slow    # ranks that die, two processes, a disk that fills up \
+      at many places
 
-Elsewhere: kills (test_kills.py), damaged checkpoints of a run, a save that fails (test_checkpoints.py), a loss that is not
-finite (test_train_sft.py), damaged journals, torn ends, a journal that meets a full disk (test_rows.py), damaged states
-(test_states.py), damaged rows of stages 1 and 2 (test_rewrite_captions.py, test_filter_data.py), servers (test_server.py,
-test_backends.py).
+Elsewhere: kills (test_kills.py), damaged checkpoints of a run, a save that fails (test_checkpoints.py), a
+loss that is not finite (test_train_sft.py), damaged journals, torn ends, a journal that meets a full disk
+(test_rows.py), damaged states (test_states.py), damaged rows of stages 1 and 2 (test_rewrite_captions.py,
+test_filter_data.py), servers (test_server.py, test_backends.py).
 """
 import json
 import os
@@ -35,7 +37,8 @@ DISK = "No space left on device|File too large|I/O error"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Inputs and checkpoints, the cases of them, and what undisturbed runs write: whole(script) -> path of the output."""
+    """Inputs and checkpoints, the cases of them, and what undisturbed runs write: whole(script) -> path of
+    the output."""
     folder = tmp_path_factory.mktemp("world")
     kills.make_world(folder, 0)
     cases, done = kills.cases(folder, 0), {}
@@ -72,7 +75,8 @@ def refused(capsys, case, output: Path, match: str, *more: str) -> None:
 def disk(folder: Path, options: str):
     """Mount a small disk at `folder`, if this user may; yield whether it is there."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+                             capture_output=True).returncode == 0
     try:
         yield mounted
     finally:
@@ -82,7 +86,8 @@ def disk(folder: Path, options: str):
 
 @contextmanager
 def small_disk(folder: Path, size: int):
-    """Yield a function that gives the disk at `folder` room; until then it holds `size` bytes, or files may be no larger."""
+    """Yield a function that gives the disk at `folder` room; until then it holds `size` bytes, or files may
+    be no larger."""
     with disk(folder, f"size={size}") as mounted:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if not mounted:
@@ -106,8 +111,8 @@ def size_of(folder: Path) -> int:
 def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share: float) -> bool:
     """Run on a disk that holds `share` of what is written, then with room; return whether it was full.
 
-    Before the second run all files are dated into the future or the past, and in it the clock goes back at every look: what
-    goes on from the first must not depend on either.
+    Before the second run all files are dated into the future or the past, and in it the clock goes back at
+    every look: what goes on from the first must not depend on either.
     """
     cases, whole = world
     case, expected = cases[script], final_files(cases[script], whole(script))
@@ -142,7 +147,8 @@ def test_a_full_disk_and_then_a_clock_that_goes_back(world, capsys, monkeypatch,
 @each_script
 def test_a_disk_that_is_full_at_many_places(world, capsys, monkeypatch, tmp_path, script):
     shares = [0.001, *(n / 12 for n in range(1, 12)), 0.97]
-    full = [check_full_disk(world, capsys, monkeypatch, tmp_path / f"disk{n}", script, share) for n, share in enumerate(shares)]
+    full = [check_full_disk(world, capsys, monkeypatch, tmp_path / f"disk{n}", script, share) for n,
+            share in enumerate(shares)]
     assert sum(full) >= 8
 
 
@@ -156,7 +162,7 @@ def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
     assert (tmp_path / "file").read_text() == ""
 
 
-# ------------------------------------------------------------------------------------------------ two processes
+# ---------------------------------------------------------------------------------------------- two processes
 def lock_of(case, output: Path) -> tuple[Path, str]:
     """Return the file that a run of a script locks, and the call that locks it."""
     if case.script == "train_sft":
@@ -179,7 +185,8 @@ def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, 
         other.stdout.readline()
         (path.parent / "step-4.part").mkdir()  # that another one writes, and no one clears away
         refused(capsys, case, output, "another process")
-        assert sorted(path.parent.iterdir()) == sorted([path, path.parent / "step-4.part"]) and path.read_bytes() == b""
+        assert sorted(path.parent.iterdir()) == sorted([path, path.parent
+                                                        / "step-4.part"]) and path.read_bytes() == b""
     finally:
         other.kill()
         other.wait()
@@ -190,7 +197,8 @@ def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
     """Start a run as a process, or under torchrun, its messages in a file."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output.with_name("log.txt"), "a") as log:
-        return subprocess.Popen(command(case.script, [*case.flags, "--output", str(output)], processes), stdout=log, stderr=log)
+        return subprocess.Popen(command(case.script, [*case.flags, "--output", str(output)], processes),
+                                stdout=log, stderr=log)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -208,22 +216,25 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
     wait_for(lambda: lock_of(case, output)[0].exists(), first)
     time.sleep(0.02)  # from the file to its lock
     first.send_signal(signal.SIGSTOP)  # so that it is still at work when the second one has been loaded
-    second = subprocess.run(command(script, [*case.flags, "--output", str(output)]), capture_output=True, text=True)
+    second = subprocess.run(command(script, [*case.flags, "--output", str(output)]), capture_output=True,
+                            text=True)
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[-2000:]
+    assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[
+        -2000:]
     assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code
     alone = start(case, tmp_path / "alone" / "out")
     assert alone.wait(timeout=300) == case.code
     assert final_files(case, output) == final_files(case, tmp_path / "alone" / "out")
 
 
-# ------------------------------------------------------------------------------------------------ ranks that die
+# --------------------------------------------------------------------------------------------- ranks that die
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # which is one process
 def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(world, tmp_path, script, rank):
     case = world[0][script]
-    together, output, code = tmp_path / "whole" / "out", tmp_path / "cut" / "out", int(case.code > 0)  # torchrun's own
+    # torchrun's own
+    together, output, code = tmp_path / "whole" / "out", tmp_path / "cut" / "out", int(case.code > 0)
     assert start(case, together, 2).wait(timeout=300) == code
     launcher = start(case, output, 2)
     journal = Path(f"{output}.run/calls-0000{rank}-of-00002.jsonl")
@@ -240,7 +251,7 @@ def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(world, tmp_path, 
     assert final_files(case, output) == final_files(case, together)
 
 
-# ------------------------------------------------------------------------------------------------ files cut off
+# ---------------------------------------------------------------------------------------------- files cut off
 def truncate(name: str):
     def damage(folder: Path) -> None:
         path = folder / name
@@ -272,8 +283,10 @@ def without_weights(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
-DAMAGES = {"cut weights": truncate("model.safetensors"), "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-           "a shard missing": without_shard, "shards not in the index": without_weights, "cut config": truncate("config.json"),
+DAMAGES = {"cut weights": truncate("model.safetensors"),
+           "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+           "a shard missing": without_shard, "shards not in the index": without_weights,
+           "cut config": truncate("config.json"),
            "cut vocabulary": truncate("vocab.json"), "cut tokenizer": truncate("tokenizer.json"),
            "cut processor": truncate("preprocessor_config.json"),
            "cut tokenizer config": truncate("tokenizer_config.json"),
@@ -281,8 +294,10 @@ DAMAGES = {"cut weights": truncate("model.safetensors"), "no weights": lambda fo
 
 
 @pytest.mark.parametrize("script, damage", [*((name, "cut weights") for name in LOCAL if name != "evaluate"),
-                                            *(("evaluate", name) for name in DAMAGES if name != "cut tokenizer"),
-                                            ("intervene", "cut tokenizer")])  # train_sft.py writes one, releases may not
+                                            *(("evaluate", name) for name in DAMAGES
+                                              if name != "cut tokenizer"),
+                                            # train_sft.py writes one, releases may not
+                                            ("intervene", "cut tokenizer")])
 def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage):
     case = world[0][script]
     place, copy = case.flags.index("--model") + 1, tmp_path / "copy"
@@ -300,7 +315,8 @@ def cut_line(path: Path, line: int) -> None:
     path.write_bytes(b"".join(lines))
 
 
-@pytest.mark.parametrize("script, flag", [("train_sft", "--data"), ("evaluate", "--items"), ("intervene", "--items"),
+@pytest.mark.parametrize("script, flag", [("train_sft", "--data"), ("evaluate", "--items"),
+                                          ("intervene", "--items"),
                                           ("probe", "--items"), ("probe", "--probe_items")])
 def test_rows_cut_off_in_the_middle_are_told_with_their_line(world, capsys, tmp_path, script, flag):
     case = world[0][script]
@@ -313,7 +329,8 @@ def test_rows_cut_off_in_the_middle_are_told_with_their_line(world, capsys, tmp_
 
 
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "train_sft"])
-def test_a_journal_cut_off_in_the_middle_is_told_and_without_that_line_its_work_is_done_again(world, capsys, tmp_path, script):
+def test_a_journal_cut_off_in_the_middle_is_told_and_without_that_line_its_work_is_done_again(
+    world, capsys, tmp_path, script):
     cases, whole = world
     case, output = cases[script], tmp_path / "out"
     for path in whole(script).parent.glob("out*"):

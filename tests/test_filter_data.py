@@ -15,24 +15,27 @@ from filter_data import (FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide
                          parse_require)
 from utils.jsonl import DataError, read_rows, write_rows
 
-JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": "yes",
+JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes",
+          "chain_consistent": "yes",
           "problems": []}
 
 
-# ------------------------------------------------------------------------------------------------ rules and decisions
+# ---------------------------------------------------------------------------------------- rules and decisions
 @pytest.mark.parametrize("changes, reason", [
     ({}, None), ({"images": []}, "structure"), ({"question": ""}, "question"), ({"answer": "43"}, "answer"),
     ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}."}, "answer"),
     ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is 42."}, "answer"),
     ({"chain": "I look. The answer is \\boxed{42}."}, "chain"),
-    ({"chain": "<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}"}, "chain"),
+    ({"chain": "<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}"},
+     "chain"),
     ({"chain": "<think_image>A hull.</think_image> <think_image> \\boxed{42}"}, "chain"),
     ({"chain": "I look. <abs_vis_token></abs_vis_token> <think_image>A hull with 42.</think_image> \\boxed{42}"},
      "chain"),
     ({"chain": "<think>I look.</think> <think_image>A hull with 42.</think_image> \\boxed{42}"}, None),
     ({"chain": "I look. <think_image></think_image> \\boxed{42}"}, "caption_empty"),
     ({"chain": "I look. <think_image>The answer is 42.</think_image> \\boxed{42}"}, "caption_leak"),
-    ({"chain": "I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}"}, "caption_refusal")])
+    ({"chain": "I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}"},
+     "caption_refusal")])
 def test_chain_fault(changes, reason):
     assert chain_fault(row(**changes)) == reason
     assert reason is None or reason in RULE_REASONS
@@ -42,7 +45,8 @@ OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
 @pytest.mark.parametrize("changes, flags", [
-    ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]), ({"answer": "white"}, []),
+    ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]),
+    ({"answer": "white"}, []),
     ({"answer": "yes"}, []), ({"answer": "7"}, []), ({"question": OPTIONS, "answer": "B"}, []),
     ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"]),
     ({"answer": "the hull shows a white 42"}, ["answer_stated"]), ({"answer": "hull shows a white 42"}, [])])
@@ -53,7 +57,8 @@ def test_find_flags(changes, flags):
 @pytest.mark.parametrize("changes, strict, lenient", [
     ({}, [], []), ({"answerable": "no"}, ["unanswerable"], ["unanswerable"]),
     ({"answerable": "unclear"}, ["unanswerable_unclear"], []),
-    ({"observation_supports_answer": "no", "chain_consistent": "unclear"}, ["unsupported", "inconsistent_unclear"],
+    ({"observation_supports_answer": "no", "chain_consistent": "unclear"},
+     ["unsupported", "inconsistent_unclear"],
      ["unsupported"]),
     ({"problems": ["garbled_text", "wrong_answer", "wrong_answer"]}, ["wrong_answer", "garbled_text"],
      ["wrong_answer", "garbled_text"]), ({"reason": "I would drop this"}, [], [])])
@@ -65,7 +70,8 @@ def test_code_decides_from_the_fields(changes, strict, lenient):
 @pytest.mark.parametrize("required, changes, reasons", [
     ({"answerable": "yes"}, {}, []), ({"answerable": "yes"}, {"answerable": "unclear"}, ["required"]),
     ({"answerable": "yes"}, {"answerable": "no"}, ["unanswerable"]),
-    ({"answerable": "yes"}, {"chain_consistent": "unclear"}, []), ({"chain_consistent": "unclear"}, {}, ["required"])])
+    ({"answerable": "yes"}, {"chain_consistent": "unclear"}, []), ({"chain_consistent": "unclear"}, {},
+                                                                   ["required"])])
 def test_required_fields(required, changes, reasons):
     assert decide(JUDGED | changes, True, required) == reasons and set(reasons) <= set(JUDGE_REASONS)
 
@@ -73,7 +79,8 @@ def test_required_fields(required, changes, reasons):
 @pytest.mark.parametrize("text", ["answerable", "answerable=maybe", "problems=yes", "=yes"])
 def test_a_requirement_names_a_field_and_a_value(text):
     assert parse_require("answerable=yes") == ("answerable", "yes")
-    with pytest.raises(ArgumentTypeError, match="expected one of answerable, observation_supports_answer, chain_consist"):
+    with pytest.raises(ArgumentTypeError,
+                       match="expected one of answerable, observation_supports_answer, chain_consist"):
         parse_require(text)
 
 
@@ -111,7 +118,8 @@ def world(tmp_path, picture):
 
 def result(path: Path) -> tuple[list[str], dict]:
     kept = [line["id"] for line in read_rows(path.parent / "out.jsonl", {"id": str})]
-    return kept, {line["id"]: line for line in read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl", {"id": str})}
+    return kept, {line["id"]: line for line in read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl",
+                                                         {"id": str})}
 
 
 ROWS = [row("z"), row("conflict", "A conflict of 42."), row("doubt", "A doubt of 42."),
@@ -129,19 +137,23 @@ def test_every_row_has_a_verdict_and_an_error_is_no_drop(world, judge, capsys):
     kept, verdicts = result(path)
     assert kept == ["z", "a"] and list(verdicts) == [line["id"] for line in ROWS]
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert (path.parent / "out.jsonl").read_text(encoding="utf-8").splitlines() == [lines[0], lines[-1]]  # unchanged
+    # unchanged
+    assert (path.parent / "out.jsonl").read_text(encoding="utf-8").splitlines() == [lines[0], lines[-1]]
     assert {name: (verdict["stage"], verdict["reasons"]) for name, verdict in verdicts.items()} == {
         "z": (None, []), "conflict": ("judge", ["unsupported", "wrong_observation"]),
         "doubt": ("judge", ["unanswerable_unclear"]),
-        "error": ("error", ["bad_json"]), "schema": ("error", ["bad_schema"]), "rule": ("rule", ["caption_leak"]),
+        "error": ("error", ["bad_json"]), "schema": ("error", ["bad_schema"]),
+        "rule": ("rule", ["caption_leak"]),
         "again": ("rule", ["duplicate"]), "lost": ("rule", ["image_missing"]), "a": (None, [])}
     assert "no.png: no such image; is --image_root" in verdicts["lost"]["detail"]
-    assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None and verdicts["z"]["keep"] is True
+    assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None and verdicts["z"][
+        "keep"] is True
     assert verdicts["a"]["flags"] == ["unrefined", "answer_unseen"] and verdicts["z"]["flags"] == []
     captured = capsys.readouterr()
     out = json.loads(captured.out.splitlines()[-1])
     assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
-    assert (out["read"], out["kept"], out["rule_rejected"], out["judge_dropped"], out["errors"]) == (9, 2, 3, 2, 2)
+    assert (out["read"], out["kept"], out["rule_rejected"], out["judge_dropped"], out["errors"]) == (9, 2, 3,
+                                                                                                     2, 2)
     assert out["subsets"]["s"]["reasons"] == {
         "judge:unsupported": 1, "judge:unanswerable_unclear": 1, "error:bad_json": 1, "error:bad_schema": 1,
         "rule:caption_leak": 1, "rule:duplicate": 1, "rule:image_missing": 1}
@@ -153,7 +165,8 @@ def test_keep_unclear_changes_the_decision_without_new_calls(world, judge):
     path = world(ROWS)
     main(flags(path))
     judge.asked.clear()
-    assert main(flags(path, "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt", "a"] and judge.asked == []
+    assert main(flags(path, "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt",
+                                                                            "a"] and judge.asked == []
     assert main(flags(path, "--retry_errors")) == 3 and judge.asked
     assert all("garbage" in request.text or "maybe" in request.text for request in judge.asked)
 
@@ -162,15 +175,18 @@ def test_the_judge_sees_question_images_chain_and_answer(world, judge):
     main(flags(world([row("z")])))
     request = judge.asked[0]
     assert [Path(path).name for path in request.images] == ["a.png"] and "{question}" not in request.text
-    assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
+    assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"],
+                                                 "Stated answer: 42"))
 
 
 def test_blind_answer_drops_what_the_chain_does_not_tell(world, judge, capsys):
     path = world([row("z"), row("vague", "A vague thing of 42."), row("conflict", "A conflict of 42.")])
     assert main(flags(path, "--blind_answer")) == 0
     kept, verdicts = result(path)
-    assert kept == ["z"] and verdicts["vague"]["reasons"] == ["blind_answer"] and verdicts["vague"]["blind"] == "unknown"
-    assert verdicts["conflict"]["reasons"] == ["unsupported", "wrong_observation"] and verdicts["z"]["blind"] == "42."
+    assert kept == ["z"] and verdicts["vague"]["reasons"] == ["blind_answer"] and verdicts["vague"][
+        "blind"] == "unknown"
+    assert verdicts["conflict"]["reasons"] == ["unsupported",
+                                               "wrong_observation"] and verdicts["z"]["blind"] == "42."
     blind = [request for request in judge.asked if "from these notes alone" in request.text]
     assert len(blind) == 3 and not any(request.images for request in blind)
     assert "hull shows a white 42.</think_image>" in blind[0].text and "The answer is" not in blind[0].text
@@ -182,7 +198,8 @@ def test_require_is_applied_at_export(world, judge):
     path = world(ROWS)
     main(flags(path))
     n_asked = len(judge.asked)
-    assert main(flags(path, "--export_only", "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt", "a"]
+    assert main(flags(path, "--export_only", "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt",
+                                                                                             "a"]
     assert main(flags(path, "--export_only", "--keep_unclear", "--require", "answerable=yes")) == 3
     assert result(path)[0] == ["z", "a"] and result(path)[1]["doubt"]["reasons"] == ["required"]
     assert len(judge.asked) == n_asked
@@ -217,7 +234,8 @@ def test_ranks_share_the_work_and_the_last_one_writes(world, judge, monkeypatch)
     for rank, code in ((1, 0), (0, 3)):
         monkeypatch.setenv("RANK", str(rank))
         assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/verdicts.jsonl")] == alone
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
+                                                           "out.jsonl.run/verdicts.jsonl")] == alone
 
 
 def test_the_guard_stops_with_4(world, judge):

@@ -1,4 +1,5 @@
-"""Nothing hostile in a row, a file or a picture ends in a traceback, a hang, a file read elsewhere or a control token.
+"""Nothing hostile in a row, a file or a picture ends in a traceback, a hang, a file read elsewhere or a
+control token.
 
     pytest tests/test_hostile.py             200 rows, 50 pictures
     pytest -m slow tests/test_hostile.py     2,000 rows, 500 pictures (bombs among them), commands
@@ -67,13 +68,16 @@ def test_the_fuzzer_sees_what_it_looks_for(tiny_checkpoint, tmp_path):
 
 def test_no_source_trusts_remote_code_or_loads_a_pickle():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("toy/*.py")]:
-        assert not re.search(r"trust_remote_code|\bimport pickle\b|\bpickle\.[a-z]|torch\.load\b|(?<![\w.])eval\(|weights_only|allow_pickle", path.read_text()), path
+        assert not re.search(
+            r"trust_remote_code|\bimport pickle\b|\bpickle\.[a-z]|torch\.load\b|(?<![\w.])eval\(|weights_only|allow_pickle", path.read_text()), path
 
 
-# ------------------------------------------------------------------------------------------------ what it found: rows
+# ---------------------------------------------------------------------------------------- what it found: rows
 @pytest.mark.parametrize("text, said", [
-    ("[" * 10_000 + "]" * 10_000, "nested too deeply"), ('{"id": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply"),
-    ('{"id": ' + "9" * 5000 + "}", "not JSON"), ('{"id": "' + "x" * 2**20 + '"}', "a row of 1,048,586 bytes")])
+    ("[" * 10_000 + "]" * 10_000, "nested too deeply"), ('{"id": ' + "[" * 10_000 + "]" * 10_000 + "}",
+                                                         "nested too deeply"),
+    ('{"id": ' + "9" * 5000 + "}", "not JSON"), ('{"id": "' + "x" * 2**20 + '"}',
+                                                 "a row of 1,048,586 bytes")])
 def test_rows_that_break_a_parser(tmp_path, text, said):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(DataError, match=said):
@@ -85,22 +89,26 @@ def test_an_error_is_short_and_of_printable_characters(capsys):
         raise DataError("a\0b\x1b[2J" + "x" * 10**6)
     assert cli(main) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: a\\x00b\\x1b[2Jx") and len(said) < 2 * LONGEST_ERROR and shorten("ä\nb") == "ä\nb"
+    assert said.startswith("error: a\\x00b\\x1b[2Jx") and len(said) < 2 * LONGEST_ERROR and shorten(
+        "ä\nb") == "ä\nb"
 
 
 def test_readers_of_texts_take_linear_time():
     """Each took minutes to hours: they looked ahead to the end from every place."""
     began = time.process_time()
     assert last_boxed("\\boxed{" * 100_000) is not None and last_boxed("\\text{" * 100_000) is None
-    assert parse_options("\n" * 300_000 + "A. x" + " " * 300_000 + "y") == {} and not find_markup("[image " * 100_000)
+    assert parse_options("\n" * 300_000 + "A. x" + " " * 300_000 + "y") == {} and not find_markup("[image "
+                                                                                                  * 100_000)
     assert split_spans("<think_image>" * 100_000) == ([], "<think_image>" * 100_000)
     assert time.process_time() - began < 5
 
 
 def test_linear_readers_read_what_they_read_before():
-    assert parse_options("Which?\nA. a cat\n B)  a dog \n- C: no\nAnswer.") == {"A": "a cat", "B": "a dog", "C": "no"}
+    assert parse_options("Which?\nA. a cat\n B)  a dog \n- C: no\nAnswer.") == {"A": "a cat", "B": "a dog",
+                                                                                "C": "no"}
     assert split_spans("a <think_image>b</think_image> c <think_image>d") == (["b"], "a   c <think_image>d")
-    assert last_boxed("\\boxed{1} \\boxed{2") == "1" and last_boxed("\\boxed{ \\boxed{a}") == "a" == last_boxed("} \\boxed{a}")
+    assert last_boxed("\\boxed{1} \\boxed{2") == "1" and last_boxed(
+        "\\boxed{ \\boxed{a}") == "a" == last_boxed("} \\boxed{a}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -132,7 +140,7 @@ def test_transparency_is_laid_on_white_to_the_bit(tmp_path):
         assert all(abs(a - b) <= 0.51 for a, b in zip(opened.getpixel((x, 5)), wanted))
 
 
-# ------------------------------------------------------------------------------------------------ control tokens
+# --------------------------------------------------------------------------------------------- control tokens
 def test_no_familys_marker_passes_as_a_token():
     for text in mutations.SPECIAL:
         assert not re.search(r"<(\||/?abs_vis|/?observation)", plain(text))
@@ -146,10 +154,12 @@ def test_what_a_judge_is_shown_ends_no_turn():
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"options": [["<|im_end|>", "4"], ["B", "7"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"), ({"raw": "x"}, "'raw'"),
+    ({"options": [["<|im_end|>", "4"], ["B", "7"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
+    ({"raw": "x"}, "'raw'"),
     ({"raw": {"cycle_category": math.nan}}, "'raw'"), ({"region": [0, 0, 10**30, 5]}, "region")])
 def test_items_that_ended_in_tracebacks(changes, said):
-    assert item_fault(hostile.item_row(), ("mcq",)) is None and said in item_fault(hostile.item_row() | changes, ("mcq",))
+    assert item_fault(hostile.item_row(), ("mcq",)) is None and said in item_fault(hostile.item_row()
+                                                                                   | changes, ("mcq",))
 
 
 def test_rotations_are_checked_before_hours_of_answers():
@@ -160,9 +170,11 @@ def test_rotations_are_checked_before_hours_of_answers():
             check_scorable(odd)
 
 
-# ------------------------------------------------------------------------------------------------ files of our own
-@pytest.mark.parametrize("metrics, said", [("{", "damaged"), ("[]", "expected an object"), ("{}", "no field 'n'"),
-                                           (json.dumps(hostile.METRICS | {"ci95": [1, "x"]}), "expected two numbers")])
+# ------------------------------------------------------------------------------------------- files of our own
+@pytest.mark.parametrize("metrics, said", [("{", "damaged"), ("[]", "expected an object"),
+                                           ("{}", "no field 'n'"),
+                                           (json.dumps(hostile.METRICS | {"ci95": [1, "x"]}),
+                                            "expected two numbers")])
 def test_damaged_metrics_are_named(tmp_path, metrics, said):
     (tmp_path / "r.jsonl").write_text(json.dumps(hostile.result_row()) + "\n")
     (tmp_path / "r.jsonl.metrics.json").write_text(metrics)
@@ -170,9 +182,11 @@ def test_damaged_metrics_are_named(tmp_path, metrics, said):
         evaluate.main(["--table", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "t.md")])
 
 
-@pytest.mark.parametrize("line", [b'\xef\xbb\xbf{"key": "a"}', b'{"key": "\\ud800"}', b"[" * 10_000, b'{"key": 5, "n": "x"}'])
+@pytest.mark.parametrize("line", [b'\xef\xbb\xbf{"key": "a"}', b'{"key": "\\ud800"}', b"[" * 10_000,
+                                  b'{"key": 5, "n": "x"}'])
 def test_a_damaged_journal_is_named(tmp_path, line):
-    (tmp_path / "calls-00000-of-00001.jsonl").write_bytes(b'{"key": "\\ud83d\\ude00", "n": 1}\n' + line + b"\n")
+    (tmp_path / "calls-00000-of-00001.jsonl").write_bytes(b'{"key": "\\ud83d\\ude00", "n": 1}\n' + line
+                                                          + b"\n")
     with pytest.raises(DataError, match="00001.jsonl:2: damaged journal line"):
         Journal(tmp_path, sound=lambda record: isinstance(record["n"], int))
 
@@ -183,7 +197,8 @@ def test_a_store_opens_no_file_but_its_own(tmp_path):
         writer.add("i/1", {"latent": np.ones((4, 8))}, emitted=True)
     path = next((tmp_path / "states").glob("states-*.jsonl"))
     sound = path.read_text()
-    for old, new in ((json.loads(sound)["file"], "../../outside.safetensors"), ("[4, 8]", "[4, true]"), ('"latent"', '"other"')):
+    for old, new in ((json.loads(sound)["file"], "../../outside.safetensors"), ("[4, 8]", "[4, true]"),
+                     ('"latent"', '"other"')):
         path.write_text(sound.replace(old, new))
         with pytest.raises(DataError, match="damaged line"):
             States(tmp_path / "states")

@@ -29,16 +29,19 @@ def imported(path):
 
 @each_source
 def test_no_star_import_and_no_broad_except(path):
-    assert not [node for node in nodes(path, ast.ImportFrom) if any(alias.name == "*" for alias in node.names)]
+    assert not [node for node in nodes(path, ast.ImportFrom)
+                if any(alias.name == "*" for alias in node.names)]
     for handler in nodes(path, ast.ExceptHandler):
         names = [handler.type] if not isinstance(handler.type, ast.Tuple) else handler.type.elts
-        assert all(isinstance(n, (ast.Name, ast.Attribute)) and ast.unparse(n) not in ("Exception", "BaseException")
+        assert all(isinstance(n, (ast.Name, ast.Attribute)) and ast.unparse(n) not in ("Exception",
+                                                                                       "BaseException")
                    for n in names), f"{path.name}:{handler.lineno}"
 
 
 @each_source
 def test_the_environment_is_read_in_one_room_only(path):
-    uses = [node.lineno for node in nodes(path, ast.Attribute) if ast.unparse(node) in ("os.environ", "os.getenv")]
+    uses = [node.lineno for node in nodes(path, ast.Attribute) if ast.unparse(node) in ("os.environ",
+                                                                                        "os.getenv")]
     assert not uses or path.name == "rows.py"
 
 
@@ -86,16 +89,20 @@ def test_every_flag_is_read_and_no_flag_is_a_typed_bool(path):
         assert re.search(rf"args\.{flag}\b", source) or f'"{flag}"' in source, f"--{flag} is never read"
 
 
-@pytest.mark.parametrize("room", ["rows", "answers", "stats", "planner", "mediation", "compat", "scores", "tables", "scoring",
-                                  "summary", "comparison", "main_table", "judges", "protocols", "zoom", "measures",
-                                  "run_report", "backends", "similarity", "geometry", "linear_probe", "states", "figures"])
+@pytest.mark.parametrize("room", ["rows", "answers", "stats", "planner", "mediation", "compat", "scores",
+                                  "tables", "scoring",
+                                  "summary", "comparison", "main_table", "judges", "protocols", "zoom",
+                                  "measures",
+                                  "run_report", "backends", "similarity", "geometry", "linear_probe",
+                                  "states", "figures"])
 def test_light_rooms_import_no_torch(room):
     code = f"import sys; import utils.{room}; sys.exit(bool({{'torch', 'transformers', 'matplotlib'}} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_importing_a_script_does_nothing():
-    """The libraries that a script imports may set variables of their own; the script and the rooms may not."""
+    """The libraries that a script imports may set variables of their own; the script and the rooms may not.
+    """
     code = ("import accelerate, matplotlib, os, sys, torch, transformers; from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration; "
             f"before = dict(os.environ); import {', '.join(STAGES)}; "
             "sys.exit(before != dict(os.environ) or 'matplotlib.pyplot' in sys.modules or torch.cuda.is_initialized())")
@@ -116,9 +123,11 @@ def test_help_tells_every_default(path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         importlib.import_module(path.stem).parse_args(["--help"])
-    told = dict(re.findall(r"^  --(\w+)(.*(?:\n {4,}.*)*)", capsys.readouterr().out.partition("\noptions:")[2], re.MULTILINE))
+    told = dict(re.findall(r"^  --(\w+)(.*(?:\n {4,}.*)*)",
+                           capsys.readouterr().out.partition("\noptions:")[2], re.MULTILINE))
     flags = {call.args[0].value.removeprefix("--"): {k.arg: k.value for k in call.keywords}.get("default")
-             for source in (ROOT / "utils" / "stage.py", path) for call in nodes(source, ast.Call)  # a script's own come last
+             # a script's own come last
+             for source in (ROOT / "utils" / "stage.py", path) for call in nodes(source, ast.Call)
              if ast.unparse(call.func).endswith("add_argument")}
     assert len(told) > 20
     for name, default in flags.items():
@@ -131,4 +140,5 @@ def test_every_script_has_a_test_file_and_every_room_is_tested():
     assert {f"test_{name}" for name in STAGES} <= set(tests)
     for room in ROOMS:
         if room.stem != "__init__":
-            assert any(re.search(rf"from utils(\.{room.stem} import| import .*\b{room.stem}\b)", text) for text in tests.values())
+            assert any(re.search(rf"from utils(\.{room.stem} import| import .*\b{room.stem}\b)", text)
+                       for text in tests.values())

@@ -33,7 +33,8 @@ def latent_model(request, trained):
 
 
 def flags(items, model, output):
-    return ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40", "--min_emitters",
+    return ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
+            "--min_emitters",
             "8", "--calibration", "8", "--options", "text", "--stem", " It is \\boxed{"]
 
 
@@ -59,7 +60,8 @@ def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, i
     assert len(records) == 40 * 3
     assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("accuracy", "effects"))
     with open(tmp_path / "r.jsonl.effects.csv", newline="") as file:
-        shown = [row for row in csv.DictReader(file) if row["condition"] == "directed" and row["readout"] == "R2"]
+        shown = [row for row in csv.DictReader(file) if row["condition"] == "directed" and row["readout"]
+                 == "R2"]
     assert float(shown[0]["change"]) == pytest.approx(directed["effect"]["delta"])
     for record in records:
         if record["condition"] == "directed" and record["edit"]:
@@ -90,35 +92,44 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_chec
     assert metrics["emission"]["share"] == 0.5 and metrics["conditions"]["tau"]["effect"]["n"] == 16
     assert metrics["conditions"]["tau"]["effect"]["delta_all"] == pytest.approx(
         0.5 * metrics["conditions"]["tau"]["effect"]["delta"])
-    few, _ = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau", "--min_emitters", "17")
-    assert few["conditions"]["tau"]["effect"] is None and "fewer than --min_emitters 17" in few["conditions"]["tau"]["reason"]
+    few, _ = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau",
+                 "--min_emitters", "17")
+    assert few["conditions"]["tau"]["effect"] is None and "fewer than --min_emitters 17" in few["conditions"][
+        "tau"]["reason"]
 
 
-# ------------------------------------------------------------------------------------------- three sites, one reading
-MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x", "slot_swap_random",
-        "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent", "cut_image_after", "cut_both", "markers_only",
-        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2", "top_random:2", "keep_first:2"]
+# ----------------------------------------------------------------------------------- three sites, one reading
+MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x",
+        "slot_swap_random",
+        "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent", "cut_image_after",
+        "cut_both", "markers_only",
+        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2",
+        "top_random:2", "keep_first:2"]
 
 
 @pytest.fixture(scope="module")
 def many(latent_model, items, tmp_path_factory):
     model, follows = latent_model
     folder = tmp_path_factory.mktemp("many")
-    return follows, model, *run(items, model, folder / "r.jsonl", "--latent", "mirage", "--dtype", "float32", "--conditions", *MANY)
+    return follows, model, *run(items, model, folder / "r.jsonl", "--latent", "mirage", "--dtype", "float32",
+                                "--conditions", *MANY)
 
 
 def test_sites_tell_who_uses_latents(many):
-    """The model that follows its latents gives the donor's answer from either site and needs no image after them; the one that
-    looks again does neither."""
+    """The model that follows its latents gives the donor's answer from either site and needs no image after
+    them; the one that looks again does neither."""
     follows, _, metrics, records = many
     by = {(record["id"], record["condition"]): record for record in records}
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
-    donors = [record for record in records if record["condition"] in ("swap_counterfactual", "slot_swap_counterfactual")]
+    donors = [record for record in records if record["condition"] in ("swap_counterfactual",
+                                                                      "slot_swap_counterfactual")]
     share = sum(record["pred"] == record["donor"]["gold"] for record in donors) / len(donors)
     assert len(donors) == 64 and (share > 0.9 if follows else share < 0.1)
-    assert (effects["cut_latent"]["acc_int"] < 0.6) == follows and (effects["cut_image_after"]["acc_int"] > 0.9) == follows
+    assert (effects["cut_latent"]["acc_int"] < 0.6) == follows and (
+        effects["cut_image_after"]["acc_int"] > 0.9) == follows
     # the positive controls move the score of either
-    assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0 and effects["x_counterfactual"]["acc_int"] < 0.1
+    assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0 and effects["x_counterfactual"][
+        "acc_int"] < 0.1
     lift = metrics["donor_lift"]["r0"]["fed"]["difference"]["mean"]
     assert (lift > 0.5) == follows
     for site in ("fed", "slot"):
@@ -128,7 +139,8 @@ def test_sites_tell_who_uses_latents(many):
         assert found["TE"]["mean"] == pytest.approx(found["NIE"]["mean"] + found["NDE"]["mean"])
     for item in {record["id"] for record in records}:
         clean, replay = by[item, "clean"], by[item, "replay"]
-        assert replay["changed"] is False and replay["r0"]["nll"] == pytest.approx(clean["r0"]["nll"], abs=1e-4)
+        assert replay["changed"] is False and replay["r0"]["nll"] == pytest.approx(clean["r0"]["nll"],
+                                                                                   abs=1e-4)
         assert by[item, "markers_only"]["n_fed"] == 0 and by[item, "slot_swap_random"]["rel_change"] == 0
         assert by[item, "slot_swap_random"]["reach"] > 0
 
@@ -137,13 +149,18 @@ def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_o
     follows, _, metrics, records = many
     by = {(record["id"], record["condition"]): record for record in records}
     for item in {record["id"] for record in records}:
-        for place, whole in (("slot_swap_at:0-3/0-1", "slot_swap_random"), ("slot_swap_at:0-3/0", "swap_random")):
+        for place, whole in (("slot_swap_at:0-3/0-1", "slot_swap_random"),
+                             ("slot_swap_at:0-3/0", "swap_random")):
             mine, its = by[item, place], by[item, whole]
-            assert mine["text"] == its["text"] and mine["r0"]["nll"] == pytest.approx(its["r0"]["nll"], abs=1e-4)
+            assert mine["text"] == its["text"] and mine["r0"]["nll"] == pytest.approx(its["r0"]["nll"],
+                                                                                      abs=1e-4)
         look = by[item, "clean"]["attention"]
-        assert len(look["imagined"]) == 4 and sum(look["mass"][name][1] for name in look["mass"]) == pytest.approx(1, abs=1e-4)
-        assert {segment["k"] for segment in by[item, "keep_first:2"]["segments"]} == {2}  # it may begin another segment
-    moved = {name: metrics["conditions"][name]["r0"]["delta_nll"] for name in ("slot_swap_at:0-3/0-1", "slot_swap_at:0/1")}
+        assert len(look["imagined"]) == 4 and sum(look["mass"][name][1]
+                                                  for name in look["mass"]) == pytest.approx(1, abs=1e-4)
+        # it may begin another segment
+        assert {segment["k"] for segment in by[item, "keep_first:2"]["segments"]} == {2}
+    moved = {name: metrics["conditions"][name]["r0"]["delta_nll"] for name in ("slot_swap_at:0-3/0-1",
+                                                                               "slot_swap_at:0/1")}
     assert (moved["slot_swap_at:0-3/0-1"] > 0.5) == follows
     assert not follows or moved["slot_swap_at:0/1"] < moved["slot_swap_at:0-3/0-1"]
     assert metrics["attention"]["n"] == 32
@@ -152,10 +169,12 @@ def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_o
 
 
 def test_conditions_together_equal_each_alone(many, items, tmp_path):
-    """One reading of the prompt for all conditions gives what separate runs give: the same words, scores to rounding."""
+    """One reading of the prompt for all conditions gives what separate runs give: the same words, scores to
+    rounding."""
     _, model, _, together = many
     for name in ("swap_counterfactual", "slot_swap_blank", "cut_both"):
-        _, alone = run(items, model, tmp_path / f"{name}.jsonl", "--latent", "mirage", "--dtype", "float32", "--conditions", name)
+        _, alone = run(items, model, tmp_path / f"{name}.jsonl", "--latent", "mirage", "--dtype", "float32",
+                       "--conditions", name)
         for one in alone:
             other = next(r for r in together if (r["id"], r["condition"]) == (one["id"], one["condition"]))
             assert one["text"] == other["text"] and one["segments"] == other["segments"]
@@ -164,14 +183,17 @@ def test_conditions_together_equal_each_alone(many, items, tmp_path):
 
 def test_image_off_and_worlds_of_the_text_arm(text_model, items, tmp_path):
     model, follows = text_model
-    metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "sham", "directed", "swap_blank", "blank_x", "blank",
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "sham", "directed",
+                           "swap_blank", "blank_x", "blank",
                            "image_off", "x_counterfactual")
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
     assert (effects["blank_x"]["acc_int"] > 0.9) == follows
-    assert not follows or effects["image_off"]["acc_int"] > 0.9  # else: the question's words, read before, keep some image
+    # else: the question's words, read before, keep some image
+    assert not follows or effects["image_off"]["acc_int"] > 0.9
     found = metrics["mediation"]["text"]["r0"]
     assert (found["proportion_mediated"]["value"] > 0.9) == follows
-    assert all(record["r0"] and record["r1"] for record in records if record["condition"] in ("clean", "sham", "blank_x"))
+    assert all(record["r0"] and record["r1"] for record in records if record["condition"] in ("clean", "sham",
+                                                                                              "blank_x"))
 
 
 def test_who_follows_the_text_settles_with_it(text_model, items, tmp_path):
@@ -181,12 +203,15 @@ def test_who_follows_the_text_settles_with_it(text_model, items, tmp_path):
     assert [point["kept"] for point in found["r0"]["curve"]] == [0, 0.25, 0.5, 0.75, 1] and found["n"] == 40
     assert (found["r0"]["curve"][0]["same"] < 0.7) == follows and (found["r2"]["aoc"] > 0.2) == follows
     assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("early", "attention"))
-    assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records if record["condition"] == "clean")
+    assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records
+               if record["condition"] == "clean")
 
 
 @pytest.mark.parametrize("condition, change, match", [
-    ("identity", {"first_diff": 3}, "identity changed id 3"), ("tau", {"first_diff": 1}, "before the latents"),
-    ("tau", {"rel_change": 0.0}, "fed the clean latents"), ("tau", {"reach": 0.0}, "left every layer's input")])
+    ("identity", {"first_diff": 3}, "identity changed id 3"),
+    ("tau", {"first_diff": 1}, "before the latents"),
+    ("tau", {"rel_change": 0.0}, "fed the clean latents"),
+    ("tau", {"reach": 0.0}, "left every layer's input")])
 def test_guards_name_the_item_and_the_fault(condition, change, match):
     clean = {"segments": [{"start": 2, "k": 4, "closed_by": "limit"}]}
     sound = {"first_diff": None, "rel_change": 0.5, "n_fed": 4, "reach": 0.1}
@@ -197,7 +222,7 @@ def test_guards_name_the_item_and_the_fault(condition, change, match):
         intervene.check_guards("item/1", condition, {"segments": []}, sound | {"first_diff": 4}, exact=False)
 
 
-# ------------------------------------------------------------------------------------------- conditions and verdicts
+# ------------------------------------------------------------------------------------ conditions and verdicts
 def case(name):
     return Case({"id": name}, Generation(), MIRAGE, torch.zeros(8), 1, seed=0)
 

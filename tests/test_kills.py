@@ -15,7 +15,8 @@ SCRIPTS = {"rewrite_captions", "filter_data", "train_sft", "evaluate", "interven
 
 
 def kill(tmp_path, n: int, seed: int) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", str(n), "--seed", str(seed), "--folder",
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", str(n), "--seed",
+                           str(seed), "--folder",
                            str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     results = json.loads(done.stdout)

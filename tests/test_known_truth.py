@@ -68,7 +68,8 @@ def test_another_mask_is_not_taken_for_the_one_that_is_named():
 @pytest.mark.parametrize("mask", MASKS)
 @torch.no_grad()
 def test_steps_over_the_cache_equal_one_pass_with_the_whole_mask(worlds, mask):
-    """The second way: everything in one pass without a cache, the captured latents as inputs, positions by the library."""
+    """The second way: everything in one pass without a cache, the captured latents as inputs, positions by
+    the library."""
     toy, pixels, _, clean, _ = worlds[mask]
     for cut in (False, True):
         mine = run(toy, pixels, fed_of(clean), cut=cut)
@@ -86,7 +87,8 @@ def whole(toy, pixels, fed, see):
     types = (ids == VOCABULARY["I"]).int()
     places = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0]
     assert torch.equal(places, positions(len(pixels)))
-    hidden = model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places, use_cache=False).last_hidden_state
+    hidden = model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places,
+                         use_cache=False).last_hidden_state
     return model.lm_head(hidden[:, END])[:, :len(COLORS)]
 
 
@@ -94,7 +96,8 @@ def test_pictures_are_flat_and_laid_out_as_the_image_processor_does(tiny_checkpo
     picture = make_picture("red", False)  # 56 x 56: as the toys' pictures
     processed = Q.process_images(Q.load_processors(str(tiny_checkpoint))[1], [picture])
     assert processed["image_grid_thw"].tolist() == [[1, GRID, GRID]]
-    assert processed["pixel_values"].shape == draw_items(1, torch.Generator())[0].shape == (GRID**2, 3 * 2 * PATCH**2)
+    assert processed["pixel_values"].shape == draw_items(1, torch.Generator())[0].shape == (GRID**2,
+                                                                                            3 * 2 * PATCH**2)
     patches = processed["pixel_values"].view(GRID**2, 3, -1)
     assert float((patches - patches[:1, :, :1]).abs().max()) < 1e-6  # a value a channel, channel by channel
 
@@ -141,40 +144,49 @@ def test_slots_without_one_layer_are_not_the_donors(worlds, layer):
 
 @torch.no_grad()
 def test_keys_of_a_donor_at_other_positions_are_not_its_slots(worlds):
-    """A donor five positions further on: its layer inputs do at home what they did there, its cached keys do not."""
+    """A donor five positions further on: its layer inputs do at home what they did there, its cached keys do
+    not."""
     toy, pixels, other, clean, donor = worlds["slot"]
     moved = run(toy, other, shift=5)
     assert largest(moved, donor) < EXACT and torch.allclose(moved.slots, donor.slots, atol=EXACT)
     assert largest(run(toy, pixels, slots=moved.slots), donor) < EXACT
-    assert torch.allclose(at_end(toy, pixels, clean, other, donor, 0), donor.logits, atol=EXACT)  # the way itself is right
+    # the way itself is right
+    assert torch.allclose(at_end(toy, pixels, clean, other, donor, 0), donor.logits, atol=EXACT)
     assert float((at_end(toy, pixels, clean, other, moved, 5) - donor.logits).abs().max()) > NON_ZERO
 
 
 @torch.no_grad()
 def at_end(toy, pixels, clean, other, donor, shift):
-    """The logits at `end` over the cache of a run that holds a donor's keys and values at the latent positions."""
+    """The logits at `end` over the cache of a run that holds a donor's keys and values at the latent
+    positions."""
     see = allowed(toy.mask)
 
     def read(pictures, vectors, moved):
         ids = torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pictures))
         embeds = toy.model.get_input_embeddings()(ids)
         embeds[ids == VOCABULARY["I"]] = torch.cat(list(toy.model.model.get_image_features(
-            pictures.flatten(0, 1), torch.tensor([[1, GRID, GRID]] * len(pictures)), return_dict=True).pooler_output))
+            pictures.flatten(0, 1), torch.tensor([[1, GRID, GRID]] * len(pictures)),
+            return_dict=True).pooler_output))
         embeds[:, LATENTS] = vectors
-        return embeds, toy.model.model(inputs_embeds=embeds[:, :END], attention_mask=additive(see[:END, :END]),
-                                       position_ids=positions(len(pictures), moved)[..., :END], use_cache=True).past_key_values
+        return embeds, toy.model.model(inputs_embeds=embeds[:, :END],
+                                       attention_mask=additive(see[:END, :END]),
+                                       position_ids=positions(len(pictures), moved)[..., :END],
+                                       use_cache=True).past_key_values
 
     embeds, cache = read(pixels, clean.fed, 0)
     for mine, its in zip(cache.layers, read(other, donor.fed, shift)[1].layers):
-        mine.keys[:, :, LATENTS], mine.values[:, :, LATENTS] = its.keys[:, :, LATENTS], its.values[:, :, LATENTS]
-    out = toy.model.model(inputs_embeds=embeds[:, END:], attention_mask=additive(see[END:]), past_key_values=cache,
+        mine.keys[:, :, LATENTS], mine.values[:, :, LATENTS] = its.keys[:, :, LATENTS], its.values[:, :,
+                                                                                                   LATENTS]
+    out = toy.model.model(inputs_embeds=embeds[:, END:], attention_mask=additive(see[END:]),
+                          past_key_values=cache,
                           position_ids=positions(len(pixels))[..., END:], use_cache=True)
     return toy.model.lm_head(out.last_hidden_state[:, -1])[:, :len(COLORS)]
 
 
 @torch.no_grad()
 def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
-    """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign of it."""
+    """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign
+    of it."""
     toy, pixels, _, clean, donor = worlds["in"]
     arms = make_arms("swap_random", clean, donor, None)
     assert largest(run_arms(toy, pixels, arms), donor) == 0
@@ -182,7 +194,8 @@ def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
 
 
 def test_effects_are_of_items_that_emit_in_their_clean_run():
-    """Items 0-7 emit clean and are broken by the condition, of which 0-3 then emit nothing; 8-11 emit only under it.
+    """Items 0-7 emit clean and are broken by the condition, of which 0-3 then emit nothing; 8-11 emit only
+    under it.
 
     Taken from the intervened run the emitters would be 4-11, and the drop 4 of 8 in place of 8 of 8.
     """
@@ -191,14 +204,18 @@ def test_effects_are_of_items_that_emit_in_their_clean_run():
     for i, item in enumerate(items):
         emits, then = i < 8, 4 <= i
         clean = {"emitted": emits, "pred": "A", "correct": True, "degenerate": False}
-        after = {"emitted": then, "pred": "B" if emits else "A", "correct": not emits, "degenerate": False, "changed": emits}
+        after = {"emitted": then, "pred": "B" if emits else "A", "correct": not emits, "degenerate": False,
+                 "changed": emits}
         records[item["id"]] = {"clean": clean, "tau": after}
     found = summarize(items, records, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05, 2)
     effect = found["conditions"]["tau"]["effect"]
     assert found["emission"]["k"] == 8 and (effect["n"], effect["b"], effect["c"]) == (8, 8, 0)
-    assert effect["delta"] == -1 and effect["delta_all"] == pytest.approx(-8 / 12) and effect["emitted_int"] == 0.5
-    swapped = {name: {"clean": {**its["clean"], "emitted": its["tau"]["emitted"]}, "tau": its["tau"]} for name, its in records.items()}
-    wrong = summarize(items, swapped, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05, 2)["conditions"]["tau"]["effect"]
+    assert effect["delta"] == -1 and effect["delta_all"] == pytest.approx(-8 / 12) and effect[
+        "emitted_int"] == 0.5
+    swapped = {name: {"clean": {**its["clean"], "emitted": its["tau"]["emitted"]}, "tau": its["tau"]}
+               for name, its in records.items()}
+    wrong = summarize(items, swapped, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05,
+                      2)["conditions"]["tau"]["effect"]
     assert (wrong["n"], wrong["delta"]) == (8, -0.5)
 
 
@@ -212,7 +229,8 @@ def check(found, names):
 
 
 def test_the_quick_toys_are_judged_as_they_were_built(capsys):
-    """Necessary, irrelevant, and needed in their positions alone: the last is the false null of an arm at one site."""
+    """Necessary, irrelevant, and needed in their positions alone: the last is the false null of an arm at one
+    site."""
     before = torch.random.get_rng_state()
     found = selftest()
     check(found, QUICK)
@@ -226,9 +244,11 @@ def test_the_quick_toys_are_judged_as_they_were_built(capsys):
         assert abs(its["centred_cosine"]) < 0.02
     necessary, irrelevant, slot = (columns[name] for name in QUICK)
     assert all(necessary[name] < 0.3 for name in fed) and necessary["cut_latent"] < 0.3
-    assert necessary["swap_random_donor"] == pytest.approx(necessary["clean"], abs=0.02)  # the donor's, as exact as the mask
+    # the donor's, as exact as the mask
+    assert necessary["swap_random_donor"] == pytest.approx(necessary["clean"], abs=0.02)
     assert necessary["other_image_keeps"] == necessary["clean"]  # Y(x', Z(x)) = Y(x, Z(x)) to the last bit
-    assert len({irrelevant[name] for name in ("clean", *fed, "swap_random", "slot_swap_random", "cut_latent")}) == 1
+    assert len({irrelevant[name] for name in ("clean", *fed, "swap_random", "slot_swap_random",
+                                              "cut_latent")}) == 1
     assert all(slot[name] > 0.97 for name in (*fed, "swap_random")) and slot["cut_latent"] < 0.3
     assert slot["slot_swap_random_donor"] > 0.97 and slot["other_image_keeps"] < 0.03
 
@@ -238,23 +258,28 @@ def test_all_toys_are_judged_as_they_were_built():
     found = selftest(full=True)
     check(found, TOYS)
     columns = found["toys"]["in_shared"]["columns"]
-    assert columns["raw_cosine"] > 0.95 and abs(columns["centred_cosine"]) < 0.01  # alike in the raw, and necessary all the same
+    # alike in the raw, and necessary all the same
+    assert columns["raw_cosine"] > 0.95 and abs(columns["centred_cosine"]) < 0.01
     assert columns["tau_mean"] < 0.3 and columns["swap_random_donor"] > 0.98
 
 
 @pytest.mark.parametrize("found, expected, fits", [
-    ("effect", "effect", True), ("mixed", "equivalent", False), (0.99, 1, True), (0.97, 1, False), (None, 0, False),
-    ("small effect inside the margin", ("equivalent", "small effect inside the margin"), True), ("effect", ("equivalent",), False)])
+    ("effect", "effect", True), ("mixed", "equivalent", False), (0.99, 1, True), (0.97, 1, False),
+    (None, 0, False),
+    ("small effect inside the margin", ("equivalent", "small effect inside the margin"), True),
+    ("effect", ("equivalent",), False)])
 def test_a_finding_against_what_is_expected(found, expected, fits):
     assert agrees(found, expected) is fits
 
 
-# ------------------------------------------------------------------------------------------- the product's own path
+# ------------------------------------------------------------------------------------- the product's own path
 @pytest.fixture(scope="module")
 def follower(trained, tmp_path_factory):
-    """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
+    """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images.
+    """
     _, items = write_items(tmp_path_factory.mktemp("items"), 8)
-    images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i, item in enumerate(items)]
+    images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i,
+              item in enumerate(items)]
     return Q.load(str(trained("latent", True)), device="cpu", dtype="float32"), items, images
 
 
@@ -262,8 +287,10 @@ def test_every_site_through_the_batch_of_the_product(follower):
     qwen, items, images = follower
     asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
     prompts = Q.encode(qwen, [prompt_of(qwen.tokenizer, item, 1, asking) for item in items], images)
-    known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True, with_slots=True)[0])
-    names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t", "slot_swap_random", "slot_swap_blank",
+    known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True,
+                                   with_slots=True)[0])
+    names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t",
+             "slot_swap_random", "slot_swap_blank",
              "slot_blank_x", "cut_latent", "cut_both"]
     batch = LatentBatch(qwen, MIRAGE, known, asking, items, images, [None] * len(items))
     records = batch.records(names)
@@ -272,16 +299,21 @@ def test_every_site_through_the_batch_of_the_product(follower):
         clean = record["clean"]
         for name in names:
             its = record[name]
-            assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), (name, its)
+            assert "reason" not in its and its["r0"] and sum(its["r0"]["pi"].values()) == pytest.approx(1), (
+                name, its)
             fed_is_edited = name in ("tau", "swap_random", "swap_blank", "blank_x")
             assert (its["rel_change"] > 1e-5) == fed_is_edited, (name, its["rel_change"])
-            if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random", "slot_swap_blank"):
+            if name in ("tau", "swap_random", "swap_blank", "slot_mean_t", "slot_swap_random",
+                        "slot_swap_blank"):
                 assert its["reach"] > 1e-5, name  # the layers behind the first have read something else
-        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-5  # its own slots, its own latents alone
+        # its own slots, its own latents alone
+        assert record["slot_blank_x"]["reach"] == 0 and record["blank_x"]["reach"] > 1e-5
         for name in ("identity", "replay"):
-            assert not record[name]["changed"] and record[name]["reach"] < 1e-5 and record[name]["pred"] == clean["pred"]
+            assert not record[name]["changed"] and record[name]["reach"] < 1e-5 and record[name][
+                "pred"] == clean["pred"]
         assert record["cut_latent"]["reach"] == pytest.approx(0, abs=1e-5)  # an edge acts behind the latents
         assert record["cut_latent"]["r0"]["nll"] != clean["r0"]["nll"]
         for name in ("swap_random", "slot_swap_random"):
             donor = next(one for one in items if one["id"] == record[name]["donor"]["item"])
-            assert donor["group_id"] != item["group_id"] and donor["answer"]["value"] == record[name]["donor"]["gold"]
+            assert donor["group_id"] != item["group_id"] and donor["answer"]["value"] == record[name][
+                "donor"]["gold"]

@@ -37,13 +37,16 @@ def data(tmp_path_factory):
     """Sixteen items of eight pictures, and for each the same question as a probe item."""
     folder = tmp_path_factory.mktemp("items")
     path, items = write_items(folder, 16)
-    write_rows(folder / "probe.jsonl", [{"id": f"probe/{i}", "source": item["id"], "question": item["question"],
-                                         "options": item["options"], "answer": item["answer"]} for i, item in enumerate(items)])
+    write_rows(folder / "probe.jsonl",
+               [{"id": f"probe/{i}", "source": item["id"], "question": item["question"],
+                                         "options": item["options"], "answer": item["answer"]} for i,
+                                         item in enumerate(items)])
     return path
 
 
 def run(data, model, output, *more):
-    assert probe.main(["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model", str(model),
+    assert probe.main(["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model",
+                       str(model),
                        "--output", str(output), "--max_new_tokens", "40", *more]) == 0
     return load_object(output / "metrics.json")
 
@@ -54,7 +57,8 @@ def latent_run(trained, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
     folder = tmp_path_factory.mktemp("latent")
     (folder / "model").symlink_to(trained("latent", True))
-    return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text", "--stem", " It is \\boxed{",
+    return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text",
+                       "--stem", " It is \\boxed{",
                        "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
 
@@ -74,10 +78,12 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
 
 
 def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
-    """Two pictures of one size: the same question is answered alike without the latents, and differently with them."""
+    """Two pictures of one size: the same question is answered alike without the latents, and differently with
+    them."""
     folder, _ = latent_run
     items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
-    args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
+    args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o",
+                             "--max_new_tokens", "40"])
     qwen = load(str(folder / "model"), "float32", "cpu")
     prober = Prober(qwen, MIRAGE, items, States(folder / "out" / "states"), args)
     asked, gap = [items["item/1"]] * 2, {}
@@ -95,7 +101,8 @@ def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
     assert len(NAMES) == 4 and found["imagination"]["inter_raw"] < 0.5
     assert {"imagination", "text", "image", "start", "dummy_pad"} <= set(found)
     split = metrics["crossed"]["steps"][0]
-    assert split["image"] > 0.9 and split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
+    assert split["image"] > 0.9 and split["image"] + split["question"] + split[
+        "interaction"] == pytest.approx(1)
     rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str})
     assert {row["layer"] for row in rows if row["kind"] == "inner"} == {0, 1}
     first = [row for row in rows if (row["kind"], row["measure"]) == ("imagination", "spectrum")][0]
@@ -113,30 +120,37 @@ def test_every_figure_stands_beside_its_numbers(latent_run):
 def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, capsys):
     folder, metrics = latent_run
     before = (folder / "out" / "probes.jsonl").read_bytes()
-    again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--options", "text")
+    again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse",
+                "--options", "text")
     assert (folder / "out" / "probes.jsonl").read_bytes() == before and again["probing"] == metrics["probing"]
     with pytest.raises(DataError, match="other settings"):
-        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "capture", "--suffix", "Think.")
+        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "capture", "--suffix",
+            "Think.")
     with pytest.raises(DataError, match="no states of 6 of"):
-        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--crossed", "3", "4")
+        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--crossed",
+            "3", "4")
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):
-    """To 1e-4, a hundred roundings of states of about 1. What pads make of themselves: pads written into the prompt."""
+    """To 1e-4, a hundred roundings of states of about 1. What pads make of themselves: pads written into the
+    prompt."""
     folder, _ = latent_run
     store, item = States(folder / "out" / "states"), read_items(data)[0]
     qwen = load(str(folder / "model"), "float32", "cpu")
     inputs = encode(qwen, [chat(qwen.tokenizer, question_text(item), 1)], [open_images(item, data.parent)])
     row = generate(qwen, inputs, 40, MIRAGE, capture=True)[0]
     steps, after, _ = find_steps(qwen, MIRAGE, row)
-    for kind, wanted in (("latent", row.states[steps]), ("text", row.states[after[:4]]), ("start", row.states[[steps[0] - 1]]),
+    for kind, wanted in (("latent", row.states[steps]), ("text", row.states[after[:4]]),
+                         ("start", row.states[[steps[0] - 1]]),
                          ("fed", row.fed)):
         assert np.allclose(store.load(item["id"], kind), wanted.numpy(), atol=1e-4), kind
     inner, pads = store.load(item["id"], "inner"), store.load(item["id"], "dummy_pad")
     assert np.allclose(inner[:, 0], row.fed.numpy(), atol=1e-4)  # what the first layer reads is what is fed
     prompt = chat(qwen.tokenizer, question_text(item), 1) + MIRAGE.start + MIRAGE.pad * (MIRAGE.size - 1)
     with torch.no_grad():
-        written = qwen.model.model(**encode(qwen, [prompt], [open_images(item, data.parent)])).last_hidden_state[0, -MIRAGE.size:]
+        written = qwen.model.model(**encode(qwen, [prompt],
+                                            [open_images(item, data.parent)])).last_hidden_state[
+                                                0, -MIRAGE.size:]
     assert len(steps) == MIRAGE.size and np.allclose(pads, written.numpy(), atol=1e-4)
     assert not np.allclose(pads[1:], row.states[steps[1:]].numpy(), atol=1e-3)
 
@@ -149,19 +163,27 @@ def text_model(trained):
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
     metrics = run(data, text_model, tmp_path / "out", "--circular")
     assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
-    assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"]["conditions"]
+    assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"][
+        "conditions"]
     conditions = metrics["probing"]["conditions"]
-    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > 0.9 and conditions["other"]["accuracy"] < 0.1
+    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > 0.9 and conditions[
+        "other"]["accuracy"] < 0.1
 
 
-def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):
-    """With the words hidden too, the scores are those of a prompt without image that has the question as far off."""
-    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", " It is \\boxed{")
+def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data,
+                                                                                   tmp_path):
+    """With the words hidden too, the scores are those of a prompt without image that has the question as far
+    off."""
+    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem",
+        " It is \\boxed{")
     rows = read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})
-    assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other", "cut_none")] == [16] * 3
+    assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other",
+                                                                                    "cut_none")] == [16] * 3
     items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
-    args = probe.parse_args(["--model", str(text_model), "--items", str(data), "--output", "o", "--max_new_tokens", "40"])
-    prober = Prober(load(str(text_model), "float32", "cpu"), None, items, States(tmp_path / "out" / "states"), args)
+    args = probe.parse_args(["--model", str(text_model), "--items", str(data), "--output", "o",
+                             "--max_new_tokens", "40"])
+    prober = Prober(load(str(text_model), "float32", "cpu"), None, items, States(tmp_path / "out" / "states"),
+                    args)
     qwen, asked, found = prober.qwen, items["item/1"], {}
     turn = chat(qwen.tokenizer, question_text(asked), 0)
     block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(TURN):])
@@ -172,7 +194,8 @@ def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_ima
             found[name] = score_options(qwen, state, [asked], [" It is \\boxed{"], before, "text")[0]
         inputs = encode(qwen, [chat(qwen.tokenizer, "", 1)], [open_images(items[source], data.parent)])
         first = int(prefill(qwen, inputs).is_image[0].nonzero()[0])
-        alone = prefill(qwen, {name: inputs[name][..., :first] for name in ("input_ids", "attention_mask", "position_ids")})
+        alone = prefill(qwen, {name: inputs[name][..., :first] for name in ("input_ids", "attention_mask",
+                                                                            "position_ids")})
         alone.positions = state.positions - len(block)
         alone = extend_all(qwen, alone, [block])[1]
         assert torch.equal(alone.positions, state.positions)
@@ -185,14 +208,16 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
     """Scores of a random reader against the same prompts put together by hand."""
     metrics = run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint))
     assert metrics["reader"] == str(tiny_checkpoint) and metrics["emission"]["k"] == 8
-    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})}
+    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl",
+                                                            {"condition": str})}
     assert {name for _, name in rows} == {"image", "image_own", "text_only", "own", "other"}
     store, reader = States(tmp_path / "out" / "states"), load(str(tiny_checkpoint), "float32", "cpu")
     for i, item in enumerate(read_items(data)[:3]):
         said = store.records[rows[f"probe/{i}", "other"]["donor"]]["imagination"]
         assert said.startswith("a ")
         prompt = chat(reader.tokenizer, question_text(item), 0) + f"<think_image>{said}</think_image>"
-        scores = score_options(reader, prefill(reader, encode(reader, [prompt], [[]])), [item], [metrics["stem"]], [[]], "letter")
+        scores = score_options(reader, prefill(reader, encode(reader, [prompt], [[]])), [item],
+                               [metrics["stem"]], [[]], "letter")
         assert rows[f"probe/{i}", "other"]["r0"]["nll"] == pytest.approx(
             describe_scores(scores[0], item["answer"]["value"])["nll"], abs=1e-3)
     with pytest.raises(SystemExit):
@@ -201,7 +226,8 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
 
 def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_checkpoint, data, tmp_path):
     folder, _ = latent_run
-    asked = ["--latent", "mirage", "--stage", "ask", "--store", str(folder / "out" / "states"), "--options", "text"]
+    asked = ["--latent", "mirage", "--stage", "ask", "--store", str(folder / "out" / "states"), "--options",
+             "text"]
     with pytest.raises(DataError, match="cannot be given latents of mirage: .*expected one added token"):
         run(data, folder / "model", tmp_path / "none", *asked, "--reader", str(tiny_checkpoint))
     make_model(TEXTS, tmp_path / "wide", n_tokens=320, seed=0, sizes=TINY | {"hidden_size": 64},
@@ -212,7 +238,8 @@ def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_ch
         save(qwen, str(tmp_path / name))
     with pytest.raises(DataError, match="states of 64 numbers, but the latents of .* have 32"):
         run(data, folder / "model", tmp_path / "wide_out", *asked, "--reader", str(tmp_path / "wider"))
-    found = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader", str(tmp_path / "same"))["probing"]
+    found = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader",
+                str(tmp_path / "same"))["probing"]
     assert found["conditions"]["own"]["asked"] == found["n"] == 16 and "random" in found["conditions"]
 
 
@@ -223,18 +250,21 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     for n, item in enumerate(items):
         item["region"], item["question"] = [0, 0, 20, 56], f"{item['question']}{' Now?' * (n % 2)}"
     write_rows(data.parent / "regions.jsonl", items)
-    flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output", str(tmp_path / "out"),
+    flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output",
+             str(tmp_path / "out"),
              "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
     assert probe.main(flags) == 0
     found = load_object(tmp_path / "out" / "metrics.json")["edits"]
     assert set(found) == {*EDITS, "selectivity"} and all(found[name]["asked"] == 8 for name in EDITS)
-    assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None  # batch by batch the same
+    # batch by batch the same
+    assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None
     assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
     assert found["image_swap"]["change"] > 4  # between two codes of 32 numbers of rms 1: 8
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
     assert {row["measure"] for row in rows if "edit" in row} == {"change", "sensitivity", "selectivity"}
     before = (tmp_path / "out" / "probes.jsonl").read_bytes()
-    assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out" / "probes.jsonl").read_bytes() == before
+    assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out"
+                                                                / "probes.jsonl").read_bytes() == before
 
 
 def write_five(folder, monkeypatch):
@@ -243,8 +273,10 @@ def write_five(folder, monkeypatch):
     monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
     monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
     monkeypatch.setattr(made, "MME", [(f"Is there {what} in the picture? Please answer yes or no.", gold, n)
-                                      for n in range(20) for what, gold in (("a dog", "Yes"), ("a cat", "No"))])
-    ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en", "answers": ["Stop"],
+                                      for n in range(20) for what,
+                                      gold in (("a dog", "Yes"), ("a cat", "No"))])
+    ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en",
+            "answers": ["Stop"],
             "image": made.struct(made.picture(n))} for n in range(20)]
     sources = {"vstar": made.write_vstar, "mme": made.write_mme, "mme_realworld_lite": made.write_realworld,
                "ocrbench_v2": lambda place: (made.write_parquet(place / "ocr.parquet", ocr), {}),
@@ -253,7 +285,8 @@ def write_five(folder, monkeypatch):
     for n, (name, write) in enumerate(sources.items()):
         place = folder / str(n)  # every benchmark's pictures lie beside its own items
         place.mkdir()
-        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "40", "--prepare", "--output",
+        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "40",
+                              "--prepare", "--output",
                               str(place / "b")]) == 0
         files.append(str(place / "b.items.jsonl"))
     return files
@@ -261,24 +294,30 @@ def write_five(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, monkeypatch):
-    """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the model, which is
-    trained on their questions with pictures of its own, imagines at all of them."""
+    """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the
+    model, which is trained on their questions with pictures of its own, imagines at all of them."""
     files = write_five(tmp_path, monkeypatch)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
     model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", ask=lambda rng: rng.choice(asked))
-    write_rows(tmp_path / "probe.jsonl", [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
+    write_rows(tmp_path / "probe.jsonl",
+               [{"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?", "answer": {
         "type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
         for i, item in enumerate(asked[:12])])
-    assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"), "--latent", "mirage",
-                       "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size", "16",
-                       "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap", "question_swap"]) == 0
+    assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"),
+                       "--latent", "mirage",
+                       "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4", "3", "--batch_size",
+                       "16",
+                       "--probe_items", str(tmp_path / "probe.jsonl"), "--edits", "image_swap",
+                       "question_swap"]) == 0
     metrics = load_object(tmp_path / "out" / "metrics.json")
     assert metrics["emission"]["n"] == 100 and metrics["emission"]["k"] >= 90 and metrics["items"] == files
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
-    assert {"within", "between", "difference", "all"} <= {row["pairs"] for row in rows if row["measure"] == "inter"}
-    assert any(row["measure"] == "decode_task" for row in rows) and any(row["measure"] == "sensitivity" for row in rows)
+    assert {"within", "between", "difference", "all"} <= {row["pairs"] for row in rows if row["measure"]
+                                                          == "inter"}
+    assert any(row["measure"] == "decode_task" for row in rows) and any(row["measure"] == "sensitivity"
+                                                                        for row in rows)
 
 
 def test_an_id_stands_in_one_file_only(data):
@@ -287,7 +326,8 @@ def test_an_id_stands_in_one_file_only(data):
 
 
 def test_instances_are_taken_evenly_from_files():
-    items = [{"id": f"{f}/{n}", "file": f, "group_id": f"{f}/{n // 2}"} for f, size in (("a", 40), ("b", 10), ("c", 80))
+    items = [{"id": f"{f}/{n}", "file": f, "group_id": f"{f}/{n // 2}"} for f, size in (("a", 40), ("b", 10),
+                                                                                        ("c", 80))
              for n in range(size)]
     chosen = probe.choose(items, 22)
     assert [sum(i["file"] == f for i in chosen) for f in "abc"] == [8, 5, 7]  # b has five pictures only
@@ -296,19 +336,24 @@ def test_instances_are_taken_evenly_from_files():
 
 
 def test_a_probe_of_no_item_is_named(tiny_checkpoint, data, tmp_path):
-    write_rows(tmp_path / "probe.jsonl", [{"id": "p", "source": "nobody", "question": "?", "options": [["A", "a"], ["B", "b"]],
+    write_rows(tmp_path / "probe.jsonl",
+               [{"id": "p", "source": "nobody", "question": "?", "options": [["A", "a"], ["B", "b"]],
                                            "answer": {"type": "letter", "value": "A"}}])
     with pytest.raises(DataError, match="source 'nobody' is no item"):
-        probe.main(["--items", str(data), "--probe_items", str(tmp_path / "probe.jsonl"), "--model", str(tiny_checkpoint),
+        probe.main(["--items", str(data), "--probe_items", str(tmp_path / "probe.jsonl"), "--model",
+                    str(tiny_checkpoint),
                     "--output", str(tmp_path / "o")])
 
 
 # ------------------------------------------------------------------------------------------- parts
 def test_turned_options_keep_their_gold():
-    probe_item = {"id": "p", "options": [["A", "red"], ["B", "blue"], ["C", "gray"]], "answer": {"value": "B"}}
+    probe_item = {"id": "p", "options": [["A", "red"], ["B", "blue"], ["C", "gray"]],
+                  "answer": {"value": "B"}}
     turned = rotations(probe_item)
-    assert [row["answer"]["value"] for row in turned] == ["B", "A", "C"] and turned[0]["options"] == probe_item["options"]
-    assert all(dict(row["options"])[row["answer"]["value"]] == "blue" for row in turned) and len({r["id"] for r in turned}) == 3
+    assert [row["answer"]["value"] for row in turned] == ["B", "A", "C"] and turned[0][
+        "options"] == probe_item["options"]
+    assert all(dict(row["options"])[row["answer"]["value"]] == "blue"
+               for row in turned) and len({r["id"] for r in turned}) == 3
 
 
 def test_donors_are_of_other_images():
@@ -316,19 +361,22 @@ def test_donors_are_of_other_images():
     donors = derange(probes, {f"s{i}": f"g{i // 2}" for i in range(5)}, 0)
     assert all(int(donors[p["id"]][1]) // 2 != int(p["source"][1]) // 2 for p in probes)
     with pytest.raises(DataError, match="15 of 20"):
-        derange([{"id": str(i), "source": "s0" if i < 15 else "s4"} for i in range(20)], {"s0": "a", "s4": "b"}, 0)
+        derange([{"id": str(i), "source": "s0" if i < 15 else "s4"} for i in range(20)],
+                {"s0": "a", "s4": "b"}, 0)
 
 
 def test_scores_count_what_could_not_be_asked_as_wrong_and_compare_in_pairs():
     probes = [{"id": str(i), "options": [["A", "x"], ["B", "y"]], "answer": {"value": "A"}} for i in range(8)]
 
     def row(i, name, right):
-        return {"id": str(i), "condition": name, "gold": "A", "pred": "A" if right else None, "correct": right,
+        return {"id": str(i), "condition": name, "gold": "A", "pred": "A" if right else None,
+                "correct": right,
                 "r0": {"pred": "A" if right else "B", "nll": 0.5 if right else 2.0} if i else None}
     rows = [row(i, "own", i < 6) for i in range(8)] + [row(i, "other", i in (0, 7)) for i in range(8)]
     found = score(rows, probes, {str(i): i for i in range(8)}, 0.95)
     assert found["chance"] == 0.5 and found["conditions"]["own"]["accuracy"] == 0.75
-    assert found["conditions"]["own"]["r0"]["accuracy"] == pytest.approx(5 / 7) and found["conditions"]["own"]["asked"] == 7
+    assert found["conditions"]["own"]["r0"]["accuracy"] == pytest.approx(5 / 7) and found["conditions"][
+        "own"]["asked"] == 7
     difference = found["own_minus_other"]
     assert (difference["delta"], difference["b"], difference["c"]) == (0.5, 1, 5)
     assert difference["r0_nats"]["delta"] == pytest.approx((5 - 1) * 1.5 / 7)
@@ -337,7 +385,8 @@ def test_scores_count_what_could_not_be_asked_as_wrong_and_compare_in_pairs():
 def test_heat_maps_order_instances_by_task(tmp_path):
     states = np.random.default_rng(0).normal(size=(6, 9))
     matrix, tasks = cosine_matrix(states), np.array(["b", "a", "b", "a", "b", "a"])
-    draw_heatmaps({("text", form, 0): (np.arange(6), matrix) for form in ("raw", "centred")}, tasks, tmp_path / "map.png")
+    draw_heatmaps({("text", form, 0): (np.arange(6), matrix) for form in ("raw", "centred")}, tasks,
+                  tmp_path / "map.png")
     rows = list(csv.DictReader(open(tmp_path / "map.csv")))
     wanted = [matrix[int(row["instance"]), int(row["other"])] for row in rows]
     assert len(rows) == 2 * 15 and [float(row["cosine"]) for row in rows] == pytest.approx(wanted, abs=1e-4)

@@ -14,7 +14,8 @@ from toy.variants import markdown
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.replace("\\\n",
+                                                                                     " ").splitlines()]
 COMMANDS = [line for line in LINES if re.search(r"\b\w+\.py\b", line)]
 
 
@@ -63,7 +64,8 @@ def test_the_numbers_of_the_proofs_are_those_of_their_files():
     words = " ".join(README.split())
     kills = json.loads((ROOT / "results" / "kills.json").read_text()).values()
     assert "{} kills, {} records lost, {} doubled".format(*(sum(its[name] for its in kills)
-                                                            for name in ("kills", "lost", "doubled"))) in words
+                                                            for name in ("kills", "lost",
+                                                                         "doubled"))) in words
     assert all(its["identical"] for its in kills)
     found = json.loads((ROOT / "results" / "hostile.json").read_text())
     assert ("{inputs:,} inputs, {tracebacks} tracebacks, {hangs} hangs, {escapes} files opened elsewhere, {tokens} control tokens "

@@ -20,7 +20,9 @@ SCRIPTS = ("rewrite_captions", "filter_data", "train_sft", "evaluate", "interven
 
 def run(*words, path=None, script="reproduce.sh", **environment):
     return subprocess.run(["bash", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PATH": os.pathsep.join(filter(None, (path and str(path), BIN, os.environ["PATH"])))} | environment)
+                          env=os.environ
+                          | {"PATH": os.pathsep.join(filter(None, (path and str(path), BIN,
+                                                                   os.environ["PATH"])))} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def planned(tmp_path_factory):
     done = run("--dry_run", work, MIRAGE="mirage", MIRAGE_VSP="vsp.jsonl")
     assert done.returncode == 0, done.stderr
     assert not work.exists()  # nothing was done
-    assert re.search(r"GPUs \d+ of 8 \| free \d+ of \d+ GiB in \S+ \| estimated \d+ h \d+ min\n$", done.stderr)
+    assert re.search(r"GPUs \d+ of 8 \| free \d+ of \d+ GiB in \S+ \| estimated \d+ h \d+ min\n$",
+                     done.stderr)
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
@@ -45,7 +48,8 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
     assert [(args.imagination, Path(args.data[0]).stem) for args in calls["train_sft"]] == [
         ("text", "sft"), ("placeholder", "sft"), ("text", "rewritten"), ("latent", "sft"), ("direct", "sft")]
     prepared = [name for args in calls["evaluate"] for name in args.benchmark or ()]
-    assert {"vstar", "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw", "blink/Multi-view_Reasoning", "vsp",
+    assert {"vstar", "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw",
+            "blink/Multi-view_Reasoning", "vsp",
             "tablevqa/vwtq", "tablevqa/vwtq_syn", "tablevqa/vtabfact", "mme", "ocrbench_v2"} == set(prepared)
     answered = [args for args in calls["evaluate"] if args.items]
     assert {args.method for args in answered} == {"direct", "text", "latent", "tool"}
@@ -54,11 +58,13 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
     assert {args.latent for args in calls["intervene"]} == {"off", "monet_capimagine", "lvr", "mirage"} == {
         args.latent for args in calls["probe"] if args.task == "probe"} | {"mirage"}
     assert all("directed_llm" in args.conditions for args in calls["intervene"] if args.latent == "off")
-    assert sum("vllm" in words[0] for words in planned) == 2  # the captioner, and the editor that is also the judge
+    # the captioner, and the editor that is also the judge
+    assert sum("vllm" in words[0] for words in planned) == 2
 
 
 @pytest.mark.parametrize("old, new, said", [("--imagination \"$4\"", "--imagine \"$4\"", "--imagine"),
-                                            ("--data \"$work/$3.jsonl\"", "--data \"$work/$3.json\"", "no stage before makes it")])
+                                            ("--data \"$work/$3.jsonl\"", "--data \"$work/$3.json\"",
+                                             "no stage before makes it")])
 def test_a_wrong_flag_and_a_wrong_path_fail_the_dry_run(tmp_path, old, new, said):
     text = (ROOT / "reproduce.sh").read_text()
     assert text.count(old) == 1

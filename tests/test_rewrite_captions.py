@@ -35,13 +35,16 @@ def converted(value: dict, index: int = 0) -> Sample:
 def test_monet_becomes_a_row():
     sample = converted(monet())
     assert sample.reason is None and sample.row == {
-        "id": "Visual_CoT/7", "subset": "Visual_CoT", "images": ["a.png"], "question": "What number is on the boat?",
-        "answer": "42", "steps": [{"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom"},
+        "id": "Visual_CoT/7", "subset": "Visual_CoT", "images": ["a.png"],
+        "question": "What number is on the boat?",
+        "answer": "42", "steps": [{"text": "I look closer at the boat."},
+                                  {"image": "b.png", "operation": "zoom"},
                                   {"text": "The hull shows 42. The answer is \\boxed{42}."}]}
 
 
 @pytest.mark.parametrize("assistant, reason", [
-    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"), ("image", "c"),
+    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"),
+      ("image", "c"),
       ("text", "\\boxed{1}")], None),
     ([("text", "Look."), ("image", "b"), ("text", "<observation>x</observation> \\boxed{1}")], "tag_missing"),
     ([("text", f"Look. {PAIR}"), ("text", "more"), ("image", "b"), ("text", "<observation>x</observation>")],
@@ -51,16 +54,19 @@ def test_monet_becomes_a_row():
     ([("text", f"Look. {PAIR}"), ("image", "b"), ("image", "c"), ("text", "<observation>x</observation>")],
      "tag_count"),
     ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", "It is 1. \\boxed{1}")], "no_observation"),
-    ([("text", f"<observation>x</observation> {PAIR}"), ("image", "b"), ("text", "\\boxed{1}")], "no_observation"),
+    ([("text", f"<observation>x</observation> {PAIR}"), ("image", "b"), ("text", "\\boxed{1}")],
+     "no_observation"),
 ])
 def test_monets_discard_rules(assistant, reason):
     sample = converted(monet(assistant=assistant))
     assert sample.reason == reason
-    assert not any("abs_vis_token" in step.get("text", "") or "observation>" in step.get("text", "") for step in
+    assert not any("abs_vis_token" in step.get("text", "") or "observation>" in step.get("text", "")
+                   for step in
                    sample.row["steps"])
 
 
-@pytest.mark.parametrize("subset, keeps", [("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False),
+@pytest.mark.parametrize("subset, keeps", [("Visual_CoT", False), ("CogCoM", False),
+                                           ("Zebra_CoT_geometry", False),
                                            ("Zebra_CoT_visual_search", True), ("Zebra_CoT_count", True)])
 def test_the_suffix_goes_except_where_monet_keeps_it(subset, keeps):
     assert converted(monet(subset=subset)).row["question"].endswith("\\boxed{}.") is keeps
@@ -70,7 +76,8 @@ def test_images_amid_the_question_become_markers():
     user = [("image", "a"), ("text", "Is this "), ("image", "b"), ("text", " the same?")]
     row = converted(monet(user=user)).row
     assert row["images"] == ["a", "b"] and row["question"] == "<image>Is this <image> the same?"
-    assert converted(monet(user=[("image", "a"), ("image", "b"), ("text", "Same?")])).row["question"] == "Same?"
+    assert converted(monet(user=[("image", "a"), ("image", "b"), ("text", "Same?")])).row[
+        "question"] == "Same?"
 
 
 def test_other_turns_are_rejected():
@@ -85,7 +92,8 @@ def test_other_turns_are_rejected():
      ["x", "y", "\\boxed{A}"],
      ["b.png", "c.png"], None),
     ({"text_output": "<output_image>\\boxed{A}"}, ["\\boxed{A}"], ["b.png"], None),
-    ({"image_input": ["a.png", "c.png"]}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"], None),
+    ({"image_input": ["a.png", "c.png"]}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"],
+     None),
     ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"), ({"image_output": ["b.png", "c.png"]}, [], [],
                                                                 "tag_count")])
 def test_mirage_becomes_a_row(changes, texts, images, reason):
@@ -94,7 +102,8 @@ def test_mirage_becomes_a_row(changes, texts, images, reason):
     assert sample.row["question"] == "Map: <image>\nSafe?"
     assert [step["text"] for step in sample.row["steps"] if "text" in step] == texts
     assert [step for step in sample.row["steps"] if "image" in step] == [{"image": i,
-                                                                          "operation": "draw"} for i in images]
+                                                                          "operation": "draw"}
+                                                                          for i in images]
     assert sample.row["answer"] == ("A" if reason is None else "")
 
 
@@ -107,12 +116,14 @@ def test_real_mirage_samples(shared_data, capsys):
     assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"draw": 10, "refine": 10}
 
 
-@pytest.mark.parametrize("subset, operation", [("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"), ("ReFocus", "draw"),
+@pytest.mark.parametrize("subset, operation", [("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"),
+                                               ("ReFocus", "draw"),
                                                ("CogCoM", "draw"), ("Mirage", "draw"), ("Toy_zoom", "zoom"),
                                                ("Toy_draw", "draw")])
 def test_operation_of_a_subset(subset, operation):
     assert operation_of("x", subset, OPERATIONS) == operation
-    with pytest.raises(DataError, match="x: whether subset 'New' zooms or draws is not known; .* --operation New=zoom"):
+    with pytest.raises(DataError,
+                       match="x: whether subset 'New' zooms or draws is not known; .* --operation New=zoom"):
         operation_of("x", "New", OPERATIONS)
 
 
@@ -123,7 +134,8 @@ def test_operation_of_a_subset(subset, operation):
                                                                        "So 3.5 is \\boxed{3.5}"),
     ("It shows. So \\fbox{1}.", "It shows.", "So \\fbox{1}."),
     ("First \\boxed{1}. Then\nso \\boxed{2}. Done.", "First \\boxed{1}. Then", "so \\boxed{2}. Done."),
-    ("<think> Go on </think>The answer is \\boxed{A}.", "<think> Go on </think>", "The answer is \\boxed{A}.")])
+    ("<think> Go on </think>The answer is \\boxed{A}.", "<think> Go on </think>",
+     "The answer is \\boxed{A}.")])
 def test_split_final(text, before, final):
     assert split_final(text) == (before, final)
 
@@ -135,7 +147,8 @@ STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zo
 
 def test_chain_of_segments():
     segments, final = make_segments(STEPS)
-    assert segments == [("text", "I look closer at the boat."), ("observation", 'A red hull with "Anna" and 42.'),
+    assert segments == [("text", "I look closer at the boat."),
+                        ("observation", 'A red hull with "Anna" and 42.'),
                         ("text", "So the number is clear.")]
     assert join_chain(segments, final) == ("I look closer at the boat. "
                                            "<think_image>A red hull with \"Anna\" and 42.</think_image> "
@@ -146,10 +159,12 @@ def test_chain_of_segments():
     (["I look closely at the boat.", 'Its red hull says "Anna" and 42.', "So the number is clear."], None),
     (["I look closely at the boat.", 'Its red hull says "Anna" and 42.'], "the ids were not 1 to 3"),
     (["I look.", 'Its red hull says "Anna".', "So it is clear."], "segment 2 lost 42"),
-    (["I look.", "Its red hull says Anna_ and 42.".replace("Anna_", "Ann"), "So it is clear."], "segment 2 lost Anna"),
+    (["I look.", "Its red hull says Anna_ and 42.".replace("Anna_", "Ann"), "So it is clear."],
+     "segment 2 lost Anna"),
     (["I look.", '"Anna" 42', "So the number is clear, I am sure of it."],
      "segment 2 lost too much of what was seen: hull"),
-    (["I look at 7 boats.", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 has new numbers: 7"),
+    (["I look at 7 boats.", 'A red hull with "Anna" and 42.', "So it is clear."],
+     "segment 1 has new numbers: 7"),
     (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 was rejected: markup"),
     (["I look.", 'A red hull with "Anna" and 42.', "So \\boxed{42}"], "segment 3 has markup"),
     (["", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 is empty"),
@@ -162,13 +177,15 @@ def test_chain_of_segments():
      "segment 2 was rejected: meta"),
     (["I look closer at the image above.", 'A red hull with "Anna" and 42.', "So it is clear."],
      "segment 1 points at an image that the reader does not have: 'at the image above'"),
-    (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."], "points at an image"),
+    (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."],
+     "points at an image"),
     (["I look at the sign above the image of a boat.", 'A red hull with "Anna" and 42.', "So it is."], None),
 ])
 def test_check_refined(texts, fault):
     steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
     segments, _ = make_segments(steps)
-    found = check_refined(segments, {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]})
+    found = check_refined(segments,
+                          {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]})
     assert found is None if fault is None else found[0] == "refine" and fault in found[1], found
 
 
@@ -181,7 +198,8 @@ def test_check_refined_wants_ids_in_order_and_allows_markup_that_was_there():
 
 # ------------------------------------------------------------------------------------------------ whole runs
 class Captioner(StandIn):
-    """Stands in for LocalBackend: captions and refinements from a rule, faults on demand by words in the question."""
+    """Stands in for LocalBackend: captions and refinements from a rule, faults on demand by words in the
+    question."""
 
     def reply(self, text: str) -> str:
         again = "could not be used" in text
@@ -192,10 +210,12 @@ class Captioner(StandIn):
         if "cut out of a larger image" in text or "region of it, cut out" in text:
             return json.dumps({"caption": "The hull shows 42.", "legible": "no" if "dark" in text else "yes"})
         if "The second image" in text:
-            return json.dumps({"marks": ["box"], "description": "A box marks 42.", "changed": "still" not in text})
+            return json.dumps({"marks": ["box"], "description": "A box marks 42.",
+                               "changed": "still" not in text})
         parts = re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)
         lose = any("spoil" in part for _, part in parts)
-        return json.dumps({"segments": [{"id": int(n), "text": part.replace("42", "x") if lose else f"Well, {part}"}
+        return json.dumps({"segments": [{"id": int(n), "text": part.replace("42", "x") if lose
+                                         else f"Well, {part}"}
                                         for n, part in parts]})
 
 
@@ -219,7 +239,8 @@ def world(tmp_path, picture):
 
 def result(path: Path) -> tuple[dict, dict]:
     rows = {row["id"]: row for row in read_rows(path.parent / "out.jsonl", {"id": str})}
-    rejected = {row["id"]: row["reason"] for row in read_rows(path.parent / "out.jsonl.run" / "rejected.jsonl",
+    rejected = {row["id"]: row["reason"] for row in read_rows(path.parent / "out.jsonl.run"
+                                                              / "rejected.jsonl",
                                                               {"id": str})}
     return rows, rejected
 
@@ -229,10 +250,12 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
     samples = [monet(n, question=f"{q}?") for n, q in enumerate(questions)]
     samples += [monet(6, question="a?", images=("a.png", "no.png")), monet(7, question="b?",
                                                                            images=("../a.png", "b.png")),
-                monet(8, question="c?", images=("a.png", "a.png")), monet(9, subset="CogCoM", question="drawn?"),
+                monet(8, question="c?", images=("a.png", "a.png")),
+                monet(9, subset="CogCoM", question="drawn?"),
                 monet(10, subset="CogCoM", question="still?"), monet(11, question=" "),
                 monet(12, question="e?", answer=""),
-                monet(13, question="f?", assistant=[("text", "Look."), ("image", "b.png"), ("text", "\\boxed{1}")])]
+                monet(13, question="f?", assistant=[("text", "Look."), ("image", "b.png"),
+                                                    ("text", "\\boxed{1}")])]
     path = world(samples)
     assert main(flags(path)) == 3
     rows, rejected = result(path)
@@ -245,7 +268,8 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
         "Visual_CoT/13": "tag_missing"}
     assert set(rejected.values()) <= set(REASONS)
     assert rows["Visual_CoT/0"] == {
-        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?", "answer": "42",
+        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?",
+        "answer": "42",
         "steps": [
             {"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom",
                                                      "caption": "The hull shows 42."},
@@ -254,10 +278,13 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
                  "Well, The hull shows 42. The answer is \\boxed{42}.", "refined": True}
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
-    assert (out["read"], out["kept"], out["rejected"], out["errors"], out["refined_share"]) == (14, 3, 11, 1, 1.0)
-    assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1} and out["n_calls"] == len(captioner.asked) == 14
+    assert (out["read"], out["kept"], out["rejected"], out["errors"], out["refined_share"]) == (14, 3, 11, 1,
+                                                                                                1.0)
+    assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1} and out["n_calls"] == len(
+        captioner.asked) == 14
     zoom, draw = (next(r for r in captioner.asked if word in r.text) for word in ("plain?", "drawn?"))
-    assert [Path(p).name for p in zoom.images] == ["b.png"] and [Path(p).name for p in draw.images] == ["a.png", "b.png"]
+    assert [Path(p).name for p in zoom.images] == ["b.png"] and [Path(p).name
+                                                                 for p in draw.images] == ["a.png", "b.png"]
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
 
 
@@ -275,27 +302,33 @@ def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
         "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. The answer is \\boxed{42}.")
     refinements = [r.text for r in captioner.asked if "numbered segments" in r.text]
     assert len(refinements) == 2 and "segment 2 lost 42" in refinements[1]
-    assert not any("The answer is" in text for text in refinements)  # the final sentence stays out of the call
+    # the final sentence stays out of the call
+    assert not any("The answer is" in text for text in refinements)
 
 
-@pytest.mark.parametrize("at_most, reasons", [(3, {}), (2, {f"Visual_CoT/{n}": "caption_repeated" for n in range(4)})])
-def test_one_caption_for_many_images_is_a_captioner_that_does_not_look(world, captioner, picture, at_most, reasons):
+@pytest.mark.parametrize("at_most, reasons",
+                         [(3, {}), (2, {f"Visual_CoT/{n}": "caption_repeated" for n in range(4)})])
+def test_one_caption_for_many_images_is_a_captioner_that_does_not_look(world, captioner, picture, at_most,
+                                                                       reasons):
     for n, color in enumerate(("blue", "green", "yellow")):
         picture(f"b{n}.png", color=color)
-    samples = [monet(n, question=f"plain {n}?", images=("a.png", f"b{min(n, 2)}.png")) for n in range(4)]  # the last two alike
+    # the last two alike
+    samples = [monet(n, question=f"plain {n}?", images=("a.png", f"b{min(n, 2)}.png")) for n in range(4)]
     path = world(samples + [monet(9, question="drawn?", subset="CogCoM")])
     assert main(flags(path, "--max_same_caption", str(at_most))) == 0
     rows, rejected = result(path)
     assert rejected == reasons and "CogCoM/9" in rows and len(rows) + len(rejected) == 5
     n_asked = len(captioner.asked)
-    assert main(flags(path, "--export_only")) == 0 and len(captioner.asked) == n_asked and result(path)[1] == {}
+    assert main(flags(path, "--export_only")) == 0 and len(captioner.asked) == n_asked and result(path)[
+        1] == {}
 
 
 def test_with_original_shows_the_whole_image_first(world, captioner):
     path = world([monet(1), monet(2, subset="CogCoM", question="drawn?")])
     assert main(flags(path, "--with_original", "--no_refine")) == 0
     assert [[Path(p).name for p in request.images] for request in captioner.asked] == [["a.png", "b.png"]] * 2
-    assert captioner.asked[0].text.startswith("The first image is the original. The second image is a region of it")
+    assert captioner.asked[0].text.startswith(
+        "The first image is the original. The second image is a region of it")
 
 
 def test_monets_own_flag_keeps_samples_without_observation(world, captioner):
@@ -312,7 +345,8 @@ def test_no_refine(world, captioner):
 
 
 def test_several_inputs_of_all_forms(world, captioner, tmp_path):
-    own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42", "refined": True,
+    own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42",
+           "refined": True,
            "chain": "old",
            "steps": [{"image": "c.png", "operation": "draw", "caption": "old"}, {"text": "\\boxed{42}"}]}
     paths = [world([monet(1)]), world([mirage()], "mirage.json"), world([own], "own.json")]
@@ -332,8 +366,10 @@ def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, caption
     before = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
     assert main(flags(path, "--batch_size", "3")) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")] == before
-    world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])  # reordered, one edited
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
+                                                           "out.jsonl.run/rejected.jsonl")] == before
+    # reordered, one edited
+    world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])
     captioner.asked.clear()
     assert main(flags(path)) == 0 and len(captioner.asked) == 1 and list(result(path)[0]) == ["Visual_CoT/1",
                                                                                               "Visual_CoT/2"]
@@ -350,7 +386,8 @@ def test_other_settings_are_refused_and_fresh_begins_anew(world, captioner, tmp_
         main(flags(path, "--prompts", str(prompts)))
     assert main(flags(path, "--prompts", str(prompts), "--fresh")) == 0
     assert (tmp_path / "out.jsonl.run.old-1" / "meta.json").is_file()
-    assert main(flags(path, "--max_new_tokens", "100", "--fresh")) == 0 and (tmp_path / "out.jsonl.run.old-2").is_dir()
+    assert main(flags(path, "--max_new_tokens", "100", "--fresh")) == 0 and (tmp_path
+                                                                             / "out.jsonl.run.old-2").is_dir()
 
 
 def test_the_guard_stops_with_4(world, captioner, capsys):
@@ -368,8 +405,10 @@ def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_
     captured = capsys.readouterr()
     out = json.loads(captured.out)
     assert out["read"] == 3 and out["rejected"] == {"image_missing": 1}
-    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"zoom": 1, "draw": 1, "refine": 2}
-    assert out["calls"]["refine"]["new_tokens_at_most"] == 2 * 512 and 100 < out["calls"]["zoom"]["prompt_tokens"] < 300
+    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"zoom": 1, "draw": 1,
+                                                                                "refine": 2}
+    assert out["calls"]["refine"]["new_tokens_at_most"] == 2 * 512 and 100 < out["calls"]["zoom"][
+        "prompt_tokens"] < 300
     assert all(f"--- {kind}, sample" in captured.err for kind in ("zoom", "draw", "refine"))
     assert sorted(tmp_path.iterdir()) == files and captioner.asked == []
 
@@ -387,7 +426,8 @@ def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_
     (json.dumps({**monet(), "data": [{"role": "system"}]}), r"in\.json:1: turn 1: no field 'content'"),
     (json.dumps(monet(user=[("video", "x")])), r"turn 2, item 1: expected type \"text\" or \"image\""),
     (json.dumps(monet(user=[("image", 3)])), r"turn 2, item 1: field 'image' should be str, got int"),
-    (json.dumps(mirage(image_input=[1])), r"in\.json:1: field 'image_input' should be a path or a list of paths"),
+    (json.dumps(mirage(image_input=[1])),
+     r"in\.json:1: field 'image_input' should be a path or a list of paths"),
     (json.dumps(mirage(text_input=1)), r"in\.json:1: field 'text_input' should be str")])
 def test_damaged_input_is_told_with_its_place(world, captioner, text, match):
     path = world([])
@@ -418,7 +458,8 @@ def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypa
         monkeypatch.setenv("RANK", str(rank))
         assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
         assert len(capsys.readouterr().out.splitlines()) == (rank == 1)
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")] == alone
+    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
+                                                           "out.jsonl.run/rejected.jsonl")] == alone
     with pytest.raises(DataError, match="--fresh with 3 processes"):
         main(flags(path, "--fresh"))
 
@@ -426,7 +467,8 @@ def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypa
 def test_every_prompt_fills(world, captioner):
     assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "ORIGINAL", "DRAW", "REFINE", "RETRY"}
     main(flags(world([monet(1), monet(2, subset="CogCoM"), monet(3, question="stumble?")])))
-    assert not any(name in request.text for request in captioner.asked for name in ("{question}", "{segments}",
+    assert not any(name in request.text for request in captioner.asked for name in ("{question}",
+                                                                                    "{segments}",
                                                                                     "{count}", "{fault}"))
 
 
@@ -434,14 +476,17 @@ def test_the_unit_that_travels_needs_only_utils(tmp_path):
     import shutil
     shutil.copy(ROOT / "rewrite_captions.py", tmp_path)
     shutil.copytree(ROOT / "utils", tmp_path / "utils")
-    helped = subprocess.run([sys.executable, "rewrite_captions.py", "--help"], cwd=tmp_path, capture_output=True,
+    helped = subprocess.run([sys.executable, "rewrite_captions.py", "--help"], cwd=tmp_path,
+                            capture_output=True,
                             text=True)
     assert helped.returncode == 0 and "Stage 1 of 6" in helped.stdout
 
 
 @pytest.mark.parametrize("caption, refined, lost", [
-    ("red square, red four", "I see a red square, red four.", False), ("red square, red four", "I see a blue square, blue four.", True),
+    ("red square, red four", "I see a red square, red four.", False),
+    ("red square, red four", "I see a blue square, blue four.", True),
     ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
-    ("A tall wooden door stands open beside a window with green curtains.", "A wooden door stands beside green curtains.", False)])
+    ("A tall wooden door stands open beside a window with green curtains.",
+     "A wooden door stands beside green curtains.", False)])
 def test_a_short_caption_has_no_word_to_spare(caption, refined, lost):
     assert (lost_facts(caption, refined) is not None) is lost

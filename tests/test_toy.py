@@ -34,12 +34,14 @@ def rows(path):
 def test_a_scene_can_be_asked_about():
     for scene in SCENES:
         assert 4 <= len(scene) <= 5
-        for values in ([t.color for t in scene], [t.digit for t in scene], [(t.row, t.column) for t in scene]):
+        for values in ([t.color for t in scene], [t.digit for t in scene],
+                       [(t.row, t.column) for t in scene]):
             assert len(set(values)) == len(scene)
 
 
 def test_the_picture_shows_the_scene():
-    """Second way to know the scene: the pixels. Each thing's colour covers its cell's middle, no thing's colour the empty."""
+    """Second way to know the scene: the pixels. Each thing's colour covers its cell's middle, no thing's
+    colour the empty."""
     for scene in SCENES:
         image = draw_scene(scene)
         assert image.size == (GRID * CELL, GRID * CELL)
@@ -55,7 +57,8 @@ def test_pictures_of_two_values_differ():
     """No two shapes and no two digits look the same."""
     from dataclasses import replace
     thing = SCENES[0][0]
-    pictures = {draw_scene([replace(thing, shape=shape, digit=digit)]).tobytes() for shape in SHAPES for digit in DIGITS}
+    pictures = {draw_scene([replace(thing, shape=shape, digit=digit)]).tobytes() for shape in SHAPES
+                for digit in DIGITS}
     assert len(pictures) == len(SHAPES) * len(DIGITS)
 
 
@@ -74,13 +77,16 @@ def test_one_option_is_right_and_no_question_gives_itself_away(operation):
 def test_the_same_seed_gives_the_same_files(world, tmp_path):
     arguments = ["--train_scenes", "40", "--test_scenes", "10", "--lesson_rows", "60"]
     make_world.main(["--output", str(tmp_path), *arguments])
-    for name in ("Toy_zoom/train.json", "truth.jsonl", "bench.jsonl", "probe.jsonl", "base.jsonl", "bench/3.png"):
+    for name in ("Toy_zoom/train.json", "truth.jsonl", "bench.jsonl", "probe.jsonl", "base.jsonl",
+                 "bench/3.png"):
         assert (tmp_path / name).read_bytes() == (world / name).read_bytes(), name
 
 
 def test_training_samples_are_monet_s_and_the_truth_stands_apart(world):
     truth = {row["id"]: row["bad"] for row in rows(world / "truth.jsonl")}
-    assert set(truth.values()) == {None, *make_world.BAD} and "bad" not in (world / "Toy_zoom/train.json").read_text()
+    assert set(truth.values()) == {None,
+                                   *make_world.BAD} and "bad" not in (world
+                                                                      / "Toy_zoom/train.json").read_text()
     for subset in ("Toy_zoom", "Toy_draw"):
         for n, value in enumerate(json.loads((world / subset / "train.json").read_text())):
             sample = convert("x", value, n, {})
@@ -96,9 +102,11 @@ def test_the_base_learns_the_very_words_of_the_calls(world):
         value = json.loads((world / subset / "train.json").read_text())[0]
         sample = convert("x", value, 0, {})
         sample.hashes = ["a", "b"]
-        call = caption_calls(sample, parse_args(["--input", "x", "--output", "x", "--image_root", str(world)]),
+        call = caption_calls(sample, parse_args(["--input", "x", "--output", "x", "--image_root",
+                                                 str(world)]),
                              lessons.PROMPTS["rewrite"])[0]
-        assert call.text.endswith(sample.row["question"].strip()) and sample.row["question"].startswith("Question: What")
+        assert call.text.endswith(sample.row["question"].strip()) and sample.row["question"].startswith(
+            "Question: What")
         lesson = next(l for l in (lessons.caption_call(random.Random(n)) for n in range(50))
                       if l[1].split("\n")[0] == call.text.split("\n")[0])
         shared = prompt_text(ask(random.Random(0), SCENES[0], "zoom")).strip().split("\n")
@@ -110,10 +118,12 @@ def test_replies_of_the_lessons_are_what_the_stages_accept(world):
     from rewrite_captions import SCHEMAS
     from utils.model_calls import schema_fault
     for n in range(30):
-        for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")), (lessons.refinement_call, ("refine",))):
+        for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")),
+                                (lessons.refinement_call, ("refine",))):
             reply = json.loads(lesson(random.Random(n))[2])
             assert any(schema_fault(reply, SCHEMAS[name]) is None for name in schemas)
-        assert schema_fault(json.loads(lessons.judgement_call(random.Random(n))[2]), FILTER_SCHEMAS["judge"]) is None
+        assert schema_fault(json.loads(lessons.judgement_call(random.Random(n))[2]),
+                            FILTER_SCHEMAS["judge"]) is None
 
 
 @pytest.mark.slow
@@ -121,7 +131,8 @@ def test_the_whole_run_killed_and_started_again(tmp_path):
     """bash toy/run.sh, killed twice on the way, ends with its JSON object and its report."""
     command = ["bash", str(ROOT / "toy" / "run.sh"), str(tmp_path)]
     for seconds in (60, 200):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,5 @@
-"""Fine-tuning: the loss, whole runs, several processes, stopping and resuming, what is refused.    pytest tests/test_train_sft.py
+"""Fine-tuning: the loss, whole runs, several processes, stopping and resuming, what is refused.    pytest
+tests/test_train_sft.py
 
 Targets, packs, latents, steps, shards and checkpoints have test files of their own.
 """
@@ -48,7 +49,8 @@ def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
             ours, right, _ = objective(pack)
         labels = torch.full_like(pack["input_ids"], -100)
         labels[0, -example.n_trained:] = pack["input_ids"][0, -example.n_trained:]
-        inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "image_grid_thw") if name in pack}
+        inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "image_grid_thw")
+                  if name in pack}
         kinds = (pack["input_ids"] == Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
         theirs = qwen.model(**inputs, mm_token_type_ids=kinds, labels=labels)
         assert ours.mean().item() == pytest.approx(theirs.loss.item(), rel=1e-5)
@@ -74,7 +76,7 @@ def test_logits_in_chunks_change_neither_loss_nor_gradient(tiny_checkpoint, data
         assert (its_gradient - results[0][2]).norm() < 1e-5 * results[0][2].norm()
 
 
-# --------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("imagination", ["text", "latent", "placeholder", "direct"])
 def test_each_variant_trains_and_reloads(tiny_checkpoint, data, tmp_path, capsys, imagination):
     output = tmp_path / "out"
@@ -85,11 +87,13 @@ def test_each_variant_trains_and_reloads(tiny_checkpoint, data, tmp_path, capsys
     curve = losses(output)
     assert len(curve) == printed["steps"] == 8 * 2 and curve[-1] < curve[0]
     line = json.loads(Path(f"{output}.run/log.jsonl").read_text().splitlines()[-1])
-    assert line["trained_tokens"] < line["tokens"] and line["images"] > 0 and line["flops"] > 1e6 and line["mfu"] is None
+    assert line["trained_tokens"] < line["tokens"] and line["images"] > 0 and line["flops"] > 1e6 and line[
+        "mfu"] is None
     assert 0 <= line["data_wait"] < 1 and line["balance"] == 1.0  # one process: nobody to wait for
     again = Q.load(str(output), device="cpu")
     before = Q.load(str(tiny_checkpoint), device="cpu")
-    for (name, a), (_, b) in zip(again.model.model.visual.named_parameters(), before.model.model.visual.named_parameters()):
+    for (name, a), (_, b) in zip(again.model.model.visual.named_parameters(),
+                                 before.model.model.visual.named_parameters()):
         assert torch.equal(a, b), f"{name} of the frozen tower moved"
     assert not torch.equal(again.model.lm_head.weight, before.model.lm_head.weight)
     assert again.model.lm_head.out_features == before.model.lm_head.out_features
@@ -112,7 +116,8 @@ def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data
 
 
 def test_the_best_by_generated_answers_and_the_best_k(tiny_checkpoint, data, tmp_path, monkeypatch):
-    """A model that answers is known by construction: after step 4 every reply is made to end in its row's answer."""
+    """A model that answers is known by construction: after step 4 every reply is made to end in its row's
+    answer."""
     real, looks = train_sft.replies, []
 
     def replies(qwen, examples, target, n):
@@ -122,11 +127,13 @@ def test_the_best_by_generated_answers_and_the_best_k(tiny_checkpoint, data, tmp
         return [f"\\boxed{{{example.id.removeprefix('t/')}}}" if right else "none" for example in examples]
 
     monkeypatch.setattr(train_sft, "replies", replies)
-    more = ["--validation_rows", "3", "--eval_every", "2", "--max_steps", "6", "--select", "answers", "--answer_tokens", "5",
+    more = ["--validation_rows", "3", "--eval_every", "2", "--max_steps", "6", "--select", "answers",
+            "--answer_tokens", "5",
             "--keep_best", "2"]
     assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more)) == 0
     log = [json.loads(line) for line in (tmp_path / "o.run" / "log.jsonl").read_text().splitlines()]
-    assert [record.get("held_out_accuracy") for record in log] == [None, 0.0, None, 1.0, None, 0.0] and looks == [3, 3, 3]
+    assert [record.get("held_out_accuracy") for record in log] == [None, 0.0, None, 1.0, None,
+                                                                   0.0] and looks == [3, 3, 3]
     assert json.loads((tmp_path / "o.metrics.json").read_text())["best_step"] == 4
     # of the other two looks, equal in answers, that of the lower loss is kept
     second = min((2, 6), key=lambda step: log[step - 1]["held_out_loss"])
@@ -139,7 +146,8 @@ def test_adapters_are_merged_into_what_is_written(tiny_checkpoint, data, tmp_pat
     assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "one", *more)) == 0
     process = launch(flags(data, tiny_checkpoint, tmp_path / "two", *more), 2)
     assert process.wait(timeout=240) == 0
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.02)  # each rank draws its own dropout
+    # each rank draws its own dropout
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.02)
     before, after = tensors_of(tiny_checkpoint), tensors_of(tmp_path / "one")
     assert before.keys() == after.keys()
     changed = {re.sub(r"\.\d+\.", ".", name) for name in before if not torch.equal(before[name], after[name])}
@@ -185,7 +193,8 @@ def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, da
     assert not (tmp_path / "cut").exists()
     if number == signal.SIGTERM:
         assert process.returncode == 130 and "Traceback" not in err
-        assert (tmp_path / "cut.run" / f"step-{len(losses(tmp_path / 'cut'))}").is_dir()  # nothing is done twice
+        # nothing is done twice
+        assert (tmp_path / "cut.run" / f"step-{len(losses(tmp_path / 'cut'))}").is_dir()
     resumed = launch(arguments)
     _, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0 and "resumed from" in err
@@ -211,14 +220,17 @@ def test_a_step_is_the_same_rows_however_they_are_packed(tiny_checkpoint, data, 
 
 def test_latents_cannot_have_whole_layers_recomputed(capsys):
     with pytest.raises(SystemExit):
-        train_sft.parse_args(["--data", "d", "--output", "o", "--imagination", "latent", "--recompute", "layers"])
+        train_sft.parse_args(["--data", "d", "--output", "o", "--imagination", "latent", "--recompute",
+                              "layers"])
     assert "whose recurrence needs the cache; take mlps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate, spike, said", [
     ("1e30", "2", "loss (nan|inf)|gradient norm (nan|inf)|had a median"), ("0.3", "0.01", "had a median of")])
-def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint, data, tmp_path, rate, spike, said):
-    more = ["--learning_rate", rate, "--warmup_steps", "0", "--schedule", "constant", "--epochs", "10", "--save_every", "1",
+def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint, data, tmp_path, rate, spike,
+                                                                said):
+    more = ["--learning_rate", rate, "--warmup_steps", "0", "--schedule", "constant", "--epochs", "10",
+            "--save_every", "1",
             "--spike", spike]
     with pytest.raises(DataError, match=said) as caught:
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more))
@@ -226,16 +238,19 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(tiny_checkpoint,
     assert "nothing was updated. Rows of the highest loss: t/" in str(caught.value)
     assert len(losses(tmp_path / "o")) == step - 1 and (tmp_path / "o.run" / f"step-{step - 1}").is_dir()
     if rate == "0.3":  # and who wants to go on may
-        assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more, "--spike", "0", "--resume", "must")) == 0
+        assert train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", *more, "--spike", "0", "--resume",
+                                    "must")) == 0
         assert len(losses(tmp_path / "o")) == 20
 
 
 @pytest.mark.slow
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(tiny_checkpoint, data, tmp_path):
-    """Kills whenever a part is seen being written, five times; the curve and the weights are those of one run."""
+    """Kills whenever a part is seen being written, five times; the curve and the weights are those of one
+    run."""
     more = ["--epochs", "12", "--save_every", "1", "--keep", "1"]
     assert launch(flags(data, tiny_checkpoint, tmp_path / "whole", *more)).wait(timeout=240) == 0
-    rng, seen, arguments, run = random.Random(0), 0, flags(data, tiny_checkpoint, tmp_path / "cut", *more), tmp_path / "cut.run"
+    rng, seen, arguments, run = random.Random(0), 0, flags(data, tiny_checkpoint, tmp_path / "cut",
+                                                           *more), tmp_path / "cut.run"
     for _ in range(5):
         process, steps = launch(arguments), set(run.glob("step-*"))
         while process.poll() is None and set(run.glob("step-[0-9]*")) <= steps:
@@ -271,14 +286,16 @@ def test_bad_rows_are_named(tiny_checkpoint, data, tmp_path, change, match):
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o"))
 
 
-def test_dry_run_shows_rows_plan_memory_and_lengths_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
+def test_dry_run_shows_rows_plan_memory_and_lengths_and_checks_images(tiny_checkpoint, data, tmp_path,
+                                                                      capsys):
     arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
     assert train_sft.main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.err.count(">>I look") == 3 and "<|im_end|><<" in captured.err
     assert "memory a device, estimated: fits" in captured.err and "hours on 8 devices" in captured.err
     printed = json.loads(captured.out)
-    assert printed["steps"] == 4 and printed["unreadable_images"] == 0 and printed["hours"].keys() >= {"A800", "H200"}
+    assert printed["steps"] == 4 and printed["unreadable_images"] == 0 and printed["hours"].keys() >= {"A800",
+                                                                                                       "H200"}
     assert [path.name for path in tmp_path.glob("o*")] == ["o.lengths.png"]
     assert Image.open(tmp_path / "o.lengths.png").size[0] > 500
     (data.parent / "1_0.png").write_bytes((data.parent / "1_0.png").read_bytes()[:-40])

@@ -1,4 +1,5 @@
-"""What the tests of training share: flags of a small run, its curve, a run as a process, all gradients in one vector."""
+"""What the tests of training share: flags of a small run, its curve, a run as a process, all gradients in one
+vector."""
 import json
 import subprocess
 from pathlib import Path
@@ -8,8 +9,10 @@ from processes import command
 
 
 def flags(data, checkpoint, output, *more):
-    return ["--data", str(data), "--image_root", str(data.parent), "--model", str(checkpoint), "--output", str(output),
-            "--global_batch", "6", "--batch_size", "2", "--max_tokens", "300", "--learning_rate", "1e-3", "--num_workers", "0",
+    return ["--data", str(data), "--image_root", str(data.parent), "--model", str(checkpoint), "--output",
+            str(output),
+            "--global_batch", "6", "--batch_size", "2", "--max_tokens", "300", "--learning_rate", "1e-3",
+            "--num_workers", "0",
             "--epochs", "2", *more]
 
 
@@ -18,7 +21,8 @@ def losses(output):
 
 
 def launch(arguments, processes=1):
-    return subprocess.Popen(command("train_sft", arguments, processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen(command("train_sft", arguments, processes), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             text=True)
 
 

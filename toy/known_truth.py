@@ -1,23 +1,30 @@
-"""Models whose truth is known: a tiny real Qwen2.5-VL in which attention masks decide how the image can reach the answer.
+"""Models whose truth is known: a tiny real Qwen2.5-VL in which attention masks decide how the image can reach
+the answer.
 
-The prompt is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read at `end`, and a
-latent is fed as in `utils.decode`: the last state after the final norm. What a mask forbids, no weights can use, so that for
-random weights some differences are exactly 0 and for trained ones every verdict is known beforehand:
+The prompt is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read
+at `end`, and a latent is fed as in `utils.decode`: the last state after the final norm. What a mask forbids,
+no weights can use, so that for random weights some differences are exactly 0 and for trained ones every
+verdict is known beforehand:
 
     open     causal attention: image and latents both reach the answer
     bypass   `end` cannot see the latents: they are irrelevant at every site
-    in       the image is seen by `start` alone, and `start` only by itself: fed vectors are the image's only way to the answer
-    slot     as `in`, but the latent positions read the image too: the positions are needed, what is fed there need not be
+    in       the image is seen by `start` alone, and `start` only by itself: fed vectors are the image's only
+    way to the answer
+    slot     as `in`, but the latent positions read the image too: the positions are needed, what is fed there
+    need not be
 
 Weights are made from a configuration, here and now: no files, no network, no tokenizer.
 
-The harness on models whose truth is known (`toy.known_truth`): conditions, intervals, verdicts and mediation at each site.
+The harness on models whose truth is known (`toy.known_truth`): conditions, intervals, verdicts and mediation
+at each site.
 
     masks   random weights: what a mask forbids must make no difference at all, what it allows must make one
-    toys    trained: what is fed, what is in the slots and what the answer may see matter, or not, as each was built
+    toys    trained: what is fed, what is in the slots and what the answer may see matter, or not, as each was
+    built
 
-The conditions are those of `utils.intervene.latent_conditions`, the verdicts those of `utils.stats` and `utils.intervene.mediation`. A published protocol
-with the fed vector as its only site reads "latents are not used" off the toy `slot_random`, whose answer comes through them.
+The conditions are those of `utils.intervene.latent_conditions`, the verdicts those of `utils.stats` and
+`utils.intervene.mediation`. A published protocol with the fed vector as its only site reads "latents are not
+used" off the toy `slot_random`, whose answer comes through them.
 """
 import time
 from collections.abc import Callable, Iterator
@@ -43,11 +50,13 @@ VOCABULARY = {name: i for i, name in enumerate((*COLORS, *dict.fromkeys(LAYOUT))
 MASKS = ("open", "bypass", "in", "slot")
 N_LATENTS = LAYOUT.count("z")
 N_PROMPT = LAYOUT.index("z")  # tokens up to and with `start`
-IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]  # `ve` has read the image and could pass it on
+# `ve` has read the image and could pass it on
+IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]
 LATENTS = [i for i, name in enumerate(LAYOUT) if name == "z"]
 START, END = LAYOUT.index("start"), LAYOUT.index("end")
 PATCH, GRID = 14, 4  # pixels a side of a patch, patches a side of the picture: 2 x 2 tokens after merging
-SHADE = 0.03  # standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
+# standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
+SHADE = 0.03
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
@@ -58,7 +67,8 @@ BATCH, RATE = 64, 3e-3  # of training
 
 @dataclass
 class Toy:
-    """A model, the name of its mask, and a vector [hidden] (or 0) that is part of every latent: a direction they all share."""
+    """A model, the name of its mask, and a vector [hidden] (or 0) that is part of every latent: a direction
+    they all share."""
 
     model: Qwen2_5_VLForConditionalGeneration
     mask: str
@@ -67,7 +77,8 @@ class Toy:
 
 @dataclass
 class Run:
-    """logits [B, colours] at `end`; latents [B, K, hidden] before and fed after any edit; slots [B, K, layers, hidden]."""
+    """logits [B, colours] at `end`; latents [B, K, hidden] before and fed after any edit; slots [B, K,
+    layers, hidden]."""
 
     logits: torch.Tensor
     latents: torch.Tensor
@@ -76,13 +87,15 @@ class Run:
 
     def rows(self) -> list[Generation]:
         """Return the runs as the decoding loop would, for `utils.intervene.latent_conditions`."""
-        return [Generation([VOCABULARY["z"]] * N_LATENTS, segments=[Segment(0, N_LATENTS, "limit")], fed=fed, slots=list(slots))
+        return [Generation([VOCABULARY["z"]] * N_LATENTS, segments=[Segment(0, N_LATENTS, "limit")], fed=fed,
+                           slots=list(slots))
                 for fed, slots in zip(self.fed, self.slots)]
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch on the CPU and compute in float32 with gradients inside, and leave seed and dtype as they were found."""
+    """Seed torch on the CPU and compute in float32 with gradients inside, and leave seed and dtype as they
+    were found."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -94,17 +107,20 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def make_toy(mask: str, shared: float = 0.0) -> Toy:
-    """Return a model with random weights under a mask; `shared`: length of the direction that all latents share."""
+    """Return a model with random weights under a mask; `shared`: length of the direction that all latents
+    share."""
     if mask not in MASKS:
         raise ValueError(f"mask {mask!r}, expected one of {' '.join(MASKS)}")
     head = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     config = Qwen2_5_VLConfig(
-        text_config={**SIZES, "vocab_size": len(VOCABULARY), "initializer_range": SPREAD, "bos_token_id": VOCABULARY["bos"],
+        text_config={**SIZES, "vocab_size": len(VOCABULARY), "initializer_range": SPREAD,
+                     "bos_token_id": VOCABULARY["bos"],
                      "eos_token_id": VOCABULARY["end"], "pad_token_id": VOCABULARY["bos"],
                      "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
                                          "mrope_section": [head // 8, *[(head // 2 - head // 8) // 2] * 2]}},
         vision_config={**VISION_SIZES, "initializer_range": SPREAD},
-        image_token_id=VOCABULARY["I"], vision_start_token_id=VOCABULARY["vs"], vision_end_token_id=VOCABULARY["ve"],
+        image_token_id=VOCABULARY["I"], vision_start_token_id=VOCABULARY["vs"],
+        vision_end_token_id=VOCABULARY["ve"],
         video_token_id=len(VOCABULARY), tie_word_embeddings=False)  # no video: an id that no prompt holds
     direction = torch.randn(SIZES["hidden_size"])
     return Toy(Qwen2_5_VLForConditionalGeneration(config).eval(), mask,
@@ -112,10 +128,12 @@ def make_toy(mask: str, shared: float = 0.0) -> Toy:
 
 
 def draw_items(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, no two alike: each item has a shade of its own."""
+    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, no two alike: each item has a
+    shade of its own."""
     colors = torch.tensor(list(COLORS.values()))[torch.arange(n) % len(COLORS)] / 255 - 0.5  # [n, 3]
     colors = 2 * (colors + SHADE * torch.randn(n, 3, generator=generator))
-    return colors.repeat_interleave(2 * PATCH**2, dim=1)[:, None].repeat(1, GRID**2, 1)  # channel, frame, row, column
+    # channel, frame, row, column
+    return colors.repeat_interleave(2 * PATCH**2, dim=1)[:, None].repeat(1, GRID**2, 1)
 
 
 def answers(n: int) -> torch.Tensor:
@@ -123,7 +141,8 @@ def answers(n: int) -> torch.Tensor:
 
 
 def allowed(mask: str, cut: bool = False) -> torch.Tensor:
-    """Return which column each row may see, [L, L] bool; `cut`: `end` cannot see the latents (site `edge`)."""
+    """Return which column each row may see, [L, L] bool; `cut`: `end` cannot see the latents (site `edge`).
+    """
     see = torch.ones(len(LAYOUT), len(LAYOUT)).tril().bool()
     if mask in ("in", "slot"):
         see[START + 1:, START] = False
@@ -135,15 +154,19 @@ def allowed(mask: str, cut: bool = False) -> torch.Tensor:
 
 
 def additive(see: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the mask as the model takes it in four dimensions: [1, 1, rows, columns], 0 or the lowest float."""
-    return {"full_attention": torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[None, None]}
+    """Return the mask as the model takes it in four dimensions: [1, 1, rows, columns], 0 or the lowest float.
+    """
+    return {"full_attention": torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[None,
+                                                                                                       None]}
 
 
 def positions(n: int, shift: int = 0) -> torch.Tensor:
-    """Return M-RoPE positions [3, n, L]: the picture's tokens lie at one time in rows and columns, text goes on behind them."""
+    """Return M-RoPE positions [3, n, L]: the picture's tokens lie at one time in rows and columns, text goes
+    on behind them."""
     image, side = LAYOUT.index("I"), GRID // 2
     before, grid, after = torch.arange(image), torch.arange(side), torch.arange(len(LAYOUT) - image - side**2)
-    time, row, column = torch.zeros(side**2, dtype=torch.long), grid.repeat_interleave(side), grid.repeat(side)
+    time, row, column = torch.zeros(side**2, dtype=torch.long), grid.repeat_interleave(side), grid.repeat(
+        side)
     axes = [torch.cat([before, image + axis, image + side + after]) for axis in (time, row, column)]
     return shift + torch.stack(axes)[:, None].expand(3, n, -1)
 
@@ -152,8 +175,9 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
         slots: torch.Tensor | None = None, cut: bool = False, shift: int = 0) -> Run:
     """Read the pictures up to `start`, then two latent steps and `end`, one at a time over the cache.
 
-    feed(z [B, hidden], step) -> [B, hidden] acts at site `fed`, slots [B, K, layers, hidden] at site `slot`, `cut` at site
-    `edge`. `shift` moves all positions. The same computation whatever is done, so that equal inputs give equal bits.
+    feed(z [B, hidden], step) -> [B, hidden] acts at site `fed`, slots [B, K, layers, hidden] at site `slot`,
+    `cut` at site `edge`. `shift` moves all positions. The same computation whatever is done, so that equal
+    inputs give equal bits.
     """
     n, model, see, places = len(pixels), toy.model, allowed(toy.mask, cut), positions(len(pixels), shift)
     ids = torch.tensor([VOCABULARY[name] for name in LAYOUT])
@@ -170,20 +194,25 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
             fed.append(vector)
             put, seen = {} if slots is None else {i: slots[i, step] for i in range(n)}, []
         with layer_inputs(model, put, seen):
-            out = model.model(inputs_embeds=vector[:, None], attention_mask=additive(see[place:place + 1, :place + 1]),
-                              position_ids=places[..., place:place + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model.model(inputs_embeds=vector[:, None],
+                              attention_mask=additive(see[place:place + 1, :place + 1]),
+                              position_ids=places[..., place:place + 1], past_key_values=out.past_key_values,
+                              use_cache=True)
         if seen:
             read.append(torch.stack(seen, dim=1))
-    return Run(model.lm_head(out.last_hidden_state[:, -1])[:, :len(COLORS)], torch.stack(latents, 1), torch.stack(fed, 1),
+    return Run(model.lm_head(out.last_hidden_state[:, -1])[:, :len(COLORS)], torch.stack(latents, 1),
+               torch.stack(fed, 1),
                torch.stack(read, 1))
 
 
 @torch.no_grad()
 def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Arm]) -> Run:
-    """Return the run with an arm of `utils.intervene.latent_conditions` on each row; all hide the latents, or none does."""
+    """Return the run with an arm of `utils.intervene.latent_conditions` on each row; all hide the latents, or
+    none does."""
     cut = {arm.hide == ("latents",) for arm in arms}
     if len(cut) != 1 or any(arm.hide not in ((), ("latents",)) or arm.choose or arm.spec for arm in arms):
-        raise ValueError("arms that choose, change the family, or hide the latents in a part of the rows: expected none")
+        raise ValueError(
+            "arms that choose, change the family, or hide the latents in a part of the rows: expected none")
     slots = None
     if arms[0].slot:
         slots = torch.stack([torch.stack([arm.slot(0, step) for step in range(N_LATENTS)]) for arm in arms])
@@ -194,19 +223,21 @@ def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Arm]) -> Run:
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
-    """Return what says nothing of the item in place of its latent: mixtures of other rows' latents, or normal noise of up to
-    twice their length.
+    """Return what says nothing of the item in place of its latent: mixtures of other rows' latents, or normal
+    noise of up to twice their length.
 
     A model trained on these learns to answer whatever is fed.
     """
     n, others = len(z), z.detach()[torch.randint(len(z), (len(z),))]
-    mixed = others + torch.rand(n, 1).round() * torch.rand(n, 1) * (z.detach().mean(0) - others)  # up to the mean of all
+    # up to the mean of all
+    mixed = others + torch.rand(n, 1).round() * torch.rand(n, 1) * (z.detach().mean(0) - others)
     noise = torch.randn_like(z) * 2 * torch.rand(n, 1) * others.norm(dim=1, keepdim=True) / z.shape[1]**0.5
     return torch.where(torch.rand(n, 1) < 0.5, mixed, noise)
 
 
 def train(toy: Toy, steps: int, feed: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> float:
-    """Fit the toy to say the colour that it sees, gradients going back through the latents; return the last loss in nats."""
+    """Fit the toy to say the colour that it sees, gradients going back through the latents; return the last
+    loss in nats."""
     optimizer = torch.optim.AdamW(toy.model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     generator, gold = torch.Generator().manual_seed(torch.initial_seed()), answers(BATCH)
@@ -224,22 +255,31 @@ def train(toy: Toy, steps: int, feed: Callable[[torch.Tensor, int], torch.Tensor
 
 
 MARGIN = 0.05  # of accuracy; as a change of the answer's negative log-likelihood, in nats
-NON_ZERO = 0.01  # of a logit: a difference that is allowed is larger in these models (the smallest measured is 0.07)
+# of a logit: a difference that is allowed is larger in these models (the smallest measured is 0.07)
+NON_ZERO = 0.01
 REMOVALS = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")  # content taken from what is fed
 CONDITIONS = (*REMOVALS, "swap_random", "slot_swap_random", "cut_latent")
 ZEROS = {  # columns of `compare` that are exactly 0 under each mask; all others exceed NON_ZERO
-    "open": {"replay", "own_slots"}, "bypass": {"replay", "own_slots", "tau", "fed_swap", "slot_swap", "cut_latent"},
+    "open": {"replay", "own_slots"}, "bypass": {"replay", "own_slots", "tau", "fed_swap", "slot_swap",
+                                                "cut_latent"},
     "in": {"replay", "own_slots", "images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor"},
     "slot": {"replay", "own_slots", "slot_swap_donor"}}
-TOYS = {  # mask, length of the direction that all latents share, whether what is fed is random in training, expected findings
+# mask, length of the direction that all latents share, whether what is fed is random in training, expected
+# findings
+TOYS = {
     "in": ("in", 0, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
-    "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0,
+    "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent",
+                                    "pm_fed": 0,
                                     "pm_slot": 0}),
-    "slot_random": ("slot", 0, True, {"fed": "equivalent", "slot": "effect", "edge": "effect", "pm_fed": 0, "pm_slot": 1}),
-    "in_shared": ("in", 45, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
-    "slot": ("slot", 0, False, {"slot": "effect", "edge": "effect", "pm_slot": 1}),  # what is fed may come to matter or not
+    "slot_random": ("slot", 0, True, {"fed": "equivalent", "slot": "effect", "edge": "effect", "pm_fed": 0,
+                                      "pm_slot": 1}),
+    "in_shared": ("in", 45, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1,
+                                    "pm_slot": 1}),
+    # what is fed may come to matter or not
+    "slot": ("slot", 0, False, {"slot": "effect", "edge": "effect", "pm_slot": 1}),
     "open": ("open", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "nll": (
-        "equivalent", "small effect inside the margin")})}  # no mask forbids the latents: the score keeps a trace of them
+        # no mask forbids the latents: the score keeps a trace of them
+        "equivalent", "small effect inside the margin")})}
 QUICK = ("in", "bypass", "slot_random")
 STEPS = {True: 80, False: 250}  # of training, quick and full
 N_ITEMS = {True: 256, False: 512}
@@ -248,7 +288,8 @@ N_ITEMS = {True: 256, False: 512}
 # ------------------------------------------------------------------------------------ masks
 @torch.no_grad()
 def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Return the largest |difference of a logit| between pairs of runs, x being `pixels` and x' `other`, item by item."""
+    """Return the largest |difference of a logit| between pairs of runs, x being `pixels` and x' `other`, item
+    by item."""
     clean, donor = run(toy, pixels), run(toy, other)
     fixed = draw_items(len(pixels), torch.Generator().manual_seed(0))[:1].expand_as(pixels)
     tau = fed_of(run(toy, fixed))  # the latents of one picture for all
@@ -296,10 +337,12 @@ def train_toy(name: str, steps: int) -> Toy:
 
 
 def make_arms(name: str, runs: Run, donors: Run, known: Known | None) -> list[Arm]:
-    """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors."""
+    """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors.
+    """
     found, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
-    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known, {"random": its})
+    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known,
+                  {"random": its})
              for i, (mine, its) in enumerate(zip(runs.rows(), donors.rows()))]
     return [found.make(case, number) for case in cases]
 
@@ -311,7 +354,8 @@ def measure(toy: Toy, n: int) -> dict:
     """
     generator = torch.Generator().manual_seed(1)
     calibration, pixels, shades = (draw_items(n, generator) for _ in range(3))
-    other, gold, its_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)  # eight colours in turn: never one's own
+    # eight colours in turn: never one's own
+    other, gold, its_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)
     with torch.no_grad():
         known = Known.from_runs(run(toy, calibration).rows())
         clean, donor = run(toy, pixels), run(toy, other)
@@ -322,7 +366,8 @@ def measure(toy: Toy, n: int) -> dict:
              for name, one in {"clean": clean, "donor": donor, **runs}.items()}
     found, mediation = {}, {}
     for site, name in (("fed", "swap_random"), ("slot", "slot_swap_random")):
-        worlds = [right["clean"], right[name], (back[site].logits.argmax(-1) == gold).int().tolist(), right["donor"]]
+        worlds = [right["clean"], right[name], (back[site].logits.argmax(-1) == gold).int().tolist(),
+                  right["donor"]]
         mediation[site] = mediate(*worlds, range(n), binary=True, n_boot=1000)
         found[f"pm_{site}"] = mediation[site]["proportion_mediated"]["value"]
     verdicts = {name: verdict_of(right["clean"], right[name]) for name in CONDITIONS}
@@ -334,7 +379,8 @@ def measure(toy: Toy, n: int) -> dict:
               "edge": verdicts["cut_latent"], "nll": verdict(bounds[0][1:], bounds[1][1:], MARGIN)}
     columns = {name: sum(values) / n for name, values in right.items() if name != "donor"}
     columns |= {f"{name}_donor": share(runs[name], its_gold) for name in ("swap_random", "slot_swap_random")}
-    columns |= {"other_image_keeps": share(back["fed"], gold), "delta_nll_tau_mean": bounds[0][0], **likeness(clean.fed, known)}
+    columns |= {"other_image_keeps": share(back["fed"], gold), "delta_nll_tau_mean": bounds[0][0],
+                **likeness(clean.fed, known)}
     return {"n": n, "columns": columns, "verdicts": verdicts, "found": found,
             "mediation": {site: {name: its[name] for name in ("TE", "NIE", "NIE0", "proportion_mediated")}
                           for site, its in mediation.items()}}
@@ -345,12 +391,13 @@ def share(one: Run, answer: torch.Tensor) -> float:
 
 
 def verdict_of(clean: list[int], after: list[int]) -> str:
-    return verdict(*(paired_interval(clean, after, range(len(clean)), level) for level in (0.90, 0.95)), MARGIN)
+    return verdict(*(paired_interval(clean, after, range(len(clean)), level) for level in (0.90, 0.95)),
+                   MARGIN)
 
 
 def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
-    """Return the mean cosine of two items' latents, raw and from the calibration mean, over positions, and the participation
-    ratio of their variance (at the first position)."""
+    """Return the mean cosine of two items' latents, raw and from the calibration mean, over positions, and
+    the participation ratio of their variance (at the first position)."""
     cosines, n = {}, len(fed)
     for name, latents in (("raw_cosine", fed), ("centred_cosine", fed - known.mu_t)):
         unit = F.normalize(latents.double(), dim=-1).transpose(0, 1)  # [K, n, hidden]
@@ -360,17 +407,19 @@ def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
 
 
 def agrees(found: str | float | None, expected: str | tuple[str, ...] | float) -> bool:
-    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the expected proportion."""
+    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the expected
+    proportion."""
     if isinstance(expected, (str, tuple)):
         return found in ((expected,) if isinstance(expected, str) else expected)
     return found is not None and abs(found - expected) < 0.02
 
 
 def selftest(full: bool = False) -> dict:
-    """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}, ready for JSON.
+    """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}, ready
+    for JSON.
 
-    The quick form trains QUICK, the full one all TOYS. The model is the CPU's, in float32, and the global seed of torch and its
-    default dtype are as before afterwards.
+    The quick form trains QUICK, the full one all TOYS. The model is the CPU's, in float32, and the global
+    seed of torch and its default dtype are as before afterwards.
     """
     began, toys = time.monotonic(), {}
     masks = check_masks()

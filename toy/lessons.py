@@ -1,8 +1,9 @@
 """What the toy's base model is taught: to see, to find, to read, and to answer the calls of stages 1 and 2.
 
-A lesson is a function of a `random.Random` that returns (pictures, user text, reply). The lessons stand in for the
-pretraining that gives a real Qwen2.5-VL these skills. The benchmark's own task, to answer a question from a picture, is not
-among them: the base reads questions, and it finds shapes, but it is never taught to do both.
+A lesson is a function of a `random.Random` that returns (pictures, user text, reply). The lessons stand in
+for the pretraining that gives a real Qwen2.5-VL these skills. The benchmark's own task, to answer a question
+from a picture, is not among them: the base reads questions, and it finds shapes, but it is never taught to do
+both.
 """
 import json
 import random
@@ -26,7 +27,8 @@ PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").rea
 
 def describe_keys(scene: list[Thing], keys: list[tuple[str, str]]) -> str:
     """Return a line for each (operation, colour or place): the thing's caption, or that it is missing."""
-    found = {("zoom", thing.color): thing for thing in scene} | {("draw", thing.place): thing for thing in scene}
+    found = {("zoom", thing.color): thing for thing in scene} | {("draw", thing.place): thing
+                                                                 for thing in scene}
     return "\n".join(found[key].caption(key[0]) if key in found else missing(key[1]) for key in keys)
 
 
@@ -37,28 +39,35 @@ def missing(key: str) -> str:
 def every_place(rng: random.Random) -> Lesson:
     """All cells in one fixed order: the dense supervision that gets a vision tower started from nothing."""
     scene = make_scene(rng)
-    return [draw_scene(scene)], "Describe every place.", describe_keys(scene, [("draw", place) for place in PLACES])
+    return [draw_scene(scene)], "Describe every place.", describe_keys(scene,
+                                                                       [("draw", place) for place in PLACES])
 
 
 def every_color(rng: random.Random) -> Lesson:
     scene = make_scene(rng)
-    return [draw_scene(scene)], "Describe every color.", describe_keys(scene, [("zoom", color) for color in COLORS])
+    return [draw_scene(scene)], "Describe every color.", describe_keys(scene,
+                                                                       [("zoom", color) for color in COLORS])
 
 
 def some(rng: random.Random, n_keys: int) -> Lesson:
-    """Some colours and places in the order asked for: to look where the words say, not where the last line did."""
+    """Some colours and places in the order asked for: to look where the words say, not where the last line
+    did."""
     scene = make_scene(rng)
     keys = rng.sample([("zoom", color) for color in COLORS] + [("draw", place) for place in PLACES], n_keys)
-    return [draw_scene(scene)], f"Describe the {', '.join(key for _, key in keys)} shape.", describe_keys(scene, keys)
+    return [draw_scene(scene)], f"Describe the {', '.join(key for _, key in keys)} shape.", describe_keys(
+        scene, keys)
 
 
-def ask_about_nothing(rng: random.Random, scene: list[Thing], operation: str) -> tuple[Question, Thing | None]:
-    """Return a question about a colour or corner that is not in the scene, and the thing that its picture shows."""
+def ask_about_nothing(rng: random.Random, scene: list[Thing], operation: str) -> tuple[Question,
+                                                                                       Thing | None]:
+    """Return a question about a colour or corner that is not in the scene, and the thing that its picture
+    shows."""
     thing = rng.choice(scene)
     if operation == "zoom":  # the crop shows a thing of another colour
         absent = replace(thing, color=rng.choice(sorted(set(COLORS) - {t.color for t in scene})))
         return ask_about(rng, scene, absent, "zoom"), thing
-    row, column = rng.choice(sorted(set(CORNERS.values()) - {(t.row, t.column) for t in scene}))  # the mark is on nothing
+    # the mark is on nothing
+    row, column = rng.choice(sorted(set(CORNERS.values()) - {(t.row, t.column) for t in scene}))
     return ask_about(rng, scene, replace(thing, row=row, column=column), "draw"), None
 
 
@@ -102,7 +111,8 @@ def chain_steps(question: Question, caption: str) -> list[dict]:
 
 
 def link(question: Question, caption: str) -> list[str]:
-    """Return the segments of a chain with its observation linked to the thoughts around it: a good refinement."""
+    """Return the segments of a chain with its observation linked to the thoughts around it: a good
+    refinement."""
     seen = observation(question)
     return [opening(question), f"I see {caption}.", f"So {seen[0].lower()}{seen[1:]}"]
 
@@ -111,15 +121,18 @@ def refinement_call(rng: random.Random) -> Lesson:
     """The refinement call of rewrite_captions.py."""
     _, question, seen = draw_case(rng)
     caption = caption_of(question, seen)
-    call = refine_call(Sample({"id": ""}), make_segments(chain_steps(question, caption))[0], PROMPTS["rewrite"])
+    call = refine_call(Sample({"id": ""}), make_segments(chain_steps(question, caption))[0],
+                       PROMPTS["rewrite"])
     segments = [{"id": n, "text": text} for n, text in enumerate(link(question, caption), 1)]
     return [], call.text, json.dumps({"segments": segments})
 
 
 def judgement_call(rng: random.Random) -> Lesson:
-    """The judge's call of filter_data.py: on sound chains, on questions about nothing, on answers against what was seen.
+    """The judge's call of filter_data.py: on sound chains, on questions about nothing, on answers against
+    what was seen.
 
-    The reason compares each pair on the spot: a verdict three tokens behind its pair is copied, one further off guessed.
+    The reason compares each pair on the spot: a verdict three tokens behind its pair is copied, one further
+    off guessed.
     """
     scene, question, seen = draw_case(rng)
     if seen == question.thing and rng.random() < 0.3:
@@ -134,8 +147,10 @@ def judgement_call(rng: random.Random) -> Lesson:
     asked, found = ((question.thing.color, seen.color) if question.operation == "zoom" else
                     (question.thing.place, question.thing.place if seen else "nothing"))
     answerable, supported = ("yes" if same else "no" for same in (found == asked, value == question.answer))
-    reply = {"reason": f"asked {asked}, found {found}: {answerable}; seen {value}, stated {question.answer}: {supported}",
-             "answerable": answerable, "observation_supports_answer": supported, "chain_consistent": supported,
+    reply = {
+        "reason": f"asked {asked}, found {found}: {answerable}; seen {value}, stated {question.answer}: {supported}",
+             "answerable": answerable, "observation_supports_answer": supported,
+             "chain_consistent": supported,
              "problems": []}
     return [draw_scene(scene)], judge_call(row, Verdict(), ".", PROMPTS["filter"]).text, json.dumps(reply)
 

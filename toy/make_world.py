@@ -1,10 +1,11 @@
-"""Write the toy's data: training chains in Monet-SFT's own format, held-out items, and the base model's lessons.
+"""Write the toy's data: training chains in Monet-SFT's own format, held-out items, and the base model's
+lessons.
 
     python -m toy.make_world --output work/world
 
 Writes  <subset>/train.json and <subset>/images/ for the subsets Toy_zoom and Toy_draw (Monet-SFT's layout)
-        truth.jsonl: {"id", "bad": null | "conflict" | "unanswerable" | "missing_image"} of every training row; the
-                     pipeline never reads it, the report does
+        truth.jsonl: {"id", "bad": null | "conflict" | "unanswerable" | "missing_image"} of every training
+                     row; the pipeline never reads it, the report does
         bench.jsonl: held-out items for evaluate.py and intervene.py; probe.jsonl: questions for probe.py
         see.jsonl, find.jsonl, base.jsonl: rows for the base model's three trainings (toy/lessons.py)
 Prints  one JSON object with the counts
@@ -31,7 +32,8 @@ SUFFIX = "\nPut your final answer within \\boxed{}."  # as Monet-SFT ends its qu
 def spoil(rng: random.Random, scene: list[Thing], question: Question, bad: str | None) -> Question:
     """Return the question with the fault named by `bad` worked in; the chain is written for the result."""
     if bad == "conflict":  # the stated answer is another option than what the picture shows
-        return replace(question, answer=rng.choice([value for value in question.options if value != question.answer]))
+        return replace(question,
+                       answer=rng.choice([value for value in question.options if value != question.answer]))
     if bad == "unanswerable":  # about a colour that is not in the picture, or a corner that is empty
         return ask_about_nothing(rng, scene, question.operation)[0]
     return question
@@ -65,7 +67,8 @@ def write_training(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
             question = spoil(rng, scene, ask(rng, scene, operation), bad)
             sample_id = len(samples[subset])
             names = [f"{subset}/images/{sample_id}_{k}.png" for k in (0, 1)]
-            helper = zoom_in(picture, question.thing) if operation == "zoom" else draw_scene(scene, question.thing)
+            helper = zoom_in(picture, question.thing) if operation == "zoom" else draw_scene(scene,
+                                                                                             question.thing)
             picture.save(folder / names[0])
             if bad != "missing_image":
                 helper.save(folder / names[1])
@@ -81,7 +84,8 @@ def write_training(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
 def item(name: str, scene_name: str, question: Question, image: str) -> dict:
     """Return one held-out item (reference form of evaluate.py: options as [letter, text], gold letter)."""
     letter = "ABCD"[question.options.index(question.answer)]
-    return {"id": name, "benchmark": "toy", "split": "test", "category": question.operation, "group_id": scene_name,
+    return {"id": name, "benchmark": "toy", "split": "test", "category": question.operation,
+            "group_id": scene_name,
             "question": question.text, "options": [list(pair) for pair in zip("ABCD", question.options)],
             "answer": {"type": "letter", "value": letter}, "images": [{"path": image}], "metric": "mcq"}
 
@@ -93,7 +97,8 @@ def probe_item(name: str, source: str, question: Question) -> dict:
 
 
 def draw_counterfactual(folder: Path, image: str, scene: list[Thing], question: Question) -> dict:
-    """Draw the scene with one thing changed so that a wrong option becomes right; return its images and answer."""
+    """Draw the scene with one thing changed so that a wrong option becomes right; return its images and
+    answer."""
     letter, value = random.Random(f"{image}/edit").choice(
         [pair for pair in zip("ABCD", question.options) if pair[1] != question.answer])
     changed = replace(question.thing, **{question.attribute: value})
@@ -102,8 +107,8 @@ def draw_counterfactual(folder: Path, image: str, scene: list[Thing], question: 
 
 
 def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
-    """Write three items a held-out scene, and for each an answer-changing edit of the picture and a question about another
-    attribute of the same thing."""
+    """Write three items a held-out scene, and for each an answer-changing edit of the picture and a question
+    about another attribute of the same thing."""
     (folder / "bench").mkdir(parents=True, exist_ok=True)
     items, probes = [], []
     for n in range(n_scenes):
@@ -114,9 +119,11 @@ def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
         for k, operation in enumerate(("zoom", "zoom", "draw")):
             question = ask(rng, scene, operation)
             items.append(item(f"toy/{n}/{k}", f"toy/{n}", question, image))
-            items[-1]["counterfactual"] = draw_counterfactual(folder, f"bench/{n}_{k}_edit.png", scene, question)
+            items[-1]["counterfactual"] = draw_counterfactual(folder, f"bench/{n}_{k}_edit.png", scene,
+                                                              question)
             rest = tuple(name for name in ATTRIBUTES[operation] if name != question.attribute)
-            probes.append(probe_item(f"probe/{n}/{k}", f"toy/{n}/{k}", ask_about(rng, scene, question.thing, operation, rest)))
+            probes.append(probe_item(f"probe/{n}/{k}", f"toy/{n}/{k}", ask_about(rng, scene, question.thing,
+                                                                                 operation, rest)))
     write_rows(folder / "bench.jsonl", items)
     write_rows(folder / "probe.jsonl", probes)
     return {"items": len(items), "probe_items": len(probes)}
@@ -133,18 +140,22 @@ def write_lessons(folder: Path, name: str, lessons: dict, n_rows: int, seed: int
         paths = [f"{name}/{n}_{k}.png" for k in range(len(pictures))]
         for picture, path in zip(pictures, paths):
             picture.save(folder / path, compress_level=1)
-        rows.append({"id": f"{name}/{n}", "subset": kind, "images": paths, "question": question, "answer": "", "steps": [],
+        rows.append({"id": f"{name}/{n}", "subset": kind, "images": paths, "question": question, "answer": "",
+                     "steps": [],
                      "chain": reply})
     write_rows(folder / f"{name}.jsonl", rows)
     return {f"{name}/{kind}": sum(row["subset"] == kind for row in rows) for kind in lessons}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--train_scenes", type=int, default=400, help="scenes of the training chains, three rows each")
+    parser.add_argument("--train_scenes", type=int, default=400,
+                        help="scenes of the training chains, three rows each")
     parser.add_argument("--test_scenes", type=int, default=100, help="held-out scenes, three items each")
-    parser.add_argument("--lesson_rows", type=int, default=6000, help="rows of each of the base model's three trainings")
+    parser.add_argument("--lesson_rows", type=int, default=6000,
+                        help="rows of each of the base model's three trainings")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

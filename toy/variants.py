@@ -2,20 +2,24 @@
 
     python -m toy.variants --work toy/work        (after bash toy/run.sh, whose base, rows and items it takes)
 
-text, latent, placeholder (the paper's "without rewriting") and direct (the boxed answer alone) are trained on sft.jsonl,
-unfiltered is text on the rows of stage 1 (the paper's "without filtering"); the same base, steps and flags as in run.sh.
+text, latent, placeholder (the paper's "without rewriting") and direct (the boxed answer alone) are trained on
+sft.jsonl, unfiltered is text on the rows of stage 1 (the paper's "without filtering"); the same base, steps
+and flags as in run.sh.
 
 Reads   in --work: base, sft.jsonl, rewritten.jsonl, world/ and, if there, evaluate_base.jsonl.metrics.json
-Writes  in --work/variants: <variant>-<seed> (checkpoint), evaluate_<variant>-<seed>.jsonl, what both said as .log; what
+Writes  in --work/variants: <variant>-<seed> (checkpoint), evaluate_<variant>-<seed>.jsonl, what both said as
+        .log; what
         exists is skipped, so that the same command goes on after a kill; --result
-Prints  the README's table on stderr; on stdout one JSON object: a run's accuracy with Wilson's interval, a variant's mean
+Prints  the README's table on stderr; on stdout one JSON object: a run's accuracy with Wilson's interval, a
+        variant's mean
         over seeds, text minus each other variant
 
-A seed is one replication of the fine-tuning: it orders the rows and draws those held out; the base is one for all.
-ci95_clustered is about the items alone: these very runs on other pictures (cluster bootstrap; an item's value is its mean
-over seeds). Three seeds are too few for an interval over seeds: seed_range is the least and the largest of them, no more.
-Intervals of several differences are not adjusted for their number. Held-out losses compare only within a variant, whose
-trained tokens are the same, and a seed, whose held-out rows are. "seconds" of training count from its last start.
+A seed is one replication of the fine-tuning: it orders the rows and draws those held out; the base is one for
+all. ci95_clustered is about the items alone: these very runs on other pictures (cluster bootstrap; an item's
+value is its mean over seeds). Three seeds are too few for an interval over seeds: seed_range is the least and
+the largest of them, no more. Intervals of several differences are not adjusted for their number. Held-out
+losses compare only within a variant, whose trained tokens are the same, and a seed, whose held-out rows are.
+"seconds" of training count from its last start.
 """
 import argparse
 import json
@@ -50,10 +54,12 @@ def commands(work: Path, variant: str, seed: int, max_steps: int) -> tuple[list[
     """Return the command that trains and the one that evaluates."""
     data, checkpoint, evaluation = map(str, paths_of(work, variant, seed))
     world = str(work / "world")
-    train = [sys.executable, str(ROOT / "train_sft.py"), "--image_root", world, *TRAIN, "--max_steps", str(max_steps),
+    train = [sys.executable, str(ROOT / "train_sft.py"), "--image_root", world, *TRAIN, "--max_steps",
+             str(max_steps),
              "--data", data, "--model", str(work / "base"), "--output", checkpoint,
              "--imagination", "text" if variant == "unfiltered" else variant, "--seed", str(seed)]
-    ask = [sys.executable, str(ROOT / "evaluate.py"), "--model", checkpoint, "--items", f"{world}/bench.jsonl",
+    ask = [sys.executable, str(ROOT / "evaluate.py"), "--model", checkpoint, "--items",
+           f"{world}/bench.jsonl",
            "--image_root", world, *ASK, "--protocol", "plain", "--output", evaluation]
     return train, ask + (["--latent", "mirage"] if variant == "latent" else [])
 
@@ -68,7 +74,8 @@ def run_child(command: list[str], told: Path) -> None:
     with open(told, "w", encoding="utf-8") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status not in (0, 3):
-        tail = "\n".join(told.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])  # of a bar, its last states
+        # of a bar, its last states
+        tail = "\n".join(told.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
         raise DataError(f"{name} failed with exit code {status}; {told} ends with\n{tail}")
     log(f"== {name} took {time.monotonic() - begun:.0f} s")
 
@@ -86,7 +93,8 @@ def run_all(work: Path, variants: list[str], seeds: list[int], max_steps: int) -
             run_child(train, Path(f"{checkpoint}.log"))
         meta = load_object(f"{checkpoint}.meta.json")
         if meta["flags"]["max_steps"] != max_steps or list(meta["inputs"].values()) != [sha256_file(data)]:
-            raise DataError(f"{checkpoint} was trained for {meta['flags']['max_steps']} steps, or on other rows than {data} "
+            raise DataError(
+                f"{checkpoint} was trained for {meta['flags']['max_steps']} steps, or on other rows than {data} "
                             f"holds now; expected {max_steps} steps on these: move {work / 'variants'} away")
         if not Path(f"{evaluation}.metrics.json").exists():  # written after the results
             run_child(ask, evaluation.with_suffix(".log"))
@@ -97,25 +105,30 @@ def read_run(work: Path, variant: str, seed: int) -> tuple[dict, dict[tuple, boo
     _, checkpoint, evaluation = paths_of(work, variant, seed)
     for path in (f"{checkpoint}.metrics.json", f"{evaluation}.metrics.json", evaluation):
         if not Path(path).exists():
-            raise DataError(f"{path} does not exist: no result of variant {variant}, seed {seed}; give the command again "
+            raise DataError(
+                f"{path} does not exist: no result of variant {variant}, seed {seed}; give the command again "
                             "to train and evaluate it, or leave it out of --variants and --seeds")
     trained, asked = (load_object(f"{path}.metrics.json") for path in (checkpoint, evaluation))
     right = {(row["group_id"], row["id"]): row["verdict"] == "correct" for row in read_rows(
         evaluation, {"id": str, "group_id": str, "verdict": str}) if row["verdict"] != "error"}
     if (sum(right.values()), len(right)) != (asked["correct"], asked["n"]):
-        raise DataError(f"{evaluation}: {sum(right.values())} of {len(right)} right, and its metrics say {asked['correct']} "
+        raise DataError(
+            f"{evaluation}: {sum(right.values())} of {len(right)} right, and its metrics say {asked['correct']} "
                         f"of {asked['n']}; remove both to evaluate again")
-    return {**{key: asked[key] for key in ("correct", "n", "unresolved", "chance")}, "accuracy": asked["correct"] / asked["n"],
+    return {**{key: asked[key] for key in ("correct", "n", "unresolved", "chance")},
+            "accuracy": asked["correct"] / asked["n"],
             "ci95": wilson(asked["correct"], asked["n"], LEVEL),
             **{key: trained[key] for key in ("rows", "best_step", "best_held_out_loss", "seconds")}}, right
 
 
 def over_items(by_seed: list[dict[tuple, float]]) -> dict:
-    """Return the mean over seeds and items, its interval over items, the values of the seeds and their range."""
+    """Return the mean over seeds and items, its interval over items, the values of the seeds and their range.
+    """
     items = list(by_seed[0])
     values = [sum(part[item] for part in by_seed) / len(by_seed) for item in items]
     means = [sum(part.values()) / len(items) for part in by_seed]
-    return {"mean": sum(values) / len(items), "ci95_clustered": cluster_bootstrap(values, [group for group, _ in items], LEVEL),
+    return {"mean": sum(values) / len(items),
+            "ci95_clustered": cluster_bootstrap(values, [group for group, _ in items], LEVEL),
             "by_seed": means, "seed_range": [min(means), max(means)]}
 
 
@@ -127,7 +140,8 @@ def gather(work: Path, variants: list[str], seeds: list[int]) -> dict:
         if set(runs[variant][seed][1]) != set(right_of_first):
             raise DataError(f"{paths_of(work, variant, seed)[2]}: scores other items than "
                             f"{paths_of(work, variants[0], seeds[0])[2]}; expected the same in every run")
-    less = {name: [{item: runs["text"][seed][1][item] - runs[name][seed][1][item] for item in right_of_first} for seed in seeds]
+    less = {name: [{item: runs["text"][seed][1][item] - runs[name][seed][1][item] for item in right_of_first}
+                   for seed in seeds]
             for name in variants if name != "text" and "text" in variants}
     path = work / "evaluate_base.jsonl.metrics.json"
     base = load_object(path) if path.exists() else None
@@ -143,9 +157,12 @@ def gather(work: Path, variants: list[str], seeds: list[int]) -> dict:
 def markdown(result: dict) -> str:
     """Return the table that stands in the README between the markers of results/variants.json."""
     seeds, base = ", ".join(map(str, result["seeds"])), result["base"]
-    lines = [f"| {result['items']} items, chance {percent(result['chance'])} % | accuracy of seeds {seeds}, % | mean, % | "
-             f"{100 * result['level']:.0f} % interval over pictures | text minus it, points |", "|---|---|---|---|---|"]
-    lines += [f"| base | {percent(base['accuracy'])} | | {interval(base['ci95_clustered'])} | |"] if base else []
+    lines = [
+        f"| {result['items']} items, chance {percent(result['chance'])} % | accuracy of seeds {seeds}, % | mean, % | "
+             f"{100 * result['level']:.0f} % interval over pictures | text minus it, points |",
+             "|---|---|---|---|---|"]
+    lines += [
+        f"| base | {percent(base['accuracy'])} | | {interval(base['ci95_clustered'])} | |"] if base else []
     for name, part in result["variants"].items():
         less = ""
         if name in result["text_minus"]:
@@ -158,18 +175,21 @@ def markdown(result: dict) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder of toy/run.sh")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of every run")
-    parser.add_argument("--result", default="results/variants.json", help="where the JSON object is also written")
+    parser.add_argument("--result", default="results/variants.json",
+                        help="where the JSON object is also written")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    work, variants, seeds = Path(args.work), list(dict.fromkeys(args.variants)), sorted(set(args.seeds))  # each once
+    # each once
+    work, variants, seeds = Path(args.work), list(dict.fromkeys(args.variants)), sorted(set(args.seeds))
     run_all(work, variants, seeds, args.max_steps)
     result = {"max_steps": args.max_steps, **gather(work, variants, seeds)}
     write_json(args.result, result)

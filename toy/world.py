@@ -1,4 +1,5 @@
-"""The toy's drawn world: a grid of coloured shapes that carry small digits, and questions whose answer is in the picture.
+"""The toy's drawn world: a grid of coloured shapes that carry small digits, and questions whose answer is in
+the picture.
 
 Everything is a pure function of a `random.Random`; nothing here reads or writes files.
 """
@@ -12,11 +13,14 @@ COLORS = {"red": (255, 90, 90), "green": (70, 210, 90), "blue": (110, 150, 255),
 SHAPES = ("square", "triangle", "diamond", "bar", "pillar")
 GRID, CELL = 3, 28  # cells a side, pixels a cell: one cell is one visual token of Qwen2.5-VL
 ZOOM = 2  # a crop is enlarged so often
-PLACES = {"northwest": (0, 0), "north": (0, 1), "northeast": (0, 2), "west": (1, 0), "center": (1, 1), "east": (1, 2),
-          "southwest": (2, 0), "south": (2, 1), "southeast": (2, 2)}  # (row, column) of each cell; one token each
+PLACES = {"northwest": (0, 0), "north": (0, 1), "northeast": (0, 2), "west": (1, 0), "center": (1, 1),
+          "east": (1, 2),
+          # (row, column) of each cell; one token each
+          "southwest": (2, 0), "south": (2, 1), "southeast": (2, 2)}
 CORNERS = {name: cell for name, cell in PLACES.items() if 1 not in cell}
 # 3 x 5 dots a digit, one octal number a row, drawn DOT pixels a dot: PIL's own font differs between versions
-GLYPHS = {"one": "26227", "two": "71747", "four": "55711", "five": "74717", "seven": "71122", "eight": "75757"}
+GLYPHS = {"one": "26227", "two": "71747", "four": "55711", "five": "74717", "seven": "71122",
+          "eight": "75757"}
 DIGITS = tuple(GLYPHS)  # in words: one token each, as colours and shapes are
 DOT = 3
 
@@ -58,18 +62,21 @@ class Question:
 
 
 def make_scene(rng: random.Random) -> list[Thing]:
-    """Return 4 or 5 things with distinct colours, digits and cells; two of them stand in corners. In reading order."""
+    """Return 4 or 5 things with distinct colours, digits and cells; two of them stand in corners. In reading
+    order."""
     n_things = rng.randint(4, 5)
     corners = rng.sample(sorted(CORNERS.values()), 2)
     rest = [cell for cell in PLACES.values() if cell not in CORNERS.values()]
     cells = corners + rng.sample(rest, n_things - 2)
     colors, digits = rng.sample(sorted(COLORS), n_things), rng.sample(DIGITS, n_things)
-    things = [Thing(color, rng.choice(SHAPES), digit, *cell) for color, digit, cell in zip(colors, digits, cells)]
+    things = [Thing(color, rng.choice(SHAPES), digit, *cell) for color, digit,
+              cell in zip(colors, digits, cells)]
     return sorted(things, key=lambda thing: (thing.row, thing.column))
 
 
 def draw_scene(things: list[Thing], boxed: Thing | None = None) -> Image.Image:
-    """Return the picture, GRID * CELL pixels a side; `boxed` gets a frame around its cell (the draw operation)."""
+    """Return the picture, GRID * CELL pixels a side; `boxed` gets a frame around its cell (the draw
+    operation)."""
     image = Image.new("RGB", (GRID * CELL, GRID * CELL))
     pen = ImageDraw.Draw(image)
     for row, column in PLACES.values():
@@ -86,8 +93,8 @@ def draw_scene(things: list[Thing], boxed: Thing | None = None) -> Image.Image:
 def backdrop(row: int, column: int) -> tuple[int, int, int]:
     """Return a cell's background: darker to lighter from top to bottom, cooler to warmer from left to right.
 
-    So a cell shows where it lies. Rotary positions alone say it only relative to other tokens, which a model this small
-    is slow to learn to use.
+    So a cell shows where it lies. Rotary positions alone say it only relative to other tokens, which a model
+    this small is slow to learn to use.
     """
     return 70 + 30 * row + 30 * column, 70 + 30 * row, 130 + 30 * row - 30 * column
 
@@ -101,7 +108,8 @@ def draw_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
     elif thing.shape == "triangle":
         pen.polygon(((middle_x, top - 1), (left - 1, bottom), (right + 1, bottom)), fill=color)
     elif thing.shape == "diamond":
-        pen.polygon(((middle_x, top - 1), (left - 1, middle_y), (middle_x, bottom + 1), (right + 1, middle_y)), fill=color)
+        pen.polygon(((middle_x, top - 1), (left - 1, middle_y), (middle_x, bottom + 1),
+                     (right + 1, middle_y)), fill=color)
     elif thing.shape == "bar":
         pen.rectangle((left - 1, middle_y - 7, right + 1, middle_y + 8), fill=color)
     else:
@@ -121,24 +129,29 @@ def zoom_in(image: Image.Image, thing: Thing) -> Image.Image:
 
 def ask(rng: random.Random, scene: list[Thing], operation: str) -> Question:
     """Return a question about a thing of the scene: about a corner for "draw", about any thing for "zoom"."""
-    things = [thing for thing in scene if (thing.row, thing.column) in CORNERS.values()] if operation == "draw" else scene
+    things = [thing for thing in scene
+              if (thing.row, thing.column) in CORNERS.values()] if operation == "draw" else scene
     return ask_about(rng, scene, rng.choice(things), operation)
 
 
-ATTRIBUTES = {"zoom": ("shape", "digit"), "draw": ("shape", "digit", "color")}  # what an operation's questions ask for
+# what an operation's questions ask for
+ATTRIBUTES = {"zoom": ("shape", "digit"), "draw": ("shape", "digit", "color")}
 
 
 def ask_about(rng: random.Random, scene: list[Thing], thing: Thing, operation: str,
               attributes: tuple[str, ...] | None = None) -> Question:
-    """Return a question about `thing`, with four options of which one is right and others stand elsewhere in the scene.
+    """Return a question about `thing`, with four options of which one is right and others stand elsewhere in
+    the scene.
 
     "zoom" names the thing by its colour, "draw" by its place; neither asks for what it names.
     """
     attribute = rng.choice(attributes or ATTRIBUTES[operation])
     looked_at = f"the {thing.color} shape" if operation == "zoom" else f"the {thing.place} shape"
-    wording = {"digit": "What number is on {}?", "color": "What color is {}?", "shape": "What kind is {}?"}[attribute]
+    wording = {"digit": "What number is on {}?", "color": "What color is {}?",
+               "shape": "What kind is {}?"}[attribute]
     answer = getattr(thing, attribute)
-    return Question(wording.format(looked_at), attribute, answer, make_options(rng, scene, attribute, answer), thing,
+    return Question(wording.format(looked_at), attribute, answer, make_options(rng, scene, attribute, answer),
+                    thing,
                     looked_at, operation)
 
 
@@ -159,11 +172,13 @@ def opening(question: Question) -> str:
 
 
 def observation(question: Question) -> str:
-    return {"digit": "It shows a {}.", "color": "It is {}.", "shape": "It is a {}."}[question.attribute].format(
+    return {"digit": "It shows a {}.", "color": "It is {}.",
+            "shape": "It is a {}."}[question.attribute].format(
         question.answer)
 
 
 def prompt_text(question: Question) -> str:
-    """The words that evaluate.py sends for a multiple-choice item (VLMEvalKit's), so that training and test agree."""
+    """The words that evaluate.py sends for a multiple-choice item (VLMEvalKit's), so that training and test
+    agree."""
     options = "\n".join(f"{letter}. {value}" for letter, value in zip("ABCD", question.options))
     return f"Question: {question.text}\nOptions:\n{options}\nPlease select the correct answer from the options above. \n"

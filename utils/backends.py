@@ -1,7 +1,7 @@
 """One `generate(requests)` for every source of replies; here the local one, transformers in this process.
 
-The other one is utils.openai_backend. torch is imported when the model is first needed: a run that only reads its journal, or
-asks a server, starts without it.
+The other one is utils.openai_backend. torch is imported when the model is first needed: a run that only reads
+its journal, or asks a server, starts without it.
 """
 import time
 from collections.abc import Container, Iterable, Iterator
@@ -17,11 +17,12 @@ WINDOW = 2048  # requests among which batches are formed by length
 
 
 class Request(NamedTuple):
-    """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for servers.
+    """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for
+    servers.
 
-    So is `messages`, a whole conversation in place of system, text and images: (role, text) or (role, parts), each part a
-    text or a utils.images.Picture. The seed comes from the key, so that it depends neither on the order of the calls nor on a
-    restart.
+    So is `messages`, a whole conversation in place of system, text and images: (role, text) or (role, parts),
+    each part a text or a utils.images.Picture. The seed comes from the key, so that it depends neither on the
+    order of the calls nor on a restart.
     """
 
     key: str
@@ -41,8 +42,9 @@ class Request(NamedTuple):
 class Reply:
     """What a backend returns for a request; `error` says why nothing came.
 
-    `seconds` is the wall time of the local batch or of the last try at a server, waiting left out. A `transient` error
-    lay with the server, and the next run asks again. `served` is the model and fingerprint that a server names.
+    `seconds` is the wall time of the local batch or of the last try at a server, waiting left out. A
+    `transient` error lay with the server, and the next run asks again. `served` is the model and fingerprint
+    that a server names.
     """
 
     key: str
@@ -64,9 +66,10 @@ class ErrorRateError(RuntimeError):
 class LocalBackend:
     """Greedy decoding with transformers in this process, in static left-padded batches of similar length.
 
-    A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens` tokens.
-    The batches depend on the whole list of requests and never on what is done already: a batch that a kill left half
-    done is computed again whole, so that its replies are those of an uninterrupted run to the last bit.
+    A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens`
+    tokens. The batches depend on the whole list of requests and never on what is done already: a batch that a
+    kill left half done is computed again whole, so that its replies are those of an uninterrupted run to the
+    last bit.
     """
 
     def __init__(self, model_path: str, max_pixels: int, batch_size: int, batch_tokens: int):
@@ -103,7 +106,8 @@ class LocalBackend:
         yield from fill_batches([(length[0] + r.max_tokens, r) for length, r in order], self)
 
     def length(self, request: Request) -> tuple[int, int]:
-        """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the characters."""
+        """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the
+        characters."""
         n_visual = sum(visual_tokens(path, self.max_pixels) for path in request.images)
         return n_visual + len(request.text) // 4, len(request.text)
 
@@ -148,8 +152,8 @@ class LocalBackend:
 
 
 def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterator[list]:
-    """Yield things, each with its tokens, in their order: at most `limits.batch_size` and, padded to the longest,
-    `limits.batch_tokens` a batch, which may have been lowered since the last one."""
+    """Yield things, each with its tokens, in their order: at most `limits.batch_size` and, padded to the
+    longest, `limits.batch_tokens` a batch, which may have been lowered since the last one."""
     batch, longest = [], 0
     for n_tokens, one in sized:
         longest = max(longest, n_tokens)

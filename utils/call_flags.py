@@ -34,21 +34,31 @@ def parse_object(text: str) -> dict:
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the flags that every stage with model calls has."""
-    parser.add_argument("--output", required=True, help="JSONL to write; <output>.run/ beside it holds the journal")
-    parser.add_argument("--image_root", required=True, help="folder that image paths are relative to and may not leave")
-    parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct", help="folder, hub name (the paper's) or, with "
+    parser.add_argument("--output", required=True,
+                        help="JSONL to write; <output>.run/ beside it holds the journal")
+    parser.add_argument("--image_root", required=True,
+                        help="folder that image paths are relative to and may not leave")
+    parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct",
+                        help="folder, hub name (the paper's) or, with "
                         "--backend openai, the name that the server gives it")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens, help="a reply; a longer one is asked "
+    parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
+                        help="a reply; a longer one is asked "
                         "again with twice as many, then cut_off")
-    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area to which an image is shrunk")
+    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28,
+                        help="area to which an image is shrunk")
     parser.add_argument("--prompts", help="JSON object of prompts by name, in place of those of this script")
-    parser.add_argument("--limit", type=parse_count, help="only the first N samples; their calls are reused by a longer run")
+    parser.add_argument("--limit", type=parse_count,
+                        help="only the first N samples; their calls are reused by a longer run")
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where the model failed before")
-    parser.add_argument("--export_only", action="store_true", help="write the output from the journal, without calls")
-    parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside and begin anew")
-    parser.add_argument("--no_guard", action="store_true", help="go on however many calls fail (a weak model)")
-    parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="every Nth sample from the Ith on, in place of "
+    parser.add_argument("--export_only", action="store_true",
+                        help="write the output from the journal, without calls")
+    parser.add_argument("--fresh", action="store_true",
+                        help="move an earlier <output>.run aside and begin anew")
+    parser.add_argument("--no_guard", action="store_true",
+                        help="go on however many calls fail (a weak model)")
+    parser.add_argument("--shard", type=parse_shard, metavar="I/N",
+                        help="every Nth sample from the Ith on, in place of "
                         "torchrun's rank; the last shard to finish, or --export_only, writes the output")
     parser.add_argument("--backend", choices=("local", "openai"), default="local",
                         help="local: transformers in this process; openai: any OpenAI-compatible server")
@@ -62,35 +72,43 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
 def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
     """Add the flags of OpenAI-compatible servers that hold a model."""
     server = parser.add_argument_group(title)
-    server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"], help="one or more servers that "
+    server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"],
+                        help="one or more servers that "
                         "hold the model; one that is gone is left out until it is back")
-    server.add_argument("--concurrency", type=parse_count, default=64, help="calls under way, over all servers")
+    server.add_argument("--concurrency", type=parse_count, default=64,
+                        help="calls under way, over all servers")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
-    server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without any reply until exit 4")
+    server.add_argument("--server_wait", type=float, default=1800.0,
+                        help="seconds without any reply until exit 4")
     server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
     server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
-    server.add_argument("--image_factor", type=parse_count, default=image_factor, help="pixels a side of a visual token: 28 "
+    server.add_argument("--image_factor", type=parse_count, default=image_factor,
+                        help="pixels a side of a visual token: 28 "
                         "for Qwen2.5-VL, 32 for Qwen3-VL")
-    server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON", help="more fields of every request")
+    server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
+                        help="more fields of every request")
 
 
 def open_backend(args: argparse.Namespace) -> object:
     """Return the backend of the flags, not loaded yet."""
     if args.backend == "local":
         if args.temperature or args.extra_body:
-            raise DataError("--temperature and --extra_body are for --backend openai; the local one decodes greedily")
+            raise DataError(
+                "--temperature and --extra_body are for --backend openai; the local one decodes greedily")
         return LocalBackend(args.model, args.max_pixels, args.batch_size, args.batch_tokens)
     return open_server(args, args.max_pixels)
 
 
 def open_server(args: argparse.Namespace, max_pixels: int) -> object:
     from utils.openai_backend import HttpBackend  # here: the local backend needs no HTTP client
-    return HttpBackend(args.model, args.base_url, max_pixels, args.image_factor, args.concurrency, args.timeout,
+    return HttpBackend(args.model, args.base_url, max_pixels, args.image_factor, args.concurrency,
+                       args.timeout,
                        args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
 
 
 @contextmanager
-def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict], **settings) -> Iterator[Caller]:
+def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict],
+             **settings) -> Iterator[Caller]:
     """Open the journals in `<output>.run` and yield the caller; `settings` are those that change the result.
 
     With --export_only the model is the one that the journal names: none is looked for.
@@ -111,19 +129,22 @@ def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[st
         backend = open_backend(args)
         identity = {"backend": args.backend, "max_pixels": args.max_pixels, **backend.identity}
     with ExitStack() as stack:
-        if args.export_only and gc.isenabled():  # no model, no cycles, but millions of objects to look through: -8 % time
+        # no model, no cycles, but millions of objects to look through: -8 % time
+        if args.export_only and gc.isenabled():
             gc.disable()
             stack.callback(gc.enable)
         journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, sound=is_reply))
         images = stack.enter_context(Journal(folder, name="images", shard=shard, sound=is_look))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
-        yield Caller(journal, images, backend, identity | asked, prompts, args.max_new_tokens, shard, not args.no_guard,
+        yield Caller(journal, images, backend, identity | asked, prompts, args.max_new_tokens, shard,
+                     not args.no_guard,
                      args.retry_errors)
 
 
 def incomplete(args: argparse.Namespace, error: IncompleteError) -> int:
-    """Return the exit code of a shard that is done before others; DataError for an --export_only that came too early.
+    """Return the exit code of a shard that is done before others; DataError for an --export_only that came
+    too early.
     """
     if args.export_only:
         raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done")
@@ -132,7 +153,8 @@ def incomplete(args: argparse.Namespace, error: IncompleteError) -> int:
 
 
 def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:
-    """Show one whole prompt of each kind on stderr; return the calls and an estimate of their tokens (--dry_run).
+    """Show one whole prompt of each kind on stderr; return the calls and an estimate of their tokens
+    (--dry_run).
 
     Four characters of text are taken for a token, and 28 x 28 pixels (image headers, shrunk to --max_pixels).
     """
@@ -141,7 +163,9 @@ def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict
         mine = [call for call in calls if call.kind == kind]
         pictures = "".join(f"[image {path}]\n" for path in mine[0].images)
         log(f"--- {kind}, sample {mine[0].id}\nsystem: {system}\nuser: {pictures}{mine[0].text}\n---")
-        n_tokens = sum((len(system) + len(call.text)) // 4 + sum(visual_tokens(path, args.max_pixels) for path in call.images)
+        n_tokens = sum((len(system) + len(call.text)) // 4 + sum(visual_tokens(path, args.max_pixels)
+                                                                 for path in call.images)
                        for call in mine)
-        counts[kind] = {"calls": len(mine), "prompt_tokens": n_tokens, "new_tokens_at_most": len(mine) * args.max_new_tokens}
+        counts[kind] = {"calls": len(mine), "prompt_tokens": n_tokens, "new_tokens_at_most": len(mine)
+                        * args.max_new_tokens}
     return counts

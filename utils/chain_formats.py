@@ -1,4 +1,5 @@
-"""Interleaved chains as they are published (Monet-SFT, Mirage) or in our own form, turned into rows of our own form."""
+"""Interleaved chains as they are published (Monet-SFT, Mirage) or in our own form, turned into rows of our
+own form."""
 import re
 from dataclasses import dataclass, field
 
@@ -7,9 +8,11 @@ from utils.jsonl import DataError, check_fields
 from utils.row_rules import OWN_FIELDS, check_own
 
 INPUTS = {"monet": {"metadata": dict, "data": list},
-          "mirage": {"text_input": str, "image_input": (str, list), "text_output": str, "image_output": (str, list)},
+          "mirage": {"text_input": str, "image_input": (str, list), "text_output": str,
+                     "image_output": (str, list)},
           "own": OWN_FIELDS}
-OPERATIONS = {"Visual_CoT": "zoom", "ReFocus": "draw", "CogCoM": "draw", "Mirage": "draw"}  # the paper's split
+# the paper's split
+OPERATIONS = {"Visual_CoT": "zoom", "ReFocus": "draw", "CogCoM": "draw", "Mirage": "draw"}
 SOURCE_REASONS = ("structure", "tag_missing", "tag_count", "no_observation")  # why a sample is not converted
 # Monet-SFT's markup and rules: NOVAglow646/Monet src/task.py
 LATENT_PAIR = "<abs_vis_token></abs_vis_token>"
@@ -20,7 +23,8 @@ KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 
 @dataclass
 class Sample:
-    """One input sample on its way: `reason` is set once it is rejected; `hashes` of question images, then of steps."""
+    """One input sample on its way: `reason` is set once it is rejected; `hashes` of question images, then of
+    steps."""
 
     row: dict
     reason: str | None = None
@@ -31,15 +35,18 @@ class Sample:
         self.reason, self.detail = reason, detail
 
 
-def convert(where: str, value: dict, index: int, operations: dict[str, str], need_observation: bool = True) -> Sample:
-    """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type."""
+def convert(where: str, value: dict, index: int, operations: dict[str, str],
+            need_observation: bool = True) -> Sample:
+    """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type.
+    """
     form = next((name for name, fields in INPUTS.items() if all(key in value for key in fields)), None)
     if form is None:
         near, fields = min(INPUTS.items(), key=lambda form: len(set(form[1]) - set(value)) / len(form[1]))
         lacking = ", ".join(key for key in fields if key not in value)
         raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; expected those of "
                         + " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
-                        + (f"; for {near} it lacks {lacking}" if len(lacking) < len(", ".join(fields)) else ""))
+                        + (f"; for {near} it lacks {lacking}" if len(lacking) < len(", ".join(fields))
+                           else ""))
     check_fields(where, value, INPUTS[form])
     if form == "own":
         return convert_own(where, value)
@@ -61,12 +68,14 @@ def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
 
 
 def convert_monet(where: str, value: dict, operations: dict[str, str], need_observation: bool) -> Sample:
-    """Convert a Monet-SFT sample by Monet's own preprocessing (latent pairs and observation tags are taken out)."""
+    """Convert a Monet-SFT sample by Monet's own preprocessing (latent pairs and observation tags are taken
+    out)."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
     operation = operation_of(where, subset, operations)
     turns = [monet_turn(f"{where}: turn {n}", turn) for n, turn in enumerate(value["data"], 1)]
-    sample = Sample({"id": f"{subset}/{value['metadata']['sample_id']}", "subset": subset, "images": [], "question": "",
+    sample = Sample({"id": f"{subset}/{value['metadata']['sample_id']}", "subset": subset, "images": [],
+                     "question": "",
                      "answer": "", "steps": []})
     if [role for role, _ in turns] != ["system", "user", "assistant"]:
         sample.reject("structure", "the turns are not system, user, assistant")
@@ -91,7 +100,8 @@ def convert_monet(where: str, value: dict, operations: dict[str, str], need_obse
             before = text
     n_pairs = sum(text.count(LATENT_PAIR) for kind, text in assistant if kind == "text")
     if sample.reason is None and n_pairs != sum("image" in step for step in steps):
-        sample.reject("tag_count", f"{n_pairs} latent pairs for {sum('image' in step for step in steps)} images")
+        sample.reject("tag_count",
+                      f"{n_pairs} latent pairs for {sum('image' in step for step in steps)} images")
     elif sample.reason is None and need_observation and not observed:
         sample.reject("no_observation", "no <observation> after an image")
     sample.row |= {"images": images, "question": question, "steps": steps, "answer": final_answer(steps)}
@@ -131,7 +141,8 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
     operation = operation_of(where, "Mirage", operations)
     for n, text in enumerate(texts):
         sample.row["steps"] += [{"text": text}] if text.strip() else []
-        sample.row["steps"] += [{"image": path, "operation": operation} for path in paths["image_output"][n:n + 1]]
+        sample.row["steps"] += [{"image": path, "operation": operation}
+                                for path in paths["image_output"][n:n + 1]]
     sample.row["answer"] = final_answer(sample.row["steps"])
     return sample
 
@@ -139,7 +150,8 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
 def convert_own(where: str, value: dict) -> Sample:
     """Take a row of our own form; captions that it may have are written anew."""
     check_own(where, value)
-    steps = [{name: step[name] for name in ("text", "image", "operation") if name in step} for step in value["steps"]]
+    steps = [{name: step[name] for name in ("text", "image", "operation") if name in step}
+             for step in value["steps"]]
     return Sample({name: value[name] for name in OWN_FIELDS} | {"steps": steps})
 
 

@@ -33,21 +33,25 @@ def log(message: str) -> None:
 
 
 def cli(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM, told in one line."""
+    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM, told in one
+    line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    gc.set_threshold(50_000, 20, 100)  # hundreds of thousands of rows without a cycle: looked at less often, -10 % time
+    # hundreds of thousands of rows without a cycle: looked at less often, -10 % time
+    gc.set_threshold(50_000, 20, 100)
     try:
         return main()
     except DataError as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here where the stage keeps a journal", file=sys.stderr)
+        print("interrupted; the same command goes on from here where the stage keeps a journal",
+              file=sys.stderr)
         return 130
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """--help with the description as it stands, and with every default that a flag's own words do not tell."""
+    """--help with the description as it stands, and with every default that a flag's own words do not tell.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.help or ""
@@ -70,7 +74,8 @@ def parse_count(text: str) -> int:
 
 
 def shorten(message: str) -> str:
-    """Return a message without control characters (an id or a path may hold them), and without its middle if it is long."""
+    """Return a message without control characters (an id or a path may hold them), and without its middle if
+    it is long."""
     if len(message) > LONGEST_ERROR:
         message = f"{message[:LONGEST_ERROR // 2]} [...] {message[-LONGEST_ERROR // 2:]}"
     return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)

@@ -1,17 +1,20 @@
 """One batched decoding loop for text and for latent imagination, over the unpatched model.
 
-A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the final
-norm: position +1, one key-value slot. What differs between the families stands in `utils.latent_families`. With `spec=None` the
-loop equals `model.generate(do_sample=False)` bit for bit (of a batch of up to PREFILL_TOKENS; of its rows one by one beyond).
+A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the
+final norm: position +1, one key-value slot. What differs between the families stands in
+`utils.latent_families`. With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit (of a
+batch of up to PREFILL_TOKENS; of its rows one by one beyond).
 
-A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them (`State.take`): an `Arm`
-says what is done to one row, so that a batch may hold a clean run and every intervention beside it.
+A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them
+(`State.take`): an `Arm` says what is done to one row, so that a batch may hold a clean run and every
+intervention beside it.
 
-Where an intervention may act inside the model: the inputs of the decoder's layers, by hooks that a context takes away.
+Where an intervention may act inside the model: the inputs of the decoder's layers, by hooks that a context
+takes away.
 
-Site `slot` replaces what every decoder layer reads at a latent position (the residual stream, [hidden] a layer), so that the
-position's keys and values are those of a donor. Layer inputs, not cached keys: a key is kept rotated by its position and is
-wrong at any other.
+Site `slot` replaces what every decoder layer reads at a latent position (the residual stream, [hidden] a
+layer), so that the position's keys and values are those of a donor. Layer inputs, not cached keys: a key is
+kept rotated by its position and is wrong at any other.
 """
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +29,8 @@ from utils.jsonl import DataError
 from utils.latent_families import Generation, LatentSpec, RowState, Segment, latent_ids
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
 
-PREFILL_TOKENS = 4096  # read at once, padding included: long prompts gain nothing from company and pay for its mask
+# read at once, padding included: long prompts gain nothing from company and pay for its mask
+PREFILL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Arm:
 
     choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
     feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
-    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that latent position (of
+    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that
+                                                          latent position (of
                                                           a list, those that are not None)
     hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
     spec: another form of the family for this row (other K, say)
@@ -50,10 +55,11 @@ class Arm:
 
 @dataclass
 class State:
-    """Rows that have been read up to somewhere: key-value cache, the last states and positions, what may be seen.
+    """Rows that have been read up to somewhere: key-value cache, the last states and positions, what may be
+    seen.
 
-    hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns; positions
-    [3, B, 1] of each row's last token; is_image [B, C of the prompt].
+    hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns;
+    positions [3, B, 1] of each row's last token; is_image [B, C of the prompt].
     """
 
     cache: object
@@ -68,7 +74,8 @@ class State:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(index)  # new tensors: the cache that was copied keeps its own
-        return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index], self.positions[:, index],
+        return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index],
+                     self.positions[:, index],
                      self.is_image[index])
 
     def hide_images(self, rows: list[int]) -> None:
@@ -77,10 +84,13 @@ class State:
             self.mask[row, :self.is_image.shape[1]][self.is_image[row]] = 0
 
 
-def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden]: text, image features, and given vectors at the latent pads.
+def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int
+                 | None) -> torch.Tensor:
+    """Return the prompt's embeddings [B, L, hidden]: text, image features, and given vectors at the latent
+    pads.
 
-    `prompt_latents` holds per row [n, hidden] vectors for the row's n latent pads in order; DataError on another n.
+    `prompt_latents` holds per row [n, hidden] vectors for the row's n latent pads in order; DataError on
+    another n.
     """
     embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
     if "pixel_values" in inputs:
@@ -107,7 +117,8 @@ def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
     else:
         parts = [read_prompts(qwen, part, prompt_latents and prompt_latents[first:first + size], pad_id)
                  for first, part in split_rows(qwen, inputs, size)]
-        cache, hidden = join_caches([part for part, _ in parts], length), torch.cat([last for _, last in parts])
+        cache, hidden = join_caches([part for part, _ in parts], length), torch.cat([last for _,
+                                                                                     last in parts])
     return State(cache, hidden, inputs["attention_mask"], inputs["position_ids"][..., -1:],
                  inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
 
@@ -116,17 +127,19 @@ def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
                  ) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
     if prompt_latents is None:
-        prompt = {key: inputs[key] for key in ("input_ids", "pixel_values", "image_grid_thw") if key in inputs}
+        prompt = {key: inputs[key] for key in ("input_ids", "pixel_values", "image_grid_thw")
+                  if key in inputs}
     else:
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
-    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"],
+    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"],
+                           position_ids=inputs["position_ids"],
                            use_cache=True)
     return out.past_key_values, out.last_hidden_state[:, -1]
 
 
 def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
-    """Yield (number of its first row, part) of a batch by `size` rows, each without the columns that are padding in all of
-    its rows."""
+    """Yield (number of its first row, part) of a batch by `size` rows, each without the columns that are
+    padding in all of its rows."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
     n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
     grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
@@ -157,11 +170,13 @@ def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
 def extend_all(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
     """Read one block of at least one id a row, of any lengths, after what was read; `state` is used up.
 
-    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `extend` returns.
+    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `extend`
+    returns.
     """
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
     if len(blocks) != len(state.mask) or not lengths.all():
-        raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids "
+        raise ValueError(
+            f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids "
                          "each")
     width = int(lengths.max())
     fill = qwen.tokenizer.pad_token_id
@@ -181,25 +196,31 @@ def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
 
 
 def rewind(after: State, before: State, kept: list[int]) -> State:
-    """Return `after`, which decoding from `before` led to, as it was when each row had read only `kept[row]` new ids.
+    """Return `after`, which decoding from `before` led to, as it was when each row had read only `kept[row]`
+    new ids.
 
-    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`: extend it first.
+    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`: extend
+    it first.
     """
     mask, first = after.mask.clone(), before.mask.shape[1]
     for row, n in enumerate(kept):
         if not 0 <= n <= mask.shape[1] - first:
             raise ValueError(f"row {row}: {n} ids to keep of {mask.shape[1] - first} that were read")
         mask[row, first + n:] = 0
-    return State(after.cache, None, mask, before.positions + torch.tensor(kept, device=mask.device)[:, None], after.is_image)
+    return State(after.cache, None, mask, before.positions + torch.tensor(kept, device=mask.device)[:, None],
+                 after.is_image)
 
 
 @torch.no_grad()
-def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm] | None = None,
-           capture: bool = False, with_logits: bool = False, with_slots: bool = False) -> tuple[list[Generation], State]:
+def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm]
+           | None = None,
+           capture: bool = False, with_logits: bool = False,
+           with_slots: bool = False) -> tuple[list[Generation], State]:
     """Decode rows that were read, greedily but for their arms; `max_new_tokens` counts latent steps too.
 
-    `capture` keeps states and fed vectors, `with_logits` every step's logits, `with_slots` the inputs of every layer at
-    latent positions. Returns the rows, and the state after all ids but the last of the longest row; `state` is used up.
+    `capture` keeps states and fed vectors, `with_logits` every step's logits, `with_slots` the inputs of
+    every layer at latent positions. Returns the rows, and the state after all ids but the last of the longest
+    row; `state` is used up.
     """
     arms = arms or [Arm()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None
@@ -239,14 +260,17 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
             out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
                                    past_key_values=cache, use_cache=True)
         hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
-        if qwen.latent_head is not None and vectors:  # LVR's: on what latent steps put out, so never on the first latent
+        # LVR's: on what latent steps put out, so never on the first latent
+        if qwen.latent_head is not None and vectors:
             fed = list(vectors)
-            hidden = hidden.index_put((torch.tensor(fed, device=hidden.device),), qwen.latent_head(hidden[fed]).to(hidden))
+            hidden = hidden.index_put((torch.tensor(fed, device=hidden.device),),
+                                      qwen.latent_head(hidden[fed]).to(hidden))
         for i in vectors if seen else ():
             kept[i][3].append(torch.stack([layer[i] for layer in seen]))
     for row, (states, fed, logits, slots) in zip(rows, kept):
         if capture:
-            row.out.states, row.out.fed = torch.stack(states), torch.stack(fed) if fed else hidden.new_zeros(0, hidden.shape[1])
+            row.out.states, row.out.fed = torch.stack(states), torch.stack(fed) if fed else hidden.new_zeros(
+                0, hidden.shape[1])
         if with_logits:
             row.out.logits = torch.stack(logits)
         if with_slots:
@@ -255,22 +279,26 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
 
 
 def hide(mask: torch.Tensor, arm: Arm, segment: Segment, first: int, is_image: torch.Tensor) -> None:
-    """Close columns of one row's mask [C] to what comes after a segment; the row's new ids begin at column `first`."""
+    """Close columns of one row's mask [C] to what comes after a segment; the row's new ids begin at column
+    `first`."""
     if "images" in arm.hide:
         mask[:len(is_image)][is_image] = 0
     if "latents" in arm.hide:
         mask[first + segment.start:first + segment.start + segment.size] = 0
 
 
-def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm] | None = None,
+def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm]
+             | None = None,
              capture: bool = False, with_logits: bool = False,
              prompt_latents: list[torch.Tensor] | None = None) -> list[Generation]:
     """`prefill` and `decode` of a left-padded batch from `utils.qwen.encode`."""
-    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture, with_logits)[0]
+    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture,
+                  with_logits)[0]
 
 
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
-    """Decode recorded ids without latent segments and without special tokens, so that neither can be parsed as text."""
+    """Decode recorded ids without latent segments and without special tokens, so that neither can be parsed
+    as text."""
     if spec:
         latent = set(latent_ids(tokenizer, spec))
         ids = [i for i in ids if i not in latent]
@@ -283,10 +311,11 @@ def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str
 @contextmanager
 def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:
-    """During one-token steps, put [layers, hidden] in place of the layer inputs of some rows, and note all rows' inputs.
+    """During one-token steps, put [layers, hidden] in place of the layer inputs of some rows, and note all
+    rows' inputs.
 
-    `put[row][n]` goes into decoder layer n at the last position of `row`, None leaves what is there; `seen` receives
-    [B, hidden] a layer, in order, as the layers read them (after replacement).
+    `put[row][n]` goes into decoder layer n at the last position of `row`, None leaves what is there; `seen`
+    receives [B, hidden] a layer, in order, as the layers read them (after replacement).
     """
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():
@@ -307,7 +336,8 @@ def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | 
         return hook
 
     needed = put or seen is not None
-    handles = [layer.register_forward_pre_hook(read(n), with_kwargs=True) for n, layer in enumerate(layers)] if needed else []
+    handles = [layer.register_forward_pre_hook(read(n), with_kwargs=True) for n,
+               layer in enumerate(layers)] if needed else []
     try:
         yield
     finally:

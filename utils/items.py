@@ -8,9 +8,11 @@ from utils.images import open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
-# metric -> type of the gold answer. likelihood: the option that the model finds likeliest as a reply, no letters;
-# wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its latents alone
-ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values", "tabfact": "bool",
+# metric -> type of the gold answer. likelihood: the option that the model finds likeliest as a reply, no
+# letters; wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its
+# latents alone
+ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values",
+                "tabfact": "bool",
                 "yesno_pair": "yesno", "unscored": "values"}
 TEXTS = ("benchmark", "category", "group_id", "hint")  # fields that are a string, null or not there
 FAR = 1 << 20  # pixels; beyond any picture
@@ -18,7 +20,8 @@ SCORED = ("mcq", "vsp_path")  # what a script takes that names no metrics of its
 
 
 def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:
-    """Read items and check their parts; DataError with path and id for an unknown metric or a gold that is no option."""
+    """Read items and check their parts; DataError with path and id for an unknown metric or a gold that is no
+    option."""
     items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
     for item in items:
         fault = item_fault(item, metrics)
@@ -47,18 +50,21 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return fault
     if answer["type"] == "letter":
         pairs = item["options"]
-        if len(pairs) < 2 or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs):
+        if len(pairs) < 2 or not all(isinstance(p, list) and len(p) == 2
+                                     and all(isinstance(s, str) for s in p) for p in pairs):
             return f"options {str(pairs)[:60]}, expected at least two of [letter, text]"
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
-        if not all(re.fullmatch("[A-Z]", letter) for letter in letters):  # what is scored in the box, as it stands
+        # what is scored in the box, as it stands
+        if not all(re.fullmatch("[A-Z]", letter) for letter in letters):
             return f"letters {str(letters)[:60]}, expected A to Z"
     return change_fault(item, metrics)
 
 
 def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
-    """Return in words what is wrong with what an intervention would change of an item, its region or its edit, or None."""
+    """Return in words what is wrong with what an intervention would change of an item, its region or its
+    edit, or None."""
     region, edit = item.get("region"), item.get("counterfactual")
     if region is not None and not (isinstance(region, list) and len(region) == 4
                                    and all(type(n) is int and abs(n) < FAR for n in region)
@@ -66,7 +72,8 @@ def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"region {str(region)[:40]}, expected [left, top, right, bottom] in pixels"
     if edit is None:
         return None
-    if not isinstance(edit, dict) or not isinstance(edit.get("images"), list) or not isinstance(edit.get("answer"), dict):
+    if not isinstance(edit, dict) or not isinstance(edit.get("images"),
+                                                    list) or not isinstance(edit.get("answer"), dict):
         return f"counterfactual {str(edit)[:60]}, expected an object with images and answer"
     fault = item_fault({**item, **edit, "counterfactual": None}, metrics)
     return fault and f"counterfactual: {fault}"
@@ -75,7 +82,8 @@ def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
 def value_fault(answer: dict) -> str | None:
     """Return in words why a gold of type values, bool or yesno is none, or None."""
     kind, value = answer["type"], answer["value"]
-    if kind == "values" and not (isinstance(value, list) and value and all(isinstance(text, str) for text in value)):
+    if kind == "values" and not (isinstance(value, list) and value
+                                 and all(isinstance(text, str) for text in value)):
         return f"gold {str(value)[:40]!r}, expected a list of at least one text"
     if kind == "bool" and not isinstance(value, bool):
         return f"gold {value!r}, expected true or false"
@@ -86,7 +94,8 @@ def value_fault(answer: dict) -> str | None:
 
 def board_fault(board: object) -> str | None:
     """Return in words why a VSP map (1 start, 2 goal, -1 hole, 0 safe) cannot be walked, or None."""
-    if not isinstance(board, list) or not all(isinstance(line, list) and len(line) == len(board) for line in board):
+    if not isinstance(board, list) or not all(isinstance(line, list) and len(line) == len(board)
+                                              for line in board):
         return f"{str(board)[:40]} is no square of numbers"
     cells = [cell for line in board for cell in line]
     if cells.count(1) != 1 or cells.count(2) != 1 or any(cell not in (-1, 0, 1, 2) for cell in cells):
@@ -95,12 +104,14 @@ def board_fault(board: object) -> str | None:
 
 
 def group_of(item: dict) -> str:
-    """Return what varies together with other items, one image's questions, say; an item without a group is its own."""
+    """Return what varies together with other items, one image's questions, say; an item without a group is
+    its own."""
     return item.get("group_id") or item["id"]
 
 
 def rotation_of(item: dict) -> int | None:
-    """Return which rotation of its options an item shows (HR-Bench); None for an item that stands there once."""
+    """Return which rotation of its options an item shows (HR-Bench); None for an item that stands there once.
+    """
     cycle = (item.get("raw") or {}).get("cycle_category")
     return None if cycle is None else int(cycle)
 
@@ -116,11 +127,13 @@ def gold_words(item: dict) -> str | None:
 
 
 def region_in(item: dict, size: tuple[int, int]) -> list[int]:
-    """Return what of an item's region lies in its image of this (width, height); DataError if nothing does."""
+    """Return what of an item's region lies in its image of this (width, height); DataError if nothing does.
+    """
     left, top, right, bottom = item["region"]
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
     if left >= right or top >= bottom:
-        raise DataError(f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} pixels; expected "
+        raise DataError(
+            f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} pixels; expected "
                         "[left, top, right, bottom] inside")
     return [left, top, right, bottom]
 

@@ -1,6 +1,7 @@
 """A journal that survives SIGKILL: one line a finished piece of work, appended and never rewritten.
 
-Restarting a killed run repeats only what was under way. The lines stay on disk: in memory is only where each stands.
+Restarting a killed run repeats only what was under way. The lines stay on disk: in memory is only where each
+stands.
 """
 import fcntl
 import json
@@ -20,10 +21,11 @@ FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a po
 class Journal:
     """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`.
 
-    That file is this process's own, locked against a second writer; the files of all shards are read, so that their
-    number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json` holds
-    `settings`; opening with others raises DataError. Of two records with one key the later counts. `transient` holds the
-    keys of records that call themselves so: of work worth trying again. A record on disk that is not `sound` is damage.
+    That file is this process's own, locked against a second writer; the files of all shards are read, so that
+    their number may change between runs. `shard` is (index, number), by default torchrun's rank.
+    `folder/meta.json` holds `settings`; opening with others raises DataError. Of two records with one key the
+    later counts. `transient` holds the keys of records that call themselves so: of work worth trying again. A
+    record on disk that is not `sound` is damage.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
@@ -81,14 +83,16 @@ class Journal:
             return
         changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
         if changed:
-            table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
+            table = [("", "there", "now"), *((name, before.get(name), settings.get(name))
+                                             for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
             raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or move "
                             f"{self.folder} aside (--fresh does, where there is one)\n"
                             + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:
-        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write. Return its size.
+        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write. Return
+        its size.
         """
         size = os.fstat(self.fd).st_size
         whole, tail = size, b""
@@ -107,7 +111,8 @@ class Journal:
         return size - len(torn)
 
     def reload(self) -> None:
-        """Read what all shards have written since the last time; a bad line is damage: DataError naming it."""
+        """Read what all shards have written since the last time; a bad line is damage: DataError naming it.
+        """
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             file, offset, n = self.readers.get(path) or (open(path, "rb", buffering=1 << 16), 0, 0)
             self.readers[path] = file, offset, n
@@ -123,7 +128,8 @@ class Journal:
                         raise ValueError("fields of other types than were written")
                     self.note(record, (file, offset, len(line)))
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
+                    raise DataError(
+                        f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
                                     "work, or use --fresh") from error
                 offset += len(line)
                 self.readers[path] = file, offset, n
@@ -163,7 +169,8 @@ def move_aside(folder: Path, n_processes: int) -> None:
     """Give an earlier run's folder, if there is one, another name (--fresh)."""
     if folder.exists():
         if n_processes > 1:
-            raise DataError(f"--fresh with {n_processes} processes: move {folder} aside by hand, they would race for it")
+            raise DataError(
+                f"--fresh with {n_processes} processes: move {folder} aside by hand, they would race for it")
         n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
 

@@ -15,12 +15,15 @@ from pathlib import Path
 
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 BOM = b"\xef\xbb\xbf"
-LONGEST_ROW = 1 << 20  # bytes; a chain has some thousands, and a tokenizer takes minutes over a text of many MB
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # named in <output>.meta.json
+# bytes; a chain has some thousands, and a tokenizer takes minutes over a text of many MB
+LONGEST_ROW = 1 << 20
+# named in <output>.meta.json
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")
 
 
 class DataError(ValueError):
-    """Something only the user can mend: a file, a flag, a setting. The message says where, what, and what to do."""
+    """Something only the user can mend: a file, a flag, a setting. The message says where, what, and what to
+    do."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -28,8 +31,8 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
                  longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not one, or that has
-    more than `longest` bytes; rows behind the first `limit` are not looked at.
+    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not
+    one, or that has more than `longest` bytes; rows behind the first `limit` are not looked at.
     """
     try:
         with open(path, "rb") as file:
@@ -39,7 +42,8 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
     parsed = (parse_list if begin == b"[" else parse_lines)(str(path), longest)
     for line, row in islice(parsed, None if limit is None else max(limit, 0)):
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
+            raise DataError(
+                f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
         yield f"{path}:{line}", row
 
 
@@ -61,7 +65,8 @@ def decode_text(path: str, line: int, data: bytes) -> str:
 
 
 def fault_of(error: ValueError | RecursionError) -> str:
-    """Return in words why the parser refused a text: its grammar, an integer of thousands of digits, its depth."""
+    """Return in words why the parser refused a text: its grammar, an integer of thousands of digits, its
+    depth."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -84,7 +89,8 @@ def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
                 except DataError:
                     raise
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{line}: not JSON ({fault_of(error)}); expected one object a line") from error
+                    raise DataError(
+                        f"{path}:{line}: not JSON ({fault_of(error)}); expected one object a line") from error
                 yield line, value
 
 
@@ -94,7 +100,8 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({fault_of(error)}); expected one list of "
+        raise DataError(
+            f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({fault_of(error)}); expected one list of "
                         "objects") from error
     decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     for item in items:  # parsed a second time, item by item, only to learn the line where each begins
@@ -108,16 +115,19 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
 
 
 def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: str | None = None) -> None:
-    """Raise DataError unless `row` holds every field with its type (a bool is not an int). `hint`: what writes such rows."""
+    """Raise DataError unless `row` holds every field with its type (a bool is not an int). `hint`: what
+    writes such rows."""
     for name, kind in fields.items():
         kinds, value = kind if isinstance(kind, tuple) else (kind,), row.get(name)
         if name in row and isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
             continue
         expected = " or ".join(k.__name__ for k in kinds)
         if name not in row:
-            raise DataError(f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}"
+            raise DataError(
+                f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}"
                             + (f"; {hint}" if hint else ""))
-        raise DataError(f"{where}: field {name!r} should be {expected}, got {type(value).__name__} {str(value)[:40]!r}")
+        raise DataError(
+            f"{where}: field {name!r} should be {expected}, got {type(value).__name__} {str(value)[:40]!r}")
 
 
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
@@ -128,22 +138,24 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
         check_fields(where, row, fields, hint)
         if "id" in fields:
             if row["id"] in seen:
-                raise DataError(f"{where}: id {row['id']!r} stands already at {seen[row['id']]}; expected it once")
+                raise DataError(
+                    f"{where}: id {row['id']!r} stands already at {seen[row['id']]}; expected it once")
             seen[row["id"]] = where
         rows.append(row)
     return rows
 
 
 def load_object(path: str | Path, hint: str = "run what writes it again") -> dict:
-    """Return the JSON object that fills a file. DataError for a file that cannot be read or holds anything else; `hint` says
-    what to do then."""
+    """Return the JSON object that fills a file. DataError for a file that cannot be read or holds anything
+    else; `hint` says what to do then."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__}, expected an object")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        why = fault_of(error) if isinstance(error, RecursionError) else error  # a file has lines: not only the column
+        # a file has lines: not only the column
+        why = fault_of(error) if isinstance(error, RecursionError) else error
         raise DataError(f"{path}: damaged ({why}); {hint}") from error
 
 
@@ -154,7 +166,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; make room, or name an --output that can be written, and run the "
+        raise DataError(
+            f"{path}: {error.strerror or error}; make room, or name an --output that can be written, and run the "
                         "same command again") from error
 
 
@@ -162,17 +175,20 @@ def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
     """DataError if writing `output` would replace one of the files that are read."""
     for path in inputs:
         if os.path.realpath(path) == os.path.realpath(output):
-            raise DataError(f"--output {output}: is read too, as {path}, and would be replaced; name another --output")
+            raise DataError(
+                f"--output {output}: is read too, as {path}, and would be replaced; name another --output")
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:
-    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole. `mode` "w" or "wb"."""
+    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole. `mode`
+    "w" or "wb"."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, mode, **({} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"})) as file:
+            with open(beside, mode,
+                      **({} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"})) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -192,8 +208,10 @@ def write_json(path: str | Path, value: object) -> None:
     replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
 
 
-def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | Path], seconds: float, **extra) -> None:
-    """Write `<output>.meta.json`: flags, versions, sha256 of the input files, seconds, hardware, and `extra`."""
+def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | Path], seconds: float,
+               **extra) -> None:
+    """Write `<output>.meta.json`: flags, versions, sha256 of the input files, seconds, hardware, and `extra`.
+    """
     installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     write_json(f"{output}.meta.json", {
@@ -218,7 +236,8 @@ def call_key(**parts) -> str:
 def check_folder(path: str) -> None:
     """DataError for a folder without a checkpoint; a name that is no folder is the hub's."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise DataError(f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
+        raise DataError(
+            f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
 
 
 def find_checkpoint(model_path: str) -> Path:
@@ -230,13 +249,16 @@ def find_checkpoint(model_path: str) -> Path:
     try:
         return Path(snapshot_download(model_path))
     except (OSError, ValueError) as error:
-        raise DataError(f"--model {model_path}: neither a folder here nor to be had from the hub ({error})") from error
+        raise DataError(
+            f"--model {model_path}: neither a folder here nor to be had from the hub ({error})") from error
 
 
 def model_identity(folder: Path) -> str:
-    """Return a hash of what a checkpoint computes: configuration, tokenizer, template, names and sizes of the weights.
+    """Return a hash of what a checkpoint computes: configuration, tokenizer, template, names and sizes of the
+    weights.
 
-    Of each weight file the first and last megabyte count too: two trainings of one model differ in nothing else.
+    Of each weight file the first and last megabyte count too: two trainings of one model differ in nothing
+    else.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

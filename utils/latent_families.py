@@ -1,13 +1,14 @@
 """The families of latent imagination: their tokens, and how a segment of latents begins and ends.
 
-Where this differs from the families' own code, on purpose: pads are recorded inside a segment instead of junk samples; a
-sampled end of text inside a segment does not stop the row; a start sampled inside does not re-open it; every row of a
-batch has a state of its own.
+Where this differs from the families' own code, on purpose: pads are recorded inside a segment instead of junk
+samples; a sampled end of text inside a segment does not stop the row; a start sampled inside does not re-open
+it; every row of a batch has a state of its own.
 
-The optional head of LVR checkpoints, through which latents pass before they are fed (its src/model/lvr_heads.py).
+The optional head of LVR checkpoints, through which latents pass before they are fed (its
+src/model/lvr_heads.py).
 
-It is applied to what a latent step puts out, so that the first latent of a segment has not passed through it; the logits
-after a latent step are taken from the same state, as in that repository's decoding by steps.
+It is applied to what a latent step puts out, so that the first latent of a segment has not passed through it;
+the logits after a latent step are taken from the same state, as in that repository's decoding by steps.
 """
 import json
 from dataclasses import dataclass, field, replace
@@ -25,10 +26,10 @@ from utils.qwen import Qwen, load, special_id
 class LatentSpec:
     """How a family decodes latents.
 
-    `tokens` are its added tokens in the order in which its training code adds them (ids follow from the order);
-    `size` is the number K of latents a segment; `overwrite_start` feeds the first latent in place of the start token's
-    embedding; `force_end` writes the end token after K latents, else the sampled token stands; `early_end` lets a
-    sampled end token close the segment before K.
+    `tokens` are its added tokens in the order in which its training code adds them (ids follow from the
+    order); `size` is the number K of latents a segment; `overwrite_start` feeds the first latent in place of
+    the start token's embedding; `force_end` writes the end token after K latents, else the sampled token
+    stands; `early_end` lets a sampled end token close the segment before K.
     """
 
     name: str
@@ -42,23 +43,29 @@ class LatentSpec:
     early_end: bool
 
 
-# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, the LVR repository src/train/train_lvr.py.
-MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>", "</observation>")
+# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, the LVR repository
+# src/train/train_lvr.py.
+MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>",
+                "</observation>")
 MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
 LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
 _MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
                     size=10, overwrite_start=True, force_end=True, early_end=True)
 PRESETS = {spec.name: spec for spec in (
     _MONET,  # Monet's vLLM runner, K = LATENT_SIZE
-    replace(_MONET, name="monet_capimagine", overwrite_start=False),  # CapImagine's README loop, MAX_LATENT_LEN = 10
+    # CapImagine's README loop, MAX_LATENT_LEN = 10
+    replace(_MONET, name="monet_capimagine", overwrite_start=False),
     LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
-               size=4, overwrite_start=False, force_end=True, early_end=True),  # latent_size 4 of its training
+               # latent_size 4 of its training
+               size=4, overwrite_start=False, force_end=True, early_end=True),
     LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",
-               size=8, overwrite_start=False, force_end=False, early_end=False))}  # decoding by steps, 8 in the paper
+               # decoding by steps, 8 in the paper
+               size=8, overwrite_start=False, force_end=False, early_end=False))}
 
 
 def spec_of(name: str, size: int | None) -> LatentSpec | None:
-    """Return what --latent and --latent_size name: a family, with `size` latents a segment if given; None for "off"."""
+    """Return what --latent and --latent_size name: a family, with `size` latents a segment if given; None for
+    "off"."""
     return None if name == "off" else replace(PRESETS[name], size=size or PRESETS[name].size)
 
 
@@ -68,16 +75,19 @@ class Segment:
 
     start: int
     size: int = 0
-    closed_by: str = "max_tokens"  # "limit" (K reached), "end" (end token sampled), "max_tokens" (never closed)
+    # "limit" (K reached), "end" (end token sampled), "max_tokens" (never closed)
+    closed_by: str = "max_tokens"
 
 
 @dataclass
 class Generation:
-    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its end-of-text id.
+    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its
+    end-of-text id.
 
-    `states` [len(ids), hidden] are the post-norm states that led to each recorded id: at a latent position, the raw
-    latent before any edit. `fed` [n_latents, hidden] are the vectors fed, after the edit. `logits` [len(ids), vocab].
-    `slots`: [layers, hidden] a latent position that was read, in order, the inputs of the decoder's layers there.
+    `states` [len(ids), hidden] are the post-norm states that led to each recorded id: at a latent position,
+    the raw latent before any edit. `fed` [n_latents, hidden] are the vectors fed, after the edit. `logits`
+    [len(ids), vocab]. `slots`: [layers, hidden] a latent position that was read, in order, the inputs of the
+    decoder's layers there.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -90,7 +100,8 @@ class Generation:
 
 
 class RowState:
-    """The latent state machine of one row: which id is recorded for a sampled one, and whether a latent is fed."""
+    """The latent state machine of one row: which id is recorded for a sampled one, and whether a latent is
+    fed."""
 
     def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int]):
         self.spec, self.eos_ids = spec, eos_ids
@@ -100,7 +111,8 @@ class RowState:
         self.out = Generation()
 
     def advance(self, sampled: int) -> bool:
-        """Record the id for a sampled one; return True if a latent is fed at this position instead of its embedding."""
+        """Record the id for a sampled one; return True if a latent is fed at this position instead of its
+        embedding."""
         recorded, feeds_latent, self.just_closed = sampled, False, None
         if self.inside:
             segment = self.out.segments[-1]
@@ -124,18 +136,20 @@ class RowState:
 
 
 def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
-    """Return the ids of (start, pad, end), after checking that all the family's tokens stand in its own order."""
+    """Return the ids of (start, pad, end), after checking that all the family's tokens stand in its own
+    order."""
     ids = [special_id(tokenizer, name) for name in spec.tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
-        raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ones in that order; "
+        raise DataError(
+            f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ones in that order; "
                         "this checkpoint was trained with another family's tokens")
     return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
 
 
 def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixels: int | None = None,
               max_pixels: int | None = None) -> Qwen:
-    """Load a checkpoint that is to be decoded with these latents, and LVR's head if it has one; DataError for the tokens
-    of another family."""
+    """Load a checkpoint that is to be decoded with these latents, and LVR's head if it has one; DataError for
+    the tokens of another family."""
     qwen, head = load(path, dtype, None, min_pixels, max_pixels), load_head(path)
     qwen.latent_head = head and head.to(qwen.model.device, qwen.model.dtype)
     if spec:
@@ -150,19 +164,22 @@ HEAD = "lvr_head."  # prefix of its weights in a checkpoint
 
 
 class SimpleHead(torch.nn.Module):
-    """LayerNorm and two linear layers around a GELU, [.., hidden] -> [.., hidden] (lvr_head_type "simple")."""
+    """LayerNorm and two linear layers around a GELU, [.., hidden] -> [.., hidden] (lvr_head_type "simple").
+    """
 
     def __init__(self, hidden: int):
         super().__init__()
         self.ln_q = torch.nn.LayerNorm(hidden, eps=1e-6)
-        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.GELU(),
+                                       torch.nn.Linear(hidden, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.ln_q(x))
 
 
 class GatedHead(torch.nn.Module):
-    """A gated linear unit with biases, [.., hidden] -> [.., hidden] (lvr_head_type "glu"; its activation is Qwen's, SiLU)."""
+    """A gated linear unit with biases, [.., hidden] -> [.., hidden] (lvr_head_type "glu"; its activation is
+    Qwen's, SiLU)."""
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
@@ -174,7 +191,8 @@ class GatedHead(torch.nn.Module):
 
 
 def load_head(path: str) -> torch.nn.Module | None:
-    """Return the head that a checkpoint holds under `lvr_head.`, in float32 on the CPU; None without one (LVR-7B's default).
+    """Return the head that a checkpoint holds under `lvr_head.`, in float32 on the CPU; None without one
+    (LVR-7B's default).
 
     Told by its weights, not by the config. DataError for weights that are neither form.
     """
@@ -190,7 +208,8 @@ def load_head(path: str) -> torch.nn.Module | None:
         if file is None:
             continue
         with safe_open(file, "pt") as weights:
-            state |= {key.removeprefix(HEAD): weights.get_tensor(key).float() for key in weights.keys() if key.startswith(HEAD)}
+            state |= {key.removeprefix(HEAD): weights.get_tensor(key).float() for key in weights.keys()
+                      if key.startswith(HEAD)}
     if not state:
         return None
     if "ln_q.weight" in state:
@@ -198,13 +217,14 @@ def load_head(path: str) -> torch.nn.Module | None:
     elif "gate_proj.weight" in state:
         head = GatedHead(*reversed(state["gate_proj.weight"].shape))
     else:
-        raise DataError(f"{path}: weights {HEAD}* named {sorted(state)}, expected ln_q, mlp.0, mlp.2 or gate_proj, up_proj, "
+        raise DataError(
+            f"{path}: weights {HEAD}* named {sorted(state)}, expected ln_q, mlp.0, mlp.2 or gate_proj, up_proj, "
                         "down_proj")
     head.load_state_dict(state)
     return head.eval().requires_grad_(False)
 
 
 def last_latent(row: Generation) -> int:
-    """Return how many ids of a run come before what follows its last segment of latents (of none, with `markers_only`); 0
-    without a segment."""
+    """Return how many ids of a run come before what follows its last segment of latents (of none, with
+    `markers_only`); 0 without a segment."""
     return max((segment.start + segment.size for segment in row.segments), default=0)

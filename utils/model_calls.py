@@ -1,7 +1,8 @@
-"""Model calls of stages 1 and 2: through a journal and a backend to checked replies, with a guard and clean stops.
+"""Model calls of stages 1 and 2: through a journal and a backend to checked replies, with a guard and clean
+stops.
 
-`ask` runs calls through a journal and a backend and returns one outcome a call: a checked JSON object, or a fault with a
-closed reason. Nothing here decides what a reply means.
+`ask` runs calls through a journal and a backend and returns one outcome a call: a checked JSON object, or a
+fault with a closed reason. Nothing here decides what a reply means.
 
 Prompts and replies as text: fill a template, find the JSON object in a reply, hold it against a schema.
 """
@@ -23,8 +24,10 @@ from utils.cli import rank_world, stop_on_signals
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 
-ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")  # the model failed; never a rule's rejection
-GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2  # stop: the first 20 calls all failed, or 20 % of the last 500
+# the model failed; never a rule's rejection
+ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
+# stop: the first 20 calls all failed, or 20 % of the last 500
+GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2
 
 
 class Call(NamedTuple):
@@ -50,7 +53,8 @@ class Outcome(NamedTuple):
 def is_reply(record: dict) -> bool:
     """Return whether a record of the journal has the fields of a Reply that are read here, of their types."""
     return (type(record["key"]) is type(record["text"]) is type(record["finish_reason"]) is str
-            and type(record["n_prompt"]) is type(record["n_new"]) is int and type(record["seconds"]) in (int, float)
+            and type(record["n_prompt"]) is type(record["n_new"]) is int
+            and type(record["seconds"]) in (int, float)
             and type(record["error"]) in (str, type(None)))
 
 
@@ -58,13 +62,13 @@ class IncompleteError(RuntimeError):
     """Calls are in no shard's journal yet, and this process makes none."""
 
 
-# ------------------------------------------------------------------------------------------------ running calls
+# ---------------------------------------------------------------------------------------------- running calls
 @dataclass
 class Caller:
     """What every call of a run shares; counts what was done. `backend` None asks the journal alone.
 
-    `identity` (model, sampling, schemas) goes into every key: a journal answers only for what wrote it. `images` is the
-    journal of the images that were looked at (utils.row_rules.check_rows).
+    `identity` (model, sampling, schemas) goes into every key: a journal answers only for what wrote it.
+    `images` is the journal of the images that were looked at (utils.row_rules.check_rows).
     """
 
     journal: Journal
@@ -80,18 +84,21 @@ class Caller:
     n_reused: int = 0
     n_new_tokens: int = 0
     wall_s: float = 0.0
-    used: dict[str, tuple] = field(default_factory=dict)  # key -> seconds, tokens in, tokens out, JSON as asked or None
+    # key -> seconds, tokens in, tokens out, JSON as asked or None
+    used: dict[str, tuple] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # of all keys: hashed once
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
-        """Return the request of a call; a second attempt ends with the fault of the first, and has room if cut off."""
+        """Return the request of a call; a second attempt ends with the fault of the first, and has room if
+        cut off."""
         text, room = call.text, self.max_new_tokens
         if before is not None:
             text += "\n" + fill(self.prompts["RETRY"], fault=before.detail)
             room *= 2 if before.reason == "cut_off" else 1
-        key = call_key(common=self.common, kind=call.kind, text=text, images=call.hashes, attempt=attempt, max_new_tokens=room)
+        key = call_key(common=self.common, kind=call.kind, text=text, images=call.hashes, attempt=attempt,
+                       max_new_tokens=room)
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, room, call.schema)
 
     def outcome(self, request: Request, call: Call, attempt: int, check: Callable) -> Outcome:
@@ -112,9 +119,9 @@ class Caller:
     def stats(self) -> dict:
         """Return the counters under the names of the metrics file.
 
-        n_calls, wall_s and the speeds are of this process and run, the rest of all calls that the output is made of.
-        `p50_s`, `p95_s`: seconds of a call at a server, or of its batch. `json_as_asked`: the share of whole
-        first replies that keep the schema, 1 from a server that enforces it.
+        n_calls, wall_s and the speeds are of this process and run, the rest of all calls that the output is
+        made of. `p50_s`, `p95_s`: seconds of a call at a server, or of its batch. `json_as_asked`: the share
+        of whole first replies that keep the schema, 1 from a server that enforces it.
         """
         seconds, n_prompt, n_new, as_asked = zip(*self.used.values()) if self.used else ((),) * 4
         first = [kept for kept in as_asked if kept is not None]
@@ -122,7 +129,8 @@ class Caller:
         return {"n_calls": self.n_calls, "n_reused": self.n_reused,
                 "n_orphaned": sum(key not in self.used for key in self.journal),
                 "n_prompt_tokens": sum(n_prompt), "n_new_tokens": sum(n_new), "p50_s": p50, "p95_s": p95,
-                "json_as_asked": round(sum(first) / len(first), 4) if first else None, "wall_s": round(self.wall_s, 1),
+                "json_as_asked": round(sum(first) / len(first), 4) if first else None,
+                "wall_s": round(self.wall_s, 1),
                 "calls_per_s": round(self.n_calls / self.wall_s, 2) if self.wall_s else None,
                 "tokens_per_s": round(self.n_new_tokens / self.wall_s, 1) if self.wall_s else None}
 
@@ -134,7 +142,8 @@ def quantiles(values: list[float]) -> tuple[float, float]:
 
 
 def read_outcome(record: dict, call: Call, check: Callable[[Call, dict], tuple[str, str] | None]) -> Outcome:
-    """Judge a journal record: error, length, JSON, schema, then `check(call, value)` -> (reason, detail) or None."""
+    """Judge a journal record: error, length, JSON, schema, then `check(call, value)` -> (reason, detail) or
+    None."""
     if record["error"]:
         return Outcome(None, "backend_error", record["error"])
     if record["finish_reason"] == "length":
@@ -150,11 +159,13 @@ def read_outcome(record: dict, call: Call, check: Callable[[Call, dict], tuple[s
 
 def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[str, str] | None], desc: str,
         guarded: bool = True, retries: int = 1) -> list[Outcome]:
-    """Return one outcome a call, in order: journal first, then the model; a faulty reply is asked again `retries` times.
+    """Return one outcome a call, in order: journal first, then the model; a faulty reply is asked again
+    `retries` times.
 
-    `check(call, value)` returns (closed reason, the fault in words) for a reply that is valid JSON but not acceptable.
-    Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a backend if a record is
-    missing, KeyboardInterrupt after a signal; all that came until then is in the journal.
+    `check(call, value)` returns (closed reason, the fault in words) for a reply that is valid JSON but not
+    acceptable. Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a
+    backend if a record is missing, KeyboardInterrupt after a signal; all that came until then is in the
+    journal.
     """
     if caller.retry_errors:
         forget_errors(caller, calls, check, retries)
@@ -168,7 +179,8 @@ def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[s
         def failed(record: dict) -> bool:
             return read_outcome(record, owners[record["key"]], check).reason in ERROR_REASONS
 
-        run_requests(caller, list(requests.values()), owners, attempt, f"{desc}, again" if attempt else desc, guard, failed)
+        run_requests(caller, list(requests.values()), owners, attempt, f"{desc}, again" if attempt else desc,
+                     guard, failed)
         for i, request in requests.items():
             outcomes[i] = caller.outcome(request, calls[i], attempt, check)
         pending = [i for i in pending if outcomes[i].value is None and outcomes[i].reason != "backend_error"]
@@ -199,12 +211,14 @@ class Guard:
         self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
 
     def count(self, failed: bool) -> None:
-        """Count a call; raise ErrorRateError if GUARD_FIRST all failed, or GUARD_SHARE of the last GUARD_WINDOW."""
+        """Count a call; raise ErrorRateError if GUARD_FIRST all failed, or GUARD_SHARE of the last
+        GUARD_WINDOW."""
         self.n, self.n_failed = self.n + 1, self.n_failed + failed
         self.last.append(failed)
         all_failed = self.n_failed == self.n >= GUARD_FIRST
         if self.on and (all_failed or self.n >= GUARD_WINDOW and sum(self.last) > GUARD_SHARE * GUARD_WINDOW):
-            raise ErrorRateError(f"{sum(self.last)} of the last {len(self.last)} calls failed; look at the replies in "
+            raise ErrorRateError(
+                f"{sum(self.last)} of the last {len(self.last)} calls failed; look at the replies in "
                                  "the journal, mend model or prompts, or use --no_guard for a model known to be weak")
 
 
@@ -220,7 +234,8 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
         raise IncompleteError(f"{len(unique) - n_done:,} calls are missing")
     began, n_errors, prompts = time.monotonic(), 0, call_key(**caller.prompts)[:16]
     with (stop_on_signals() as stop,
-          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call", disable=rank_world()[0] != 0) as bar):
+          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call",
+               disable=rank_world()[0] != 0) as bar):
         for reply in caller.backend.generate(unique, caller.journal, stop):
             if reply.key in caller.journal:  # made again only to keep its batch as it was
                 continue
@@ -236,7 +251,8 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
             bar.update()
             guard.count(bad)
     caller.wall_s += time.monotonic() - began
-    if not all(request.key in caller.journal for request in unique):  # only a signal ends the backend's work early
+    # only a signal ends the backend's work early
+    if not all(request.key in caller.journal for request in unique):
         raise KeyboardInterrupt
 
 
@@ -249,7 +265,8 @@ MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
-    """Return `prompts` with those named in the JSON object at `path` replaced; DataError for an unknown name."""
+    """Return `prompts` with those named in the JSON object at `path` replaced; DataError for an unknown name.
+    """
     if path is None:
         return dict(prompts)
     try:
@@ -267,8 +284,8 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
 def fill(template: str, **values: str) -> str:
     """Put values at their {names}, in one pass: braces in a value are text.
 
-    So are markers: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's tokenizer would else take for
-    a picture or the end of a turn.
+    So are markers: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's tokenizer would else
+    take for a picture or the end of a turn.
     """
     return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
 
@@ -279,7 +296,8 @@ def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
 
 
 def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply, whatever stands around it; None if there is none that UTF-8 can hold."""
+    """Return the last JSON object in a reply, whatever stands around it; None if there is none that UTF-8 can
+    hold."""
     place, found, escapes = text.find("{"), None, "\\u" in text
     while place >= 0:
         try:
@@ -294,7 +312,8 @@ def parse_json_reply(text: str) -> dict | None:
 
 
 def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
-    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or None."""
+    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or
+    None."""
     kind = schema["type"]
     if type(value) is not KINDS[kind]:  # exact: JSON knows no subclasses, and a bool is no integer
         return f"{where} should be of type {kind}"
@@ -321,4 +340,5 @@ def schema_fault(value: object, schema: dict, where: str = "the reply") -> str |
 
 def object_schema(**properties: dict) -> dict:
     """Return the schema of an object whose properties are all required."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, "required": list(properties),
+            "additionalProperties": False}

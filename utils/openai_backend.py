@@ -1,7 +1,7 @@
 """An OpenAI-compatible server (vLLM, SGLang, transformers serve), or several of them, as a backend.
 
-One thread a request, of which at most `concurrency` are under way, and one scheduler: the caller's own loop. What each
-answer of a server means is decided in one place, `HttpBackend.settle`.
+One thread a request, of which at most `concurrency` are under way, and one scheduler: the caller's own loop.
+What each answer of a server means is decided in one place, `HttpBackend.settle`.
 """
 import heapq
 import json
@@ -37,7 +37,8 @@ TICK_S = 0.1
 
 @dataclass
 class Server:
-    """What the scheduler knows of one server; `window` is how many calls it gets at once, halved when it is busy."""
+    """What the scheduler knows of one server; `window` is how many calls it gets at once, halved when it is
+    busy."""
 
     url: str
     window: int
@@ -62,10 +63,11 @@ class Job:
 
 @dataclass
 class Result:
-    """What a thread brings back: `kind` is reply, sample, run, unclear (500), busy, alive, or what became of a server.
+    """What a thread brings back: `kind` is reply, sample, run, unclear (500), busy, alive, or what became of
+    a server.
 
-    lost: the connection broke, or timed out, and the server lives; died: it does not, and had the call; dead: it did not
-    even take it.
+    lost: the connection broke, or timed out, and the server lives; died: it does not, and had the call; dead:
+    it did not even take it.
     """
 
     kind: str
@@ -80,12 +82,14 @@ class HttpBackend:
     Every server gets as many calls as the others; one that is gone is left out, and polled until it is back.
     """
 
-    def __init__(self, model: str, base_urls: list[str], max_pixels: int, image_factor: int = 32, concurrency: int = 64,
+    def __init__(self, model: str, base_urls: list[str], max_pixels: int, image_factor: int = 32,
+                 concurrency: int = 64,
                  timeout_s: float = 300.0, server_wait_s: float = 1800.0, temperature: float = 0.0,
                  extra_body: dict | None = None, api_key: str | None = None):
         for url in base_urls:
             if not url.startswith(("http://", "https://")) or "@" in url:
-                raise DataError(f"--base_url {url}: expected http://host:port/v1 without a password in it; a key comes "
+                raise DataError(
+                    f"--base_url {url}: expected http://host:port/v1 without a password in it; a key comes "
                                 f"from ${API_KEY} or --api_key_file")
         self.model, self.max_pixels, self.image_factor = model, max_pixels, image_factor
         self.concurrency, self.server_wait_s = concurrency, server_wait_s
@@ -94,18 +98,19 @@ class HttpBackend:
         self.servers = [Server(url.rstrip("/"), concurrency) for url in base_urls]
         self.api_key, self.n_answered = api_key, 0
         self.client = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False,  # no proxy before 127.0.0.1
+            # no proxy before 127.0.0.1
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
         self.results: queue.SimpleQueue = queue.SimpleQueue()
 
-    # -------------------------------------------------------------------------------------------- the scheduler
+    # ------------------------------------------------------------------------------------------ the scheduler
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
         """Yield a reply for every request whose key is not in `done`, in the order in which they come.
 
-        Once `stop` is set nothing more is sent, and what is under way gets DRAIN_S. Raises DataError for an answer
-        that concerns the whole run, ErrorRateError if no server has answered for `server_wait_s`.
+        Once `stop` is set nothing more is sent, and what is under way gets DRAIN_S. Raises DataError for an
+        answer that concerns the whole run, ErrorRateError if no server has answered for `server_wait_s`.
         """
         todo = deque(Job(request) for request in requests if request.key not in done)
         waiting: list[tuple[float, int, Job]] = []  # a heap: when to send again
@@ -120,7 +125,8 @@ class HttpBackend:
                 while waiting and waiting[0][0] <= now:
                     todo.appendleft(heapq.heappop(waiting)[2])
                 if now > heard_at + self.server_wait_s:
-                    raise ErrorRateError(f"no server has answered for {self.server_wait_s:.0f} s, {n_open} calls are "
+                    raise ErrorRateError(
+                        f"no server has answered for {self.server_wait_s:.0f} s, {n_open} calls are "
                                          "left; start one and run the same command again")
                 self.start(todo, now)
             try:
@@ -135,7 +141,8 @@ class HttpBackend:
                 heapq.heappush(waiting, (again_at, id(job), job))
 
     def start(self, todo: deque, now: float) -> None:
-        """Send as many jobs as the servers may take, to the least busy one first; poll the dead ones when it is time.
+        """Send as many jobs as the servers may take, to the least busy one first; poll the dead ones when it
+        is time.
         """
         for server in self.servers:
             if server.is_dead and not server.polling and now >= server.pause_until:
@@ -149,7 +156,8 @@ class HttpBackend:
                 return
             server, job = min(free, key=lambda server: server.in_flight), todo.popleft()
             server.in_flight, job.n_sent, n_free = server.in_flight + 1, job.n_sent + 1, n_free - 1
-            threading.Thread(target=self.work, args=(job, server), daemon=True).start()  # daemon: never holds up an exit
+            # daemon: never holds up an exit
+            threading.Thread(target=self.work, args=(job, server), daemon=True).start()
 
     def settle(self, job: Job | None, server: Server, result: Result) -> tuple[Reply | None, float]:
         """Return (the reply of a job that has come to its end, or None; when to send it again)."""
@@ -171,15 +179,18 @@ class HttpBackend:
             return self.error(job, result), now
         if result.kind == "unclear":
             job.n_500 += 1
-            return (self.error(job, result), now) if job.n_500 == TRIES_500 else (None, now + backoff(job.n_500))
+            return (self.error(job, result), now) if job.n_500 == TRIES_500 else (None,
+                                                                                  now + backoff(job.n_500))
         if result.kind in ("died", "dead") and not server.is_dead:
             log(f"{server.url}: gone ({self.redact(result.message)}); polling until it is back")
             server.is_dead = True
             self.pause(server, result, now)
-        if result.kind in ("died", "lost"):  # a call that was there each time a server fell is not let in for ever
+        # a call that was there each time a server fell is not let in for ever
+        if result.kind in ("died", "lost"):
             job.n_lost += 1
             enough = job.n_lost == TRIES_LOST
-            return (self.error(job, result, transient=True), now) if enough else (None, now + backoff(job.n_lost))
+            return (self.error(job, result, transient=True), now) if enough else (None,
+                                                                                  now + backoff(job.n_lost))
         if result.kind == "busy":
             job.n_busy += self.n_answered > job.n_answered  # others were answered since its last try
             job.n_answered = self.n_answered
@@ -196,7 +207,8 @@ class HttpBackend:
         server.pause_until = now + (backoff(server.n_refused) if result.wait_s is None else result.wait_s)
 
     def error(self, job: Job, result: Result, transient: bool = False) -> Reply:
-        return Reply(job.request.key, "", "error", 0, 0, 0.0, self.redact(result.message), job.n_sent, transient)
+        return Reply(job.request.key, "", "error", 0, 0, 0.0, self.redact(result.message), job.n_sent,
+                     transient)
 
     def redact(self, message: str) -> str:
         """Return a message of a server without the key that it may quote."""
@@ -212,7 +224,8 @@ class HttpBackend:
             self.results.put((job, server, result))
 
     def poll(self, server: Server) -> Result:
-        """Ask for the list of models: any answer but that of a gateway before a dead server is a sign of life."""
+        """Ask for the list of models: any answer but that of a gateway before a dead server is a sign of
+        life."""
         try:
             status = self.client.get(f"{server.url}/models", timeout=POLL_TIMEOUT_S).status_code
         except httpx.RequestError as error:
@@ -231,11 +244,13 @@ class HttpBackend:
                                         headers={"Content-Type": "application/json"})
         except httpx.RequestError as error:
             gone = "dead" if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) else "died"
-            return Result("lost" if self.poll(server).kind == "alive" else gone, f"{type(error).__name__}: {error}")
+            return Result("lost" if self.poll(server).kind == "alive" else gone,
+                          f"{type(error).__name__}: {error}")
         status, seconds = response.status_code, round(time.monotonic() - began, 3)
         if status == 200:
             reply = read_reply(request.key, response, seconds)
-            return Result("reply", reply=reply) if reply else Result("unclear", f"no completion: {response.text[:200]}")
+            return Result("reply", reply=reply) if reply else Result("unclear",
+                                                                     f"no completion: {response.text[:200]}")
         message = f"status {status}: {response.text[:500]}"
         if status in BUSY:
             return Result("busy", message, wait_s=retry_after(response.headers.get("Retry-After")))
@@ -246,14 +261,17 @@ class HttpBackend:
         return Result("unclear" if status >= 500 else "sample", message)
 
     def payload(self, request: Request) -> dict:
-        """Return the body: images first, then the text, under one system prompt; or the messages as they are given."""
+        """Return the body: images first, then the text, under one system prompt; or the messages as they are
+        given."""
         if request.messages:
             messages = [{"role": role, "content": parts if isinstance(parts, str) else self.content(parts)}
                         for role, parts in request.messages]
         else:
             messages = [{"role": "system", "content": request.system}] if request.system else []
-            messages.append({"role": "user", "content": self.content([*map(Picture, request.images), request.text])})
-        body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens, "seed": request.seed,
+            messages.append({"role": "user",
+                             "content": self.content([*map(Picture, request.images), request.text])})
+        body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens,
+                "seed": request.seed,
                 **self.sampling}
         if request.schema:
             body["response_format"] = {"type": "json_schema", "json_schema": {
@@ -263,7 +281,8 @@ class HttpBackend:
     def content(self, parts: Iterable[str | Picture]) -> list[dict]:
         """Return what a user's message holds, in order."""
         return [{"type": "text", "text": part} if isinstance(part, str) else
-                {"type": "image_url", "image_url": {"url": picture_url(part, self.max_pixels, self.image_factor)}}
+                {"type": "image_url",
+                 "image_url": {"url": picture_url(part, self.max_pixels, self.image_factor)}}
                 for part in parts]
 
 

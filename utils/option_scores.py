@@ -1,9 +1,10 @@
 """Readouts that need no parser: every option of an item scored behind a fixed beginning of an answer.
 
-An option's score is the log-probability of its tokens. Where one option is the beginning of another the closing brace of the
-box counts as well, for all options of that item (elsewhere not: it may be one token with what follows it). R0 puts the same
-stem behind the last latent (or the last text imagination) in every condition; R1 puts what the clean run said there, so that
-only the way past the words can change the score. (R2 is the free reply, parsed.)
+An option's score is the log-probability of its tokens. Where one option is the beginning of another the
+closing brace of the box counts as well, for all options of that item (elsewhere not: it may be one token with
+what follows it). R0 puts the same stem behind the last latent (or the last text imagination) in every
+condition; R1 puts what the clean run said there, so that only the way past the words can change the score.
+(R2 is the free reply, parsed.)
 """
 import math
 
@@ -17,14 +18,16 @@ BRACE = "}"
 
 
 def option_words(item: dict, by: str) -> dict[str, str]:
-    """Return what stands in the box for each letter: itself (by "letter") or the option's words (by "text")."""
+    """Return what stands in the box for each letter: itself (by "letter") or the option's words (by "text").
+    """
     return {letter: letter if by == "letter" else plain(text) for letter, text in item["options"]}
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:
     """Return the ids of `before` + stem + words for each option, and how many of them all options share."""
     def ids(behind: str) -> list[list[int]]:
-        return [before + qwen.tokenizer(stem + its + behind, add_special_tokens=False).input_ids for its in words]
+        return [before + qwen.tokenizer(stem + its + behind, add_special_tokens=False).input_ids
+                for its in words]
 
     blocks = ids("")
     if any(a is not b and a == b[:len(a)] for a in blocks for b in blocks):
@@ -32,20 +35,24 @@ def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) ->
     shortest = min(map(len, blocks)) - 1
     shared = next((n for n in range(shortest) if len({block[n] for block in blocks}) > 1), shortest)
     if shared == 0:
-        raise ValueError(f"options {words} share no beginning after {stem!r}; expected a stem of at least one token")
+        raise ValueError(
+            f"options {words} share no beginning after {stem!r}; expected a stem of at least one token")
     return blocks, shared
 
 
 @torch.no_grad()
-def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]], shared: list[int]) -> list[list[float]]:
-    """Return the log-probability, in nats, of each of a row's blocks of ids, without its first `shared[row]` ids.
+def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
+                 shared: list[int]) -> list[list[float]]:
+    """Return the log-probability, in nats, of each of a row's blocks of ids, without its first `shared[row]`
+    ids.
 
     Block after block, all rows at once; `state` is not used up.
     """
     found = [[] for _ in blocks]
     for k in range(max(map(len, blocks))):
         rows = [i for i, its in enumerate(blocks) if k < len(its)]
-        hidden = extend_all(qwen, state.take(rows), [blocks[i][k] for i in rows])[0]  # [rows, longest, hidden]
+        # [rows, longest, hidden]
+        hidden = extend_all(qwen, state.take(rows), [blocks[i][k] for i in rows])[0]
         for read, i in zip(hidden, rows):
             block, skipped = blocks[i][k], shared[i]
             before = read[max(skipped - 1, 0):len(block) - 1]  # the state that predicts each token
@@ -58,29 +65,34 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]], shared
 
 def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str], before: list[list[int]],
                   by: str = "letter") -> list[dict[str, float]]:
-    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`; `state` is kept."""
+    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`;
+    `state` is kept."""
     laid = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
             for item, stem, ids in zip(items, stems, before, strict=True)]
     scores = score_blocks(qwen, state, [blocks for blocks, _ in laid], [shared for _, shared in laid])
-    return [{letter: logp for (letter, _), logp in zip(item["options"], its)} for item, its in zip(items, scores)]
+    return [{letter: logp for (letter, _), logp in zip(item["options"], its)} for item,
+            its in zip(items, scores)]
 
 
 def score_replies(qwen: Qwen, state: State, replies: list[list[str]]) -> list[list[dict]]:
     """Return {"logp": sum over the tokens in nats, "n": tokens, the end among them} of each row's replies.
 
-    As V* is scored by its authors (penghao-wu/vstar, vstar_bench_eval.py, multiple_choices_inference, commit 7539bcc8): an
-    option is the whole reply with its end, and the one of the least mean loss a token is chosen. `state` stands at the end of
-    the prompts and is not used up.
+    As V* is scored by its authors (penghao-wu/vstar, vstar_bench_eval.py, multiple_choices_inference, commit
+    7539bcc8): an option is the whole reply with its end, and the one of the least mean loss a token is
+    chosen. `state` stands at the end of the prompts and is not used up.
     """
     end = qwen.tokenizer.eos_token_id  # of a turn, in Qwen's chats
-    blocks = [[qwen.tokenizer(plain(text), add_special_tokens=False).input_ids + [end] for text in texts] for texts in replies]
+    blocks = [[qwen.tokenizer(plain(text), add_special_tokens=False).input_ids + [end] for text in texts]
+              for texts in replies]
     return [[{"logp": logp, "n": len(block)} for logp, block in zip(scores, its)]
             for scores, its in zip(score_blocks(qwen, state, blocks, [0] * len(blocks)), blocks)]
 
 
-def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None], before: list[list[int]],
+def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None],
+             before: list[list[int]],
              by: str) -> list[dict]:
-    """Return {"r0", "r1"} of each row: its options behind `stem`, and behind what the clean run said there (None without)."""
+    """Return {"r0", "r1"} of each row: its options behind `stem`, and behind what the clean run said there
+    (None without)."""
     golds = [item["answer"]["value"] for item in items]
     r0 = score_options(qwen, state, items, [stem] * len(items), before, by)
     found = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
@@ -94,14 +106,18 @@ def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems
 
 
 def describe_scores(scores: dict[str, float], gold: str) -> dict:
-    """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best other, "pred"}."""
+    """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best
+    other, "pred"}."""
     top = max(scores.values())
     total = top + math.log(sum(math.exp(value - top) for value in scores.values()))
     return {"logp": scores, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
-            "nll": total - scores[gold], "margin": scores[gold] - max(v for letter, v in scores.items() if letter != gold),
+            "nll": total - scores[gold], "margin": scores[gold] - max(v for letter, v in scores.items()
+                                                                      if letter != gold),
             "pred": max(scores, key=scores.get)}
 
 
 def kl(clean: dict[str, float], other: dict[str, float]) -> float:
-    """Return the Kullback-Leibler divergence of two {letter: share}, in nats, from `clean` to `other`; never below 0."""
-    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300))) for letter, p in clean.items() if p > 0))
+    """Return the Kullback-Leibler divergence of two {letter: share}, in nats, from `clean` to `other`; never
+    below 0."""
+    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300))) for letter,
+                        p in clean.items() if p > 0))

@@ -1,8 +1,8 @@
 """Load a Qwen2.5-VL or Qwen3-VL checkpoint and turn chats into tensors, without torchvision.
 
-`AutoProcessor` needs torchvision for its video half, so the tokenizer and the PIL image processor are loaded on
-their own and `<|image_pad|>` is expanded here. One code path serves training, evaluation and the interventions: what
-is a token in one of them is a token in all.
+`AutoProcessor` needs torchvision for its video half, so the tokenizer and the PIL image processor are loaded
+on their own and `<|image_pad|>` is expanded here. One code path serves training, evaluation and the
+interventions: what is a token in one of them is a token in all.
 """
 import json
 import math
@@ -30,7 +30,8 @@ from utils.patches import process_images
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")  # of Qwen's control tokens and all of utils.latent_families
+# of Qwen's control tokens and all of utils.latent_families
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
 PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
 
 
@@ -38,10 +39,10 @@ PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual 
 class Qwen:
     """A checkpoint ready to use.
 
-    `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the tokens that
-    end a reply, from the generation config (the model config names only one of Qwen's two). `saved_dtype` is the type of
-    the weights in the checkpoint, whatever they were loaded as. `model` is None without weights (`load_tools`). `latent_head`
-    is LVR's, set by `utils.latent_families.load_with`.
+    `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the
+    tokens that end a reply, from the generation config (the model config names only one of Qwen's two).
+    `saved_dtype` is the type of the weights in the checkpoint, whatever they were loaded as. `model` is None
+    without weights (`load_tools`). `latent_head` is LVR's, set by `utils.latent_families.load_with`.
     """
 
     model: torch.nn.Module | None
@@ -61,13 +62,15 @@ class Qwen:
 
 @contextmanager
 def whole(path: str) -> Iterator[None]:
-    """Turn what the library says of a checkpoint that is half written, or none, into a DataError of one line."""
+    """Turn what the library says of a checkpoint that is half written, or none, into a DataError of one line.
+    """
     try:
         yield
     except DataError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{path}: no whole checkpoint here or on the hub: {' '.join(str(error).split())}; copy or train it "
+        raise DataError(
+            f"{path}: no whole checkpoint here or on the hub: {' '.join(str(error).split())}; copy or train it "
                         "again") from error
 
 
@@ -87,9 +90,9 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
          min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
     """Load model, tokenizer and image processor of a released-layout checkpoint (flat or nested config).
 
-    `device` None is this rank's GPU if there is one; `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. `min_pixels`
-    and `max_pixels` bound one image's area; None keeps the checkpoint's own bound. Raises DataError if the folder
-    is no such checkpoint.
+    `device` None is this rank's GPU if there is one; `dtype` "auto" is bfloat16 on a GPU and float32 on a
+    CPU. `min_pixels` and `max_pixels` bound one image's area; None keeps the checkpoint's own bound. Raises
+    DataError if the folder is no such checkpoint.
     """
     device = device or (f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
@@ -97,10 +100,13 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
     qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
     with whole(path):  # safetensors: a pickle may run code
-        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True,
-                                                                   attn_implementation="sdpa", output_loading_info=True)
+        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype),
+                                                                   use_safetensors=True,
+                                                                   attn_implementation="sdpa",
+                                                                   output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # which the library makes up at random
-        raise DataError(f"{path}: {len(missing)} weights are missing, the first {missing[0]}; copy or train it again")
+        raise DataError(
+            f"{path}: {len(missing)} weights are missing, the first {missing[0]}; copy or train it again")
     if len(qwen.tokenizer) > model.lm_head.out_features:
         raise DataError(f"{path}: {len(qwen.tokenizer)} tokens but {model.lm_head.out_features} output rows; "
                         "the tokenizer belongs to another checkpoint")
@@ -111,17 +117,19 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
 
 
 def multiply_patches(model: torch.nn.Module) -> None:
-    """Have the vision tower's first layer, a convolution whose kernel is the whole patch, computed as a matrix product.
+    """Have the vision tower's first layer, a convolution whose kernel is the whole patch, computed as a
+    matrix product.
 
     By cuDNN's version such a convolution in bfloat16 has no engine or takes seconds instead of milliseconds
-    (huggingface/transformers issue 45750, sgl-project/sglang-omni pull 539); vLLM and SGLang multiply too. The weight keeps its
-    name and shape.
+    (huggingface/transformers issue 45750, sgl-project/sglang-omni pull 539); vLLM and SGLang multiply too.
+    The weight keeps its name and shape.
     """
     def multiply(conv: torch.nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
         return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
     first = model.model.visual.patch_embed.proj
-    first.forward = MethodType(multiply, first)  # a method, so that a copy of the model computes with its own weight
+    # a method, so that a copy of the model computes with its own weight
+    first.forward = MethodType(multiply, first)
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
@@ -139,17 +147,19 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
     if tokenizer.chat_template is None:  # some releases keep the template in a file of its own
         template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if template is None:
-            raise DataError(f"{path}: no chat template in tokenizer_config.json, chat_template.jinja or .json")
+            raise DataError(
+                f"{path}: no chat template in tokenizer_config.json, chat_template.jinja or .json")
         tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
     set_pixel_budget(image_processor, min_pixels, max_pixels)
     return tokenizer, image_processor
 
 
-def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int | None, max_pixels: int | None) -> None:
+def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int | None, max_pixels: int
+                     | None) -> None:
     """Bound the area of one image, in pixels, and prove on a probe image that the bound holds.
 
-    `from_pretrained(size=...)` is silently ignored on checkpoints that store min_pixels and max_pixels, so the size
-    is assigned after loading; the probe catches a library version that would ignore that too.
+    `from_pretrained(size=...)` is silently ignored on checkpoints that store min_pixels and max_pixels, so
+    the size is assigned after loading; the probe catches a library version that would ignore that too.
     """
     low = min_pixels if min_pixels is not None else image_processor.size["shortest_edge"]
     high = max_pixels if max_pixels is not None else image_processor.size["longest_edge"]
@@ -161,7 +171,8 @@ def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int 
     width, height = smart_size(*PROBE_SIZE, factor, low, high)
     expected = [1, height // image_processor.patch_size, width // image_processor.patch_size]
     if grid != expected:
-        raise DataError(f"pixel budget {low}..{high}: the image processor made a grid {grid} of a {PROBE_SIZE} probe, "
+        raise DataError(
+            f"pixel budget {low}..{high}: the image processor made a grid {grid} of a {PROBE_SIZE} probe, "
                         f"expected {expected}; this version of transformers ignores the budget")
 
 
@@ -177,7 +188,8 @@ def eos_ids(path: str, tokenizer) -> list[int]:
 
 @lru_cache(64)  # asked for at every row of a batch
 def special_id(tokenizer, name: str) -> int:
-    """Return the id of an added token by its name; DataError if the tokenizer does not hold it as one token."""
+    """Return the id of an added token by its name; DataError if the tokenizer does not hold it as one token.
+    """
     ids = tokenizer(name, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != name:
         raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; "
@@ -188,7 +200,8 @@ def special_id(tokenizer, name: str) -> int:
 def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
     """Add special tokens in the given order (a no-op for those already there) and return their ids.
 
-    The embedding is never shrunk, and grown only when the new ids do not fit the rows that the release left free.
+    The embedding is never shrunk, and grown only when the new ids do not fit the rows that the release left
+    free.
     """
     qwen.tokenizer.add_tokens(list(names), special_tokens=True)
     if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
@@ -197,13 +210,14 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
 
 
 def plain(text: str) -> str:
-    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn, hold an image or, where
-    a family's markers are tokens (Monet's `<abs_vis_token>`), begin a latent."""
+    """Return text from data with control tokens broken (`<|` becomes `< |`): data cannot end a turn, hold an
+    image or, where a family's markers are tokens (Monet's `<abs_vis_token>`), begin a latent."""
     return MARKS.sub("< ", text)
 
 
 def user_content(text: str, n_images: int) -> list[dict]:
-    """Return chat content for one user turn: images where `<image>` stands in the text, or first if it stands nowhere."""
+    """Return chat content for one user turn: images where `<image>` stands in the text, or first if it stands
+    nowhere."""
     pieces = plain(text).split("<image>")
     if len(pieces) == 1:
         return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
@@ -219,7 +233,8 @@ def user_content(text: str, n_images: int) -> list[dict]:
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
     """Return the prompt text of one user turn, up to and including the start of the assistant's turn.
 
-    `system` None leaves the system turn to the checkpoint's template (Qwen2.5-VL: "You are a helpful assistant.").
+    `system` None leaves the system turn to the checkpoint's template (Qwen2.5-VL: "You are a helpful
+    assistant.").
     """
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": user_content(text, n_images)})
@@ -227,7 +242,8 @@ def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
 
 
 def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]]) -> dict:
-    """Turn prompts, each with one `<|image_pad|>` an image, into the tensors of `collate` on the model's device.
+    """Turn prompts, each with one `<|image_pad|>` an image, into the tensors of `collate` on the model's
+    device.
 
     A prompt may run on past the generation prompt: what follows is the assistant's own beginning.
     """
@@ -242,7 +258,8 @@ def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
     image_id = special_id(qwen.tokenizer, IMAGE_TOKEN)
     grids = pixels["image_grid_thw"].tolist() if pixels else []
     if ids.count(image_id) != len(grids):
-        raise DataError(f"{ids.count(image_id)} {IMAGE_TOKEN} in a prompt with {len(grids)} images; expected one each")
+        raise DataError(
+            f"{ids.count(image_id)} {IMAGE_TOKEN} in a prompt with {len(grids)} images; expected one each")
     counts = iter(math.prod(grid) // qwen.image_processor.merge_size**2 for grid in grids)
     return [i for token in ids for i in ([token] * next(counts) if token == image_id else [token])]
 
@@ -250,9 +267,10 @@ def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
 def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None]) -> dict:
     """Pad token lists into one batch, with positions.
 
-    Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L] and, when
-    there is an image, what `pixels` hold (image_grid_thw at least) of all images in order. Padded on the left.
-    mm_token_type_ids is always built: without it the library falls back to 1-D positions in silence.
+    Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L]
+    and, when there is an image, what `pixels` hold (image_grid_thw at least) of all images in order. Padded
+    on the left. mm_token_type_ids is always built: without it the library falls back to 1-D positions in
+    silence.
     """
     rows = [expand_images(qwen, row, pixel) for row, pixel in zip(ids, pixels, strict=True)]
     length = max(map(len, rows))
@@ -283,14 +301,16 @@ def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
 def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write a checkpoint in the released layout into `folder`, which is never the one it was loaded from.
 
-    `state` are the weights by their names in the model, all of one dtype, where the model's own are in pieces on several
-    devices or of other types; the library writes them under the released names.
+    `state` are the weights by their names in the model, all of one dtype, where the model's own are in pieces
+    on several devices or of other types; the library writes them under the released names.
     """
     if Path(folder).resolve() == Path(qwen.path).resolve():
-        raise DataError(f"{folder}: the checkpoint was loaded from here; expected another folder, inputs are not edited")
+        raise DataError(
+            f"{folder}: the checkpoint was loaded from here; expected another folder, inputs are not edited")
     qwen.model.save_pretrained(folder, state_dict=state)
     if state is not None:  # the library wrote the dtype of the model in memory
-        path, dtype = Path(folder) / "config.json", str(next(iter(state.values())).dtype).removeprefix("torch.")
+        path, dtype = Path(folder) / "config.json", str(next(iter(state.values())).dtype).removeprefix(
+            "torch.")
         config = json.loads(path.read_text(encoding="utf-8"))
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             if "dtype" in part:

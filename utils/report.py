@@ -1,7 +1,9 @@
-"""One report of a run folder: what evaluate, intervene and probe left in it, as report.md and one self-contained report.html.
+"""One report of a run folder: what evaluate, intervene and probe left in it, as report.md and one
+self-contained report.html.
 
-Outputs are found by their metrics (`<output>.metrics.json`, and `<folder>/metrics.json` of probe.py) and settings
-(`<output>.meta.json`). Figures are named after the paper's that they answer, or "new". No torch here, and no matplotlib.
+Outputs are found by their metrics (`<output>.metrics.json`, and `<folder>/metrics.json` of probe.py) and
+settings (`<output>.meta.json`). Figures are named after the paper's that they answer, or "new". No torch
+here, and no matplotlib.
 """
 import base64
 import html
@@ -14,8 +16,10 @@ from urllib.parse import quote
 from utils.jsonl import DataError, load_object, replace_file
 
 STAGES = ("evaluate", "intervene", "probe")
-OTHERS = ("kept", "imagination")  # fields by which the metrics of the first three stages are known: not shown here
-EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "verdict", "R0, nats", "verdict",
+# fields by which the metrics of the first three stages are known: not shown here
+OTHERS = ("kept", "imagination")
+EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "verdict",
+           "R0, nats", "verdict",
            "follows, %"]
 PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
 FIGURES = {  # by stage and file: its name, then what it shows
@@ -24,17 +28,21 @@ FIGURES = {  # by stage and file: its name, then what it shows
         "effects": ("F6, new", "changes in accuracy and in R0 with equivalence margins and verdicts"),
         "mediation": ("F7, new", "total effect of the image and its parts through and past the imagination"),
         "map": ("F8, new", "effect of single positions and windows of layers"),
-        "positions": ("F8, new", "single positions kept or replaced; most attended against random positions kept"),
-        "doses": ("F9, new", "effect against dose"), "attention": ("F9, new", "where the answer's stem looks, by layer"),
+        "positions": ("F8, new",
+                      "single positions kept or replaced; most attended against random positions kept"),
+        "doses": ("F9, new", "effect against dose"),
+        "attention": ("F9, new", "where the answer's stem looks, by layer"),
         "early": ("F9, new", "share of answers settled, by how much of the imagination is kept")},
     "probe": {
-        "heatmap": ("F1, paper's Fig. 2(b) left", "cosine of every two instances, step by step, raw and centred"),
+        "heatmap": ("F1, paper's Fig. 2(b) left",
+                    "cosine of every two instances, step by step, raw and centred"),
         "curves": ("F2, paper's Fig. 2(b) right", "similarity between instances and from step to step"),
         "probing": ("F4, paper's Fig. 2(c) right", "accuracy on questions about what was imagined"),
         "layers": ("F8, new", "similarity and decodability by layer and step"),
         "spectra": ("F9, new", "how many directions the states span")}}
 TEXT_FIGURES = {  # of a text imagination
-    "accuracy": "F3, paper's do(Z) on text", "heatmap": "F5, paper's Fig. 4 (as F1)", "curves": "F5, paper's Fig. 4 (as F2)"}
+    "accuracy": "F3, paper's do(Z) on text", "heatmap": "F5, paper's Fig. 4 (as F1)",
+    "curves": "F5, paper's Fig. 4 (as F2)"}
 STYLE = """body{font:15px/1.45 Georgia,serif;color:#111;max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1,h2,h3,th{font-family:Helvetica,Arial,sans-serif;line-height:1.2}h2{border-bottom:2px solid #111;margin-top:2.2rem}
 table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-size:.8rem}th{text-align:left}
@@ -42,7 +50,9 @@ th,td{border-bottom:1px solid #bbb;padding:.15rem .55rem .15rem 0;vertical-align
 figure{margin:1.2rem 0}img{max-width:100%;height:auto}figcaption{font-size:.85rem}
 @media print{body{max-width:none;margin:0;font-size:10pt}table{font-size:7.5pt}h2,h3{break-after:avoid}
 figure,tr{break-inside:avoid}img{max-height:20cm}}"""
-Block = tuple  # ("title", level, text), ("text", text), ("table", header, rows) or ("figure", png, caption, alt, csv or None)
+# ("title", level, text), ("text", text), ("table", header, rows) or ("figure", png, caption, alt, csv or
+# None)
+Block = tuple
 
 
 # ------------------------------------------------------------------------------------ numbers in words
@@ -78,12 +88,14 @@ def mediation_table(sites: dict[str, dict | None]) -> tuple[list[str], list[list
 
 def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
     """Return a table's lines in Markdown."""
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 # ------------------------------------------------------------------------------------ what a run folder holds
 def read_metrics(path: Path) -> tuple[str | None, dict]:
-    """Return the stage (None: an earlier one) and the object of a metrics file; DataError if it is neither."""
+    """Return the stage (None: an earlier one) and the object of a metrics file; DataError if it is neither.
+    """
     metrics = load_object(path, "expected one JSON object: run the stage again, or move it away")
     if metrics.get("stage") in STAGES:
         return metrics["stage"], metrics
@@ -91,11 +103,13 @@ def read_metrics(path: Path) -> tuple[str | None, dict]:
         return "evaluate", metrics
     if any(field in metrics for field in OTHERS):
         return None, metrics
-    raise DataError(f"{path}: the metrics of no stage; expected those of {', '.join(STAGES)}: run it again, or move it away")
+    raise DataError(
+        f"{path}: the metrics of no stage; expected those of {', '.join(STAGES)}: run it again, or move it away")
 
 
 def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
-    """Return {stage: [(output's path without ending, its metrics file, metrics)]} of what lies in `folder`, at any depth."""
+    """Return {stage: [(output's path without ending, its metrics file, metrics)]} of what lies in `folder`,
+    at any depth."""
     found = {stage: [] for stage in STAGES}
     for path in sorted([*folder.rglob("*.metrics.json"), *folder.rglob("metrics.json")]):
         if any(part.endswith(".run") for part in path.relative_to(folder).parts):
@@ -108,7 +122,8 @@ def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
 
 
 def collect(folder: str | Path) -> list[Block]:
-    """Return the blocks of a run folder's report: by stage tables, verdicts and figures; settings at the end."""
+    """Return the blocks of a run folder's report: by stage tables, verdicts and figures; settings at the end.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no folder; expected one with outputs of {', '.join(STAGES)}")
@@ -122,7 +137,8 @@ def collect(folder: str | Path) -> list[Block]:
             try:
                 blocks += [("title", 3, name), *SECTIONS[stage](metrics)]
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise DataError(f"{path}: damaged, or of another version ({type(error).__name__}: {error}); run {stage} "
+                raise DataError(
+                    f"{path}: damaged, or of another version ({type(error).__name__}: {error}); run {stage} "
                                 "again, or move it away") from error
             blocks += figures(stage, output, metrics, name)
             settings += [("title", 3, name), *settings_of(output)]
@@ -136,7 +152,8 @@ def figures(stage: str, output: str, metrics: dict, name: str) -> list[Block]:
         if png.is_file():
             label = TEXT_FIGURES.get(file, label) if metrics["latent"] == "off" else label
             csv = png.with_suffix(".csv")
-            blocks.append(("figure", png, f"{label}: {shows}", f"{shows}, of {name}; its numbers are in {csv.name}",
+            blocks.append(("figure", png, f"{label}: {shows}",
+                           f"{shows}, of {name}; its numbers are in {csv.name}",
                            csv if csv.is_file() else None))
     return blocks
 
@@ -152,28 +169,34 @@ def settings_of(output: str) -> list[Block]:
                 for name, value in meta["flags"].items() if value or value == 0 and value is not False]
         rows += [["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())],
                  *([f"sha256 of {name}", value] for name, value in meta["inputs"].items()),
-                 ["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
+                 ["seconds", str(meta["seconds"])],
+                 ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); run the stage again, or move it away") from error
+        raise DataError(
+            f"{path}: damaged ({type(error).__name__}: {error}); run the stage again, or move it away") from error
     return [("table", ["setting", "value"], rows)]
 
 
 # ------------------------------------------------------------------------------------ one function a stage
 def evaluate_blocks(metrics: dict) -> list[Block]:
     parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
-    rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]), interval(part.get("ci95_clustered")),
-             percent(part.get("chance")), str(part["unresolved"]), str(part["error"])] for name, part in parts.items()]
+    rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
+             interval(part.get("ci95_clustered")),
+             percent(part.get("chance")), str(part["unresolved"]), str(part["error"])] for name,
+             part in parts.items()]
     lines = [metrics["protocol"]["line"] + f" model={metrics['protocol']['model']}"]
     if emission := metrics.get("emission"):
         lines.append(f"Imagined something: {emission['k']} of {emission['n']} items.")
-    return [("table", ["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %", "unresolved", "errors"],
+    return [("table", ["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %",
+                       "unresolved", "errors"],
              rows), *(("text", line) for line in lines)]
 
 
 def intervene_blocks(metrics: dict) -> list[Block]:
     emission, points = metrics["emission"], swept(metrics["conditions"])
     entries = {name: entry for name, entry in metrics["conditions"].items() if name not in points}
-    blocks = [("text", f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items imagined "
+    blocks = [("text",
+               f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items imagined "
                        f"something (95 % interval {interval(emission['ci95'])} %). Margins: {percent(metrics['margin'])} "
                        f"points, {metrics['margin_nll']} nats of R0.")]
     for readout, part in (("accuracy", "effect"), ("R0", "r0")):
@@ -182,19 +205,25 @@ def intervene_blocks(metrics: dict) -> list[Block]:
             if entry[part]:
                 said.setdefault(entry[part]["verdict"], []).append(name)
         blocks += [("text", f"Verdicts by {readout}: " + "; ".join(f"{verdict}: {', '.join(names)}"
-                                                                   for verdict, names in said.items()) + ".")] if said else []
+                                                                   for verdict, names in said.items())
+                                                                   + ".")] if said else []
     blocks.append(("table", EFFECTS, [effect_row(name, entry) for name, entry in entries.items()]))
     if points:
-        blocks.append(("text", f"{len(points)} points of sweeps are in the figures and their CSV, not in this table."))
+        blocks.append(("text",
+                       f"{len(points)} points of sweeps are in the figures and their CSV, not in this table."))
     sites = {site: readouts["r0"] for site, readouts in metrics["mediation"].items() if readouts["r0"]}
     if sites:
-        blocks += [("text", "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:"),
+        blocks += [("text",
+                    "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:"),
                    ("table", *mediation_table(sites))]
-    planned = [(name, effect) for name, entry in entries.items() if (effect := entry["effect"]) and effect["items_needed"]]
+    planned = [(name, effect) for name, entry in entries.items() if (effect := entry["effect"])
+               and effect["items_needed"]]
     if planned:
-        blocks += [("text", "F10, new: items at which the margin could be shown if the same share of answers changed, none on "
+        blocks += [("text",
+                    "F10, new: items at which the margin could be shown if the same share of answers changed, none on "
                             "average, and the margin that these items can show (power 80 %)."),
-                   ("table", ["condition", "answers changed, %", "items", "items needed", "margin shown, points"],
+                   ("table", ["condition", "answers changed, %", "items", "items needed",
+                              "margin shown, points"],
                     [[name, percent(effect["psi"]), str(effect["n"]), str(effect["items_needed"]),
                       percent(effect["margin_shown"])] for name, effect in planned])]
     return blocks
@@ -207,13 +236,17 @@ def probe_blocks(metrics: dict) -> list[Block]:
     if metrics["similarity"]:
         kinds = metrics["similarity"]
         names = list(dict.fromkeys(name for its in kinds.values() for name in its))
-        rows = [[name.replace("_", " "), *("-" if its.get(name) is None else f"{its[name]:+.3f}" for its in kinds.values())]
+        rows = [[name.replace("_", " "), *("-" if its.get(name) is None else f"{its[name]:+.3f}"
+                                           for its in kinds.values())]
                 for name in names]
-        blocks += [("text", "Mean cosine over the steps, by kind of states:"), ("table", ["measure", *kinds], rows)]
+        blocks += [("text", "Mean cosine over the steps, by kind of states:"), ("table", ["measure", *kinds],
+                                                                                rows)]
     if probing := metrics["probing"]:
         rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
-                 percent(entry["r0"]["accuracy"] if entry["r0"] else None)] for name, entry in probing["conditions"].items()]
-        blocks += [("text", f"{probing['n']} questions about what was imagined, chance {percent(probing['chance'])} %:"),
+                 percent(entry["r0"]["accuracy"] if entry["r0"] else None)] for name,
+                 entry in probing["conditions"].items()]
+        blocks += [("text",
+                    f"{probing['n']} questions about what was imagined, chance {percent(probing['chance'])} %:"),
                    ("table", ["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
     return blocks
 
@@ -234,7 +267,8 @@ def markdown(title: str, blocks: list[Block], folder: Path) -> str:
         elif kind == "text":
             lines.append(plain(block[0]))
         elif kind == "table":
-            lines += table_lines([plain(cell) for cell in block[0]], [[plain(cell) for cell in row] for row in block[1]])
+            lines += table_lines([plain(cell) for cell in block[0]],
+                                 [[plain(cell) for cell in row] for row in block[1]])
         else:
             png, caption, alt, csv = block
             numbers = f" ([numbers]({link(csv, folder)}))" if csv else ""
@@ -248,7 +282,8 @@ def link(path: Path, folder: Path) -> str:
 
 
 def page(title: str, blocks: list[Block], folder: Path) -> str:
-    """Return one HTML page that needs no other file: its pictures are in it; only the CSV behind them are links."""
+    """Return one HTML page that needs no other file: its pictures are in it; only the CSV behind them are
+    links."""
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -260,7 +295,8 @@ def page(title: str, blocks: list[Block], folder: Path) -> str:
         elif kind == "text":
             parts.append(f"<p>{html.escape(block[0])}</p>")
         elif kind == "table":
-            parts.append(f"<table><thead>{row(block[0], 'th')}</thead><tbody>{''.join(row(its, 'td') for its in block[1])}"
+            parts.append(
+                f"<table><thead>{row(block[0], 'th')}</thead><tbody>{''.join(row(its, 'td') for its in block[1])}"
                          "</tbody></table>")
         else:
             png, caption, alt, csv = block
@@ -277,12 +313,14 @@ def write_report(folder: str | Path, title: str, blocks: list[Block]) -> dict:
     replace_file(folder / "report.md", lambda file: file.write(markdown(title, blocks, folder)))
     replace_file(folder / "report.html", lambda file: file.write(page(title, blocks, folder)))
     kinds = [kind for kind, *_ in blocks]
-    return {"report": str(folder / "report.html"), "tables": kinds.count("table"), "figures": kinds.count("figure"),
+    return {"report": str(folder / "report.html"), "tables": kinds.count("table"),
+            "figures": kinds.count("figure"),
             "not_run": [stage for stage in STAGES if ("text", f"{stage}: not run.") in blocks]}
 
 
 def swept(names: Iterable[str]) -> set[str]:
-    """Return the conditions that stand there with several numbers (`mix:0.25 mix:0.5`): points of a curve or of a map."""
+    """Return the conditions that stand there with several numbers (`mix:0.25 mix:0.5`): points of a curve or
+    of a map."""
     names = list(names)
     counts = Counter(name.partition(":")[0] for name in names if ":" in name)
     return {name for name in names if ":" in name and counts[name.partition(":")[0]] > 1}

@@ -1,19 +1,20 @@
 """Find the imaginations in a reply, and rewrite them by rules so that they speak for another option.
 
-The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It refuses what
-it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an LLM (utils.intervene.text_conditions) to the
-same rules. No torch here.
+The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It
+refuses what it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an
+LLM (utils.intervene.text_conditions) to the same rules. No torch here.
 """
 import re
 from collections.abc import Sequence
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-# Cues for replies without marks, written after reading V* replies of Monet-7B. Perception: words for looking, or for what
-# is seen. Conclusion: words that lead to the answer, with what belongs before them.
+# Cues for replies without marks, written after reading V* replies of Monet-7B. Perception: words for looking,
+# or for what is seen. Conclusion: words that lead to the answer, with what belongs before them.
 PERCEPTION = re.compile(
     r"\b(?:zoom|appear|observ|focus|locat|examin|inspect|identif|imagin)\w*|\b(?:look|show|see)(?:s|n|ed|ing)?\b|\bvisible\b"
-    r"|\bclos(?:e|er|est) (?:inspection|view)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b", re.IGNORECASE)
+    r"|\bclos(?:e|er|est) (?:inspection|view)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b",
+    re.IGNORECASE)
 CONCLUSION = re.compile(
     r"\b(?:therefore|thus|hence)\b|\bso,? (?:the|my) (?:(?:correct|final|right|best) )?answer\b"
     r"|\b(?:the |my )?(?:correct|final|right|best|closest) (?:answer|option|choice)\b|\b(?:the|my) answer is\b|\banswer:"
@@ -26,8 +27,9 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 def find_spans(text: str, by: str = "marks") -> list[tuple[int, int]]:
     """Return (start, end) in characters of every imagination in a reply.
 
-    by="marks": what stands between the marks of every imagination before the first box. by="cues", for replies without
-    marks: one span at most, the sentences from the first cue of PERCEPTION to the first of CONCLUSION.
+    by="marks": what stands between the marks of every imagination before the first box. by="cues", for
+    replies without marks: one span at most, the sentences from the first cue of PERCEPTION to the first of
+    CONCLUSION.
     """
     if by == "cues":
         return cue_spans(text)
@@ -38,7 +40,8 @@ def find_spans(text: str, by: str = "marks") -> list[tuple[int, int]]:
 
 
 def cue_spans(text: str) -> list[tuple[int, int]]:
-    """Return the span from the sentence with the first perceptual cue up to the first conclusion cue, or none."""
+    """Return the span from the sentence with the first perceptual cue up to the first conclusion cue, or
+    none."""
     last = CONCLUSION.search(text)
     end = len(text[:last.start() if last else None].rstrip())
     first = PERCEPTION.search(text, 0, end)
@@ -65,7 +68,8 @@ def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
 
 
 def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
-    """Return `text` with the spans replaced, last first so that offsets hold; nothing outside them changes."""
+    """Return `text` with the spans replaced, last first so that offsets hold; nothing outside them changes.
+    """
     for (start, end), span in zip(reversed(spans), reversed(after), strict=True):
         text = text[:start] + span + text[end:]
     return text

@@ -1,4 +1,5 @@
-"""Replies, checks of rows and captions (a positive and a negative case each), calls through the journal, local backend.
+"""Replies, checks of rows and captions (a positive and a negative case each), calls through the journal,
+local backend.
 
     python -m pytest tests/test_backends.py
 """
@@ -18,19 +19,22 @@ from utils.model_calls import (Call, Caller, Guard, IncompleteError, Outcome, as
                                object_schema, parse_json_reply, quantiles, schema_fault)
 from utils.row_rules import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
 
-SCHEMA = object_schema(caption={"type": "string", "maxLength": 20}, legible={"type": "string", "enum": ["yes", "no"]},
-                       marks={"type": "array", "items": {"type": "string"}, "maxItems": 2}, changed={"type": "boolean"},
+SCHEMA = object_schema(caption={"type": "string", "maxLength": 20},
+                       legible={"type": "string", "enum": ["yes", "no"]},
+                       marks={"type": "array", "items": {"type": "string"}, "maxItems": 2},
+                       changed={"type": "boolean"},
                        n={"type": "integer"})
 GOOD = {"caption": "a cat", "legible": "yes", "marks": ["x"], "changed": True, "n": 1}
 
 
-# ------------------------------------------------------------------------------------------------ prompts and replies
+# ---------------------------------------------------------------------------------------- prompts and replies
 @pytest.mark.parametrize("text, value", [
     ('{"a": 1}', {"a": 1}), ('```json\n{"a": {"b": 2}}\n```', {"a": {"b": 2}}),
     ('{"a": 1} or rather {"a": 2}.', {"a": 2}),
     ('Sure {not json} {"a": "x\ny"}', {"a": "x\ny"}), ("", None), ("[1, 2]", None), ('{"a": ', None),
     ("{" * 5000, None),
-    ('{"a": ' * 5000, None), ('{"a": "\\ud800"}', None), ('{"a": "}{"}', {"a": "}{"}), ('[{"a": 1}]', {"a": 1})])
+    ('{"a": ' * 5000, None), ('{"a": "\\ud800"}', None), ('{"a": "}{"}', {"a": "}{"}),
+    ('[{"a": 1}]', {"a": 1})])
 def test_parse_json_reply(text, value):
     assert parse_json_reply(text) == value
 
@@ -41,7 +45,8 @@ def test_parse_json_reply(text, value):
                                                                       "'legible' should be one of yes, no"),
     ({"marks": ["a"] * 3}, "'marks' has 3 items, at most 2"), ({"marks": ["a", 2]},
                                                                "item 2 of 'marks' should be of type string"),
-    ({"marks": "a"}, "'marks' should be of type array"), ({"changed": "true"}, "'changed' should be of type boolean"),
+    ({"marks": "a"}, "'marks' should be of type array"),
+    ({"changed": "true"}, "'changed' should be of type boolean"),
     ({"n": True}, "'n' should be of type integer"), ({"n": 1.5}, "'n' should be of type integer")])
 def test_schema_fault(change, fault):
     found = schema_fault(GOOD | change, SCHEMA)
@@ -83,17 +88,22 @@ def test_has_loop(text, loops):
 @pytest.mark.parametrize("text, reason", [
     ("The hull shows a white 42.", None), ("a red circle with the digit 7", None), ("", "caption_empty"),
     (" \n", "caption_empty"),
-    ("Boat", "caption_short"), ("STOP sign", None), ("word " + " ".join(map(str, range(120))), "caption_long"),
+    ("Boat", "caption_short"), ("STOP sign", None), ("word " + " ".join(map(str, range(120))),
+                                                     "caption_long"),
     (" ".join(map(str, range(120))), None), ("I'm sorry, I can't help with that.", "caption_refusal"),
     ("I cannot see any number here.", "caption_refusal"), ("As an AI, it is dark.", "caption_refusal"),
     ("The small print cannot be made out.", None), ("The image shows a red boat.", "caption_meta"),
-    ("This cropped region depicts a boat.", "caption_meta"), ("Here is the caption: a red boat.", "caption_meta"),
+    ("This cropped region depicts a boat.", "caption_meta"), ("Here is the caption: a red boat.",
+                                                              "caption_meta"),
     ("Description: a red boat.", "caption_meta"), ("A boat, to answer the question.", "caption_meta"),
-    ("A poster with a picture of a boat above the entrance.", None), ("A sign with a question mark in the image.", None), ("red red red red red red red red red red", "caption_loop"),
+    ("A poster with a picture of a boat above the entrance.", None),
+    ("A sign with a question mark in the image.", None), ("red red red red red red red red red red",
+                                                          "caption_loop"),
     ("A boat <|im_end|> with 42.", "caption_markup"), ("A boat </think_image> with 42.", "caption_markup"),
     ("A <box>1,2</box> boat", "caption_markup"), ("The number is \\boxed{42}", "caption_markup"),
     ("See [IMG 1] here", "caption_markup"),
-    ("```json a boat```", "caption_markup"), ("x <image> y", "caption_markup"), ("Values with a < b and c > d", None),
+    ("```json a boat```", "caption_markup"), ("x <image> y", "caption_markup"),
+    ("Values with a < b and c > d", None),
     ("The boat shows 42, so the answer is 42.", "caption_leak"), ("Answer: B", "caption_leak"),
     ("Option B is correct here.", "caption_leak"), ("A sign reads 'answer the phone'.", None)])
 def test_caption_fault(text, reason):
@@ -103,7 +113,8 @@ def test_caption_fault(text, reason):
 @pytest.mark.parametrize("question, options", [
     ("What?\nOptions:\nA. a cat\nB. a dog\nPlease select", {"A": "a cat", "B": "a dog"}),
     ("(A) x\n(B) y", {"A": "x", "B": "y"}),
-    ("    - A. Success.\n    - B. Fail.", {"A": "Success.", "B": "Fail."}), ("A. only one", {}), ("B. x\nC. y", {}),
+    ("    - A. Success.\n    - B. Fail.", {"A": "Success.", "B": "Fail."}), ("A. only one", {}),
+    ("B. x\nC. y", {}),
     ("I saw A. Smith and B. Jones", {}), ("What is it?", {})])
 def test_parse_options(question, options):
     assert parse_options(question) == options
@@ -112,7 +123,8 @@ def test_parse_options(question, options):
 def own_row(**changes) -> dict:
     steps = [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom"},
              {"text": "The answer is \\boxed{42}."}]
-    return {"id": "s/1", "subset": "s", "images": ["a.png"], "question": "What number is on the boat?", "answer": "42",
+    return {"id": "s/1", "subset": "s", "images": ["a.png"], "question": "What number is on the boat?",
+            "answer": "42",
             "steps": steps} | changes
 
 
@@ -124,7 +136,8 @@ OPTIONS = "Which?\nOptions:\nA. a cat\nB. a dog\nPlease select the correct answe
     ({}, None), ({"images": []}, "structure"), ({"steps": []}, "structure"),
     ({"steps": [{"text": "\\boxed{42}"}]}, "structure"),
     ({"steps": own_row()["steps"][:2]}, "structure"), ({"question": " \n"}, "question"),
-    ({"question": "Which one?\nOptions:\n"}, "question"), ({"question": "Which one?\nOptions:\nPlease select."},
+    ({"question": "Which one?\nOptions:\n"}, "question"),
+    ({"question": "Which one?\nOptions:\nPlease select."},
                                                            "question"),
     ({"question": "<image> or <image>?"}, "question"), ({"question": "What is in <image>?"}, None),
     ({"answer": ""}, "answer"),
@@ -132,13 +145,15 @@ OPTIONS = "Which?\nOptions:\nA. a cat\nB. a dog\nPlease select the correct answe
     ({"question": OPTIONS, "answer": "B", "steps": own_row()["steps"][:2] + [FINAL]}, None),
     ({"question": OPTIONS, "answer": "a dog", "steps": own_row()["steps"][:2] + [FINAL]}, None),
     ({"question": OPTIONS, "answer": "(B)", "steps": own_row()["steps"][:2] + [FINAL]}, None),
-    ({"question": OPTIONS, "answer": "C", "steps": own_row()["steps"][:2] + [{"text": "\\boxed{C}"}]}, "answer")])
+    ({"question": OPTIONS, "answer": "C", "steps": own_row()["steps"][:2] + [{"text": "\\boxed{C}"}]},
+     "answer")])
 def test_row_fault(changes, reason):
     assert row_fault(own_row(**changes)) == reason
 
 
 @pytest.mark.parametrize("changes, match", [
-    ({"images": [1]}, "x:1: field 'images' should be a list of paths"), ({"steps": ["text"]}, "x:1: step 1 should be"),
+    ({"images": [1]}, "x:1: field 'images' should be a list of paths"),
+    ({"steps": ["text"]}, "x:1: step 1 should be"),
     ({"steps": [{"text": 1}]}, "x:1: step 1 should be"), ({"steps": [{"image": "a", "operation": "cut"}]},
                                                           "step 1 should be"),
     ({"steps": [{"text": "a"}, {"image": "a"}]}, "step 2 should be")])
@@ -160,7 +175,8 @@ def test_check_rows_keeps_the_first_sound_duplicate(tmp_path, picture, capsys):
     assert "no row has its images" not in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     assert {look.reason for look in check_rows(rows[1:], tmp_path / "elsewhere")} == {"image_missing"}
-    assert "no row has its images under --image_root" in (err := capsys.readouterr().err) and "elsewhere/no.png" in err
+    assert "no row has its images under --image_root" in (
+        err := capsys.readouterr().err) and "elsewhere/no.png" in err
 
 
 # ------------------------------------------------------------------------------------------------ calls
@@ -203,24 +219,30 @@ def run(folder: Path, backend, calls: list[Call], **changes):
 
 
 def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
-    replies = {"good": '{"a": 1}', "mended": "hm", "mended\nNot usable: it was not one JSON object.": '{"a": 2}',
+    replies = {"good": '{"a": 1}', "mended": "hm",
+               "mended\nNot usable: it was not one JSON object.": '{"a": 2}',
                "long": "x...", "wrong": '{"a": "x"}', "big": '{"a": 10}', "dead": "!"}
     backend = Scripted(lambda text: replies.get(text, replies[text.split("\n")[0]]))
     calls = make_calls("good", "mended", "long", "wrong", "big", "dead", "good")
     outcomes, caller = run(tmp_path, backend, calls)
     assert [outcome.value for outcome in outcomes] == [{"a": 1}, {"a": 2}, None, None, None, None, {"a": 1}]
-    assert [outcome.reason for outcome in outcomes] == [None, None, "cut_off", "bad_schema", "too_big", "backend_error",
+    assert [outcome.reason for outcome in outcomes] == [None, None, "cut_off", "bad_schema", "too_big",
+                                                        "backend_error",
                                                         None]
-    assert backend.asked[:6] == ["good", "mended", "long", "wrong", "big", "dead"]  # equal calls are made once
+    # equal calls are made once
+    assert backend.asked[:6] == ["good", "mended", "long", "wrong", "big", "dead"]
     assert backend.asked[6:] == ["mended\nNot usable: it was not one JSON object.",
                                  "long\nNot usable: it was cut off after 2 tokens; be shorter.",
-                                 "wrong\nNot usable: 'a' should be of type integer.", "big\nNot usable: a is above 9."]
+                                 "wrong\nNot usable: 'a' should be of type integer.",
+                                 "big\nNot usable: a is above 9."]
     stats = caller.stats()
     assert {name: stats[name] for name in list(stats)[:8]} == {
-        "n_calls": 10, "n_reused": 0, "n_orphaned": 0, "n_prompt_tokens": 10, "n_new_tokens": 20, "p50_s": 0.5, "p95_s": 0.5,
+        "n_calls": 10, "n_reused": 0, "n_orphaned": 0, "n_prompt_tokens": 10, "n_new_tokens": 20,
+        "p50_s": 0.5, "p95_s": 0.5,
         "json_as_asked": 0.5}  # of good, mended, wrong and big
     record = json.loads((tmp_path / "calls-00000-of-00001.jsonl").read_text().splitlines()[0])
-    assert {"key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds", "error",
+    assert {"key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds",
+            "error",
             "attempts", "transient", "served", "prompts", "time"} == set(record)
 
 
@@ -229,7 +251,8 @@ def test_a_second_run_asks_nothing_and_says_the_same(tmp_path):
     first, _ = run(tmp_path, backend, make_calls("good", "bad"))
     n_asked = len(backend.asked)
     again, caller = run(tmp_path, None, make_calls("good", "bad"))
-    assert again == first and len(backend.asked) == n_asked == 3 and caller.n_reused == 3 and caller.n_calls == 0
+    assert again == first and len(
+        backend.asked) == n_asked == 3 and caller.n_reused == 3 and caller.n_calls == 0
     more, caller = run(tmp_path, backend, make_calls("new", "good"))
     assert backend.asked[3:] == ["new"] and caller.n_reused == 1
     with pytest.raises(IncompleteError, match="1 calls are missing"):
@@ -243,7 +266,8 @@ def test_retry_errors_asks_again_only_where_the_model_failed(tmp_path):
     run(tmp_path, backend, make_calls("good", "bad", "dead", "big"))
     state["works"], backend.asked = True, []
     outcomes, _ = run(tmp_path, backend, make_calls("good", "bad", "dead", "big"))
-    assert backend.asked == [] and [outcome.reason for outcome in outcomes] == [None, "bad_json", "backend_error",
+    assert backend.asked == [] and [outcome.reason for outcome in outcomes] == [None, "bad_json",
+                                                                                "backend_error",
                                                                                 "too_big"]
     outcomes, _ = run(tmp_path, backend, make_calls("good", "bad", "dead", "big"), retry_errors=True)
     assert backend.asked == ["bad", "dead"] and [outcome.reason for outcome in outcomes] == [None, None, None,
@@ -254,8 +278,10 @@ def test_retry_errors_asks_again_only_where_the_model_failed(tmp_path):
 def test_keys_hold_all_that_changes_a_reply(tmp_path):
     caller = make_caller(tmp_path, None)
     call = make_calls("text")[0]
-    variants = [caller.request(call, 0), caller.request(call, 1, Outcome(None, "bad_json", "fault")), caller.request(call._replace(text="x"), 0),
-                caller.request(call._replace(hashes=("1",)), 0), caller.request(call._replace(kind="draw"), 0),
+    variants = [caller.request(call, 0), caller.request(call, 1, Outcome(None, "bad_json", "fault")),
+                caller.request(call._replace(text="x"), 0),
+                caller.request(call._replace(hashes=("1",)), 0), caller.request(call._replace(kind="draw"),
+                                                                                0),
                 replace(caller, prompts=caller.prompts | {"SYSTEM": "x"}).request(call, 0),
                 replace(caller, identity={"model": "n"}).request(call, 0),
                 replace(caller, max_new_tokens=9).request(call, 0)]
@@ -275,7 +301,8 @@ def test_the_guard_stops_a_run_whose_calls_fail(tmp_path):
 
 
 @pytest.mark.parametrize("failed, trips", [
-    ([True] * 19 + [False] + [True] * 79 + [False] * 399, False), ([False] + [True] * 19, False), ([True] * 20, True),
+    ([True] * 19 + [False] + [True] * 79 + [False] * 399, False), ([False] + [True] * 19, False),
+    ([True] * 20, True),
     (([True] + [False] * 4) * 100, False), ([False] * 399 + [True] * 101, True)])
 def test_guard_thresholds(failed, trips):
     guard = Guard(True)
@@ -291,7 +318,7 @@ def test_quantiles():
     assert quantiles([3.0]) == (3.0, 3.0) and quantiles([float(n) for n in range(101)]) == (50.0, 95.0)
 
 
-# ------------------------------------------------------------------------------------------------ the local backend
+# ------------------------------------------------------------------------------------------ the local backend
 def requests_for(picture, n: int) -> list[Request]:
     paths = [picture(f"{i}.png", size=(40 + 17 * i, 84)) for i in range(n)]
     return [Request(f"k{i}", "Reply.", "What digit is on the red circle? " * (i + 1), (path,) * (i % 3), 6)
@@ -310,9 +337,11 @@ def essence(replies) -> dict[str, tuple]:
 def test_a_batch_answers_as_single_requests_do(backend, picture, tiny_checkpoint):
     requests = requests_for(picture, 5)
     batched = essence(backend.generate(requests))
-    single = essence(LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=1, batch_tokens=10**6).generate(requests))
+    single = essence(LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=1,
+                                  batch_tokens=10**6).generate(requests))
     assert batched == single and set(batched) == {"k0", "k1", "k2", "k3", "k4"}
-    assert all(reply[1] in ("stop", "length") and 1 <= reply[3] <= 6 and reply[4] is None for reply in batched.values())
+    assert all(reply[1] in ("stop", "length") and 1 <= reply[3] <= 6 and reply[4] is None
+               for reply in batched.values())
 
 
 def test_done_batches_are_skipped_and_half_done_ones_repeated_whole(backend, picture):
@@ -328,7 +357,8 @@ def test_a_lost_image_fails_alone(backend, picture, tmp_path):
     requests = requests_for(picture, 3)
     (tmp_path / "1.png").unlink()
     replies = essence(backend.generate(requests))
-    assert replies["k1"] == ("", "error", 0, 0, "image_missing") and replies["k2"][4] is replies["k0"][4] is None
+    assert replies["k1"] == ("", "error", 0, 0, "image_missing") and replies["k2"][4] is replies["k0"][
+        4] is None
 
 
 @pytest.mark.parametrize("limit", [2, 1, 0])
@@ -374,7 +404,8 @@ def test_out_of_memory_is_remembered(tiny_checkpoint, picture, monkeypatch):
     monkeypatch.setattr(decode, "generate", small_memory)
     backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=4, batch_tokens=10**6)
     path = picture("a.png")
-    replies = list(backend.generate(Request(f"k{i}", None, "What is it?", (str(path),), 6) for i in range(12)))
+    replies = list(backend.generate(Request(f"k{i}", None, "What is it?", (str(path),), 6)
+                                    for i in range(12)))
     assert len(replies) == 12 and all(reply.error is None for reply in replies)
     assert sizes == [4, 2, 2, 2, 2, 2, 2]  # the first batch was split, the others were planned smaller
 
@@ -404,7 +435,8 @@ def test_identity_is_of_the_content_not_of_the_path(tiny_checkpoint, tmp_path):
 
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="--model /no/such/folder: neither a folder here nor to be had from the hub"):
+    with pytest.raises(DataError,
+                       match="--model /no/such/folder: neither a folder here nor to be had from the hub"):
         LocalBackend("/no/such/folder", 10**6, 1, 1)
 
 

@@ -1,4 +1,5 @@
-"""Stages 1 and 2 as wholes, against a server: shards, resharding, changed input, export without calls, other settings.
+"""Stages 1 and 2 as wholes, against a server: shards, resharding, changed input, export without calls, other
+settings.
 
     python -m pytest tests/test_stage.py
 """
@@ -22,11 +23,13 @@ FAULTS = {3: "fault:prose", 5: "fault:400", 8: "fault:fenced"}
 
 @pytest.fixture
 def world(tmp_path, picture):
-    """Return write(stage, numbers, **changed questions) -> path of an input; samples 1 and 11 are duplicates."""
+    """Return write(stage, numbers, **changed questions) -> path of an input; samples 1 and 11 are duplicates.
+    """
     picture("a.png"), picture("b.png", color="blue")
 
     def write(stage: str, numbers: list[int], **changed: str) -> Path:
-        questions = {n: changed.get(f"q{n}", f"Which boat {1 if n == 11 else n}? {FAULTS.get(n, '')}") for n in numbers}
+        questions = {n: changed.get(f"q{n}", f"Which boat {1 if n == 11 else n}? {FAULTS.get(n, '')}")
+                     for n in numbers}
         path = tmp_path / "in.jsonl"
         if stage == "rewrite":
             path.write_text(json.dumps([monet(n, question=question) for n, question in questions.items()]))
@@ -38,7 +41,8 @@ def world(tmp_path, picture):
 
 
 def run(stage: str, path: Path, url: str, *more: str, output: str = "out.jsonl") -> int:
-    return MAINS[stage](["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / output),
+    return MAINS[stage](["--input", str(path), "--image_root", str(path.parent), "--output",
+                         str(path.parent / output),
                          "--backend", "openai", "--model", "m", "--base_url", url, "--no_guard", *more])
 
 
@@ -64,7 +68,8 @@ def test_any_number_of_shards_writes_the_same_bytes(world, tmp_path, stage, caps
             run(stage, path, url, "--export_only", output="mixed.jsonl")
         assert run(stage, path, url, output="mixed.jsonl") == 3
         assert bytes_of(stage, tmp_path, "mixed.jsonl") == bytes_of(stage, tmp_path, "one.jsonl")
-        assert len(calls_of(tmp_path)) - before <= n_calls + 2  # the duplicate, where its first is in another shard
+        # the duplicate, where its first is in another shard
+        assert len(calls_of(tmp_path)) - before <= n_calls + 2
     err = capsys.readouterr().err
     assert "this shard is done" in err and "Traceback" not in err
 
@@ -85,8 +90,10 @@ def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
         assert again(list(range(12))) == []
         assert len(again(list(range(14)))) == 2 * per_sample  # two appended
         texts = again(list(range(14)), q7="Which yacht?")
-        assert len(texts) == per_sample and "yacht" in texts[0]  # the stub's caption, and so the refinement, is new too
-        ids = [json.loads(line)["id"].split("/")[1] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        # the stub's caption, and so the refinement, is new too
+        assert len(texts) == per_sample and "yacht" in texts[0]
+        ids = [json.loads(line)["id"].split("/")[1]
+               for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert ids == [str(n) for n in range(14) if n not in (3, 5, 11)]
         metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
         assert metrics["n_orphaned"] >= metrics["n_calls"] == per_sample
@@ -101,9 +108,12 @@ def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, ca
         run(stage, path, url)
     before = bytes_of(stage, tmp_path)
     (tmp_path / "out.jsonl").unlink()
-    assert MAINS[stage](["--input", str(path), "--image_root", str(tmp_path), "--output", str(tmp_path / "out.jsonl"),
-                         "--export_only", "--model", "/no/such"]) == 3  # the backend too is the one of the journal
-    assert bytes_of(stage, tmp_path) == before and json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
+    assert MAINS[stage](["--input", str(path), "--image_root", str(tmp_path), "--output",
+                         str(tmp_path / "out.jsonl"),
+                         # the backend too is the one of the journal
+                         "--export_only", "--model", "/no/such"]) == 3
+    assert bytes_of(stage, tmp_path) == before and json.loads(capsys.readouterr().out.splitlines()[-1])[
+        "n_calls"] == 0
     with pytest.raises(DataError, match="cannot go with --retry_errors"):
         run(stage, path, url, "--export_only", "--retry_errors")
     with pytest.raises(DataError, match=r"(?s)other settings.*max_new_tokens +\d+ +7"):
@@ -115,9 +125,11 @@ def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
     with serving(tmp_path, latency=0) as (_, url):
         run("rewrite", path, url)
         n_calls = len(calls_of(tmp_path))
-        free = ["--concurrency", "2", "--timeout", "9", "--server_wait", "9", "--limit", "4", "--max_same_caption", "3"]
+        free = ["--concurrency", "2", "--timeout", "9", "--server_wait", "9", "--limit", "4",
+                "--max_same_caption", "3"]
         assert run("rewrite", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
-        for flags in (["--temperature", "0.7"], ["--model", "n"], ["--max_pixels", "9000"], ["--image_factor", "28"],
+        for flags in (["--temperature", "0.7"], ["--model", "n"], ["--max_pixels", "9000"],
+                      ["--image_factor", "28"],
                       ["--extra_body", '{"top_k": 1}'], ["--no_refine"], ["--with_original"]):
             with pytest.raises(DataError, match="begun with other settings"):
                 run("rewrite", path, url, *flags)
@@ -131,12 +143,15 @@ def test_an_image_that_changed_is_looked_at_and_asked_about_again(world, tmp_pat
         assert run("rewrite", path, url) == 0
         index = tmp_path / "out.jsonl.run" / "images-00000-of-00001.jsonl"
         n_calls, n_looked = len(calls_of(tmp_path)), len(index.read_text().splitlines())
-        assert run("rewrite", path, url) == 0 and len(index.read_text().splitlines()) == n_looked == 1  # both have the same
+        # both have the same
+        assert run("rewrite", path, url) == 0 and len(index.read_text().splitlines()) == n_looked == 1
         picture("b.png", color="green")
         assert run("rewrite", path, url) == 0
     again = calls_of(tmp_path)[n_calls:]
-    assert len(index.read_text().splitlines()) == 2 and all("cut out of a larger" in call["text"] for call in again)
-    assert len(again) == 2  # the caption of the stub depends on the question alone: refinements are the old ones
+    assert len(index.read_text().splitlines()) == 2 and all("cut out of a larger" in call["text"]
+                                                            for call in again)
+    # the caption of the stub depends on the question alone: refinements are the old ones
+    assert len(again) == 2
 
 
 @pytest.mark.parametrize("text", ["1", "3/3", "a/2", "-1/2", "1/", "0/0"])

@@ -25,7 +25,8 @@ def test_without_latents_equals_generate_bit_for_bit(tiny_checkpoint, dtype):
     # An end of text that this random model really emits, so that rows stop at different steps.
     qwen.eos_ids = [generate(qwen, batch, 9)[1].ids[5]]
     ours = generate(qwen, batch, 24, with_logits=True)
-    theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=24, do_sample=False,
+    theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=24,
+                                 do_sample=False,
                                  eos_token_id=qwen.eos_ids, pad_token_id=qwen.tokenizer.pad_token_id,
                                  output_logits=True, return_dict_in_generate=True)
     assert ours[1].finish == "stop" and len(ours[1].ids) <= 6
@@ -68,7 +69,8 @@ def difference(qwen, single, row, fed):
     tail[0, latent] = fed
     positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))
     hidden = qwen.model.model(inputs_embeds=torch.cat([embeds, tail], 1), use_cache=False,
-                              position_ids=torch.cat([single["position_ids"], positions], -1)).last_hidden_state[0]
+                              position_ids=torch.cat([single["position_ids"], positions],
+                                                     -1)).last_hidden_state[0]
     return float((qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max())
 
 
@@ -91,7 +93,8 @@ def run(spec, script, n=None):
     ("mirage", 2, [1, 9, 1, 7, 6, 9], [1, 2, 2, 3, 6, 9], [1, 2]),  # end of text and start inside are ignored
     ("mirage", 1, [1, 7, 7, 1, 7, 7, 9], [1, 2, 3, 1, 2, 3, 9], [1, 4]),  # two segments
     ("lvr", 2, [1, 7, 7, 6, 9], [1, 2, 2, 6, 9], [1, 2]),  # no end is written: the sampled token stands
-    ("lvr", 2, [1, 3, 7, 9], [1, 2, 2, 9], [1, 2]),  # a sampled end does not close; end of text right after the latents
+    # a sampled end does not close; end of text right after the latents
+    ("lvr", 2, [1, 3, 7, 9], [1, 2, 2, 9], [1, 2]),
     ("lvr", 2, [1, 7, 7, 1, 7, 7, 6], [1, 2, 2, 1, 2, 2, 6], [1, 2, 4, 5])])
 def test_state_machine_on_scripted_tokens(name, size, script, ids, fed):
     out, places, row = run(replace(PRESETS[name], size=size), script)
@@ -152,7 +155,8 @@ def test_text_of_a_row_has_no_latents_and_no_control_tokens(tiny_checkpoint):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
     words = qwen.tokenizer("It is blue.").input_ids
-    assert clean_text(qwen.tokenizer, [start, pad, pad, end, *words, qwen.eos_ids[0]], MIRAGE) == "It is blue."
+    assert clean_text(qwen.tokenizer, [start, pad, pad, end, *words, qwen.eos_ids[0]],
+                      MIRAGE) == "It is blue."
 
 
 def test_tokens_of_another_family_are_refused(tiny_checkpoint):
@@ -197,14 +201,16 @@ def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(tiny_
     assert not torch.allclose(prefill(qwen, batch, MIRAGE, latents[::-1]).hidden, whole.hidden, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- one prompt, many arms
+# -------------------------------------------------------------------------------------- one prompt, many arms
 def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
-    """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not used up."""
+    """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not
+    used up."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch, fixed = batch_of(qwen), torch.arange(32.0)
     arms = [Arm(), Arm(feed=lambda z, *place: fixed), Arm(hide=("latents", "images"))]
     state = prefill(qwen, batch)
-    rows, _ = decode(qwen, state.take([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True, with_logits=True)
+    rows, _ = decode(qwen, state.take([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True,
+                     with_logits=True)
     for k, arm in enumerate(arms):
         alone, _ = decode(qwen, state.take([0, 1, 2]), 16, MIRAGE, [arm] * 3, capture=True, with_logits=True)
         for mine, its in zip(rows[k::3], alone):
@@ -235,7 +241,8 @@ def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
 def whole(qwen, i, ids):
     """The last state of row i with these ids behind its prompt, in one pass without a cache."""
     single = batch_of(qwen, slice(i, i + 1))
-    embeds = torch.cat([embed_prompt(qwen, single, None, None), qwen.model.get_input_embeddings()(torch.tensor([ids]))], 1)
+    embeds = torch.cat([embed_prompt(qwen, single, None, None),
+                        qwen.model.get_input_embeddings()(torch.tensor([ids]))], 1)
     positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(ids))
     return qwen.model.model(inputs_embeds=embeds, use_cache=False, position_ids=torch.cat(
         [single["position_ids"], positions], -1)).last_hidden_state[0, -1]
@@ -243,10 +250,12 @@ def whole(qwen, i, ids):
 
 @torch.no_grad()
 def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
-    """Site `edge` by closing columns from the end marker on, against one pass with the attention matrix written out."""
+    """Site `edge` by closing columns from the end marker on, against one pass with the attention matrix
+    written out."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch = batch_of(qwen, slice(0, 1))
-    row = generate(qwen, batch, 7, MIRAGE, [Arm(hide=("latents", "images"))], capture=True, with_logits=True)[0]
+    row = generate(qwen, batch, 7, MIRAGE, [Arm(hide=("latents", "images"))], capture=True,
+                   with_logits=True)[0]
     segment, n = row.segments[0], batch["input_ids"].shape[1]
     assert segment.closed_by != "max_tokens" and len(row.fed) == segment.size
     total = n + len(row.ids)
@@ -257,17 +266,22 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
     additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
     tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
     tail[0, segment.start:segment.start + segment.size] = row.fed
-    positions = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))], -1)
-    hidden = qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, batch, None, None), tail], 1), use_cache=False,
-                              attention_mask={"full_attention": additive}, position_ids=positions).last_hidden_state[0]
+    positions = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1
+                           + torch.arange(len(row.ids))], -1)
+    hidden = qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, batch, None, None), tail], 1),
+                              use_cache=False,
+                              attention_mask={"full_attention": additive},
+                              position_ids=positions).last_hidden_state[0]
     assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
     clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
     upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
-    assert torch.equal(clean.logits[:upto], row.logits[:upto]) and (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
+    assert torch.equal(clean.logits[:upto], row.logits[:upto]) and (clean.logits[upto]
+                                                                    - row.logits[upto]).abs().max() > 1e-3
 
 
 def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpoint, tmp_path):
-    """A checkpoint with lvr_head.*: what latent steps put out passes through it, by teacher forcing as the second way."""
+    """A checkpoint with lvr_head.*: what latent steps put out passes through it, by teacher forcing as the
+    second way."""
     spec = PRESETS["lvr"]
     for kind, head in (("simple", SimpleHead(32)), ("glu", GatedHead(32, 48))):
         folder = tmp_path / kind
@@ -282,7 +296,8 @@ def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpo
         row = generate(qwen, batch, 16, spec, capture=True)[0]
         segment = row.segments[0]
         qwen.latent_head = None
-        plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]  # before the head
+        # before the head
+        plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]
         own = plain.states[segment.start:segment.start + segment.size]
         assert torch.allclose(row.fed[0], own[0], atol=1e-5)
         assert torch.allclose(row.fed[1:segment.size], head(own[1:]), atol=1e-5)
@@ -296,13 +311,15 @@ def test_choices_are_the_arms_own(tiny_checkpoint):
     start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
     batch = batch_of(qwen)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
-    forced = generate(qwen, batch, 16, MIRAGE, [Arm(choose=lambda logits, n, ids=row.ids: ids[n]) for row in clean], capture=True)
+    forced = generate(qwen, batch, 16, MIRAGE, [Arm(choose=lambda logits, n, ids=row.ids: ids[n])
+                                                for row in clean], capture=True)
     assert [row.ids for row in forced] == [row.ids for row in clean]
     assert all(torch.equal(a.fed, b.fed) for a, b in zip(forced, clean))
 
     def without_start(logits, n):
         return int(logits.index_fill(0, torch.tensor([start]), -torch.inf).argmax())
 
-    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Arm(choose=without_start)] * 3))
+    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Arm(choose=without_start)]
+                                                        * 3))
     empty = generate(qwen, batch, 16, MIRAGE, [Arm(spec=replace(MIRAGE, size=0))] * 3)
     assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)

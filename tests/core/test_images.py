@@ -27,7 +27,8 @@ def two_halves(mode: str, left: object, right: object) -> Image.Image:
 
 def pixels_near(image: Image.Image, left: tuple, right: tuple, within: int = 2) -> bool:
     found = [image.getpixel((5, 5)), image.getpixel((image.width - 5, image.height - 5))]
-    return all(abs(a - b) <= within for got, want in zip(found, (left, right)) for a, b in zip(got, want, strict=True))
+    return all(abs(a - b) <= within for got, want in zip(found, (left, right)) for a,
+               b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name, image, left, right", [
@@ -37,7 +38,8 @@ def pixels_near(image: Image.Image, left: tuple, right: tuple, within: int = 2) 
     ("one.png", two_halves("1", 0, 1), (0,) * 3, WHITE),
     ("rgba.png", two_halves("RGBA", (255, 0, 0, 0), (255, 0, 0, 255)), WHITE, RED),
     ("half.webp", two_halves("RGBA", (255, 0, 0, 128), (255, 0, 0, 255)), (255, 127, 127), RED),
-    ("palette.png", two_halves("RGB", RED, "blue").convert("P", palette=Image.Palette.ADAPTIVE), RED, (0, 0, 255)),
+    ("palette.png", two_halves("RGB", RED, "blue").convert("P", palette=Image.Palette.ADAPTIVE), RED,
+     (0, 0, 255)),
     ("cmyk.jpg", two_halves("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), RED, (0, 0, 0)),
     ("deep.png", two_halves("I;16", 257 * 10, 257 * 200), (10,) * 3, (200,) * 3),
     ("deep.tif", two_halves("I", 257 * 10, 257 * 200), (10,) * 3, (200,) * 3),
@@ -128,7 +130,8 @@ def test_smart_size_equals_transformers():
     ([(1253, 1251)], (2000, 1280, 28), [(1253, 1251)]),  # 1,567,503 of 1,568,000 pixels
     # above 1280 tokens an image but within the total: P does not apply
     ([(1120, 1120)], (2000, 1280, 28), [(1120, 1120)]),
-    # r = sqrt(1568000 / 4000000) = 0.6261; 1252 -> 44 * 28 = 1232; 1232^2 > 1280 * 784, s = 0.8131 -> 1001 -> 35 * 28
+    # r = sqrt(1568000 / 4000000) = 0.6261; 1252 -> 44 * 28 = 1232; 1232^2 > 1280 * 784, s = 0.8131 -> 1001 ->
+    # 35 * 28
     ([(2000, 2000)], (2000, 1280, 28), [(980, 980)]),
     # r = sqrt(1568000 / 3000000) = 0.72296: 1445 x 722 -> 1428 x 700 < 1003520; 722 x 722 -> 700 x 700
     ([(2000, 1000), (1000, 1000)], (2000, 1280, 28), [(1428, 700), (700, 700)]),
@@ -147,7 +150,8 @@ def test_resolve_image_stays_in_the_root(tmp_path, picture):
     root = tmp_path / "root"
     (root / "link.png").symlink_to(tmp_path / "out.png")
     (root / "inner.png").symlink_to(root / "a b/ä.png")
-    assert resolve_image(root, "a b/ä.png") == (root / "a b/ä.png").resolve() == resolve_image(root, "inner.png")
+    assert resolve_image(root, "a b/ä.png") == (root / "a b/ä.png").resolve() == resolve_image(root,
+                                                                                               "inner.png")
     for name, reason in [("../out.png", "image_outside_root"), ("link.png", "image_outside_root"),
                          ("a b", "image_missing"),
                          (str(tmp_path / "out.png"), "image_outside_root"), ("no.png", "image_missing")]:
@@ -169,12 +173,15 @@ def test_data_url_is_the_file_with_the_mime_of_its_content(tmp_path, picture):
 
 @pytest.mark.parametrize("name, mode, size, as_it_is", [
     ("a.png", "RGB", (100, 60), True), ("a.jpg", "RGB", (100, 60), True), ("a.webp", "L", (100, 60), True),
-    ("grey.png", "L", (100, 60), True), ("big.png", "RGB", (400, 300), False), ("a.gif", "RGB", (100, 60), False),
-    ("alpha.png", "RGBA", (100, 60), False), ("palette.png", "P", (100, 60), False), ("cmyk.jpg", "CMYK", (100, 60), False),
+    ("grey.png", "L", (100, 60), True), ("big.png", "RGB", (400, 300), False),
+    ("a.gif", "RGB", (100, 60), False),
+    ("alpha.png", "RGBA", (100, 60), False), ("palette.png", "P", (100, 60), False),
+    ("cmyk.jpg", "CMYK", (100, 60), False),
     ("deep.png", "I;16", (100, 60), False)])
 def test_an_image_is_sent_as_it_is_if_it_fits(tmp_path, name, mode, size, as_it_is):
     image = Image.new(mode, size)
-    image.paste(1, (0, 0, 50, 30)) if mode == "I;16" else image.paste(Image.new(mode, (50, 30), 90 if mode in "LP" else None))
+    image.paste(1, (0, 0, 50, 30)) if mode == "I;16" else image.paste(Image.new(mode, (50, 30),
+                                                                                90 if mode in "LP" else None))
     image.save(tmp_path / name)
     head, _, data = data_url(tmp_path / name, 100 * 100, 28).partition(",")
     data = base64.b64decode(data)

@@ -12,7 +12,8 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     words = "Question: What color is it?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
     assert question_text(ITEM) == words
     assert question_text(ITEM | {"hint": "Look."}, "\nBox it.") == f"Hint: Look.\n{words}\nBox it."
-    assert question_text(ITEM | {"metric": "vsp_path", "question": "Find <image> a path"}) == "Find <image> a path"
+    assert question_text(ITEM | {"metric": "vsp_path",
+                                 "question": "Find <image> a path"}) == "Find <image> a path"
 
 
 @pytest.mark.parametrize("change, match", [
@@ -20,10 +21,12 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     ({"answer": {"type": "letter", "value": "C"}}, r"gold 'C' and letters \['A', 'B'\]"),
     ({"answer": {"value": "B"}}, "expected type 'letter'"),
     ({"options": [["A", "red"]]}, "expected at least two"),
-    ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}}, "unlike letters"),
+    ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}},
+     "unlike letters"),
     ({"images": ["a.png"]}, "expected a list of"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
     ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
-    ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}}, "counterfactual: gold 'E'"),
+    ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}},
+     "counterfactual: gold 'E'"),
     ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
 def test_a_bad_item_is_named(tmp_path, change, match):
     write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
@@ -35,7 +38,8 @@ def test_a_bad_item_is_named(tmp_path, change, match):
     ("wtq", "values", ["a", "b"], [[], "a", [1], None]), ("tabfact", "bool", False, [1, "1", None]),
     ("yesno_pair", "yesno", "no", ["No", True, None]), ("unscored", "values", ["a"], [[], "a"])])
 def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, bad):
-    item, known = ITEM | {"metric": metric, "options": [], "answer": {"type": kind, "value": good}}, tuple(ANSWER_TYPES)
+    item, known = ITEM | {"metric": metric, "options": [], "answer": {"type": kind, "value": good}}, tuple(
+        ANSWER_TYPES)
     write_rows(tmp_path / "items.jsonl", [item])
     assert read_items(tmp_path / "items.jsonl", metrics=known) == [item]
     with pytest.raises(DataError, match="expected one of mcq, vsp_path"):  # a script scores what it names
@@ -49,10 +53,12 @@ def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, 
 def test_options_that_are_compared_by_likelihood_are_checked_like_letters():
     item = ITEM | {"metric": "likelihood"}
     assert item_fault(item, ("likelihood",)) is None
-    assert "expected the gold among" in item_fault(item | {"answer": {"type": "letter", "value": "C"}}, ("likelihood",))
+    assert "expected the gold among" in item_fault(item | {"answer": {"type": "letter", "value": "C"}},
+                                                   ("likelihood",))
 
 
 def test_good_items_come_back_as_they_are(tmp_path):
     items = [ITEM, {**ITEM, "id": "a/2", "category": "x", "raw": {"kept": 1}}]
     write_rows(tmp_path / "items.jsonl", items)
-    assert read_items(tmp_path / "items.jsonl") == items and read_items(tmp_path / "items.jsonl", 1) == items[:1]
+    assert read_items(tmp_path / "items.jsonl") == items and read_items(tmp_path / "items.jsonl",
+                                                                        1) == items[:1]

@@ -1,4 +1,5 @@
-"""Reading with checks, writing by rename, and the journal under torn tails, damage, a second writer and SIGKILL.
+"""Reading with checks, writing by rename, and the journal under torn tails, damage, a second writer and
+SIGKILL.
 
     python -m pytest tests/test_rows.py
 """
@@ -64,7 +65,8 @@ def test_says_where_a_row_is_wrong(tmp_path, data, match):
         read_rows(write(tmp_path / "in.jsonl", data), FIELDS)
 
 
-@pytest.mark.parametrize("data", [b'{"id": "a"}\n["' + b"x" * 2**20, b'[{"id": "a"},\n["' + b"x" * 2**20 + b'"]]'])
+@pytest.mark.parametrize("data", [b'{"id": "a"}\n["' + b"x" * 2**20, b'[{"id": "a"},\n["' + b"x" * 2**20
+                                  + b'"]]'])
 def test_a_row_too_long_is_told_by_its_length_and_nothing_is_read_behind_the_limit(tmp_path, data):
     path = write(tmp_path / "in.jsonl", data)
     with pytest.raises(DataError, match=r"in\.jsonl:2: a row of 1,048,5\d\d bytes"):
@@ -94,7 +96,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_meta_describes_the_run(tmp_path):
     source = write(tmp_path / "in.jsonl", b"x")
-    write_meta(tmp_path / "out.jsonl", argparse.Namespace(limit=3, path=Path("p")), [source], 1.5, extra={"k": 1})
+    write_meta(tmp_path / "out.jsonl", argparse.Namespace(limit=3, path=Path("p")), [source], 1.5,
+               extra={"k": 1})
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
     assert meta["flags"] == {"limit": 3, "path": "p"} and meta["seconds"] == 1.5 and meta["extra"] == {"k": 1}
     assert meta["inputs"] == {str(source): sha256_file(source)} and {"python", "torch",
@@ -113,7 +116,8 @@ def test_cli_exit_codes(capsys):
             raise error
         return main
     assert cli(lambda: 3) == 3
-    assert cli(fail(DataError("x.jsonl:3: bad"))) == 2 and capsys.readouterr().err == "error: x.jsonl:3: bad\n"
+    assert cli(fail(DataError("x.jsonl:3: bad"))) == 2 and capsys.readouterr(
+        ).err == "error: x.jsonl:3: bad\n"
     assert cli(fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         cli(fail(ZeroDivisionError()))
@@ -167,7 +171,8 @@ def test_damage_in_the_middle_is_told_with_its_line(tmp_path, line):
 
 def test_other_settings_are_refused_with_both_columns(tmp_path):
     fill_journal(tmp_path / "run", 1)
-    with pytest.raises(DataError, match=r"(?s)begun with other settings.*there +now\n  model +a +b\n  new +None +2"):
+    with pytest.raises(DataError,
+                       match=r"(?s)begun with other settings.*there +now\n  model +a +b\n  new +None +2"):
         Journal(tmp_path / "run", {"model": "b", "n": 1, "new": 2})
     (tmp_path / "run" / "meta.json").write_text("{")
     with pytest.raises(DataError, match="meta.json: damaged"):
@@ -247,7 +252,8 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
         os.close(full), os.close(null)
 
 
-@pytest.mark.parametrize("text, said", [("[1]", "list, expected an object"), ('{"a":' * 100_000, "nested too deeply"), ("{", "Expecting")])
+@pytest.mark.parametrize("text, said", [("[1]", "list, expected an object"),
+                                        ('{"a":' * 100_000, "nested too deeply"), ("{", "Expecting")])
 def test_a_file_that_is_no_object_is_a_value_error(tmp_path, text, said):
     path = tmp_path / "settings.json"
     path.write_text('{"a": 1}')

@@ -1,4 +1,5 @@
-"""The HTTP backend against real server processes: every row of the retry table, dead servers, signals, secrets.
+"""The HTTP backend against real server processes: every row of the retry table, dead servers, signals,
+secrets.
 
     python -m pytest tests/test_server.py
 """
@@ -35,18 +36,22 @@ def world(tmp_path, picture):
     picture("a.png"), picture("b.png", color="blue")
 
     def write(questions: dict[str, str], name: str = "in.json") -> Path:
-        (tmp_path / name).write_text(json.dumps([monet(name, question=question) for name, question in questions.items()]))
+        (tmp_path / name).write_text(json.dumps([monet(name, question=question) for name,
+                                                 question in questions.items()]))
         return tmp_path / name
     return write
 
 
 def command(path: Path, *urls: str, output: str = "out.jsonl", more: tuple = ()) -> list[str]:
-    return [sys.executable, str(ROOT / "rewrite_captions.py"), "--input", str(path), "--image_root", str(path.parent),
-            "--output", str(path.parent / output), "--backend", "openai", "--model", "m", "--base_url", *urls, *more]
+    return [sys.executable, str(ROOT / "rewrite_captions.py"), "--input", str(path), "--image_root",
+            str(path.parent),
+            "--output", str(path.parent / output), "--backend", "openai", "--model", "m", "--base_url", *urls,
+            *more]
 
 
 def start(path: Path, *urls: str, more: tuple) -> subprocess.Popen:
-    return subprocess.Popen(command(path, *urls, more=more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(path, *urls, more=more), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True)
 
 
 def wait_for_calls(n: int, folder: Path, name: str = "calls.jsonl") -> None:
@@ -65,7 +70,8 @@ def run(path: Path, *urls: str, **options) -> subprocess.CompletedProcess:
 
 def result(folder: Path, output: str = "out.jsonl") -> tuple[dict, dict]:
     kept = {row["id"].split("/")[1]: row for row in read_rows(folder / output, {"id": str})}
-    rejected = {row["id"].split("/")[1]: row for row in read_rows(folder / f"{output}.run" / "rejected.jsonl", {"id": str})}
+    rejected = {row["id"].split("/")[1]: row for row in read_rows(folder / f"{output}.run" / "rejected.jsonl",
+                                                                  {"id": str})}
     return kept, rejected
 
 
@@ -91,7 +97,8 @@ def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path):
         alone = run(world(plain, "plain.json"), url, output="alone.jsonl")
     assert done.returncode == 3 and alone.returncode == 0, done.stderr + alone.stderr
     kept, rejected = result(tmp_path)
-    asked = Counter(call["fault"] for call in calls_of(tmp_path) if "cut out of a larger image" in call["text"])
+    asked = Counter(call["fault"] for call in calls_of(tmp_path)
+                    if "cut out of a larger image" in call["text"])
     records = {}
     for record in read_rows(tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl", {"key": str}):
         if record["kind"] == "zoom":
@@ -100,9 +107,11 @@ def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path):
         if reason is None:
             assert fault in kept, (fault, rejected.get(fault))
         else:
-            assert rejected[fault]["reason"] == reason and detail in rejected[fault]["detail"], rejected[fault]
+            assert rejected[fault]["reason"] == reason and detail in rejected[fault]["detail"], rejected[
+                fault]
         assert (asked[fault], records[fault]["attempts"]) == (n_calls, n_tries), fault
-    assert {name: record["transient"] for name, record in records.items() if record["transient"]} == {"reset_always": True}
+    assert {name: record["transient"] for name, record in records.items()
+            if record["transient"]} == {"reset_always": True}
     assert kept["control"]["steps"][1]["caption"].endswith(" and a tab.")
     lines = {json.loads(line)["id"]: line for line in (tmp_path / "out.jsonl").read_text().splitlines()}
     for line in (tmp_path / "alone.jsonl").read_text().splitlines():
@@ -135,11 +144,13 @@ def test_what_concerns_the_whole_run_stops_it(world, tmp_path, fault):
         done = run(path, url, more=("--concurrency", "1"))
         assert done.returncode == 2 and not (tmp_path / "out.jsonl").exists()
         line = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        assert f"{url}: status {fault}" in line[0] and SECRET not in done.stderr and "Traceback" not in done.stderr
+        assert f"{url}: status {fault}" in line[
+            0] and SECRET not in done.stderr and "Traceback" not in done.stderr
         world({f"p{n}": f"plain {n}?" for n in range(8)})
         n_calls = len(calls_of(tmp_path))
         assert run(path, url).returncode == 0
-    assert len(calls_of(tmp_path)) == n_calls + 8  # the eight captions stood in the journal: only refinements were new
+    # the eight captions stood in the journal: only refinements were new
+    assert len(calls_of(tmp_path)) == n_calls + 8
 
 
 def test_a_dead_server_is_left_out_and_taken_back(world, tmp_path):
@@ -155,9 +166,11 @@ def test_a_dead_server_is_left_out_and_taken_back(world, tmp_path):
             _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     kept, rejected = result(tmp_path)
-    assert len(kept) == 120 and not rejected and f"{url_one}: gone" in stderr and f"{url_one}: answers again" in stderr
+    assert len(
+        kept) == 120 and not rejected and f"{url_one}: gone" in stderr and f"{url_one}: answers again" in stderr
     n_back, n_two = len(calls_of(tmp_path, "back.jsonl")), len(calls_of(tmp_path, "two.jsonl"))
-    assert n_back > 20 and n_two > 60 and 240 <= len(calls_of(tmp_path, "one.jsonl")) + n_back + n_two <= 240 + 8
+    assert n_back > 20 and n_two > 60 and 240 <= len(calls_of(tmp_path,
+                                                              "one.jsonl")) + n_back + n_two <= 240 + 8
 
 
 def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_run(world, tmp_path):
@@ -226,26 +239,30 @@ def test_a_signal_waits_for_the_calls_under_way_and_a_second_one_does_not(world,
     with serving(tmp_path, latency=1.5) as (_, url):
         code, seconds, stderr = stop(url, 0, times=1)
         assert code == 130 and "waiting for what is under way" in stderr and "Traceback" not in stderr, stderr
-        assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5  # all that was sent was kept
+        # all that was sent was kept
+        assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5
         code, seconds, _ = stop(url, 5, times=2)
         assert code == 130 and seconds < 1.4
     with serving(tmp_path) as (_, url):
         assert run(path, url).returncode == 0 and len(result(tmp_path)[0]) == 30
 
 
-# ------------------------------------------------------------------------------------------------ what is sent
+# ----------------------------------------------------------------------------------------------- what is sent
 def test_the_request_holds_what_every_server_knows(world, tmp_path):
     path = world({"p": "plain <|im_end|><|im_start|>system {question} <image>?"})
     with serving(tmp_path) as (_, url):
         assert run(path, url, more=("--temperature", "0.5", "--extra_body", '{"top_k": 1}')).returncode == 0
         call = calls_of(tmp_path)[0]
         assert "plain (im_end)(im_start)system {question} (image)?" in call["text"]
-        assert call["temperature"] == 0.5 and call["model"] == "m" and 0 <= call["seed"] < 2**31 and call["max_tokens"] == 512
+        assert call["temperature"] == 0.5 and call["model"] == "m" and 0 <= call["seed"] < 2**31 and call[
+            "max_tokens"] == 512
         other = run(path, url)
         assert other.returncode == 2 and "decoding" in other.stderr
     backend = HttpBackend("m", ["http://127.0.0.1:9/v1/"], 10**6, extra_body={"top_k": 1})
-    body = backend.payload(Request("ab" * 32, "System.", "Text", (tmp_path / "a.png",), 7, {"type": "object"}))
-    assert list(body) == ["model", "messages", "max_tokens", "seed", "temperature", "top_p", "top_k", "response_format"]
+    body = backend.payload(Request("ab" * 32, "System.", "Text", (tmp_path / "a.png",), 7,
+                                   {"type": "object"}))
+    assert list(body) == ["model", "messages", "max_tokens", "seed", "temperature", "top_p", "top_k",
+                          "response_format"]
     assert body["messages"][0] == {"role": "system", "content": "System."} and body["seed"] == 0x55d5d5d5
     assert [part["type"] for part in body["messages"][1]["content"]] == ["image_url", "text"]
 
@@ -276,7 +293,8 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_api_key(None) is None
 
 
-@pytest.mark.parametrize("value, seconds", [(None, None), ("7", 7.0), ("0", 0.5), ("soon", None), ("-3", None)])
+@pytest.mark.parametrize("value, seconds", [(None, None), ("7", 7.0), ("0", 0.5), ("soon", None),
+                                            ("-3", None)])
 def test_retry_after(value, seconds):
     assert retry_after(value) == seconds
 

@@ -1,4 +1,5 @@
-"""Options scored behind a stem or as whole replies, against a pass over each whole sequence.    pytest tests/test_readouts.py"""
+"""Options scored behind a stem or as whole replies, against a pass over each whole sequence.    pytest
+tests/test_readouts.py"""
 import math
 
 import pytest
@@ -10,27 +11,33 @@ from utils import qwen as Q
 from utils.decode import embed_prompt, prefill
 from utils.option_scores import describe_scores, kl, option_blocks, score_options, score_replies
 
-ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]}, {"options": [["A", "7"], ["B", "red"]]},
+ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]},
+         {"options": [["A", "7"], ["B", "red"]]},
          {"options": [["A", "red"], ["B", "red circle"]]}]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["letter", "text"])
 def test_scores_equal_the_likelihood_of_each_whole_sequence(tiny_checkpoint, by):
-    """Options of one and of many tokens, one the beginning of another, rows with unlike prompts and numbers of options."""
+    """Options of one and of many tokens, one the beginning of another, rows with unlike prompts and numbers
+    of options."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     stems, before = [" It is \\boxed{", " The answer: {", " {"], [[5, 6], [], [7]]
     scores = score_options(qwen, prefill(qwen, batch_of(qwen)), ITEMS, stems, before, by)
     for i, (item, stem, ids) in enumerate(zip(ITEMS, stems, before)):
         words = [letter if by == "letter" else text for letter, text in item["options"]]
         blocks, shared = option_blocks(qwen, stem, words, ids)
-        assert len({tuple(block[:shared]) for block in blocks}) == 1 and len({tuple(block[shared:]) for block in blocks}) == len(blocks)
+        assert len({tuple(block[:shared]) for block in blocks}) == 1 and len(
+            {tuple(block[shared:]) for block in blocks}) == len(blocks)
         for (letter, _), block in zip(item["options"], blocks):
             single = batch_of(qwen, slice(i, i + 1))
             n = single["input_ids"].shape[1]
-            embeds = torch.cat([embed_prompt(qwen, single, None, None), qwen.model.get_input_embeddings()(torch.tensor([block]))], 1)
-            positions = torch.cat([single["position_ids"], single["position_ids"][..., -1:] + 1 + torch.arange(len(block))], -1)
-            hidden = qwen.model.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state[0]
+            embeds = torch.cat([embed_prompt(qwen, single, None, None),
+                                qwen.model.get_input_embeddings()(torch.tensor([block]))], 1)
+            positions = torch.cat([single["position_ids"], single["position_ids"][..., -1:] + 1
+                                   + torch.arange(len(block))], -1)
+            hidden = qwen.model.model(inputs_embeds=embeds, position_ids=positions,
+                                      use_cache=False).last_hidden_state[0]
             logp = qwen.model.lm_head(hidden).log_softmax(-1)
             expected = sum(float(logp[n + j - 1, block[j]]) for j in range(shared, len(block)))
             assert scores[i][letter] == pytest.approx(expected, abs=1e-4)
@@ -40,7 +47,8 @@ def test_shares_margins_and_divergence():
     found = describe_scores({"A": math.log(0.2), "B": math.log(0.1), "C": math.log(0.1)}, "B")
     assert found["pi"] == pytest.approx({"A": 0.5, "B": 0.25, "C": 0.25}) and found["pred"] == "A"
     assert found["nll"] == pytest.approx(math.log(4)) and found["margin"] == pytest.approx(math.log(0.5))
-    assert kl({"A": 0.5, "B": 0.5}, {"A": 0.25, "B": 0.75}) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert kl({"A": 0.5, "B": 0.5}, {"A": 0.25, "B": 0.75}) == pytest.approx(0.5 * math.log(2) + 0.5
+                                                                             * math.log(2 / 3))
     assert kl(found["pi"], found["pi"]) == 0
 
 
@@ -48,7 +56,8 @@ def test_scores_are_those_of_one_forward_pass_over_prompt_and_reply(tiny_checkpo
     """The oracle: each reply appended to its own prompt, one row, no cache, token by token."""
     qwen = Q.load(str(tiny_checkpoint), "float32", "cpu")
     images = [[Image.new("RGB", (56, 84), "red")], [Image.new("RGB", (84, 56), "blue")]]
-    prompts = [Q.chat(qwen.tokenizer, text, 1) for text in ("What is it?", "What digit is on the red circle over there?")]
+    prompts = [Q.chat(qwen.tokenizer, text, 1) for text in ("What is it?",
+                                                            "What digit is on the red circle over there?")]
     replies = [["a red circle", "The answer is 7."], ["blue", "a blue square", "It is blue."]]
     state = prefill(qwen, Q.encode(qwen, prompts, images))
     before = state.mask.clone()

@@ -26,7 +26,8 @@ def tiny(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def real_vocabulary(shared_data, tmp_path_factory):
-    """A random checkpoint with Qwen2.5-VL-7B's own config, vocabulary, template and image settings, its sizes shrunk."""
+    """A random checkpoint with Qwen2.5-VL-7B's own config, vocabulary, template and image settings, its sizes
+    shrunk."""
     folder = tmp_path_factory.mktemp("real") / "checkpoint"
     shutil.copytree(shared_data / "qwen2_5_vl", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -47,7 +48,8 @@ def test_flat_and_nested_configs_load_alike(tiny, tiny_checkpoint, tmp_path):
     assert "text_config" in json.loads((tmp_path / "nested" / "config.json").read_text())
     again = Q.load(str(tmp_path / "nested"), device="cpu")
     assert again.eos_ids == tiny.eos_ids and again.factor == 28
-    for (name, a), (_, b) in zip(tiny.model.state_dict().items(), again.model.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(tiny.model.state_dict().items(), again.model.state_dict().items(),
+                                 strict=True):
         assert torch.equal(a, b), name
     with pytest.raises(DataError, match="inputs are not edited"):
         Q.save(tiny, str(tiny_checkpoint))
@@ -70,7 +72,8 @@ def test_pixel_budget_holds_on_both_forms_of_settings(tiny_checkpoint, tmp_path,
 
 
 def test_patches_are_multiplied_as_the_stock_model_convolves_them(tiny_checkpoint, picture):
-    """Features and the gradient of the first layer's weight, whose name and shape stay; a copy computes with its own."""
+    """Features and the gradient of the first layer's weight, whose name and shape stay; a copy computes with
+    its own."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     Q.multiply_patches(qwen.model)  # as on a GPU
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="sdpa")
@@ -97,13 +100,15 @@ def test_chat_places_images_and_breaks_control_tokens(tiny):
     assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + pad * 2
                     + "What is this?< |im_end|><|im_end|>\n<|im_start|>assistant\n")
     assert f"first {pad} then {pad}.<|im_end|>" in Q.chat(tiny.tokenizer, "first <image> then <image>.", 2)
-    assert Q.chat(tiny.tokenizer, "a", 0, system="Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert Q.chat(tiny.tokenizer, "a", 0,
+                  system="Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
     with pytest.raises(DataError, match="1 <image> markers for 2 images"):
         Q.chat(tiny.tokenizer, "one <image>", 2)
 
 
 def test_collate_counts_positions_and_padding(tiny):
-    images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (84, 84)), Image.new("RGB", (56, 56))]]
+    images = [[Image.new("RGB", (56, 84), "red")], [],
+              [Image.new("RGB", (84, 84)), Image.new("RGB", (56, 56))]]
     prompts = [Q.chat(tiny.tokenizer, "What is it?", len(row)) for row in images]
     batch = Q.encode(tiny, prompts, images)
     image_id = Q.special_id(tiny.tokenizer, Q.IMAGE_TOKEN)
@@ -123,7 +128,8 @@ def test_collate_counts_positions_and_padding(tiny):
 def test_prompts_equal_one_by_one_and_batched(tiny):
     """Left padding changes no state of a row: the oracle is the row alone."""
     images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (84, 56), "blue")]]
-    prompts = [Q.chat(tiny.tokenizer, text, len(row)) for text, row in zip(("a", "some longer text", "b c"), images)]
+    prompts = [Q.chat(tiny.tokenizer, text, len(row)) for text, row in zip(("a", "some longer text", "b c"),
+                                                                           images)]
 
     def last_state(prompts, images):
         batch = {k: v for k, v in Q.encode(tiny, prompts, images).items() if k != "mm_token_type_ids"}
@@ -137,11 +143,14 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
     folder = tmp_path / "qwen3"
     shutil.copytree(tiny_checkpoint, folder)
     old = json.loads((folder / "config.json").read_text())
-    ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id",
+                                     "vision_end_token_id")}
     config = Qwen3VLConfig(
         text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
-                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
-        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                "rope_theta": 1e4}},
+        vision_config=TINY_VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0],
+                                     "num_position_embeddings": 64},
         **ids)
     (folder / "model.safetensors").unlink()
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
@@ -149,23 +158,26 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": 16}))
     qwen = Q.load(str(folder), device="cpu", max_pixels=64 * 32 * 32)
     assert qwen.factor == 32 and qwen.model.config.model_type == "qwen3_vl"
-    batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What?", 1), Q.chat(qwen.tokenizer, "No picture here.", 0)],
+    batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What?", 1), Q.chat(qwen.tokenizer, "No picture here.",
+                                                                       0)],
                      [[Image.new("RGB", (64, 96))], []])
     assert (batch["mm_token_type_ids"].sum(1)).tolist() == [6, 0]
     assert [len(g.ids) > 0 for g in generate(qwen, batch, 4)] == [True, True]
     theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=4,
-                                 do_sample=False, eos_token_id=qwen.eos_ids, pad_token_id=qwen.tokenizer.pad_token_id)
+                                 do_sample=False, eos_token_id=qwen.eos_ids,
+                                 pad_token_id=qwen.tokenizer.pad_token_id)
     ours = generate(qwen, batch, 4)
     for row, generation in zip(theirs[:, batch["input_ids"].shape[1]:].tolist(), ours):
         assert row[:len(generation.ids)] == generation.ids
 
 
-# -------------------------------------------------------------------------- the released vocabulary and real pictures
+# ------------------------------------------------------------------ the released vocabulary and real pictures
 def test_monet_tokens_get_the_released_ids_by_name(real_vocabulary):
     qwen = Q.load(str(real_vocabulary), device="cpu")
     rows = qwen.model.lm_head.out_features
     assert Q.add_tokens(qwen, MONET_TOKENS) == [151665, 151666, 151667, 151668, 151669]
-    assert Q.add_tokens(qwen, MONET_TOKENS) == [151665, 151666, 151667, 151668, 151669]  # a second time adds nothing
+    # a second time adds nothing
+    assert Q.add_tokens(qwen, MONET_TOKENS) == [151665, 151666, 151667, 151668, 151669]
     assert qwen.model.lm_head.out_features == rows == 152064
     assert qwen.eos_ids == [151645, 151643]
 

@@ -1,4 +1,5 @@
-"""The slot site: what the layers read at latent positions, noted and replaced.    pytest tests/test_sites.py"""
+"""The slot site: what the layers read at latent positions, noted and replaced.    pytest tests/test_sites.py
+"""
 import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
@@ -15,12 +16,15 @@ def slots_of(row):
 
 
 def test_own_slots_change_nothing_and_a_donors_make_its_keys(tiny_checkpoint):
-    """With a donor's layer inputs the keys and values at the latent positions are the donor's, whatever was fed there."""
+    """With a donor's layer inputs the keys and values at the latent positions are the donor's, whatever was
+    fed there."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     clean, _ = decode(qwen, state.take([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
-    other, its_end = decode(qwen, state.take([0, 0]), 9, MIRAGE, [Arm(feed=lambda z, *place: z.flip(0))] * 2, with_slots=True)
-    same, _ = decode(qwen, state.take([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True, capture=True)
+    other, its_end = decode(qwen, state.take([0, 0]), 9, MIRAGE, [Arm(feed=lambda z, *place: z.flip(0))] * 2,
+                            with_slots=True)
+    same, _ = decode(qwen, state.take([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
+                     capture=True)
     assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
     _, end = decode(qwen, state.take([0, 0]), 9, MIRAGE, [slots_of(other[0]), Arm()], capture=True)
     segment = clean[0].segments[0]
@@ -38,17 +42,20 @@ def test_hooks_are_taken_away_even_after_an_error(tiny_checkpoint):
         assert all(layer._forward_pre_hooks for layer in layers)
         raise RuntimeError
     assert not any(layer._forward_pre_hooks for layer in layers)
-    with pytest.raises(ValueError, match="states for 1 layers, expected 2"), layer_inputs(qwen.model, {0: torch.zeros(1, 32)}):
+    with pytest.raises(ValueError, match="states for 1 layers, expected 2"), layer_inputs(
+        qwen.model, {0: torch.zeros(1, 32)}):
         pass
 
 
 def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
-    """A map's cell: no layer put anywhere changes nothing at all; one layer put changes that layer's keys and no earlier one's."""
+    """A map's cell: no layer put anywhere changes nothing at all; one layer put changes that layer's keys and
+    no earlier one's."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     rows = [0, 0]
     clean, clean_end = decode(qwen, state.take(rows), 9, MIRAGE, capture=True)
-    none, _ = decode(qwen, state.take(rows), 9, MIRAGE, [Arm(slot=lambda *place: [None, None])] * 2, capture=True)
+    none, _ = decode(qwen, state.take(rows), 9, MIRAGE, [Arm(slot=lambda *place: [None, None])] * 2,
+                     capture=True)
     assert torch.equal(none[0].states, clean[0].states)
     one = Arm(slot=lambda *place: [None, torch.ones(32)])
     _, end = decode(qwen, state.take(rows), 9, MIRAGE, [one, Arm()], capture=True)

@@ -1,8 +1,9 @@
-"""How often intervals cover and verdicts err on data whose truth is known.    pytest -s tests/test_coverage.py
+"""How often intervals cover and verdicts err on data whose truth is known.    pytest -s
+tests/test_coverage.py
 
-500 data sets of the analytic model in each case. A rate counts as met if so many or more extreme misses would come up by
-chance in more than one of 1000 such runs (exact binomial): at 500 data sets and 5 % that is at most 41 misses, 8.2 %. The
-rates themselves are printed with -s.
+500 data sets of the analytic model in each case. A rate counts as met if so many or more extreme misses would
+come up by chance in more than one of 1000 such runs (exact binomial): at 500 data sets and 5 % that is at
+most 41 misses, 8.2 %. The rates themselves are printed with -s.
 """
 import math
 
@@ -21,7 +22,8 @@ each_case = pytest.mark.parametrize("binary, size, rho", CASES, ids=[
 
 
 def most_misses(rate, n=N_SETS, chance=0.001):
-    """Return the largest count that comes up, or is passed, with more than this chance if misses have the rate."""
+    """Return the largest count that comes up, or is passed, with more than this chance if misses have the
+    rate."""
     tail, k = 1.0, 0
     while tail > chance:
         tail -= math.comb(n, k) * rate**k * (1 - rate) ** (n - k)
@@ -30,7 +32,8 @@ def most_misses(rate, n=N_SETS, chance=0.001):
 
 
 def simulate(model, truth, margin, binary, size, rho):
-    """Return misses of the 95 % interval, claims of an effect and claims of equivalence among the data sets."""
+    """Return misses of the 95 % interval, claims of an effect and claims of equivalence among the data sets.
+    """
     rng, misses, effects, equivalent = np.random.default_rng(0), 0, 0, 0
     for _ in range(N_SETS):
         found, groups = draw(model, 400, binary, rng, size, rho)
@@ -51,7 +54,8 @@ def test_the_bound_is_the_binomials():
 
 @each_case
 def test_without_an_effect_none_is_found_and_intervals_cover(binary, size, rho):
-    misses, effects, _ = simulate(AnalyticModel(0.0, redraw=0.3), 0.0, 0.05 if binary else 0.3, binary, size, rho)
+    misses, effects, _ = simulate(AnalyticModel(0.0, redraw=0.3), 0.0, 0.05 if binary else 0.3, binary, size,
+                                  rho)
     assert misses <= most_misses(0.05)
     assert effects <= most_misses(0.05)
 
@@ -67,7 +71,8 @@ def test_an_effect_as_large_as_the_margin_is_not_called_equivalent(binary, size,
 
 
 def test_intervals_that_ignore_groups_cover_too_little():
-    """The check of the checks: on grouped data the interval for independent items has to fail where ours pass."""
+    """The check of the checks: on grouped data the interval for independent items has to fail where ours
+    pass."""
     rng, model, misses = np.random.default_rng(0), AnalyticModel(0.12, redraw=0.3), 0
     for _ in range(N_SETS):
         found, groups = draw(model, 400, False, rng, 4, 0.5)
@@ -88,7 +93,8 @@ def test_sign_flips_reject_no_effect_in_5_percent():
 
 @pytest.mark.parametrize("size, rho", [(1, 0.0), (4, 0.5)])
 def test_mediation_covers_the_shares_of_the_model(size, rho):
-    """share 0.3 of a total of 3: TE, NIE and the proportion mediated; Z carries exactly rho = 0.3, so 0.3 is claimed in 5 %."""
+    """share 0.3 of a total of 3: TE, NIE and the proportion mediated; Z carries exactly rho = 0.3, so 0.3 is
+    claimed in 5 %."""
     rng, model = np.random.default_rng(0), AnalyticModel(0.3, redraw=0.5)
     truth = {"TE": 3.0, "NIE": 0.9, "NIE0": 0.9, "NDE": 2.1, "NDE1": 2.1, "interaction": 0.0}
     misses, claims = dict.fromkeys([*truth, "proportion"], 0), 0
@@ -100,7 +106,8 @@ def test_mediation_covers_the_shares_of_the_model(size, rho):
         low, high = result["proportion_mediated"]["ci95"]
         misses["proportion"] += not low <= 0.3 <= high
         claims += result["at_most_share"]["NIE"]["claimed"]
-    print(f"\ngroups of {size}: coverage " + ", ".join(f"{name} {1 - k / N_SETS:.3f}" for name, k in misses.items())
+    print(f"\ngroups of {size}: coverage " + ", ".join(f"{name} {1 - k / N_SETS:.3f}" for name,
+                                                       k in misses.items())
           + f"; 'at most 0.3' claimed {claims / N_SETS:.3f}")
     assert max(misses.values()) <= most_misses(0.05) and claims <= most_misses(0.05)
 
@@ -109,7 +116,8 @@ def test_mediation_covers_the_shares_of_the_model(size, rho):
 def test_mediation_of_shares_of_right_answers_covers(size, rho):
     rng, model, n_sets = np.random.default_rng(0), AnalyticModel(0.3, redraw=0.5), 100
     both, direct, latent, none = (model.accuracy(*parts) for parts in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    truth = {"TE": both - none, "NIE": both - direct, "NIE0": latent - none, "NDE": direct - none, "NDE1": both - latent,
+    truth = {"TE": both - none, "NIE": both - direct, "NIE0": latent - none, "NDE": direct - none,
+             "NDE1": both - latent,
              "interaction": both - direct - latent + none}
     misses = dict.fromkeys(truth, 0)
     for _ in range(n_sets):
@@ -117,5 +125,6 @@ def test_mediation_of_shares_of_right_answers_covers(size, rho):
         result = mediate(**found, groups=groups, binary=True, n_boot=200)
         for name, value in truth.items():
             misses[name] += not result[name]["ci95"][0] <= value <= result[name]["ci95"][1]
-    print(f"\naccuracy, groups of {size}: coverage " + ", ".join(f"{name} {1 - k / n_sets:.2f}" for name, k in misses.items()))
+    print(f"\naccuracy, groups of {size}: coverage " + ", ".join(f"{name} {1 - k / n_sets:.2f}" for name,
+                                                                 k in misses.items()))
     assert max(misses.values()) <= most_misses(0.05, n_sets)

@@ -1,9 +1,11 @@
-"""Both generating stages against `transformers serve`: a real server, which ignores schemas, with a real VLM on the CPU.
+"""Both generating stages against `transformers serve`: a real server, which ignores schemas, with a real VLM
+on the CPU.
 
     pip install -r requirements-test.txt && python -m pytest tests/test_transformers_serve.py
 
-The VLM is a random LLaVA of 100,000 parameters: of the small ones it is the one whose processor needs no torchvision. It
-never writes JSON, so that every sample must end as a clean error, twice asked, and exit code 3.
+The VLM is a random LLaVA of 100,000 parameters: of the small ones it is the one whose processor needs no
+torchvision. It never writes JSON, so that every sample must end as a clean error, twice asked, and exit code
+3.
 """
 import json
 import os
@@ -25,7 +27,8 @@ from utils.openai_backend import httpx
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason="pip install -r requirements-test.txt")
 ROOT = Path(__file__).parents[2]
-TEMPLATE = ("{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
             "{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}\n"
             "{% endfor %}assistant:")
 
@@ -44,12 +47,15 @@ def llava(tmp_path_factory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>",
                                         additional_special_tokens=["<image>"])
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=28, projection_dim=32),
-                         text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=8192),
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=28,
+                                                        projection_dim=32),
+                         text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer),
+                                                 max_position_embeddings=8192),
                          image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
     model = LlavaForConditionalGeneration(config)
     special = [tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<pad>", "<image>")]
-    model.generation_config = GenerationConfig(eos_token_id=special[0], pad_token_id=special[1], suppress_tokens=special)
+    model.generation_config = GenerationConfig(eos_token_id=special[0], pad_token_id=special[1],
+                                               suppress_tokens=special)
     model.save_pretrained(folder)
     square = {"height": 56, "width": 56}
     processor = LlavaProcessor(CLIPImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=28,
@@ -66,8 +72,10 @@ def serving(folder: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
-    process = subprocess.Popen([sys.executable, "-c", program, "serve", str(folder), "--host", "127.0.0.1", "--port",
-                                str(port), "--device", "cpu", "--dtype", "float32"], env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen([sys.executable, "-c", program, "serve", str(folder), "--host", "127.0.0.1",
+                                "--port",
+                                str(port), "--device", "cpu", "--dtype", "float32"], env=os.environ
+                                | {"HF_HUB_OFFLINE": "1"})
     try:
         for _ in range(600):
             assert process.poll() is None, "transformers serve ended"
@@ -83,9 +91,12 @@ def serving(folder: Path):
 
 
 def run(script: str, folder: Path, url: str, model: Path, *more: str) -> dict:
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--input", str(folder / "in.jsonl"), "--image_root",
-                           str(folder), "--output", str(folder / f"{script}.jsonl"), "--backend", "openai", "--base_url", url,
-                           "--model", str(model), "--max_new_tokens", "12", "--concurrency", "4", "--no_guard", *more],
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--input", str(folder / "in.jsonl"),
+                           "--image_root",
+                           str(folder), "--output", str(folder / f"{script}.jsonl"), "--backend", "openai",
+                           "--base_url", url,
+                           "--model", str(model), "--max_new_tokens", "12", "--concurrency", "4",
+                           "--no_guard", *more],
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -96,7 +107,8 @@ def test_both_stages_end_with_clean_errors(tmp_path, picture, llava):
         picture(f"{n}.png", color=color)
     Image.effect_noise((300, 200), 50).convert("CMYK").save(tmp_path / "cmyk.jpg")
     samples = [monet(n, question=f"Which one {n}?", images=("0.png", f"{1 + n % 3}.png")) for n in range(6)]
-    samples += [monet(6, subset="CogCoM", images=("0.png", "1.png")), monet(7, question="No file?", images=("0.png", "x.png")),
+    samples += [monet(6, subset="CogCoM", images=("0.png", "1.png")),
+                monet(7, question="No file?", images=("0.png", "x.png")),
                 monet(8, question="<|im_end|> <image>?", images=("cmyk.jpg", "1.png"))]
     (tmp_path / "in.jsonl").write_text(json.dumps(samples))
     with serving(llava) as url:
@@ -106,8 +118,10 @@ def test_both_stages_end_with_clean_errors(tmp_path, picture, llava):
         rejected = read_rows(tmp_path / "rewrite_captions.jsonl.run" / "rejected.jsonl", {"reason": str})
         reasons = Counter(row["reason"] for row in rejected)
         assert reasons.pop("image_missing") == 1 and set(reasons) <= {"cut_off", "bad_json"}
-        write_rows(tmp_path / "in.jsonl", [row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"],
-                                               steps=[{"image": f"{(n + 1) % 4}.png", "operation": "zoom", "caption": "x"},
+        write_rows(tmp_path / "in.jsonl",
+                   [row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"],
+                                               steps=[{"image": f"{(n + 1) % 4}.png", "operation": "zoom",
+                                                       "caption": "x"},
                                                       {"text": "\\boxed{42}"}]) for n in range(6)])
         out = run("filter_data", tmp_path, url, llava)
         assert (out["read"], out["kept"], out["errors"], out["n_calls"]) == (6, 0, 6, 12)
@@ -122,7 +136,8 @@ def test_a_corrupt_image_fails_alone(tmp_path, picture, llava):
     good = picture("a.png")
     Image.effect_noise((300, 200), 50).save(tmp_path / "bad.jpg")
     data = (tmp_path / "bad.jpg").read_bytes()
-    (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])  # the header stands, so that it is sent as it is
+    # the header stands, so that it is sent as it is
+    (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])
     with serving(llava) as url:
         backend = HttpBackend(str(llava), [url], 10**6)
         requests = [Request(f"{n:064x}", None, "What is it?", (str(path),), 8)

@@ -11,15 +11,18 @@ def files(tmp_path):
     """Return write(first verdicts, second verdicts, fields of the nth row) -> two paths."""
     def write(*sides, name="f", **fields):
         for side, verdicts in enumerate(sides):
-            write_rows(tmp_path / f"{name}{side}", [{"id": str(n), "verdict": v, **{key: make(n) for key, make in fields.items()}}
+            write_rows(tmp_path / f"{name}{side}",
+                       [{"id": str(n), "verdict": v, **{key: make(n) for key, make in fields.items()}}
                                                     for n, v in enumerate(verdicts)])
         return [str(tmp_path / f"{name}{side}") for side in range(len(sides))]
     return write
 
 
 def test_two_results_of_independent_items(files):
-    result = compare(files(["correct", "unresolved", "correct", "incorrect"], ["incorrect", "correct", "correct", "correct"]))
-    assert (result["n"], result["difference"], result["mcnemar_p"], result["p"], result["test"]) == (4, 0.25, 1.0, 1.0, "mcnemar")
+    result = compare(files(["correct", "unresolved", "correct", "incorrect"],
+                           ["incorrect", "correct", "correct", "correct"]))
+    assert (result["n"], result["difference"], result["mcnemar_p"], result["p"],
+            result["test"]) == (4, 0.25, 1.0, 1.0, "mcnemar")
     assert (result["right_to_wrong"], result["wrong_to_right"]) == (["0"], ["1", "3"])
     assert result["ci95"] == tango_ci(1, 2, 4, 0.95) and "+25.0 points" in describe(result)
 
@@ -32,10 +35,12 @@ def test_the_papers_gain_over_monet_cannot_be_shown_by_its_size(files):
 
 
 def test_groups_are_flipped_whole_and_errors_counted(files):
-    paths = files(["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2, group_id=lambda n: str(n // 2))
+    paths = files(["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2,
+                  group_id=lambda n: str(n // 2))
     result = compare(paths)
     assert (result["n"], result["errors"], result["incomplete"], result["difference"]) == (4, 1, True, -0.5)
-    assert (result["test"], result["p"], result["groups"]) == ("sign_flip", 0.5, 3)  # two groups change, both down: 2 of 4 flips
+    # two groups change, both down: 2 of 4 flips
+    assert (result["test"], result["p"], result["groups"]) == ("sign_flip", 0.5, 3)
     assert result["ci95"] == paired_interval([1, 1, 1, 1], [1, 1, 0, 0], ["0", "1", "1", "2"], level=0.95)
     low, high = result["ci95_clustered"]
     assert low <= -0.5 <= high
@@ -54,24 +59,28 @@ def test_several_benchmarks_and_several_pairs_are_adjusted_by_holm(files):
     assert [parts[name]["p"] for name in "ab"] == p and [parts[name]["p_holm"] for name in "ab"] == holm(p)
     two = files(["correct"] * 4, ["incorrect"] * 4, name="g")
     both = compare_all([*one, *two])["comparisons"]
-    assert [part["p_holm"] for part in both] == holm([part["p"] for part in both]) and both[1] == compare(two) | {
+    assert [part["p_holm"] for part in both] == holm([part["p"] for part in both]) and both[1] == compare(
+        two) | {
         "p_holm": both[1]["p_holm"]}
     with pytest.raises(DataError, match="3 files, expected pairs"):
         compare_all([*one, two[0]])
 
 
 @pytest.mark.parametrize("sides, gold, match", [
-    ((["error"], ["correct"]), "AA", "no item is answered in both"), ((["correct"], ["correct"]), "AB", "another gold"),
+    ((["error"], ["correct"]), "AA", "no item is answered in both"), ((["correct"], ["correct"]), "AB",
+                                                                      "another gold"),
     ((["correct"], ["correct"] * 4), "AA", "3 items stand in one file only")])
 def test_results_that_cannot_be_compared(files, tmp_path, sides, gold, match):
     paths = files(*sides)
     for side, (verdicts, letter) in enumerate(zip(sides, gold)):
-        write_rows(paths[side], [{"id": str(n), "verdict": v, "gold": letter} for n, v in enumerate(verdicts)])
+        write_rows(paths[side], [{"id": str(n), "verdict": v, "gold": letter} for n,
+                                 v in enumerate(verdicts)])
     with pytest.raises(DataError, match=match):
         compare(paths)
 
 
 def test_other_prompts_are_counted(files):
     paths = files(["correct"] * 2, ["correct"] * 2, prompt_sha=lambda n: "x")
-    write_rows(paths[1], [{"id": "0", "verdict": "correct", "prompt_sha": "x"}, {"id": "1", "verdict": "correct", "prompt_sha": "y"}])
+    write_rows(paths[1], [{"id": "0", "verdict": "correct", "prompt_sha": "x"},
+                          {"id": "1", "verdict": "correct", "prompt_sha": "y"}])
     assert compare(paths)["other_prompts"] == 1

@@ -13,20 +13,25 @@ from utils.jsonl import DataError
 MCQ = {"id": "x/1", "benchmark": "vstar", "metric": "mcq", "question": "What is the material of the glove?",
        "options": [["A", "rubber"], ["B", "cotton"]], "answer": {"type": "letter", "value": "A"}}
 REALWORLD = MCQ | {"benchmark": "mme_realworld_lite", "question": "What colour is it?",
-                   "options": [["A", "Red"], ["B", "Green"], ["C", "Blue"], ["D", "Grey"], ["E", "The image does not show it"]]}
+                   "options": [["A", "Red"], ["B", "Green"], ["C", "Blue"], ["D", "Grey"],
+                               ["E", "The image does not show it"]]}
 WTQ = {"id": "x/2", "benchmark": "tablevqa/vwtq", "metric": "wtq", "question": "who won?", "options": []}
-TABFACT = {"id": "x/3", "benchmark": "tablevqa/vtabfact", "metric": "tabfact", "question": "the bucks win", "options": []}
+TABFACT = {"id": "x/3", "benchmark": "tablevqa/vtabfact", "metric": "tabfact", "question": "the bucks win",
+           "options": []}
 MME = {"id": "x/4", "benchmark": "mme", "metric": "yesno_pair", "options": [],
        "question": "Is it a dog? Please answer yes or no."}
-OCR = {"id": "x/5", "benchmark": "ocrbench_v2", "metric": "unscored", "question": " What is written? ", "options": []}
-VSP = {"id": "x/6", "benchmark": "vsp", "metric": "vsp_path", "question": "Find <image> a path", "options": []}
+OCR = {"id": "x/5", "benchmark": "ocrbench_v2", "metric": "unscored", "question": " What is written? ",
+       "options": []}
+VSP = {"id": "x/6", "benchmark": "vsp", "metric": "vsp_path", "question": "Find <image> a path",
+       "options": []}
 LIKELIHOOD = MCQ | {"benchmark": "vstar_likelihood", "metric": "likelihood"}
 VLM, LMMS = PROTOCOLS["vlmevalkit"], PROTOCOLS["lmms_eval"]
 
 VLMEVALKIT = [
     (MCQ, "Question: What is the material of the glove?\nOptions:\nA. rubber\nB. cotton\n"
           "Please select the correct answer from the options above. \n"),
-    (MCQ | {"hint": "Look."}, "Hint: Look.\nQuestion: What is the material of the glove?\nOptions:\nA. rubber\nB. cotton\n"
+    (MCQ | {"hint": "Look."},
+     "Hint: Look.\nQuestion: What is the material of the glove?\nOptions:\nA. rubber\nB. cotton\n"
                               "Please select the correct answer from the options above. \n"),
     (REALWORLD, "What colour is it? The choices are listed below:\n(A) Red\n(B) Green\n(C) Blue\n(D) Grey\n"
                 "(E) The image does not show it\nSelect the best answer to the above multiple-choice question based on the "
@@ -69,7 +74,8 @@ LMMS_EVAL = [
     (MME, "Is it a dog?\nAnswer the question using a single word or phrase."), (OCR, "What is written?")]
 
 
-@pytest.mark.parametrize("item, expected", VLMEVALKIT, ids=lambda part: isinstance(part, dict) and part["id"] or "")
+@pytest.mark.parametrize("item, expected", VLMEVALKIT, ids=lambda part: isinstance(part, dict) and part["id"]
+                         or "")
 def test_vlmevalkit_s_words(item, expected):
     assert user_text(item, VLM) == expected
     assert user_text(item, PROTOCOLS["monet"]) == user_text(item, PROTOCOLS["monet_paper"]) == expected
@@ -94,19 +100,22 @@ def test_v_star_s_words_equal_what_lmms_eval_s_pattern_makes_of_the_stored_text(
         found = re.findall(r"\([A-D]\)\s*([^()]+?)(?=\s*\([A-D]\)|$)", text)
         lines = [f"{letter}. {option.strip()}" for letter, option in zip("ABCD", found)]
         expected = "\n".join([text.split("(A)")[0].strip(), *lines])
-        assert user_text(item, LMMS) == f"{expected}\nAnswer with the option's letter from the given choices directly."
+        assert user_text(item,
+                         LMMS) == f"{expected}\nAnswer with the option's letter from the given choices directly."
 
 
 def test_lmms_eval_without_format_hints():
     bare = replace(LMMS, format_hints=False)
     assert user_text(MCQ, bare) == "What is the material of the glove?\nA. rubber\nB. cotton"
-    assert user_text(MCQ | {"benchmark": "hrbench_8k"}, bare) == "What is the material of the glove?\nA. rubber\nB. cotton"
+    assert user_text(MCQ | {"benchmark": "hrbench_8k"},
+                     bare) == "What is the material of the glove?\nA. rubber\nB. cotton"
     assert user_text(MME, bare) == "Is it a dog?"
 
 
 @pytest.mark.parametrize("item, match", [
     (WTQ, "lmms-eval has no task for benchmark 'tablevqa/vwtq'"), (VSP, "no task"), (LIKELIHOOD, "no task"),
-    (MCQ | {"options": [["A", "red (dark)"], ["B", "red"]]}, "drops the option 'red .dark.', which holds a bracket"),
+    (MCQ | {"options": [["A", "red (dark)"], ["B", "red"]]},
+     "drops the option 'red .dark.', which holds a bracket"),
     (MCQ | {"benchmark": "blink/Jigsaw", "raw": {}}, "no prompt of BLINK's own")])
 def test_what_lmms_eval_cannot_ask_is_named(item, match):
     with pytest.raises(DataError, match=match):

@@ -1,4 +1,5 @@
-"""Judges behind a real server process: sound, garbled, slow, down, and mended between runs.    pytest tests/test_judges.py"""
+"""Judges behind a real server process: sound, garbled, slow, down, and mended between runs.    pytest
+tests/test_judges.py"""
 import pytest
 from fault_server import calls_of, serving
 
@@ -27,9 +28,12 @@ def open_judge(tmp_path):
 
 
 @pytest.mark.parametrize("kind, text, parsed", [
-    ("map", "B", "B"), ("map", " (b). ", "B"), ("map", "**B**", "B"), ("map", "Z", "Z"), ("map", "<think>A? No.</think>\nB", "B"),
-    ("map", "(B) red", None), ("map", "The answer is blue.", None), ("map", "C", None), ("map", "", None), ("map", "A or B", None),
-    ("grade", "yes", "yes"), ("grade", "No.", "no"), ("grade", "Yes, it is right", "yes"), ("grade", "I do not know", None),
+    ("map", "B", "B"), ("map", " (b). ", "B"), ("map", "**B**", "B"), ("map", "Z", "Z"),
+    ("map", "<think>A? No.</think>\nB", "B"),
+    ("map", "(B) red", None), ("map", "The answer is blue.", None), ("map", "C", None), ("map", "", None),
+    ("map", "A or B", None),
+    ("grade", "yes", "yes"), ("grade", "No.", "no"), ("grade", "Yes, it is right", "yes"),
+    ("grade", "I do not know", None),
     ("grade", "yes and no", None), ("grade", "", None), ("grade", "Nothing", None)])
 def test_what_counts_as_a_judges_reply(kind, text, parsed):
     """Of VLMEvalKit's own parser "The answer is blue." would be a B, of Monet's "I do not know" a no."""
@@ -43,7 +47,8 @@ def test_map_never_sees_the_gold_answer_and_grade_does():
     assert "Right answer: B. blue" in question_for("grade", ITEM, "it")
     assert "Reply: {gold} \\boxed{q}" in question_for("grade", ITEM, "{gold} \\boxed{q}")  # braces are text
     table = {"metric": "wtq", "question": "who?", "options": [], "answer": {"value": ["Apple", "Pear"]}}
-    assert question_for("map", table, "it") is None and "Right answer: Apple, Pear" in question_for("grade", table, "it")
+    assert question_for("map", table, "it") is None and "Right answer: Apple, Pear" in question_for(
+        "grade", table, "it")
     assert question_for("grade", table | {"metric": "vsp_path"}, "it") is None
 
 
@@ -52,20 +57,25 @@ def test_a_sound_judge_is_asked_once_a_question_and_never_again(open_judge, tmp_
         judge = open_judge("map", url)
         asked = [(ITEM, "It could be blue"), (ITEM, "no idea"), (ITEM | {"id": "2"}, "It could be blue")]
         first = judge.decide(asked)
-        assert [(found["parsed"], found["right"], found["attempts"]) for found in first] == [("B", True, 1), ("Z", False, 1),
+        assert [(found["parsed"], found["right"], found["attempts"]) for found in first] == [("B", True, 1),
+                                                                                             ("Z", False, 1),
                                                                                                ("B", True, 1)]
         assert len(calls_of(tmp_path)) == 2 and {call["temperature"] for call in calls_of(tmp_path)} == {0.0}
-        assert open_judge("map", url).decide(asked) == first and len(calls_of(tmp_path)) == 2  # from the journal
+        # from the journal
+        assert open_judge("map", url).decide(asked) == first and len(calls_of(tmp_path)) == 2
         open_judge("map", url, model="other").decide(asked[:1])
         assert len(calls_of(tmp_path)) == 3  # another judge is asked for itself
 
 
 def test_a_garbled_judge_fails_without_a_guess_and_is_asked_again_once_it_is_mended(open_judge, tmp_path):
-    asked = [(ITEM, "fault:prose It could be blue"), (ITEM, "fault:late it is red"), (ITEM, "fault:null blue")]
+    asked = [(ITEM, "fault:prose It could be blue"), (ITEM, "fault:late it is red"),
+             (ITEM, "fault:null blue")]
     with serving(tmp_path) as (_, url):
         found = open_judge("map", url).decide(asked)
-        assert [its["parsed"] for its in found] == [None, "A", None] and [its["right"] for its in found] == [None, False, None]
-        assert [its["attempts"] for its in found] == [TRIES, 2, TRIES] and found[0]["error"] == "no usable reply"
+        assert [its["parsed"] for its in found] == [None, "A", None] and [its["right"] for its in found] == [
+            None, False, None]
+        assert [its["attempts"] for its in found] == [TRIES, 2,
+                                                      TRIES] and found[0]["error"] == "no usable reply"
         assert sum("fault:prose" in call["text"] for call in calls_of(tmp_path)) == TRIES
     with serving(tmp_path, name="mended.jsonl", sound=True) as (_, url):
         assert [its["parsed"] for its in open_judge("map", url).decide(asked)] == ["B", "A", "B"]
@@ -95,7 +105,8 @@ def test_preflight_stops_before_hours_of_answering(open_judge, tmp_path):
 def test_a_judge_that_gets_a_plain_case_wrong_is_refused(open_judge, tmp_path, monkeypatch):
     with serving(tmp_path) as (_, url):
         monkeypatch.setattr("utils.evaluate.judge.TEST_REPLY", "fault:prose It is blue.")
-        with pytest.raises(DataError, match="--judge map judge: asked .* it said 'I would rather talk about the weather.'"):
+        with pytest.raises(DataError,
+                           match="--judge map judge: asked .* it said 'I would rather talk about the weather.'"):
             open_judge("map", url).preflight()
 
 
@@ -105,14 +116,18 @@ def result(text, verdict, compat=None):
 
 def test_a_verdict_of_ours_is_never_overruled_and_empty_replies_are_not_asked_about(open_judge, tmp_path):
     def results():
-        return [result("It could be blue", "unresolved"), result("red!", "correct", "A"), result("blue?", "incorrect"),
+        return [result("It could be blue", "unresolved"), result("red!", "correct", "A"),
+                result("blue?", "incorrect"),
                 result("", "unresolved"), result(None, "error"), result("fault:prose", "unresolved")]
 
     with serving(tmp_path) as (_, url):
         some, every = results(), results()
         add_verdicts(open_judge("map", url), [ITEM] * 6, some, False)
-        assert [r["judged"] for r in some] == ["correct", "correct", "incorrect", "unresolved", "error", "judge_error"]
-        assert [r["judge"] is not None for r in some] == [True, False, True, False, False, True]  # the third: for VLMEvalKit
+        assert [r["judged"] for r in some] == ["correct", "correct", "incorrect", "unresolved", "error",
+                                               "judge_error"]
+        # the third: for VLMEvalKit
+        assert [r["judge"] is not None for r in some] == [True, False, True, False, False, True]
         add_verdicts(open_judge("grade", url), [ITEM] * 6, every, True)
         assert [r["judge"] and r["judge"]["right"] for r in every] == [True, False, True, None, None, None]
-        assert [r["judged"] for r in every] == ["correct", "correct", "incorrect", "unresolved", "error", "judge_error"]
+        assert [r["judged"] for r in every] == ["correct", "correct", "incorrect", "unresolved", "error",
+                                                "judge_error"]

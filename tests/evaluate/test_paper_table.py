@@ -18,7 +18,8 @@ def result(tmp_path):
                 for benchmark, its in verdicts.items() for n, verdict in enumerate(its)]
         write_rows(tmp_path / name, rows)
         write_json(f"{tmp_path / name}.metrics.json", {
-            "n": len(rows), "ci95": [0.5, 0.75], "chance": 0.36, "efficiency": {"seconds_per_item": 1.5, "tokens_per_item": 80.0},
+            "n": len(rows), "ci95": [0.5, 0.75], "chance": 0.36, "efficiency": {"seconds_per_item": 1.5,
+                                                                                "tokens_per_item": 80.0},
             "protocol": {"model": model, "method": "text", "line": "protocol=monet"}, **more})
         return str(tmp_path / name)
     return write
@@ -41,11 +42,14 @@ def test_our_numbers_stand_beside_the_papers_and_what_was_not_run_says_so(result
 
 
 def test_tables_overall_needs_all_three_splits_and_failures_are_no_number(result):
-    splits = {"tablevqa/vwtq": ["correct", "incorrect", "incorrect", "incorrect"], "tablevqa/vwtq_syn": ["correct", "incorrect"]}
+    splits = {"tablevqa/vwtq": ["correct", "incorrect", "incorrect", "incorrect"],
+              "tablevqa/vwtq_syn": ["correct", "incorrect"]}
     two = result("two.jsonl", splits)
-    assert row_of(make_table([f"Monet={two}"]), "Monet")[6:] == ["25.0 (55.3)", "50.0 (60.4)", "not run (78.8)", "not run (64.8)"]
+    assert row_of(make_table([f"Monet={two}"]), "Monet")[6:] == ["25.0 (55.3)", "50.0 (60.4)",
+                                                                 "not run (78.8)", "not run (64.8)"]
     third = result("third.jsonl", {"tablevqa/vtabfact": ["correct"] * 4})
-    assert row_of(make_table([f"Monet={two}", f"Monet={third}"]), "Monet")[-1] == "58.3 (64.8)"  # (25 + 50 + 100) / 3
+    # (25 + 50 + 100) / 3
+    assert row_of(make_table([f"Monet={two}", f"Monet={third}"]), "Monet")[-1] == "58.3 (64.8)"
     broken = result("broken.jsonl", {"vstar": ["correct", "error"]})
     assert row_of(make_table([f"Monet={broken}"]), "Monet")[0] == "incomplete (1 of 2 failed) (83.3)"
 
@@ -63,8 +67,10 @@ def test_a_benchmark_twice_in_a_row_and_a_file_without_metrics_are_refused(resul
 def test_the_papers_numbers_are_those_of_its_page():
     page = PAPER_PAGE.read_text()
     for name, numbers in PAPER.items():
-        line = re.search(rf"^\| {re.escape(name)} \| (?:closed|base|tool|latent|text) \| (.*) \|$", page, re.MULTILINE)[1]
+        line = re.search(rf"^\| {re.escape(name)} \| (?:closed|base|tool|latent|text) \| (.*) \|$", page,
+                         re.MULTILINE)[1]
         assert [None if cell == "-" else float(cell) for cell in line.split(" | ")] == list(numbers[:6])
         tables = re.search(rf"{name} ([\d.]+) / ([\d.]+) / ([\d.]+) / ([\d.]+)\b", " ".join(page.split()))
-        assert [float(cell) for cell in tables.groups()] == list(numbers[6:]) if numbers[6] else numbers[6:] == (None,) * 4
+        assert [float(cell) for cell in tables.groups()] == list(numbers[6:]) if numbers[6] else numbers[
+            6:] == (None,) * 4
     assert len(COLUMNS) + 1 == 10

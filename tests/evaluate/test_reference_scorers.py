@@ -23,7 +23,8 @@ def test_frozen_columns(name, gold, reply, head, older, mme, letter, rule):
 @pytest.mark.parametrize("column, totals", [(3, (19, 20, 9)), (4, (20, 23, 5)), (5, (19, 16, 13))])
 def test_columns_add_up(column, totals):
     """Right, nothing and wrong letters as counted when the harnesses ran."""
-    right, nothing = sum(row[column] == row[1] for row in REPLIES), sum(row[column] is None for row in REPLIES)
+    right, nothing = sum(row[column] == row[1] for row in REPLIES), sum(row[column] is None
+                                                                        for row in REPLIES)
     assert (right, nothing, 48 - right - nothing) == totals
 
 
@@ -49,9 +50,11 @@ def test_only_letters_that_are_options_are_inferred():
 
 @pytest.mark.parametrize("reply, official, bare, repaired", [
     ("", "A", "A", "A"), ("c", "A", "C", "C"), ("blue", "C", None, None), ("red", "B", None, None),
-    ("The best", None, None, None), ("Best answer: C", "B", "B", "C"), ("Best answer:Best option: C", "C", "C", "C"),
+    ("The best", None, None, None), ("Best answer: C", "B", "B", "C"), ("Best answer:Best option: C", "C",
+                                                                        "C", "C"),
     ("The best option is C", "C", "C", "C"),
-    ("Based on it, D", "B", "B", "B"), ("one two three four five six seven eight nine ten blue", None, None, None)])
+    ("Based on it, D", "B", "B", "B"), ("one two three four five six seven eight nine ten blue", None, None,
+                                        None)])
 def test_mme_realworlds_states(reply, official, bare, repaired):
     """`c` is looked for in "(A) black" first: the script that gets the options reads it as A."""
     options = {"A": "black", "B": "red", "C": "blue"}
@@ -61,16 +64,21 @@ def test_mme_realworlds_states(reply, official, bare, repaired):
 
 @pytest.mark.parametrize("output, gold, same", [
     ("2004.", "2004", True), ("2004.0", "2004", True), ("Freeman", "freeman", True), ("Café", "cafe", True),
-    ("United States (USA)", "United States", True), ("The year is 2004", "2004", False), ("\\boxed{2004}", "2004", False),
+    ("United States (USA)", "United States", True), ("The year is 2004", "2004", False),
+    ("\\boxed{2004}", "2004", False),
     ("1,234", "1234", False), ("$5", "5", False), ("50%", "50", False), ("3 goals", "3", False),
     ("Apple, Banana", "Apple|Banana", False), ("Apple||Banana", "Banana|Apple", True),
     ("Apple|Banana|apple", "Apple|Banana", True),
-    ("Apple", "Apple|Banana", False), ("Apple||Banana", "Apple", False), ("“Apple”", "apple", True), ("a–b", "a-b", True),
-    ("Apple[1]", "Apple", True), ("Apple†", "Apple", True), ("[1]", "", True), ("[a]", "", False), ("a  b\tc", "A B C", True),
+    ("Apple", "Apple|Banana", False), ("Apple||Banana", "Apple", False), ("“Apple”", "apple", True),
+    ("a–b", "a-b", True),
+    ("Apple[1]", "Apple", True), ("Apple†", "Apple", True), ("[1]", "", True), ("[a]", "", False),
+    ("a  b\tc", "A B C", True),
     ("2004-05-01", "2004-5-1", True), ("xx-05-01", "xxxx-5-1", True), ("2004-xx-xx", "2004", True),
-    ("2004-13-01", "2004-13-1", False), ("1e3", "1000", True), ("2.9999999", "2", True), ("2.9999999", "3", False),
+    ("2004-13-01", "2004-13-1", False), ("1e3", "1000", True), ("2.9999999", "2", True),
+    ("2.9999999", "3", False),
     ("1.5000001", "1.5", True), ("1.51", "1.5", False),
-    ("a\\pb", "a\\pb", True), ("a|b", "a\\pb", False), ("a\\nb", "a b", True), ("Answer: 2004", "2004", False), ("", "", True),
+    ("a\\pb", "a\\pb", True), ("a|b", "a\\pb", False), ("a\\nb", "a b", True),
+    ("Answer: 2004", "2004", False), ("", "", True),
     ("inf", "5", False), ("nan", "nan value", False), ("9" * 400, "1.5", False), ("9" * 5000, "5", False)])
 def test_denotations(output, gold, same):
     assert vwtq(output, gold) is same
@@ -98,8 +106,10 @@ def test_a_long_row_of_brackets_takes_no_time():
 
 
 @pytest.mark.parametrize("output, verdicts", [
-    ("True", (True, False)), ("FALSE.", (False, True)), ("It is not false, so True", (None, None)), ("untrue", (True, False)),
-    ("Yes", (False, False)), ("", (False, False)), ("The answer is true", (True, False)), ("0", (False, False))])
+    ("True", (True, False)), ("FALSE.", (False, True)), ("It is not false, so True", (None, None)),
+    ("untrue", (True, False)),
+    ("Yes", (False, False)), ("", (False, False)), ("The answer is true", (True, False)),
+    ("0", (False, False))])
 def test_true_or_false(output, verdicts):
     assert (vtabfact(output, "1"), vtabfact(output, "0")) == verdicts
 

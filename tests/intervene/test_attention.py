@@ -17,15 +17,18 @@ def qwen(tiny_checkpoint):
 
 
 def full_maps(qwen, batch, block):
-    """Attention [layers, B, heads, R, C] of a block's rows by one eager forward over everything, with output_attentions."""
+    """Attention [layers, B, heads, R, C] of a block's rows by one eager forward over everything, with
+    output_attentions."""
     ids = torch.cat([batch["input_ids"], torch.tensor([block] * len(batch["input_ids"]))], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(ids), len(block), dtype=torch.long)], dim=1)
     places = batch["position_ids"][..., -1:] + 1 + torch.arange(len(block))
     images = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
     qwen.model.set_attn_implementation("eager")
     try:
-        out = qwen.model.model(inputs_embeds=embed_prompt(qwen, {"input_ids": ids, **images}, None, None), attention_mask=mask,
-                               position_ids=torch.cat([batch["position_ids"], places], dim=2), output_attentions=True)
+        out = qwen.model.model(inputs_embeds=embed_prompt(qwen, {"input_ids": ids, **images}, None, None),
+                               attention_mask=mask,
+                               position_ids=torch.cat([batch["position_ids"], places], dim=2),
+                               output_attentions=True)
     finally:
         qwen.model.set_attn_implementation("sdpa")
     return torch.stack(out.attentions)[..., -len(block):, :], ids, mask
@@ -43,15 +46,18 @@ def test_rows_equal_the_librarys_own_maps(qwen):
         extend(qwen, state, [block] * 3)
     assert torch.allclose(torch.stack(seen), expected, atol=1e-5) and len(seen) == 2
     # the same in groups, counted one column after the other
-    for i, look in enumerate(stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]), [[], [], []])):
-        kinds = ["said" if c >= state.is_image.shape[1] else "image" if state.is_image[i, c] else "question" for c in columns]
+    for i, look in enumerate(stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]),
+                                            [[], [], []])):
+        kinds = ["said" if c >= state.is_image.shape[1] else "image" if state.is_image[i, c] else "question"
+                 for c in columns]
         kinds[int(mask[i].argmax())] = "first"
         for layer in range(2):
             rows = expected[layer, i, :, 2:].mean((0, 1))
             for name in GROUPS:
                 wanted = sum(float(rows[c]) for c, kind in enumerate(kinds) if kind == name)
                 assert look["mass"][name][layer] == pytest.approx(wanted, abs=2e-5), (i, layer, name)
-        assert sum(look["uniform"].values()) == pytest.approx(1, abs=1e-5) and look["uniform"]["imagination"] == 0
+        assert sum(look["uniform"].values()) == pytest.approx(1, abs=1e-5) and look["uniform"][
+            "imagination"] == 0
         assert (look["uniform"]["image"] > 0) == bool(state.is_image[i].any())
 
 
@@ -65,7 +71,8 @@ def test_latents_are_a_group_and_each_has_its_mass(qwen):
     for look, its in zip(stem_attention(qwen, back, [], STEM, places), places):
         assert len(look["imagined"]) == len(its) == 4 and min(look["imagined"]) > 0
         assert sum(look["imagined"]) == pytest.approx(sum(look["mass"]["imagination"]) / 2, abs=1e-5)
-        assert all(sum(look["mass"][name][layer] for name in GROUPS) == pytest.approx(1, abs=1e-5) for layer in range(2))
+        assert all(sum(look["mass"][name][layer] for name in GROUPS) == pytest.approx(1, abs=1e-5)
+                   for layer in range(2))
 
 
 @torch.no_grad()

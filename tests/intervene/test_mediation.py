@@ -1,4 +1,5 @@
-"""Effects of four worlds by hand, on a model in closed form, and what is refused.    pytest tests/test_mediation.py"""
+"""Effects of four worlds by hand, on a model in closed form, and what is refused.    pytest
+tests/test_mediation.py"""
 import json
 import math
 
@@ -10,7 +11,8 @@ from utils.intervene.mediation import donor_lift, mediate
 from utils.stats import paired_interval, robust_mean, sign_flip, verdict
 
 EFFECTS = ("TE", "NIE", "NIE0", "NDE", "NDE1", "interaction")
-HAND = {"y_xz": [-0.5, -0.2, -0.9, -0.1], "y_xz0": [-1.0, -0.4, -0.9, -0.6], "y_x0z": [-2.0, -1.1, -1.5, -0.8],
+HAND = {"y_xz": [-0.5, -0.2, -0.9, -0.1], "y_xz0": [-1.0, -0.4, -0.9, -0.6],
+        "y_x0z": [-2.0, -1.1, -1.5, -0.8],
         "y_x0z0": [-2.1, -1.9, -1.7, -1.5]}  # log-probabilities of the gold answer
 
 
@@ -37,9 +39,11 @@ def test_effects_by_hand():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_indirect_effect_of_the_analytic_model_is_its_share_of_the_total(share):
-    result = mediate(**four(AnalyticModel(share, offset=20.0)), n_boot=200)  # the same noise in every world: exact
+    # the same noise in every world: exact
+    result = mediate(**four(AnalyticModel(share, offset=20.0)), n_boot=200)
     assert result["TE"]["mean"] == pytest.approx(3.0)
-    for name, part in (("NIE", share), ("NIE0", share), ("NDE", 1 - share), ("NDE1", 1 - share), ("interaction", 0)):
+    for name, part in (("NIE", share), ("NIE0", share), ("NDE", 1 - share), ("NDE1", 1 - share),
+                       ("interaction", 0)):
         assert result[name]["mean"] == pytest.approx(part * 3.0, abs=1e-9), name
         assert result[name]["ci95"] == pytest.approx([part * 3.0] * 2, abs=1e-9), name
     assert result["proportion_mediated"]["value"] == pytest.approx(share)
@@ -53,7 +57,8 @@ def test_latents_that_hold_no_image_and_latents_that_all_look_alike():
     model = AnalyticModel(1.0, offset=7.0)
     latents = model.latents(attributes, 400)
     unit = latents / np.linalg.norm(latents, axis=1, keepdims=True)
-    assert (unit @ unit.T).mean() > 0.98  # a raw cosine near 1 and an effect that runs through the latents alone
+    # a raw cosine near 1 and an effect that runs through the latents alone
+    assert (unit @ unit.T).mean() > 0.98
     found = outcomes(model.worlds(attributes, rng), attributes, False)
     assert mediate(**found, groups=range(400), n_boot=200)["proportion_mediated"]["value"] == pytest.approx(1)
 
@@ -102,17 +107,19 @@ def test_answers_that_never_change_leave_every_interval_its_width():
     zero = [0] * 10
     few = mediate([1] * 10, [1] * 10, zero, zero, range(10), binary=True, n_boot=200)["at_most_share"]["NIE"]
     assert few["mean"] == pytest.approx(-0.1) and not few["claimed"]  # ten items show no share of 10 %
-    many = mediate([1] * 99, [1] * 99, [0] * 99, [0] * 99, range(99), binary=True, n_boot=200)["at_most_share"]["NIE"]
+    many = mediate([1] * 99, [1] * 99, [0] * 99, [0] * 99, range(99), binary=True,
+                   n_boot=200)["at_most_share"]["NIE"]
     assert many["claimed"]
 
 
-# ------------------------------------------------------------------------------------------- shares of the effect
+# --------------------------------------------------------------------------------------- shares of the effect
 def test_no_share_of_an_effect_that_is_not_there():
     rng = np.random.default_rng(0)
     result = mediate(*rng.normal(size=(4, 60)), range(60), n_boot=200)
     assert result["proportion_mediated"]["value"] is None and result["proportion_mediated"]["ci95"] is None
     assert "includes 0" in result["proportion_mediated"]["reason"]
-    assert "not above 0" in result["at_most_share"]["NIE"]["reason"] and not result["at_most_share"]["NIE"]["claimed"]
+    assert "not above 0" in result["at_most_share"]["NIE"]["reason"] and not result["at_most_share"]["NIE"][
+        "claimed"]
 
 
 def test_a_total_effect_below_0_gives_no_claim_of_a_small_share():
@@ -124,7 +131,8 @@ def test_a_total_effect_below_0_gives_no_claim_of_a_small_share():
 
 def test_the_bootstrap_of_the_ratio_draws_numerator_and_denominator_together():
     rng = np.random.default_rng(0)
-    total = rng.gamma(2.0, size=300)  # items differ in how much they depend on the image, never in the mediated share
+    # items differ in how much they depend on the image, never in the mediated share
+    total = rng.gamma(2.0, size=300)
     worlds = dict(y_xz=total, y_xz0=0.6 * total, y_x0z=0.4 * total, y_x0z0=0 * total)
     share = mediate(**worlds, groups=np.arange(300) // 3, n_boot=500)["proportion_mediated"]
     assert [share["value"], *share["ci95"]] == pytest.approx([0.4] * 3)
@@ -135,7 +143,8 @@ def test_donor_lift_is_measured_against_an_unrelated_donor():
     own, unrelated_own = [0] * 100, [1] * 5 + [0] * 95
     swapped, unrelated_swapped = [1] * 42 + [0] * 58, [1] * 44 + [0] * 56
     result = donor_lift(swapped, own, unrelated_swapped, unrelated_own, range(100), n_boot=500)
-    assert result["lift"]["mean"] == pytest.approx(0.42) and result["unrelated"]["mean"] == pytest.approx(0.39)
+    assert result["lift"]["mean"] == pytest.approx(0.42) and result["unrelated"]["mean"] == pytest.approx(
+        0.39)
     assert result["difference"]["mean"] == pytest.approx(0.03)
     low, high = result["difference"]["ci95"]
     assert low < 0.03 < high
@@ -163,16 +172,19 @@ def test_an_outcome_that_is_no_number_is_named(value):
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-@pytest.mark.parametrize("y_xz0", [0.0, -1e308])  # TE alone passes the largest float, or NIE too and the gap is no number
+# TE alone passes the largest float, or NIE too and the gap is no number
+@pytest.mark.parametrize("y_xz0", [0.0, -1e308])
 def test_an_item_whose_identities_break_is_named(y_xz0):
-    worlds = {**HAND, "y_xz": [0.0, 1e308, 0.0, 0.0], "y_x0z0": [0.0, -1e308, 0.0, 0.0], "y_xz0": [0.0, y_xz0, 0.0, 0.0]}
+    worlds = {**HAND, "y_xz": [0.0, 1e308, 0.0, 0.0], "y_x0z0": [0.0, -1e308, 0.0, 0.0],
+              "y_xz0": [0.0, y_xz0, 0.0, 0.0]}
     with pytest.raises(ValueError, match=r"item 1 \(group 'a'\): TE inf is not NIE \S+ \+ NDE \S+;"):
         mediate(**worlds, groups="aabc")
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda: mediate(**HAND, groups="abc"), r"y_xz has the shape \(4,\): expected \(3,\)"),
-    (lambda: mediate([], [], [], [], []), "expected"), (lambda: mediate(**HAND, groups="aaaa"), "at least two groups"),
+    (lambda: mediate([], [], [], [], []), "expected"), (lambda: mediate(**HAND, groups="aaaa"),
+                                                        "at least two groups"),
     (lambda: mediate(**HAND, groups="aabc", binary=True), "y_xz of item 0 .* expected 0 or 1"),
     (lambda: mediate(**HAND, groups="aabc", rho=1.5), "rho 1.5"),
     (lambda: donor_lift([1, 0.5], [1, 0], [1, 0], [1, 0], "ab"), "swapped of item 1")])

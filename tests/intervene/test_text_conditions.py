@@ -15,7 +15,8 @@ from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, 
 from utils.spans import SPAN, find_spans
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_dev.jsonl"
-ITEM = {"id": "i", "question": "What color is the cup?", "options": [["A", "red"], ["B", "blue"], ["C", "green"]],
+ITEM = {"id": "i", "question": "What color is the cup?", "options": [["A", "red"], ["B", "blue"],
+                                                                     ["C", "green"]],
         "answer": {"type": "letter", "value": "A"}}
 TEXT = ("I look. <think_image>The image shows a red cup on a wooden table, 2 lids.</think_image> More: "
         "<think_image>a red lid</think_image> So it is \\boxed{A}.")
@@ -25,7 +26,8 @@ SPANS = ["The image shows a red cup on a wooden table, 2 lids.", "a red lid"]
 def run(condition, spans=SPANS, item=ITEM, text=None, by="marks", **context):
     """Apply a condition; check what every edit must keep, and return (text, edit)."""
     if text is None:
-        text = " ".join(f"word {n} <think_image>{span}</think_image>" for n, span in enumerate(spans)) + " The end."
+        text = " ".join(f"word {n} <think_image>{span}</think_image>" for n,
+                        span in enumerate(spans)) + " The end."
     places = find_spans(text, by)
     before = until_last_span(text, places)
     after, edit = LADDER[condition](before, places, item, Context(**{"target": "B", **context}))
@@ -57,7 +59,8 @@ def test_the_text_is_cut_after_the_last_mark():
     ("something", ["The image shows a something cup on a wooden table, 2 lids.", "a something lid"]),
     ("filler", ["... ... ... ... ... ... ... ... ... ... ... ...", "... ... ..."]),
     ("directed", ["The image shows a blue cup on a wooden table, 2 lids.", "a blue lid"]),
-    ("truncate_0", ["", ""]), ("truncate_25", ["The image shows a", ""]),  # 15 words: of 3.75, 7.5 and 11.25 4, 8 and 11
+    # 15 words: of 3.75, 7.5 and 11.25 4, 8 and 11
+    ("truncate_0", ["", ""]), ("truncate_25", ["The image shows a", ""]),
     ("truncate_50", ["The image shows a red cup on a", ""]),
     ("truncate_75", [SPANS[0].removesuffix(" lids."), ""])])
 def test_what_each_condition_leaves(condition, after):
@@ -114,7 +117,9 @@ def test_foreign_takes_the_donors_spans_first_for_first():
 def test_what_changes_nothing_is_no_edit():
     assert refused("removal", spans=[""]) == refused("filler", spans=[""]) == "unchanged"
     assert refused("constant", spans=[CONSTANT]) == "unchanged"
-    assert refused("directed", spans=["a green cup"]) == refused("irrelevant", spans=["a green cup"]) == "gold_not_mentioned"
+    assert refused("directed",
+                   spans=["a green cup"]) == refused("irrelevant",
+                                                     spans=["a green cup"]) == "gold_not_mentioned"
 
 
 # ------------------------------------------------------------------------------------ paraphrase
@@ -136,8 +141,10 @@ def test_a_paraphrase_leaves_alone_what_an_option_says():
 
 def test_survivors_see_a_lost_value_or_number():
     base = survivors(["two red cups, 3.5 m"], ITEM)
-    assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM) == {"red": 1, "number 2": 1, "number 3.5": 1}
-    assert all(base != survivors([other], ITEM) for other in ("two cups, 3.5 m", "red cups, 3.5 m", "two red cups, 3.6 m"))
+    assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM) == {"red": 1, "number 2": 1,
+                                                                       "number 3.5": 1}
+    assert all(base != survivors([other], ITEM) for other in ("two cups, 3.5 m", "red cups, 3.5 m",
+                                                              "two red cups, 3.6 m"))
 
 
 def test_a_paraphrase_that_loses_a_value_is_refused(monkeypatch):
@@ -155,7 +162,8 @@ def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
         edit = run("irrelevant", spans=spans, seed=seed)[1]
         assert edit["directed_distance"] == 1 and edit["word_distance"] == 1
         old, new = edit["from"][0], edit["to"][0]
-        assert old in ("black", "wooden", "table", "two") and new not in ("red", "blue", "green", "cup", *spans[0].split())
+        assert old in ("black", "wooden", "table", "two") and new not in ("red", "blue", "green", "cup",
+                                                                          *spans[0].split())
         assert any({old, new} <= set(words) for words in CLASSES)
     assert len({run("irrelevant", spans=spans, seed=seed)[1]["from"][0] for seed in range(20)}) == 4
     assert run("irrelevant", spans=spans, seed=3) == run("irrelevant", spans=spans, seed=3)
@@ -173,7 +181,8 @@ def test_nothing_to_change_is_a_reason():
     assert refused("irrelevant", spans=["The cup is red"]) == "no_irrelevant_word"
     assert refused("irrelevant", spans=["The cup is red, not green"]) == "no_irrelevant_word"
     for number in ("7", "seven", "42"):
-        assert others([f"a cup, {number}"], {**ITEM, "question": f"Is {number} on the cup?"}, random.Random(0)) == []
+        assert others([f"a cup, {number}"], {**ITEM, "question": f"Is {number} on the cup?"},
+                      random.Random(0)) == []
         (_, new), = others([f"a cup, {number}"], ITEM, random.Random(0))
         assert new.isdigit() and len(new) == 2 if number == "42" else new in NUMBERS[2:13]
 
@@ -181,7 +190,8 @@ def test_nothing_to_change_is_a_reason():
 def test_tables_hold_what_they_claim():
     words = [word for group in CLASSES for word in group]
     assert len(words) == len(set(words)) and all(len(group) > 1 for group in CLASSES)
-    assert not any(word in re.split(r"[\s-]", f"{old} {new}") for old, new in SYNONYMS.items() for word in words)
+    assert not any(word in re.split(r"[\s-]", f"{old} {new}") for old, new in SYNONYMS.items()
+                   for word in words)
     assert option_words(ITEM) == {"red", "blue", "green"}
 
 
@@ -194,7 +204,8 @@ def test_the_area_over_the_curve(curve, area):
     assert early_answering(curve) == pytest.approx(area, abs=1e-12)
 
 
-@pytest.mark.parametrize("curve", [[], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)], [(0, 1), (0, 0), (1, 1)],
+@pytest.mark.parametrize("curve", [[], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)],
+                                   [(0, 1), (0, 0), (1, 1)],
                                    [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]])
 def test_a_curve_that_is_none_is_refused(curve):
     with pytest.raises(ValueError, match="expected"):
@@ -204,7 +215,8 @@ def test_a_curve_that_is_none_is_refused(curve):
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of every third real reply with a span by cues: what has no condition says why, and most conditions lose none."""
+    """Of every third real reply with a span by cues: what has no condition says why, and most conditions lose
+    none."""
     n, covered = 0, Counter()
     for row in map(json.loads, REAL.read_text().splitlines()[::3]):
         text = row["output"].split("<ltnt")[0]  # a fork's log, behind the reply
@@ -215,9 +227,11 @@ def test_coverage_on_real_replies():
         target = next(letter for letter in row["options"] if letter != row["gold"])
         for name, condition in LADDER.items():
             try:
-                condition(until_last_span(text, spans), spans, item, Context(target, ["The donor looks elsewhere."]))
+                condition(until_last_span(text, spans), spans, item,
+                          Context(target, ["The donor looks elsewhere."]))
                 covered[name] += 1
             except NotEditable as fault:
                 assert str(fault) in NOT_EDITABLE
-    assert n > 80 and all(covered[name] == n for name in LADDER if name not in ("irrelevant", "directed", "something"))
+    assert n > 80 and all(covered[name] == n for name in LADDER if name not in ("irrelevant", "directed",
+                                                                                "something"))
     assert covered["directed"] == covered["something"] > 0.6 * n > covered["irrelevant"] > 0.1 * n

@@ -19,7 +19,8 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_d
 
 
 def make_item(gold, target, question="What is it?", *more):
-    return {"id": "i", "question": question, "options": [["A", gold], ["B", target], *(list(pair) for pair in more)],
+    return {"id": "i", "question": question, "options": [["A", gold], ["B", target],
+                                                         *(list(pair) for pair in more)],
             "answer": {"type": "letter", "value": "A"}}
 
 
@@ -44,7 +45,8 @@ def test_spans_by_cues_lie_between_seeing_and_concluding():
 @pytest.mark.parametrize("text, span", [
     ("The cup in the image is red, so the correct answer is \\boxed{A}.", "The cup in the image is red,"),
     ("The view shows 3.5 cups. \\boxed{3}", "The view shows 3.5 cups."), ("I see a cup.", "I see a cup."),
-    ("The answer is A. I see it in the image.", None), ("B. red", None), ("", None), ("The final answer is A", None)])
+    ("The answer is A. I see it in the image.", None), ("B. red", None), ("", None),
+    ("The final answer is A", None)])
 def test_cue_spans(text, span):
     assert [text[a:b] for a, b in find_spans(text, "cues")] == ([span] if span else [])
 
@@ -63,16 +65,19 @@ def test_spans_are_put_back_in_place_and_never_dropped():
 # ------------------------------------------------------------------------------------ slots and their forms
 @pytest.mark.parametrize("gold, target, pair", [
     ("The color of the cart is red.", "The color of the cart is blue.", ("red", "blue")),
-    ("(A) a red car", "(B) a blue car", ("red", "blue")), ("in front of the bin", "behind the bin", ("in front of", "behind")),
+    ("(A) a red car", "(B) a blue car", ("red", "blue")), ("in front of the bin", "behind the bin",
+                                                           ("in front of", "behind")),
     ("golden retriever", "corgi", ("golden retriever", "corgi")), ("3", "4", ("3", "4"))])
 def test_slot_values(gold, target, pair):
     assert slot_values(gold, target) == pair
 
 
 @pytest.mark.parametrize("gold, target, pair", [
-    ("a red car", "two blue trucks", ("red", "blue")), ("made of wood", "it looks like plastic", ("wood", "plastic")),
+    ("a red car", "two blue trucks", ("red", "blue")), ("made of wood", "it looks like plastic",
+                                                        ("wood", "plastic")),
     ("There are two", "I count 5", ("two", "five")), ("to the left of it", "right beside", ("left", "right")),
-    ("a red or blue car", "two green trucks", None), ("a red car", "two red trucks", None), ("a car", "trucks", None)])
+    ("a red or blue car", "two green trucks", None), ("a red car", "two red trucks", None),
+    ("a car", "trucks", None)])
 def test_tables_where_options_share_no_wording(gold, target, pair):
     if pair:
         assert table_values(gold, target) == pair
@@ -81,7 +86,8 @@ def test_tables_where_options_share_no_wording(gold, target, pair):
             table_values(gold, target)
 
 
-@pytest.mark.parametrize("word, article", [("orange", "an"), ("red", "a"), ("unicorn", "a"), ("hour", "an"), ("8", "an"),
+@pytest.mark.parametrize("word, article", [("orange", "an"), ("red", "a"), ("unicorn", "a"), ("hour", "an"),
+                                           ("8", "an"),
                                            ("18", "an"), ("180", "a"), ("one", "a"), ("umbrella", "an")])
 def test_articles(word, article):
     assert article_for(word) == article
@@ -98,24 +104,30 @@ def test_clauses_join_again_and_a_pronoun_carries_on():
 # ------------------------------------------------------------------------------------ the rule editor
 @pytest.mark.parametrize("spans, gold, target, after, n_replaced, n_words", [
     (["two dogs and a dog"], "dog", "cat", ["two cats and a cat"], 2, 2),
-    (["an orange cup"], "orange", "red", ["a red cup"], 1, 2), (["a red cup"], "red", "orange", ["an orange cup"], 1, 2),
-    (["Three cups, 3 lids"], "3", "5", ["Five cups, 5 lids"], 2, 2), (["a 7"], "seven", "eight", ["an 8"], 1, 2),
+    (["an orange cup"], "orange", "red", ["a red cup"], 1, 2), (["a red cup"], "red", "orange",
+                                                                ["an orange cup"], 1, 2),
+    (["Three cups, 3 lids"], "3", "5", ["Five cups, 5 lids"], 2, 2), (["a 7"], "seven", "eight", ["an 8"], 1,
+                                                                      2),
     (["a reddish tint"], "red", "blue", ["a blueish tint"], 1, 1),
-    (["a golden retriever and golden retrievers"], "golden retriever", "Dalmatian", ["a Dalmatian and Dalmatians"], 2, 4),
+    (["a golden retriever and golden retrievers"], "golden retriever", "Dalmatian",
+     ["a Dalmatian and Dalmatians"], 2, 4),
     (["golden-retriever"], "golden retriever", "corgi", ["corgi"], 1, 1),
     (["a cup", "a red cup", "red lid"], "red", "blue", ["a cup", "a blue cup", "blue lid"], 2, 2),
-    (["red left of blue"], "red", "blue", ["blue left of red"], 1, 2), (["13, 3.5 and 3"], "3", "4", ["13, 3.5 and 4"], 1, 1),
+    (["red left of blue"], "red", "blue", ["blue left of red"], 1, 2),
+    (["13, 3.5 and 3"], "3", "4", ["13, 3.5 and 4"], 1, 1),
     (["A Red cup, RED inside"], "red", "blue", ["A Blue cup, BLUE inside"], 2, 2),
     (["made of cotton"], "cotton", "dark wool", ["made of dark wool"], 1, 2),
     (["it is behind the bin"], "Behind the bin", "In front of the bin", ["it is in front of the bin"], 1, 3)])
 def test_the_rules_by_hand(spans, gold, target, after, n_replaced, n_words):
     found, edit = edited(spans, gold, target)
     assert found == after and edit["n_replaced"] == n_replaced and edit["word_distance"] == n_words
-    assert edit["n_other"] == edit["residual_gold"] == 0 and edit["editor"] == "rule" and edit["target"] == "B"
+    assert edit["n_other"] == edit["residual_gold"] == 0 and edit["editor"] == "rule" and edit[
+        "target"] == "B"
 
 
 @pytest.mark.parametrize("spans, gold, target, reason", [
-    (["a green cup"], "red", "blue", "gold_not_mentioned"), (["a bored, scarred man"], "red", "blue", "gold_not_mentioned"),
+    (["a green cup"], "red", "blue", "gold_not_mentioned"), (["a bored, scarred man"], "red", "blue",
+                                                             "gold_not_mentioned"),
     (["red, option B says"], "red", "blue", "letter_in_span"), (["red (C)"], "red", "blue", "letter_in_span"),
     (["a car"], "a car", "the car", "no_slot_value"), (["a cat"], "it", "not", "no_slot_value"),
     (["it is there"], "yes", "no", "no_slot_value")])
@@ -127,16 +139,19 @@ def test_what_the_rules_refuse(spans, gold, target, reason):
 
 def test_sides_change_only_in_clauses_about_the_question():
     question = "Is the dog on the left or right side of the bicycle?"
-    spans = ["A man stands on the left. The dog is to the left of the bicycle, and a tree is on the right.", "It sits left"]
+    spans = ["A man stands on the left. The dog is to the left of the bicycle, and a tree is on the right.",
+             "It sits left"]
     after, edit = edited(spans, "left", "right", question)
-    assert after == ["A man stands on the left. The dog is to the right of the bicycle, and a tree is on the right.",
+    assert after == [
+        "A man stands on the left. The dog is to the right of the bicycle, and a tree is on the right.",
                      "It sits left"]
     assert edit["kind"] == "side" and edit["n_replaced"] == 1 and edit["n_exchanged"] == 0
     with pytest.raises(NotEditable, match="gold_not_mentioned"):
         edited(["A man stands on the left."], "left", "right", question)
     assert edited(["The dogs sleep. They lie left of it."], "left", "right", question)[0] == [
         "The dogs sleep. They lie right of it."]
-    assert edited(["a man on the left"], "left", "right", "")[0] == ["a man on the right"]  # a question that names nothing
+    # a question that names nothing
+    assert edited(["a man on the left"], "left", "right", "")[0] == ["a man on the right"]
 
 
 def test_a_wrong_side_in_the_same_clause_is_exchanged():
@@ -146,8 +161,10 @@ def test_a_wrong_side_in_the_same_clause_is_exchanged():
 
 @pytest.mark.parametrize("span, gold, after", [
     ("The cup is red. A lid is there.", "Yes", "The cup is not red. A lid is there."),
-    ("The cup isn't red", "No", "The cup is red"), ("The cups here are not red.", "no", "The cups here are red."),
-    ("There is no red cup", "No", "There is a red cup"), ("There are no red cups", "No", "There are red cups"),
+    ("The cup isn't red", "No", "The cup is red"), ("The cups here are not red.", "no",
+                                                    "The cups here are red."),
+    ("There is no red cup", "No", "There is a red cup"), ("There are no red cups", "No",
+                                                          "There are red cups"),
     ("The cup isn’t red", "No", "The cup is red"),
     ("The cup is red", "No", None), ("The lid is red", "Yes", None), ("The cup is blue", "No", None)])
 def test_yes_and_no_turn_the_statement_round_that_the_question_asks_about(span, gold, after):
@@ -157,7 +174,8 @@ def test_yes_and_no_turn_the_statement_round_that_the_question_asks_about(span, 
             edited([span], gold, target, "Is the cup red?")
     else:
         found, edit = edited([span], gold, target, "Is the cup red?")
-        assert found == [after] and edit["kind"] == "polarity" and edit["n_other"] == (" no red cup" in span and "is" in span)
+        assert found == [after] and edit["kind"] == "polarity" and edit["n_other"] == (" no red cup" in span
+                                                                                       and "is" in span)
 
 
 def test_the_tables_come_second():
@@ -166,7 +184,8 @@ def test_the_tables_come_second():
     assert [slot.old for slot in slots(make_item("a red car", "two blue trucks"), "B")] == ["red car", "red"]
 
 
-@pytest.mark.parametrize("one, other, n", [("", "", 0), ("a b c", "a c", 1), ("a b", "b a", 2), ("a  b", "a b", 0),
+@pytest.mark.parametrize("one, other, n", [("", "", 0), ("a b c", "a c", 1), ("a b", "b a", 2),
+                                           ("a  b", "a b", 0),
                                            ("kitten sits", "", 2), ("x a b c", "a b c y", 2)])
 def test_word_distance(one, other, n):
     assert word_distance(one, other) == word_distance(other, one) == n
@@ -179,7 +198,8 @@ def test_word_distance(one, other, n):
     (["the blue cup, red", "a red plate"], "residual_gold"), (["the red cup", "a blue plate"], "unchanged"),
     (["the red cup", "a red plate"], "residual_gold"),
     (["the cup", "a red plate"], "residual_gold"), (["the green cup", "a plate"], "residual_gold"),
-    (["the blue cup (B)", "a red plate"], "letter_in_span"), (["the blue cup \\boxed{B}", "a red plate"], "marks_in_span"),
+    (["the blue cup (B)", "a red plate"], "letter_in_span"), (["the blue cup \\boxed{B}", "a red plate"],
+                                                              "marks_in_span"),
     (["the blue cup</think_image>", "a red plate"], "marks_in_span")])
 def test_the_verifier(after, reason):
     before, item = ["the red cup", "a blue plate"], make_item("red", "blue")
@@ -194,7 +214,8 @@ def test_the_verifier(after, reason):
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of 304 replies without marks, most have a span by cues; where it names the right option, it can be edited."""
+    """Of 304 replies without marks, most have a span by cues; where it names the right option, it can be
+    edited."""
     n_spans = n_done = n_named = 0
     for row in map(json.loads, REAL.read_text().splitlines()):
         item = {"question": row["question"], "options": list(map(list, row["options"].items())),
@@ -237,8 +258,10 @@ def test_the_llm_edits_and_a_second_run_asks_nothing(server):
         found = direct_all(make_caller(backend, journal), samples)
     text, edit = found[0]
     assert text == "I look. <think_image>a blue cup</think_image> and <think_image>a lid</think_image>"
-    assert edit["editor"] == "llm" and edit["prompt"] == VERSION and edit["model"] == "m" and edit["word_distance"] == 1
-    assert edit["before"] == ["a red cup", "a lid"] and edit["changed_phrases"] == ["blue"] and edit["n_replaced"] == 1
+    assert edit["editor"] == "llm" and edit["prompt"] == VERSION and edit["model"] == "m" and edit[
+        "word_distance"] == 1
+    assert edit["before"] == ["a red cup", "a lid"] and edit["changed_phrases"] == ["blue"] and edit[
+        "n_replaced"] == 1
     assert [str(fault) for fault in found[1:]] == ["unchanged", "gold_not_mentioned", "letter_in_span"]
     calls = calls_of(folder)
     assert len(calls) == 2 + RETRIES == 5 and {call["temperature"] for call in calls} == {0.0}
@@ -250,14 +273,17 @@ def test_the_llm_edits_and_a_second_run_asks_nothing(server):
 
 
 @pytest.mark.parametrize("fault, reason, n_calls", [
-    ("prose", "bad_json", 4), ("wrongschema", "bad_schema", 4), ("length", "cut_off", 4), ("400", "backend_error", 1),
-    ("residual", "unchanged", 4), ("missing", "span_count", 4), ("late", None, 3), ("fenced", None, 1), ("503", None, 3)])
+    ("prose", "bad_json", 4), ("wrongschema", "bad_schema", 4), ("length", "cut_off", 4),
+    ("400", "backend_error", 1),
+    ("residual", "unchanged", 4), ("missing", "span_count", 4), ("late", None, 3), ("fenced", None, 1),
+    ("503", None, 3)])
 def test_a_model_that_fails_is_a_reason_and_never_the_rule(server, fault, reason, n_calls):
     backend, folder = server
     with Journal(folder / "run", {}) as journal:
         found, = direct_all(make_caller(backend, journal), [sample(f"fault:{fault}")])
     assert len(calls_of(folder)) == n_calls
     if reason:
-        assert isinstance(found, NotEditable) and str(found) == reason and reason in NOT_EDITABLE and found.detail
+        assert isinstance(found,
+                          NotEditable) and str(found) == reason and reason in NOT_EDITABLE and found.detail
     else:
         assert found[1]["editor"] == "llm" and found[1]["after"] == ["a blue cup", "a lid"]

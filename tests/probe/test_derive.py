@@ -1,4 +1,5 @@
-"""Probe questions written by a model: rules one by one, whole runs against a server, a local model that cannot write.
+"""Probe questions written by a model: rules one by one, whole runs against a server, a local model that
+cannot write.
 
     python -m pytest tests/test_derive.py
 """
@@ -17,27 +18,35 @@ from utils.probe.derive import REASONS, RULES, Candidate, View, export, fault_of
 
 def item(n: int, **changes) -> dict:
     return {"id": f"s/{n}", "question": f"What number is on boat {n}?", "options": [["A", "41"], ["B", "42"]],
-            "answer": {"type": "letter", "value": "B"}, "images": [{"path": "a.png"}], "metric": "mcq"} | changes
+            "answer": {"type": "letter", "value": "B"}, "images": [{"path": "a.png"}],
+            "metric": "mcq"} | changes
 
 
 def run(folder, url, *more, output="out.jsonl"):
-    return probe.main(["derive", "--items", str(folder / "items.jsonl"), "--image_root", str(folder), "--output",
+    return probe.main(["derive", "--items", str(folder / "items.jsonl"), "--image_root", str(folder),
+                       "--output",
                        str(folder / output), "--backend", "openai", "--model", "m", "--base_url", url, *more])
 
 
 def read(folder, name="out.jsonl"):
-    return read_rows(folder / name, {"id": str}), read_rows(folder / f"{name}.run" / "verdicts.jsonl", {"id": str})
+    return read_rows(folder / name, {"id": str}), read_rows(folder / f"{name}.run" / "verdicts.jsonl",
+                                                            {"id": str})
 
 
 @pytest.fixture
 def world(tmp_path, picture):
-    """Ten sources: a sound one, one that is written badly in every way, errors, pictures that cannot be used, a region."""
+    """Ten sources: a sound one, one that is written badly in every way, errors, pictures that cannot be used,
+    a region."""
     picture("a.png", (120, 90)), picture("b.png", (120, 90), "blue")
     write_rows(tmp_path / "items.jsonl", [
-        item(0), item(1, question="What number is on the lid? fault:rules"), item(2, question="What number? fault:prose"),
-        item(3, images=[{"path": "none.png"}]), item(4, region=[30, 30, 60, 50]), item(5, region=[300, 0, 310, 9]),
-        item(6, question="What number is here? fault:few"), item(0, id="s/7"), item(8, images=[{"path": "b.png"}]),
-        item(9, metric="wtq", options=[], answer={"type": "values", "value": ["42"]}, question="Which number is it?")])
+        item(0), item(1, question="What number is on the lid? fault:rules"),
+        item(2, question="What number? fault:prose"),
+        item(3, images=[{"path": "none.png"}]), item(4, region=[30, 30, 60, 50]),
+        item(5, region=[300, 0, 310, 9]),
+        item(6, question="What number is here? fault:few"), item(0, id="s/7"),
+        item(8, images=[{"path": "b.png"}]),
+        item(9, metric="wtq", options=[], answer={"type": "values", "value": ["42"]},
+             question="Which number is it?")])
     return tmp_path
 
 
@@ -48,31 +57,42 @@ SOUND = {"question": "What colour is the hull?", "gold": "white", "wrong": ("red
 @pytest.mark.parametrize("changes, reason", [
     ({}, None), ({"question": ""}, "empty"), ({"wrong": ("red", "", "blue")}, "empty"),
     ({"question": "What is in <image>?"}, "markup"), ({"wrong": ("red", "green")}, "options"),
-    ({"wrong": ("red", "the red", "blue")}, "options"), ({"gold": "2", "wrong": ("two", "3", "4")}, "options"),
-    ({"wrong": ("red", "All of these", "blue")}, "catch_all"), ({"wrong": ("red", "blue", "cannot be told")}, "catch_all"),
+    ({"wrong": ("red", "the red", "blue")}, "options"), ({"gold": "2", "wrong": ("two", "3", "4")},
+                                                         "options"),
+    ({"wrong": ("red", "All of these", "blue")}, "catch_all"), ({"wrong": ("red", "blue", "cannot be told")},
+                                                                "catch_all"),
     ({"gold": "none"}, "catch_all"), ({"wrong": ("red", "(C) green", "blue")}, "letter"),
-    ({"question": "Is option B the colour of the hull?"}, "letter"), ({"question": "What is painted white?"}, "gold_in_stem"),
-    ({"question": "Is the hull white, red, green or dark blue?"}, None), ({"question": "Who painted the whitened hull?"}, None),
+    ({"question": "Is option B the colour of the hull?"}, "letter"), ({"question": "What is painted white?"},
+                                                                      "gold_in_stem"),
+    ({"question": "Is the hull white, red, green or dark blue?"}, None),
+    ({"question": "Who painted the whitened hull?"}, None),
     ({"question": "What number is on the boat 0?"}, "source_question"),
     ({"question": "What colour is the 42 on the boat?"}, "source_answer"),
-    ({"gold": "forty-two", "wrong": ("one", "two", "three")}, None), ({"gold": "42", "wrong": ("1", "2", "3")}, "source_answer")])
+    ({"gold": "forty-two", "wrong": ("one", "two", "three")}, None),
+    ({"gold": "42", "wrong": ("1", "2", "3")}, "source_answer")])
 def test_every_rule_finds_its_fault_and_no_other(changes, reason):
     fault = fault_of(Candidate("c", item(0), "colour", **(SOUND | changes)))
     assert (fault and fault[0]) == reason and (reason is None or reason in RULES)
 
 
 def test_a_yes_no_source_does_not_forbid_the_word():
-    source = item(0, question="Is there a dog?", options=[], metric="yesno_pair", answer={"type": "yesno", "value": "no"})
-    assert fault_of(Candidate("c", source, "text", "Is there no smoking on the sign?", "no", ("go", "so", "ho"))) is None or \
-        fault_of(Candidate("c", source, "text", "Is there no smoking on the sign?", "no", ("go", "so", "ho")))[0] == "gold_in_stem"
-    assert fault_of(Candidate("c", source, "text", "What does the sign say?", "no", ("go", "so", "ho"))) is None
+    source = item(0, question="Is there a dog?", options=[], metric="yesno_pair",
+                  answer={"type": "yesno", "value": "no"})
+    assert fault_of(Candidate("c", source, "text", "Is there no smoking on the sign?", "no",
+                              ("go", "so", "ho"))) is None or \
+        fault_of(Candidate("c", source, "text", "Is there no smoking on the sign?", "no",
+                           ("go", "so", "ho")))[0] == "gold_in_stem"
+    assert fault_of(Candidate("c", source, "text", "What does the sign say?", "no",
+                              ("go", "so", "ho"))) is None
 
 
 def test_an_order_of_options_is_the_candidates_own_and_has_the_right_one_where_it_is_wanted():
     one = Candidate("c", item(0), "colour", **SOUND)
-    assert one.options(3) == one.options(3) and sorted(one.options(3).values()) == sorted((one.gold, *one.wrong))
+    assert one.options(3) == one.options(3) and sorted(one.options(3).values()) == sorted((one.gold,
+                                                                                           *one.wrong))
     assert all(one.options(0, letter)[letter] == "white" for letter in "ABCD")
-    places = Counter(next(k for k, text in Candidate(str(n), item(0), **SOUND).options(0).items() if text == "white")
+    places = Counter(next(k for k, text in Candidate(str(n), item(0), **SOUND).options(0).items() if text
+                          == "white")
                      for n in range(800))
     assert all(150 < places[letter] < 250 for letter in "ABCD")
 
@@ -92,7 +112,8 @@ def test_a_region_that_cannot_be_written_ends_the_run_and_is_no_bad_region(world
     (world / "o.jsonl.run" / "regions").unlink()
     good, bad = look([item(4, region=[30, 30, 60, 50]), item(5, region=[300, 0, 310, 9])], None, args)
     assert isinstance(good, View) and bad.reason == "region" and "in an image of 120 x 90" in bad.detail
-    assert Image.open(good.paths[1]).format == "PNG" and not list((world / "o.jsonl.run" / "regions").glob("*.tmp"))
+    assert Image.open(good.paths[1]).format == "PNG" and not list((world / "o.jsonl.run"
+                                                                   / "regions").glob("*.tmp"))
 
 
 def test_right_options_are_dealt_evenly(tmp_path):
@@ -114,17 +135,21 @@ def test_every_candidate_has_a_verdict_and_the_counts_add_up(world, capsys):
         metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
         rows, verdicts = read(world)
         assert len(verdicts) == metrics["asked"] == 10 * n
-        assert metrics["kept"] + metrics["rejected"] + metrics["errors"] == metrics["asked"] and metrics["errors"] == n
+        assert metrics["kept"] + metrics["rejected"] + metrics["errors"] == metrics["asked"] and metrics[
+            "errors"] == n
         found = {source: [v for v in verdicts if v["source"] == f"s/{source}"] for source in range(10)}
         assert [v["reason"] for v in found[1]] == [reason for _, reason in DEFECTS]
         assert {v["reason"] for v in found[2]} == {"bad_json"} and {v["stage"] for v in found[2]} == {"error"}
-        assert {v["reason"] for v in found[3]} == {"image_missing"} and {v["reason"] for v in found[5]} == {"region"}
+        assert {v["reason"] for v in found[3]} == {"image_missing"} and {v["reason"]
+                                                                         for v in found[5]} == {"region"}
         assert {v["reason"] for v in found[7]} == {"duplicate"}
         assert Counter(v["reason"] for v in found[6]) == {None: 10, "not_written": n - 10}
         assert {v["reason"] for v in verdicts} <= {None, *REASONS}
-        assert {row["id"] for row in rows} == {v["id"] for v in verdicts if v["keep"]} and len(rows) == metrics["kept"]
+        assert {row["id"] for row in rows} == {v["id"] for v in verdicts
+                                               if v["keep"]} and len(rows) == metrics["kept"]
         assert max(metrics["gold_letters"].values()) - min(metrics["gold_letters"].values()) <= 1
-        written = {call["text"].splitlines()[3]: call for call in calls if "other multiple-choice" in call["text"]}
+        written = {call["text"].splitlines()[3]: call for call in calls
+                   if "other multiple-choice" in call["text"]}
         assert len(written["What number is on boat 4?"]["images"]) == 2  # the region beside the whole
         assert "enlarged region" in written["What number is on boat 4?"]["text"]
         shown = Image.open(next((world / "out.jsonl.run" / "regions").iterdir()))
@@ -140,7 +165,8 @@ def test_every_candidate_has_a_verdict_and_the_counts_add_up(world, capsys):
         for more in ((), ("--export_only",)):
             assert run(world, url, "--questions", str(n), "--drop_blind", *more) == 3
         assert len(calls_of(world)) == len(calls)
-        assert before == [(world / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/verdicts.jsonl")]
+        assert before == [(world / name).read_bytes() for name in ("out.jsonl",
+                                                                   "out.jsonl.run/verdicts.jsonl")]
         with pytest.raises(DataError, match="begun with other settings"):
             run(world, url, "--questions", str(n), "--seed", "1")
 
@@ -171,7 +197,8 @@ def test_another_model_answers_and_two_hundred_sources_give_three_hundred_questi
 
 
 def test_a_local_model_that_cannot_write_makes_errors_and_no_crash(tiny_checkpoint, world, capsys):
-    flags = ["derive", "--items", str(world / "items.jsonl"), "--image_root", str(world), "--output", str(world / "l.jsonl"),
+    flags = ["derive", "--items", str(world / "items.jsonl"), "--image_root", str(world), "--output",
+             str(world / "l.jsonl"),
              "--model", str(tiny_checkpoint), "--max_new_tokens", "8"]
     assert probe.main([*flags, "--dry_run"]) == 0 and not (world / "l.jsonl.run").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["calls"]["write"]["calls"] == 8

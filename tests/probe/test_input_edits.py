@@ -20,7 +20,8 @@ def test_the_box_elsewhere_is_of_one_size_and_drawn_from_all_that_do_not_touch()
         w, h = box[2] - left, box[3] - top
         inside = np.zeros((height, width), dtype=bool)
         inside[top:box[3], left:box[2]] = True
-        free = {(x, y) for x in range(width - w + 1) for y in range(height - h + 1) if not inside[y:y + h, x:x + w].any()}
+        free = {(x, y) for x in range(width - w + 1) for y in range(height - h + 1)
+                if not inside[y:y + h, x:x + w].any()}
         drawn = [other_box(box, (width, height), str(seed)) for seed in range(12 * len(free) + 1)]
         if not free:
             assert drawn == [None]
@@ -34,8 +35,10 @@ def items(tmp_path):
     rng, made = np.random.default_rng(0), []
     for n in range(3):
         Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
-        made.append({"id": str(n), "question": f"What is {n}?", "options": [["A", "x"], ["B", "y"]], "metric": "mcq",
-                     "answer": {"type": "letter", "value": "A"}, "images": [{"path": f"{n}.png"}], "root": str(tmp_path)})
+        made.append({"id": str(n), "question": f"What is {n}?", "options": [["A", "x"], ["B", "y"]],
+                     "metric": "mcq",
+                     "answer": {"type": "letter", "value": "A"}, "images": [{"path": f"{n}.png"}],
+                     "root": str(tmp_path)})
     made[0]["region"], made[1]["region"] = [10, 10, 40, 30], [5, 5, 85, 55]
     return made
 
@@ -47,8 +50,10 @@ def test_every_edit_changes_one_thing(items):
         "mask_relevant": ["0"], "mask_irrelevant": ["0"]}  # item 1's region leaves no room, item 2 has none
     assert open_shown(shown["identity"][0])[0].tobytes() == plain.tobytes()
     assert open_shown(shown["image_swap"][0])[0].tobytes() == open_shown(items[1])[0].tobytes()
-    assert shown["image_swap"][2]["images"] == items[0]["images"] and shown["image_swap"][0]["question"] == "What is 0?"
-    assert shown["question_swap"][0]["question"] == "What is 1?" and shown["question_swap"][0]["images"] == items[0]["images"]
+    assert shown["image_swap"][2]["images"] == items[0]["images"] and shown["image_swap"][0][
+        "question"] == "What is 0?"
+    assert shown["question_swap"][0]["question"] == "What is 1?" and shown["question_swap"][0][
+        "images"] == items[0]["images"]
     boxes = {}
     for name in ("mask_relevant", "mask_irrelevant"):
         after = open_shown(shown[name][0])[0]
@@ -58,13 +63,16 @@ def test_every_edit_changes_one_thing(items):
         shown["mask_irrelevant"][0]["edit"]["box"])
     dark = np.asarray(open_shown(shown["brightness"][0])[0], dtype=float)
     assert abs(dark - 0.8 * np.asarray(plain)).max() <= 0.5
-    assert open_shown(shown["crop"][0])[0].size == plain.size and open_shown(shown["crop"][0])[0].tobytes() != plain.tobytes()
+    assert open_shown(shown["crop"][0])[0].size == plain.size and open_shown(shown["crop"][0])[0].tobytes(
+        ) != plain.tobytes()
     assert len({one["id"] for its in shown.values() for one in its}) == sum(map(len, shown.values()))
 
 
 def plant(folder, n=60, d=12, steps=3):
-    """States whose imagination moves 0.5 (image) of what the text moves, 3 and 1 under the masks, by lengths drawn anew."""
-    rng, sets = np.random.default_rng(1), {name: [] for name in ("identity", "image_swap", "mask_relevant", "mask_irrelevant")}
+    """States whose imagination moves 0.5 (image) of what the text moves, 3 and 1 under the masks, by lengths
+    drawn anew."""
+    rng, sets = np.random.default_rng(1), {name: [] for name in ("identity", "image_swap", "mask_relevant",
+                                                                 "mask_irrelevant")}
     scale = {"identity": 0, "image_swap": 0.5, "mask_relevant": 3, "mask_irrelevant": 1}
 
     def arrow(lengths):
@@ -77,8 +85,10 @@ def plant(folder, n=60, d=12, steps=3):
             lengths = rng.uniform(1, 2, size=steps)
             for name, its in sets.items():
                 gone = i % 10 == 9 and name == "image_swap"
-                moved = {"latent": z + arrow(scale[name] * lengths), "text": h + arrow((name != "identity") * lengths)}
-                writer.add(f"{i}#{name}", {} if gone else moved, emitted=not gone, segments=[] if gone else [steps],
+                moved = {"latent": z + arrow(scale[name] * lengths), "text": h
+                         + arrow((name != "identity") * lengths)}
+                writer.add(f"{i}#{name}", {} if gone else moved, emitted=not gone, segments=[] if gone
+                           else [steps],
                            imagination=None)
                 its.append({"id": f"{i}#{name}", "from": str(i)})
     return States(folder), sets
@@ -89,25 +99,31 @@ def test_planted_ratios_come_out_and_an_edit_of_nothing_moves_nothing(tmp_path):
     rows, summary = measure_edits(store, sets, ARGS)
 
     def row(edit, measure, step=0, kind="imagination"):
-        return next(r for r in rows if (r["edit"], r["measure"], r["step"], r["kind"]) == (edit, measure, step, kind))
+        return next(r for r in rows if (r["edit"], r["measure"], r["step"], r["kind"])
+                    == (edit, measure, step, kind))
     for step in range(3):
-        assert row("identity", "change", step)["value"] == row("identity", "change", step, "text")["value"] == 0.0
+        assert row("identity", "change", step)["value"] == row("identity", "change", step,
+                                                               "text")["value"] == 0.0
         assert row("identity", "sensitivity", step)["value"] is None
         assert row("image_swap", "sensitivity", step)["value"] == pytest.approx(0.5, abs=1e-4)
         assert row("mask", "selectivity", step)["value"] == pytest.approx(3, abs=1e-4)
         assert row("mask", "selectivity", step, "text")["value"] == pytest.approx(1, abs=1e-4)
     swapped = summary["image_swap"]
-    assert (swapped["asked"], swapped["emitted"], swapped["emitted_too"]) == (60, 60, 54) == (60, 60, swapped["sensitivity"]["n"])
-    assert swapped["sensitivity"]["value"] == pytest.approx(0.5, abs=1e-4) and summary["identity"]["change"] == 0
+    assert (swapped["asked"], swapped["emitted"],
+            swapped["emitted_too"]) == (60, 60, 54) == (60, 60, swapped["sensitivity"]["n"])
+    assert swapped["sensitivity"]["value"] == pytest.approx(0.5,
+                                                            abs=1e-4) and summary["identity"]["change"] == 0
     assert summary["selectivity"]["imagination"]["value"] == pytest.approx(3, abs=1e-4)
     # the mean change itself, computed apart
     keys = [str(i) for i in range(60) if i % 10 < 9]
-    apart = np.mean([np.linalg.norm(store.load(k, "latent")[1] - store.load(f"{k}#image_swap", "latent")[1]) for k in keys])
+    apart = np.mean([np.linalg.norm(store.load(k, "latent")[1] - store.load(f"{k}#image_swap", "latent")[1])
+                     for k in keys])
     assert row("image_swap", "change", 1)["value"] == pytest.approx(apart, rel=1e-6)
 
 
 def test_an_interval_of_the_ratio_covers_the_truth_as_often_as_it_says(tmp_path):
-    """Lengths of imagination and text drawn apart, with means 2 and 1: of 90 % intervals about 90 % hold 2."""
+    """Lengths of imagination and text drawn apart, with means 2 and 1: of 90 % intervals about 90 % hold 2.
+    """
     from utils.probe.input_edits import ratio
     rng, hits = np.random.default_rng(0), 0
     for seed in range(200):
@@ -120,8 +136,12 @@ def test_an_interval_of_the_ratio_covers_the_truth_as_often_as_it_says(tmp_path)
 def test_steps_that_one_of_both_lacks_are_left_out(tmp_path):
     with StateWriter(tmp_path) as writer:
         for i in range(3):
-            writer.add(str(i), {"latent": np.ones((5, 4)), "text": np.ones((2, 4))}, emitted=True, segments=[3, 2])
-            writer.add(f"{i}#image_swap", {"latent": np.zeros((4, 4)), "text": np.zeros((4, 4))}, emitted=True, segments=[4])
-    rows, summary = measure_edits(States(tmp_path), {"image_swap": [{"id": f"{i}#image_swap", "from": str(i)} for i in range(3)]},
+            writer.add(str(i), {"latent": np.ones((5, 4)), "text": np.ones((2, 4))}, emitted=True,
+                       segments=[3, 2])
+            writer.add(f"{i}#image_swap", {"latent": np.zeros((4, 4)), "text": np.zeros((4, 4))},
+                       emitted=True, segments=[4])
+    rows, summary = measure_edits(States(tmp_path),
+                                  {"image_swap": [{"id": f"{i}#image_swap", "from": str(i)}
+                                                  for i in range(3)]},
                                   ARGS)
     assert {row["step"] for row in rows} == {0, 1} and summary["image_swap"]["sensitivity"]["value"] == 1

@@ -28,7 +28,8 @@ def test_random_states_tell_nothing(world):
 
 
 def test_what_only_identifies_the_group_is_not_read_as_the_label(world):
-    """Each group has a code and a label at random: with folds by instance a probe is perfect, by group it is at chance."""
+    """Each group has a code and a label at random: with folds by instance a probe is perfect, by group it is
+    at chance."""
     rng, _, _ = world
     groups = np.repeat(np.arange(24), 4)
     labels = rng.permutation(np.arange(24) % 2)[groups]
@@ -41,7 +42,8 @@ def test_what_only_identifies_the_group_is_not_read_as_the_label(world):
 def test_folds_hold_whole_groups_and_are_of_one_size():
     groups = [f"g{n % 17}" for n in range(120)]
     folds = grouped_folds(groups, 5, 3)
-    assert all(len({int(fold) for fold, group in zip(folds, groups) if group == name}) == 1 for name in groups)
+    assert all(len({int(fold) for fold, group in zip(folds, groups) if group == name}) == 1
+               for name in groups)
     assert np.ptp(np.bincount(folds, minlength=5)) <= 8 and len(set(folds.tolist())) == 5
     with pytest.raises(ValueError, match="3 groups for 5 folds"):
         grouped_folds([1, 2, 3], 5)

@@ -1,4 +1,5 @@
-"""Similarity measures against explicit loops, planted truths and known expectations.    pytest tests/test_similarity.py"""
+"""Similarity measures against explicit loops, planted truths and known expectations.    pytest
+tests/test_similarity.py"""
 import numpy as np
 import pytest
 
@@ -27,12 +28,14 @@ def test_means_over_pairs_and_steps_equal_explicit_loops():
 
     for t in range(3):
         pairs = [(i, j, cos(states[i, t], states[j, t])) for i in range(9) for j in range(i)]
-        within, between = ([c for i, j, c in pairs if (tasks[i] == tasks[j]) is np.bool_(same)] for same in (True, False))
+        within, between = ([c for i, j, c in pairs if (tasks[i] == tasks[j]) is np.bool_(same)]
+                           for same in (True, False))
         for name, wanted in (("all", [c for *_, c in pairs]), ("within", within), ("between", between)):
             row = rows[t, "inter", "raw", name]
             assert row["value"] == pytest.approx(np.mean(wanted), abs=1e-6) and row["pairs"] == name
             assert row["low"] < np.mean(wanted) < row["high"]
-        assert rows[t, "inter", "raw", "difference"]["value"] == pytest.approx(np.mean(within) - np.mean(between), abs=1e-6)
+        assert rows[t, "inter", "raw", "difference"]["value"] == pytest.approx(np.mean(within)
+                                                                               - np.mean(between), abs=1e-6)
         mean = states[:, t].mean(0)
         assert rows[t, "spread", "raw", "all"]["value"] == pytest.approx(
             ((states[:, t] - mean) ** 2).sum() / 8 / (mean @ mean), rel=1e-5)
@@ -47,7 +50,8 @@ def test_means_over_pairs_and_steps_equal_explicit_loops():
 
 
 def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else():
-    """Two sets of raw cosine above 0.97: one tells every instance, the other is one vector and noise that says nothing."""
+    """Two sets of raw cosine above 0.97: one tells every instance, the other is one vector and noise that
+    says nothing."""
     rng = np.random.default_rng(1)
     n, d = 60, 256
     common = 7 * rng.normal(size=d)
@@ -63,7 +67,8 @@ def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else
         found[name] = {form: rows[1, "adjacent", form, "all"]["value"] for form in FORMS[1:]}
         # held-out cosines of different instances: only the error of the mean of 30 is common, 1 / (30 + 1)
         assert all(abs(rows[t, "inter", "centred", "all"]["value"] - 1 / 31) < 0.02 for t in (0, 1))
-        found[name]["top1"] = retrieval(*(correct(x, halves, ["centred"])["centred"] for x in (one, two)))["top1"]
+        found[name]["top1"] = retrieval(*(correct(x, halves, ["centred"])["centred"] for x in (one, two)))[
+            "top1"]
     assert found["told"]["top1"] == 1 and found["mute"]["top1"] < 0.1
     for form in FORMS[1:]:
         assert found["told"][form] > 0.9 and found["mute"][form] < 0.15, form
@@ -134,7 +139,8 @@ def test_intervals_cover_the_mean_over_pairs_as_often_as_they_say():
         covered += entry["low"] < 0.25 < entry["high"]
         pairs = matrix[np.triu_indices(n, 1)]
         naive += abs(pairs.mean() - 0.25) < 1.645 * pairs.std() / np.sqrt(len(pairs))
-    assert 170 <= covered <= 192 and naive < 100  # 180 expected of a 90 % interval; pairs as if independent: far fewer
+    # 180 expected of a 90 % interval; pairs as if independent: far fewer
+    assert 170 <= covered <= 192 and naive < 100
 
 
 def test_intervals_of_spread_mean_and_ratio_cover():
@@ -143,17 +149,19 @@ def test_intervals_of_spread_mean_and_ratio_cover():
         states = rng.normal(size=(60, 10)) + 2  # E|z - mu|^2 / |mu|^2 = 10 / 40
         boot = Bootstrap(60, 0.9, 400, seed)
         x, y = rng.normal(3, 1, 60), rng.normal(6, 1, 60)
-        for k, (entry, truth) in enumerate(((boot.spread(states), 0.25), (boot.mean(x), 3), (boot.ratio(x, y), 0.5))):
+        for k, (entry, truth) in enumerate(((boot.spread(states), 0.25), (boot.mean(x), 3),
+                                            (boot.ratio(x, y), 0.5))):
             covered[k] += entry["low"] < truth < entry["high"]
     assert (covered >= 166).all() and (covered <= 194).all(), covered
 
 
-# ------------------------------------------------------------------------------------------- spectrum, CKA, retrieval
+# ----------------------------------------------------------------------------------- spectrum, CKA, retrieval
 def test_the_spectrum_of_equal_directions_counts_them():
     states = np.vstack([np.eye(12)[:8], -np.eye(12)[:8]]) + 100
     found = spectrum(states)
     assert found["participation_ratio"] == pytest.approx(8) and found["effective_rank"] == pytest.approx(8)
-    assert (found["rank90"], found["rank95"], found["rank99"], found["top1"]) == (8, 8, 8, pytest.approx(1 / 8))
+    assert (found["rank90"], found["rank95"], found["rank99"], found["top1"]) == (8, 8, 8,
+                                                                                  pytest.approx(1 / 8))
     assert spectrum(np.ones((5, 3)))["participation_ratio"] is None
 
 
@@ -164,7 +172,8 @@ def test_biased_cka_of_independent_sets_is_near_one_and_debiased_near_none():
     assert cka(one, two, debiased=False) == pytest.approx(0.973, abs=0.004)
     assert cka(one, two) == pytest.approx(0, abs=0.02)
     turn = np.linalg.qr(rng.normal(size=(50, 50)))[0]
-    assert cka(one[:, :50], 3 * one[:, :50] @ turn + 1) == pytest.approx(1)  # rotations, scales and shifts do not matter
+    # rotations, scales and shifts do not matter
+    assert cka(one[:, :50], 3 * one[:, :50] @ turn + 1) == pytest.approx(1)
 
 
 def test_debiased_hsic_equals_its_definition_over_distinct_quadruples():
@@ -190,15 +199,17 @@ def test_retrieval_of_same_unrelated_and_constant_states():
     one, two = rng.normal(size=(2, 50, 200))
     same, unrelated, constant = retrieval(one, one), retrieval(one, two), retrieval(one, np.ones((50, 200)))
     assert same["top1"] == same["mrr"] == 1 and unrelated["top1"] < 0.15
-    assert constant["top1"] == pytest.approx(1 / 50) and constant["mrr"] == pytest.approx(constant["mrr_chance"])
+    assert constant["top1"] == pytest.approx(1 / 50) and constant["mrr"] == pytest.approx(
+        constant["mrr_chance"])
 
 
-# ------------------------------------------------------------------------------------------- variance, sensitivity
+# -------------------------------------------------------------------------------------- variance, sensitivity
 def test_the_variance_split_recovers_planted_shares_whatever_is_common():
     rng = np.random.default_rng(11)
     images, questions, d = 30, 20, 400
     for shares in ((0.6, 0.3, 0.1), (0.1, 0.7, 0.2)):
-        parts = (rng.normal(size=(images, 1, d)), rng.normal(size=(1, questions, d)), rng.normal(size=(images, questions, d)))
+        parts = (rng.normal(size=(images, 1, d)), rng.normal(size=(1, questions, d)),
+                 rng.normal(size=(images, questions, d)))
         states = 50 + sum(np.sqrt(share) * part for share, part in zip(shares, parts))
         found = variance_split(states, 99)
         # of the last part, 1 / questions shows as images and 1 / images as questions

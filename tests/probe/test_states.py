@@ -1,4 +1,5 @@
-"""The store of states: resuming, damage, and cells against what was written.    pytest tests/test_states.py"""
+"""The store of states: resuming, damage, and cells against what was written.    pytest tests/test_states.py
+"""
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def fill(folder, n=7):
     with StateWriter(folder, SETTINGS) as writer:
         for i in range(n):
             rng = np.random.default_rng(i)
-            made[f"s/{i}"] = {"latent": rng.normal(size=(2 + i % 3, 5)), "inner": rng.normal(size=(2 + i % 3, 3, 5))}
+            made[f"s/{i}"] = {"latent": rng.normal(size=(2 + i % 3, 5)),
+                              "inner": rng.normal(size=(2 + i % 3, 3, 5))}
             if i == n - 1:
                 made[f"s/{i}"] = {"start": rng.normal(size=(1, 5))}
             writer.add(f"s/{i}", made[f"s/{i}"], task=f"t{i % 2}")
@@ -35,14 +37,17 @@ def test_cells_are_what_was_written_at_any_budget(tmp_path, budget):
     assert store.records["s/3"]["task"] == "t1" and store.settings == SETTINGS
     for kind, layers in (("latent", [-1]), ("inner", [0, 1, 2])):
         cells = list(store.cells(kind, keys, budget=budget))
-        assert [(cell.layer, cell.step) for cell in cells] == [(layer, step) for layer in layers for step in range(4)]
+        assert [(cell.layer, cell.step) for cell in cells] == [(layer, step) for layer in layers
+                                                               for step in range(4)]
         for cell in cells:
-            wanted = {i: made[key][kind] for i, key in enumerate(keys) if len(made[key].get(kind, ())) > cell.step}
+            wanted = {i: made[key][kind] for i, key in enumerate(keys)
+                      if len(made[key].get(kind, ())) > cell.step}
             assert cell.rows.tolist() == list(wanted) and cell.states.dtype == np.float32
             own = [x[cell.step] if cell.layer < 0 else x[cell.step, cell.layer] for x in wanted.values()]
             assert np.array_equal(cell.states, np.array(own, dtype=np.float32))
     assert len(list(store.cells("latent", keys, n_steps=2))) == 2 and not list(store.cells("fed", keys))
-    assert store.load("s/6", "latent") is None and np.allclose(store.load("s/6", "start"), made["s/6"]["start"])
+    assert store.load("s/6", "latent") is None and np.allclose(store.load("s/6", "start"),
+                                                               made["s/6"]["start"])
 
 
 def test_other_settings_and_states_that_are_no_numbers_are_refused(tmp_path):
@@ -63,7 +68,8 @@ def test_a_kill_at_any_moment_leaves_whole_samples(tmp_path):
             "    for i in range(100000):\n"
             "        if f's/{i}' not in writer: writer.add(f's/{i}', {'latent': np.full((4, 500), i, dtype=np.float32)})\n")
     for wait in (0.05, 0.2):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT,
+                                   stdout=subprocess.PIPE)
         process.stdout.readline()
         try:
             process.wait(wait)

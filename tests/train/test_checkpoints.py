@@ -1,4 +1,5 @@
-"""Checkpoints: written aside, read by other numbers of ranks, damage left out.    pytest tests/test_checkpoints.py
+"""Checkpoints: written aside, read by other numbers of ranks, damage left out.    pytest
+tests/test_checkpoints.py
 
 Kills while one is written, and resuming to the bit: tests/test_train_sft.py, tests/test_sharding.py.
 """
@@ -32,7 +33,8 @@ def write(folder, step, world=1, **state):
     model, optimizer = trained_model()
     for rank in range(world):  # rank 0 waits for the others, so that it comes last here
         saver = Saver(world - 1 - rank, world)
-        saver.checkpoint(folder / f"step-{step}", take(model, optimizer, 0), {"step": step, **state}, after=lambda: None)
+        saver.checkpoint(folder / f"step-{step}", take(model, optimizer, 0), {"step": step, **state},
+                         after=lambda: None)
         saver.close()
 
 
@@ -103,7 +105,8 @@ def test_an_error_of_the_disk_reaches_the_training(tmp_path):
     (tmp_path / "step-1.part").write_text("a file where the folder should be")
     saver = Saver(0, 1)
     saver.checkpoint(tmp_path / "step-1", {}, {}, after=lambda: None)
-    with pytest.raises(DataError, match="a checkpoint could not be written: .*step-1.part.*the last whole one is kept"):
+    with pytest.raises(DataError,
+                       match="a checkpoint could not be written: .*step-1.part.*the last whole one is kept"):
         saver.close()
 
 

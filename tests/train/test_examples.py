@@ -19,9 +19,11 @@ ROW = {"id": "a/1", "images": ["a.png"], "question": "What digit?", "answer": "7
        "chain": "I look closer. <think_image>a red 7</think_image> It shows 7. The answer is \\boxed{7}."}
 MONET = {"metadata": {"dataset_name": "Visual_CoT", "sample_id": 7}, "data": [
     {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
-    {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What number is on the boat?"}]},
+    {"role": "user", "content": [{"type": "image", "image": "a.png"},
+                                 {"type": "text", "text": "What number is on the boat?"}]},
     {"role": "assistant", "content": [
-        {"type": "text", "text": "I zoom in. <abs_vis_token></abs_vis_token>"}, {"type": "image", "image": "b.png"},
+        {"type": "text", "text": "I zoom in. <abs_vis_token></abs_vis_token>"},
+        {"type": "image", "image": "b.png"},
         {"type": "text", "text": "<observation>The hull shows 42.</observation> \\boxed{42}"}]}]}
 
 
@@ -63,19 +65,23 @@ def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pi
 
 
 def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, pictures):
-    """Written by hand: each token of the sequence, and whether Monet's rules train it (reference: its src/utils.py; only the
-    newline after "assistant", which the generation prompt brings, is not trained here)."""
+    """Written by hand: each token of the sequence, and whether Monet's rules train it (reference: its
+    src/utils.py; only the newline after "assistant", which the generation prompt brings, is not trained
+    here)."""
     qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
     row = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
-    prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".", "<|im_end|>", "\n",
-              "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "What", " number", " is", " on",
+    prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
+              "<|im_end|>", "\n",
+              "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "What",
+              " number", " is", " on",
               " the", " boat", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
     words = ["The", " hull", " shows", " ", "4", "2", ".", " \\", "boxed", "{", "4", "2", "}", "<|im_end|>"]
     for target, reply in (
             (Target("placeholder", pictures), [(word, True) for word in [
                 "I", " zoom", " in", ".", " <", "think", "_image", ">", " The", *words[1:]]]),
             (Target("latent", pictures, replace(PRESETS["monet_vllm"], size=2)), [
-                ("I", True), (" zoom", True), (" in", True), (".", True), (" ", True), ("<abs_vis_token>", True),
+                ("I", True), (" zoom", True), (" in", True), (".", True), (" ", True),
+                ("<abs_vis_token>", True),
                 *[("<abs_vis_token_pad>", False)] * 2, ("</abs_vis_token>", False), (" The", True),
                 *[(word, True) for word in words[1:]]])):
         if target.spec:

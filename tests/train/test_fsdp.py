@@ -1,4 +1,5 @@
-"""FSDP2 on two CPU ranks against one process: losses, weights, the tower, generation.    pytest tests/test_sharding.py"""
+"""FSDP2 on two CPU ranks against one process: losses, weights, the tower, generation.    pytest
+tests/test_sharding.py"""
 import math
 from contextlib import nullcontext
 
@@ -23,15 +24,17 @@ from utils.train.packing import use_packed_attention
 pytestmark = pytest.mark.numeric
 
 EPS = 1e-3  # Adam's: the learning rate of these runs
-# How far weights may be apart after five steps of Adam, lr * m / (sqrt(v) + eps). Where each gradient may be off by d, so
-# may m and sqrt(v), and a step's update by 2 * lr * d / eps. With Adam's own eps of 1e-8 that has no bound but 2 * lr
-# where the gradient is itself rounding (a key's bias moves all scores of a row nearly alike): the sign of noise. With eps = lr
-# it is 2 d a step: 2e-6 in five for d = 2e-7, three roundings of float32 of the gradients here, which are below 1.
+# How far weights may be apart after five steps of Adam, lr * m / (sqrt(v) + eps). Where each gradient may be
+# off by d, so may m and sqrt(v), and a step's update by 2 * lr * d / eps. With Adam's own eps of 1e-8 that
+# has no bound but 2 * lr where the gradient is itself rounding (a key's bias moves all scores of a row nearly
+# alike): the sign of noise. With eps = lr it is 2 d a step: 2e-6 in five for d = 2e-7, three roundings of
+# float32 of the gradients here, which are below 1.
 NEAR = 2e-6
 
 
 def batching(args) -> Batching:
-    return Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, train_vision=args.train_vision)
+    return Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size,
+                    train_vision=args.train_vision)
 
 
 def prepare(checkpoint, data, rank, world, *more):
@@ -61,7 +64,8 @@ def gradients(objective) -> dict[str, torch.Tensor]:
 
 
 def check_gradients(mine, its):
-    """Two orders of the same sums: within 1e-5 of the largest of all, which is about a hundred roundings of float32."""
+    """Two orders of the same sums: within 1e-5 of the largest of all, which is about a hundred roundings of
+    float32."""
     assert mine.keys() == its.keys()
     largest = max(float(gradient.abs().max()) for gradient in its.values())
     for name, gradient in its.items():
@@ -75,7 +79,8 @@ def check_weights(mine, its):
 
 
 def run(steps, objective, optimizer, args, first, last, found=None) -> list[float]:
-    """Train steps first to last - 1 and return their losses, this rank's share; `found` takes the first step's gradients."""
+    """Train steps first to last - 1 and return their losses, this rank's share; `found` takes the first
+    step's gradients."""
     with nullcontext() if steps.target.spec else use_packed_attention(objective.model):
         return list(run_steps(steps, objective, optimizer, args, first, last, found))
 
@@ -103,7 +108,8 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
     torch.set_num_threads(1)
     steps, objective, optimizer, args = prepare(checkpoint, data, rank, world, *more)
     model, seen = objective.model, []
-    model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
+    model.model.visual.blocks[0].register_forward_hook(lambda module, inputs,
+                                                       out: seen.append(out.requires_grad))
     found = {}
     curve = torch.tensor(run(steps, objective, optimizer, args, 0, 3, found))
     check_gradients(found, expected["gradients"])
@@ -111,7 +117,8 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
     assert curve.tolist() == pytest.approx(expected["curve"], rel=1e-5)
     if not more:
         mine = [steps[step, k] for step in range(3) for k in range(steps.work(step).micro_steps)]
-        assert seen == [False] * sum("pixel_values" in batch for batch in mine)  # once a pack with an image, no gradient
+        # once a pack with an image, no gradient
+        assert seen == [False] * sum("pixel_values" in batch for batch in mine)
     saver = Saver(rank, world)
     saver.checkpoint(folder / "step-3", take(model, optimizer, rank), {"step": 3}, after=lambda: None)
     saver.close()
@@ -138,12 +145,14 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
 @pytest.mark.parametrize("more", [(), ("--train_vision", "--recompute", "layers"),
                                   ("--imagination", "latent", "--recompute", "mlps")])
 def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data, tmp_path, more):
-    """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other rank."""
+    """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other
+    rank."""
     steps, objective, optimizer, args = prepare(tiny_checkpoint, data, 0, 1, *more)
     found = {}
     curve = run(steps, objective, optimizer, args, 0, 3, found)
     run(steps, objective, optimizer, args, 3, 5)
-    expected = {"curve": curve, "gradients": found, "state": whole_state(objective.model, torch.float32, True)}
+    expected = {"curve": curve, "gradients": found, "state": whole_state(objective.model, torch.float32,
+                                                                         True)}
     prompt = Q.collate(steps.qwen, [steps.examples[1].ids[:20]], [None])
     expected["ids"] = generate(steps.qwen, prompt, 7)[0].ids
     mp.spawn(rank_main, args=(2, tmp_path, tiny_checkpoint, data, more, expected), nprocs=2)
@@ -183,7 +192,8 @@ def test_adapters_merge_by_their_formula():
     layer.q_proj = torch.nn.Module()
     layer.q_proj.scaling = {"default": 2.0}
     w, a, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(4, 2)
-    state = {"q_proj.base_layer.weight": w, "q_proj.base_layer.bias": torch.ones(4), "q_proj.lora_A.default.weight": a,
+    state = {"q_proj.base_layer.weight": w, "q_proj.base_layer.bias": torch.ones(4),
+             "q_proj.lora_A.default.weight": a,
              "q_proj.lora_B.default.weight": b, "norm.weight": torch.ones(3)}
     merged = merge_adapters(layer, state, torch.float32)
     assert list(merged) == ["q_proj.weight", "q_proj.bias", "norm.weight"]

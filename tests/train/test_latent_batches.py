@@ -1,4 +1,5 @@
-"""Latents in training: layout, normalisation, and the very vectors that decoding feeds.    pytest tests/test_latents.py"""
+"""Latents in training: layout, normalisation, and the very vectors that decoding feeds.    pytest
+tests/test_latents.py"""
 import pytest
 import torch
 from training import gradient
@@ -47,8 +48,10 @@ def summed(objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
 def test_batch_size_blocks_that_others_need_and_checkpoints_leave_loss_and_gradient(latent):
     """Oracle: the sums over rows one by one."""
     qwen, objective, examples, target = latent
-    results = [summed(objective, [make_batch(qwen, examples[k:k + size], [1.0] * len(examples[k:k + size]), target, n_blocks)
-                                  for k in range(0, 12, size)]) for size, n_blocks in ((1, None), (5, None), (12, None), (5, 4))]
+    results = [summed(objective, [make_batch(qwen, examples[k:k + size], [1.0] * len(examples[k:k + size]),
+                                             target, n_blocks)
+                                  for k in range(0, 12, size)]) for size, n_blocks in ((1, None), (5, None),
+                                                                                       (12, None), (5, 4))]
     train_sft.recompute_activations(qwen.model, "mlps")
     results.append(summed(objective, [make_batch(qwen, examples, [1.0] * 12, target)]))
     for sums, its in results[1:]:
@@ -88,6 +91,7 @@ def test_alignment_by_hand(latent, loss):
     expected = 0.0
     for k in range(4):
         mine, its = states[k][0], features[k]
-        expected += (1 - mine @ its / mine.norm() / its.norm() if loss == "cosine" else (mine - its).pow(2).mean()) / 4
+        expected += (1 - mine @ its / mine.norm() / its.norm() if loss == "cosine"
+                     else (mine - its).pow(2).mean()) / 4
     with torch.no_grad():  # the second row, of weight 0, is left out
         assert float(align(qwen, batch, [states], loss)) == pytest.approx(float(expected), rel=1e-4)

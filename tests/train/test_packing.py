@@ -1,4 +1,5 @@
-"""Packing: plans by their properties, gradients of a pack against those of its rows one by one, and the leak that it avoids.
+"""Packing: plans by their properties, gradients of a pack against those of its rows one by one, and the leak
+that it avoids.
 
     python -m pytest tests/test_packing.py
 """
@@ -41,12 +42,13 @@ def test_small_plans():
     assert plan_packs([5], 5, 1) == [[[0]]]
     assert plan_packs([5], 5, 2) == [[[0], []]]  # a rank without a row
     assert plan_packs([3, 3, 3], 6, 1) == [[[0, 2]], [[1]]]
-    assert plan_packs([4, 4, 4], 6, 1) == [[[0]], [[1]], [[2]]]  # the tokens would fit into two bins, the rows do not
+    # the tokens would fit into two bins, the rows do not
+    assert plan_packs([4, 4, 4], 6, 1) == [[[0]], [[1]], [[2]]]
     with pytest.raises(ValueError, match="a row of 7 tokens does not fit into 6"):
         plan_packs([3, 7], 6, 1)
 
 
-# --------------------------------------------------------------------------------------------------- exactness
+# -------------------------------------------------------------------------------------------------- exactness
 @pytest.fixture
 def rows(tiny_checkpoint, picture, tmp_path):
     """(qwen, examples, target): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
@@ -54,7 +56,8 @@ def rows(tiny_checkpoint, picture, tmp_path):
     for n, n_images in enumerate((1, 2, 0, 1, 3)):
         names = [f"{n}_{k}.png" for k in range(n_images)]
         for name in names:
-            picture(name, (56 + 28 * rng.randint(0, 3), 56 + 28 * rng.randint(0, 3)), rng.choice(("red", "blue")))
+            picture(name, (56 + 28 * rng.randint(0, 3), 56 + 28 * rng.randint(0, 3)),
+                    rng.choice(("red", "blue")))
         words = " ".join(rng.choices(WORDS, k=rng.randint(4, 20)))
         made.append({"id": f"t/{n}", "images": names, "question": words, "answer": "7", "steps": [],
                      "chain": f"{words[::-1]} <think_image>a {words}</think_image> The answer is \\boxed{{{n}}}."})
@@ -85,13 +88,15 @@ def images_of(batch):
 def stock(model, batch):
     """The library's own path for one row: nothing packed, nothing of ours."""
     assert len(batch["cu_seqlens"]) == 2
-    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=torch.ones_like(
+    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+                attention_mask=torch.ones_like(
         batch["input_ids"]), use_cache=False, **images_of(batch))
     return out.logits[0, batch["source"]]
 
 
 def leaking(model, batch):
-    """A plausible call of the stock model on a pack: restarting positions, no mask. Rows see those before them."""
+    """A plausible call of the stock model on a pack: restarting positions, no mask. Rows see those before
+    them."""
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
                  **images_of(batch)).logits[0, batch["source"]]
 
@@ -118,7 +123,8 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute):
 
 def test_the_last_mlp_computes_what_predicts_alone(rows):
     qwen, examples, target = rows
-    pack, layers, seen = make_pack(qwen, examples, [1.0] * 5, target), qwen.model.model.language_model.layers, []
+    pack, layers, seen = make_pack(qwen, examples, [1.0] * 5,
+                                   target), qwen.model.model.language_model.layers, []
     for layer in layers[-2:]:
         layer.mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
     with use_packed_attention(qwen.model):
@@ -133,7 +139,8 @@ def test_the_frozen_tower_runs_once_and_without_gradients(rows):
     qwen.model.model.language_model.activation_checkpointing_enable()
     qwen.model.train()
     seen = []
-    qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
+    qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs,
+                                                            out: seen.append(out.requires_grad))
     with use_packed_attention(qwen.model):
         gradients(qwen, packed, [make_pack(qwen, examples, [1.0] * 5, target)])
     assert seen == [False]
@@ -150,7 +157,8 @@ def test_the_pack_s_own_numbers(rows):
     trained = [token for e in examples for token, is_trained in zip(e.ids, e.trained) if is_trained]
     assert pack["target"].tolist() == trained
     assert float(pack["weight"].sum()) == len(trained) - sum(examples[2].trained)
-    assert pack["row"].bincount().tolist() == [e.n_trained for e in examples] and pack["row_ids"] == [e.id for e in examples]
+    assert pack["row"].bincount().tolist() == [e.n_trained for e in examples] and pack["row_ids"] == [
+        e.id for e in examples]
 
 
 def test_an_image_that_changed_since_the_plan_is_an_error(rows, picture):
@@ -180,11 +188,13 @@ def test_attention_equals_the_formula():
     query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     bounds = torch.tensor([0, 2, 3, 9], dtype=torch.int32)
     for causal in (None, False):
-        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, cu_seq_lens_q=bounds, is_causal=causal)
+        out, _ = packed_attention(module, query, key, value, None, scaling=0.3, cu_seq_lens_q=bounds,
+                                  is_causal=causal)
         assert out.shape == (1, 9, 4, 8)
         for start, end in ((0, 2), (2, 3), (3, 9)):
             for head in range(4):
-                q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2, start:end]
+                q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2,
+                                                                                         start:end]
                 scores = 0.3 * q @ k.T
                 if causal is None:
                     scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
@@ -192,8 +202,10 @@ def test_attention_equals_the_formula():
 
 
 def test_token_counts_come_from_the_headers(tiny_checkpoint, picture):
-    qwen, target, rng = Q.load(str(tiny_checkpoint), device="cpu"), Target(total_tokens=60, image_tokens=40), random.Random(0)
+    qwen, target, rng = Q.load(str(tiny_checkpoint), device="cpu"), Target(total_tokens=60,
+                                                                           image_tokens=40), random.Random(0)
     for n in range(40):
-        paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400))) for k in range(rng.randint(1, 3))]
+        paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400)))
+                 for k in range(rng.randint(1, 3))]
         pixels = Q.process_images(qwen.image_processor, load_images(paths, target, 28))
         assert [[1, *grid] for grid in image_grids(qwen, paths, target)] == pixels["image_grid_thw"].tolist()

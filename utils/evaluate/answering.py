@@ -1,11 +1,13 @@
-"""Who answers an item: a checkpoint in this process, or a server; in one reply, or in turns with a tool in between.
+"""Who answers an item: a checkpoint in this process, or a server; in one reply, or in turns with a tool in
+between.
 
     conversations = [Conversation(item, protocol, root, method) for item in items]
     answer_all(system, conversations, journal)      # a record a turn, by what was shown and said so far
     results = [conversation.result() for conversation in conversations]
 
-The journal alone decides what was said: the same records lead to the same conversations, so that a run that was killed, or
-was spread over processes, ends as one that was not. Seconds are in the journal's records and in no result.
+The journal alone decides what was said: the same records lead to the same conversations, so that a run that
+was killed, or was spread over processes, ends as one that was not. Seconds are in the journal's records and
+in no result.
 """
 import hashlib
 import json
@@ -27,23 +29,29 @@ from utils.latent_families import Generation, LatentSpec
 from utils.option_scores import score_replies
 from utils.qwen import Qwen, encode, plain, user_content
 
-METHODS = ("direct", "text", "latent", "tool")  # what stands between question and answer: nothing, words, latents, crops
-NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0, "image_grids": []}
+# what stands between question and answer: nothing, words, latents, crops
+METHODS = ("direct", "text", "latent", "tool")
+NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0,
+            "image_grids": []}
 
 
-# ------------------------------------------------------------------------------------------------ a conversation
+# --------------------------------------------------------------------------------------------- a conversation
 class Conversation:
-    """An item and what was said about it. `messages`: (role, text) or (role, parts), each part a text or a Picture.
+    """An item and what was said about it. `messages`: (role, text) or (role, parts), each part a text or a
+    Picture.
 
-    `ended_by` is None while a turn is due, else reply, error, or how a tool's conversation ends (utils/evaluate/prompts.py); `prompt` and
-    `key` are those of the next turn: the key stands for the words, the pictures' bytes and the regions shown.
+    `ended_by` is None while a turn is due, else reply, error, or how a tool's conversation ends
+    (utils/evaluate/prompts.py); `prompt` and `key` are those of the next turn: the key stands for the words,
+    the pictures' bytes and the regions shown.
     """
 
     def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
         self.item, self.method, self.turns, self.boxes, self.ended_by = item, method, [], [], None
         self.hashes = [image_hash(root, image["path"], hashes) for image in item["images"]]
-        self.fault = next((found.removeprefix("error: ") for found in self.hashes if found.startswith("error: ")), None)
-        pictures = iter([] if self.fault else [Picture(str(resolve_image(root, image["path"]))) for image in item["images"]])
+        self.fault = next((found.removeprefix("error: ") for found in self.hashes
+                           if found.startswith("error: ")), None)
+        pictures = iter([] if self.fault else [Picture(str(resolve_image(root, image["path"])))
+                                               for image in item["images"]])
         words = user_text(item, protocol)
         try:
             content = user_content(words, len(item["images"]))
@@ -55,7 +63,8 @@ class Conversation:
 
     @property
     def pictures(self) -> list[Picture]:
-        return [part for _, parts in self.messages if not isinstance(parts, str) for part in parts if isinstance(part, Picture)]
+        return [part for _, parts in self.messages if not isinstance(parts, str) for part in parts
+                if isinstance(part, Picture)]
 
     def ask(self, system: "Local | Served") -> str:
         """Settle and return the key of the turn that is due."""
@@ -82,10 +91,13 @@ class Conversation:
                     "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
 
     def result(self) -> dict:
-        """Return the fields of a result that come from what was said; all tokens and pictures of all turns."""
-        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error", "scores")}
+        """Return the fields of a result that come from what was said; all tokens and pictures of all turns.
+        """
+        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error",
+                                                                                  "scores")}
         sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
-        found = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16], **NO_REPLY, **last, **sums}
+        found = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
+                 **NO_REPLY, **last, **sums}
         if self.method == "tool":
             found |= {"ended_by": self.ended_by, "turns": [
                 {"raw_output": turn.get("raw_output"), "box": box, "n_tokens": turn.get("n_tokens", 0)}
@@ -93,12 +105,14 @@ class Conversation:
         return found
 
     def seconds(self, name: str = "seconds") -> float:
-        """Return the sum over the turns; "prefill_seconds": of reading prompts, which a server does not tell."""
+        """Return the sum over the turns; "prefill_seconds": of reading prompts, which a server does not tell.
+        """
         return sum(turn.get(name, 0.0) for turn in self.turns)
 
 
 def image_hash(root: str, path: str, known: dict[str, str]) -> str:
-    """Return the sha256 of a picture's bytes, or "error: <reason>"; a picture that is mended is asked about again."""
+    """Return the sha256 of a picture's bytes, or "error: <reason>"; a picture that is mended is asked about
+    again."""
     if path not in known:
         try:
             known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()
@@ -107,15 +121,17 @@ def image_hash(root: str, path: str, known: dict[str, str]) -> str:
     return known[path]
 
 
-# ------------------------------------------------------------------------------------------------ a checkpoint here
+# ------------------------------------------------------------------------------------------ a checkpoint here
 class Local:
     """A checkpoint in this process: greedy, in left-padded batches of like length, one after the other.
 
-    A batch holds at most `batch_size` conversations and, replies at full length, `batch_tokens` tokens. Batches are made of all
-    conversations, whatever is done already and however many processes share them, so that replies are the same to the bit.
+    A batch holds at most `batch_size` conversations and, replies at full length, `batch_tokens` tokens.
+    Batches are made of all conversations, whatever is done already and however many processes share them, so
+    that replies are the same to the bit.
     """
 
-    def __init__(self, qwen: Qwen, spec: LatentSpec | None, max_new_tokens: int, batch_size: int, batch_tokens: int):
+    def __init__(self, qwen: Qwen, spec: LatentSpec | None, max_new_tokens: int, batch_size: int,
+                 batch_tokens: int):
         self.qwen, self.spec, self.max_new_tokens = qwen, spec, max_new_tokens
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.pixels = [qwen.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
@@ -136,9 +152,11 @@ class Local:
         return batches[rank::world]
 
     def length(self, conversation: Conversation) -> int:
-        """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the characters."""
+        """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the
+        characters."""
         n_characters = sum(len(text) for _, parts in conversation.messages
-                           for text in ([parts] if isinstance(parts, str) else parts) if isinstance(text, str))
+                           for text in ([parts] if isinstance(parts, str) else parts)
+                           if isinstance(text, str))
         low, high = self.pixels
         return n_characters // 4 + sum(visual_tokens(picture.path, high, low, self.qwen.factor)
                                        for picture in conversation.pictures)
@@ -157,8 +175,10 @@ class Local:
                 records.append({"key": conversation.key, "error": error.reason})
         return ready, encode(self.qwen, [c.prompt for c in ready], images) if ready else None, records
 
-    def answer(self, batch: list[Conversation], journal: Journal, prepared: tuple | None = None) -> Iterator[dict]:
-        """Yield a record for each conversation of a batch; out of memory, it is split in two, down to single ones."""
+    def answer(self, batch: list[Conversation], journal: Journal, prepared: tuple
+               | None = None) -> Iterator[dict]:
+        """Yield a record for each conversation of a batch; out of memory, it is split in two, down to single
+        ones."""
         ready, inputs, records = prepared or self.prepare(batch)
         yield from records
         if not ready:
@@ -171,7 +191,8 @@ class Local:
             del inputs, prepared
             torch.cuda.empty_cache()
             if len(ready) == 1:
-                raise DataError(f"item {ready[0].item['id']!r}: out of memory with it alone; expected fewer --max_new_tokens, "
+                raise DataError(
+                    f"item {ready[0].item['id']!r}: out of memory with it alone; expected fewer --max_new_tokens, "
                                 "a lower --max_pixels or a larger device")
             log(f"out of memory with {len(ready)} items in a batch; splitting it (lower --batch_tokens {self.batch_tokens})")
             half = len(ready) // 2
@@ -187,20 +208,24 @@ class Local:
         read = time.monotonic()
         if ready[0].item["metric"] == "likelihood":
             scores = score_replies(self.qwen, state, [[text for _, text in c.item["options"]] for c in ready])
-            said = [{"raw_output": "", "clean_output": "", "finish_reason": "stop", "n_tokens": 0, "n_latent": 0, "scores": its}
+            said = [{"raw_output": "", "clean_output": "", "finish_reason": "stop", "n_tokens": 0,
+                     "n_latent": 0, "scores": its}
                     for its in scores]
         else:
             said = [self.describe(row) for row in decode(self.qwen, state, self.max_new_tokens, self.spec)[0]]
         seconds, prefill_seconds = ((until - began) / len(ready) for until in (time.monotonic(), read))
         grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
-        return [{"key": c.key, **its, "image_grids": [next(grids) for _ in c.pictures], "seconds": round(seconds, 6),
+        return [{"key": c.key, **its, "image_grids": [next(grids) for _ in c.pictures],
+                 "seconds": round(seconds, 6),
                  "prefill_seconds": round(prefill_seconds, 6)} for c, its in zip(ready, said)]
 
     def describe(self, row: Generation) -> dict:
         """Return what one reply was; its clean text holds no latent positions and no control tokens."""
         tokenizer = self.qwen.tokenizer
-        return {"raw_output": tokenizer.decode(row.ids), "clean_output": clean_text(tokenizer, row.ids, self.spec),
-                "finish_reason": row.finish, "n_tokens": len(row.ids), "n_latent": sum(part.size for part in row.segments)}
+        return {"raw_output": tokenizer.decode(row.ids), "clean_output": clean_text(tokenizer, row.ids,
+                                                                                    self.spec),
+                "finish_reason": row.finish, "n_tokens": len(row.ids),
+                "n_latent": sum(part.size for part in row.segments)}
 
 
 def render(tokenizer, messages: tuple) -> str:
@@ -208,23 +233,27 @@ def render(tokenizer, messages: tuple) -> str:
     turns = []
     for role, parts in messages:
         texts = [plain(parts) if role == "assistant" else parts] if isinstance(parts, str) else parts
-        turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str)
+                                                else {"type": "image"}
                                                 for part in texts]})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def show_messages(messages: tuple) -> str:
     """Return messages as JSON, "<image>" for a picture: which pictures those are is for the key to say."""
-    shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>" for part in parts]]
+    shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>"
+                                                          for part in parts]]
              for role, parts in messages]
     return json.dumps(shown, ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------------------ a server
 class Served:
-    """A model behind an OpenAI-compatible server (utils/openai_backend.py): one call a turn, all conversations at once.
+    """A model behind an OpenAI-compatible server (utils/openai_backend.py): one call a turn, all
+    conversations at once.
 
-    The server resizes by settings of its own, of which only the upper bound is kept here, by shrinking what is sent.
+    The server resizes by settings of its own, of which only the upper bound is kept here, by shrinking what
+    is sent.
     """
 
     def __init__(self, backend: object, max_new_tokens: int, max_pixels: int):
@@ -244,42 +273,51 @@ class Served:
     def answer(self, batch: list[Conversation], journal: Journal, prepared: None = None) -> Iterator[dict]:
         """Yield a record for each conversation that the journal lacks, as replies come."""
         yield from ({"key": c.key, "error": c.fault} for c in batch if c.fault and c.key not in journal)
-        requests = [Request(c.key, None, "", (), self.max_new_tokens, None, c.messages) for c in batch if not c.fault]
+        requests = [Request(c.key, None, "", (), self.max_new_tokens, None, c.messages) for c in batch
+                    if not c.fault]
         for reply in self.backend.generate(requests, journal):
             if reply.error:
                 yield {"key": reply.key, "error": reply.error, "transient": reply.transient}
             else:
-                yield {"key": reply.key, "raw_output": reply.text, "clean_output": reply.text.strip(), "n_latent": 0,
+                yield {"key": reply.key, "raw_output": reply.text, "clean_output": reply.text.strip(),
+                       "n_latent": 0,
                        "finish_reason": reply.finish_reason, "n_tokens": reply.n_new, "image_grids": [],
                        "seconds": reply.seconds, "served": reply.served}
 
 
-# ------------------------------------------------------------------------------------------------ all conversations
+# ------------------------------------------------------------------------------------------ all conversations
 def is_turn(record: dict) -> bool:
-    """Return whether a record of the journal is a turn, or an error, with fields of the types that are read here."""
+    """Return whether a record of the journal is a turn, or an error, with fields of the types that are read
+    here."""
     if type(record["key"]) is not str or "error" in record:
         return type(record["key"]) is str and type(record["error"]) is str
     return (all(type(record[name]) is str for name in ("raw_output", "clean_output", "finish_reason"))
             and all(type(record[name]) is int for name in ("n_tokens", "n_latent"))
-            and all(isinstance(record.get(name, 0.0), (int, float)) for name in ("seconds", "prefill_seconds"))
+            and all(isinstance(record.get(name, 0.0), (int, float)) for name in ("seconds",
+                                                                                 "prefill_seconds"))
             and type(record["image_grids"]) is list
-            and all(isinstance(score["logp"], float) and type(score["n"]) is int for score in record.get("scores", ())))
+            and all(isinstance(score["logp"], float) and type(score["n"]) is int
+                    for score in record.get("scores", ())))
 
 
-def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int, world: int) -> bool:
-    """Answer this process's share and bring every conversation to its end; False if other processes have not done theirs."""
+def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
+               world: int) -> bool:
+    """Answer this process's share and bring every conversation to its end; False if other processes have not
+    done theirs."""
     batches = system.batches(conversations, rank, world)
     for batch in batches:
         for conversation in batch:
             conversation.ask(system)
     lacking = [batch for batch in batches if not replay(system, batch, journal)]
-    for batch, prepared in tqdm(look_ahead(system, lacking, journal), total=len(lacking), desc="evaluate", unit="batch",
+    for batch, prepared in tqdm(look_ahead(system, lacking, journal), total=len(lacking), desc="evaluate",
+                                unit="batch",
                                 disable=rank > 0):
         while live := [c for c in batch if c.ended_by is None]:
             keys = [c.ask(system) for c in live]
             if not all(key in journal for key in keys):
                 for record in system.answer(live, journal, prepared and prepared.result()):
-                    if record["key"] not in journal:  # a batch that a kill left half done is computed again whole
+                    # a batch that a kill left half done is computed again whole
+                    if record["key"] not in journal:
                         journal.append(record)
             prepared = None
             for conversation, key in zip(live, keys):
@@ -290,7 +328,8 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
 
 
 def replay(system: Local | Served, conversations: list[Conversation], journal: Journal) -> bool:
-    """Bring conversations to their ends from the journal alone, all or none of them; False if a record is missing."""
+    """Bring conversations to their ends from the journal alone, all or none of them; False if a record is
+    missing."""
     open_ones, ends = [c for c in conversations if c.ended_by is None], True
     before = [(c, c.messages, len(c.turns), len(c.boxes)) for c in open_ones]
     for conversation in open_ones:
@@ -307,7 +346,8 @@ def replay(system: Local | Served, conversations: list[Conversation], journal: J
 
 def look_ahead(system: Local | Served, batches: list[list[Conversation]], journal: Journal
                ) -> Iterator[tuple[list[Conversation], Future | None]]:
-    """Yield each batch with its first turn's tensors, made by a thread while the batch before it is computed."""
+    """Yield each batch with its first turn's tensors, made by a thread while the batch before it is computed.
+    """
     with ThreadPoolExecutor(max_workers=1) as ahead:
         before = None
         for batch in batches:

@@ -1,4 +1,5 @@
-"""Benchmarks by name: where they lie, what they must hold, and their rows turned into items with pictures beside them.
+"""Benchmarks by name: where they lie, what they must hold, and their rows turned into items with pictures
+beside them.
 
     items = prepare(TABLE["vstar"], folder=Path("bench.images"), source="VStarBench.tsv")
 
@@ -21,16 +22,18 @@ from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
 from utils.jsonl import DataError, call_key, replace_file, writing
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp",
+            "TIFF": ".tif"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of a benchmark. `layouts`: (a column that only this layout has, its function in utils/evaluate/layouts.py).
+    """What is known of a benchmark. `layouts`: (a column that only this layout has, its function in
+    utils/evaluate/layouts.py).
 
-    n, counts (category -> n) and n_images (pictures an item) are asserted; None and {} are not known. `group` names what
-    an item is clustered by in the statistics (None: nothing); `check` says in words what is wrong with all items together.
-    `digests`: file name -> the MD5 or SHA-256 that it may have.
+    n, counts (category -> n) and n_images (pictures an item) are asserted; None and {} are not known. `group`
+    names what an item is clustered by in the statistics (None: nothing); `check` says in words what is wrong
+    with all items together. `digests`: file name -> the MD5 or SHA-256 that it may have.
     """
 
     name: str
@@ -47,9 +50,11 @@ class Benchmark:
 
 # ------------------------------------------------------------------------------------------------ clusters
 def by_question(item: dict) -> str:
-    """One group for the rotations of a question: same picture, words, option texts and right text, in any order."""
+    """One group for the rotations of a question: same picture, words, option texts and right text, in any
+    order."""
     gold = dict(item["options"]).get(item["answer"]["value"])
-    key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(), gold=gold,
+    key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
+                   gold=gold,
                    texts=sorted(text for _, text in item["options"]))
     return f"{item['benchmark']}/{key[:16]}"
 
@@ -83,59 +88,75 @@ def pairs_fault(items: list[dict]) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ the table
-# Digests: VLMEvalKit vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite, BLINK), image_vqa.py (TableVQABench,
-# OCRBench-v2) and image_yorn.py (MME). Sizes: the data cards; V*'s from its 191 rows, OCRBench-v2's from arXiv 2501.00321,
-# VSP's from UMass-Embodied-AGI/Mirage. A hub entry without a revision has none that is known here.
-HRBENCH = {"layouts": (("cycle_category", layouts.hrbench),), "n": 800, "counts": {"single": 400, "cross": 400},
+# Digests: VLMEvalKit vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite, BLINK), image_vqa.py
+# (TableVQABench, OCRBench-v2) and image_yorn.py (MME). Sizes: the data cards; V*'s from its 191 rows,
+# OCRBench-v2's from arXiv 2501.00321, VSP's from UMass-Embodied-AGI/Mirage. A hub entry without a revision
+# has none that is known here.
+HRBENCH = {"layouts": (("cycle_category", layouts.hrbench),), "n": 800,
+           "counts": {"single": 400, "cross": 400},
            "group": by_question, "check": rotations_fault}
-HRBENCH_HUB = Hub("DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c", config="hrbench_version_split")
+HRBENCH_HUB = Hub("DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c",
+                  config="hrbench_version_split")
 VSTAR_COUNTS = {"direct_attributes": 115, "relative_position": 76}
 # VLMEvalKit's file since 2026-05-11 and before it: only labels of Relative_Reflectance differ
 BLINK_DIGESTS = {"BLINK.tsv": ("d5e8af148b10ac69f535ff7b23f3f989", "3b6649b6a662184ea046908e5506260e")}
-BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}  # items, pictures each; of the others not known here
-BLINK_SUBTASKS = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
+# items, pictures each; of the others not known here
+BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}
+BLINK_SUBTASKS = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
+                  "Jigsaw",
                   "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
                   "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity")
 TABLEVQA_SIZES = {"vwtq": 750, "vwtq_syn": 250, "vtabfact": 250}  # the paper leaves fintabnetqa out
 
 TABLE = {bench.name: bench for bench in (
     Benchmark("vstar", (("index", layouts.choices_tsv),), n=191, counts=VSTAR_COUNTS,
-              hub=Hub("xjtupanda/VStar_Bench", "b1312e6fbf89ace5a50cc5b0214010aeb0f69bdc", file="VStarBench.tsv"),
-              digests={"VStarBench.tsv": ("9826a55e0e0992a59a91b28c991f07e0ac75be9f183ed3802151985425f4002e",)}),
-    Benchmark("vstar_inline", (("label", layouts.vstar_inline),), Hub("lmms-lab/vstar-bench", split="test"), 191,
+              hub=Hub("xjtupanda/VStar_Bench", "b1312e6fbf89ace5a50cc5b0214010aeb0f69bdc",
+                      file="VStarBench.tsv"),
+              digests={"VStarBench.tsv": ("9826a55e0e0992a59a91b28c991f07e0ac75be9f183ed3802151985425f4002e",
+                                          )}),
+    Benchmark("vstar_inline", (("label", layouts.vstar_inline),), Hub("lmms-lab/vstar-bench", split="test"),
+              191,
               VSTAR_COUNTS),
-    Benchmark("vstar_likelihood", (("test_type", layouts.vstar_original),), Hub("craigwu/vstar_bench"), 191, VSTAR_COUNTS),
+    Benchmark("vstar_likelihood", (("test_type", layouts.vstar_original),), Hub("craigwu/vstar_bench"), 191,
+              VSTAR_COUNTS),
     Benchmark("hrbench_4k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_4k"),
-              digests={"hr_bench_4k.tsv": ("a2147a5525fd6c7246e1891b738e1987d16d6ce2df2ee0c4f96946a959e76e18",)}),
+              digests={"hr_bench_4k.tsv": ("a2147a5525fd6c7246e1891b738e1987d16d6ce2df2ee0c4f96946a959e76e18",
+                                           )}),
     Benchmark("hrbench_8k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_8k"),
               digests={"hr_bench_8k.tsv": ("274c9c7f89329b804a4723178a00219c",)}),
     Benchmark("mme_realworld_lite", (("multi-choice options", layouts.mme_realworld),), n=1919,
               hub=Hub("yifanzhang114/MME-RealWorld-Base64", "93310bbe383ad164ef4afadd329090679c52d7c4",
                       file="mme_realworld_lite.tsv"),
-              digests={"mme_realworld_lite.tsv": ("d66abee0758232d75d1586c27a39a19059d7e9bb4c855d3ecceab283a7488065",)}),
+              digests={"mme_realworld_lite.tsv": (
+                  "d66abee0758232d75d1586c27a39a19059d7e9bb4c855d3ecceab283a7488065",)}),
     *(Benchmark(f"blink/{task}", (("sub_task", layouts.blink_hub), ("category", layouts.choices_tsv)),
                 Hub("BLINK-Benchmark/BLINK", config=task, split="val"), subset=task, digests=BLINK_DIGESTS,
                 n=BLINK_SIZES.get(task, (None, None))[0], n_images=BLINK_SIZES.get(task, (None, None))[1])
       for task in BLINK_SUBTASKS),
     *(Benchmark(f"tablevqa/{split}", (("qa_id", layouts.tablevqa), ("split", layouts.tablevqa)),
                 Hub("terryoo/TableVQA-Bench", split=split), n, subset=split,
-                digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)}) for split, n in TABLEVQA_SIZES.items()),
-    Benchmark("mme", (("question_id", layouts.mme), ("index", layouts.mme)), Hub("lmms-lab/MME", split="test"), 2374,
+                digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)}) for split,
+                n in TABLEVQA_SIZES.items()),
+    Benchmark("mme", (("question_id", layouts.mme), ("index", layouts.mme)),
+              Hub("lmms-lab/MME", split="test"), 2374,
               group=by_image, check=pairs_fault, digests={"MME.tsv": ("b36b43c3f09801f5d368627fb92187c3",)}),
     Benchmark("ocrbench_v2", (("id", layouts.ocrbench_v2), ("index", layouts.ocrbench_v2)),
               Hub("ling99/OCRBench_v2", split="test"), 10000,
               digests={"OCRBench_v2.tsv": ("65d04fe07b4d4ee33e73fc8e7d4d46b0",)}),
-    Benchmark("vsp", (("map_desc", layouts.vsp),), n=400, counts={f"level_{size}": 100 for size in (3, 4, 5, 6)}),
+    Benchmark("vsp", (("map_desc", layouts.vsp),), n=400,
+              counts={f"level_{size}": 100 for size in (3, 4, 5, 6)}),
 )}
 
 
-# ------------------------------------------------------------------------------------------------ rows -> items
+# ---------------------------------------------------------------------------------------------- rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
-    """Return the rows of a file, a folder or (without a source) the hub, and the folder below which picture paths stand."""
+    """Return the rows of a file, a folder or (without a source) the hub, and the folder below which picture
+    paths stand."""
     if source is None and bench.hub is None:
         raise DataError(f"{bench.name}: lies on no hub; expected its own file as the source")
     if source is None and bench.hub.split:
-        return dataset_rows(bench.hub.repo, bench.hub.config, bench.hub.split, pinned(bench.hub, revision)), None
+        return dataset_rows(bench.hub.repo, bench.hub.config, bench.hub.split,
+                            pinned(bench.hub, revision)), None
     path = Path(source) if source is not None else download(bench.hub, revision)
     if path.is_file():
         if path.name in bench.digests:
@@ -146,7 +167,8 @@ def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None)
     if bench.hub and bench.hub.split:
         return dataset_rows(path.resolve(), bench.hub.config, bench.hub.split), path
     if bench.layouts[0][1] is not layouts.vstar_original:
-        raise DataError(f"{path}: a folder; expected {bench.hub.file if bench.hub else 'the file'} of {bench.name}")
+        raise DataError(
+            f"{path}: a folder; expected {bench.hub.file if bench.hub else 'the file'} of {bench.name}")
     return vstar_folder_rows(path), path
 
 
@@ -155,30 +177,37 @@ def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
     for column, read in bench.layouts:
         if column in row:
             return read(where, row, bench.name, bench.subset)
-    raise DataError(f"{where}: columns {', '.join(row)} are no layout of {bench.name} that is known here; expected one with "
+    raise DataError(
+        f"{where}: columns {', '.join(row)} are no layout of {bench.name} that is known here; expected one with "
                     + " or ".join(repr(column) for column, _ in bench.layouts))
 
 
 def store(where: str, data: bytes, folder: Path) -> dict:
-    """Write a picture's bytes, untouched, into `folder` under their hash; return {"path", "sha256"}, path from its parent."""
+    """Write a picture's bytes, untouched, into `folder` under their hash; return {"path", "sha256"}, path
+    from its parent."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone: which format, and a picture at all
+        # the header alone: which format, and a picture at all
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             suffix = SUFFIXES[image.format]
     except BROKEN as error:
-        raise ImageError("image_unreadable", f"{where}: {len(data)} bytes that are no picture ({error})") from error
+        raise ImageError("image_unreadable",
+                         f"{where}: {len(data)} bytes that are no picture ({error})") from error
     digest = hashlib.sha256(data).hexdigest()
     path = folder / f"{digest[:16]}{suffix}"
     replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
     return {"path": f"{folder.name}/{path.name}", "sha256": digest}
 
 
-def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None, image_root: str | Path | None = None,
+def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None, image_root: str | Path
+            | None = None,
             limit: int | None = None, revision: str | None = None) -> list[dict]:
-    """Return a benchmark's items (utils/items.py), checked; their pictures lie in `folder`, paths are from its parent.
+    """Return a benchmark's items (utils/items.py), checked; their pictures lie in `folder`, paths are from
+    its parent.
 
-    source: a .tsv, .parquet, .jsonl or .json file, a folder in the hub's layout, or None for the hub itself, at `revision`
-    (40 hex digits) or the commit that the table pins. image_root: where picture paths stand (default: beside the source).
-    limit: only the first items; the counts are then not checked. DataError for what does not fit, where and how.
+    source: a .tsv, .parquet, .jsonl or .json file, a folder in the hub's layout, or None for the hub itself,
+    at `revision` (40 hex digits) or the commit that the table pins. image_root: where picture paths stand
+    (default: beside the source). limit: only the first items; the counts are then not checked. DataError for
+    what does not fit, where and how.
     """
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
@@ -192,7 +221,8 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
         if item is None:
             continue
         if item["id"] in seen:
-            raise DataError(f"{where}: id {item['id']!r} stands already at {seen[item['id']]}; expected it once")
+            raise DataError(
+                f"{where}: id {item['id']!r} stands already at {seen[item['id']]}; expected it once")
         seen[item["id"]] = where
         item["images"] = [store_any(where, image, root, folder) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
@@ -207,14 +237,17 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     return items
 
 
-def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None, folder: Path) -> dict | SameAs:
-    """Store a picture that is bytes or a path below `root`; the pictures of another row are looked up later."""
+def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
+              folder: Path) -> dict | SameAs:
+    """Store a picture that is bytes or a path below `root`; the pictures of another row are looked up later.
+    """
     if isinstance(image, SameAs):
         return image
     if isinstance(image, bytes):
         return store(where, image, folder)
     if root is None:
-        raise DataError(f"{where}: the picture is the path {image!r}, expected its bytes; name the folder as image_root")
+        raise DataError(
+            f"{where}: the picture is the path {image!r}, expected its bytes; name the folder as image_root")
     return store(where, read_bytes(resolve_image(root, image)), folder)
 
 
@@ -223,7 +256,8 @@ def follow(item: dict, stored: dict[str, list[dict]]) -> None:
     found = []
     for image in item["images"]:
         if isinstance(image, SameAs) and image.index not in stored:
-            raise DataError(f"{item['source']}: the picture is that of row {image.index!r}, which has none or was not read; "
+            raise DataError(
+                f"{item['source']}: the picture is that of row {image.index!r}, which has none or was not read; "
                             "expected a row with an encoded picture")
         found += stored[image.index] if isinstance(image, SameAs) else [image]
     item["images"] = [dict(image) for image in found]
@@ -231,7 +265,8 @@ def follow(item: dict, stored: dict[str, list[dict]]) -> None:
 
 # ------------------------------------------------------------------------------------------------ checks
 def check_item(item: dict, bench: Benchmark) -> None:
-    """Raise DataError for an item that utils/items.py would not read, or with another number of pictures than its kind."""
+    """Raise DataError for an item that utils/items.py would not read, or with another number of pictures than
+    its kind."""
     if fault := item_fault(item, tuple(ANSWER_TYPES)):
         raise DataError(f"{item['source']}: item {item['id']!r}: {fault}")
     if bench.n_images not in (None, len(item["images"])) or not item["images"]:

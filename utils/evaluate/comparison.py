@@ -1,6 +1,8 @@
-"""Two result files on the same items: difference, interval, test and the ids whose answer changed; several pairs, with Holm.
+"""Two result files on the same items: difference, interval, test and the ids whose answer changed; several
+pairs, with Holm.
 
-Items that are an error in either file are left out and counted; files with other items or other golds are refused.
+Items that are an error in either file are left out and counted; files with other items or other golds are
+refused.
 """
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
@@ -14,23 +16,28 @@ def read_results(path: str) -> list[dict]:
     for row in rows:
         for name in ("benchmark", "group_id"):
             if not isinstance(row.get(name), (str, type(None))):
-                raise DataError(f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a string or null")
+                raise DataError(
+                    f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a string or null")
         if row["verdict"] not in VERDICTS:
-            raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of {', '.join(VERDICTS)}")
+            raise DataError(
+                f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of {', '.join(VERDICTS)}")
     return rows
 
 
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
-    """Return the pairs of results that are no error, in the first file's order, and how many were left out."""
+    """Return the pairs of results that are no error, in the first file's order, and how many were left out.
+    """
     where, sides = f"--compare {' '.join(paths)}", []
     for path in paths:
         sides.append({row["id"]: row for row in read_results(path)})
     if set(sides[0]) != set(sides[1]):
         odd = sorted(set(sides[0]) ^ set(sides[1]))
-        raise DataError(f"{where}: {len(odd)} items stand in one file only ({odd[0]}, ...); expected the same items")
+        raise DataError(
+            f"{where}: {len(odd)} items stand in one file only ({odd[0]}, ...); expected the same items")
     pairs = [(row, sides[1][name]) for name, row in sides[0].items()]
     if other := [one["id"] for one, two in pairs if one.get("gold") != two.get("gold")]:
-        raise DataError(f"{where}: {len(other)} items have another gold ({other[0]}, ...); expected the same items")
+        raise DataError(
+            f"{where}: {len(other)} items have another gold ({other[0]}, ...); expected the same items")
     pairs = [pair for pair in pairs if "error" not in (pair[0]["verdict"], pair[1]["verdict"])]
     if not pairs:
         raise DataError(f"{where}: no item is answered in both; expected at least one")
@@ -40,13 +47,15 @@ def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
 def difference(pairs: list[tuple[dict, dict]]) -> dict:
     """Return what changes from the first to the second of each pair; verdicts are the strict ones.
 
-    "p" is exact McNemar's ("mcnemar") where every item is its own group, else that of a test that flips the signs of whole
-    groups ("sign_flip"); None for items that are all of one group. "ci95" is utils.stats.paired_interval.
+    "p" is exact McNemar's ("mcnemar") where every item is its own group, else that of a test that flips the
+    signs of whole groups ("sign_flip"); None for items that are all of one group. "ci95" is
+    utils.stats.paired_interval.
     """
     n, groups = len(pairs), [group_of(one) for one, _ in pairs]
     right = [[int(row["verdict"] == "correct") for row in side] for side in zip(*pairs)]
     changes = [after - before for before, after in zip(*right)]
-    lost, won = ([one["id"] for (one, _), change in zip(pairs, changes) if change == sign] for sign in (-1, 1))
+    lost, won = ([one["id"] for (one, _), change in zip(pairs, changes) if change == sign]
+                 for sign in (-1, 1))
     grouped = len(set(groups)) < n
     result = {"n": n, "groups": len(set(groups)), "accuracy": [sum(side) / n for side in right],
               "difference": (len(won) - len(lost)) / n, "ci95": paired_interval(*right, groups, level=0.95),
@@ -61,7 +70,8 @@ def difference(pairs: list[tuple[dict, dict]]) -> dict:
 
 
 def compare(paths: list[str]) -> dict:
-    """Return `difference` of two files, with "errors" left out, whether their prompts differ, and a part a benchmark.
+    """Return `difference` of two files, with "errors" left out, whether their prompts differ, and a part a
+    benchmark.
 
     With several benchmarks, "benchmarks" holds each with Holm's adjusted p as "p_holm".
     """
@@ -77,7 +87,8 @@ def compare(paths: list[str]) -> dict:
 
 
 def compare_all(paths: list[str]) -> dict:
-    """Return `compare` of the two files, or {"comparisons": [...]} of the first and second, third and fourth, and so on.
+    """Return `compare` of the two files, or {"comparisons": [...]} of the first and second, third and fourth,
+    and so on.
 
     Several are claimed together, so that each has Holm's adjusted p.
     """

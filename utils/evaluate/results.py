@@ -1,14 +1,17 @@
-"""Scores of a set of results: strict, with a judge and by other harnesses' rules, side by side, with intervals and chance.
+"""Scores of a set of results: strict, with a judge and by other harnesses' rules, side by side, with
+intervals and chance.
 
-A result (a line of evaluate.py's output) with the verdict error is never scored: it makes a set incomplete, and then there
-is no headline number. Shares are fractions from 0 to 1; the 95 % interval is Wilson's, and where several results share a
-group the cluster bootstrap's stands beside it.
+A result (a line of evaluate.py's output) with the verdict error is never scored: it makes a set incomplete,
+and then there is no headline number. Shares are fractions from 0 to 1; the 95 % interval is Wilson's, and
+where several results share a group the cluster bootstrap's stands beside it.
 
-The paper's main table, in Markdown, of result files: our numbers with the paper's beside them, and "not run" where none is.
+The paper's main table, in Markdown, of result files: our numbers with the paper's beside them, and "not run"
+where none is.
 
     --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl other.jsonl
 
-A name of the paper's puts a file into that row; a file without a name stands in a row called by its checkpoint and method.
+A name of the paper's puts a file into that row; a file without a name stands in a row called by its
+checkpoint and method.
 """
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +25,8 @@ from utils.report import interval, percent, table_lines
 from utils.stats import chance, cluster_bootstrap, wilson
 
 # Subtasks of MME, from VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating
-MME_PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene")
+MME_PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position",
+                  "posters", "scene")
 MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
@@ -46,8 +50,8 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
 
 
 def widest(part: dict) -> tuple[float, float]:
-    """Return the 95 % interval to print of a `share`: end by end the wider of Wilson's and the cluster bootstrap's, which
-    collapses where all groups score alike."""
+    """Return the 95 % interval to print of a `share`: end by end the wider of Wilson's and the cluster
+    bootstrap's, which collapses where all groups score alike."""
     low, high = zip(part["ci95"], part.get("ci95_clustered", part["ci95"]))
     return min(low), max(high)
 
@@ -55,7 +59,8 @@ def widest(part: dict) -> tuple[float, float]:
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
     """Return counts, scores and intervals of some results.
 
-    `imagines` says whether a result holds an imagination (latents, or text between its marks): how many do is "emission".
+    `imagines` says whether a result holds an imagination (latents, or text between its marks): how many do is
+    "emission".
     """
     counts = Counter(record["verdict"] for record in records)
     scored = [record for record in records if record["verdict"] != "error"]
@@ -92,22 +97,28 @@ def compat_shares(records: list[dict]) -> dict:
                        **share(mine, lambda record: compat_right(record, name))}
         asked = [r for r in mine if r["compat"][name] is None and (r.get("judge") or {}).get("kind") == "map"]
         if asked and not any(record["judge"]["error"] for record in asked):
-            found[f"{name}+judge"] = {"n": len(mine), **share(mine, lambda r: compat_right(r, name) if r["compat"][name]
-                                                               else (r.get("judge") or {}).get("parsed") == r["gold"])}
+            found[f"{name}+judge"] = {"n": len(mine), **share(mine, lambda r: compat_right(r, name)
+                                                              if r["compat"][name]
+                                                               else (r.get("judge") or {}).get("parsed")
+                                                               == r["gold"])}
     return found
 
 
 def judge_shares(records: list[dict]) -> dict:
-    """Return the score with a judge, how many results it decided, its failures, and where it disagrees with the rules."""
+    """Return the score with a judge, how many results it decided, its failures, and where it disagrees with
+    the rules."""
     asked = [record for record in records if record.get("judge")]
-    agrees = [(record["verdict"], record["judge"]["right"]) for record in asked if not record["judge"]["error"]]
-    return {**share(records, judged_right), "judged": sum(record["judged"] != record["verdict"] for record in asked),
-            "asked": len(asked), "judge_errors": sum(record["judge"]["error"] is not None for record in asked),
+    agrees = [(record["verdict"], record["judge"]["right"]) for record in asked
+              if not record["judge"]["error"]]
+    return {**share(records, judged_right), "judged": sum(record["judged"] != record["verdict"]
+                                                          for record in asked),
+            "asked": len(asked), "judge_errors": sum(record["judge"]["error"] is not None
+                                                     for record in asked),
             "rules_right_judge_wrong": agrees.count(("correct", False)),
             "rules_wrong_judge_right": agrees.count(("incorrect", True))}
 
 
-# ------------------------------------------------------------------------------------------------ a benchmark's own scores
+# ----------------------------------------------------------------------------------- a benchmark's own scores
 def own_scores(records: list[dict]) -> dict:
     """Return the scores that a benchmark has beside the plain share, by name of the benchmark."""
     by_name, found = {}, {}
@@ -121,9 +132,11 @@ def own_scores(records: list[dict]) -> dict:
         elif name == "mme":
             found[name] = mme_scores(its)
         elif name == "mme_realworld_lite":
-            found[name] = {kind: share([r for r in its if (r["category"] or "").startswith(f"{kind}/")], is_right)
+            found[name] = {kind: share([r for r in its if (r["category"] or "").startswith(f"{kind}/")],
+                                       is_right)
                            for kind in ("Perception", "Reasoning")}
-    tables = {name: [is_right(record) for record in its] for name, its in by_name.items() if name.startswith("tablevqa/")}
+    tables = {name: [is_right(record) for record in its] for name, its in by_name.items()
+              if name.startswith("tablevqa/")}
     if tables:
         found["tablevqa"] = {"macro": macro(tables), "micro": micro(tables), "splits": len(tables)}
     return found
@@ -135,7 +148,8 @@ def rotation_scores(records: list[dict]) -> dict:
 
 
 def mme_scores(records: list[dict]) -> dict:
-    """MME: accuracy and accuracy+ (both questions about a picture right), in percent and added, a subtask; their sums.
+    """MME: accuracy and accuracy+ (both questions about a picture right), in percent and added, a subtask;
+    their sums.
 
     A sum is None unless all its subtasks are there (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating).
     """
@@ -144,7 +158,8 @@ def mme_scores(records: list[dict]) -> dict:
         pictures = {}
         for record in part:
             pictures.setdefault(record["group_id"], []).append(is_right(record))
-        accuracy, plus = sum(map(is_right, part)) / len(part), sum(map(all, pictures.values())) / len(pictures)
+        accuracy, plus = sum(map(is_right, part)) / len(part), sum(map(all, pictures.values())) / len(
+            pictures)
         tasks[name] = {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus}
     sums = {kind: sum(tasks[name]["score"] for name in names) if set(names) <= set(tasks) else None
             for kind, names in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING))}
@@ -157,9 +172,10 @@ def parts_of(records: list[dict]) -> dict[str, list[dict]]:
     return {name: [record for record in records if record["category"] == name] for name in names}
 
 
-# ------------------------------------------------------------------------------------------------ what is printed
+# -------------------------------------------------------------------------------------------- what is printed
 def headline(metrics: dict, allow_incomplete: bool) -> float | None:
-    """Return the number to quote: with the judge if there is one, else strict; None if anything is missing in it.
+    """Return the number to quote: with the judge if there is one, else strict; None if anything is missing in
+    it.
 
     With `allow_incomplete` it is given all the same: the counts of what is missing stand beside it.
     """
@@ -198,13 +214,16 @@ def show(metrics: dict) -> None:
 
 # benchmark -> heading, in the order of the paper's tables
 COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_realworld_lite": "MME-RW-Lite",
-           "blink/Jigsaw": "BLINK Jigsaw", "blink/Multi-view_Reasoning": "BLINK Multi-view", "tablevqa/vwtq": "VWTQ",
+           "blink/Jigsaw": "BLINK Jigsaw", "blink/Multi-view_Reasoning": "BLINK Multi-view",
+           "tablevqa/vwtq": "VWTQ",
            "tablevqa/vwtq_syn": "VWTQ-Syn", "tablevqa/vtabfact": "VTabFact"}
 TABLES = tuple(name for name in COLUMNS if name.startswith("tablevqa/"))
 OVERALL = "TableVQA"  # the paper's overall is the macro mean of the three
-DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds an item", "tokens an item", "protocol"]
+DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds an item", "tokens an item",
+           "protocol"]
 SAME = {"vstar_inline": "vstar"}  # the same questions from another file
-# CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None where it has no number
+# CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None where it has no
+# number
 _NONE = (None, None, None, None)
 PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
          "Qwen2.5-VL-7B": (76.4, 68.0, 63.8, 45.8, 62.7, 42.9, *_NONE),
@@ -216,7 +235,8 @@ PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
 
 
 def read_result(text: str) -> dict:
-    """Return {"row", "scores" by benchmark, "metrics", "path"} of NAME=FILE or FILE, a result file of evaluate.py."""
+    """Return {"row", "scores" by benchmark, "metrics", "path"} of NAME=FILE or FILE, a result file of
+    evaluate.py."""
     name, _, path = text.rpartition("=")
     beside = Path(f"{path}.metrics.json")
     if not beside.is_file():
@@ -226,15 +246,18 @@ def read_result(text: str) -> dict:
     for row in read_results(path):
         parts.setdefault(SAME.get(row.get("benchmark"), row.get("benchmark")), []).append(row)
     judged = "with_judge" in metrics
-    if judged and (odd := [row["id"] for its in parts.values() for row in its if not isinstance(row.get("judged"), str)]):
-        raise DataError(f"{path}: id {odd[0]!r} has no verdict \"judged\", but its metrics tell of a judge; expected "
+    if judged and (odd := [row["id"] for its in parts.values() for row in its
+                           if not isinstance(row.get("judged"), str)]):
+        raise DataError(
+            f"{path}: id {odd[0]!r} has no verdict \"judged\", but its metrics tell of a judge; expected "
                         "both of one run")
     scores = {}
     for benchmark, rows in parts.items():
         faulty = sum(row["verdict"] == "error" or row.get("judged") == "judge_error" for row in rows)
         hits = [(row["judged"] if judged else row["verdict"]) == "correct" for row in rows]
         scores[benchmark] = {"n": len(rows), "faulty": faulty, "hits": hits}
-    return {"row": name or f"{Path(protocol['model']).name} ({protocol['method']})", "scores": scores, "metrics": metrics,
+    return {"row": name or f"{Path(protocol['model']).name} ({protocol['method']})", "scores": scores,
+            "metrics": metrics,
             "path": path}
 
 
@@ -244,9 +267,11 @@ def read_metrics(path: Path) -> dict:
     check_fields(str(path), metrics, {"n": int, "protocol": dict, "efficiency": dict})
     check_fields(f"{path}: protocol", metrics["protocol"], {"model": str, "method": str, "line": str})
     number = (int, float, type(None))
-    check_fields(f"{path}: efficiency", metrics["efficiency"], {"seconds_per_item": number, "tokens_per_item": number})
+    check_fields(f"{path}: efficiency", metrics["efficiency"],
+                 {"seconds_per_item": number, "tokens_per_item": number})
     for scored in (metrics, metrics.get("with_judge", metrics)):
-        check_fields(str(path), {"ci95": None, "chance": None} | (scored if isinstance(scored, dict) else {"ci95": scored}),
+        check_fields(str(path), {"ci95": None, "chance": None} | (scored if isinstance(scored, dict)
+                                                                  else {"ci95": scored}),
                      {"ci95": (list, type(None)), "chance": number})
         for name in ("ci95", "ci95_clustered"):
             ends = scored.get(name) or (0, 1)
@@ -267,13 +292,15 @@ def cell(ours: dict | None, paper: float | None) -> str:
 
 
 def make_table(texts: list[str]) -> str:
-    """Return the table, what each row was made of, and speed, as Markdown; DataError for a benchmark twice in a row."""
+    """Return the table, what each row was made of, and speed, as Markdown; DataError for a benchmark twice in
+    a row."""
     results, rows = [read_result(text) for text in texts], {name: {} for name in PAPER}
     for result in results:
         for benchmark, found in result["scores"].items():
             row = rows.setdefault(result["row"], {})
             if benchmark in row:
-                raise DataError(f"--table {result['path']}: {benchmark} stands already in row {result['row']!r}; expected it "
+                raise DataError(
+                    f"--table {result['path']}: {benchmark} stands already in row {result['row']!r}; expected it "
                                 "once, or another NAME=")
             row[benchmark] = found | {"score": micro({benchmark: found["hits"]})}
     head = [*COLUMNS.values(), OVERALL]
@@ -283,14 +310,17 @@ def make_table(texts: list[str]) -> str:
         cells = [cell(found.get(benchmark), number) for benchmark, number in zip(COLUMNS, paper)]
         scores.append([name, *cells, cell(overall(found), paper[-1])])
     return "\n".join(["Accuracy in %, strict or with the judge named below; in brackets the paper's.", "",
-                      *table_lines(["model", *head], scores), "", *table_lines(DETAILS, list(map(details, results)))]) + "\n"
+                      *table_lines(["model", *head], scores), "",
+                      *table_lines(DETAILS, list(map(details, results)))]) + "\n"
 
 
 def overall(found: dict[str, dict]) -> dict | None:
-    """Return TableVQABench's macro mean of its three splits, as the paper has it; None unless all three are there."""
+    """Return TableVQABench's macro mean of its three splits, as the paper has it; None unless all three are
+    there."""
     if not all(name in found for name in TABLES):
         return None
-    return {"n": sum(found[name]["n"] for name in TABLES), "faulty": sum(found[name]["faulty"] for name in TABLES),
+    return {"n": sum(found[name]["n"] for name in TABLES),
+            "faulty": sum(found[name]["faulty"] for name in TABLES),
             "score": macro({name: found[name]["hits"] for name in TABLES})}
 
 

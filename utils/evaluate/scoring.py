@@ -1,18 +1,23 @@
-"""What one reply is worth: the strict verdict by our rules, and beside it what other harnesses' rules make of it.
+"""What one reply is worth: the strict verdict by our rules, and beside it what other harnesses' rules make of
+it.
 
-    fields = score(item, record)     # {"extraction", "verdict", "compat"} and, where there are some, "numeric", "scores"
+    fields = score(item, record)     # {"extraction", "verdict", "compat"} and, where there are some,
+    "numeric", "scores"
 
-Unresolved is a verdict of its own; nothing here chooses an option that a reply does not name. `compat` holds verdicts of
-utils.evaluate.reference_scorers alone, for comparison, and never decides one of ours.
+Unresolved is a verdict of its own; nothing here chooses an option that a reply does not name. `compat` holds
+verdicts of utils.evaluate.reference_scorers alone, for comparison, and never decides one of ours.
 
-Read the answers of TableVQABench out of replies, strictly: what is not clear stays unresolved, and no judge is asked.
+Read the answers of TableVQABench out of replies, strictly: what is not clear stays unresolved, and no judge
+is asked.
 
-`read_value` and `read_truth` give what is compared; the denotation itself is `utils.evaluate.reference_scorers.vwtq`, the benchmark's own rule.
-Report `vwtq` (official) and `vwtq_numeric` (ours) apart: the official rule takes "1,234" and 1234 for different values.
+`read_value` and `read_truth` give what is compared; the denotation itself is
+`utils.evaluate.reference_scorers.vwtq`, the benchmark's own rule. Report `vwtq` (official) and `vwtq_numeric`
+(ours) apart: the official rule takes "1,234" and 1234 for different values.
 
 Scores of the benchmarks as they are published: plain formulas over right and wrong answers.
 
-Shares are fractions from 0 to 1, percentages are named so. Nothing here answers for an empty sample: that is a ValueError.
+Shares are fractions from 0 to 1, percentages are named so. Nothing here answers for an empty sample: that is
+a ValueError.
 """
 import re
 from collections import defaultdict
@@ -28,11 +33,13 @@ from utils.jsonl import DataError
 from utils.stats import _mean
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
-MATCHERS = ("vlmevalkit_0bac5c0", "vlmevalkit_e8e78f0")  # VLMEvalKit's at two commits, for its multiple choice
+# VLMEvalKit's at two commits, for its multiple choice
+MATCHERS = ("vlmevalkit_0bac5c0", "vlmevalkit_e8e78f0")
 
 
 def score_mcq(item: dict, record: dict) -> dict:
-    """Multiple choice: the option that `extract_choice` finds. compat: VLMEvalKit's letters, or MME-RealWorld's."""
+    """Multiple choice: the option that `extract_choice` finds. compat: VLMEvalKit's letters, or
+    MME-RealWorld's."""
     options, text = dict(item["options"]), record["clean_output"]
     found = extract_choice(text, options, record["finish_reason"])
     if item.get("benchmark") == "mme_realworld_lite":
@@ -47,11 +54,13 @@ def score_likelihood(item: dict, record: dict) -> dict:
     """The likeliest option a token, as its authors score V*; compat: the likeliest in all."""
     letter = likeliest(item["options"], record["scores"])
     return verdict(letter, "likelihood", letter == item["answer"]["value"]) | {
-        "compat": {"likelihood_sum": likeliest(item["options"], record["scores"], "sum")}, "scores": record["scores"]}
+        "compat": {"likelihood_sum": likeliest(item["options"], record["scores"], "sum")},
+        "scores": record["scores"]}
 
 
 def likeliest(options: list[list[str]], scores: list[dict], by: str = "mean") -> str:
-    """Return the letter of the option with the greatest log-probability, a token ("mean", the benchmark's) or in all ("sum").
+    """Return the letter of the option with the greatest log-probability, a token ("mean", the benchmark's) or
+    in all ("sum").
 
     Of equal ones the first, as argmin takes it there.
     """
@@ -68,7 +77,8 @@ def score_vsp(item: dict, record: dict) -> dict:
 
 
 def score_wtq(item: dict, record: dict) -> dict:
-    """VWTQ: the denotation of the value read; numeric: marks off, ours. compat: of the whole output, as the benchmark does."""
+    """VWTQ: the denotation of the value read; numeric: marks off, ours. compat: of the whole output, as the
+    benchmark does."""
     gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
     found = read_value(text)
     known = found.value is not None
@@ -92,7 +102,8 @@ def score_yes_no(item: dict, record: dict) -> dict:
         "compat": {"vlmevalkit": reference_scorers.yes_or_no(record["clean_output"])}}
 
 
-SCORE = {"mcq": score_mcq, "likelihood": score_likelihood, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": score_tabfact,
+SCORE = {"mcq": score_mcq, "likelihood": score_likelihood, "vsp_path": score_vsp, "wtq": score_wtq,
+         "tabfact": score_tabfact,
          "yesno_pair": score_yes_no}
 
 
@@ -103,12 +114,14 @@ def verdict(value: str | None, rule: str, right: bool) -> dict:
 
 
 def gold_text(values: list[str]) -> str:
-    """Return VWTQ's gold as its scorer takes it: values joined by bars, the bars and line ends in them escaped."""
+    """Return VWTQ's gold as its scorer takes it: values joined by bars, the bars and line ends in them
+    escaped."""
     return "|".join(text.replace("\\", r"\\").replace("|", r"\p").replace("\n", r"\n") for text in values)
 
 
 def score(item: dict, record: dict) -> dict:
-    """Return an item's extraction, verdict and compat; a record with an error has the verdict error and no compat."""
+    """Return an item's extraction, verdict and compat; a record with an error has the verdict error and no
+    compat."""
     if "error" in record:
         return {"extraction": {"value": None, "rule": record["error"]}, "verdict": "error", "compat": {}}
     return SCORE[item["metric"]](item, record)
@@ -117,7 +130,8 @@ def score(item: dict, record: dict) -> dict:
 def check_scorable(items: list[dict]) -> None:
     """Raise DataError for items that have no score here."""
     if odd := [item for item in items if item["metric"] not in SCORE]:
-        raise DataError(f"item {odd[0]['id']!r} and {len(odd) - 1} more: metric {odd[0]['metric']!r} has no scorer "
+        raise DataError(
+            f"item {odd[0]['id']!r} and {len(odd) - 1} more: metric {odd[0]['metric']!r} has no scorer "
                         "(OCRBench-v2's task metrics are not here: its items are a source of latents for probe.py alone); "
                         f"expected one of {', '.join(SCORE)}")
     seen = set()
@@ -125,7 +139,8 @@ def check_scorable(items: list[dict]) -> None:
         rotation = rotation_of(item)
         place = item.get("benchmark"), group_of(item), rotation
         if rotation is not None and (rotation >= ROTATIONS or place in seen):
-            raise DataError(f"item {item['id']!r}: rotation {rotation} of question {place[1]!r}; expected each of 0 to "
+            raise DataError(
+                f"item {item['id']!r}: rotation {rotation} of question {place[1]!r}; expected each of 0 to "
                             f"{ROTATIONS - 1} once")
         seen.add(place)
 
@@ -162,9 +177,11 @@ class Reading(NamedTuple):
 
 
 def read_value(output: str) -> Reading:
-    """Return the answer to a VWTQ question: the last box, else the last <answer> tag, else all of it without "Answer:".
+    """Return the answer to a VWTQ question: the last box, else the last <answer> tag, else all of it without
+    "Answer:".
 
-    Rules: boxed, boxed_open, tag, whole, empty. A box's TeX commands and quotes are removed, bars between values kept.
+    Rules: boxed, boxed_open, tag, whole, empty. A box's TeX commands and quotes are removed, bars between
+    values kept.
     """
     content, rule = _stretch(output)
     if rule == "whole":
@@ -177,9 +194,10 @@ def read_value(output: str) -> Reading:
 def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     """Return "1" or "0" for a VTabFact reply that says true or false.
 
-    Rules: boxed_truth, boxed_open_truth, tag_truth and whole_truth for a stretch that is the word alone (yes, no, 1 and 0
-    too: ours, the benchmark knows the two words only), truth_word for the last true or false of a reply without box or
-    tag. Negated, questioned ("true or false?") or cut off by the token limit (`finish_reason` "length") is unresolved.
+    Rules: boxed_truth, boxed_open_truth, tag_truth and whole_truth for a stretch that is the word alone (yes,
+    no, 1 and 0 too: ours, the benchmark knows the two words only), truth_word for the last true or false of a
+    reply without box or tag. Negated, questioned ("true or false?") or cut off by the token limit
+    (`finish_reason` "length") is unresolved.
     """
     content, rule = _stretch(output)
     if not content:
@@ -190,7 +208,8 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     if rule != "whole":
         found = {match.lower() for match in TRUTH_WORD.findall(content)}
         clear = len(found) == 1 and not NEGATION.search(content.lower())
-        return Reading(TRUTH[found.pop()] if clear else None, f"{rule}_truth" if clear else f"{rule}_unresolved")
+        return Reading(TRUTH[found.pop()] if clear else None, f"{rule}_truth" if clear
+                       else f"{rule}_unresolved")
     sentences = [sentence for sentence in SENTENCE_END.split(content) if TRUTH_WORD.search(sentence)]
     if not sentences or finish_reason == "length":
         return Reading(None, "unresolved")
@@ -203,18 +222,21 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
 
 
 def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
-    """Return "yes" or "no" for a reply to MME's questions; a "no" inside a sentence ("no dog but a cat") decides nothing.
+    """Return "yes" or "no" for a reply to MME's questions; a "no" inside a sentence ("no dog but a cat")
+    decides nothing.
 
-    Rules: boxed_yesno, boxed_open_yesno, tag_yesno for a stretch with one of the two words alone in it, first_word for a reply
-    that opens with it ("No, a cat."), phrase for the last "the answer is no". First word and phrase at odds, or a cut-off
-    reply (`finish_reason` "length") that has said only its first word, are unresolved.
+    Rules: boxed_yesno, boxed_open_yesno, tag_yesno for a stretch with one of the two words alone in it,
+    first_word for a reply that opens with it ("No, a cat."), phrase for the last "the answer is no". First
+    word and phrase at odds, or a cut-off reply (`finish_reason` "length") that has said only its first word,
+    are unresolved.
     """
     content, rule = _stretch(output)
     if not content:
         return Reading(None, "empty")
     if rule != "whole":
         found = {match.lower() for match in YES_NO.findall(unwrap(content))}
-        return Reading(found.pop(), f"{rule}_yesno") if len(found) == 1 else Reading(None, f"{rule}_unresolved")
+        return Reading(found.pop(), f"{rule}_yesno") if len(found) == 1 else Reading(None,
+                                                                                     f"{rule}_unresolved")
     first, said = YES_NO_FIRST.match(content), YES_NO_SAID.findall(content)
     if first and (not said or said[-1].lower() == first[1].lower()) and (said or finish_reason != "length"):
         return Reading(first[1].lower(), "first_word")
@@ -222,7 +244,8 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
 
 
 def vwtq_numeric(value: str, gold: str) -> bool:
-    """Return `vwtq` with thousands' commas, $ and % removed from what is a number on both sides (ours, not official)."""
+    """Return `vwtq` with thousands' commas, $ and % removed from what is a number on both sides (ours, not
+    official)."""
     return vwtq(_plain(value), _plain(gold))
 
 
@@ -257,24 +280,28 @@ def micro(parts: Mapping[str, Sequence[bool]]) -> float:
 def macro(parts: Mapping[str, Sequence[bool]]) -> float:
     """Return the mean of the parts' shares, each part weighted alike.
 
-    The paper's TableVQABench overall is this over VWTQ, VWTQ-Syn and VTabFact (64.8 and 70.7 in its table), while the
-    benchmark's own script weights by items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py): give both.
+    The paper's TableVQABench overall is this over VWTQ, VWTQ-Syn and VTabFact (64.8 and 70.7 in its table),
+    while the benchmark's own script weights by items (naver-ai/tablevqabench,
+    src/evaluate_tablevqa_dataset.py): give both.
     """
     return _mean([_mean(part, name) for name, part in parts.items()], "macro")
 
 
 def rotations(rows: Iterable[tuple[Hashable, int, bool]]) -> dict:
-    """Return HR-Bench's scores of (question, rotation 0 to 3, right): {"average", "by_rotation", "all_right", "complete"}.
+    """Return HR-Bench's scores of (question, rotation 0 to 3, right): {"average", "by_rotation", "all_right",
+    "complete"}.
 
     average is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
-    report_acc_hrbench: row cycle = Average; lmms-eval has the same formula). With every row there it equals the plain mean.
-    all_right is the share of questions right in all four rotations, among the `complete` ones that have all four, None
-    if there is none; neither harness reports it. ValueError for a rotation out of range or given twice.
+    report_acc_hrbench: row cycle = Average; lmms-eval has the same formula). With every row there it equals
+    the plain mean. all_right is the share of questions right in all four rotations, among the `complete` ones
+    that have all four, None if there is none; neither harness reports it. ValueError for a rotation out of
+    range or given twice.
     """
     questions, cycles = defaultdict(dict), defaultdict(list)
     for question, rotation, right in rows:
         if rotation not in range(ROTATIONS) or rotation in questions[question]:
-            raise ValueError(f"question {question!r}: rotation {rotation!r}, expected each of 0 to {ROTATIONS - 1} once")
+            raise ValueError(
+                f"question {question!r}: rotation {rotation!r}, expected each of 0 to {ROTATIONS - 1} once")
         questions[question][rotation] = bool(right)
         cycles[rotation].append(bool(right))
     shares = {rotation: _mean(hits, "rotations") for rotation, hits in sorted(cycles.items())}

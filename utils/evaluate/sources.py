@@ -1,7 +1,7 @@
 """Rows of a benchmark as it is published: a TSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader yields (where, row), a row at a time: the largest of these files holds 4.6 GB. Pictures stay as they are
-stored (base64 text, {"bytes", "path"}, or a path); nothing here decodes or re-encodes one.
+Every reader yields (where, row), a row at a time: the largest of these files holds 4.6 GB. Pictures stay as
+they are stored (base64 text, {"bytes", "path"}, or a path); nothing here decodes or re-encodes one.
 """
 import csv
 import hashlib
@@ -16,14 +16,16 @@ from utils.jsonl import DataError, load_object, located_rows
 
 Rows = Iterator[tuple[str, dict]]
 MAX_CELL = 2**31 - 1  # characters: a picture of HR-Bench 8K is a cell of many MB, csv's own limit is 131,072
-VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # penghao-wu/vstar vstar_bench_eval.py; the others are unused
+# penghao-wu/vstar vstar_bench_eval.py; the others are unused
+VSTAR_FOLDERS = ("direct_attributes", "relative_position")
 
 
 @dataclass(frozen=True)
 class Hub:
     """Where a benchmark lies on the Hugging Face hub: one `file`, or a data set's `config` and `split`.
 
-    `revision` is a commit of 40 hex digits; where none is known the caller must name one, since a branch may move.
+    `revision` is a commit of 40 hex digits; where none is known the caller must name one, since a branch may
+    move.
     """
 
     repo: str
@@ -38,7 +40,8 @@ def file_rows(path: Path) -> Rows:
     """Yield the rows of a .tsv, .parquet, .jsonl or .json file; DataError for anything else."""
     readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
-        raise DataError(f"{path}: file of kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
+        raise DataError(
+            f"{path}: file of kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
     return readers[path.suffix](path)
 
 
@@ -48,10 +51,11 @@ def json_rows(path: Path) -> Rows:
 
 
 def tsv_rows(path: Path) -> Rows:
-    """Yield a TSV's rows, quoted as pandas writes them, every cell as text; `where` names the row's last line.
+    """Yield a TSV's rows, quoted as pandas writes them, every cell as text; `where` names the row's last
+    line.
 
-    No cell is taken for a number or for missing: pandas' own reading, which VLMEvalKit uses, turns the option "None"
-    or "NA" into no option and the gold "1" into an integer.
+    No cell is taken for a number or for missing: pandas' own reading, which VLMEvalKit uses, turns the option
+    "None" or "NA" into no option and the gold "1" into an integer.
     """
     before = csv.field_size_limit(MAX_CELL)
     try:
@@ -59,11 +63,13 @@ def tsv_rows(path: Path) -> Rows:
             reader = csv.reader(file, delimiter="\t", strict=True)
             names = next(reader, [])
             if len(set(names)) < max(2, len(names)):
-                raise DataError(f"{path}:1: columns {str(names)[:80]}, expected at least two unlike names divided by tabs")
+                raise DataError(
+                    f"{path}:1: columns {str(names)[:80]}, expected at least two unlike names divided by tabs")
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(names):
-                    raise DataError(f"{where}: {len(cells)} cells, expected {len(names)} ({', '.join(names)})")
+                    raise DataError(
+                        f"{where}: {len(cells)} cells, expected {len(names)} ({', '.join(names)})")
                 yield where, dict(zip(names, cells))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
@@ -89,7 +95,8 @@ def parquet_rows(path: Path) -> Rows:
 def vstar_folder_rows(root: Path) -> Rows:
     """Yield V* as its authors publish it: a JSON file beside each picture, both named alike, in two folders.
 
-    `image_file` (path below `root`) and `test_type` (the folder) are added, as vstar_bench_eval.py names them.
+    `image_file` (path below `root`) and `test_type` (the folder) are added, as vstar_bench_eval.py names
+    them.
     """
     for folder in VSTAR_FOLDERS:
         notes = sorted(Path(root, folder).glob("*.json"))
@@ -115,17 +122,21 @@ def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ hub
-def dataset_rows(place: str | Path, config: str | None, split: str | None, revision: str | None = None) -> Rows:
-    """Yield the rows of a data set on the hub, or of a folder in the same layout, its pictures' bytes untouched."""
+def dataset_rows(place: str | Path, config: str | None, split: str | None, revision: str
+                 | None = None) -> Rows:
+    """Yield the rows of a data set on the hub, or of a folder in the same layout, its pictures' bytes
+    untouched."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    # of a folder the library's cache knows the name alone: it would give the rows of another of that name, or older ones
+    # of a folder the library's cache knows the name alone: it would give the rows of another of that name, or
+    # older ones
     with nullcontext() if revision else TemporaryDirectory(prefix="datasets-") as cache:
         try:
             table = load_dataset(str(place), name=config, split=split, revision=revision, cache_dir=cache)
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be loaded "
+            raise DataError(
+                f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be loaded "
                             f"({error})") from error
         for name, feature in table.features.items():
             if isinstance(feature, Image):
@@ -134,17 +145,21 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None, revis
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
-    """Return the commit to read: the caller's, or the one that is known; DataError for none and for a branch's name."""
+    """Return the commit to read: the caller's, or the one that is known; DataError for none and for a
+    branch's name."""
     chosen = revision or hub.revision
     if chosen is None:
-        raise DataError(f"{hub.repo}: no revision is pinned here; name the commit to read (40 hex digits, from its page)")
+        raise DataError(
+            f"{hub.repo}: no revision is pinned here; name the commit to read (40 hex digits, from its page)")
     if not re.fullmatch("[0-9a-f]{40}", chosen):
-        raise DataError(f"{hub.repo}: revision {chosen!r}, expected a commit of 40 hex digits; a branch may move")
+        raise DataError(
+            f"{hub.repo}: revision {chosen!r}, expected a commit of 40 hex digits; a branch may move")
     return chosen
 
 
 def download(hub: Hub, revision: str | None) -> Path:
-    """Return the local copy of a file on the hub, or of V*'s two folders where the entry names neither file nor split."""
+    """Return the local copy of a file on the hub, or of V*'s two folders where the entry names neither file
+    nor split."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -154,7 +169,8 @@ def download(hub: Hub, revision: str | None) -> Path:
             return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=commit))
         # into a folder of its own: in the cache's, pictures are links that lead out of it
         return Path(snapshot_download(hub.repo, repo_type="dataset", revision=commit,
-                                      local_dir=Path(constants.HF_HUB_CACHE, f"{hub.repo.replace('/', '--')}-{commit}"),
+                                      local_dir=Path(constants.HF_HUB_CACHE,
+                                                     f"{hub.repo.replace('/', '--')}-{commit}"),
                                       allow_patterns=[f"{folder}/*" for folder in VSTAR_FOLDERS]))
     except (OSError, HfHubHTTPError) as error:
         raise DataError(f"{hub.repo}@{commit}: cannot be fetched ({error})") from error

@@ -1,6 +1,7 @@
 """Figures of an intervention run, each with the CSV behind it (causal.md, F3, F6 and F7).
 
-accuracy   clean against intervened accuracy of every condition, follow rate beside it          (the paper's Fig. 2c, left)
+accuracy   clean against intervened accuracy of every condition, follow rate beside it          (the paper's
+Fig. 2c, left)
 effects    forest of the changes in accuracy and in R0, margins as bands, verdicts as words     (new)
 mediation  TE and its parts at every site, both orders                                          (new)
 """
@@ -17,8 +18,8 @@ PARTS = {"TE": ("TE", GREY), "NIE": ("NIE (necessity)", BLUE), "NDE": ("NDE = TE
 
 
 def draw_all(metrics: dict, output: str) -> None:
-    """Write <output>.<figure>.png and .csv; a figure without anything to show is not written. Points of sweeps are left to
-    `utils.intervene.sweeps`."""
+    """Write <output>.<figure>.png and .csv; a figure without anything to show is not written. Points of
+    sweeps are left to `utils.intervene.sweeps`."""
     few = set(metrics["conditions"]) - swept(metrics["conditions"])
     shown = {name: entry for name, entry in metrics["conditions"].items() if entry["effect"] and name in few}
     if shown:
@@ -40,7 +41,8 @@ def title(metrics: dict) -> str:
 
 
 def height_of(shown: dict) -> float:
-    """Return the inches that so many conditions take, a line each: a page shrinks what is wide, not what is long."""
+    """Return the inches that so many conditions take, a line each: a page shrinks what is wide, not what is
+    long."""
     return 1.8 + 0.36 * len(shown)
 
 
@@ -62,9 +64,12 @@ def accuracy(metrics: dict, shown: dict) -> tuple:
             bars.append(("follows the edit", entry["follow"]["share"], ORANGE))
         for j, (label, share, color) in enumerate(bars):
             low, high = wilson(round(share * effect["n"]), effect["n"])
-            axes.barh(y + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label, capsize=2,
-                      xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]], error_kw={"linewidth": 1})
-            rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label, "share": share,
+            axes.barh(y + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label,
+                      capsize=2,
+                      xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]],
+                      error_kw={"linewidth": 1})
+            rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label,
+                         "share": share,
                          "ci95_low": low, "ci95_high": high})
     legend(figure, [axes])
     a_line_each(axes, shown)
@@ -78,7 +83,8 @@ def effects(metrics: dict, shown: dict) -> tuple:
     figure, [both] = new_figure(11, height_of(shown), 1, 2)
     rows = []
     panels = (("change in accuracy, points", 100, metrics["margin"], lambda entry: entry["effect"], "delta"),
-              ("change in R0 negative log-likelihood, nats", 1, metrics["margin_nll"], lambda entry: entry["r0"], "delta_nll"))
+              ("change in R0 negative log-likelihood, nats", 1, metrics["margin_nll"],
+               lambda entry: entry["r0"], "delta_nll"))
     for axes, (label, unit, margin, part, value) in zip(both, panels):
         axes.axvspan(-unit * margin, unit * margin, color=BAND, zorder=0)
         axes.axvline(0, color="black", linewidth=0.8)
@@ -89,15 +95,18 @@ def effects(metrics: dict, shown: dict) -> tuple:
             axes.plot([unit * end for end in found["ci95"]], [y, y], color=color, linewidth=1)
             axes.plot([unit * end for end in found["ci90"]], [y, y], color=color, linewidth=3)
             axes.plot(unit * found[value], y, mark, color=color, markersize=6)
-            axes.annotate(found["verdict"].replace(" inside the margin", ""), (1.01, y), xycoords=("axes fraction", "data"),
+            axes.annotate(found["verdict"].replace(" inside the margin", ""), (1.01, y),
+                          xycoords=("axes fraction", "data"),
                           fontsize=7, va="center")
-            rows.append({"condition": name, "site": entry["site"], "readout": "R2" if unit == 100 else "R0", "n": found["n"],
+            rows.append({"condition": name, "site": entry["site"], "readout": "R2" if unit == 100 else "R0",
+                         "n": found["n"],
                          "change": found[value], "ci90_low": found["ci90"][0], "ci90_high": found["ci90"][1],
                          "ci95_low": found["ci95"][0], "ci95_high": found["ci95"][1], "margin": margin,
                          "verdict": found["verdict"]})
         a_line_each(axes, shown, named=axes is both[0])
         axes.set_xlabel(label)
-    figure.suptitle(f"{title(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin", fontsize=10)
+    figure.suptitle(f"{title(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
+                    fontsize=10)
     return figure, rows
 
 
@@ -111,14 +120,17 @@ def mediation(metrics: dict, shown: dict) -> tuple:
         for j, (name, (label, color)) in enumerate(PARTS.items()):
             effect = found[name]
             low, high = effect["ci95"]
-            axes.bar(x + width * (j - 2), effect["mean"], 0.9 * width, color=color, edgecolor="black", linewidth=0.5, capsize=2,
+            axes.bar(x + width * (j - 2), effect["mean"], 0.9 * width, color=color, edgecolor="black",
+                     linewidth=0.5, capsize=2,
                      yerr=[[effect["mean"] - low], [high - effect["mean"]]], error_kw={"linewidth": 1},
                      label=label)
-            rows.append({"site": site, "effect": name, "n": found["n"], "mean": effect["mean"], "ci95_low": low,
+            rows.append({"site": site, "effect": name, "n": found["n"], "mean": effect["mean"],
+                         "ci95_low": low,
                          "ci95_high": high})
     legend(figure, [axes], fontsize=8)
     shares = {site: found["proportion_mediated"] for site, found in sites.items()}
-    axes.set_xticks(range(len(sites)), [f"site {site}\nmediated: {'-' if s['value'] is None else format(s['value'], '.0%')}"
+    axes.set_xticks(range(len(sites)),
+                    [f"site {site}\nmediated: {'-' if s['value'] is None else format(s['value'], '.0%')}"
                                         for site, s in shares.items()])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("log-probability of the right option, nats")

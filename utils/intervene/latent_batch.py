@@ -1,13 +1,15 @@
-"""How much the rows of an answer's stem attend to what, layer by layer, without a matrix of all tokens by all tokens.
+"""How much the rows of an answer's stem attend to what, layer by layer, without a matrix of all tokens by all
+tokens.
 
-The model is given an attention function that calls the library's own and looks at the queries and keys it is handed, after
-their rotary embedding; only the rows just read are weighed, [rows, columns] a head. Mass is not use: a model may attend to
-latents that no intervention on them can move (causal.md, 2.4).
+The model is given an attention function that calls the library's own and looks at the queries and keys it is
+handed, after their rotary embedding; only the rows just read are weighed, [rows, columns] a head. Mass is not
+use: a model may attend to latents that no intervention on them can move (causal.md, 2.4).
 
 A batch of items, clean and under every condition on its latents, from one reading of each prompt.
 
-The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the latents; then
-all conditions of all items decode side by side from copies of the prompts' caches (`State.take`).
+The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the
+latents; then all conditions of all items decode side by side from copies of the prompts' caches
+(`State.take`).
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,20 +29,24 @@ from utils.option_scores import read_out
 from utils.qwen import Qwen
 
 NAME = "sdpa_watched"
-GROUPS = ("first", "image", "question", "imagination", "said")  # columns by what stands there; "said" is the rest of the reply
+# columns by what stands there; "said" is the rest of the reply
+GROUPS = ("first", "image", "question", "imagination", "said")
 
 
 def weigh(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return attention weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups of heads, C, d];
-    `allowed` is bool [B, R, C]."""
-    grouped = query.float().unflatten(1, (key.shape[1], -1))  # the heads that share a key: keys are not repeated
+    """Return attention weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups
+    of heads, C, d]; `allowed` is bool [B, R, C]."""
+    # the heads that share a key: keys are not repeated
+    grouped = query.float().unflatten(1, (key.shape[1], -1))
     scores = torch.einsum("bkgrd,bkcd->bkgrc", grouped, key.float()).flatten(1, 2) * scaling
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
 
 
 @contextmanager
-def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[None]:
-    """Call note(query, key, scaling) for every decoder layer inside the block; what the model computes stays as it is.
+def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[
+    None]:
+    """Call note(query, key, scaling) for every decoder layer inside the block; what the model computes stays
+    as it is.
 
     The function is set on the language model's configuration (sdpa) and taken off again; nothing is patched.
     """
@@ -51,7 +57,8 @@ def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, 
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         note(query, key, scaling)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
+                                               **kwargs)
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -63,18 +70,22 @@ def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, 
 
 
 @torch.no_grad()
-def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str, imagined: list[list[int]]) -> list[dict]:
-    """Return where the tokens of `stem`, read after the ids `before`, look in each row of `state`, which is not used up.
+def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
+                   imagined: list[list[int]]) -> list[dict]:
+    """Return where the tokens of `stem`, read after the ids `before`, look in each row of `state`, which is
+    not used up.
 
-    `imagined[row]` are the cache's columns of the imagination. For each row {"mass": {group: [share a layer]}, "uniform":
-    {group: its share of the columns that may be seen}, "imagined": [mass of each of its columns, mean over the layers]};
-    means over the heads and the stem's tokens, the groups' shares add up to 1.
+    `imagined[row]` are the cache's columns of the imagination. For each row {"mass": {group: [share a
+    layer]}, "uniform": {group: its share of the columns that may be seen}, "imagined": [mass of each of its
+    columns, mean over the layers]}; means over the heads and the stem's tokens, the groups' shares add up to
+    1.
     """
     block = before + qwen.tokenizer(stem, add_special_tokens=False).input_ids
     (n, n_before), rows = state.mask.shape, slice(len(before), len(block))
     mask = torch.cat([state.mask, state.mask.new_ones(n, len(block))], dim=1).bool()
     steps = torch.arange(len(block), device=mask.device)
-    allowed = (mask[:, None] & (torch.arange(mask.shape[1], device=mask.device) <= n_before + steps[:, None]))[:, rows]
+    allowed = (mask[:, None] & (torch.arange(mask.shape[1], device=mask.device) <= n_before
+                                + steps[:, None]))[:, rows]
     layers: list[torch.Tensor] = []  # [B, C] each
     with watched(qwen.model, lambda query, key, scaling: layers.append(
             weigh(query[:, :, rows], key, allowed, scaling).mean((1, 2)))):
@@ -84,11 +95,13 @@ def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str, imagi
     uniform = torch.einsum("brc,bgc->bg", allowed / allowed.sum(-1, keepdim=True), member) / allowed.shape[1]
     each = torch.stack(layers).mean(0)
     return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
-             "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])} for i in range(n)]
+             "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])}
+             for i in range(n)]
 
 
 def columns_of(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
-    """Return [B, groups, C] of 0 and 1: which group each column belongs to; the first token that is seen is one by itself."""
+    """Return [B, groups, C] of 0 and 1: which group each column belongs to; the first token that is seen is
+    one by itself."""
     group = torch.full(mask.shape, GROUPS.index("said"), device=mask.device)
     n_prompt = state.is_image.shape[1]
     group[:, :n_prompt] = torch.where(state.is_image, GROUPS.index("image"), GROUPS.index("question"))
@@ -122,34 +135,38 @@ class LatentBatch:
 
     def decode(self, kind: str, places: list[int], arms: list[Arm],
                at_most: int | None = None) -> list[tuple[Generation, dict | None]]:
-        """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores (None without a
-        segment). `at_most`: no more new ids than this, and no scores."""
+        """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores
+        (None without a segment). `at_most`: no more new ids than this, and no scores."""
         state, having = self.prompts[kind]
         done = []
         for some in self.asking.pieces(list(zip(places, arms))):
             its = [i for i, _ in some]
             begun = state.take([having.index(i) for i in its])
             their = [self.asking.arm(self.items[i], arm) for i, arm in some]
-            rows, end = decode(self.qwen, begun, at_most or self.asking.max_new_tokens, self.spec, their, capture=True,
+            rows, end = decode(self.qwen, begun, at_most or self.asking.max_new_tokens, self.spec, their,
+                               capture=True,
                                with_slots=True)
             done += zip(rows, self.read(begun, end, rows, its) if at_most is None else [None] * len(rows))
         return done
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
-        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1. Of the clean run
-        also where R0's stem looks."""
+        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1.
+        Of the clean run also where R0's stem looks."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
         having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
         found = [None] * len(rows)
         if not having:
             return found
-        back = rewind(end, begun, [last_latent(row) if k in having else 0 for k, row in enumerate(rows)]).take(having)
+        back = rewind(end, begun, [last_latent(row) if k in having else 0 for k,
+                                   row in enumerate(rows)]).take(having)
         items = [self.items[places[k]] for k in having]
         stems = [self.clean_stem(places[k], rows[k]) for k in having]
-        scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having), self.asking.options)
+        scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having),
+                          self.asking.options)
         if not self.clean:
             n_prompt = begun.mask.shape[1]
-            latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)] for k in having]
+            latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)]
+                       for k in having]
             looks = stem_attention(self.qwen, back, [self.end_id], self.asking.stem, latents)
             scores = [its | {"attention": look} for its, look in zip(scores, looks)]
         for k, its in zip(having, scores):
@@ -157,7 +174,8 @@ class LatentBatch:
         return found
 
     def clean_stem(self, place: int, row: Generation) -> str | None:
-        """Return what the item's clean run, `row` itself while there is none, said between its latents and its box."""
+        """Return what the item's clean run, `row` itself while there is none, said between its latents and
+        its box."""
         clean = self.clean[place][0] if self.clean else row
         return stem_of(clean_text(self.qwen.tokenizer, clean.ids[last_latent(clean):], self.spec))
 
@@ -167,11 +185,13 @@ class LatentBatch:
         donors = {kind: run for kind, (_, run) in self.donors[place].items()}
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
         clean, scores = self.clean[place]
-        return Case(self.items[place], clean, self.spec, pad, self.start_id, self.asking.seed, self.known, donors,
+        return Case(self.items[place], clean, self.spec, pad, self.start_id, self.asking.seed, self.known,
+                    donors,
                     self.asking.pick(self.items[place]), scores and scores["attention"]["imagined"])
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
-        """Return the donor of a kind (None: the item itself, under a blank image) and its run; None if there is no donor."""
+        """Return the donor of a kind (None: the item itself, under a blank image) and its run; None if there
+        is no donor."""
         if kind in ("blank", "counterfactual"):
             run = self.worlds(kind).get(place)
             return run and (self.edits[place][0] if kind == "counterfactual" else None, run)
@@ -179,10 +199,12 @@ class LatentBatch:
         return None if j is None else (self.items[j], self.clean[j][0])
 
     def worlds(self, kind: str) -> dict[int, Generation]:
-        """Return the run of each emitter under another prompt, its own words said before the latents: Z(x')."""
+        """Return the run of each emitter under another prompt, its own words said before the latents: Z(x').
+        """
         if kind not in self.donor_runs:
             places = [i for i in self.prompts[kind][1] if i in self.emitters]
-            longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1  # read the last latent too
+            # read the last latent too
+            longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1
             arms = [echo(self.clean[i][0], likeliest) for i in places]
             runs = self.decode(kind, places, arms, longest) if places else []
             self.donor_runs[kind] = {i: row for i, (row, _) in zip(places, runs)}
@@ -215,16 +237,20 @@ class LatentBatch:
         return result
 
     def describe(self, place: int, row: Generation, scores: dict | None, one: Condition | None) -> dict:
-        """Return the record of one run: what was fed and read, the answer after the last segment, how it differs from clean."""
+        """Return the record of one run: what was fed and read, the answer after the last segment, how it
+        differs from clean."""
         item, clean, tokenizer = self.items[place], self.clean[place][0], self.qwen.tokenizer
         places = [j for s in row.segments for j in range(s.start, s.start + s.size)]
         raw, fed = row.states[places].float(), row.fed.float()
         record = {"emitted": bool(places),
-                  "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by} for s in row.segments],
+                  "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
+                               for s in row.segments],
                   "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if places else None,
-                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if places else None,
+                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if places
+                  else None,
                   **answer_fields(item, clean_text(tokenizer, row.ids, self.spec),
-                                  clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids, row.finish),
+                                  clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids,
+                                  row.finish),
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
         if one is None:
             record["attention"] = scores and scores["attention"]
@@ -233,7 +259,8 @@ class LatentBatch:
             mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1)
                          for slots in (row.slots, clean.slots))
             first = first_difference(clean.ids, row.ids)
-            record |= {"first_diff": first, "changed": first is not None, "reach": float((mine - its).abs().max())}
+            record |= {"first_diff": first, "changed": first is not None,
+                       "reach": float((mine - its).abs().max())}
             for kind in one.needs:
                 donor = self.donors[place][kind][0]
                 record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}

@@ -1,4 +1,5 @@
-"""What interventions on latents know: calibration items, one item with its clean run and donors, ids sampled alike.
+"""What interventions on latents know: calibration items, one item with its clean run and donors, ids sampled
+alike.
 
 `utils.intervene.latent_conditions` makes of a Case what is done to its item.
 """
@@ -12,15 +13,15 @@ from utils.latent_families import Generation, LatentSpec
 
 
 class NotPossible(ValueError):
-    """An item that a condition cannot be applied to: no_latents, no_donor, no_calibration, no_counterfactual, no_region,
-    one_latent, no_such_position, no_attention."""
+    """An item that a condition cannot be applied to: no_latents, no_donor, no_calibration, no_counterfactual,
+    no_region, one_latent, no_such_position, no_attention."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it, `tau`, the first of
-    all, `first` (all [hidden]), mean and standard deviation by position in a segment, `mu_t` and `sigma_t` [K, hidden], and the
-    mean layer inputs by position, `slots_t` [K, layers, hidden]."""
+    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it,
+    `tau`, the first of all, `first` (all [hidden]), mean and standard deviation by position in a segment,
+    `mu_t` and `sigma_t` [K, hidden], and the mean layer inputs by position, `slots_t` [K, layers, hidden]."""
 
     n_latents: int
     mu: torch.Tensor
@@ -32,12 +33,15 @@ class Known:
 
     @classmethod
     def from_runs(cls, runs: list[Generation]) -> "Known | None":
-        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of them."""
+        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of
+        them."""
         fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
-        places = torch.tensor([step for row, vectors in zip(runs, fed) for step in steps_of(row)[:len(vectors)]])
+        places = torch.tensor([step for row, vectors in zip(runs, fed)
+                               for step in steps_of(row)[:len(vectors)]])
         if not len(places):
             return None
-        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs for slot in row.slots])
+        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs
+                                                      for slot in row.slots])
         mu = latents.double().mean(0).float()
         at = [places == step for step in range(int(places.max()) + 1)]
         return cls(len(latents), mu, latents[(latents - mu).norm(dim=1).argmin()], latents[0],
@@ -46,7 +50,7 @@ class Known:
                    torch.stack([slots[here].mean(0) for here in at]))
 
 
-# ------------------------------------------------------------------------------------ where a run's latents stand
+# -------------------------------------------------------------------------------- where a run's latents stand
 def steps_of(row: Generation) -> list[int]:
     """Return the position within its segment of each latent of a run."""
     return [step for segment in row.segments for step in range(segment.size)]
@@ -72,10 +76,11 @@ def likeliest(logits: torch.Tensor, n: int) -> int:
 
 
 def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
-    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where` and n alone.
+    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where`
+    and n alone.
 
-    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same noise (common
-    random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
+    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same
+    noise (common random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
     """
     if not temperature:
         return likeliest
@@ -91,9 +96,10 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 class Case:
     """An item and its clean run, and what conditions may take from elsewhere.
 
-    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the embedding of the latent
-    pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth id of a reply; `attention` how much the
-    answer's stem attends to each of the clean run's latents, in order (None where that was not read).
+    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the
+    embedding of the latent pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth
+    id of a reply; `attention` how much the answer's stem attends to each of the clean run's latents, in order
+    (None where that was not read).
     """
 
     item: dict
@@ -108,7 +114,8 @@ class Case:
     attention: list[float] | None = None
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
-        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or device."""
+        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or
+        device."""
         return torch.randn(n, generator=seeded(self.seed, self.item["id"], segment, step))
 
     def calibrated(self) -> Known:
@@ -117,7 +124,8 @@ class Case:
         return self.known
 
     def means(self) -> Callable[[int], torch.Tensor]:
-        """Return what gives the mean calibration latent of a position, [hidden]; NotPossible now, not while decoding."""
+        """Return what gives the mean calibration latent of a position, [hidden]; NotPossible now, not while
+        decoding."""
         mu_t = self.calibrated().mu_t
         return lambda step: mu_t[min(step, len(mu_t) - 1)]
 

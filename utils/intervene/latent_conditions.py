@@ -1,15 +1,18 @@
-"""The catalogue of interventions on latents: one function a condition, from what is known of an item to what is done to it.
+"""The catalogue of interventions on latents: one function a condition, from what is known of an item to what
+is done to it.
 
-    site fed    the vector that a latent step feeds; the position still attends to the image and writes its own keys
+    site fed    the vector that a latent step feeds; the position still attends to the image and writes its
+    own keys
     site slot   what every layer reads at the latent positions: the position speaks for a donor
     site edge   what tokens after the latents may attend to
     site none   the latents are left out, or the prompt is another: do(X)
 
-A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or raises NotPossible
-with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of the same size),
-"counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's), "masked" (the item's
-region greyed). Worlds of a mediation keep the words before the latents as they were (`echo`). Sweeps over a number are listed
-by `map_conditions` and drawn by `utils.intervene.sweeps`.
+A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or
+raises NotPossible with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of
+the same size), "counterfactual" (the item's own answer-changing edit), "other_image", "other_question"
+(another item's), "masked" (the item's region greyed). Worlds of a mediation keep the words before the latents
+as they were (`echo`). Sweeps over a number are listed by `map_conditions` and drawn by
+`utils.intervene.sweeps`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,16 +26,18 @@ from utils.latent_families import Generation, last_latent
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
 WINDOWS = 8  # of layers in a map, at most
-# do(X), everything said anew: a blank image, the item's answer-changing edit, another item's image or question, the region grey
-DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image", "x_question": "other_question",
+# do(X), everything said anew: a blank image, the item's answer-changing edit, another item's image or
+# question, the region grey
+DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image",
+        "x_question": "other_question",
         "x_region": "masked"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family that Holm's correction spans
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`make(case, number)` gives the arm; `default` is the number if the condition takes one, read by `parse` (ValueError);
-    see the module for the rest."""
+    """`make(case, number)` gives the arm; `default` is the number if the condition takes one, read by `parse`
+    (ValueError); see the module for the rest."""
 
     name: str
     site: str
@@ -54,7 +59,8 @@ def condition(site: str, **more) -> Callable:
 
 
 def find_condition(name: str) -> tuple[Condition, object]:
-    """Return the condition of a name such as "tau" or "add_noise:0.3", and its number; ValueError says what is wrong."""
+    """Return the condition of a name such as "tau" or "add_noise:0.3", and its number; ValueError says what
+    is wrong."""
     base, colon, number = name.partition(":")
     if base not in CONDITIONS:
         raise ValueError(f"{name!r}, expected some of {' '.join(CONDITIONS)}")
@@ -65,10 +71,12 @@ def find_condition(name: str) -> tuple[Condition, object]:
 
 
 def parse_place(word: str) -> tuple[range, range]:
-    """Return the positions and the layers of a place in a map, from 0: "2/4" is one of each, "0-3/4-7" four of each."""
+    """Return the positions and the layers of a place in a map, from 0: "2/4" is one of each, "0-3/4-7" four
+    of each."""
     ends = [part.split("-") for part in word.split("/")]
     if len(ends) != 2 or any(len(pair) > 2 or not all(end.isdecimal() for end in pair) for pair in ends):
-        raise ValueError(f"{word!r}, expected a position or a range of them, a slash and the same of layers: 2/4-7")
+        raise ValueError(
+            f"{word!r}, expected a position or a range of them, a slash and the same of layers: 2/4-7")
     place = tuple(range(int(pair[0]), int(pair[-1]) + 1) for pair in ends)
     if not all(place):
         raise ValueError(f"{word!r}, expected ranges that rise")
@@ -90,15 +98,18 @@ def fed_from(row: Generation) -> Arm:
 
 
 def slot(row: Generation) -> Arm:
-    """Return the arm that puts a captured run's layer inputs at the same latent positions, as far as it has them."""
+    """Return the arm that puts a captured run's layer inputs at the same latent positions, as far as it has
+    them."""
     def states(segment: int, step: int) -> torch.Tensor | None:
         place = sum(s.size for s in row.segments[:segment]) + step
-        return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None  # the last may be unread
+        # the last may be unread
+        return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None
     return Arm(slot=states)
 
 
 def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
-    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes on by `pick`.
+    """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes
+    on by `pick`.
 
     Where the clean run itself ended the segment before its K latents, that end is said too.
     """
@@ -123,7 +134,8 @@ def replay(case, number):
 # ------------------------------------------------------------------------------------ fed: content taken away
 @condition("fed")
 def tau(case, number):
-    """One calibration latent, the nearest to their mean, for all samples and positions: the paper's Monet arm."""
+    """One calibration latent, the nearest to their mean, for all samples and positions: the paper's Monet
+    arm."""
     return everywhere(case.calibrated().tau)
 
 
@@ -155,7 +167,8 @@ def near_zero(case, number):
 @condition("fed", default=1.0)
 def add_noise(case, number):
     """z + number * rms(z) * N(0, I)."""
-    return fed(lambda z, segment, step: z + number * z.norm() / len(z)**0.5 * case.noise(len(z), segment, step))
+    return fed(lambda z, segment, step: z + number * z.norm() / len(z)**0.5 * case.noise(len(z), segment,
+                                                                                         step))
 
 
 @condition("fed")
@@ -195,7 +208,8 @@ def dummy_pad(case, number):
 @condition("fed")
 def first_repeat(case, number):
     """The segment's first latent at all its positions."""
-    return fed(lambda z, segment, step: latent(case.clean, segment, 0) if within(case.clean, segment, 0) else z)
+    return fed(lambda z, segment, step: latent(case.clean, segment, 0) if within(case.clean, segment, 0)
+               else z)
 
 
 @condition("fed")
@@ -229,11 +243,13 @@ def drop_one(case, number):
 
 @condition("fed", default=1)
 def top_k(case, number):
-    """The position's mean everywhere but at the `number` positions of each segment that the answer's stem attends to most."""
+    """The position's mean everywhere but at the `number` positions of each segment that the answer's stem
+    attends to most."""
     if case.attention is None:
         raise NotPossible("no_attention")
     mass = iter(case.attention)
-    ranked = [sorted(range(segment.size), key=[next(mass) for _ in range(segment.size)].__getitem__, reverse=True)
+    ranked = [sorted(range(segment.size), key=[next(mass) for _ in range(segment.size)].__getitem__,
+                     reverse=True)
               for segment in case.clean.segments]
     return keep_ranked(case, ranked, number)
 
@@ -247,14 +263,15 @@ def top_random(case, number):
 
 
 def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
-    """Return the arm that feeds the position's mean but at the first `number` positions of each segment's ranking."""
+    """Return the arm that feeds the position's mean but at the first `number` positions of each segment's
+    ranking."""
     case.need_position(number)  # else all are kept
     mean = case.means()
     kept = {(segment, step) for segment, steps in enumerate(ranked) for step in steps[:int(number)]}
     return fed(lambda z, segment, step: z if (segment, step) in kept else mean(step))
 
 
-# ------------------------------------------------------------------------------------ donors, fed and in the slots
+# ------------------------------------------------------------------------------- donors, fed and in the slots
 @condition("fed", needs=("random",))
 def swap_random(case, number):
     """The latents of another item, with another right answer where there is one."""
@@ -299,12 +316,14 @@ def slot_swap_random(case, number):
 
 @condition("slot", default=(range(1), range(1)), needs=("random",), parse=parse_place)
 def slot_swap_at(case, place):
-    """`slot_swap_random` at some positions and layers alone, "2/4-7"; what the layers above read follows from it."""
+    """`slot_swap_random` at some positions and layers alone, "2/4-7"; what the layers above read follows from
+    it."""
     steps, layers = place
     donor = case.donor("random")
     case.need_position(steps[0])
     if layers[-1] >= len(donor.slots[0]):
-        raise DataError(f"slot_swap_at: layer {layers[-1]} of a model with {len(donor.slots[0])} layers, counted from 0")
+        raise DataError(
+            f"slot_swap_at: layer {layers[-1]} of a model with {len(donor.slots[0])} layers, counted from 0")
     whole = slot(donor).slot
 
     def states(segment: int, step: int) -> list[torch.Tensor | None] | None:
@@ -352,7 +371,8 @@ def markers_only(case, number):
 
 @condition("none", default=1)
 def keep_first(case, number):
-    """The first `number` latents of each segment, then its end: when the answer is settled (the text's `truncate_N`)."""
+    """The first `number` latents of each segment, then its end: when the answer is settled (the text's
+    `truncate_N`)."""
     return Arm(spec=replace(case.spec, size=int(number)))
 
 
@@ -360,7 +380,8 @@ def keep_first(case, number):
 def no_segment(case, number):
     """The start token cannot be said: another policy rather than do(Z), for the words change too."""
     def choose(logits, n):
-        return case.pick(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device), -torch.inf), n)
+        return case.pick(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device),
+                                           -torch.inf), n)
     return Arm(choose=choose)
 
 
@@ -383,7 +404,8 @@ def slot_blank_x(case, number):
     return echo(case.clean, case.pick, slot(case.clean))
 
 
-CONDITIONS |= {name: Condition(name, "none", lambda case, number: Arm(), prompt=kind) for name, kind in DO_X.items()}
+CONDITIONS |= {name: Condition(name, "none", lambda case, number: Arm(), prompt=kind) for name,
+               kind in DO_X.items()}
 
 
 # the paper's arms: Monet (Fig. 2c, App. B Table 4) is tau; Mirage tau, + noise, noise, near zero
@@ -394,9 +416,9 @@ PRESET_CONDITIONS = {
 
 
 def map_conditions(size: int, n_layers: int) -> list[str]:
-    """Return the sweeps that F8 and F9 draw, for `size` latents a segment: a map of positions by windows of layers, each
-    position kept and dropped alone, the first few by rank kept, the first few decoded at all, and two doses; with what their
-    curves begin and end with."""
+    """Return the sweeps that F8 and F9 draw, for `size` latents a segment: a map of positions by windows of
+    layers, each position kept and dropped alone, the first few by rank kept, the first few decoded at all,
+    and two doses; with what their curves begin and end with."""
     width = -(-n_layers // WINDOWS)
     windows = [(low, min(low + width, n_layers) - 1) for low in range(0, n_layers, width)]
     return ["identity", "mean_t", "slot_swap_random",
@@ -404,4 +426,5 @@ def map_conditions(size: int, n_layers: int) -> list[str]:
             *(f"{name}:{step}" for name in ("keep_one", "drop_one") for step in range(size)),
             *(f"{name}:{k}" for name in ("top_k", "top_random") for k in range(1, size)),
             "markers_only", *(f"keep_first:{k}" for k in range(1, size)),
-            *(f"mix:{dose}" for dose in (0.25, 0.5, 0.75, 1)), *(f"add_noise:{dose}" for dose in (0.1, 0.3, 1, 3))]
+            *(f"mix:{dose}" for dose in (0.25, 0.5, 0.75, 1)),
+            *(f"add_noise:{dose}" for dose in (0.1, 0.3, 1, 3))]

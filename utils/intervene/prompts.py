@@ -1,7 +1,8 @@
-"""How items are put to a model in both arms of the interventions, and what a reply says, as fields of a record.
+"""How items are put to a model in both arms of the interventions, and what a reply says, as fields of a
+record.
 
-A prompt of a kind ("own", "blank", "counterfactual", "other_image", "other_question", "masked"; `utils.intervene.latent_conditions`) is read
-once a batch and kept.
+A prompt of a kind ("own", "blank", "counterfactual", "other_image", "other_question", "masked";
+`utils.intervene.latent_conditions`) is read once a batch and kept.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ BOX = "\\boxed{"
 
 @dataclass(frozen=True)
 class Asking:
-    """How items are put to the model, the same in all arms: system prompt, what follows the question, length of a reply, the
-    stem that options are scored behind and what stands in its box ("letter" or "text"), seed, rows decoded at once,
-    temperature (0 is greedy)."""
+    """How items are put to the model, the same in all arms: system prompt, what follows the question, length
+    of a reply, the stem that options are scored behind and what stands in its box ("letter" or "text"), seed,
+    rows decoded at once, temperature (0 is greedy)."""
 
     system: str | None
     suffix: str
@@ -48,7 +49,8 @@ class Asking:
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
                  edits: list[tuple[dict, list[Image.Image]] | None]) -> tuple[dict, list[Image.Image]] | None:
-    """Return (item, images) of the prompt `kind` for the item at `place` of a batch; None if there is no such prompt."""
+    """Return (item, images) of the prompt `kind` for the item at `place` of a batch; None if there is no such
+    prompt."""
     item, mine = items[place], images[place]
     if kind == "own":
         return item, mine
@@ -65,16 +67,20 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
     n = len(items)
     others = [(place + k) % n for k in range(1, n)]
     if kind == "other_image":
-        found = next((j for j in others if len(images[j]) == len(mine) and items[j]["images"] != item["images"]), None)
+        found = next((j for j in others if len(images[j]) == len(mine)
+                      and items[j]["images"] != item["images"]), None)
         return None if found is None else (item, images[found])
     found = next((j for j in others if items[j]["question"] != item["question"]), None)
-    return None if found is None else ({**item, "question": items[found]["question"], "options": items[found]["options"]}, mine)
+    return None if found is None else ({**item, "question": items[found]["question"],
+                                        "options": items[found]["options"]}, mine)
 
 
 def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int | None:
-    """Return the place of a donor in the batch among those `able`, never the item itself; None if there is none.
+    """Return the place of a donor in the batch among those `able`, never the item itself; None if there is
+    none.
 
-    "random" is of another group and, where there is one, with another gold; "question" and "image" share just that.
+    "random" is of another group and, where there is one, with another gold; "question" and "image" share just
+    that.
     """
     item, n = items[place], len(items)
     order = [j for j in ((place + k) % n for k in range(1, n)) if j in able]
@@ -90,7 +96,8 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
 
 
 class Prompts:
-    """The prompts of a batch of items, by kind; `edits` are (item, images) of the items' counterfactuals, None without."""
+    """The prompts of a batch of items, by kind; `edits` are (item, images) of the items' counterfactuals,
+    None without."""
 
     def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
                  edits: list[tuple[dict, list[Image.Image]] | None]):
@@ -98,26 +105,32 @@ class Prompts:
         self.read: dict[str, tuple[State | None, list[int]]] = {}
 
     def __getitem__(self, kind: str) -> tuple[State | None, list[int]]:
-        """Return the state of every prompt of a kind, read once, and the places of the items that have one."""
+        """Return the state of every prompt of a kind, read once, and the places of the items that have one.
+        """
         if kind not in self.read:
             found = {i: other for i in range(len(self.items))
                      if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking) for item, images in found.values()]
-            state = prefill(self.qwen, encode(self.qwen, texts, [images for _, images in found.values()])) if found else None
+            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking) for item,
+                     images in found.values()]
+            state = prefill(self.qwen,
+                            encode(self.qwen, texts,
+                                   [images for _, images in found.values()])) if found else None
             self.read[kind] = state, list(found)
         return self.read[kind]
 
 
 # ------------------------------------------------------------------------------------ what a reply says
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
-    """Return the fields that come from a reply's words; the answer is looked for in `last_words`, after all imagination."""
+    """Return the fields that come from a reply's words; the answer is looked for in `last_words`, after all
+    imagination."""
     found = extract_choice(last_words.strip(), dict(item["options"]), finish)
     return {"text": text, "finish": finish, "n_new": len(ids), "pred": found.letter, "rule": found.rule,
             "correct": found.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
 
 
 def is_degenerate(ids: list[int], finish: str) -> bool:
-    """Return whether a reply ends in a loop: a tail of period up to 64, or cut off with half its 4-grams repeated."""
+    """Return whether a reply ends in a loop: a tail of period up to 64, or cut off with half its 4-grams
+    repeated."""
     for period in range(1, 65):
         tail = ids[-max(3 * period, 48):]
         if len(tail) == max(3 * period, 48) and tail[period:] == tail[:-period]:

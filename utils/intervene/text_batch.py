@@ -1,9 +1,11 @@
-"""A batch of items, clean and under every condition on their text imagination, from one reading of each prompt.
+"""A batch of items, clean and under every condition on their text imagination, from one reading of each
+prompt.
 
-A reply is cut after its last imagination, edited by a rung of `utils.intervene.text_conditions`, fed back as the assistant's own beginning and
-continued. Beside the ladder: the directed edit made by an LLM (`directed_llm`), the image hidden from what follows the
-imagination (`image_off`, `image_off_directed`, the positive control), and the worlds of a mediation, in which the imagination
-is what a blank image brings about (`swap_blank`) or a blank image has the item's own (`blank_x`).
+A reply is cut after its last imagination, edited by a rung of `utils.intervene.text_conditions`, fed back as
+the assistant's own beginning and continued. Beside the ladder: the directed edit made by an LLM
+(`directed_llm`), the image hidden from what follows the imagination (`image_off`, `image_off_directed`, the
+positive control), and the worlds of a mediation, in which the imagination is what a blank image brings about
+(`swap_blank`) or a blank image has the item's own (`blank_x`).
 """
 import random
 from typing import NamedTuple
@@ -25,7 +27,8 @@ from utils.spans import conclusion, find_spans, passages, put_spans
 
 # name -> (rung of the ladder that makes the beginning, prompt, whether what follows sees the image)
 BESIDE = {"image_off": ("sham", "own", False), "image_off_directed": ("directed", "own", False),
-          "swap_blank": ("swap_blank", "own", True), "blank_x": ("sham", "blank", True), "blank": ("swap_blank", "blank", True),
+          "swap_blank": ("swap_blank", "own", True), "blank_x": ("sham", "blank", True),
+          "blank": ("swap_blank", "blank", True),
           **{name: (None, kind, True) for name, kind in DO_X.items()}}
 TEXT_CONDITIONS = {**{name: (name, "own", True) for name in (*LADDER, "directed_llm")}, **BESIDE}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
@@ -35,8 +38,8 @@ TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
 
 
 class Beginning(NamedTuple):
-    """The beginning of a reply that is to be continued: of a condition and the item at `place`, its text ("": none), how that
-    was edited, and whether what follows sees the image."""
+    """The beginning of a reply that is to be continued: of a condition and the item at `place`, its text ("":
+    none), how that was edited, and whether what follows sees the image."""
 
     condition: str
     place: int
@@ -46,10 +49,12 @@ class Beginning(NamedTuple):
 
 
 class TextBatch:
-    """The runs of one batch; `records()` gives {condition: record} for each item. `spans_by` is "marks" or "cues"."""
+    """The runs of one batch; `records()` gives {condition: record} for each item. `spans_by` is "marks" or
+    "cues"."""
 
     def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str, editor: Caller | None = None):
+                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str, editor: Caller
+                 | None = None):
         self.qwen, self.asking, self.items, self.by = qwen, asking, items, spans_by
         self.editor = editor
         self.prompts = Prompts(qwen, asking, items, images, edits)
@@ -57,7 +62,8 @@ class TextBatch:
         rows, _ = decode(qwen, self.prompts["own"][0].take(everyone), asking.max_new_tokens,
                          arms=[asking.arm(item) for item in items])
         self.clean = rows
-        self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]  # not stripped: continued
+        # not stripped: continued
+        self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
         self.spans = [find_spans(text, spans_by) for text in self.texts]
         self.blank_spans: dict[int, list[str]] | None = None
         self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
@@ -68,7 +74,8 @@ class TextBatch:
         return random.Random(f"{self.asking.seed}/{item['id']}").choice(wrong)
 
     def blank_donors(self) -> dict[int, list[str]]:
-        """Return what each item imagines under a blank image, its own words before the first imagination said first."""
+        """Return what each item imagines under a blank image, its own words before the first imagination said
+        first."""
         if self.blank_spans is None:
             places = [i for i in range(len(self.items)) if self.spans[i] and self.by == "marks"]
             self.blank_spans = {}
@@ -76,7 +83,8 @@ class TextBatch:
                 heads = [self.head(i) for i in its]
                 state = extend(self.qwen, self.prompts["blank"][0].take(its), heads)
                 arms = [self.asking.arm(self.items[i]) for i in its]
-                for i, head, row in zip(its, heads, decode(self.qwen, state, self.asking.max_new_tokens, arms=arms)[0]):
+                for i, head, row in zip(its, heads, decode(self.qwen, state, self.asking.max_new_tokens,
+                                                           arms=arms)[0]):
                     text = self.qwen.tokenizer.decode(head + row.ids, skip_special_tokens=True)
                     self.blank_spans[i] = passages(text, find_spans(text))
         return self.blank_spans
@@ -85,23 +93,28 @@ class TextBatch:
         """Return what the LLM editor makes of each reply's beginning, asked for all at once."""
         if self.llm_edits is None:
             places = [i for i, its in enumerate(self.spans) if its]
-            samples = [(until_last_span(self.texts[i], self.spans[i]), self.spans[i], self.items[i], self.target(self.items[i]))
+            samples = [(until_last_span(self.texts[i], self.spans[i]), self.spans[i], self.items[i],
+                        self.target(self.items[i]))
                        for i in places]
             self.llm_edits = dict(zip(places, direct_all(self.editor, samples)))
         return self.llm_edits
 
     def head(self, place: int) -> list[int]:
-        """Return the clean ids up to the first imagination: no further than its mark, as a token may reach over that."""
+        """Return the clean ids up to the first imagination: no further than its mark, as a token may reach
+        over that."""
         ids, start = self.clean[place].ids, self.spans[place][0][0]
         return ids[:max(n for n in range(1, len(ids) + 1)
-                        if n == 1 or len(self.qwen.tokenizer.decode(ids[:n], skip_special_tokens=True)) <= start)]
+                        if n == 1 or len(self.qwen.tokenizer.decode(ids[:n], skip_special_tokens=True))
+                        <= start)]
 
     def ids(self, text: str) -> list[int]:
         return self.qwen.tokenizer(text, add_special_tokens=False).input_ids
 
     def columns(self, first: int, place: int, text: str) -> list[int]:
-        """Return the cache's columns of an item's imaginations in `text`, its reply's beginning, read from column `first`."""
-        offsets = self.qwen.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        """Return the cache's columns of an item's imaginations in `text`, its reply's beginning, read from
+        column `first`."""
+        offsets = self.qwen.tokenizer(text, add_special_tokens=False,
+                                      return_offsets_mapping=True)["offset_mapping"]
         return [first + n for n, (low, high) in enumerate(offsets)
                 if any(low < end and start < high for start, end in self.spans[place])]
 
@@ -118,8 +131,10 @@ class TextBatch:
         if rung == "swap_blank":  # also where it is the item's own: a world of the mediation, not an edit
             donor = self.blank_donors().get(place, [])
             if len(donor) < len(spans):
-                raise NotEditable("no_donor", f"{len(donor)} imaginations under a blank image, expected {len(spans)}")
-            return put_spans(text, spans, donor[:len(spans)]), {"before": passages(text, spans), "after": donor[:len(spans)]}
+                raise NotEditable("no_donor",
+                                  f"{len(donor)} imaginations under a blank image, expected {len(spans)}")
+            return put_spans(text, spans, donor[:len(spans)]), {"before": passages(text, spans),
+                                                                "after": donor[:len(spans)]}
         j = pick_donor("random", place, self.items, [i for i, its in enumerate(self.spans) if its])
         donor = None if j is None else passages(self.texts[j], self.spans[j])
         return LADDER[rung](text, spans, item, Context(self.target(item), donor, seed=self.asking.seed))
@@ -136,7 +151,8 @@ class TextBatch:
                     text, edit = ("", None) if rung is None else self.beginning(rung, i)
                     todo.setdefault(kind, []).append(Beginning(name, i, text, edit, sees))
                 except (NotEditable, NotPossible) as fault:
-                    result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None, "correct": False,
+                    result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None,
+                                       "correct": False,
                                        "reason": fault.args[0], "target": self.target(self.items[i])}
         for kind, its in todo.items():
             for one, record in self.continued(kind, its):
@@ -146,12 +162,14 @@ class TextBatch:
         return result
 
     def read(self, kind: str, its: list[Beginning]) -> tuple[State, list[dict]]:
-        """Feed beginnings, none of them empty, back; return the state behind them and how the options score there."""
+        """Feed beginnings, none of them empty, back; return the state behind them and how the options score
+        there."""
         items, texts = [self.items[one.place] for one in its], [self.texts[one.place] for one in its]
         state = extend(self.qwen, self.after_prompt(kind, its), [self.ids(one.text) for one in its])
         state.hide_images([n for n, one in enumerate(its) if not one.sees])
         stems = [stem_of(conclusion(text, self.by)) for text in texts]
-        return state, read_out(self.qwen, state, items, self.asking.stem, stems, [[]] * len(its), self.asking.options)
+        return state, read_out(self.qwen, state, items, self.asking.stem, stems, [[]] * len(its),
+                               self.asking.options)
 
     def after_prompt(self, kind: str, its: list[Beginning]) -> State:
         state, having = self.prompts[kind]
@@ -174,7 +192,8 @@ class TextBatch:
         return done
 
     def scored_clean(self) -> list[tuple[Beginning, dict]]:
-        """Return for each clean reply with an imagination how the options score behind it, and where the stem looks there."""
+        """Return for each clean reply with an imagination how the options score behind it, and where the stem
+        looks there."""
         heads = [Beginning("clean", i, until_last_span(self.texts[i], spans), None, True)
                  for i, spans in enumerate(self.spans) if spans]
         n_prompt, done = self.prompts["own"][0].mask.shape[1], []
@@ -189,9 +208,12 @@ class TextBatch:
         place, text = one.place, one.text
         item, said = self.items[place], self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
         last = said if text else conclusion(said, self.by)
-        changed = said.strip() != (conclusion(self.texts[place], self.by) if text else self.texts[place]).strip()
-        return {"emitted": bool(self.spans[place] if text else find_spans(said, self.by)), "spans": self.spans[place],
-                **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed, "edit": one.edit,
+        changed = said.strip() != (conclusion(self.texts[place], self.by) if text
+                                   else self.texts[place]).strip()
+        return {"emitted": bool(self.spans[place] if text else find_spans(said, self.by)),
+                "spans": self.spans[place],
+                **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed,
+                "edit": one.edit,
                 "target": self.target(item), "ids": row.ids}
 
     def describe_clean(self, place: int) -> dict:

@@ -1,31 +1,39 @@
-"""The ladder of text interventions: from a reply left as it is to one whose imaginations speak for another option.
+"""The ladder of text interventions: from a reply left as it is to one whose imaginations speak for another
+option.
 
     condition      each imagination becomes                                       what it isolates
-    sham           itself                                                         tokens made anew, a forced beginning
+    sham           itself                                                         tokens made anew, a forced
+    beginning
     paraphrase     other words; all values of options and numbers kept            the surface
     irrelevant     another word of its class for what is no option, about as      any disturbance of that size
                    many words as the directed edit changes
-    removal        nothing between its marks                                      whether its content is needed
+    removal        nothing between its marks                                      whether its content is
+    needed
     something      "something" for the right option's value
     filler         as many "..." as it has words
     no_span        nothing, the marks gone too
     bare           one <think_image>, the placeholder of training
-    constant       one fixed passage, the same for all samples                    the paper's latent arm, in text
+    constant       one fixed passage, the same for all samples                    the paper's latent arm, in
+    text
     foreign        those of another sample of the batch                           a mismatch of the usual kind
-    directed       the right option's value exchanged for a wrong one's           whether the answer follows the content
+    directed       the right option's value exchanged for a wrong one's           whether the answer follows
+    the content
     truncate_N     the first N % of its words                                     when the answer is settled
 
-One function a condition, f(text, spans, item, context) -> (new text, edit). `text` is the reply up to its last imagination
-(`until_last_span`), `spans` what utils.spans.find_spans found there, `item` a multiple-choice item. The edit is a dict with
-"editor", "target", "before" and "after" (lists of spans), "word_distance" (Levenshtein, over words) and, where one thing
-stands for another, "from" and "to". NotEditable, with a reason of NOT_EDITABLE, says why a sample has no such edit.
-A truncation may leave a short imagination whole, so that a curve over N keeps all its samples. No torch here.
+One function a condition, f(text, spans, item, context) -> (new text, edit). `text` is the reply up to its
+last imagination (`until_last_span`), `spans` what utils.spans.find_spans found there, `item` a
+multiple-choice item. The edit is a dict with "editor", "target", "before" and "after" (lists of spans),
+"word_distance" (Levenshtein, over words) and, where one thing stands for another, "from" and "to".
+NotEditable, with a reason of NOT_EDITABLE, says why a sample has no such edit. A truncation may leave a short
+imagination whole, so that a curve over N keeps all its samples. No torch here.
 
-The directed edit by an LLM: what `utils.intervene.text_edits.direct` does by rules, asked of a model and held to the same verifier.
+The directed edit by an LLM: what `utils.intervene.text_edits.direct` does by rules, asked of a model and held
+to the same verifier.
 
-Any backend of utils.backends or utils.openai_backend serves; decode at temperature 0 (LocalBackend is greedy, HttpBackend's default
-is 0). The replies are in a journal, so that a second run makes no call. A failure is a NotEditable with a reason of
-NOT_EDITABLE, and never an edit by rules in its place: compare the two editors on what both could edit. No torch here.
+Any backend of utils.backends or utils.openai_backend serves; decode at temperature 0 (LocalBackend is greedy,
+HttpBackend's default is 0). The replies are in a journal, so that a second run makes no call. A failure is a
+NotEditable with a reason of NOT_EDITABLE, and never an edit by rules in its place: compare the two editors on
+what both could edit. No torch here.
 """
 import json
 import random
@@ -47,8 +55,8 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a condition needs beside the sample: the letter of a wrong option, the imaginations of the donor or
-    None, and the seed of what is drawn."""
+    """What a condition needs beside the sample: the letter of a wrong option, the imaginations of the donor
+    or None, and the seed of what is drawn."""
 
     target: str
     donor: Sequence[str] | None = None
@@ -56,7 +64,8 @@ class Context:
 
 
 def until_last_span(text: str, spans: Spans) -> str:
-    """Return a reply up to and including its last imagination and its mark: what is edited, and then continued."""
+    """Return a reply up to and including its last imagination and its mark: what is edited, and then
+    continued."""
     return text[:after_marks(text, spans[-1][1])]
 
 
@@ -73,14 +82,15 @@ def describe(before: list[str], after: list[str], context: Context, **more) -> d
             "before": before, "after": after}
 
 
-# ------------------------------------------------------------------------------------ one function a condition
+# ----------------------------------------------------------------------------------- one function a condition
 def sham(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
     before = passages(text, spans)
     return text, describe(before, before, context)
 
 
 def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Say the same in other words; NotEditable("value_changed") if a value of an option or a number did not survive."""
+    """Say the same in other words; NotEditable("value_changed") if a value of an option or a number did not
+    survive."""
     before = passages(text, spans)
     after = [reworded(span, item) for span in before]
     if survivors(before, item) != survivors(after, item):
@@ -89,10 +99,12 @@ def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> tuple[s
 
 
 def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Replace words that are no option's and not the question's, until as many words differ as after `direct`.
+    """Replace words that are no option's and not the question's, until as many words differ as after
+    `direct`.
 
-    Where `direct` finds nothing to edit there is no size to match: its reason stands here too. Words may run out before the
-    size is reached, and an article may exceed it by one: "directed_distance" tells the size aimed at.
+    Where `direct` finds nothing to edit there is no size to match: its reason stands here too. Words may run
+    out before the size is reached, and an article may exceed it by one: "directed_distance" tells the size
+    aimed at.
     """
     aim = direct(text, spans, item, context.target)[1]["word_distance"]
     before = passages(text, spans)
@@ -103,11 +115,13 @@ def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> tuple[s
         if distance(before, after) >= aim:
             break
     if not table:
-        raise NotEditable("no_irrelevant_word", "no word of utils.intervene.word_forms.CLASSES that options and question leave free")
+        raise NotEditable("no_irrelevant_word",
+                          "no word of utils.intervene.word_forms.CLASSES that options and question leave free")
     kept = survivors(before, item), survivors(after, item)
     if any(kept[0][word] != kept[1][word] for word in (kept[0] | kept[1]) if not word.startswith("number ")):
         raise NotEditable("value_changed", "an option's value did not survive")
-    return done(text, spans, after, context, **{"from": list(table), "to": list(table.values()), "directed_distance": aim})
+    return done(text, spans, after, context, **{"from": list(table), "to": list(table.values()),
+                                                "directed_distance": aim})
 
 
 def removal(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
@@ -128,7 +142,8 @@ def something(text: str, spans: Spans, item: dict, context: Context) -> tuple[st
 
 
 def filler(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    return done(text, spans, [" ".join(["..."] * len(span.split())) for span in passages(text, spans)], context)
+    return done(text, spans, [" ".join(["..."] * len(span.split())) for span in passages(text, spans)],
+                context)
 
 
 def no_span(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
@@ -137,12 +152,14 @@ def no_span(text: str, spans: Spans, item: dict, context: Context) -> tuple[str,
 
 
 def bare(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Put the mark alone for each imagination with its marks, as in training with --imagination placeholder."""
+    """Put the mark alone for each imagination with its marks, as in training with --imagination placeholder.
+    """
     return around(text, spans, OPEN), describe(passages(text, spans), [""] * len(spans), context)
 
 
 def around(text: str, spans: Spans, new: str) -> str:
-    """Return the text with `new` for each span and its marks; nothing new takes the space before it away as well."""
+    """Return the text with `new` for each span and its marks; nothing new takes the space before it away as
+    well."""
     for start, end in reversed(spans):
         head = text[:start].removesuffix(OPEN)
         text = (head if new else head.rstrip()) + new + text[after_marks(text, end):]
@@ -156,7 +173,8 @@ def constant(text: str, spans: Spans, item: dict, context: Context) -> tuple[str
 def foreign(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
     """Put the donor's imaginations, first for first; a donor with fewer is no donor."""
     if context.donor is None or len(context.donor) < len(spans):
-        raise NotEditable("no_donor", f"{len(context.donor or ())} imaginations to take, expected {len(spans)}")
+        raise NotEditable("no_donor",
+                          f"{len(context.donor or ())} imaginations to take, expected {len(spans)}")
     return done(text, spans, list(context.donor[:len(spans)]), context)
 
 
@@ -165,7 +183,8 @@ def directed(text: str, spans: Spans, item: dict, context: Context) -> tuple[str
 
 
 def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> tuple[str, dict]:
-    """Keep the first `percent` of the words of all imaginations together, rounded half up; later ones are emptied."""
+    """Keep the first `percent` of the words of all imaginations together, rounded half up; later ones are
+    emptied."""
     before = passages(text, spans)
     left, after = (percent * sum(len(span.split()) for span in before) + 50) // 100, []
     for span in before:
@@ -177,8 +196,10 @@ def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int
 
 
 LADDER: dict[str, Callable] = {
-    "sham": sham, "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": removal, "something": something,
-    "filler": filler, "no_span": no_span, "bare": bare, "constant": constant, "foreign": foreign, "directed": directed,
+    "sham": sham, "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": removal,
+    "something": something,
+    "filler": filler, "no_span": no_span, "bare": bare, "constant": constant, "foreign": foreign,
+    "directed": directed,
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
 
@@ -213,15 +234,19 @@ Sample = tuple[str, list[tuple[int, int]], dict, str]  # text, spans, item, lett
 
 
 def make_caller(backend: object, journal: Journal) -> Caller:
-    """Return what `direct_all` asks through: prompts and model are in every key, so that a journal answers only for them."""
-    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS, guarded=False)
+    """Return what `direct_all` asks through: prompts and model are in every key, so that a journal answers
+    only for them."""
+    return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS,
+                  guarded=False)
 
 
 def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] | NotEditable]:
-    """Return for each sample what utils.intervene.text_edits.direct returns, the edit made by the model, or the NotEditable in its place.
+    """Return for each sample what utils.intervene.text_edits.direct returns, the edit made by the model, or
+    the NotEditable in its place.
 
-    What the rules cannot verify (no slot, gold not mentioned, a letter in a span) is not asked. The edit has "editor": "llm",
-    "prompt" (VERSION), "model" and "changed_phrases" beside the fields of `verify_directed`. Raises as utils.model_calls.ask does.
+    What the rules cannot verify (no slot, gold not mentioned, a letter in a span) is not asked. The edit has
+    "editor": "llm", "prompt" (VERSION), "model" and "changed_phrases" beside the fields of `verify_directed`.
+    Raises as utils.model_calls.ask does.
     """
     found: list = [None] * len(samples)
     calls: dict[int, Call] = {}

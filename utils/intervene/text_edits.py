@@ -1,13 +1,14 @@
 """The words by which two options differ, and where in a text an edit may exchange them. No torch here.
 
-`slots` finds them in the options themselves, or else in TABLES; `swap` exchanges them: a value anywhere, a side only in
-clauses about the question, yes and no by turning round the statement that the question asks about.
+`slots` finds them in the options themselves, or else in TABLES; `swap` exchanges them: a value anywhere, a
+side only in clauses about the question, yes and no by turning round the statement that the question asks
+about.
 
 Find the imaginations in a reply, and rewrite them by rules so that they speak for another option.
 
-The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It refuses what
-it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an LLM (utils.intervene.text_conditions) to the
-same rules. No torch here.
+The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It
+refuses what it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an
+LLM (utils.intervene.text_conditions) to the same rules. No torch here.
 """
 import re
 from collections import Counter
@@ -18,16 +19,22 @@ from utils.answers import LETTER, strip_label
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
 from utils.spans import CLOSE, OPEN, passages, put_spans
 
-NOT_EDITABLE = ("no_span", "unresolved", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",  # any
+# any
+NOT_EDITABLE = ("no_span", "unresolved", "no_slot_value", "letter_in_span", "gold_not_mentioned",
+                "residual_gold",
                 "marks_in_span", "span_count", "unchanged",  # of an edit that came from a model
-                "no_irrelevant_word", "value_changed", "no_donor",  # of a rung of utils.intervene.text_conditions
-                "cut_off", "bad_json", "bad_schema", "backend_error")  # of an LLM that did not answer (utils.model_calls)
-NO_SLOT = set("an the yes no true false is are not it in on at of to and or with".split())  # say nothing in another text
+                # of a rung of utils.intervene.text_conditions
+                "no_irrelevant_word", "value_changed", "no_donor",
+                # of an LLM that did not answer (utils.model_calls)
+                "cut_off", "bad_json", "bad_schema", "backend_error")
+# say nothing in another text
+NO_SLOT = set("an the yes no true false is are not it in on at of to and or with".split())
 YES, NO = ("yes", "true"), ("no", "false")
 VERB = re.compile(r"\b(is|are|was|were|does|do|did|has|have|had)(\s+not?\b|n['’]t\b)?", re.IGNORECASE)
 JOIN = r"\s+(?:and|but|while|whereas|which|where|because|so)\b"
 CLAUSE = re.compile(rf"[.!?;:,\n]+(?:{JOIN})?|{JOIN}", re.IGNORECASE)
-PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?(?:it|its|he|she|his|her|they|their|which)\b",
+PRONOUN = re.compile(
+    r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?(?:it|its|he|she|his|her|they|their|which)\b",
                      re.IGNORECASE)
 
 
@@ -40,8 +47,9 @@ class NotEditable(ValueError):
 
 
 class Slot(NamedTuple):
-    """What an edit exchanges: `old` for `new`. `kind` is "value" (anywhere in the text), "side" (only in clauses that
-    name one of `referents`, lower-case words of the question) or "polarity" (only in clauses that name them all)."""
+    """What an edit exchanges: `old` for `new`. `kind` is "value" (anywhere in the text), "side" (only in
+    clauses that name one of `referents`, lower-case words of the question) or "polarity" (only in clauses
+    that name them all)."""
 
     kind: str
     old: str
@@ -49,12 +57,13 @@ class Slot(NamedTuple):
     referents: frozenset[str] = frozenset()
 
 
-# ------------------------------------------------------------------------------------ from the options to a slot
+# --------------------------------------------------------------------------------- from the options to a slot
 def slots(item: dict, target: str) -> list[Slot]:
-    """Return what could make option `target` of the right one, best first; NotEditable("no_slot_value") for nothing.
+    """Return what could make option `target` of the right one, best first; NotEditable("no_slot_value") for
+    nothing.
 
-    First what the two options do not share, then the words of one table that they hold. Yes against no turns a statement
-    round, and needs a question that says which.
+    First what the two options do not share, then the words of one table that they hold. Yes against no turns
+    a statement round, and needs a question that says which.
     """
     options, gold = dict(item["options"]), item["answer"]["value"]
     referents = frozenset(stems(item.get("question", "")))
@@ -77,7 +86,8 @@ def slots(item: dict, target: str) -> list[Slot]:
 
 
 def slot_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words by which two options differ: what is left without label, common beginning and common end."""
+    """Return the words by which two options differ: what is left without label, common beginning and common
+    end."""
     pair = [strip_label(text).split() for text in (gold, target)]
     same = [[word.strip(".,;:!?\"'").lower() for word in words] for words in pair]
     n = min(map(len, pair))
@@ -85,13 +95,15 @@ def slot_values(gold: str, target: str) -> tuple[str, str]:
     last = next((i for i in range(n - first) if same[0][-1 - i] != same[1][-1 - i]), n - first)
     values = [" ".join(words[first:len(words) - last]).strip(".,;:!?\"'") for words in pair]
     values = [re.sub(r"^(?:an?|the)\s+", "", value, flags=re.IGNORECASE) for value in values]
-    if not all(values) or values[0].lower() == values[1].lower() or NO_SLOT & {value.lower() for value in values}:
+    if not all(values) or values[0].lower() == values[1].lower() or NO_SLOT & {value.lower()
+                                                                               for value in values}:
         raise NotEditable("no_slot_value")
     return values[0], values[1]
 
 
 def table_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words of the first of TABLES that has just one word in each option, and not the same in both."""
+    """Return the words of the first of TABLES that has just one word in each option, and not the same in
+    both."""
     for words in TABLES.values():
         pair = [set(replace_values(text, {word: word for word in words})[1]) for text in (gold, target)]
         if len(pair[0]) == len(pair[1]) == 1 and pair[0] != pair[1]:
@@ -115,7 +127,8 @@ def clauses(text: str) -> list[tuple[str, set[str]]]:
 
 
 def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter]:
-    """Exchange the sides of a slot where its kind allows, or put `filler` for the old one; count "gold" and "target"."""
+    """Exchange the sides of a slot where its kind allows, or put `filler` for the old one; count "gold" and
+    "target"."""
     def put(part: str) -> tuple[str, Counter]:
         if slot.kind == "polarity":
             return turn_round(part, slot.old)
@@ -136,7 +149,8 @@ def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter
 
 
 def turn_round(clause: str, gold: str) -> tuple[str, Counter]:
-    """Negate the first verb of a clause, or take its negation away; it counts as gold if it said what `gold` says."""
+    """Negate the first verb of a clause, or take its negation away; it counts as gold if it said what `gold`
+    says."""
     match = VERB.search(clause)
     if not match:
         return clause, Counter()
@@ -154,7 +168,8 @@ STRUCTURE = (OPEN, CLOSE, "\\boxed")  # in a span they would end it, or answer
 
 # ------------------------------------------------------------------------------------ the directed edit
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
-    """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was done."""
+    """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was
+    done."""
     before = passages(text, spans)
     slot = pick_slot(before, item, target)
     after = [swap(span, slot)[0] for span in before]
@@ -163,7 +178,8 @@ def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> 
 
 
 def pick_slot(spans: list[str], item: dict, target: str) -> Slot:
-    """Return the slot whose gold value the spans mention; NotEditable if none is, or if a span names an option's letter."""
+    """Return the slot whose gold value the spans mention; NotEditable if none is, or if a span names an
+    option's letter."""
     found = slots(item, target)
     if any(LETTER.search(span) for span in spans):
         raise NotEditable("letter_in_span", "a letter of an option stands in it")
@@ -181,10 +197,11 @@ def count(spans: list[str], slot: Slot) -> Counter:
 def verify_directed(before: list[str], after: list[str], item: dict, target: str) -> dict:
     """Hold a directed edit, by rule or by an LLM, to its rules; return what it did as the fields of a record.
 
-    `before` and `after` are the spans alone: put back with `put_spans`, nothing outside them can change. Required are a
-    mention of gold; every mention of gold turned into one of the target, and no gold left but where target stood; no letter
-    of an option, no mark and no box in a span. NotEditable otherwise. `n_other` counts words changed beside the values and
-    their articles: 0 from the rules, more from an LLM that rewrote.
+    `before` and `after` are the spans alone: put back with `put_spans`, nothing outside them can change.
+    Required are a mention of gold; every mention of gold turned into one of the target, and no gold left but
+    where target stood; no letter of an option, no mark and no box in a span. NotEditable otherwise. `n_other`
+    counts words changed beside the values and their articles: 0 from the rules, more from an LLM that
+    rewrote.
     """
     slot = pick_slot(before, item, target)
     if len(after) != len(before):
@@ -197,9 +214,11 @@ def verify_directed(before: list[str], after: list[str], item: dict, target: str
         raise NotEditable("unchanged", "nothing was changed")
     there, left = count(before, slot), count(after, slot)
     if left["gold"] > there["target"] or left["target"] < there["gold"]:
-        raise NotEditable("residual_gold", f"{slot.old!r} is mentioned {left['gold']} times where at most {there['target']} "
+        raise NotEditable("residual_gold",
+                          f"{slot.old!r} is mentioned {left['gold']} times where at most {there['target']} "
                           f"were expected, {slot.new!r} {left['target']} times where {there['gold']} were expected")
-    return {"kind": slot.kind, "from": slot.old, "to": slot.new, "target": target, "n_replaced": there["gold"],
+    return {"kind": slot.kind, "from": slot.old, "to": slot.new, "target": target,
+            "n_replaced": there["gold"],
             "n_exchanged": there["target"], "residual_gold": 0, "word_distance": distance(before, after),
             "n_other": distance([mask(span, slot) for span in before], [mask(span, slot) for span in after]),
             "before": before, "after": after}
@@ -218,7 +237,8 @@ def distance(before: Sequence[str], after: Sequence[str]) -> int:
 
 
 def word_distance(one: str, other: str) -> int:
-    """Return the Levenshtein distance over words: the fewest insertions, deletions and replacements of words."""
+    """Return the Levenshtein distance over words: the fewest insertions, deletions and replacements of words.
+    """
     words = other.split()
     row = list(range(len(words) + 1))
     for i, word in enumerate(one.split(), 1):

@@ -1,9 +1,11 @@
-"""The forms that a value takes in a text: plurals, articles, "-ish", digits and number words, capitals. No torch here.
+"""The forms that a value takes in a text: plurals, articles, "-ish", digits and number words, capitals. No
+torch here.
 
-Words that can stand for one another in a caption: with the same meaning (paraphrase), or of one class (irrelevant edit).
+Words that can stand for one another in a caption: with the same meaning (paraphrase), or of one class
+(irrelevant edit).
 
-Both tables were written for captions of photographs and drawings; a word that an option or the question holds is left alone.
-No torch here.
+Both tables were written for captions of photographs and drawings; a word that an option or the question holds
+is left alone. No torch here.
 """
 import random
 import re
@@ -18,7 +20,8 @@ SOMETHING = "something"  # stands for a removed value; it takes no ending
 
 
 def mention(name: str, value: str) -> str:
-    """Return a pattern of a value's mentions: any spacing, plural, a colour with -ish, a number as digits or as a word."""
+    """Return a pattern of a value's mentions: any spacing, plural, a colour with -ish, a number as digits or
+    as a word."""
     pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", value))
     twin = twin_number(value)
     ending = r"e?s" if value[-1].isalpha() and len(value) > 1 and not twin else r"(?!)"
@@ -59,7 +62,8 @@ def article_for(word: str) -> str:
 
 
 def replace_values(text: str, table: dict[str, str]) -> tuple[str, Counter]:
-    """Put each value's replacement (old -> new) for every mention, in one pass; return the text and the mentions found.
+    """Put each value's replacement (old -> new) for every mention, in one pass; return the text and the
+    mentions found.
 
     A longer value goes before one that it contains. An article before a mention is made to agree.
     """
@@ -82,7 +86,8 @@ def replace_values(text: str, table: dict[str, str]) -> tuple[str, Counter]:
 
 @lru_cache(4096)
 def mentions(values: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern]:
-    """Return the names of the groups (name -> value) and the pattern of any mention, with an article before it."""
+    """Return the names of the groups (name -> value) and the pattern of any mention, with an article before
+    it."""
     names = {f"v{n}": value for n, value in enumerate(values)}
     return names, re.compile(r"(?:\b(?P<article>an?)(?P<gap>\s+))?(?<!\w)(?<!\d[.,])(?:"
                              + "|".join(mention(name, value) for name, value in names.items())
@@ -95,7 +100,8 @@ def find(text: str, value: str) -> int:
 
 
 def exchange(text: str, gold: str, target: str) -> tuple[str, Counter]:
-    """Put target for every mention of gold, and gold for target where that occurs; count the mentions found of each."""
+    """Put target for every mention of gold, and gold for target where that occurs; count the mentions found
+    of each."""
     text, found = replace_values(text, {gold: target, target: gold})
     return text, Counter(gold=found[gold], target=found[target])
 
@@ -104,13 +110,17 @@ def exchange(text: str, gold: str, target: str) -> tuple[str, Counter]:
 
 
 SYNONYMS = {  # phrase -> one with the same meaning; neither names a thing, an attribute or a side
-    "shows": "displays", "show": "display", "showing": "displaying", "shown": "displayed", "displays": "shows",
+    "shows": "displays", "show": "display", "showing": "displaying", "shown": "displayed",
+    "displays": "shows",
     "clearly": "plainly", "distinctly": "clearly", "is visible": "can be seen", "are visible": "can be seen",
     "located": "situated", "situated": "located", "positioned": "placed", "appears to be": "seems to be",
-    "zoomed-in": "enlarged", "enlarged": "zoomed-in", "zooming in": "looking closer", "the image": "the picture",
+    "zoomed-in": "enlarged", "enlarged": "zoomed-in", "zooming in": "looking closer",
+    "the image": "the picture",
     "an image": "a picture", "the picture": "the image", "the photo": "the photograph", "next to": "beside",
-    "beside": "next to", "near": "close to", "depicts": "portrays", "depicted": "portrayed", "contains": "holds",
-    "indicates": "suggests", "approximately": "about", "reads": "says", "labeled": "marked", "reveals": "shows",
+    "beside": "next to", "near": "close to", "depicts": "portrays", "depicted": "portrayed",
+    "contains": "holds",
+    "indicates": "suggests", "approximately": "about", "reads": "says", "labeled": "marked",
+    "reveals": "shows",
     "region": "area", "area": "region", "identify": "recognize", "examine": "inspect", "locate": "find"}
 TEMPLATE = "In this view, {}"  # where no synonym fits
 FUNCTION_WORD = re.compile(r"(?:The|A|An|It|There|This|These|In|On|At|One|Its)\b")  # may lose its capital
@@ -122,9 +132,11 @@ CLASSES = (  # words of a class may stand for one another: the text stays well-f
     "left right".split(), "top bottom".split(), "foreground background".split(), "indoors outdoors".split(),
     "car truck bus van bicycle motorcycle boat train".split(), "dog cat horse bird cow sheep".split(),
     "man woman boy girl child".split(), "table chair bench sofa shelf desk".split(),
-    "street sidewalk road path beach field river park garden".split(), "building house shop tower bridge wall fence".split(),
+    "street sidewalk road path beach field river park garden".split(),
+    "building house shop tower bridge wall fence".split(),
     "shirt jacket coat dress hat scarf".split(), "cup bottle box bag basket bowl plate".split(),
-    "north south east west".split(), "northeast northwest southeast southwest".split(), NUMBERS[2:13],  # "one" is a pronoun too
+    # "one" is a pronoun too
+    "north south east west".split(), "northeast northwest southeast southwest".split(), NUMBERS[2:13],
     "tree bush flower grass".split(), "sitting standing walking running".split())
 NUMBER = re.compile(r"(?<![\w.,])\d+(?![\w]|[.,]\d)")
 
@@ -137,19 +149,23 @@ def option_words(item: dict) -> set[str]:
 
 
 def survivors(spans: Iterable[str], item: dict) -> Counter:
-    """Return how often the spans mention each word of the options and each number: what keeps an answer's ground."""
+    """Return how often the spans mention each word of the options and each number: what keeps an answer's
+    ground."""
     text = "\n".join(spans)
     numbers = re.findall(rf"\d+(?:[.,]\d+)*|\b(?:{'|'.join(NUMBERS)})\b", text.lower())
     counts = Counter({word: find(text, word) for word in option_words(item)})
-    return +(counts + Counter(f"number {twin_number(number) if number.isalpha() else number}" for number in numbers))
+    return +(counts + Counter(f"number {twin_number(number) if number.isalpha() else number}"
+                              for number in numbers))
 
 
 def reworded(span: str, item: dict) -> str:
-    """Return a span in other words: each phrase of SYNONYMS once, or TEMPLATE around it where there is none."""
+    """Return a span in other words: each phrase of SYNONYMS once, or TEMPLATE around it where there is none.
+    """
     if not span.strip():
         return span
     kept = option_words(item)
-    table = {old: new for old, new in SYNONYMS.items() if not any(find(f"{old} {new}", word) for word in kept)}
+    table = {old: new for old, new in SYNONYMS.items() if not any(find(f"{old} {new}", word)
+                                                                  for word in kept)}
     after, found = replace_values(span, table)
     if found:
         return after
@@ -158,7 +174,8 @@ def reworded(span: str, item: dict) -> str:
 
 
 def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """Return (word, another of its class) for what the spans mention and neither options nor question do, shuffled.
+    """Return (word, another of its class) for what the spans mention and neither options nor question do,
+    shuffled.
 
     A number above twelve has the numbers of as many digits for its class. What comes in stands nowhere
     in spans, options or question.
@@ -172,7 +189,8 @@ def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[s
         for word in (word for word in words if here[word] and not there[word]):
             if free:
                 found.append((word, free.pop(rng.randrange(len(free)))))
-    for number in sorted({number for number in NUMBER.findall(text) if twin_number(number) not in NUMBERS[2:13]}):
+    for number in sorted({number for number in NUMBER.findall(text)
+                          if twin_number(number) not in NUMBERS[2:13]}):
         low = 10 ** (len(number) - 1) if len(number) > 1 else 0
         new = str(rng.randrange(low, 10 ** len(number)))
         if not find(asked, number) and not find(asked, new) and not find(text, new):
@@ -181,21 +199,26 @@ def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[s
     return found
 
 
-# Tables for options that share no wording: where each option holds just one word of a table, these two are the slot.
+# Tables for options that share no wording: where each option holds just one word of a table, these two are
+# the slot.
 TABLES = {
     "color": "red orange yellow green blue purple pink brown black white gray grey silver gold golden beige".split(),
-    "material": ("wood wooden metal plastic glass rubber leather cotton wool paper stone brick concrete ceramic steel fabric "
+    "material": (
+        "wood wooden metal plastic glass rubber leather cotton wool paper stone brick concrete ceramic steel fabric "
                  "kevlar").split(),
-    "side": ["left", "right", "above", "below", "top", "bottom", "behind", "in front of", "inside", "outside", "over", "under"],
+    "side": ["left", "right", "above", "below", "top", "bottom", "behind", "in front of", "inside", "outside",
+             "over", "under"],
     "number": [*NUMBERS, *map(str, range(100))]}
 
 
 def stems(text: str) -> list[str]:
     """Return the words of a text that can name a thing, lower-case and without a plural -s."""
-    words = [re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[a-z]{3,}", re.sub(r"['’]s\b", "", text.lower()))]
+    words = [re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[a-z]{3,}",
+                                                                     re.sub(r"['’]s\b", "", text.lower()))]
     return [word for word in words if word not in NOT_REFERENT]
 
 
-NOT_REFERENT = set("""what which where who whose how many much kind type side sides relative position image picture photo
+NOT_REFERENT = set(
+    """what which where who whose how many much kind type side sides relative position image picture photo
     color colour material shape number there does have has the and are was were can you see from with that this any not
     one left right above below top bottom behind front inside outside over under near next""".split())

@@ -1,7 +1,7 @@
 """Decode items once and keep what their imaginations were: states by kind in a store (`utils.probe.states`).
 
-One latent family or text; every item gets a line, whether it imagined anything or not, so that emission can be counted and a
-killed run goes on.
+One latent family or text; every item gets a line, whether it imagined anything or not, so that emission can
+be counted and a killed run goes on.
 """
 import argparse
 from bisect import bisect_left
@@ -19,8 +19,8 @@ from utils.spans import CLOSE, find_spans
 
 def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], n_steps: int, args: argparse.Namespace,
             writer: StateWriter, whole: bool = True) -> None:
-    """Decode a batch of items, unless the store has them, and add their states; `args` are probe.py's. `whole`: inner states
-    and those of pads too.
+    """Decode a batch of items, unless the store has them, and add their states; `args` are probe.py's.
+    `whole`: inner states and those of pads too.
 
     A batch that a kill left half done is decoded again whole: a state's last bits depend on its batch.
     """
@@ -51,9 +51,11 @@ def collect(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.
     if not found:
         return {}, {"emitted": False, "segments": segments, "imagination": None}
     steps, after, imagination = found
-    n = min(n_steps, len(visual))  # a small image has fewer: none is taken twice, which would look like a state that stays
+    # a small image has fewer: none is taken twice, which would look like a state that stays
+    n = min(n_steps, len(visual))
     places = ((np.arange(n) + 0.5) / n * len(visual)).astype(int)
-    tensors = {"image": visual[places], "text": row.states[after[:n_steps]], "start": row.states[[max(steps[0] - 1, 0)]]}
+    tensors = {"image": visual[places], "text": row.states[after[:n_steps]],
+               "start": row.states[[max(steps[0] - 1, 0)]]}
     if spec is None:
         tensors["imagined"] = row.states[steps[:n_steps]]
     else:
@@ -69,8 +71,8 @@ def collect(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.
 
 
 def feed_pads(qwen: Qwen, spec: LatentSpec, begun, rows: list[Generation]) -> list[Generation | None]:
-    """Decode again up to the end of the first segment with the pad's own embedding fed at every latent step: what as many
-    steps make of themselves without feedback. None for rows without latents."""
+    """Decode again up to the end of the first segment with the pad's own embedding fed at every latent step:
+    what as many steps make of themselves without feedback. None for rows without latents."""
     ends = [next((s.start + s.size for s in row.segments if s.size), 0) for row in rows]
     if not any(ends):
         return [None] * len(rows)
@@ -80,11 +82,14 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun, rows: list[Generation]) -> li
     return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
 
 
-def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> tuple[list[int], list[int], str | None] | None:
-    """Return the steps of the first imagination, the ordinary steps after it, and its text; None if there is none."""
+def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> tuple[list[int], list[int],
+                                                                              str | None] | None:
+    """Return the steps of the first imagination, the ordinary steps after it, and its text; None if there is
+    none."""
     end_of_text = len(row.ids) - (row.finish == "stop")
     if spec is not None:
-        first = next((s for s in row.segments if s.size), None)  # an end token right after the start leaves none
+        # an end token right after the start leaves none
+        first = next((s for s in row.segments if s.size), None)
         if first is None:
             return None
         latents = {j for s in row.segments for j in range(s.start, s.start + s.size)}

@@ -1,24 +1,30 @@
 """Candidates for probe questions, and the rules that need no model to see one wrong. No torch here.
 
-Questions about what a benchmark item looks at, for probing: written by a model, held to rules, answered from the image.
+Questions about what a benchmark item looks at, for probing: written by a model, held to rules, answered from
+the image.
 
-    python probe.py derive --items vstar.items.jsonl --image_root . --backend openai --base_url http://127.0.0.1:8000/v1 \
+    python probe.py derive --items vstar.items.jsonl --image_root . --backend openai --base_url \
+      http://127.0.0.1:8000/v1 \
         --model Qwen/Qwen3-VL-4B-Instruct --output vstar_probe.jsonl
 
-Reads   --items: items as evaluate.py --prepare writes them, of any metric; "region" [left, top, right, bottom] in pixels of the
+Reads   --items: items as evaluate.py --prepare writes them, of any metric; "region" [left, top, right,
+        bottom] in pixels of the
         first image, if there: it is shown enlarged beside the whole
-Writes  --output: {"id", "source", "attribute", "question", "options" [[letter, text]], "answer": {"type": "letter", "value"}},
+Writes  --output: {"id", "source", "attribute", "question", "options" [[letter, text]], "answer": {"type":
+        "letter", "value"}},
         as probe.py --probe_items reads them; right options are dealt evenly over the letters
-        <output>.run/: meta.json, calls-*.jsonl, images-*.jsonl, regions/ (what was shown enlarged), verdicts.jsonl: every
-        candidate's {"id", "source", "attribute", "question", "gold", "wrong", "keep", "stage": rule | image | blind | error |
-        null, "reason", "detail", "image_answer", "blind_answer"}
+        <output>.run/: meta.json, calls-*.jsonl, images-*.jsonl, regions/ (what was shown enlarged),
+        verdicts.jsonl: every candidate's {"id", "source", "attribute", "question", "gold", "wrong", "keep",
+        "stage": rule | image | blind | error | null, "reason", "detail", "image_answer", "blind_answer"}
         <output>.meta.json, <output>.metrics.json
-Prints  progress and reasons on stderr; on stdout one JSON object: sources, asked, kept, rejected, errors, reasons, speed
+Prints  progress and reasons on stderr; on stdout one JSON object: sources, asked, kept, rejected, errors,
+reasons, speed
 
-One call a source writes --questions candidates; one call a candidate that passes the rules answers it from the image (by the
-same model or --answer_model), in an order of options of its own; with --drop_blind one more answers it from the words alone.
-kept + rejected + errors = asked = sources x questions: what a model failed on is an error, no rejection, and the exit code
-is 3. Killed, the same command goes on. Exit codes as of stages 1 and 2.
+One call a source writes --questions candidates; one call a candidate that passes the rules answers it from
+the image (by the same model or --answer_model), in an order of options of its own; with --drop_blind one more
+answers it from the words alone. kept + rejected + errors = asked = sources x questions: what a model failed
+on is an error, no rejection, and the exit code is 3. Killed, the same command goes on. Exit codes as of
+stages 1 and 2.
 """
 import argparse
 import json
@@ -47,20 +53,24 @@ from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask
 from utils.row_rules import check_rows, find_markup
 
 N_WRONG = 3
-RULES = ("not_written", "empty", "markup", "options", "catch_all", "letter", "gold_in_stem", "source_question",
+RULES = ("not_written", "empty", "markup", "options", "catch_all", "letter", "gold_in_stem",
+         "source_question",
          "source_answer", "repeated")
 REASONS = (*RULES, *IMAGE_REASONS, "duplicate", "region",  # these hold for a whole source
            "image_none", "image_wrong", "blind_right", *ERROR_REASONS)
-CATCH_ALL = re.compile(r"\b(?:all|none|both|neither|any|either) of\b|\b(?:cannot|can't|can not|could not|not) (?:be )?"
+CATCH_ALL = re.compile(
+    r"\b(?:all|none|both|neither|any|either) of\b|\b(?:cannot|can't|can not|could not|not) (?:be )?"
                        r"(?:tell|told|determined?|seen?|say|said|clear|visible|shown|sure)\b|\bunknown\b"
                        r"|^(?:none|all|both|neither)$", re.IGNORECASE)
-SAME_WORDS = 0.8  # share of the words of two questions that makes them one; "material of" for "colour of" leaves 0.67
+# share of the words of two questions that makes them one; "material of" for "colour of" leaves 0.67
+SAME_WORDS = 0.8
 PLAIN_GOLDS = ("yes", "no", "true", "false")  # words of other questions too
 
 
 @dataclass
 class Candidate:
-    """A question that was asked for: kept if `stage` is None, else the stage that took it out and its closed reason."""
+    """A question that was asked for: kept if `stage` is None, else the stage that took it out and its closed
+    reason."""
 
     id: str
     source: dict
@@ -79,7 +89,8 @@ class Candidate:
         self.stage, self.reason, self.detail = stage, reason, detail
 
     def options(self, seed: int, letter: str | None = None) -> dict[str, str]:
-        """Return {letter: text} in an order of the candidate's own, the right option at `letter` if one is given."""
+        """Return {letter: text} in an order of the candidate's own, the right option at `letter` if one is
+        given."""
         rng, texts = random.Random(f"{seed}/{self.id}/{letter}"), list(self.wrong)
         rng.shuffle(texts)
         texts.insert(rng.randrange(4) if letter is None else "ABCD".index(letter), self.gold)
@@ -107,12 +118,15 @@ def fault_of(one: Candidate) -> tuple[str, str] | None:
     source_gold = gold_words(one.source)
     doubled = [f"{a!r} and {b!r}" for n, a in enumerate(texts) for b in texts[:n] if answers_match(a, b)]
     holds = {
-        "empty": not all(text.strip() for text in (one.question, *texts)) and "a question or an option is empty",
+        "empty": not all(text.strip() for text in (one.question, *texts))
+        and "a question or an option is empty",
         "markup": next(iter(find_markup("\n".join((one.question, *texts)))), None),
         "options": f"{len(texts)} options" if len(texts) != 1 + N_WRONG else doubled and doubled[0],
         "catch_all": next((text for text in texts if CATCH_ALL.search(text.strip())), None),
-        "letter": next((text for text in (one.question, *texts) if LETTER.search(text) or strip_label(text) != text), None),
-        "gold_in_stem": says(one.question, one.gold) and not all(says(one.question, text) for text in one.wrong) and one.gold,
+        "letter": next((text for text in (one.question, *texts) if LETTER.search(text)
+                        or strip_label(text) != text), None),
+        "gold_in_stem": says(one.question, one.gold) and not all(says(one.question, text)
+                                                                 for text in one.wrong) and one.gold,
         "source_question": same_question(one.question, one.source["question"]) and one.source["question"],
         "source_answer": source_gold and normalize(source_gold) not in PLAIN_GOLDS and source_gold
         and (says(one.question, source_gold) or answers_match(one.gold, source_gold)) and source_gold}
@@ -135,7 +149,8 @@ def apply_rules(candidates: list[Candidate], pictures: dict[str, str]) -> None:
 # ------------------------------------------------------------ derive
 
 
-ATTRIBUTES = ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state", "other")
+ATTRIBUTES = ("colour", "material", "shape", "size", "count", "text", "position", "pattern", "part", "state",
+              "other")
 PROMPTS_VERSION = 1  # raised with every change of a prompt below; the paper's own are not public
 PROMPTS = {
     "SYSTEM": "You write and answer questions about pictures and reply with one JSON object and nothing else.",
@@ -165,7 +180,8 @@ Reply with JSON: {"letter": "A"}""",
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
 }
 WHOLE = "Look at the picture above.", "what that question looks at"
-ZOOMED = ("The last picture above is a region cut out of the first one and enlarged.", "what the enlarged region shows")
+ZOOMED = ("The last picture above is a region cut out of the first one and enlarged.",
+          "what the enlarged region shows")
 TEXT = {"type": "string", "maxLength": 400}
 WRITE_SCHEMA = object_schema(questions={"type": "array", "maxItems": 64, "items": object_schema(
     attribute={"type": "string", "enum": list(ATTRIBUTES)}, question=TEXT, answer=TEXT,
@@ -179,7 +195,8 @@ MARGIN = 0.25  # of the region's sides, shown around it
 
 # ------------------------------------------------------------------------------------ calls
 class View(NamedTuple):
-    """What an item's calls show: paths of its images and, enlarged, of its region; and what they stand for in keys."""
+    """What an item's calls show: paths of its images and, enlarged, of its region; and what they stand for in
+    keys."""
 
     paths: tuple[str, ...]
     hashes: tuple[str, ...]
@@ -196,7 +213,8 @@ class Fault(NamedTuple):
 
 
 def view_of(item: dict, hashes: list[str], args: argparse.Namespace) -> View | Fault:
-    """Return what an item's calls show; its region, if it lies in the image, is written into the run's folder once."""
+    """Return what an item's calls show; its region, if it lies in the image, is written into the run's folder
+    once."""
     paths = [os.path.join(args.image_root, image["path"]) for image in item["images"]]
     if not item.get("region"):
         return View(tuple(paths), tuple(hashes))
@@ -222,7 +240,8 @@ def with_margin(region: list[int], size: tuple[int, int]) -> tuple[int, int, int
 
 def look(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> list[View | Fault]:
     """Return what is shown of every item, or why it cannot be."""
-    rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]), "steps": [],
+    rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]),
+             "steps": [],
              "images": [image["path"] for image in item["images"]]} for item in items]
     found: list[View | Fault] = []
     for item, (reason, detail, hashes) in zip(items, check_rows(rows, args.image_root, lambda row: None,
@@ -237,22 +256,28 @@ def look(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> 
 def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
     """Return the call that writes the candidates of a source."""
     words, subject = ZOOMED if item.get("region") else WHOLE
-    text = fill(prompts["WRITE"], shown=words, subject=subject, n=str(args.questions), attributes=", ".join(ATTRIBUTES),
-                question=item["question"].replace("<image>", "").strip(), answer=gold_words(item) or "not told")
+    text = fill(prompts["WRITE"], shown=words, subject=subject, n=str(args.questions),
+                attributes=", ".join(ATTRIBUTES),
+                question=item["question"].replace("<image>", "").strip(), answer=gold_words(item)
+                or "not told")
     return Call(item["id"], "write", -1, text, *view, SCHEMAS["write"])
 
 
-def answer_call(one: Candidate, kind: str, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
+def answer_call(one: Candidate, kind: str, view: View, args: argparse.Namespace,
+                prompts: dict[str, str]) -> Call:
     """Return the call that answers a candidate, "answer" from the image and "blind" without."""
     options = "\n".join(f"{letter}. {text}" for letter, text in one.options(args.seed).items())
     text = fill(prompts[kind.upper()], question=one.question.strip(), options=options)
     return Call(one.id, kind, -1, text, *view, SCHEMAS[kind])
 
 
-def derive(items: list[dict], caller: Caller, answerer: Caller, args, prompts: dict[str, str]) -> list[Candidate]:
-    """Return --questions candidates a source: a pure function of the items and of the replies in the journal."""
+def derive(items: list[dict], caller: Caller, answerer: Caller, args,
+           prompts: dict[str, str]) -> list[Candidate]:
+    """Return --questions candidates a source: a pure function of the items and of the replies in the journal.
+    """
     views: dict[str, View] = {}
-    by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)] for item in items}
+    by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)]
+                 for item in items}
     for item, found in zip(items, look(items, caller, args)):
         if isinstance(found, View):
             views[item["id"]] = found
@@ -267,7 +292,8 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args, prompts: d
     apply_rules(candidates, {name: view.hashes[0] for name, view in views.items()})
     for kind in ("answer", "blind") if args.drop_blind else ("answer",):
         alive = [one for one in candidates if one.stage is None]
-        calls = [answer_call(one, kind, views[one.source["id"]] if kind == "answer" else NOTHING, args, prompts)
+        calls = [answer_call(one, kind, views[one.source["id"]] if kind == "answer" else NOTHING, args,
+                             prompts)
                  for one in alive]
         for one, outcome in zip(alive, ask(answerer, calls, lambda call, value: None, kind)):
             judge(one, kind, outcome, args.seed)
@@ -284,7 +310,8 @@ def take(mine: list[Candidate], outcome) -> None:
         one.attribute, one.question, one.gold, one.wrong = (row["attribute"], row["question"], row["answer"],
                                                             tuple(row["wrong"]))
     for one in mine[len(outcome.value["questions"]):]:
-        one.out("rule", "not_written", f"{len(outcome.value['questions'])} questions came, {len(mine)} were asked for")
+        one.out("rule", "not_written",
+                f"{len(outcome.value['questions'])} questions came, {len(mine)} were asked for")
 
 
 def judge(one: Candidate, kind: str, outcome, seed: int) -> None:
@@ -314,11 +341,13 @@ def open_callers(args: argparse.Namespace, prompts: dict[str, str]) -> Iterator[
         if args.export_only:
             other = (read_settings(f"{args.output}.run") or {}).get("answerer")
         else:
-            flags = vars(args) | {"model": args.answer_model, "base_url": args.answer_base_url or args.base_url,
+            flags = vars(args) | {"model": args.answer_model, "base_url": args.answer_base_url
+                                  or args.base_url,
                                   "backend": args.answer_backend or args.backend}
             backend = open_backend(argparse.Namespace(**flags))
             other = {"backend": flags["backend"], "max_pixels": args.max_pixels, **backend.identity}
-    with open_run(args, prompts, SCHEMAS, stage="derive", questions=args.questions, seed=args.seed, answerer=other) as caller:
+    with open_run(args, prompts, SCHEMAS, stage="derive", questions=args.questions, seed=args.seed,
+                  answerer=other) as caller:
         if other is None:
             yield caller, caller
             return
@@ -329,22 +358,28 @@ def open_callers(args: argparse.Namespace, prompts: dict[str, str]) -> Iterator[
 
 
 def export(candidates: list[Candidate], args: argparse.Namespace) -> dict:
-    """Write the kept questions, right options dealt evenly over the letters, and every verdict; return the counts."""
+    """Write the kept questions, right options dealt evenly over the letters, and every verdict; return the
+    counts."""
     kept = [one for one in candidates if one.stage is None]
     letters = list("ABCD" * (len(kept) // 4 + 1))[:len(kept)]
     random.Random(args.seed).shuffle(letters)
     write_rows(args.output, (
-        {"id": one.id, "source": one.source["id"], "attribute": one.attribute, "question": one.question.strip(),
+        {"id": one.id, "source": one.source["id"], "attribute": one.attribute,
+         "question": one.question.strip(),
          "options": [list(pair) for pair in one.options(args.seed, letter).items()],
          "answer": {"type": "letter", "value": letter}} for one, letter in zip(kept, letters)))
     write_rows(f"{args.output}.run/verdicts.jsonl", (
-        {"id": one.id, "source": one.source["id"], "attribute": one.attribute, "question": one.question, "gold": one.gold,
-         "wrong": list(one.wrong), "keep": one.stage is None, "stage": one.stage, "reason": one.reason, "detail": one.detail,
+        {"id": one.id, "source": one.source["id"], "attribute": one.attribute, "question": one.question,
+         "gold": one.gold,
+         "wrong": list(one.wrong), "keep": one.stage is None, "stage": one.stage, "reason": one.reason,
+         "detail": one.detail,
          "image_answer": one.image_answer, "blind_answer": one.blind_answer} for one in candidates))
     stages = Counter(one.stage for one in candidates)
-    return {"sources": len({one.source["id"] for one in candidates}), "asked": len(candidates), "kept": len(kept),
+    return {"sources": len({one.source["id"] for one in candidates}), "asked": len(candidates),
+            "kept": len(kept),
             "rejected": stages["rule"] + stages["image"] + stages["blind"], "errors": stages["error"],
-            "reasons": dict(Counter(f"{one.stage}:{one.reason}" for one in candidates if one.stage).most_common()),
+            "reasons": dict(Counter(f"{one.stage}:{one.reason}" for one in candidates
+                                    if one.stage).most_common()),
             "attributes": dict(Counter(one.attribute for one in kept).most_common()),
             "gold_letters": dict(sorted(Counter(letters).items()))}
 
@@ -355,10 +390,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
     add_call_flags(parser, max_new_tokens=1536)
     parser.add_argument("--questions", type=int, default=3, help="candidates asked for a source")
-    parser.add_argument("--answer_model", default=None, help="the model that answers the candidates (default: --model)")
-    parser.add_argument("--answer_backend", choices=("local", "openai"), default=None, help="its backend (default: --backend)")
-    parser.add_argument("--answer_base_url", nargs="+", default=None, help="its servers (default: --base_url)")
-    parser.add_argument("--drop_blind", action="store_true", help="drop what is answered right without the image; of four "
+    parser.add_argument("--answer_model", default=None,
+                        help="the model that answers the candidates (default: --model)")
+    parser.add_argument("--answer_backend", choices=("local", "openai"), default=None,
+                        help="its backend (default: --backend)")
+    parser.add_argument("--answer_base_url", nargs="+", default=None,
+                        help="its servers (default: --base_url)")
+    parser.add_argument("--drop_blind", action="store_true",
+                        help="drop what is answered right without the image; of four "
                         "options a guess does so once in four")
     parser.add_argument("--seed", type=int, default=0, help="of the orders of options")
     parser.set_defaults(task="derive")
@@ -377,8 +416,10 @@ def run(args: argparse.Namespace) -> int:
     items = read_items(args.items, args.limit, tuple(ANSWER_TYPES))
     if args.dry_run:
         looked = look(items, None, args)
-        calls = [write_call(item, view, args, prompts) for item, view in zip(items, looked) if isinstance(view, View)]
-        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"]), "sources": len(items), "sound": len(calls),
+        calls = [write_call(item, view, args, prompts) for item, view in zip(items, looked)
+                 if isinstance(view, View)]
+        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"]), "sources": len(items),
+                          "sound": len(calls),
                           "answers_at_most": len(calls) * args.questions * (1 + args.drop_blind)}))
         return 0
     try:
@@ -395,9 +436,11 @@ def run(args: argparse.Namespace) -> int:
     except IncompleteError as error:
         return incomplete(args, error)
     metrics = export(candidates, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
-    assert metrics["kept"] + metrics["rejected"] + metrics["errors"] == metrics["asked"] == len(items) * args.questions
+    assert metrics["kept"] + metrics["rejected"] + metrics["errors"] == metrics["asked"] == len(
+        items) * args.questions
     write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, [args.items], metrics["seconds"], prompts=prompts, prompts_version=PROMPTS_VERSION)
+    write_meta(args.output, args, [args.items], metrics["seconds"], prompts=prompts,
+               prompts_version=PROMPTS_VERSION)
     log(f"kept {metrics['kept']} of {metrics['asked']} questions about {metrics['sources']} sources")
     for reason, n in metrics["reasons"].items():
         log(f"    {reason:<40}{n:>6,}")

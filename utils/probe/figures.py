@@ -1,4 +1,5 @@
-"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. Raw is always drawn beside corrected."""
+"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. Raw is always drawn beside
+corrected."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from utils.probe.similarity import FORMS
 
 
 class Look(NamedTuple):
-    """How a kind of states is drawn; lines that coincide stay visible, as small marks lie on top of large ones."""
+    """How a kind of states is drawn; lines that coincide stay visible, as small marks lie on top of large
+    ones."""
 
     name: str
     color: str
@@ -31,8 +33,8 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
                   path: Path) -> None:
     """F1: the cosine of every pair of instances; a column a step, two rows (raw, centred) a kind.
 
-    matrices[(kind, form, step)] = (places [m] in `tasks`, cosines [m, m]). Instances are ordered by task, with a line
-    between tasks and their names on the left.
+    matrices[(kind, form, step)] = (places [m] in `tasks`, cosines [m, m]). Instances are ordered by task,
+    with a line between tasks and their names on the left.
     """
     rows = [(kind, form) for kind in LOOKS for form in ("raw", "centred") if (kind, form, 0) in matrices]
     n_steps = 1 + max(step for _, _, step in matrices)
@@ -46,16 +48,19 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
                 continue
             who, matrix = matrices[kind, form, step]
             order = np.lexsort((who, tasks[who]))
-            shown = ax.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+            shown = ax.imshow(matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r",
+                              interpolation="nearest")
             names, counts = np.unique(tasks[who], return_counts=True)
             for edge in np.cumsum(counts)[:-1]:
                 ax.axhline(edge - 0.5, color="black", linewidth=0.6)
                 ax.axvline(edge - 0.5, color="black", linewidth=0.6)
             if step == 0:
-                ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:18] for name in names], fontsize=6)
+                ax.set_yticks(np.cumsum(counts) - counts / 2 - 0.5, [str(name)[:18] for name in names],
+                              fontsize=6)
                 ax.set_ylabel(f"{LOOKS[kind].name}\n{form}", fontsize=8)
             one, two = np.triu_indices(len(who), 1)
-            numbers += [{"kind": kind, "form": form, "step": step + 1, "instance": int(who[i]), "other": int(who[j]),
+            numbers += [{"kind": kind, "form": form, "step": step + 1, "instance": int(who[i]),
+                         "other": int(who[j]),
                          "cosine": f"{matrix[i, j]:.4f}"} for i, j in zip(one, two)]
     for step, ax in enumerate(axes[0]):
         ax.set_title(f"step {step + 1}", fontsize=9)
@@ -66,7 +71,8 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
 
 
 def draw_curves(rows: list[dict], level: float, path: Path) -> None:
-    """F2 (and F5 where the imagination is text): similarity by step; a row a form, a column a measure, a line a kind."""
+    """F2 (and F5 where the imagination is text): similarity by step; a row a form, a column a measure, a line
+    a kind."""
     titles = {"inter": "between instances, same step", "adjacent": "one instance, step t - 1 to t",
               "first": "one instance, step 1 to t"}
     rows = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all" and row["measure"] in titles]
@@ -75,13 +81,16 @@ def draw_curves(rows: list[dict], level: float, path: Path) -> None:
     for form, panel in zip(forms, axes):
         for ax, (measure, title) in zip(panel, titles.items()):
             for kind, look in reversed(LOOKS.items()):
-                points = [row for row in rows if (row["kind"], row["form"], row["measure"]) == (kind, form, measure)]
+                points = [row for row in rows if (row["kind"], row["form"], row["measure"])
+                          == (kind, form, measure)]
                 if not points:
                     continue
                 x = [row["step"] + 1 for row in points]
-                ax.plot(x, [row["value"] for row in points], marker=look.mark, color=look.color, markersize=look.size,
+                ax.plot(x, [row["value"] for row in points], marker=look.mark, color=look.color,
+                        markersize=look.size,
                         label=look.name)
-                ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points], alpha=0.12,
+                ax.fill_between(x, [row["low"] for row in points], [row["high"] for row in points],
+                                alpha=0.12,
                                 color=look.color, linewidth=0)
             ax.axhline(0, color="black", linewidth=0.5)
             ax.set(ylim=(-0.55, 1.05), xlabel="step t" if form == forms[-1] else "",
@@ -107,15 +116,20 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
                 continue
             ends = [[100 * abs(end - part["accuracy"])] for end in part["ci"]]
             ax.bar(x + offset, 100 * part["accuracy"], 0.38, yerr=ends, capsize=3, color=color,
-                   label={"parsed": "reply, parsed", "R0": "likeliest option (R0)"}[readout] if x == 0 else None)
-            rows.append({"condition": name, "readout": readout, "accuracy": part["accuracy"], "low": part["ci"][0],
-                         "high": part["ci"][1], "parsed": entry["parsed"], "chance": probing["chance"], "n": probing["n"]})
+                   label={"parsed": "reply, parsed", "R0": "likeliest option (R0)"}[readout] if x == 0
+                   else None)
+            rows.append({"condition": name, "readout": readout, "accuracy": part["accuracy"],
+                         "low": part["ci"][0],
+                         "high": part["ci"][1], "parsed": entry["parsed"], "chance": probing["chance"],
+                         "n": probing["n"]})
     ax.axhline(100 * probing["chance"], color="black", linestyle="--", linewidth=1,
                label=f"chance, {100 * probing['chance']:.1f} %")
     parsed = [100 * probing["conditions"][name]["parsed"] for name in shown]
-    ax.set_xticks(range(len(shown)), [f"{names[name]}\n({share:.0f} %)" for name, share in zip(shown, parsed)], fontsize=8)
+    ax.set_xticks(range(len(shown)), [f"{names[name]}\n({share:.0f} %)" for name,
+                                      share in zip(shown, parsed)], fontsize=8)
     ax.set(ylim=(0, 118), ylabel=f"accuracy, % ({100 * level:.3g} % interval)",
-           xlabel="given beside the question (share parsed)", title=f"{probing['n']} questions about what was imagined")
+           xlabel="given beside the question (share parsed)",
+           title=f"{probing['n']} questions about what was imagined")
     ax.set_yticks(range(0, 101, 20))
     tidy(ax)
     ax.legend(frameon=False, loc="upper center", ncol=3, fontsize=8)
@@ -123,10 +137,12 @@ def draw_probing(probing: dict, level: float, path: Path) -> None:
 
 
 def draw_layers(rows: list[dict], path: Path) -> None:
-    """F8: layer by step at the latent positions: raw and centred inter-instance cosine, and what a linear probe reads."""
+    """F8: layer by step at the latent positions: raw and centred inter-instance cosine, and what a linear
+    probe reads."""
     panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
               ("answer read, above shuffled", "decode", "raw")]
-    rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all" and row["measure"] in ("inter", "decode")]
+    rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all"
+            and row["measure"] in ("inter", "decode")]
     panels = [panel for panel in panels if any((row["measure"], row["form"]) == panel[1:] for row in rows)]
     n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))
     figure, axes = new_figure(4.2 * len(panels), 0.16 * n_layers + 2.6, 1, len(panels))
@@ -135,7 +151,8 @@ def draw_layers(rows: list[dict], path: Path) -> None:
         for row in rows:
             if row["measure"] == measure and row["form"] == form:
                 grid[row["layer"], row["step"]] = row["value"]
-        shown = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower", interpolation="nearest",
+        shown = ax.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", origin="lower",
+                          interpolation="nearest",
                           extent=(0.5, n_steps + 0.5, 0.5, n_layers + 0.5))
         ax.set(title=title, xlabel="step")
         tidy(ax, whole=True)
@@ -149,7 +166,8 @@ def draw_spectra(rows: list[dict], path: Path) -> None:
     """F9: how many directions the states of a step span, and the share of the largest, a line a kind."""
     rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1
             and row["participation_ratio"] is not None]
-    panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank", "top1": "share of the largest"}
+    panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank",
+              "top1": "share of the largest"}
     figure, axes = new_figure(12.5, 3.9, 1, 3)
     for ax, (name, title) in zip(axes[0], panels.items()):
         for kind, look in LOOKS.items():

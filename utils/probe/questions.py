@@ -1,19 +1,23 @@
-"""What an imagination tells without the image: questions about its source, asked in ways that differ only in what is given.
+"""What an imagination tells without the image: questions about its source, asked in ways that differ only in
+what is given.
 
     tokens_only (a prompt without image; the imagination begins the reply)
       image       the image and nothing else               image_own   the image and the imagination
       text_only   neither                                  own         the imagination of the source
       other       that of another image's item             mean        the mean latent of every step
       random      noise of the own latents' lengths
-    cut (the source's own prompt is read and imagined on, then the image and every word read after it are hidden but the
-    imagination, and the question follows as a new turn)
-      cut         the source's   cut_other  another item's   cut_none   the source's, its imagination hidden too; how far off
-                                                                        the question is still tells how long it was
+    cut (the source's own prompt is read and imagined on, then the image and every word read after it are
+    hidden but the imagination, and the question follows as a new turn)
+      cut         the source's   cut_other  another item's   cut_none   the source's, its imagination hidden
+                                                                        too; how far off
+                                                                        the question is still tells how long
+                                                                        it was
 
-A text imagination has no mean and no noise. Cut, its words keep what they were read with, the image: what that adds to the
-words alone is "cut" beside "own". Every way is read twice: R0 scores each option behind one stem, which cannot fail to parse;
-the free reply is parsed. A reader, another model, is given the words, or the latents if its states have their size; it
-cannot be given what is cut, which is of the model that read the image.
+A text imagination has no mean and no noise. Cut, its words keep what they were read with, the image: what
+that adds to the words alone is "cut" beside "own". Every way is read twice: R0 scores each option behind one
+stem, which cannot fail to parse; the free reply is parsed. A reader, another model, is given the words, or
+the latents if its states have their size; it cannot be given what is cut, which is of the model that read the
+image.
 """
 import argparse
 import hashlib
@@ -43,7 +47,8 @@ TURN = "<|im_start|>user"
 
 
 def conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
-    """Return the ways to ask of the variants "tokens_only" and "cut", in the order in which they are asked."""
+    """Return the ways to ask of the variants "tokens_only" and "cut", in the order in which they are asked.
+    """
     names = [*TOKENS_ONLY, *(LATENT_ONLY if spec else ())] if "tokens_only" in variants else []
     return names + [*(CUT if "cut" in variants else ())]
 
@@ -53,21 +58,26 @@ def batched(rows: list[dict], size: int, what: str) -> tqdm:
 
 
 def rotations(probe: dict) -> list[dict]:
-    """Return a question once for every place that its options can be turned to: a letter that is liked gains nothing."""
+    """Return a question once for every place that its options can be turned to: a letter that is liked gains
+    nothing."""
     letters, texts = zip(*probe["options"])
     gold = letters.index(probe["answer"]["value"])
-    return [{**probe, "id": f"{probe['id']}#{k}", "options": [list(pair) for pair in zip(letters, texts[k:] + texts[:k])],
-             "answer": {**probe["answer"], "value": letters[(gold - k) % len(letters)]}} for k in range(len(letters))]
+    return [{**probe, "id": f"{probe['id']}#{k}",
+             "options": [list(pair) for pair in zip(letters, texts[k:] + texts[:k])],
+             "answer": {**probe["answer"], "value": letters[(gold - k) % len(letters)]}}
+             for k in range(len(letters))]
 
 
 def derange(probes: list[dict], groups: dict[str, str], seed: int) -> dict[str, str]:
-    """Return for every probe id a donor: the source of a probe of another group. DataError if one group is over half."""
+    """Return for every probe id a donor: the source of a probe of another group. DataError if one group is
+    over half."""
     order = list(probes)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda probe: groups[probe["source"]])
     shift = max(Counter(groups[probe["source"]] for probe in probes).values())
     if 2 * shift > len(order):
-        raise DataError(f"--probe_items: {shift} of {len(order)} usable probe items have one image; expected at most half, "
+        raise DataError(
+            f"--probe_items: {shift} of {len(order)} usable probe items have one image; expected at most half, "
                         "so that each can be given another image's imagination")
     return {probe["id"]: donor["source"] for probe, donor in zip(order, order[shift:] + order[:shift])}
 
@@ -76,7 +86,8 @@ def beginning(spec: LatentSpec | None, imagination: str | None, n_latents: int) 
     """Return the words of a reply that begins with an imagination; pads stand where latents go."""
     if spec is None:
         return f"{OPEN}{imagination}{CLOSE}"
-    start = "" if spec.overwrite_start else spec.start  # there the first latent is fed in place of the start token
+    # there the first latent is fed in place of the start token
+    start = "" if spec.overwrite_start else spec.start
     return start + spec.pad * n_latents + (spec.end if spec.force_end else "")
 
 
@@ -90,7 +101,8 @@ def conclude(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> str:
 class Prober:
     """Asks probe questions about `items` (by id) whose states are in `store`; `args` are probe.py's."""
 
-    def __init__(self, qwen: Qwen, spec: LatentSpec | None, items: dict[str, dict], store: States, args: argparse.Namespace):
+    def __init__(self, qwen: Qwen, spec: LatentSpec | None, items: dict[str, dict], store: States,
+                 args: argparse.Namespace):
         self.qwen, self.spec, self.items, self.store, self.args = qwen, spec, items, store, args
         self.groups = {name: group_of(item) for name, item in items.items()}
         self.mean: np.ndarray | None = None
@@ -104,9 +116,11 @@ class Prober:
             latent_ids(self.qwen.tokenizer, self.spec)
         except DataError as error:
             raise DataError(f"{name}: cannot be given latents of {self.spec.name}: {error}") from error
-        width = next((r["tensors"]["latent"][1] for r in self.store.records.values() if "latent" in r["tensors"]), hidden)
+        width = next((r["tensors"]["latent"][1] for r in self.store.records.values()
+                      if "latent" in r["tensors"]), hidden)
         if width != hidden:
-            raise DataError(f"{name}: states of {hidden} numbers, but the latents of {self.args.model} have {width}; expected "
+            raise DataError(
+                f"{name}: states of {hidden} numbers, but the latents of {self.args.model} have {width}; expected "
                             "a --reader of the same hidden size")
 
     def latents(self, source: str) -> np.ndarray:
@@ -114,20 +128,23 @@ class Prober:
         return self.store.load(source, "latent")[:self.store.records[source]["segments"][0]]
 
     def given(self, condition: str, probe: dict, donor: str) -> torch.Tensor:
-        """Return the latents [k, hidden] that begin the reply; as many as the source's own but for "other"."""
+        """Return the latents [k, hidden] that begin the reply; as many as the source's own but for "other".
+        """
         own = self.latents(donor if condition == "other" else probe["source"])
         if condition == "mean":
             own = self.mean[:len(own)]
         if condition == "random":
             seed = hashlib.sha256(f"{self.args.seed}/{probe['source']}".encode()).digest()
             noise = np.random.default_rng(list(seed[:8])).normal(size=own.shape)
-            own = noise / np.linalg.norm(noise, axis=1, keepdims=True) * np.linalg.norm(own, axis=1, keepdims=True)
+            own = noise / np.linalg.norm(noise, axis=1, keepdims=True) * np.linalg.norm(own, axis=1,
+                                                                                        keepdims=True)
         return torch.tensor(own, dtype=torch.float32, device=self.qwen.device)
 
     def fit_mean(self, sources: list[str]) -> None:
         """Set the mean latent of every step over `sources`, those counted that have the step."""
         every = [self.latents(source) for source in sources]
-        self.mean = np.stack([np.mean([x[t] for x in every if len(x) > t], axis=0) for t in range(max(map(len, every)))])
+        self.mean = np.stack([np.mean([x[t] for x in every if len(x) > t], axis=0)
+                              for t in range(max(map(len, every)))])
 
     def ask(self, probes: list[dict], names: list[str]) -> list[dict]:
         """Ask every question in every way; return the rows of answers.jsonl."""
@@ -137,7 +154,8 @@ class Prober:
         for name in names:
             for batch in batched(probes, self.args.batch_size, name):
                 its = [donors[p["id"]] if name in ("other", "cut_other") else p["source"] for p in batch]
-                state, before, able = self.cut(batch, its, name) if name in CUT else self.begin(batch, its, name)
+                state, before, able = self.cut(batch, its, name) if name in CUT else self.begin(batch, its,
+                                                                                                name)
                 asked = [batch[i] for i in able]
                 scores = score_options(self.qwen, state, asked, [self.args.stem] * len(asked), before,
                                        self.args.options) if asked else []
@@ -147,11 +165,14 @@ class Prober:
                          for i, (probe, donor) in enumerate(zip(batch, its))]
         return rows
 
-    def begin(self, batch: list[dict], sources: list[str], name: str) -> tuple[State, list[list[int]], list[int]]:
-        """Read prompts of "tokens_only"; return their state, the ids that R0 puts before its stem, and all places."""
+    def begin(self, batch: list[dict], sources: list[str], name: str) -> tuple[State, list[list[int]],
+                                                                               list[int]]:
+        """Read prompts of "tokens_only"; return their state, the ids that R0 puts before its stem, and all
+        places."""
         spec, latents = self.spec, None
         shows = name in ("image", "image_own")
-        images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]] for p in batch)]
+        images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]]
+                                                                                for p in batch)]
         prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args, blind=not shows)
                    for probe, pictures in zip(batch, images)]
         before = [[] for _ in batch]
@@ -165,12 +186,14 @@ class Prober:
         inputs = encode(self.qwen, prompts, images)
         return prefill(self.qwen, inputs, spec if latents else None, latents), before, list(range(len(batch)))
 
-    def cut(self, batch: list[dict], sources: list[str], name: str) -> tuple[State | None, list[list[int]], list[int]]:
-        """Read and imagine on the sources' own prompts, hide what has seen the image, put the question; places that
-        imagined again come back."""
+    def cut(self, batch: list[dict], sources: list[str], name: str) -> tuple[State | None, list[list[int]],
+                                                                             list[int]]:
+        """Read and imagine on the sources' own prompts, hide what has seen the image, put the question;
+        places that imagined again come back."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
-        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(items, images)]
+        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item,
+                   pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
         rows, end = decode(qwen, begun.take(list(range(len(batch)))), args.max_new_tokens, self.spec)
         first = begun.mask.shape[1]
@@ -195,27 +218,34 @@ class Prober:
         return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able
 
     def imagined(self, row: Generation) -> list[int]:
-        """Return the steps of a reply that are its imagination: all its latents, or the first text; [] without any."""
+        """Return the steps of a reply that are its imagination: all its latents, or the first text; []
+        without any."""
         if self.spec:
             return [step for s in row.segments for step in range(s.start, s.start + s.size)]
         found = find_steps(self.qwen, None, row)
         return found[0] if found else []
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
-        """Return the line of one answer; one that could not be asked (no latents this time) is counted as no answer."""
+        """Return the line of one answer; one that could not be asked (no latents this time) is counted as no
+        answer."""
         gold = probe["answer"]["value"]
-        row = {"id": probe["id"], "source": probe["source"], "donor": None if name in ("image", "text_only") else donor,
-               "condition": name, "gold": gold, "pred": None, "rule": "not_asked", "correct": False, "text": "", "r0": None}
+        row = {"id": probe["id"], "source": probe["source"], "donor": None if name in ("image", "text_only")
+               else donor,
+               "condition": name, "gold": gold, "pred": None, "rule": "not_asked", "correct": False,
+               "text": "", "r0": None}
         if reply is not None:
-            found = extract_choice(conclude(self.qwen, self.spec, reply), dict(probe["options"]), reply.finish)
+            found = extract_choice(conclude(self.qwen, self.spec, reply), dict(probe["options"]),
+                                   reply.finish)
             row |= {"pred": found.letter, "rule": found.rule, "correct": found.letter == gold,
-                    "text": clean_text(self.qwen.tokenizer, reply.ids, self.spec), "r0": describe_scores(scores, gold)}
+                    "text": clean_text(self.qwen.tokenizer, reply.ids, self.spec),
+                    "r0": describe_scores(scores, gold)}
         return row
 
 
 # ------------------------------------------------------------------------------------ scores
 def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: float) -> dict:
-    """Return accuracy by condition, parsed and by R0, letters, chance, and what the own imagination gives over others.
+    """Return accuracy by condition, parsed and by R0, letters, chance, and what the own imagination gives
+    over others.
 
     `groups`: the image of every probe id; where questions share one, intervals let them vary together.
     """
@@ -228,12 +258,14 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: f
         k, asked = sum(row["correct"] for row in its), [row for row in its if row["r0"]]
         sure = sum(row["r0"]["pred"] == row["gold"] for row in asked)
         result["conditions"][name] = {
-            "correct": k, "accuracy": k / n, "ci": wilson(k, n, level), "parsed": sum(r["pred"] is not None for r in its) / n,
+            "correct": k, "accuracy": k / n, "ci": wilson(k, n, level),
+            "parsed": sum(r["pred"] is not None for r in its) / n,
             "letters": Counter(row["pred"] for row in its if row["pred"]), "asked": len(asked),
             "r0": asked and {"accuracy": sure / len(asked), "ci": wilson(sure, len(asked), level),
                              "letters": Counter(row["r0"]["pred"] for row in asked),
                              "nll": sum(row["r0"]["nll"] for row in asked) / len(asked)} or None}
-    for name, against in (("own", "other"), ("own", "text_only"), ("own", "mean"), ("own", "random"), ("cut", "cut_other"),
+    for name, against in (("own", "other"), ("own", "text_only"), ("own", "mean"), ("own", "random"),
+                          ("cut", "cut_other"),
                           ("cut", "cut_none")):
         if name in every and against in every:
             result[f"{name}_minus_{against}"] = compare(every[name], every[against], groups, level)
@@ -241,13 +273,15 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: f
 
 
 def compare(ones: list[dict], others: list[dict], groups: dict[str, str], level: float) -> dict:
-    """Return the paired difference of two conditions: parsed, by R0, and of the R0 likelihood of the right option (nats)."""
+    """Return the paired difference of two conditions: parsed, by R0, and of the R0 likelihood of the right
+    option (nats)."""
     def change(one: list[bool], two: list[bool], names: list[str]) -> dict:
         b, c = (sum(x and not y for x, y in zip(*pair)) for pair in ((two, one), (one, two)))
         return {"delta": (c - b) / len(one), "ci": paired_interval(two, one, names, level), "b": b, "c": c,
                 "mcnemar_p": mcnemar_exact(b, c)}
 
-    result = change([r["correct"] for r in ones], [r["correct"] for r in others], [groups[r["id"]] for r in ones])
+    result = change([r["correct"] for r in ones], [r["correct"] for r in others],
+                    [groups[r["id"]] for r in ones])
     both = [(x, y) for x, y in zip(ones, others) if x["r0"] and y["r0"]]
     names = [groups[x["id"]] for x, _ in both]
     if len(set(names)) > 1:

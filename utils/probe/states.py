@@ -1,18 +1,25 @@
-"""A store of captured states: one safetensors file a sample, one JSONL line that says it is whole. No torch here.
+"""A store of captured states: one safetensors file a sample, one JSONL line that says it is whole. No torch
+here.
 
-    folder/meta.json                       what all samples share (model, family, prompt settings): must not change
+    folder/meta.json                       what all samples share (model, family, prompt settings): must not
+    change
     folder/states-<shard>-of-<n>.jsonl     {"key", "file", "tensors": {name: shape}, ...facts}; append-only
     folder/<aa>/<sha256 of the key>.safetensors
 
 Tensors are [steps, d] or, for "inner", [steps, layers, d], by kind:
 
-    latent     raw latents: states after the final norm, as a latent step feeds them (all segments one after another)
-    fed        what was fed in their place, after any edit          dummy_pad  states where pads' own embeddings were fed
-    imagined   states of the tokens of the first text imagination   start      the state that chose to imagine [1, d]
-    text       ordinary steps after the first imagination           image      visual tokens as they enter the language model
+    latent     raw latents: states after the final norm, as a latent step feeds them (all segments one after
+    another)
+    fed        what was fed in their place, after any edit          dummy_pad  states where pads' own
+    embeddings were fed
+    imagined   states of the tokens of the first text imagination   start      the state that chose to imagine
+    [1, d]
+    text       ordinary steps after the first imagination           image      visual tokens as they enter the
+    language model
     inner      inputs of every decoder layer at the latent positions
 
-A sample is written aside and renamed, then its line is appended: killed anywhere, a sample is there or is done again.
+A sample is written aside and renamed, then its line is appended: killed anywhere, a sample is there or is
+done again.
 """
 import hashlib
 import json
@@ -29,7 +36,8 @@ from utils.probe.similarity import Cell
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
 STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
-          "dummy_pad": ("dummy_pad",), "inner": ("inner",)}  # kind that is analysed -> kinds in the store, whichever is there
+          # kind that is analysed -> kinds in the store, whichever is there
+          "dummy_pad": ("dummy_pad",), "inner": ("inner",)}
 NAME = "states"
 BUDGET = 1 << 30  # bytes of states held at once by `States.cells`
 
@@ -60,19 +68,23 @@ class StateWriter:
         return key in self.journal
 
     def add(self, key: str, tensors: dict[str, np.ndarray], **facts) -> None:
-        """Write the states of a sample, float32, and its line. ValueError for an unknown kind or a state that is no number."""
+        """Write the states of a sample, float32, and its line. ValueError for an unknown kind or a state that
+        is no number."""
         for name, states in tensors.items():
             if name not in KINDS or states.ndim not in (2, 3) or not np.isfinite(states).all():
-                raise ValueError(f"{key}: {name} {states.shape}: expected finite [steps, d] or [steps, layers, d] of one of "
+                raise ValueError(
+                    f"{key}: {name} {states.shape}: expected finite [steps, d] or [steps, layers, d] of one of "
                                  f"{', '.join(KINDS)}")
         data = save({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
         replace_file(self.folder / file_name(key), lambda file: file.write(data), "wb")
-        self.journal.append({"key": key, "file": file_name(key), "tensors": {n: list(x.shape) for n, x in tensors.items()},
+        self.journal.append({"key": key, "file": file_name(key), "tensors": {n: list(x.shape) for n,
+                                                                             x in tensors.items()},
                              **facts})
 
 
 class States:
-    """Reads a store, whoever writes to it: `records` by key, in the order written; of two lines of one key the later."""
+    """Reads a store, whoever writes to it: `records` by key, in the order written; of two lines of one key
+    the later."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.records = Path(folder), {}
@@ -96,12 +108,14 @@ class States:
                        for kind, shape in record["tensors"].items()):
                 raise ValueError("shapes that are none")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(f"{where}: damaged line {line[:40]!r}; remove it to capture its sample again") from error
+            raise DataError(
+                f"{where}: damaged line {line[:40]!r}; remove it to capture its sample again") from error
         self.records[record["key"]] = record
 
     def find(self, kind: str) -> str | None:
         """Return the name in the store of a kind that is analysed, or None if no sample has it."""
-        return next((name for name in STORED[kind] if any(name in r["tensors"] for r in self.records.values())), None)
+        return next((name for name in STORED[kind]
+                     if any(name in r["tensors"] for r in self.records.values())), None)
 
     def open(self, key: str) -> safe_open:
         path = self.folder / self.records[key]["file"]
@@ -112,7 +126,8 @@ class States:
                     raise OSError(f"{kind} of another shape than {shape}")
             return file
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them "
+            raise DataError(
+                f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them "
                             "again") from error
 
     def load(self, key: str, kind: str) -> np.ndarray | None:
@@ -124,21 +139,24 @@ class States:
 
     def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET,
               at_most: dict[str, int] | None = None) -> Iterator[Cell]:
-        """Yield the cells of a kind, layer by layer, step by step: all of `keys` that have the step, as their places in it.
+        """Yield the cells of a kind, layer by layer, step by step: all of `keys` that have the step, as their
+        places in it.
 
         `at_most`: steps of a sample that count, by key (of latents: those of its first segment).
 
-        Samples are opened once for as many cells as fit `budget` bytes: n samples x 10 steps x 28 layers x 3,584 need not
-        fit in memory. The layer of kinds without layers is -1.
+        Samples are opened once for as many cells as fit `budget` bytes: n samples x 10 steps x 28 layers x
+        3,584 need not fit in memory. The layer of kinds without layers is -1.
         """
-        shapes = {i: self.records[key]["tensors"][kind] for i, key in enumerate(keys) if kind in self.records[key]["tensors"]}
+        shapes = {i: self.records[key]["tensors"][kind] for i, key in enumerate(keys)
+                  if kind in self.records[key]["tensors"]}
         if not shapes:
             return
         for i, shape in shapes.items():
             shapes[i] = [min(shape[0], (at_most or {}).get(keys[i], shape[0])), *shape[1:]]
         of_a_step = {tuple(shape[1:]) for shape in shapes.values()}
         if len(of_a_step) != 1:
-            raise DataError(f"{self.folder}: {kind} of {len(of_a_step)} shapes {sorted(of_a_step)}, expected one; were two "
+            raise DataError(
+                f"{self.folder}: {kind} of {len(of_a_step)} shapes {sorted(of_a_step)}, expected one; were two "
                             "models mixed?")
         *n_layers, width = of_a_step.pop()
         longest = max(shape[0] for shape in shapes.values())
@@ -148,7 +166,8 @@ class States:
         for first in range(0, len(places), at_once):
             yield from self.sweep(kind, keys, shapes, places[first:first + at_once])
 
-    def sweep(self, kind: str, keys: list[str], shapes: dict[int, list[int]], places: list[tuple[int, int]]) -> Iterator[Cell]:
+    def sweep(self, kind: str, keys: list[str], shapes: dict[int, list[int]],
+              places: list[tuple[int, int]]) -> Iterator[Cell]:
         """Read some cells with one opening of every sample."""
         having = {step: np.array([i for i, shape in shapes.items() if shape[0] > step]) for _, step in places}
         width = next(iter(shapes.values()))[-1]

@@ -1,7 +1,8 @@
-"""Checkpoints to resume from: weights, optimizer and place of a run, written beside the training and renamed when whole.
+"""Checkpoints to resume from: weights, optimizer and place of a run, written beside the training and renamed
+when whole.
 
-A checkpoint is a folder step-N with one safetensors file a rank, its own pieces of every trained weight and of the
-optimizer's state, and state.json. No pickle. It may be read by another number of ranks than wrote it.
+A checkpoint is a folder step-N with one safetensors file a rank, its own pieces of every trained weight and
+of the optimizer's state, and state.json. No pickle. It may be read by another number of ranks than wrote it.
 """
 import fcntl
 import json
@@ -29,14 +30,16 @@ POLL = 0.05  # seconds between looks at the other ranks' files
 
 @dataclass
 class Run:
-    """The place of a run, which a checkpoint holds beside weights and optimizer; `best` are (score..., step), best first."""
+    """The place of a run, which a checkpoint holds beside weights and optimizer; `best` are (score..., step),
+    best first."""
 
     step: int = 0
     best: list[list[float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
 
     def is_among_best(self, score: list[float], keep: int) -> bool:
-        """Enter the present step's score, where less is better; return whether it is one of the best `keep`."""
+        """Enter the present step's score, where less is better; return whether it is one of the best `keep`.
+        """
         self.best = sorted([*self.best, [*score, self.step]])[:keep]
         return self.best_steps.count(self.step) == 1
 
@@ -49,7 +52,8 @@ class Run:
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder of a run, made if need be, against a second process: DataError if another has it.
 
-    The lock is one that forks do not inherit: workers outlive a killed run by seconds, and would keep the next one out.
+    The lock is one that forks do not inherit: workers outlive a killed run by seconds, and would keep the
+    next one out.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,15 +62,17 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise DataError(f"{folder}: another process trains here; wait for it, or give another --output") from error
+            raise DataError(
+                f"{folder}: another process trains here; wait for it, or give another --output") from error
         yield
 
 
 def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
-    """Make or re-enter the folder of a run; return the last whole checkpoint. For the first rank, before the others.
+    """Make or re-enter the folder of a run; return the last whole checkpoint. For the first rank, before the
+    others.
 
-    `resume` "auto" takes what is there, "must" wants a checkpoint, "never" wants none. DataError against it, or if the run
-    began with other settings.
+    `resume` "auto" takes what is there, "must" wants a checkpoint, "never" wants none. DataError against it,
+    or if the run began with other settings.
     """
     path = folder / "settings.json"
     if is_first:
@@ -75,13 +81,15 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
             shutil.rmtree(stale)
     found = newest_checkpoint(folder)
     if found and resume == "never":
-        raise DataError(f"{found[0]}: there is a run to resume, against --resume never; move {folder} away, or name another "
+        raise DataError(
+            f"{found[0]}: there is a run to resume, against --resume never; move {folder} away, or name another "
                         "--output")
     if not found and resume == "must":
         raise DataError(f"{folder}: no whole checkpoint, against --resume must; expected step-N in it")
     if path.exists():
         theirs = load_object(path, f"move {folder} away to start afresh")
-        differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now" for name in sorted({*settings, *theirs})
+        differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now"
+                     for name in sorted({*settings, *theirs})
                      if settings.get(name) != theirs.get(name)]
         if differing:
             raise DataError(f"{path}: the run to resume had other settings: {'; '.join(differing)}; "
@@ -94,7 +102,8 @@ def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple
 def keep_lines(path: Path, n_lines: int) -> None:
     """Cut a log back to the step resumed from, so that no step stands in it twice."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
-    replace_file(path, lambda file: file.writelines(lines))  # a kill in between must not take the curve with it
+    # a kill in between must not take the curve with it
+    replace_file(path, lambda file: file.writelines(lines))
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -108,7 +117,8 @@ def piece(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, torch.Tensor]:
-    """Return copies of this rank's pieces of all that training changes; what all ranks hold alike is the first one's."""
+    """Return copies of this rank's pieces of all that training changes; what all ranks hold alike is the
+    first one's."""
     taken = {}
     for name, parameter in trained(model).items():
         for key, tensor in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
@@ -143,14 +153,18 @@ class Saver:
         try:
             future.result()
         except (OSError, SafetensorError) as error:
-            raise DataError(f"a checkpoint could not be written: {error}; the last whole one is kept, the same command goes on "
+            raise DataError(
+                f"a checkpoint could not be written: {error}; the last whole one is kept, the same command goes on "
                             "from it") from error
 
-    def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict, after: Callable[[], None]) -> None:
-        """Write this rank's part of checkpoint `folder`; the first rank renames it once all parts are there."""
+    def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
+                   after: Callable[[], None]) -> None:
+        """Write this rank's part of checkpoint `folder`; the first rank renames it once all parts are there.
+        """
         self.submit(lambda: self.write(folder, tensors, state, after))
 
-    def write(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict, after: Callable[[], None]) -> None:
+    def write(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
+              after: Callable[[], None]) -> None:
         part = folder.with_name(folder.name + ".part")
         part.mkdir(exist_ok=True)
         mine = part / rank_file(self.rank, self.world)
@@ -178,7 +192,8 @@ class Saver:
 
 
 def publish(folder: Path, write: Callable[[str], None]) -> None:
-    """Let `write(temporary folder)` fill a folder beside, then move it into place: a folder that exists is whole."""
+    """Let `write(temporary folder)` fill a folder beside, then move it into place: a folder that exists is
+    whole."""
     part = folder.with_name(folder.name + ".part")
     for stale in (part, folder):
         shutil.rmtree(stale, ignore_errors=True)
@@ -218,22 +233,26 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
 def rank_files(folder: Path) -> list[Path]:
     """Return the files of all ranks in order; DataError if one is missing."""
     files = sorted(folder.glob("rank-*-of-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
-    if not files or [path.name for path in files] != [rank_file(rank, len(files)) for rank in range(len(files))]:
+    if not files or [path.name for path in files] != [rank_file(rank, len(files))
+                                                      for rank in range(len(files))]:
         raise DataError(f"{folder}: has {[path.name for path in files]}, expected one file of every rank")
     return files
 
 
 def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state into a model and an optimizer that were made as for a new run."""
+    """Put a checkpoint's weights and optimizer state into a model and an optimizer that were made as for a
+    new run."""
     opened = [safe_open(path, "pt") for path in rank_files(folder)]
     parameters, there = trained(model), {key for file in opened for key in file.keys()}
     if missing := [name for name in parameters if f"model/{name}" not in there]:
-        raise DataError(f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); was it written by another model?")
+        raise DataError(
+            f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); was it written by another model?")
     by_parameter = {}
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(read_piece(opened, f"model/{name}", parameter))
-        keys = [key.split("/")[0] for key in there if key.endswith(f"/{name}") and not key.startswith("model/")]
+        keys = [key.split("/")[0] for key in there if key.endswith(f"/{name}")
+                and not key.startswith("model/")]
         by_parameter[parameter] = {key: read_piece(opened, f"{key}/{name}", parameter) for key in keys}
     groups = optimizer.state_dict()["param_groups"]
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -242,7 +261,8 @@ def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
 
 
 def read_piece(files: list, key: str, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's piece of a tensor that stands in files one behind the other along its first dimension."""
+    """Return this rank's piece of a tensor that stands in files one behind the other along its first
+    dimension."""
     slices = [file.get_slice(key) for file in files if key in file.keys()]
     if not slices[0].get_shape():  # a number, such as AdamW's count of steps
         return files[0].get_tensor(key)
@@ -260,4 +280,5 @@ def read_piece(files: list, key: str, like: torch.Tensor) -> torch.Tensor:
     whole = torch.cat(parts) if parts else local  # no row of it is this rank's
     if not isinstance(like, DTensor):
         return whole.to(like.device)
-    return DTensor.from_local(whole.to(local.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(whole.to(local.device), like.device_mesh, like.placements, shape=like.shape,
+                              stride=like.stride())

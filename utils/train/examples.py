@@ -1,8 +1,9 @@
-"""What a row asks a model to say, as tokens: the four training targets, and which of their tokens are trained.
+"""What a row asks a model to say, as tokens: the four training targets, and which of their tokens are
+trained.
 
-The four come from the same rows (DESIGN.md, Rows): `text` is the chain, `placeholder` the steps with each image as one bare
-<think_image> (the paper's "without rewriting"), `latent` the steps with each image as start + K latents + end, `direct` the
-boxed answer alone.
+The four come from the same rows (DESIGN.md, Rows): `text` is the chain, `placeholder` the steps with each
+image as one bare <think_image> (the paper's "without rewriting"), `latent` the steps with each image as start
++ K latents + end, `direct` the boxed answer alone.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ SHOWN = 20  # bad rows that one error names
 
 @dataclass(frozen=True)
 class Target:
-    """What is made of a row: the kind of imagination, the family of its latents, and the budget of visual tokens.
+    """What is made of a row: the kind of imagination, the family of its latents, and the budget of visual
+    tokens.
 
-    `total_tokens` and `image_tokens` are Monet's (`utils.images.budget_sizes`); `system` None is the chat template's own.
+    `total_tokens` and `image_tokens` are Monet's (`utils.images.budget_sizes`); `system` None is the chat
+    template's own.
     """
 
     imagination: str = "text"
@@ -37,7 +40,8 @@ class Target:
 class Example:
     """One row as tokens, an image still being one of them: `trained[j]` says that token j is a target.
 
-    `steps` are the paths of the imagined images; `grids` and `step_grids` the (rows, columns) of patches of all.
+    `steps` are the paths of the imagined images; `grids` and `step_grids` the (rows, columns) of patches of
+    all.
     """
 
     id: str
@@ -71,60 +75,72 @@ def target_text(row: dict, target: Target) -> str:
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
-    """Open images and bring them under the sample's budget of visual tokens (Monet's resize_by_token_budget)."""
+    """Open images and bring them under the sample's budget of visual tokens (Monet's resize_by_token_budget).
+    """
     images = [open_image(path) for path in paths]
     sizes = budget_sizes([image.size for image in images], target.total_tokens, target.image_tokens, factor)
-    return [image if image.size == size else image.resize(size, 3) for image, size in zip(images, sizes)]  # 3: bicubic
+    # 3: bicubic
+    return [image if image.size == size else image.resize(size, 3) for image, size in zip(images, sizes)]
 
 
 def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int, int]]:
-    """Return the (rows, columns) of patches that `load_images` and the image processor will make, from file headers.
+    """Return the (rows, columns) of patches that `load_images` and the image processor will make, from file
+    headers.
 
     An image that EXIF turns has them the other way round; their product, which is what counts, is the same.
     """
     limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
-    sizes = budget_sizes([image_size(path) for path in paths], target.total_tokens, target.image_tokens, qwen.factor)
+    sizes = budget_sizes([image_size(path) for path in paths], target.total_tokens, target.image_tokens,
+                         qwen.factor)
     side, sizes = qwen.image_processor.patch_size, [smart_size(*size, qwen.factor, *limits) for size in sizes]
     return [(height // side, width // side) for width, height in sizes]
 
 
 def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
-    """Tokenise one row. Trained: the assistant's words and the end of its turn; not the prompt, the latent pads, nor an
-    end marker that decoding forces. Needs no weights: `qwen` may come from `utils.qwen.load_tools`."""
+    """Tokenise one row. Trained: the assistant's words and the end of its turn; not the prompt, the latent
+    pads, nor an end marker that decoding forces. Needs no weights: `qwen` may come from
+    `utils.qwen.load_tools`."""
     root, spec = Path(target.image_root), target.spec
     images = [resolve_image(root, name) for name in row["images"]]
     prompt = chat(qwen.tokenizer, row["question"], len(images), target.system)
     reply = target_text(row, target) + END_OF_TURN
-    prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, reply))
+    prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids
+                             for text in (prompt, reply))
     steps, untrained = [], set()
     if spec is not None:
         _, pad_id, end_id = latent_ids(qwen.tokenizer, spec)
         untrained = {pad_id, end_id} if spec.force_end else {pad_id}
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
     trained = [False] * len(prompt_ids) + [i not in untrained for i in reply_ids]
-    example = Example(row["id"], prompt_ids + reply_ids, trained, images, steps, image_grids(qwen, images, target),
+    example = Example(row["id"], prompt_ids + reply_ids, trained, images, steps,
+                      image_grids(qwen, images, target),
                       image_grids(qwen, steps, target))
     for path, (rows, columns) in zip(steps, example.step_grids):
         if rows * columns // 4 < spec.size:
-            raise DataError(f"{path}: {rows * columns // 4} visual tokens, fewer than the {spec.size} latents to align to it")
+            raise DataError(
+                f"{path}: {rows * columns // 4} visual tokens, fewer than the {spec.size} latents to align to it")
     return example
 
 
-def make_examples(qwen: Qwen, rows: list[dict], target: Target, max_tokens: int | None = None) -> list[Example]:
-    """`make_example` for all rows, no longer than `max_tokens` each; one DataError names and counts the bad ones."""
+def make_examples(qwen: Qwen, rows: list[dict], target: Target, max_tokens: int
+                  | None = None) -> list[Example]:
+    """`make_example` for all rows, no longer than `max_tokens` each; one DataError names and counts the bad
+    ones."""
     examples, faults = [], []
     for row in rows:
         try:
             example = make_example(qwen, row, target)
             if max_tokens is not None and example.n_tokens > max_tokens:
-                raise DataError(f"{example.n_tokens} tokens, visual ones included; --max_tokens {max_tokens} is less: raise "
+                raise DataError(
+                    f"{example.n_tokens} tokens, visual ones included; --max_tokens {max_tokens} is less: raise "
                                 "it, or take the row out")
             examples.append(example)
         except DataError as error:
             faults.append(f"{row['id']}: {error}")
     if faults:
         more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise DataError(f"{len(faults)} of {len(rows)} rows cannot be trained on; mend them or take them out:\n  "
+        raise DataError(
+            f"{len(faults)} of {len(rows)} rows cannot be trained on; mend them or take them out:\n  "
                         + "\n  ".join(faults[:SHOWN]) + more)
     return examples
 

@@ -1,8 +1,9 @@
-"""Several rows in one sequence, without a leak between them: the plan of a step's packs, a pack, attention within rows.
+"""Several rows in one sequence, without a leak between them: the plan of a step's packs, a pack, attention
+within rows.
 
-Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other while the loss moves by 0.4 %; the
-gradients are then wrong by 100 % (tests/test_packing.py compares gradients). What is exact: explicit cu_seqlens, an attention
-function that knows no other mask, positions made row by row, no cache.
+Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other while the loss moves
+by 0.4 %; the gradients are then wrong by 100 % (tests/test_packing.py compares gradients). What is exact:
+explicit cu_seqlens, an attention function that knows no other mask, positions made row by row, no cache.
 """
 import math
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ NAME = "packed_flash"  # with "flash" in it the vision tower hands over all its 
 
 
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
-    """Return packs[k][rank], the indices of the rows that a rank runs in its kth micro-step; every rank has as many.
+    """Return packs[k][rank], the indices of the rows that a rank runs in its kth micro-step; every rank has
+    as many.
 
-    A pure function of its arguments, so that all ranks make the same plan without a word. Longest rows first into the
-    least loaded of world * K bins, K as small as `max_tokens` a bin allows; like loads meet in one micro-step. A bin may
-    be empty. ValueError for a row longer than `max_tokens`.
+    A pure function of its arguments, so that all ranks make the same plan without a word. Longest rows first
+    into the least loaded of world * K bins, K as small as `max_tokens` a bin allows; like loads meet in one
+    micro-step. A bin may be empty. ValueError for a row longer than `max_tokens`.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
@@ -48,9 +50,9 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target: Target) -> dict:
     """Put rows one behind the other into one sequence of L tokens, without padding.
 
-    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if there is an
-    image, cu_seqlens int32 [rows + 1], max_length, source [n] (the positions that predict), target [n], weight [n] (its
-    row's), row [n] (its row's number in the pack), row_ids.
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if
+    there is an image, cu_seqlens int32 [rows + 1], max_length, source [n] (the positions that predict),
+    target [n], weight [n] (its row's), row [n] (its row's number in the pack), row_ids.
     """
     rows = []
     with ThreadPoolExecutor(THREADS) as pool:
@@ -61,7 +63,8 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     for example, its in zip(examples, grids):
         rows.append(collate(qwen, [example.ids], [{"image_grid_thw": its} if len(its) else None]))
         if rows[-1]["input_ids"].shape[1] != example.n_tokens:
-            raise DataError(f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
+            raise DataError(
+                f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
                             f"{example.n_tokens}; was an image changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
     pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
@@ -70,39 +73,50 @@ def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target:
     places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
               for example, end in zip(examples, ends)]
     counts, places = torch.tensor([len(its) for its in places]), torch.cat(places)
-    return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(), "max_length": max(e.n_tokens for e in examples),
+    return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
+                   "max_length": max(e.n_tokens for e in examples),
                    "source": places - 1, "target": pack["input_ids"][0, places],
                    "weight": torch.tensor(weights).repeat_interleave(counts),
-                   "row": torch.arange(len(examples)).repeat_interleave(counts), "row_ids": [e.id for e in examples]}
+                   "row": torch.arange(len(examples)).repeat_interleave(counts),
+                   "row_ids": [e.id for e in examples]}
 
 
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     attention_mask: None, scaling: float | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+                     attention_mask: None, scaling: float | None = None, cu_seq_lens_q: torch.Tensor
+                     | None = None,
                      max_length_q: int | None = None, is_causal: bool | None = None, **kwargs
                      ) -> tuple[torch.Tensor, None]:
     """Attend within the rows that `cu_seq_lens_q` [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d].
 
-    On CUDA one call of torch's own variable-length kernel, on the CPU a loop over the runs of rows of one length.
+    On CUDA one call of torch's own variable-length kernel, on the CPU a loop over the runs of rows of one
+    length.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
     causal = module.is_causal if is_causal is None else is_causal
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary embedding leaves float32
+    # under autocast the rotary embedding leaves float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if value.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # here: there is none in a torch without CUDA
-        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q, max_length_q,
-                          max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q,
+                          max_length_q,
+                          max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1),
+                          enable_gqa=True)
         return out[None], None
-    query, key, value = (x.squeeze(0) for x in (query, key, value))  # [heads, L, d]; x[0] would cost a copy of its gradient
+    # [heads, L, d]; x[0] would cost a copy of its gradient
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
     lengths, back = cu_seq_lens_q.diff(), None
-    if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: bring those of one length together
+    # the vision tower's windows: bring those of one length together
+    if len(lengths) > 2 * len(lengths.unique()):
         order, back = by_length(cu_seq_lens_q)
         query, key, value = (x.index_select(1, order) for x in (query, key, value))
         lengths = lengths.sort().values
     runs = [(length, len(list(its))) for length, its in groupby(lengths.tolist())]
     rows = []
-    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=1) for x in (query, key, value))):
-        parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]  # [n, heads, length, d]: one call for n rows
+    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=1)
+                                           for x in (query, key, value))):
+        # [n, heads, length, d]: one call for n rows
+        parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]
         out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
         rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
     out = torch.cat(rows)
@@ -110,17 +124,19 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 
 def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by length, and the
-    order that undoes it."""
+    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by
+    length, and the order that undoes it."""
     lengths = bounds.diff()
     rows = lengths.sort(stable=True).indices
     ends = lengths[rows].cumsum(0)
-    order = torch.arange(int(bounds[-1])) + (bounds[:-1][rows] - ends + lengths[rows]).repeat_interleave(lengths[rows])
+    order = torch.arange(int(bounds[-1])) + (bounds[:-1][rows] - ends
+                                             + lengths[rows]).repeat_interleave(lengths[rows])
     return order, order.argsort()
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
-    """Return the last hidden states [n, hidden] of a pack at the positions that predict, so that logits need never be of all.
+    """Return the last hidden states [n, hidden] of a pack at the positions that predict, so that logits need
+    never be of all.
 
     To be called, and its gradients taken, inside `use_packed_attention`.
     """
@@ -129,17 +145,21 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
     images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
     bounds, longest = pack["cu_seqlens"], pack["max_length"]
     with last_layer_at(model, pack["source"]):
-        out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"], cu_seq_lens_q=bounds,
-                          cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False, **images)
+        out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"],
+                          cu_seq_lens_q=bounds,
+                          cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False,
+                          **images)
     return out.last_hidden_state[0]
 
 
 @contextmanager
 def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Let the last decoder layer, inside the block, go on behind its attention with `positions` [n] alone: [1, n, hidden].
+    """Let the last decoder layer, inside the block, go on behind its attention with `positions` [n] alone:
+    [1, n, hidden].
 
-    Nothing else of its output would be read, and in visual CoT these are a seventh of all. Nor is this layer checkpointed:
-    the backward pass begins with it, so that its activations would be forgotten for no longer than the head takes.
+    Nothing else of its output would be read, and in visual CoT these are a seventh of all. Nor is this layer
+    checkpointed: the backward pass begins with it, so that its activations would be forgotten for no longer
+    than the head takes.
     """
     layer = model.model.language_model.layers[-1]
 
@@ -157,7 +177,8 @@ def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[N
 
 @contextmanager
 def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let `model` use `packed_attention` inside the block: it is set on the configurations, nothing is patched.
+    """Let `model` use `packed_attention` inside the block: it is set on the configurations, nothing is
+    patched.
 
     No mask is built for an attention of this name, so that every call must bring cu_seq_lens_q.
     """
