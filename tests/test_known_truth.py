@@ -15,7 +15,7 @@ from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO
                              VOCABULARY, ZEROS, additive, agrees, allowed, check_masks, compare, draw_items,
                              fed_of, make_arms, make_toy, positions, reproducible, run, run_arms, selftest)
 from utils import qwen as Q
-from utils.decode import Arm, decode, prefill
+from utils.decode import Intervention, decode, prefill
 from utils.intervene.effects import summarize
 from utils.intervene.latent_batch import LatentBatch
 from utils.intervene.latent_case import Known
@@ -119,7 +119,7 @@ def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_wer
     with pytest.raises(ValueError, match="expected one of open bypass in slot"):
         make_toy("closed")
     with pytest.raises(ValueError, match="hide the latents in a part of the rows"):
-        run_arms(toy, draw_items(2, torch.Generator()), [Arm(), Arm(hide=("latents",))])
+        run_arms(toy, draw_items(2, torch.Generator()), [Intervention(), Intervention(hide=("latents",))])
 
 
 # ------------------------------------------------------------------------------------------- mutations

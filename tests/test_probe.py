@@ -11,7 +11,7 @@ from imagining import NAMES, make_latent_checkpoint, write_items
 import evaluate
 import probe
 from toy.make_model import make_model
-from utils.decode import extend_all, generate, prefill
+from utils.decode import generate, prefill, prefill_blocks
 from utils.items import open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
@@ -197,7 +197,7 @@ def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_ima
         alone = prefill(qwen, {name: inputs[name][..., :first] for name in ("input_ids", "attention_mask",
                                                                             "position_ids")})
         alone.positions = state.positions - len(block)
-        alone = extend_all(qwen, alone, [block])[1]
+        alone = prefill_blocks(qwen, alone, [block])[1]
         assert torch.equal(alone.positions, state.positions)
         wanted = score_options(qwen, alone, [asked], [" It is \\boxed{"], [[]], "text")[0]
         assert able == [0] and found["cut_none"] == pytest.approx(wanted, abs=1e-3)

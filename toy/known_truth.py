@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from utils.cli import log
-from utils.decode import Arm, layer_inputs
+from utils.decode import Intervention, layer_inputs
 from utils.intervene.latent_case import Case, Known
 from utils.intervene.latent_conditions import find_condition
 from utils.intervene.mediation import mediate
@@ -206,7 +206,7 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
 
 
 @torch.no_grad()
-def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Arm]) -> Run:
+def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Intervention]) -> Run:
     """Return the run with an arm of `utils.intervene.latent_conditions` on each row; all hide the latents, or
     none does."""
     cut = {arm.hide == ("latents",) for arm in arms}
@@ -336,7 +336,7 @@ def train_toy(name: str, steps: int) -> Toy:
     return toy
 
 
-def make_arms(name: str, runs: Run, donors: Run, known: Known | None) -> list[Arm]:
+def make_arms(name: str, runs: Run, donors: Run, known: Known | None) -> list[Intervention]:
     """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors.
     """
     found, number = find_condition(name)

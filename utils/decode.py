@@ -6,8 +6,8 @@ final norm: position +1, one key-value slot. What differs between the families s
 batch of up to PREFILL_TOKENS; of its rows one by one beyond).
 
 A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them
-(`State.take`): an `Arm` says what is done to one row, so that a batch may hold a clean run and every
-intervention beside it.
+(`State.select`): an `Intervention` says what is done to one row, so that a batch may hold a clean run and
+every intervention beside it.
 
 Where an intervention may act inside the model: the inputs of the decoder's layers, by hooks that a context
 takes away.
@@ -34,7 +34,7 @@ PREFILL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Arm:
+class Intervention:
     """What is done to one row while it decodes; by default nothing.
 
     choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
@@ -68,7 +68,7 @@ class State:
     positions: torch.Tensor
     is_image: torch.Tensor
 
-    def take(self, rows: list[int]) -> "State":
+    def select(self, rows: list[int]) -> "State":
         """Return these rows, each as often as it is named, with a cache of their own."""
         index = torch.tensor(rows, device=self.mask.device)
         cache = copy.copy(self.cache)
@@ -167,10 +167,10 @@ def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
 
 
 @torch.no_grad()
-def extend_all(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
+def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
     """Read one block of at least one id a row, of any lengths, after what was read; `state` is used up.
 
-    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `extend`
+    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `prefill_more`
     returns.
     """
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
@@ -190,17 +190,17 @@ def extend_all(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch
     return hidden, State(out.past_key_values, last, mask, state.positions + lengths[:, None], state.is_image)
 
 
-def extend(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
+def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
     """Return the rows of `state`, which keeps its own, after reading one block of at least one id each."""
-    return extend_all(qwen, state.take(list(range(len(state.mask)))), blocks)[1]
+    return prefill_blocks(qwen, state.select(list(range(len(state.mask)))), blocks)[1]
 
 
-def rewind(after: State, before: State, kept: list[int]) -> State:
+def truncate_cache(after: State, before: State, kept: list[int]) -> State:
     """Return `after`, which decoding from `before` led to, as it was when each row had read only `kept[row]`
     new ids.
 
-    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`: extend
-    it first.
+    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`:
+    `prefill_more` it first.
     """
     mask, first = after.mask.clone(), before.mask.shape[1]
     for row, n in enumerate(kept):
@@ -212,9 +212,8 @@ def rewind(after: State, before: State, kept: list[int]) -> State:
 
 
 @torch.no_grad()
-def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm]
-           | None = None,
-           capture: bool = False, with_logits: bool = False,
+def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
+           arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
            with_slots: bool = False) -> tuple[list[Generation], State]:
     """Decode rows that were read, greedily but for their arms; `max_new_tokens` counts latent steps too.
 
@@ -222,7 +221,7 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
     every layer at latent positions. Returns the rows, and the state after all ids but the last of the longest
     row; `state` is used up.
     """
-    arms = arms or [Arm()] * len(state.mask)
+    arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None
     rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
     embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
@@ -278,7 +277,7 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
     return [row.out for row in rows], State(cache, hidden, mask, positions, state.is_image)
 
 
-def hide(mask: torch.Tensor, arm: Arm, segment: Segment, first: int, is_image: torch.Tensor) -> None:
+def hide(mask: torch.Tensor, arm: Intervention, segment: Segment, first: int, is_image: torch.Tensor) -> None:
     """Close columns of one row's mask [C] to what comes after a segment; the row's new ids begin at column
     `first`."""
     if "images" in arm.hide:
@@ -287,9 +286,8 @@ def hide(mask: torch.Tensor, arm: Arm, segment: Segment, first: int, is_image: t
         mask[first + segment.start:first + segment.start + segment.size] = 0
 
 
-def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None, arms: list[Arm]
-             | None = None,
-             capture: bool = False, with_logits: bool = False,
+def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None,
+             arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
              prompt_latents: list[torch.Tensor] | None = None) -> list[Generation]:
     """`prefill` and `decode` of a left-padded batch from `utils.qwen.encode`."""
     return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture,

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from utils.decode import State, extend_all
+from utils.decode import State, prefill_blocks
 from utils.qwen import Qwen, plain
 
 STEM = "The answer is \\boxed{"
@@ -52,7 +52,7 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
     for k in range(max(map(len, blocks))):
         rows = [i for i, its in enumerate(blocks) if k < len(its)]
         # [rows, longest, hidden]
-        hidden = extend_all(qwen, state.take(rows), [blocks[i][k] for i in rows])[0]
+        hidden = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])[0]
         for read, i in zip(hidden, rows):
             block, skipped = blocks[i][k], shared[i]
             before = read[max(skipped - 1, 0):len(block) - 1]  # the state that predicts each token
@@ -98,7 +98,7 @@ def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems
     found = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
     own = [n for n, its in enumerate(clean_stems) if its]
     if own:
-        r1 = score_options(qwen, state.take(own), [items[n] for n in own], [clean_stems[n] for n in own],
+        r1 = score_options(qwen, state.select(own), [items[n] for n in own], [clean_stems[n] for n in own],
                            [before[n] for n in own], by)
         for n, scores in zip(own, r1):
             found[n]["r1"] = describe_scores(scores, golds[n])

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from utils import latent_families as families
 from utils import qwen as Q
-from utils.decode import Arm, clean_text, decode, embed_prompt, extend, generate, prefill, rewind
+from utils.decode import (Intervention, clean_text, decode, embed_prompt, generate, prefill, prefill_more,
+                          truncate_cache)
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, GatedHead, RowState, SimpleHead, latent_ids
 
@@ -114,22 +115,24 @@ def test_a_segment_cut_by_max_new_tokens_says_so():
 
 
 def replay_of(row):
-    return Arm(feed=lambda z, segment, step: row.fed[sum(s.size for s in row.segments[:segment]) + step])
+    def feed(z, segment, step):
+        return row.fed[sum(s.size for s in row.segments[:segment]) + step]
+    return Intervention(feed=feed)
 
 
 def test_edits_at_the_fed_vector(tiny_checkpoint):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch = batch_of(qwen)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
-    same = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: z)] * 3)
+    same = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Intervention(feed=lambda z, *place: z)] * 3)
     assert [g.ids for g in same] == [g.ids for g in clean]
     fixed = torch.arange(32.0)
-    tau = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Arm(feed=lambda z, *place: fixed)] * 3)
+    tau = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Intervention(feed=lambda z, *place: fixed)] * 3)
     for g, c in zip(tau, clean):
         assert (g.fed == fixed).all() and len(g.fed) == sum(s.size for s in g.segments)
         first = min([s.start for s in c.segments], default=len(c.ids))
         assert g.ids[:first] == c.ids[:first]
-    one = generate(qwen, batch, 16, MIRAGE, arms=[Arm(feed=lambda z, *place: fixed), Arm(), Arm()])
+    one = generate(qwen, batch, 16, MIRAGE, arms=[Intervention(feed=lambda z, *place: fixed), Intervention(), Intervention()])
     assert [g.ids for g in one[1:]] == [g.ids for g in clean[1:]]
     replay = generate(qwen, batch, 16, MIRAGE, arms=[replay_of(row) for row in clean])
     assert [g.ids for g in replay] == [g.ids for g in clean]
@@ -207,12 +210,12 @@ def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
     used up."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch, fixed = batch_of(qwen), torch.arange(32.0)
-    arms = [Arm(), Arm(feed=lambda z, *place: fixed), Arm(hide=("latents", "images"))]
+    arms = [Intervention(), Intervention(feed=lambda z, *place: fixed), Intervention(hide=("latents", "images"))]
     state = prefill(qwen, batch)
-    rows, _ = decode(qwen, state.take([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True,
+    rows, _ = decode(qwen, state.select([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True,
                      with_logits=True)
     for k, arm in enumerate(arms):
-        alone, _ = decode(qwen, state.take([0, 1, 2]), 16, MIRAGE, [arm] * 3, capture=True, with_logits=True)
+        alone, _ = decode(qwen, state.select([0, 1, 2]), 16, MIRAGE, [arm] * 3, capture=True, with_logits=True)
         for mine, its in zip(rows[k::3], alone):
             assert mine.ids == its.ids and torch.allclose(mine.logits, its.logits, atol=1e-4)
     assert any(not torch.equal(rows[k].logits, rows[0].logits) for k in (1, 2))
@@ -223,18 +226,18 @@ def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     tail = [qwen.tokenizer(text).input_ids for text in ("It is blue.", "a red circle with the digit 7", "It")]
     state = prefill(qwen, batch_of(qwen))
-    after = extend(qwen, state, tail)
+    after = prefill_more(qwen, state, tail)
     for i, ids in enumerate(tail):
         assert torch.allclose(after.hidden[i], whole(qwen, i, ids), atol=1e-5)
-    decoded, end = decode(qwen, state.take([0, 1, 2]), 9)
+    decoded, end = decode(qwen, state.select([0, 1, 2]), 9)
     kept = [3, 0, 7]
-    again = extend(qwen, rewind(end, state, kept), tail)
+    again = prefill_more(qwen, truncate_cache(end, state, kept), tail)
     for i, ids in enumerate(tail):
         assert torch.allclose(again.hidden[i], whole(qwen, i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
     with pytest.raises(ValueError, match="row 0: 9 ids to keep of 8"):
-        rewind(end, state, [9, 0, 0])
+        truncate_cache(end, state, [9, 0, 0])
     with pytest.raises(ValueError, match="expected one of ids each"):
-        extend(qwen, state, [[1], [], [1]])
+        prefill_more(qwen, state, [[1], [], [1]])
 
 
 @torch.no_grad()
@@ -254,7 +257,7 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
     written out."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     batch = batch_of(qwen, slice(0, 1))
-    row = generate(qwen, batch, 7, MIRAGE, [Arm(hide=("latents", "images"))], capture=True,
+    row = generate(qwen, batch, 7, MIRAGE, [Intervention(hide=("latents", "images"))], capture=True,
                    with_logits=True)[0]
     segment, n = row.segments[0], batch["input_ids"].shape[1]
     assert segment.closed_by != "max_tokens" and len(row.fed) == segment.size
@@ -311,7 +314,7 @@ def test_choices_are_the_arms_own(tiny_checkpoint):
     start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
     batch = batch_of(qwen)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
-    forced = generate(qwen, batch, 16, MIRAGE, [Arm(choose=lambda logits, n, ids=row.ids: ids[n])
+    forced = generate(qwen, batch, 16, MIRAGE, [Intervention(choose=lambda logits, n, ids=row.ids: ids[n])
                                                 for row in clean], capture=True)
     assert [row.ids for row in forced] == [row.ids for row in clean]
     assert all(torch.equal(a.fed, b.fed) for a, b in zip(forced, clean))
@@ -319,7 +322,7 @@ def test_choices_are_the_arms_own(tiny_checkpoint):
     def without_start(logits, n):
         return int(logits.index_fill(0, torch.tensor([start]), -torch.inf).argmax())
 
-    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Arm(choose=without_start)]
+    assert not any(start in row.ids for row in generate(qwen, batch, 16, MIRAGE, [Intervention(choose=without_start)]
                                                         * 3))
-    empty = generate(qwen, batch, 16, MIRAGE, [Arm(spec=replace(MIRAGE, size=0))] * 3)
+    empty = generate(qwen, batch, 16, MIRAGE, [Intervention(spec=replace(MIRAGE, size=0))] * 3)
     assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)

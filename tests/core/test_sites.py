@@ -4,7 +4,7 @@ import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
 
-from utils.decode import Arm, decode, layer_inputs, prefill
+from utils.decode import Intervention, decode, layer_inputs, prefill
 
 pytestmark = pytest.mark.numeric
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.numeric
 def slots_of(row):
     """An arm that puts a captured run's layer inputs at the same latent positions."""
     sizes = [segment.size for segment in row.segments]
-    return Arm(slot=lambda segment, step: row.slots[sum(sizes[:segment]) + step])
+    return Intervention(slot=lambda segment, step: row.slots[sum(sizes[:segment]) + step])
 
 
 def test_own_slots_change_nothing_and_a_donors_make_its_keys(tiny_checkpoint):
@@ -20,13 +20,13 @@ def test_own_slots_change_nothing_and_a_donors_make_its_keys(tiny_checkpoint):
     fed there."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
-    clean, _ = decode(qwen, state.take([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
-    other, its_end = decode(qwen, state.take([0, 0]), 9, MIRAGE, [Arm(feed=lambda z, *place: z.flip(0))] * 2,
+    clean, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
+    other, its_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [Intervention(feed=lambda z, *place: z.flip(0))] * 2,
                             with_slots=True)
-    same, _ = decode(qwen, state.take([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
+    same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
                      capture=True)
     assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
-    _, end = decode(qwen, state.take([0, 0]), 9, MIRAGE, [slots_of(other[0]), Arm()], capture=True)
+    _, end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(other[0]), Intervention()], capture=True)
     segment = clean[0].segments[0]
     columns = slice(state.mask.shape[1] + segment.start, state.mask.shape[1] + segment.start + segment.size)
     for mine, its in zip(end.cache.layers, its_end.cache.layers):
@@ -53,12 +53,12 @@ def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     rows = [0, 0]
-    clean, clean_end = decode(qwen, state.take(rows), 9, MIRAGE, capture=True)
-    none, _ = decode(qwen, state.take(rows), 9, MIRAGE, [Arm(slot=lambda *place: [None, None])] * 2,
+    clean, clean_end = decode(qwen, state.select(rows), 9, MIRAGE, capture=True)
+    none, _ = decode(qwen, state.select(rows), 9, MIRAGE, [Intervention(slot=lambda *place: [None, None])] * 2,
                      capture=True)
     assert torch.equal(none[0].states, clean[0].states)
-    one = Arm(slot=lambda *place: [None, torch.ones(32)])
-    _, end = decode(qwen, state.take(rows), 9, MIRAGE, [one, Arm()], capture=True)
+    one = Intervention(slot=lambda *place: [None, torch.ones(32)])
+    _, end = decode(qwen, state.select(rows), 9, MIRAGE, [one, Intervention()], capture=True)
     column = state.mask.shape[1] + clean[0].segments[0].start
     mine, its = ([layer.keys[0, :, column] for layer in them.cache.layers] for them in (end, clean_end))
     assert torch.equal(mine[0], its[0]) and not torch.allclose(mine[1], its[1], atol=1e-3)

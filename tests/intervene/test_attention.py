@@ -3,7 +3,7 @@ import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
 
-from utils.decode import decode, embed_prompt, extend, prefill, rewind
+from utils.decode import decode, embed_prompt, prefill, prefill_more, truncate_cache
 from utils.intervene.latent_batch import GROUPS, NAME, stem_attention, watched, weigh
 
 pytestmark = pytest.mark.numeric
@@ -43,7 +43,7 @@ def test_rows_equal_the_librarys_own_maps(qwen):
     columns, steps = torch.arange(ids.shape[1]), torch.arange(len(block))[:, None]
     allowed = mask[:, None].bool() & (columns <= batch["input_ids"].shape[1] + steps)
     with watched(qwen.model, lambda query, key, scaling: seen.append(weigh(query, key, allowed, scaling))):
-        extend(qwen, state, [block] * 3)
+        prefill_more(qwen, state, [block] * 3)
     assert torch.allclose(torch.stack(seen), expected, atol=1e-5) and len(seen) == 2
     # the same in groups, counted one column after the other
     for i, look in enumerate(stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]),
@@ -64,9 +64,9 @@ def test_rows_equal_the_librarys_own_maps(qwen):
 @torch.no_grad()
 def test_latents_are_a_group_and_each_has_its_mass(qwen):
     begun = prefill(qwen, batch_of(qwen))
-    rows, end = decode(qwen, begun.take([0, 2]), 9, MIRAGE)
+    rows, end = decode(qwen, begun.select([0, 2]), 9, MIRAGE)
     segments = [row.segments[0] for row in rows]
-    back = rewind(end, begun.take([0, 2]), [s.start + s.size for s in segments])
+    back = truncate_cache(end, begun.select([0, 2]), [s.start + s.size for s in segments])
     places = [[begun.mask.shape[1] + s.start + j for j in range(s.size)] for s in segments]
     for look, its in zip(stem_attention(qwen, back, [], STEM, places), places):
         assert len(look["imagined"]) == len(its) == 4 and min(look["imagined"]) > 0
@@ -78,9 +78,9 @@ def test_latents_are_a_group_and_each_has_its_mass(qwen):
 @torch.no_grad()
 def test_watching_changes_nothing_and_is_taken_away(qwen):
     state, blocks = prefill(qwen, batch_of(qwen)), [[5, 6, 7]] * 3
-    alone = extend(qwen, state, blocks).hidden
+    alone = prefill_more(qwen, state, blocks).hidden
     with watched(qwen.model, lambda *parts: None):
-        assert torch.equal(extend(qwen, state, blocks).hidden, alone)
+        assert torch.equal(prefill_more(qwen, state, blocks).hidden, alone)
     with pytest.raises(RuntimeError), watched(qwen.model, lambda *parts: None):
         assert qwen.model.config.text_config._attn_implementation == NAME
         raise RuntimeError

@@ -23,8 +23,8 @@ HAND = [0.1, 0.4, 0.2, 0.3]  # attention to the four latents of a segment
 def runs(tiny_checkpoint):
     """(model, state of two prompts twice, their clean runs with slots)"""
     qwen = load_with(tiny_checkpoint, MIRAGE)
-    state = prefill(qwen, batch_of(qwen)).take([0, 2])
-    return qwen, state, decode(qwen, state.take([0, 1]), 9, MIRAGE, capture=True, with_slots=True)[0]
+    state = prefill(qwen, batch_of(qwen)).select([0, 2])
+    return qwen, state, decode(qwen, state.select([0, 1]), 9, MIRAGE, capture=True, with_slots=True)[0]
 
 
 def case(runs, **more):
@@ -37,7 +37,7 @@ def decoded(runs, *names):
     """Decode the first prompt under some conditions, side by side."""
     qwen, state, _ = runs
     arms = [one.make(case(runs, attention=HAND * 3), number) for one, number in map(find_condition, names)]
-    return decode(qwen, state.take([0] * len(arms)), 9, MIRAGE, arms, capture=True, with_slots=True)[0]
+    return decode(qwen, state.select([0] * len(arms)), 9, MIRAGE, arms, capture=True, with_slots=True)[0]
 
 
 def test_all_positions_and_layers_are_the_slot_condition_to_the_bit(runs):

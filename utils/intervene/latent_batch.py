@@ -9,7 +9,7 @@ A batch of items, clean and under every condition on its latents, from one readi
 
 The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the
 latents; then all conditions of all items decode side by side from copies of the prompts' caches
-(`State.take`).
+(`State.select`).
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from utils.decode import Arm, State, clean_text, decode, extend_all, rewind
+from utils.decode import Intervention, State, clean_text, decode, prefill_blocks, truncate_cache
 from utils.intervene.latent_case import Case, Known, NotPossible, likeliest, why_no_prompt
-from utils.intervene.latent_conditions import Condition, echo, find_condition
+from utils.intervene.latent_conditions import Condition, find_condition, forced_prefix
 from utils.intervene.prompts import Asking, Prompts, answer_fields, first_difference, pick_donor, stem_of
 from utils.latent_families import Generation, LatentSpec, last_latent, latent_ids
 from utils.option_scores import read_out
@@ -89,7 +89,7 @@ def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
     layers: list[torch.Tensor] = []  # [B, C] each
     with watched(qwen.model, lambda query, key, scaling: layers.append(
             weigh(query[:, :, rows], key, allowed, scaling).mean((1, 2)))):
-        extend_all(qwen, state.take(list(range(n))), [block] * n)
+        prefill_blocks(qwen, state.select(list(range(n))), [block] * n)
     member = columns_of(state, mask, imagined)
     mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
     uniform = torch.einsum("brc,bgc->bg", allowed / allowed.sum(-1, keepdim=True), member) / allowed.shape[1]
@@ -130,10 +130,10 @@ class LatentBatch:
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
         self.donor_runs: dict[str, dict[int, Generation]] = {}
         self.clean: list[tuple[Generation, dict | None]] = []
-        self.clean = self.decode("own", list(range(len(items))), [Arm()] * len(items))
+        self.clean = self.decode("own", list(range(len(items))), [Intervention()] * len(items))
         self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
 
-    def decode(self, kind: str, places: list[int], arms: list[Arm],
+    def decode(self, kind: str, places: list[int], arms: list[Intervention],
                at_most: int | None = None) -> list[tuple[Generation, dict | None]]:
         """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores
         (None without a segment). `at_most`: no more new ids than this, and no scores."""
@@ -141,7 +141,7 @@ class LatentBatch:
         done = []
         for some in self.asking.pieces(list(zip(places, arms))):
             its = [i for i, _ in some]
-            begun = state.take([having.index(i) for i in its])
+            begun = state.select([having.index(i) for i in its])
             their = [self.asking.arm(self.items[i], arm) for i, arm in some]
             rows, end = decode(self.qwen, begun, at_most or self.asking.max_new_tokens, self.spec, their,
                                capture=True,
@@ -157,8 +157,8 @@ class LatentBatch:
         found = [None] * len(rows)
         if not having:
             return found
-        back = rewind(end, begun, [last_latent(row) if k in having else 0 for k,
-                                   row in enumerate(rows)]).take(having)
+        back = truncate_cache(end, begun, [last_latent(row) if k in having else 0 for k,
+                                   row in enumerate(rows)]).select(having)
         items = [self.items[places[k]] for k in having]
         stems = [self.clean_stem(places[k], rows[k]) for k in having]
         scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having),
@@ -205,7 +205,7 @@ class LatentBatch:
             places = [i for i in self.prompts[kind][1] if i in self.emitters]
             # read the last latent too
             longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1
-            arms = [echo(self.clean[i][0], likeliest) for i in places]
+            arms = [forced_prefix(self.clean[i][0], likeliest) for i in places]
             runs = self.decode(kind, places, arms, longest) if places else []
             self.donor_runs[kind] = {i: row for i, (row, _) in zip(places, runs)}
         return self.donor_runs[kind]

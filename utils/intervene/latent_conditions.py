@@ -7,11 +7,11 @@ is done to it.
     site edge   what tokens after the latents may attend to
     site none   the latents are left out, or the prompt is another: do(X)
 
-A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an Arm, or
-raises NotPossible with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of
+A condition is named as it is asked for: `tau`, or with its number, `add_noise:0.3`. It returns an
+Intervention, or raises NotPossible with the reason. A condition on another prompt names it (`prompt`): "blank" (grey images of
 the same size), "counterfactual" (the item's own answer-changing edit), "other_image", "other_question"
 (another item's), "masked" (the item's region greyed). Worlds of a mediation keep the words before the latents
-as they were (`echo`). Sweeps over a number are listed by `map_conditions` and drawn by
+as they were (`forced_prefix`). Sweeps over a number are listed by `map_conditions` and drawn by
 `utils.intervene.sweeps`.
 """
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from utils.decode import Arm
+from utils.decode import Intervention
 from utils.intervene.latent_case import Case, NotPossible, latent, seeded, within
 from utils.jsonl import DataError
 from utils.latent_families import Generation, last_latent
@@ -41,7 +41,7 @@ class Condition:
 
     name: str
     site: str
-    make: Callable[[Case, object], Arm]
+    make: Callable[[Case, object], Intervention]
     default: object = None
     prompt: str = "own"
     needs: tuple[str, ...] = ()  # kinds of donors
@@ -83,31 +83,34 @@ def parse_place(word: str) -> tuple[range, range]:
     return place
 
 
-def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Arm:
+def fed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Intervention:
     """Return the arm that feeds vector(z, segment, step), computed in float32 on the CPU."""
-    return Arm(feed=lambda z, segment, step: vector(z.float().cpu(), segment, step).to(z.device, z.dtype))
+    def feed(z: torch.Tensor, segment: int, step: int) -> torch.Tensor:
+        return vector(z.float().cpu(), segment, step).to(z.device, z.dtype)
+    return Intervention(feed=feed)
 
 
-def everywhere(vector: torch.Tensor) -> Arm:
+def everywhere(vector: torch.Tensor) -> Intervention:
     return fed(lambda z, segment, step: vector)
 
 
-def fed_from(row: Generation) -> Arm:
+def fed_from(row: Generation) -> Intervention:
     """Return the arm that feeds a captured run's latents at the same positions, as far as it has them."""
     return fed(lambda z, segment, step: latent(row, segment, step) if within(row, segment, step) else z)
 
 
-def slot(row: Generation) -> Arm:
+def slot(row: Generation) -> Intervention:
     """Return the arm that puts a captured run's layer inputs at the same latent positions, as far as it has
     them."""
     def states(segment: int, step: int) -> torch.Tensor | None:
         place = sum(s.size for s in row.segments[:segment]) + step
         # the last may be unread
         return row.slots[place] if within(row, segment, step) and place < len(row.slots) else None
-    return Arm(slot=states)
+    return Intervention(slot=states)
 
 
-def echo(clean: Generation, pick: Callable[[torch.Tensor, int], int], arm: Arm = Arm()) -> Arm:
+def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],
+                  arm: Intervention = Intervention()) -> Intervention:
     """Return an arm that also says what the clean run said, up to the end of its last segment, and then goes
     on by `pick`.
 
@@ -262,7 +265,7 @@ def top_random(case, number):
     return keep_ranked(case, ranked, number)
 
 
-def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Arm:
+def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervention:
     """Return the arm that feeds the position's mean but at the first `number` positions of each segment's
     ranking."""
     case.need_position(number)  # else all are kept
@@ -299,14 +302,14 @@ def swap_counterfactual(case, number):
 @condition("fed", needs=("blank",))
 def swap_blank(case, number):
     """World Y(x, Z(x')): the latents that a blank image brings about."""
-    return echo(case.clean, case.pick, fed_from(case.donor("blank")))
+    return forced_prefix(case.clean, case.pick, fed_from(case.donor("blank")))
 
 
 @condition("slot")
 def slot_mean_t(case, number):
     """The mean layer inputs of each position."""
     known = case.calibrated()
-    return Arm(slot=lambda segment, step: known.slots_t[min(step, len(known.slots_t) - 1)])
+    return Intervention(slot=lambda segment, step: known.slots_t[min(step, len(known.slots_t) - 1)])
 
 
 @condition("slot", needs=("random",))
@@ -329,7 +332,7 @@ def slot_swap_at(case, place):
     def states(segment: int, step: int) -> list[torch.Tensor | None] | None:
         found = whole(segment, step) if step in steps else None
         return found if found is None else [state if n in layers else None for n, state in enumerate(found)]
-    return Arm(slot=states)
+    return Intervention(slot=states)
 
 
 @condition("slot", needs=("counterfactual",))
@@ -340,40 +343,40 @@ def slot_swap_counterfactual(case, number):
 @condition("slot", needs=("blank",))
 def slot_swap_blank(case, number):
     """World Y(x, Z(x')) at the slots."""
-    return echo(case.clean, case.pick, slot(case.donor("blank")))
+    return forced_prefix(case.clean, case.pick, slot(case.donor("blank")))
 
 
 # ------------------------------------------------------------------------------------ edges
 @condition("edge")
 def cut_latent(case, number):
     """What follows the latents cannot see them."""
-    return Arm(hide=("latents",))
+    return Intervention(hide=("latents",))
 
 
 @condition("edge")
 def cut_image_after(case, number):
     """What follows the latents cannot see the image."""
-    return Arm(hide=("images",))
+    return Intervention(hide=("images",))
 
 
 @condition("edge")
 def cut_both(case, number):
     """Neither: the positive control, which must move the answer of any model that looks."""
-    return Arm(hide=("latents", "images"))
+    return Intervention(hide=("latents", "images"))
 
 
 # ------------------------------------------------------------------------------------ no latents
 @condition("none")
 def markers_only(case, number):
     """A segment of no latents: start, end."""
-    return Arm(spec=replace(case.spec, size=0, overwrite_start=False))
+    return Intervention(spec=replace(case.spec, size=0, overwrite_start=False))
 
 
 @condition("none", default=1)
 def keep_first(case, number):
     """The first `number` latents of each segment, then its end: when the answer is settled (the text's
     `truncate_N`)."""
-    return Arm(spec=replace(case.spec, size=int(number)))
+    return Intervention(spec=replace(case.spec, size=int(number)))
 
 
 @condition("none")
@@ -382,29 +385,29 @@ def no_segment(case, number):
     def choose(logits, n):
         return case.pick(logits.index_fill(0, torch.tensor([case.start_id], device=logits.device),
                                            -torch.inf), n)
-    return Arm(choose=choose)
+    return Intervention(choose=choose)
 
 
 # ------------------------------------------------------------------------------------ other prompts
 @condition("none", prompt="blank")
 def blank(case, number):
     """World Y(x', Z(x')): a blank image, and the latents that it brings about, after the item's own words."""
-    return echo(case.clean, case.pick)
+    return forced_prefix(case.clean, case.pick)
 
 
 @condition("fed", prompt="blank")
 def blank_x(case, number):
     """World Y(x', Z(x)): a blank image and the item's own latents: are they enough?"""
-    return echo(case.clean, case.pick, replay(case, None))
+    return forced_prefix(case.clean, case.pick, replay(case, None))
 
 
 @condition("slot", prompt="blank")
 def slot_blank_x(case, number):
     """World Y(x', Z(x)) at the slots."""
-    return echo(case.clean, case.pick, slot(case.clean))
+    return forced_prefix(case.clean, case.pick, slot(case.clean))
 
 
-CONDITIONS |= {name: Condition(name, "none", lambda case, number: Arm(), prompt=kind) for name,
+CONDITIONS |= {name: Condition(name, "none", lambda case, number: Intervention(), prompt=kind) for name,
                kind in DO_X.items()}
 
 

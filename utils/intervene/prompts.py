@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from utils.answers import extract_choice
-from utils.decode import Arm, State, prefill
+from utils.decode import Intervention, State, prefill
 from utils.images import GREY
 from utils.intervene.latent_case import sampler
 from utils.items import group_of
@@ -38,7 +38,7 @@ class Asking:
     def pick(self, item: dict) -> Callable[[torch.Tensor, int], int]:
         return sampler(self.temperature, self.seed, item["id"])
 
-    def arm(self, item: dict, arm: Arm = Arm()) -> Arm:
+    def arm(self, item: dict, arm: Intervention = Intervention()) -> Intervention:
         """Return the arm, its ids sampled where it does not choose them itself."""
         return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
 

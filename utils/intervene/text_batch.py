@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from utils.decode import State, decode, extend
+from utils.decode import State, decode, prefill_more
 from utils.intervene.latent_batch import stem_attention
 from utils.intervene.latent_case import NotPossible, why_no_prompt
 from utils.intervene.latent_conditions import DO_X
@@ -59,7 +59,7 @@ class TextBatch:
         self.editor = editor
         self.prompts = Prompts(qwen, asking, items, images, edits)
         everyone = list(range(len(items)))
-        rows, _ = decode(qwen, self.prompts["own"][0].take(everyone), asking.max_new_tokens,
+        rows, _ = decode(qwen, self.prompts["own"][0].select(everyone), asking.max_new_tokens,
                          arms=[asking.arm(item) for item in items])
         self.clean = rows
         # not stripped: continued
@@ -81,7 +81,7 @@ class TextBatch:
             self.blank_spans = {}
             for its in self.asking.pieces(places):
                 heads = [self.head(i) for i in its]
-                state = extend(self.qwen, self.prompts["blank"][0].take(its), heads)
+                state = prefill_more(self.qwen, self.prompts["blank"][0].select(its), heads)
                 arms = [self.asking.arm(self.items[i]) for i in its]
                 for i, head, row in zip(its, heads, decode(self.qwen, state, self.asking.max_new_tokens,
                                                            arms=arms)[0]):
@@ -165,7 +165,7 @@ class TextBatch:
         """Feed beginnings, none of them empty, back; return the state behind them and how the options score
         there."""
         items, texts = [self.items[one.place] for one in its], [self.texts[one.place] for one in its]
-        state = extend(self.qwen, self.after_prompt(kind, its), [self.ids(one.text) for one in its])
+        state = prefill_more(self.qwen, self.after_prompt(kind, its), [self.ids(one.text) for one in its])
         state.hide_images([n for n, one in enumerate(its) if not one.sees])
         stems = [stem_of(conclusion(text, self.by)) for text in texts]
         return state, read_out(self.qwen, state, items, self.asking.stem, stems, [[]] * len(its),
@@ -173,7 +173,7 @@ class TextBatch:
 
     def after_prompt(self, kind: str, its: list[Beginning]) -> State:
         state, having = self.prompts[kind]
-        return state.take([having.index(one.place) for one in its])
+        return state.select([having.index(one.place) for one in its])
 
     def continued(self, kind: str, todo: list[Beginning]) -> list[tuple[Beginning, dict]]:
         """Feed beginnings back, score the options behind them and go on; return each with its record."""

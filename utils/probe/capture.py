@@ -9,7 +9,7 @@ from bisect import bisect_left
 import numpy as np
 import torch
 
-from utils.decode import Arm, decode, prefill
+from utils.decode import Intervention, decode, prefill
 from utils.latent_families import Generation, LatentSpec, latent_ids
 from utils.probe.input_edits import open_shown
 from utils.probe.states import StateWriter, text_hash
@@ -32,7 +32,7 @@ def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], n_steps: int
     with torch.no_grad():
         features = iter(image_features(qwen, inputs))
     begun, everyone = prefill(qwen, inputs), list(range(len(batch)))
-    rows, _ = decode(qwen, begun.take(everyone), args.max_new_tokens, spec, capture=True,
+    rows, _ = decode(qwen, begun.select(everyone), args.max_new_tokens, spec, capture=True,
                      with_slots=whole and spec is not None)
     dummies = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
     for item, row, pictures, prompt, dummy in zip(batch, rows, images, prompts, dummies):
@@ -77,7 +77,7 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun, rows: list[Generation]) -> li
     if not any(ends):
         return [None] * len(rows)
     pad = qwen.model.get_input_embeddings().weight[latent_ids(qwen.tokenizer, spec)[1]].detach()
-    arm = Arm(feed=lambda z, segment, step: pad)
+    arm = Intervention(feed=lambda z, segment, step: pad)
     again, _ = decode(qwen, begun, max(ends), spec, [arm] * len(rows), capture=True)
     return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
 

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from utils.answers import extract_choice
-from utils.decode import State, clean_text, decode, extend_all, prefill, rewind
+from utils.decode import State, clean_text, decode, prefill, prefill_blocks, truncate_cache
 from utils.items import group_of, open_images
 from utils.jsonl import DataError
 from utils.latent_families import Generation, LatentSpec, last_latent, latent_ids
@@ -195,13 +195,13 @@ class Prober:
         prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item,
                    pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
-        rows, end = decode(qwen, begun.take(list(range(len(batch)))), args.max_new_tokens, self.spec)
+        rows, end = decode(qwen, begun.select(list(range(len(batch)))), args.max_new_tokens, self.spec)
         first = begun.mask.shape[1]
         steps = [self.imagined(row) for row in rows]
         able = [i for i, its in enumerate(steps) if its and its[-1] < end.mask.shape[1] - first]
         if not able:
             return None, [], []
-        back = rewind(end, begun, [steps[i][-1] + 1 if i in able else 0 for i in range(len(rows))])
+        back = truncate_cache(end, begun, [steps[i][-1] + 1 if i in able else 0 for i in range(len(rows))])
         for i in able:
             seen = torch.zeros_like(back.mask[i])
             seen[:int(begun.is_image[i].nonzero()[0])] = 1  # what stands before the image, on the left of it
@@ -215,7 +215,7 @@ class Prober:
             whole = prompt_of(qwen.tokenizer, batch[i], 0, args, blind=True)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
             blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
-        return extend_all(qwen, back.take(able), blocks)[1], [[] for _ in able], able
+        return prefill_blocks(qwen, back.select(able), blocks)[1], [[] for _ in able], able
 
     def imagined(self, row: Generation) -> list[int]:
         """Return the steps of a reply that are its imagination: all its latents, or the first text; []
