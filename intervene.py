@@ -8,7 +8,6 @@ all conditions)
       monet.jsonl
     torchrun --standalone --nproc_per_node 8 intervene.py --model checkpoint --items hrbench_4k.jsonl \
       --output text.jsonl
-    python intervene.py selftest        (models whose truth is known; under 2 minutes on a CPU)
 
 Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer": {"type":
         "letter",
@@ -47,7 +46,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from toy.known_truth import selftest
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
 from utils.decode import decode
 from utils.images import ImageError
@@ -75,7 +73,7 @@ from utils.qwen import Qwen, load_tools, prompt_of
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
 # may change between restarts: what only the summary uses, and conditions, which may be added
-FREE_SETTINGS = ("task", "items", "output", "image_root", "conditions", "margin", "margin_nll", "rho",
+FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margin_nll", "rho",
                  "min_emitters", "fresh",
                  "dry_run", "editor_url", "api_key_file")
 
@@ -300,12 +298,10 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("task", nargs="?", choices=("run", "selftest"), default="run",
-                        help="selftest needs no other flag")
-    parser.add_argument("--model", help="checkpoint folder or hub name")
-    parser.add_argument("--items", help="items JSONL, as evaluate.py --prepare writes it")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
     parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
-    parser.add_argument("--output", help="records JSONL to write; <output>.run/ beside it is the journal")
+    parser.add_argument("--output", required=True, help="records JSONL to write; <output>.run/ beside it is the journal")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens")
     parser.add_argument("--latent_size", type=parse_count, default=None,
@@ -357,15 +353,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true",
                         help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)
-    if args.task == "run":
-        check_args(parser, args)
+    check_args(parser, args)
     return args
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in presets and folders; end with a usage error for flags that do not go together."""
-    if missing := [f"--{name}" for name in ("model", "items", "output") if getattr(args, name) is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
     presets = TEXT_PRESETS if args.latent == "off" else PRESET_CONDITIONS
     args.conditions = list(dict.fromkeys(name for word in args.conditions for name in presets.get(word,
                                                                                                   [word])))
@@ -404,16 +397,8 @@ def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
     return {name: counts[name] / spec.size for name in names if name in counts and counts[name] < spec.size}
 
 
-def run_selftest() -> int:
-    result = selftest()
-    print(json.dumps(result))
-    return 0 if result["ok"] else 2
-
-
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
-    if args.task == "selftest":
-        return run_selftest()
     check_output(args.output, [args.items])
     spec = spec_of(args.latent, args.latent_size)
     calibration, items = split_items(args)
