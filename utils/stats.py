@@ -7,6 +7,7 @@ a log-probability in nats. Nothing here answers for an empty sample: n = 0 is a 
 """
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -142,6 +143,27 @@ def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
     if inside:
         return "small effect inside the margin" if excludes_zero else "equivalent"
     return "effect" if excludes_zero else "inconclusive"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The 90 % and the 95 % interval of one effect, the two that `verdict` takes."""
+    ci90: list[float]
+    ci95: list[float]
+
+    @classmethod
+    def paired(cls, clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
+               **draws: int) -> "Interval":
+        """Return the intervals of the change of a 0/1 outcome (`paired_interval`)."""
+        return cls(*(list(paired_interval(clean, intervened, groups, level, **draws)) for level in (0.90, 0.95)))
+
+    @classmethod
+    def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":
+        """Return the intervals of the mean of a continuous outcome (`robust_mean`)."""
+        return cls(*(list(robust_mean(values, groups, level)[1:]) for level in (0.90, 0.95)))
+
+    def verdict(self, margin: float) -> str:
+        return verdict(self.ci90, self.ci95, margin)
 
 
 def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
