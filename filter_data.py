@@ -41,7 +41,8 @@ from utils.jsonl import check_output, read_rows, write_json, write_meta, write_r
 from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
                                object_schema)
 from utils.row_rules import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
-                             find_markup, parse_options, row_fault, split_final, split_spans)
+                             find_markup, parse_options, row_fault)
+from utils.spans import split_final, split_spans
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -125,7 +125,7 @@ def run_batch(run: Run, batch: list[dict]) -> None:
     if run.spec:
         arms = LatentBatch(run.qwen, run.spec, run.known, run.asking, items, images, edits)
     else:
-        arms = TextBatch(run.qwen, run.asking, items, images, edits, run.args.spans, run.editor)
+        arms = TextBatch(run.qwen, run.asking, items, images, edits, run.editor)
     for item, records in zip(items, arms.records(run.args.conditions)):
         for name in names:
             if run.spec and name != "clean" and "reason" not in records[name]:
@@ -309,9 +309,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
                         help="paper, full, maps, or names, with their number if they take one (add_noise:0.3); latents: "
                              f"{', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
-    parser.add_argument("--spans", choices=("marks", "cues"), default="marks",
-                        help="text imaginations stand between marks, or "
-                        "from the first word of perception to the first of conclusion")
     parser.add_argument("--calibration", type=int, default=32,
                         help="items, from the front of the file and not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", default=" " + STEM, help="what options are scored behind (R0)")

@@ -45,8 +45,8 @@ from utils.journal import Journal
 from utils.jsonl import DataError, check_output, located_rows, write_json, write_meta, write_rows
 from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
                                object_schema)
-from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop,
-                             split_final)
+from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop)
+from utils.spans import split_final
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -1,5 +1,6 @@
 """Inputs that several test files share: a row of our own form, a Monet-SFT sample, the shortest path on a
 board."""
+import re
 from collections import deque
 
 PAIR = "<abs_vis_token></abs_vis_token>"
@@ -42,3 +43,10 @@ def shortest_path(board):
                 seen.add(step)
                 queue.append((step, path + move))
     return None
+
+
+def before_conclusion(text: str) -> list[tuple[int, int]]:
+    """Return the span of a real reply, which has no marks: everything before its first concluding words."""
+    found = re.search(r"(?i)therefore|thus|hence|answer|option|choice|\\boxed", text)
+    end = len(text[:found and found.start()].rstrip())
+    return [(0, end)] if end else []

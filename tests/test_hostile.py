@@ -19,7 +19,8 @@ import evaluate
 import hostile
 import mutations
 from utils.answers import last_boxed
-from utils.row_rules import find_markup, parse_options, split_spans
+from utils.row_rules import find_markup, parse_options
+from utils.spans import split_spans
 from utils.images import data_url, ImageError, open_image, resolve_image
 from utils.items import item_fault
 from utils.journal import Journal

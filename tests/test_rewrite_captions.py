@@ -16,7 +16,7 @@ import rewrite_captions
 from rewrite_captions import REASONS, check_refined, join_chain, lost_facts, main, make_segments, parse_args
 from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
 from utils.jsonl import DataError, read_rows
-from utils.row_rules import split_final
+from utils.spans import split_final
 
 ROOT = Path(__file__).parents[1]
 

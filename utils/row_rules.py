@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.answers import BOX, answers_match, last_boxed
+from utils.answers import answers_match, last_boxed
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Look, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
-from utils.spans import CLOSE, SPAN
 
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
@@ -24,8 +23,6 @@ CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_re
 WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
-# each begins with a letter: 4 times as fast
-SENTENCE_END = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
 MARKUP = re.compile(
     r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
                     r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
@@ -92,20 +89,6 @@ def parse_options(question: str) -> dict[str, str]:
     options = {letter: text.rstrip() for letter, text in OPTION.findall(question)}
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
     return options if len(options) >= 2 and "".join(options) == letters else {}
-
-
-def split_spans(text: str) -> tuple[list[str], str]:
-    """Return (what the text imaginations of a chain say, the chain without them)."""
-    # no span ends later: searching there takes quadratic time
-    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0
-    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
-
-
-def split_final(text: str) -> tuple[str, str]:
-    """Split off the sentence with the last boxed answer and all that follows it: (before, final)."""
-    boxed = [match.start() for match in BOX.finditer(text)][-1]
-    start = max((end.end() for end in SENTENCE_END.finditer(text, 0, boxed)), default=0)
-    return text[:start].strip(), text[start:].strip()
 
 
 def check_own(where: str, row: dict) -> None:

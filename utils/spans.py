@@ -1,75 +1,52 @@
-"""Find the imaginations in a reply, and rewrite them by rules so that they speak for another option.
-
-The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It
-refuses what it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an
-LLM (utils.intervene.text_conditions) to the same rules. No torch here.
-"""
+"""Find, read and replace the text imaginations of a reply or a chain: the spans between OPEN and CLOSE."""
 import re
 from collections.abc import Sequence
 
+from utils.answers import BOX
+
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-# Cues for replies without marks, written after reading V* replies of Monet-7B. Perception: words for looking,
-# or for what is seen. Conclusion: words that lead to the answer, with what belongs before them.
-PERCEPTION = re.compile(
-    r"\b(?:zoom|appear|observ|focus|locat|examin|inspect|identif|imagin)\w*|\b(?:look|show|see)(?:s|n|ed|ing)?\b|\bvisible\b"
-    r"|\bclos(?:e|er|est) (?:inspection|view)\b|\bin (?:the|this) (?:image|picture|photo|view|scene)\b",
-    re.IGNORECASE)
-CONCLUSION = re.compile(
-    r"\b(?:therefore|thus|hence)\b|\bso,? (?:the|my) (?:(?:correct|final|right|best) )?answer\b"
-    r"|\b(?:the |my )?(?:correct|final|right|best|closest) (?:answer|option|choice)\b|\b(?:the|my) answer is\b|\banswer:"
-    r"|\\boxed|<answer>",
-    re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+# Each alternative starts with a literal character: four times as fast as a character class.
+SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
 
 
-# ------------------------------------------------------------------------------------ spans
-def find_spans(text: str, by: str = "marks") -> list[tuple[int, int]]:
-    """Return (start, end) in characters of every imagination in a reply.
-
-    by="marks": what stands between the marks of every imagination before the first box. by="cues", for
-    replies without marks: one span at most, the sentences from the first cue of PERCEPTION to the first of
-    CONCLUSION.
-    """
-    if by == "cues":
-        return cue_spans(text)
-    if by != "marks":
-        raise ValueError(f"find_spans by {by!r}, expected 'marks' or 'cues'")
+def find_spans(text: str) -> list[tuple[int, int]]:
+    """Return (start, end) in characters of every imagination before the first box, without the marks."""
     boxed = text.find("\\boxed")
     return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
 
 
-def cue_spans(text: str) -> list[tuple[int, int]]:
-    """Return the span from the sentence with the first perceptual cue up to the first conclusion cue, or
-    none."""
-    last = CONCLUSION.search(text)
-    end = len(text[:last.start() if last else None].rstrip())
-    first = PERCEPTION.search(text, 0, end)
-    if not first:
-        return []
-    starts = [match.end() for match in SENTENCE_END.finditer(text, 0, first.start())]
-    return [(starts[-1] if starts else 0, end)]
-
-
-def after_marks(text: str, end: int) -> int:
-    """Return where a span with its closing mark ends, if it has one."""
-    return end + len(CLOSE) if text.startswith(CLOSE, end) else end
-
-
-def conclusion(text: str, by: str = "marks") -> str:
-    """Return what follows the last imagination: the whole text if there is none."""
-    spans = find_spans(text, by)
-    return text[after_marks(text, spans[-1][1]):] if spans else text
-
-
 def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
-    """Return what the spans hold."""
+    """Return the text of each span."""
     return [text[start:end] for start, end in spans]
 
 
 def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
-    """Return `text` with the spans replaced, last first so that offsets hold; nothing outside them changes.
-    """
-    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):
+    """Return `text` with its spans replaced by `after`; nothing outside the spans changes."""
+    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold
         text = text[:start] + span + text[end:]
     return text
+
+
+def after_marks(text: str, end: int) -> int:
+    """Return the place after the closing mark of a span that ends at `end`."""
+    return end + len(CLOSE) if text.startswith(CLOSE, end) else end
+
+
+def conclusion(text: str) -> str:
+    """Return the text after the last imagination; the whole text if there is no imagination."""
+    spans = find_spans(text)
+    return text[after_marks(text, spans[-1][1]):] if spans else text
+
+
+def split_spans(text: str) -> tuple[list[str], str]:
+    """Return (the imaginations of a whole chain, the chain without them)."""
+    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # searching further takes quadratic time
+    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
+
+
+def split_final(text: str) -> tuple[str, str]:
+    """Split off the sentence with the last boxed answer and all text after it: (before, final)."""
+    boxed = [match.start() for match in BOX.finditer(text)][-1]
+    start = max((match.end() for match in SENTENCE_BREAK.finditer(text, 0, boxed)), default=0)
+    return text[:start].strip(), text[start:].strip()

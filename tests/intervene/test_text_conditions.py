@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from samples import before_conclusion
 
 from utils.answers import NUMBERS
 from utils.intervene.effects import early_answering
@@ -23,18 +24,18 @@ TEXT = ("I look. <think_image>The image shows a red cup on a wooden table, 2 lid
 SPANS = ["The image shows a red cup on a wooden table, 2 lids.", "a red lid"]
 
 
-def run(condition, spans=SPANS, item=ITEM, text=None, by="marks", **context):
+def run(condition, spans=SPANS, item=ITEM, text=None, **context):
     """Apply a condition; check what every edit must keep, and return (text, edit)."""
     if text is None:
         text = " ".join(f"word {n} <think_image>{span}</think_image>" for n,
                         span in enumerate(spans)) + " The end."
-    places = find_spans(text, by)
+    places = find_spans(text)
     before = until_last_span(text, places)
     after, edit = LADDER[condition](before, places, item, Context(**{"target": "B", **context}))
     assert {"editor", "target", "before", "after", "word_distance"} <= set(edit) and edit["target"] == "B"
     assert edit["before"] == [text[a:b] for a, b in places]
     assert edit["word_distance"] == sum(map(word_distance, edit["before"], edit["after"]))
-    if by == "marks" and condition not in ("no_span", "bare"):  # nothing outside the spans changed
+    if condition not in ("no_span", "bare"):  # nothing outside the spans changed
         assert SPAN.sub("", after) == SPAN.sub("", before)
         assert [after[a:b] for a, b in find_spans(after)] == edit["after"]
     return after, edit
@@ -49,8 +50,6 @@ def refused(condition, **more):
 
 def test_the_text_is_cut_after_the_last_mark():
     assert until_last_span(TEXT, find_spans(TEXT)).endswith("a red lid</think_image>")
-    cued = "I see red. Therefore A."
-    assert until_last_span(cued, find_spans(cued, "cues")) == "I see red."
 
 
 # ------------------------------------------------------------------------------------ one test a condition
@@ -77,14 +76,6 @@ def test_what_each_condition_leaves(condition, after):
 def test_marks_go_with_the_span_or_stay_alone(condition, expected):
     text, edit = run(condition, text=TEXT)
     assert text == expected and edit["after"] == ["", ""] and edit["word_distance"] == 15
-
-
-def test_replies_without_marks_have_the_same_ladder():
-    text = "Easy. The image shows a red cup. Therefore A."
-    assert run("no_span", text=text, by="cues")[0] == "Easy."
-    assert run("bare", text=text, by="cues")[0] == "Easy. <think_image>"
-    assert run("filler", text=text, by="cues")[0] == "Easy. ... ... ... ... ... ..."
-    assert run("directed", text=text, by="cues")[0] == "Easy. The image shows a blue cup."
 
 
 def test_a_truncation_keeps_the_spaces_and_grows():
@@ -215,13 +206,13 @@ def test_a_curve_that_is_none_is_refused(curve):
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of every third real reply with a span by cues: what has no condition says why, and most conditions lose
+    """Of every third real reply that says something before it concludes: what has no condition says why, and most conditions lose
     none."""
     n, covered = 0, Counter()
     for row in map(json.loads, REAL.read_text().splitlines()[::3]):
         text = row["output"].split("<ltnt")[0]  # a fork's log, behind the reply
         item = {**row, "options": list(map(list, row["options"].items())), "answer": {"value": row["gold"]}}
-        if not (spans := find_spans(text, "cues")):
+        if not (spans := before_conclusion(text)):
             continue
         n += 1
         target = next(letter for letter in row["options"] if letter != row["gold"])

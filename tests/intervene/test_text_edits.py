@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fault_server import calls_of, serving
+from samples import before_conclusion
 
 from utils.intervene.text_conditions import RETRIES, VERSION, direct_all, make_caller
 from utils.intervene.text_edits import (NOT_EDITABLE, NotEditable, clauses, direct, slot_values, slots,
@@ -34,26 +35,9 @@ def edited(spans, gold, target, question="What is it?"):
 
 
 # ------------------------------------------------------------------------------------ spans
-def test_spans_by_cues_lie_between_seeing_and_concluding():
-    text = "The task is easy. Zooming in, I look. The cup is red.\nIts lid is red. Therefore, the final answer is \\boxed{A}."
-    (start, end), = find_spans(text, "cues")
-    assert text[start:end] == "Zooming in, I look. The cup is red.\nIts lid is red."
-    assert conclusion(text, "cues") == " Therefore, the final answer is \\boxed{A}."
+def test_a_reply_without_marks_has_no_span():
+    text = "I look. The cup is red. Therefore, the final answer is \\boxed{A}."
     assert find_spans(text) == [] and conclusion(text) == text
-
-
-@pytest.mark.parametrize("text, span", [
-    ("The cup in the image is red, so the correct answer is \\boxed{A}.", "The cup in the image is red,"),
-    ("The view shows 3.5 cups. \\boxed{3}", "The view shows 3.5 cups."), ("I see a cup.", "I see a cup."),
-    ("The answer is A. I see it in the image.", None), ("B. red", None), ("", None),
-    ("The final answer is A", None)])
-def test_cue_spans(text, span):
-    assert [text[a:b] for a, b in find_spans(text, "cues")] == ([span] if span else [])
-
-
-def test_a_way_to_find_spans_that_nobody_knows_is_an_error():
-    with pytest.raises(ValueError, match="'marks' or 'cues'"):
-        find_spans("text", "guess")
 
 
 def test_spans_are_put_back_in_place_and_never_dropped():
@@ -214,14 +198,14 @@ def test_the_verifier(after, reason):
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of 304 replies without marks, most have a span by cues; where it names the right option, it can be
+    """Of 304 replies without marks, most say something before they conclude; where it names the right option, it can be
     edited."""
     n_spans = n_done = n_named = 0
     for row in map(json.loads, REAL.read_text().splitlines()):
         item = {"question": row["question"], "options": list(map(list, row["options"].items())),
                 "answer": {"value": row["gold"]}}
         target = next(letter for letter in row["options"] if letter != row["gold"])
-        if not (spans := find_spans(row["output"], "cues")):
+        if not (spans := before_conclusion(row["output"])):
             continue
         n_spans += 1
         n_named += row["options"][row["gold"]].lower() in row["output"][slice(*spans[0])].lower()

@@ -49,13 +49,11 @@ class Beginning(NamedTuple):
 
 
 class TextBatch:
-    """The runs of one batch; `records()` gives {condition: record} for each item. `spans_by` is "marks" or
-    "cues"."""
+    """The runs of one batch; `records()` gives {condition: record} for each item."""
 
     def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None], spans_by: str, editor: Caller
-                 | None = None):
-        self.qwen, self.asking, self.items, self.by = qwen, asking, items, spans_by
+                 edits: list[tuple[dict, list[Image.Image]] | None], editor: Caller | None = None):
+        self.qwen, self.asking, self.items = qwen, asking, items
         self.editor = editor
         self.prompts = Prompts(qwen, asking, items, images, edits)
         everyone = list(range(len(items)))
@@ -64,7 +62,7 @@ class TextBatch:
         self.clean = rows
         # not stripped: continued
         self.texts = [qwen.tokenizer.decode(row.ids, skip_special_tokens=True) for row in rows]
-        self.spans = [find_spans(text, spans_by) for text in self.texts]
+        self.spans = [find_spans(text) for text in self.texts]
         self.blank_spans: dict[int, list[str]] | None = None
         self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
 
@@ -77,7 +75,7 @@ class TextBatch:
         """Return what each item imagines under a blank image, its own words before the first imagination said
         first."""
         if self.blank_spans is None:
-            places = [i for i in range(len(self.items)) if self.spans[i] and self.by == "marks"]
+            places = [i for i in range(len(self.items)) if self.spans[i]]
             self.blank_spans = {}
             for its in self.asking.pieces(places):
                 heads = [self.head(i) for i in its]
@@ -167,7 +165,7 @@ class TextBatch:
         items, texts = [self.items[one.place] for one in its], [self.texts[one.place] for one in its]
         state = prefill_more(self.qwen, self.after_prompt(kind, its), [self.ids(one.text) for one in its])
         state.hide_images([n for n, one in enumerate(its) if not one.sees])
-        stems = [stem_of(conclusion(text, self.by)) for text in texts]
+        stems = [stem_of(conclusion(text)) for text in texts]
         return state, read_out(self.qwen, state, items, self.asking.stem, stems, [[]] * len(its),
                                self.asking.options)
 
@@ -207,10 +205,10 @@ class TextBatch:
     def describe(self, one: Beginning, row: Generation) -> dict:
         place, text = one.place, one.text
         item, said = self.items[place], self.qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
-        last = said if text else conclusion(said, self.by)
-        changed = said.strip() != (conclusion(self.texts[place], self.by) if text
+        last = said if text else conclusion(said)
+        changed = said.strip() != (conclusion(self.texts[place]) if text
                                    else self.texts[place]).strip()
-        return {"emitted": bool(self.spans[place] if text else find_spans(said, self.by)),
+        return {"emitted": bool(self.spans[place] if text else find_spans(said)),
                 "spans": self.spans[place],
                 **answer_fields(item, text + said, last, row.ids, row.finish), "changed": changed,
                 "edit": one.edit,
@@ -220,4 +218,4 @@ class TextBatch:
         row, text = self.clean[place], self.texts[place]
         return {"emitted": bool(self.spans[place]), "spans": self.spans[place], "r0": None, "r1": None,
                 "attention": None, "ids": row.ids,
-                **answer_fields(self.items[place], text, conclusion(text, self.by), row.ids, row.finish)}
+                **answer_fields(self.items[place], text, conclusion(text), row.ids, row.finish)}
