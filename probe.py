@@ -12,7 +12,7 @@ one a question)
       --probe_items;
                                                                                              see python
     probe.py derive --help)
-    python probe.py report runs     (report.md and report.html of all outputs of stages 4 to 6 in a folder)
+    python probe.py report runs     (report.html of all outputs of stages 4 to 6 in a folder)
 
 Reads   --items: items {"id", "question", "options": [[letter, text]], "answer", "images": [{"path"}]} of any
         metric, in one
@@ -66,7 +66,7 @@ from utils.probe.questions import Prober, batched, conditions, rotations, score
 from utils.probe.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.probe.states import STORED, States, StateWriter
 from utils.qwen import Qwen, load_processors, prompt_of
-from utils.report import collect, write_report
+from utils.report import collect, plain_text, write_report
 from utils.stats import wilson
 
 PROBE_FIELDS = {"id": str, "source": str, "question": str, "options": list, "answer": dict}
@@ -255,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if argv[:1] == ["report"]:
         parser = argparse.ArgumentParser(prog="probe.py report",
                                          description="Gather what evaluate, intervene and probe wrote into one page.")
-        parser.add_argument("folder", help="where they lie; report.md and report.html are written into it")
+        parser.add_argument("folder", help="folder with the outputs; report.html is written into it")
         parser.set_defaults(task="report")
         return parser.parse_args(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -390,8 +390,10 @@ def ask(store: States, items: dict[str, dict], probes: list[dict], spec: LatentS
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
     if args.task == "report":
-        print(json.dumps(write_report(args.folder, f"Report of {Path(args.folder).name}",
-                                      collect(args.folder))))
+        blocks = collect(args.folder)
+        summary = write_report(args.folder, f"Report of {Path(args.folder).name}", blocks)
+        log(plain_text(blocks))
+        print(json.dumps(summary))
         return 0
     if args.task == "derive":
         return derive.run(args)

@@ -3,7 +3,7 @@
 # are estimates (8 A800, 40 % of their peak in training, vLLM at 60 requests/s), and so is the disk.
 #
 #     bash reproduce.sh --dry_run [folder]     every command, its flags checked, GPUs, disk, hours; does nothing
-#     bash reproduce.sh [folder]               (default: reproduction) the run; the last line is report.md's path
+#     bash reproduce.sh [folder]               (default: reproduction) the run; the last line is report.html's path
 #
 # A stage whose output exists is skipped, a killed one goes on where it stopped: give the same command again. Comments behind
 # a stage are how the last line of its stdout (<folder>/logs/NAME.out) begins. The names of models and data on the hub are
@@ -172,9 +172,9 @@ probe text "$work/text"
 stage compare 1 "$work/compare.json" python evaluate.py --output "$work/compare.json" --compare \
   "$work/results/base.vstar.jsonl" "$work/results/text.vstar.jsonl" "$work/results/monet.vstar.jsonl" "$work/results/text.vstar.jsonl"
 stage table 1 "$work/table.md" python evaluate.py --output "$work/table.md" --table "${table[@]}"   # {"results":
-stage report 2 "$work/report.md" python probe.py report "$work"
+stage report 2 "$work/report.html" python probe.py report "$work"
 
-if [ -z "$dry" ]; then echo "$work/report.md"; exit; fi
+if [ -z "$dry" ]; then echo "$work/report.html"; exit; fi
 # Flags: by each script's own parser. Paths below the folder: made by an earlier stage, or there.
 printf '%s\n' "${planned[@]}" | python -c '
 import importlib, pathlib, shlex, sys

@@ -1,6 +1,7 @@
 """The toy: its world, its lessons, and (slow) the whole run.    pytest tests/test_toy.py"""
 import json
 import os
+import re
 import random
 import signal
 import subprocess
@@ -142,6 +143,5 @@ def test_the_whole_run_killed_and_started_again(tmp_path):
     # three seeds gave 74 to 77 % (results/variants.json); chance is 25 %
     assert result["accuracy"]["text"]["accuracy"] > max(0.6, result["accuracy"]["base"]["accuracy"])
     assert result["text_directed"]["follow_rate"] > 0.5
-    report = (tmp_path / "report.md").read_text()
-    figures = [word.split(")")[0] for word in report.split("](")[1:]]
-    assert figures and all((tmp_path / name).is_file() for name in figures)
+    numbers = re.findall('<a href="([^"]+)">', (tmp_path / "report.html").read_text())
+    assert numbers and all((tmp_path / name).is_file() for name in numbers)

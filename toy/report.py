@@ -1,10 +1,10 @@
-"""Gather what the toy's stages measured into report.md, report.html and one JSON object.
+"""Gather what the toy's stages measured into report.html and one JSON object.
 
     python -m toy.report --work toy/work --seconds 600
 
 Reads   in --work: the *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections,
 world/truth.jsonl
-Writes  in --work: report.md and report.html (`utils.report`, and the data), report.json
+Writes  in --work: report.html (`utils.report`, and the data), report.json
 Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, filter
 recall, seconds
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 from toy.make_world import BAD
 from utils.cli import cli, log
 from utils.jsonl import load_object, read_rows, write_json
-from utils.report import (EFFECTS, collect, effect_row, interval, mediation_table, percent, table_lines,
-                          write_report)
+from utils.report import (EFFECTS, Block, Table, Text, collect, effect_row, interval, mediation_table, percent,
+                          table_lines, write_report)
 
 VARIANTS = ("base", "text", "latent")
 STAGES = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
@@ -106,16 +106,14 @@ def do_z_lines(do_z: dict, mediation: dict) -> list[str]:
             *table_lines(*mediation_table(mediation))]
 
 
-def data_blocks(result: dict) -> list[tuple]:
+def data_blocks(result: dict) -> list[Block]:
     """Return what the report says of stages 1 and 2 (`utils.report`)."""
     quality = result["filter"]
-    return [("title", 2, "Data"),
-            ("table", ["planted fault", "rows", "taken out by stages 1 and 2"],
-             [[name, str(part["rows"]), str(part["taken_out"])] for name,
-              part in quality["by_fault"].items()]),
-            ("table", *quality_table(quality)),
-            ("text", f"Precision {percent(quality['precision'])} %, recall {percent(quality['recall'])} %; "
-                     f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.")]
+    faults = [[name, str(part["rows"]), str(part["taken_out"])] for name, part in quality["by_fault"].items()]
+    return [Text("Data", "h2"), Table(["planted fault", "rows", "taken out by stages 1 and 2"], faults),
+            Table(*quality_table(quality)),
+            Text(f"Precision {percent(quality['precision'])} %, recall {percent(quality['recall'])} %; "
+                 f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.")]
 
 
 SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_counterfactual",

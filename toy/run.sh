@@ -4,7 +4,7 @@
 #     bash toy/run.sh [folder]        (default: toy/work)
 #
 # Every stage is skipped if its output exists, and goes on where it stopped if it was killed. The last line of stdout is
-# one JSON object; report.md in the folder shows the same with the figures.
+# one JSON object; report.html in the folder shows the same with the figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-toy/work}

@@ -1,9 +1,7 @@
-"""The report of a run folder, built from real outputs of a tiny checkpoint.    pytest
-tests/test_run_report.py"""
-import base64
+"""The report of a run folder, built from outputs of the three stages on a tiny checkpoint."""
 import json
+import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,31 +15,7 @@ import probe
 from toy.report import data_blocks
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.report import STAGES, collect, markdown, page
-
-
-class Page(HTMLParser):
-    """What a page refers to, and whether its tags close."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.links, self.images, self.open, self.text = [], [], [], [], ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        its = dict(attrs)
-        self.tags.append((tag, its))
-        self.links += [its["href"]] if "href" in its else []
-        self.images += [its] if tag == "img" else []
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from utils.report import STAGES, collect, interval, nats, page, percent
 
 
 @pytest.fixture(scope="module")
@@ -51,92 +25,86 @@ def runs(tiny_checkpoint, tmp_path_factory):
     path, _ = write_items(folder, 16)
     model = folder / "model <b>&|"
     Q.save(load_with(tiny_checkpoint, MIRAGE), str(model))
-    asked = ["--model", str(model), "--items", str(path), "--latent", "mirage", "--max_new_tokens", "12"]
-    assert evaluate.main([*asked, "--protocol", "plain", "--output", str(folder / "results.jsonl")]) == 0
-    assert intervene.main([*asked, "--conditions", "paper", "maps", "--calibration", "4", "--min_emitters",
-                           "4", "--limit", "8",
-                           "--output", str(folder / "do z.jsonl")]) == 0
-    assert probe.main([*asked, "--output", str(folder / "looks")]) == 0
+    flags = ["--model", str(model), "--items", str(path), "--latent", "mirage", "--max_new_tokens", "12"]
+    assert evaluate.main([*flags, "--protocol", "plain", "--output", str(folder / "results.jsonl")]) == 0
+    assert intervene.main([*flags, "--conditions", "paper", "maps", "--calibration", "4", "--min_emitters",
+                           "4", "--limit", "8", "--output", str(folder / "do z.jsonl")]) == 0
+    assert probe.main([*flags, "--output", str(folder / "looks")]) == 0
     return folder
 
 
-def test_the_page_shows_everything_and_needs_nothing_else(runs, capsys):
+def test_numbers_are_written_in_one_form():
+    assert (percent(0.1234), percent(None)) == ("12.3", "-")
+    assert (interval([0.1, 0.25]), interval(None)) == ("10.0 to 25.0", "-")
+    assert nats(0.5, [-0.25, 1]) == "+0.500 (-0.250 to +1.000)"
+
+
+def test_the_page_shows_everything_and_needs_no_other_file(runs, capsys):
     assert probe.main(["report", str(runs)]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, err = capsys.readouterr()
+    summary = json.loads(out.splitlines()[-1])
     text = (runs / "report.html").read_text()
-    seen = Page(text)
-    assert not seen.open and not {tag for tag, _ in seen.tags} & {"script", "link", "iframe", "object",
-                                                                  "base", "video", "form"}
-    assert not any(name.startswith("on") or name in ("srcset", "background", "action") for _, its in seen.tags
-                   for name in its)
-    for image in seen.images:
-        kind, _, data = image["src"].partition(",")
-        assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG") and len(
-            image["alt"]) > 20
-    for link in seen.links:  # to the numbers beside the page, and to nothing outside
+    body = text.split("<body>")[1]
+    for tag in ("table", "thead", "tbody", "tr", "td", "th", "figure", "figcaption", "p", "h2", "h3", "a"):
+        assert len(re.findall(f"<{tag}[ >]", body)) == body.count(f"</{tag}>"), tag
+    assert not re.search(r"<(script|link|iframe|object|base|video|form)|srcset|url\(|@import", text)
+    assert "http" not in text.split("<body>")[0]
+    pictures = re.findall('<img src="data:image/png;base64,iVBORw0KGgo[^"]*" alt="([^"]{20,})">', body)
+    links = re.findall('<a href="([^"]*)">', body)
+    for link in links:  # only to the CSV files, which are in the folder
         assert ":" not in link and not link.startswith("/") and (runs / unquote(link)).is_file()
-    assert "url(" not in text and "@import" not in text and "http" not in text.replace(
-        "https://", "http://").split("<body>")[0]
-    pictures = [path for path in runs.rglob("*.png") if not path.name[0].isdigit()]
-    assert len(seen.images) == len(seen.links) == len(pictures) == found["figures"] >= 10 and found[
-        "not_run"] == []
-    for label in ("F1, paper's Fig. 2(b) left", "F2, paper's Fig. 2(b) right", "F3, paper's Fig. 2(c) left",
-                  "F8, new", "F9, new"):
-        assert label in seen.text
-    assert str(runs / "model <b>&|") in seen.text and "<b>" not in text  # a name with markup is text
+    pngs = [path for path in runs.rglob("*.png") if not path.name[0].isdigit()]
+    assert len(pictures) == len(links) == len(pngs) == summary["figures"] >= 10
+    assert body.count("<img") == len(pictures) and summary["not_run"] == []
+    for label in ("Paper&#x27;s Fig. 2(b) left", "Paper&#x27;s Fig. 2(b) right", "Paper&#x27;s Fig. 2(c) left",
+                  "New: effect of single positions"):
+        assert label in body
+    assert "model &lt;b&gt;&amp;|" in body and "<b>" not in text  # markup in a name is text
     metrics = json.loads((runs / "do z.jsonl.metrics.json").read_text())
-    assert metrics["conditions"]["tau"]["effect"][
-        "verdict"] in seen.text and "slot_swap_at" not in seen.text.split("Settings")[0]
-    assert all(stage in seen.text for stage in STAGES) and "--max_new_tokens" in seen.text
-
-
-def test_markdown_says_the_same(runs):
-    blocks = collect(runs)
-    text = markdown("T", blocks, runs)
-    cells = sum(len(block[2]) for block in blocks if block[0] == "table")
-    assert sum(line.startswith("| ") for line in text.splitlines()) == cells + sum(block[0] == "table"
-                                                                                   for block in blocks)
-    figures = [part.split(")")[0] for part in text.split("](")[1:]]
-    assert figures and all((runs / unquote(name)).is_file() for name in figures) and "<b>" not in text
+    assert metrics["conditions"]["tau"]["effect"]["verdict"] in body
+    assert "slot_swap_at" not in body.split("Settings")[0]
+    assert all(stage in body for stage in STAGES) and "--max_new_tokens" in body
+    assert err.count("\n|---") == summary["tables"] == body.count("<table>")  # the same tables on the terminal
 
 
 def copied(runs, folder, *names):
     folder.mkdir()
     for name in names:
-        (shutil.copytree if (runs / name).is_dir() else shutil.copy)(runs / name, folder / name)
+        shutil.copy(runs / name, folder / name)
     return folder
 
 
-def test_the_toys_data_are_blocks_of_the_same_report(tmp_path):
+def test_the_toys_data_are_blocks_of_the_same_report():
     result = json.loads((Path(__file__).parents[2] / "results" / "toy.json").read_text())
-    blocks = data_blocks(result)
-    text, seen = markdown("T", blocks, tmp_path), Page(page("T", blocks, tmp_path))
+    text = page("T", data_blocks(result))
     fault, part = next(iter(result["filter"]["by_fault"].items()))
-    assert f"| {fault} | {part['rows']} | {part['taken_out']} |" in text and "Precision" in seen.text and not seen.open
+    assert f"<td>{fault}</td><td>{part['rows']}</td><td>{part['taken_out']}</td>" in text and "Precision" in text
 
 
-def test_a_stage_that_was_not_run_is_said_to_be_missing(runs, tmp_path):
-    folder = copied(runs, tmp_path / "some", "results.jsonl.metrics.json")
-    text = page("T", collect(folder), folder)
+def test_a_stage_that_was_not_run_is_named(runs, tmp_path):
+    text = page("T", collect(copied(runs, tmp_path / "some", "results.jsonl.metrics.json")))
     assert "intervene: not run." in text and "probe: not run." in text and "evaluate: not run." not in text
     assert "results.jsonl.meta.json: not there." in text
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(DataError, match="not a folder"):
         collect(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("damage, match", [
-    (lambda text: text[:len(text) // 2], "damaged"), (lambda text: "[]", "list, expected an object"),
-    (lambda text: "{}", "of no stage"),
-    (lambda text: text.replace('"emission"', '"omission"'), "another version.*emission")])
-def test_a_damaged_metrics_file_is_named(runs, tmp_path, damage, match):
-    folder = copied(runs, tmp_path / "some", "do z.jsonl.metrics.json", "results.jsonl.metrics.json")
-    path = folder / "do z.jsonl.metrics.json"
+@pytest.mark.parametrize("name, damage, match", [
+    ("metrics", lambda text: text[:len(text) // 2], "damaged"),
+    ("metrics", lambda text: "[]", "list, expected an object"),
+    ("metrics", lambda text: "{}", "not the metrics of any stage"),
+    ("metrics", lambda text: text.replace('"emission"', '"omission"'), "another version.*emission"),
+    ("meta", lambda text: text.replace('"flags"', '"flag"'), "no field 'flags'")])
+def test_a_damaged_file_is_named(runs, tmp_path, name, damage, match):
+    folder = copied(runs, tmp_path / "some", "do z.jsonl.metrics.json", "do z.jsonl.meta.json",
+                    "results.jsonl.metrics.json")
+    path = folder / f"do z.jsonl.{name}.json"
     path.write_text(damage(path.read_text()))
-    with pytest.raises(DataError, match=f"do z.jsonl.metrics.json: .*{match}"):
+    with pytest.raises(DataError, match=f"do z.jsonl.{name}.json: .*{match}"):
         collect(folder)
 
 
-def test_without_a_report_the_flags_are_demanded(capsys):
+def test_without_a_subcommand_the_flags_are_required(capsys):
     for flags in ([], ["--model", "m", "--items", "i"]):
         with pytest.raises(SystemExit) as stop:
             probe.parse_args(flags)
