@@ -17,7 +17,7 @@ layer), so that the position's keys and values are those of a donor. Layer input
 kept rotated by its position and is wrong at any other.
 """
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,31 +26,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from utils.jsonl import DataError
-from utils.latent_families import Generation, LatentSpec, RowState, Segment, latent_ids
+from utils.latent_families import Generation, Intervention, LatentSpec, RowState, Segment, latent_ids
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
 
 # read at once, padding included: long prompts gain nothing from company and pay for its mask
 PREFILL_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What is done to one row while it decodes; by default nothing.
-
-    choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
-    feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
-    slot(segment, step) -> [layers, hidden] or None       site `slot`: the inputs of every layer at that
-                                                          latent position (of
-                                                          a list, those that are not None)
-    hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
-    spec: another form of the family for this row (other K, say)
-    """
-
-    choose: Callable[[torch.Tensor, int], int] | None = None
-    feed: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
-    slot: Callable[[int, int], Sequence[torch.Tensor | None] | None] | None = None
-    hide: tuple[str, ...] = ()
-    spec: LatentSpec | None = None
 
 
 @dataclass

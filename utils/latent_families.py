@@ -10,7 +10,10 @@ src/model/lvr_heads.py).
 It is applied to what a latent step puts out, so that the first latent of a segment has not passed through it;
 the logits after a latent step are taken from the same state, as in that repository's decoding by steps.
 """
+from __future__ import annotations
+
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,6 +100,25 @@ class Generation:
     fed: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     slots: list[torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to one row while it decodes; by default nothing.
+
+    choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
+    feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
+    slot(segment, step) -> [layers, hidden] or None       site `slot`: every layer's input at that latent
+                                                          position (of a list, those that are not None)
+    hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
+    spec: another form of the family for this row (other K, say)
+    """
+
+    choose: Callable[[torch.Tensor, int], int] | None = None
+    feed: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
+    slot: Callable[[int, int], Sequence[torch.Tensor | None] | None] | None = None
+    hide: tuple[str, ...] = ()
+    spec: LatentSpec | None = None
 
 
 class RowState:
