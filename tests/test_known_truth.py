@@ -13,7 +13,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO, PATCH, QUICK, TOYS,
                              VOCABULARY, ZEROS, additive, agrees, allowed, check_masks, compare, draw_items,
-                             fed_of, make_arms, make_toy, positions, reproducible, run, run_arms, selftest)
+                             fed_of, main, make_interventions, make_toy, positions, reproducible, run,
+                             run_interventions)
 from utils import qwen as Q
 from utils.decode import Intervention, decode, prefill
 from utils.intervene.effects import summarize
@@ -118,8 +119,8 @@ def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_wer
     assert type(toy.model.model) is Qwen2_5_VLModel and next(toy.model.parameters()).dtype == torch.float32
     with pytest.raises(ValueError, match="expected one of open bypass in slot"):
         make_toy("closed")
-    with pytest.raises(ValueError, match="hide the latents in a part of the rows"):
-        run_arms(toy, draw_items(2, torch.Generator()), [Intervention(), Intervention(hide=("latents",))])
+    with pytest.raises(ValueError, match="nor hide the latents in a part of the rows"):
+        run_interventions(toy, draw_items(2, torch.Generator()), [Intervention(), Intervention(hide=("latents",))])
 
 
 # ------------------------------------------------------------------------------------------- mutations
@@ -188,9 +189,9 @@ def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
     """A harness whose hook never fires reports no effect everywhere: on `in` an unchanged answer is the sign
     of it."""
     toy, pixels, _, clean, donor = worlds["in"]
-    arms = make_arms("swap_random", clean, donor, None)
-    assert largest(run_arms(toy, pixels, arms), donor) == 0
-    assert largest(run_arms(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
+    arms = make_interventions("swap_random", clean, donor, None)
+    assert largest(run_interventions(toy, pixels, arms), donor) == 0
+    assert largest(run_interventions(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
 
 
 def test_effects_are_of_items_that_emit_in_their_clean_run():
@@ -232,11 +233,12 @@ def test_the_quick_toys_are_judged_as_they_were_built(capsys):
     """Necessary, irrelevant, and needed in their positions alone: the last is the false null of an arm at one
     site."""
     before = torch.random.get_rng_state()
-    found = selftest()
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
     check(found, QUICK)
     assert torch.equal(before, torch.random.get_rng_state())
-    printed = capsys.readouterr()
-    assert not printed.out and "slot_random: as expected" in printed.err
+    assert "slot_random: as expected" in printed.err
     columns = {name: toy["columns"] for name, toy in found["toys"].items()}
     fed = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")
     for name, its in columns.items():
@@ -254,8 +256,9 @@ def test_the_quick_toys_are_judged_as_they_were_built(capsys):
 
 
 @pytest.mark.slow
-def test_all_toys_are_judged_as_they_were_built():
-    found = selftest(full=True)
+def test_all_toys_are_judged_as_they_were_built(capsys):
+    assert main(["--full"]) == 0
+    found = json.loads(capsys.readouterr().out)
     check(found, TOYS)
     columns = found["toys"]["in_shared"]["columns"]
     # alike in the raw, and necessary all the same

@@ -1,31 +1,25 @@
-"""Models whose truth is known: a tiny real Qwen2.5-VL in which attention masks decide how the image can reach
-the answer.
+"""The interventions of stage 5 on models whose truth is known: conditions, intervals, verdicts, mediation.
 
-The prompt is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read
-at `end`, and a latent is fed as in `utils.decode`: the last state after the final norm. What a mask forbids,
-no weights can use, so that for random weights some differences are exactly 0 and for trained ones every
-verdict is known beforehand:
+    python -m toy.known_truth             the masks and three trained toys; under 2 minutes on a CPU
+    python -m toy.known_truth --full      all six toys, on more items
+
+Prints  one line per toy on stderr; on stdout one JSON object; exit code 0 if all is as expected, else 2
+
+A toy is a tiny real Qwen2.5-VL whose attention masks decide how the image can reach the answer. The prompt
+is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read at `end`, a
+latent is fed as in `utils.decode`. No weights can use a path that the mask forbids: for random weights some
+differences are exactly 0, and for trained ones every verdict is known beforehand:
 
     open     causal attention: image and latents both reach the answer
     bypass   `end` cannot see the latents: they are irrelevant at every site
-    in       the image is seen by `start` alone, and `start` only by itself: fed vectors are the image's only
-    way to the answer
-    slot     as `in`, but the latent positions read the image too: the positions are needed, what is fed there
-    need not be
+    in       only `start` sees the image, and only `start` sees itself: only the fed vectors carry the image
+    slot     as `in`, but the latent positions read the image too: they are needed, fed vectors need not be
 
-Weights are made from a configuration, here and now: no files, no network, no tokenizer.
-
-The harness on models whose truth is known (`toy.known_truth`): conditions, intervals, verdicts and mediation
-at each site.
-
-    masks   random weights: what a mask forbids must make no difference at all, what it allows must make one
-    toys    trained: what is fed, what is in the slots and what the answer may see matter, or not, as each was
-    built
-
-The conditions are those of `utils.intervene.latent_conditions`, the verdicts those of `utils.stats` and
-`utils.intervene.mediation`. A published protocol with the fed vector as its only site reads "latents are not
-used" off the toy `slot_random`, whose answer comes through them.
+A protocol with the fed vector as its only site reads "latents are not used" off the toy `slot_random`, whose
+answer comes through them.
 """
+import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from utils.cli import log
+from utils.cli import cli, log
 from utils.decode import Intervention, layer_inputs
 from utils.intervene.latent_case import Case, Known
 from utils.intervene.latent_conditions import find_condition
@@ -48,15 +42,12 @@ COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "
 LAYOUT = ("bos", "vs", "I", "I", "I", "I", "ve", "Q", "cell", "start", "z", "z", "end")
 VOCABULARY = {name: i for i, name in enumerate((*COLORS, *dict.fromkeys(LAYOUT)))}  # the answers come first
 MASKS = ("open", "bypass", "in", "slot")
-N_LATENTS = LAYOUT.count("z")
-N_PROMPT = LAYOUT.index("z")  # tokens up to and with `start`
-# `ve` has read the image and could pass it on
-IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]
+IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]  # `ve` has read the image
 LATENTS = [i for i, name in enumerate(LAYOUT) if name == "z"]
 START, END = LAYOUT.index("start"), LAYOUT.index("end")
-PATCH, GRID = 14, 4  # pixels a side of a patch, patches a side of the picture: 2 x 2 tokens after merging
-# standard deviation of what an item adds to its colour, in units of the full range, the same for all pixels
-SHADE = 0.03
+N_PROMPT, N_LATENTS = START + 1, len(LATENTS)
+PATCH, GRID = 14, 4  # pixels per side of a patch, patches per side of the picture: 2 x 2 tokens after merging
+SHADE = 0.03  # standard deviation of each item's own shade, as a share of the full range
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
@@ -64,11 +55,48 @@ VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_hea
 SPREAD = 0.08  # standard deviation of the first weights: 0.02, the release's, learns far slower at this width
 BATCH, RATE = 64, 3e-3  # of training
 
+MARGIN = 0.05  # of accuracy; of the answer's negative log-likelihood in nats
+NON_ZERO = 0.01  # of a logit: allowed differences are larger in these models (the smallest measured is 0.07)
+REMOVALS = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")  # remove the content of fed vectors
+CONDITIONS = (*REMOVALS, "swap_random", "slot_swap_random", "cut_latent")
+ZEROS = {  # columns of `compare` that are exactly 0 under each mask; all others exceed NON_ZERO
+    "open": {"replay", "own_slots"},
+    "bypass": {"replay", "own_slots", "tau", "fed_swap", "slot_swap", "cut_latent"},
+    "in": {"replay", "own_slots", "images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor"},
+    "slot": {"replay", "own_slots", "slot_swap_donor"}}
+QUICK = ("in", "bypass", "slot_random")
+STEPS = {True: 80, False: 250}  # of training, quick and full
+N_ITEMS = {True: 256, False: 512}
 
+
+@dataclass(frozen=True)
+class Plan:
+    """How a toy is made and the findings expected: a verdict or any of several, proportions mediated."""
+
+    mask: str
+    expected: dict[str, str | tuple[str, ...] | float]
+    shared: float = 0  # length of a direction that all latents share
+    random: bool = False  # whether the fed vectors are random in training
+
+
+NEEDED = {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}
+UNUSED = {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0}
+TOYS = {
+    "in": Plan("in", NEEDED),
+    "bypass": Plan("bypass", UNUSED),
+    "slot_random": Plan("slot", NEEDED | {"fed": "equivalent", "pm_fed": 0}, random=True),
+    "in_shared": Plan("in", NEEDED, shared=45),
+    # the fed vectors may come to matter or not
+    "slot": Plan("slot", {"slot": "effect", "edge": "effect", "pm_slot": 1}),
+    # no mask forbids the latents: the score keeps a trace of them
+    "open": Plan("open", {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent",
+                          "nll": ("equivalent", "small effect inside the margin")})}
+
+
+# ------------------------------------------------------------------------------------ models and items
 @dataclass
 class Toy:
-    """A model, the name of its mask, and a vector [hidden] (or 0) that is part of every latent: a direction
-    they all share."""
+    """A model, the name of its mask, and a vector [hidden] (or 0) that is added to every latent."""
 
     model: Qwen2_5_VLForConditionalGeneration
     mask: str
@@ -77,8 +105,7 @@ class Toy:
 
 @dataclass
 class Run:
-    """logits [B, colours] at `end`; latents [B, K, hidden] before and fed after any edit; slots [B, K,
-    layers, hidden]."""
+    """logits [B, colours] at `end`; latents and fed [B, K, hidden]; slots [B, K, layers, hidden]."""
 
     logits: torch.Tensor
     latents: torch.Tensor
@@ -88,14 +115,12 @@ class Run:
     def rows(self) -> list[Generation]:
         """Return the runs as the decoding loop would, for `utils.intervene.latent_conditions`."""
         return [Generation([VOCABULARY["z"]] * N_LATENTS, segments=[Segment(0, N_LATENTS, "limit")], fed=fed,
-                           slots=list(slots))
-                for fed, slots in zip(self.fed, self.slots)]
+                           slots=list(slots)) for fed, slots in zip(self.fed, self.slots)]
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch on the CPU and compute in float32 with gradients inside, and leave seed and dtype as they
-    were found."""
+    """Seed torch on the CPU, compute in float32 with gradients, and restore seed and dtype at the end."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -107,17 +132,16 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def make_toy(mask: str, shared: float = 0.0) -> Toy:
-    """Return a model with random weights under a mask; `shared`: length of the direction that all latents
-    share."""
+    """Return a model with random weights; `shared`: length of the direction that all latents share."""
     if mask not in MASKS:
         raise ValueError(f"mask {mask!r}, expected one of {' '.join(MASKS)}")
     head = SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    rope = {"rope_type": "default", "rope_theta": 1e6,
+            "mrope_section": [head // 8, *[(head // 2 - head // 8) // 2] * 2]}
     config = Qwen2_5_VLConfig(
         text_config={**SIZES, "vocab_size": len(VOCABULARY), "initializer_range": SPREAD,
-                     "bos_token_id": VOCABULARY["bos"],
-                     "eos_token_id": VOCABULARY["end"], "pad_token_id": VOCABULARY["bos"],
-                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
-                                         "mrope_section": [head // 8, *[(head // 2 - head // 8) // 2] * 2]}},
+                     "bos_token_id": VOCABULARY["bos"], "eos_token_id": VOCABULARY["end"],
+                     "pad_token_id": VOCABULARY["bos"], "rope_parameters": rope},
         vision_config={**VISION_SIZES, "initializer_range": SPREAD},
         image_token_id=VOCABULARY["I"], vision_start_token_id=VOCABULARY["vs"],
         vision_end_token_id=VOCABULARY["ve"],
@@ -128,8 +152,7 @@ def make_toy(mask: str, shared: float = 0.0) -> Toy:
 
 
 def draw_items(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, no two alike: each item has a
-    shade of its own."""
+    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, each with a shade of its own."""
     colors = torch.tensor(list(COLORS.values()))[torch.arange(n) % len(COLORS)] / 255 - 0.5  # [n, 3]
     colors = 2 * (colors + SHADE * torch.randn(n, 3, generator=generator))
     # channel, frame, row, column
@@ -141,8 +164,7 @@ def answers(n: int) -> torch.Tensor:
 
 
 def allowed(mask: str, cut: bool = False) -> torch.Tensor:
-    """Return which column each row may see, [L, L] bool; `cut`: `end` cannot see the latents (site `edge`).
-    """
+    """Return which column each row may see, [L, L] bool; `cut`: `end` sees no latents (site `edge`)."""
     see = torch.ones(len(LAYOUT), len(LAYOUT)).tril().bool()
     if mask in ("in", "slot"):
         see[START + 1:, START] = False
@@ -154,20 +176,18 @@ def allowed(mask: str, cut: bool = False) -> torch.Tensor:
 
 
 def additive(see: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the mask as the model takes it in four dimensions: [1, 1, rows, columns], 0 or the lowest float.
-    """
-    return {"full_attention": torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[None,
-                                                                                                       None]}
+    """Return the mask in the model's form: [1, 1, rows, columns], 0 or the lowest float."""
+    mask = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
+    return {"full_attention": mask[None, None]}
 
 
 def positions(n: int, shift: int = 0) -> torch.Tensor:
-    """Return M-RoPE positions [3, n, L]: the picture's tokens lie at one time in rows and columns, text goes
-    on behind them."""
+    """Return M-RoPE positions [3, n, L]: the picture's tokens share one time and differ in row and column."""
     image, side = LAYOUT.index("I"), GRID // 2
     before, grid, after = torch.arange(image), torch.arange(side), torch.arange(len(LAYOUT) - image - side**2)
-    time, row, column = torch.zeros(side**2, dtype=torch.long), grid.repeat_interleave(side), grid.repeat(
-        side)
-    axes = [torch.cat([before, image + axis, image + side + after]) for axis in (time, row, column)]
+    time, row = torch.zeros(side**2, dtype=torch.long), grid.repeat_interleave(side)
+    axes = [torch.cat([before, image + axis, image + side + after])
+            for axis in (time, row, grid.repeat(side))]
     return shift + torch.stack(axes)[:, None].expand(3, n, -1)
 
 
@@ -176,8 +196,7 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
     """Read the pictures up to `start`, then two latent steps and `end`, one at a time over the cache.
 
     feed(z [B, hidden], step) -> [B, hidden] acts at site `fed`, slots [B, K, layers, hidden] at site `slot`,
-    `cut` at site `edge`. `shift` moves all positions. The same computation whatever is done, so that equal
-    inputs give equal bits.
+    `cut` at site `edge`. `shift` moves all positions. Equal inputs give equal bits.
     """
     n, model, see, places = len(pixels), toy.model, allowed(toy.mask, cut), positions(len(pixels), shift)
     ids = torch.tensor([VOCABULARY[name] for name in LAYOUT])
@@ -194,40 +213,38 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
             fed.append(vector)
             put, seen = {} if slots is None else {i: slots[i, step] for i in range(n)}, []
         with layer_inputs(model, put, seen):
-            out = model.model(inputs_embeds=vector[:, None],
+            out = model.model(inputs_embeds=vector[:, None], position_ids=places[..., place:place + 1],
                               attention_mask=additive(see[place:place + 1, :place + 1]),
-                              position_ids=places[..., place:place + 1], past_key_values=out.past_key_values,
-                              use_cache=True)
+                              past_key_values=out.past_key_values, use_cache=True)
         if seen:
             read.append(torch.stack(seen, dim=1))
     return Run(model.lm_head(out.last_hidden_state[:, -1])[:, :len(COLORS)], torch.stack(latents, 1),
-               torch.stack(fed, 1),
-               torch.stack(read, 1))
+               torch.stack(fed, 1), torch.stack(read, 1))
 
 
 @torch.no_grad()
-def run_arms(toy: Toy, pixels: torch.Tensor, arms: list[Intervention]) -> Run:
-    """Return the run with an arm of `utils.intervene.latent_conditions` on each row; all hide the latents, or
-    none does."""
-    cut = {arm.hide == ("latents",) for arm in arms}
-    if len(cut) != 1 or any(arm.hide not in ((), ("latents",)) or arm.choose or arm.spec for arm in arms):
-        raise ValueError(
-            "arms that choose, change the family, or hide the latents in a part of the rows: expected none")
+def run_interventions(toy: Toy, pixels: torch.Tensor, interventions: list[Intervention]) -> Run:
+    """Return the run with one intervention per row; all hide the latents, or none does."""
+    cut = {each.hide == ("latents",) for each in interventions}
+    if len(cut) != 1 or any(each.hide not in ((), ("latents",)) or each.choose or each.spec
+                            for each in interventions):
+        raise ValueError("expected interventions that neither choose ids, change the family, nor hide the "
+                         "latents in a part of the rows")
     slots = None
-    if arms[0].slot:
-        slots = torch.stack([torch.stack([arm.slot(0, step) for step in range(N_LATENTS)]) for arm in arms])
+    if interventions[0].slot:
+        slots = torch.stack([torch.stack([each.slot(0, step) for step in range(N_LATENTS)])
+                             for each in interventions])
+
     def feed(z: torch.Tensor, step: int) -> torch.Tensor:
-        return torch.stack([arm.feed(its, 0, step) if arm.feed else its for arm, its in zip(arms, z)])
+        return torch.stack([each.feed(row, 0, step) if each.feed else row
+                            for each, row in zip(interventions, z)])
 
     return run(toy, pixels, feed, slots, cut.pop())
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
-    """Return what says nothing of the item in place of its latent: mixtures of other rows' latents, or normal
-    noise of up to twice their length.
-
-    A model trained on these learns to answer whatever is fed.
-    """
+    """Return vectors that carry nothing of the item in place of its latent: mixtures of other rows' latents,
+    or normal noise of up to twice their length. A model trained on them answers whatever is fed."""
     n, others = len(z), z.detach()[torch.randint(len(z), (len(z),))]
     # up to the mean of all
     mixed = others + torch.rand(n, 1).round() * torch.rand(n, 1) * (z.detach().mean(0) - others)
@@ -235,67 +252,41 @@ def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
     return torch.where(torch.rand(n, 1) < 0.5, mixed, noise)
 
 
-def train(toy: Toy, steps: int, feed: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> float:
-    """Fit the toy to say the colour that it sees, gradients going back through the latents; return the last
-    loss in nats."""
-    optimizer = torch.optim.AdamW(toy.model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    generator, gold = torch.Generator().manual_seed(torch.initial_seed()), answers(BATCH)
-    for _ in range(steps):
-        loss = F.cross_entropy(run(toy, draw_items(BATCH, generator), feed).logits, gold)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(toy.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return float(loss.detach())
-
-
-# ------------------------------------------------------------ selftest
-
-
-MARGIN = 0.05  # of accuracy; as a change of the answer's negative log-likelihood, in nats
-# of a logit: a difference that is allowed is larger in these models (the smallest measured is 0.07)
-NON_ZERO = 0.01
-REMOVALS = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")  # content taken from what is fed
-CONDITIONS = (*REMOVALS, "swap_random", "slot_swap_random", "cut_latent")
-ZEROS = {  # columns of `compare` that are exactly 0 under each mask; all others exceed NON_ZERO
-    "open": {"replay", "own_slots"}, "bypass": {"replay", "own_slots", "tau", "fed_swap", "slot_swap",
-                                                "cut_latent"},
-    "in": {"replay", "own_slots", "images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor"},
-    "slot": {"replay", "own_slots", "slot_swap_donor"}}
-# mask, length of the direction that all latents share, whether what is fed is random in training, expected
-# findings
-TOYS = {
-    "in": ("in", 0, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}),
-    "bypass": ("bypass", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent",
-                                    "pm_fed": 0,
-                                    "pm_slot": 0}),
-    "slot_random": ("slot", 0, True, {"fed": "equivalent", "slot": "effect", "edge": "effect", "pm_fed": 0,
-                                      "pm_slot": 1}),
-    "in_shared": ("in", 45, False, {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1,
-                                    "pm_slot": 1}),
-    # what is fed may come to matter or not
-    "slot": ("slot", 0, False, {"slot": "effect", "edge": "effect", "pm_slot": 1}),
-    "open": ("open", 0, False, {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "nll": (
-        # no mask forbids the latents: the score keeps a trace of them
-        "equivalent", "small effect inside the margin")})}
-QUICK = ("in", "bypass", "slot_random")
-STEPS = {True: 80, False: 250}  # of training, quick and full
-N_ITEMS = {True: 256, False: 512}
+def train_toy(name: str, steps: int) -> Toy:
+    """Return a toy of TOYS trained to name the colour, gradients going back through the latents."""
+    plan, began = TOYS[name], time.monotonic()
+    with reproducible(0):
+        toy = make_toy(plan.mask, plan.shared)
+        optimizer = torch.optim.AdamW(toy.model.parameters(), lr=RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+        generator, gold = torch.Generator().manual_seed(torch.initial_seed()), answers(BATCH)
+        for _ in range(steps):
+            seen = run(toy, draw_items(BATCH, generator), randomised if plan.random else None)
+            loss = F.cross_entropy(seen.logits, gold)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(toy.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    log(f"{name}: {steps} steps of {BATCH} in {time.monotonic() - began:.1f} s, last loss {loss:.4f} nats")
+    return toy
 
 
 # ------------------------------------------------------------------------------------ masks
+def fed_of(source: Run) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Return the `feed` that gives each row the vectors which the same row of another run was fed."""
+    return lambda z, step: source.fed[:, step]
+
+
 @torch.no_grad()
 def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Return the largest |difference of a logit| between pairs of runs, x being `pixels` and x' `other`, item
-    by item."""
+    """Return the largest |difference of a logit| between pairs of runs, x being `pixels` and x' `other`."""
     clean, donor = run(toy, pixels), run(toy, other)
     fixed = draw_items(len(pixels), torch.Generator().manual_seed(0))[:1].expand_as(pixels)
     tau = fed_of(run(toy, fixed))  # the latents of one picture for all
 
-    def largest(one: Run, two: Run) -> float:
-        return float((one.logits - two.logits).abs().max())
+    def largest(a: Run, b: Run) -> float:
+        return float((a.logits - b.logits).abs().max())
 
     swapped, swapped_slots = run(toy, pixels, fed_of(donor)), run(toy, pixels, slots=donor.slots)
     return {"replay": largest(run(toy, pixels, fed_of(clean)), clean),
@@ -308,13 +299,8 @@ def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, fl
             "cut_latent": largest(run(toy, pixels, cut=True), clean)}
 
 
-def fed_of(source: Run):
-    """Return what feeds the vectors of a run to the same rows of another."""
-    return lambda z, step: source.fed[:, step]
-
-
 def check_masks(seed: int = 0) -> dict:
-    """Return {"columns": {mask: `compare`}, "wrong": the cells that are not as ZEROS says, "ok"}."""
+    """Return {"columns": {mask: `compare`}, "wrong": the cells that differ from ZEROS, "ok"}."""
     columns = {}
     with reproducible(seed):
         for mask in MASKS:
@@ -326,78 +312,63 @@ def check_masks(seed: int = 0) -> dict:
 
 
 # ------------------------------------------------------------------------------------ trained toys
-def train_toy(name: str, steps: int) -> Toy:
-    """Return a trained toy of TOYS; the global seed and dtype stay as they were."""
-    mask, shared, random, _ = TOYS[name]
-    with reproducible(0):
-        toy = make_toy(mask, shared)
-        began, loss = time.monotonic(), train(toy, steps, randomised if random else None)
-    log(f"{name}: {steps} steps of {BATCH} in {time.monotonic() - began:.1f} s, last loss {loss:.4f} nats")
-    return toy
-
-
-def make_arms(name: str, runs: Run, donors: Run, known: Known | None) -> list[Intervention]:
-    """Return the arms of a condition of the catalogue, item by item, with another run's rows as their donors.
-    """
-    found, number = find_condition(name)
+def make_interventions(name: str, runs: Run, donors: Run, known: Known | None) -> list[Intervention]:
+    """Return a condition of the catalogue for each item, the donor being the same row of another run."""
+    condition, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
-    cases = [Case({"id": str(i)}, mine, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known,
-                  {"random": its})
-             for i, (mine, its) in enumerate(zip(runs.rows(), donors.rows()))]
-    return [found.make(case, number) for case in cases]
+    return [condition.make(Case({"id": str(i)}, row, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known,
+                                {"random": donor}), number)
+            for i, (row, donor) in enumerate(zip(runs.rows(), donors.rows()))]
 
 
 def measure(toy: Toy, n: int) -> dict:
-    """Return the columns of one toy, and what is found at each site: verdicts and proportions mediated.
+    """Return the columns of one toy, and the verdicts and proportions mediated at each site.
 
-    x' shows another colour than x, and its runs are the donors: with them no answer of x' is right for x.
+    x' shows another colour than x, and its runs are the donors.
     """
     generator = torch.Generator().manual_seed(1)
     calibration, pixels, shades = (draw_items(n, generator) for _ in range(3))
-    # eight colours in turn: never one's own
-    other, gold, its_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)
+    # eight colours in turn: never the same
+    other, gold, donor_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)
     with torch.no_grad():
         known = Known.from_runs(run(toy, calibration).rows())
         clean, donor = run(toy, pixels), run(toy, other)
-    runs = {name: run_arms(toy, pixels, make_arms(name, clean, donor, known)) for name in CONDITIONS}
-    back = {"fed": run_arms(toy, other, make_arms("replay", clean, donor, known)),  # Y(x', Z(x))
-            "slot": run_arms(toy, other, make_arms("slot_swap_random", donor, clean, known))}
-    right = {name: (one.logits.argmax(-1) == gold).int().tolist()
-             for name, one in {"clean": clean, "donor": donor, **runs}.items()}
+    runs = {name: run_interventions(toy, pixels, make_interventions(name, clean, donor, known))
+            for name in CONDITIONS}
+    back = {  # Y(x', Z(x)) at both sites
+        "fed": run_interventions(toy, other, make_interventions("replay", clean, donor, known)),
+        "slot": run_interventions(toy, other, make_interventions("slot_swap_random", donor, clean, known))}
+    right = {name: (each.logits.argmax(-1) == gold).int().tolist()
+             for name, each in {"clean": clean, "donor": donor, **runs}.items()}
+    verdicts = {name: verdict(*(paired_interval(right["clean"], right[name], range(n), level)
+                                for level in (0.90, 0.95)), MARGIN) for name in CONDITIONS}
     found, mediation = {}, {}
     for site, name in (("fed", "swap_random"), ("slot", "slot_swap_random")):
-        worlds = [right["clean"], right[name], (back[site].logits.argmax(-1) == gold).int().tolist(),
-                  right["donor"]]
-        mediation[site] = mediate(*worlds, range(n), binary=True, n_boot=1000)
-        found[f"pm_{site}"] = mediation[site]["proportion_mediated"]["value"]
-    verdicts = {name: verdict_of(right["clean"], right[name]) for name in CONDITIONS}
+        crossed = (back[site].logits.argmax(-1) == gold).int().tolist()
+        parts = mediate(right["clean"], right[name], crossed, right["donor"], range(n), binary=True,
+                        n_boot=1000)
+        mediation[site] = {part: parts[part] for part in ("TE", "NIE", "NIE0", "proportion_mediated")}
+        found[f"pm_{site}"] = parts["proportion_mediated"]["value"]
     at_fed = {verdicts[name] for name in (*REMOVALS, "swap_random")}
-    nll, before = (F.cross_entropy(one.logits, gold, reduction="none") for one in (runs["tau_mean"], clean))
-    nll = nll - before
-    bounds = [robust_mean(nll.tolist(), range(n), level) for level in (0.90, 0.95)]
+    nll, before = (F.cross_entropy(each.logits, gold, reduction="none") for each in (runs["tau_mean"], clean))
+    bounds = [robust_mean((nll - before).tolist(), range(n), level) for level in (0.90, 0.95)]
     found |= {"fed": at_fed.pop() if len(at_fed) == 1 else "mixed", "slot": verdicts["slot_swap_random"],
               "edge": verdicts["cut_latent"], "nll": verdict(bounds[0][1:], bounds[1][1:], MARGIN)}
+
+    def share(each: Run, answer: torch.Tensor) -> float:
+        return float((each.logits.argmax(-1) == answer).double().mean())
+
     columns = {name: sum(values) / n for name, values in right.items() if name != "donor"}
-    columns |= {f"{name}_donor": share(runs[name], its_gold) for name in ("swap_random", "slot_swap_random")}
+    columns |= {f"{name}_donor": share(runs[name], donor_gold)
+                for name in ("swap_random", "slot_swap_random")}
     columns |= {"other_image_keeps": share(back["fed"], gold), "delta_nll_tau_mean": bounds[0][0],
                 **likeness(clean.fed, known)}
-    return {"n": n, "columns": columns, "verdicts": verdicts, "found": found,
-            "mediation": {site: {name: its[name] for name in ("TE", "NIE", "NIE0", "proportion_mediated")}
-                          for site, its in mediation.items()}}
-
-
-def share(one: Run, answer: torch.Tensor) -> float:
-    return float((one.logits.argmax(-1) == answer).double().mean())
-
-
-def verdict_of(clean: list[int], after: list[int]) -> str:
-    return verdict(*(paired_interval(clean, after, range(len(clean)), level) for level in (0.90, 0.95)),
-                   MARGIN)
+    return {"n": n, "columns": columns, "verdicts": verdicts, "found": found, "mediation": mediation}
 
 
 def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
-    """Return the mean cosine of two items' latents, raw and from the calibration mean, over positions, and
-    the participation ratio of their variance (at the first position)."""
+    """Return the mean cosine of two items' latents, raw and centred, and the participation ratio of the
+    variance at the first position."""
     cosines, n = {}, len(fed)
     for name, latents in (("raw_cosine", fed), ("centred_cosine", fed - known.mu_t)):
         unit = F.normalize(latents.double(), dim=-1).transpose(0, 1)  # [K, n, hidden]
@@ -407,30 +378,44 @@ def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
 
 
 def agrees(found: str | float | None, expected: str | tuple[str, ...] | float) -> bool:
-    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the expected
-    proportion."""
+    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the proportion."""
     if isinstance(expected, (str, tuple)):
         return found in ((expected,) if isinstance(expected, str) else expected)
     return found is not None and abs(found - expected) < 0.02
 
 
-def selftest(full: bool = False) -> dict:
-    """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}, ready
-    for JSON.
+def check_toys(full: bool = False) -> dict:
+    """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}.
 
-    The quick form trains QUICK, the full one all TOYS. The model is the CPU's, in float32, and the global
-    seed of torch and its default dtype are as before afterwards.
+    The quick form trains QUICK, the full one all TOYS; torch's global seed and default dtype are restored.
     """
     began, toys = time.monotonic(), {}
     masks = check_masks()
     log(f"masks: {'as expected' if masks['ok'] else 'WRONG: ' + ', '.join(masks['wrong'])}")
     for name in TOYS if full else QUICK:
-        toy, expected = train_toy(name, STEPS[not full]), TOYS[name][-1]
+        toy, expected = train_toy(name, STEPS[not full]), TOYS[name].expected
         result = measure(toy, N_ITEMS[not full])
         wrong = [key for key, value in expected.items() if not agrees(result["found"][key], value)]
         toys[name] = {**result, "expected": expected, "wrong": wrong, "ok": not wrong}
-        said = "as expected" if not wrong else f"WRONG: {', '.join(wrong)}"
-        log(f"{name}: {said} | clean {100 * result['columns']['clean']:.1f} % | "
+        log(f"{name}: {'WRONG: ' + ', '.join(wrong) if wrong else 'as expected'} | "
+            f"clean {100 * result['columns']['clean']:.1f} % | "
             + " | ".join(f"{key} {value}" for key, value in result["found"].items()))
     return {"masks": masks, "toys": toys, "ok": masks["ok"] and all(toy["ok"] for toy in toys.values()),
             "seconds": round(time.monotonic() - began, 1)}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m toy.known_truth", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="train all six toys, on more items")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    result = check_toys(parse_args(argv).full)
+    print(json.dumps(result))
+    return 0 if result["ok"] else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))
