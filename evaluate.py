@@ -302,8 +302,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
              "max_pixels",
              "max_new_tokens", "latent", "latent_size", "dtype")
     settings = {name: getattr(args, name) for name in fixed} | identity
-    with (Journal(f"{args.output}.run", settings, sound=is_turn) as journal,
-          Journal(f"{args.output}.run", name="judge", sound=is_reply) as verdicts):
+    with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
+          Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts):
         for key in list(journal):
             if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
                 journal.forget(key)

@@ -54,7 +54,7 @@ import numpy as np
 from utils.cli import Help, cli, log, parse_count
 from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
 from utils.journal import read_settings
-from utils.jsonl import DataError, read_rows, write_json, write_meta, write_rows, writing
+from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
 from utils.option_scores import STEM
 from utils.probe import derive
@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
                           + sum(map(len, edits.values()))}))
         return 0
     output = Path(args.output)
-    with writing(output):
+    with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     folder = args.store or output / "states"
     qwen = None

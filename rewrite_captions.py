@@ -42,7 +42,7 @@ from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import DataError, check_output, located_rows, write_json, write_meta, write_rows
+from utils.jsonl import check_output, check_unique, located_rows, write_json, write_meta, write_rows
 from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
                                object_schema)
 from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop)
@@ -125,10 +125,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
         limit = None if args.limit is None else args.limit - len(samples)
         for index, (where, value) in enumerate(located_rows(path, limit)):
             sample = convert(where, value, index, operations, not args.allow_no_observation)
-            name = sample.row["id"]
-            if name in seen:
-                raise DataError(f"{where}: id {name!r} stands already at {seen[name]}; expected it once")
-            seen[name] = where
+            check_unique(where, sample.row["id"], seen)
             samples.append(sample)
     for subset, operation in args.operation:
         if all(sample.row["subset"] != subset for sample in samples):

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from utils.answers import answers_match, last_boxed
 from utils.cli import Help, cli, log, parse_count, stop_on_signals
 from utils.decode import clean_text, generate
-from utils.jsonl import DataError, read_rows, write_json, write_meta, writing
+from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta
 from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.patches import process_images
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
@@ -331,7 +331,7 @@ def status(record: dict) -> str:
 
 def write_record(acc: Accelerator, folder: Path, record: dict) -> None:
     if acc.is_main_process:
-        with writing(folder / "log.jsonl"), open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with disk_errors(folder / "log.jsonl"), open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     acc.log({name: value for name, value in record.items() if value is not None}, step=record["step"])
 

@@ -246,7 +246,7 @@ def test_the_guard_stops_with_4(world, judge):
 
 @pytest.mark.parametrize("rows, match", [
     ([{"id": "a"}], r"in\.jsonl:1: no field 'subset'"), ([row("a"), row("a")],
-                                                         r"in\.jsonl:2: id 'a' stands already at"),
+                                                         r"in\.jsonl:2: duplicate id 'a', first seen at"),
     ([row(answer=42)], r"in\.jsonl:1: field 'answer' should be str, got int"),
     ([row(steps=["text"])], r"in\.jsonl: id 's/1': step 1 should be"), ([row(images=[1])],
                                                                         "field 'images' should be a list of paths")])

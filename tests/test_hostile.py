@@ -189,7 +189,7 @@ def test_a_damaged_journal_is_named(tmp_path, line):
     (tmp_path / "calls-00000-of-00001.jsonl").write_bytes(b'{"key": "\\ud83d\\ude00", "n": 1}\n' + line
                                                           + b"\n")
     with pytest.raises(DataError, match="00001.jsonl:2: damaged journal line"):
-        Journal(tmp_path, sound=lambda record: isinstance(record["n"], int))
+        Journal(tmp_path, is_valid=lambda record: isinstance(record["n"], int))
 
 
 def test_a_store_opens_no_file_but_its_own(tmp_path):

@@ -417,7 +417,7 @@ def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_
     ("[]x", r"in\.json:1: not JSON"), ('{"a": 1}\n',
                                        r"in\.json:1: keys a are of no known form; expected those of monet"),
     (json.dumps(monet()) + "\n" + json.dumps(monet()) + "\n",
-     r"in\.json:2: id 'Visual_CoT/7' stands already at .*in\.json:1"),
+     r"in\.json:2: duplicate id 'Visual_CoT/7', first seen at .*in\.json:1"),
     (json.dumps(monet(sample_id=1.5)), r"in\.json:1: field 'sample_id' should be int or str, got float"),
     (json.dumps(monet(subset="New")), "say it with --operation New=zoom"),
     (json.dumps({"metadata": {}, "data": []}), r"in\.json:1: no field 'dataset_name'"),

@@ -133,8 +133,8 @@ def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[st
         if args.export_only and gc.isenabled():
             gc.disable()
             stack.callback(gc.enable)
-        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, sound=is_reply))
-        images = stack.enter_context(Journal(folder, name="images", shard=shard, sound=is_look))
+        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, is_valid=is_reply))
+        images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_look))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
         yield Caller(journal, images, backend, identity | asked, prompts, args.max_new_tokens, shard,

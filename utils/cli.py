@@ -1,6 +1,6 @@
-"""JSON rows: read with checks, write by rename, describe the run beside its output.
+"""The command-line side of every script: exit codes, log, --help, signals, ranks, the API key.
 
-No torch here: a script that only reads rows starts at once.
+Imports no torch, so that a script can parse its flags at once.
 """
 import argparse
 import gc
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.jsonl import DataError
 
-LONGEST_ERROR = 8000  # characters shown of a message that quotes what it found
+LONGEST_ERROR = 8000  # characters shown of a message that quotes its input
 API_KEY = "OPENAI_API_KEY"  # the environment variable that every client of OpenAI-compatible servers reads
 
 
@@ -27,43 +27,39 @@ def rank_world() -> tuple[int, int, int]:
 
 
 def log(message: str) -> None:
-    """Write one line for people to stderr, from rank 0 only, without breaking a progress bar."""
+    """Write one line to stderr, from rank 0 only, without breaking a progress bar."""
     if rank_world()[0] == 0:
         tqdm.write(message, file=sys.stderr)
 
 
 def cli(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM, told in one
-    line."""
+    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # hundreds of thousands of rows without a cycle: looked at less often, -10 % time
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 20, 100)  # hundreds of thousands of rows, none in a cycle: 10 % faster
     try:
         return main()
     except DataError as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here where the stage keeps a journal",
-              file=sys.stderr)
+        print("interrupted; run the same command again, a stage with a journal resumes", file=sys.stderr)
         return 130
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """--help with the description as it stands, and with every default that a flag's own words do not tell.
-    """
+    """--help with the unwrapped description, and the default of every flag whose text does not name it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.help or ""
+        text = action.help or ""
         empty = action.default is False or action.default in (None, "", [], {}, argparse.SUPPRESS)
-        if action.required or empty or "default" in told:
-            return told
-        listed = isinstance(action.default, list)
-        return f"{told} (default: {' '.join(action.default) if listed else '%(default)s'})"
+        if action.required or empty or "default" in text:
+            return text
+        is_list = isinstance(action.default, list)
+        return f"{text} (default: {' '.join(action.default) if is_list else '%(default)s'})"
 
 
 def parse_count(text: str) -> int:
-    """Return what a flag counts, for argparse to refuse anything below 1."""
+    """Return a flag's number, for argparse to refuse anything below 1."""
     try:
         count = int(text)
     except ValueError:
@@ -74,15 +70,14 @@ def parse_count(text: str) -> int:
 
 
 def shorten(message: str) -> str:
-    """Return a message without control characters (an id or a path may hold them), and without its middle if
-    it is long."""
+    """Return a message with control characters escaped (an id may hold them) and a long middle left out."""
     if len(message) > LONGEST_ERROR:
         message = f"{message[:LONGEST_ERROR // 2]} [...] {message[-LONGEST_ERROR // 2:]}"
     return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)
 
 
 def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
-    """Return the key from a file or, without one, from the environment; None if there is neither."""
+    """Return the key from the file or, without a file, from the environment (None where it is not set)."""
     if path is None:
         return os.environ.get(API_KEY) or None
     try:
@@ -90,20 +85,20 @@ def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{flag} {path}: cannot be read ({error})") from error
     if not key:
-        raise DataError(f"{flag} {path}: is empty; expected the key and nothing else")
+        raise DataError(f"{flag} {path}: the file is empty; expected the key and nothing else")
     return key
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
+    """Yield an event that the first SIGINT or SIGTERM sets; a second signal ends the process at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set():
             os._exit(130)  # as safe as SIGKILL, which journals and checkpoints survive
         stop.set()
-        os.write(2, b"\nstopping: waiting for what is under way; once more to stop at once\n")
+        os.write(2, b"\nstopping after the running calls; press again to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,7 +1,7 @@
-"""A journal that survives SIGKILL: one line a finished piece of work, appended and never rewritten.
+"""A journal that survives SIGKILL: one line per finished piece of work, appended and never rewritten.
 
-Restarting a killed run repeats only what was under way. The lines stay on disk: in memory is only where each
-stands.
+A killed run that is started again repeats only the unfinished work. The records stay on disk; memory holds
+only the place of each.
 """
 import fcntl
 import json
@@ -13,31 +13,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.cli import log, rank_world
-from utils.jsonl import CANONICAL, DataError, load_object, write_json, writing
+from utils.jsonl import CANONICAL, DataError, disk_errors, load_object, load_text, write_json
 
-FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds what a power cut loses
+FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds the loss of a power cut
 
 
 class Journal:
     """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`.
 
-    That file is this process's own, locked against a second writer; the files of all shards are read, so that
-    their number may change between runs. `shard` is (index, number), by default torchrun's rank.
-    `folder/meta.json` holds `settings`; opening with others raises DataError. Of two records with one key the
-    later counts. `transient` holds the keys of records that call themselves so: of work worth trying again. A
-    record on disk that is not `sound` is damage.
+    This process appends to its own file, locked against a second writer, and reads the files of all shards:
+    the number of shards may change between runs. `shard` is (index, number), by default torchrun's rank.
+    `folder/meta.json` holds `settings`; opening with different ones raises DataError. Of two records with
+    one key the later counts. `transient` holds the keys of records marked as worth another try. A record on
+    disk for which `is_valid` is false counts as damage.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
-                 shard: tuple[int, int] | None = None, sound: Callable[[dict], bool] | None = None):
-        self.folder, self.name, self.sound = Path(folder), name, sound
+                 shard: tuple[int, int] | None = None, is_valid: Callable[[dict], bool] | None = None):
+        self.folder, self.name, self.is_valid = Path(folder), name, is_valid
         index, n = shard or rank_world()[:2]
         self.path = self.folder / f"{name}-{index:05d}-of-{n:05d}.jsonl"
         self.places: dict[str, tuple[BinaryIO, int, int]] = {}  # key -> file, offset and length in bytes
         self.transient: set[str] = set()
         self.readers: dict[Path, tuple[BinaryIO, int, int]] = {}  # path -> file, bytes and lines read so far
         self.synced_at = time.monotonic()
-        with ExitStack() as stack, writing(self.path):
+        with ExitStack() as stack, disk_errors(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             stack.callback(os.close, self.fd)
@@ -74,7 +74,7 @@ class Journal:
             file.close()
 
     def check_settings(self, settings: dict) -> None:
-        """Write meta.json, or compare with the one that is there."""
+        """Write meta.json, or compare with the one on disk."""
         path = self.folder / "meta.json"
         settings = json.loads(json.dumps(settings))
         before = read_settings(self.folder)
@@ -87,21 +87,18 @@ class Journal:
                                              for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
             raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or move "
-                            f"{self.folder} aside (--fresh does, where there is one)\n"
-                            + "\n".join(lines))
+                            f"{self.folder} aside (--fresh does, where there is one)\n" + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:
-        """Move what follows the last newline of the own file to `*.torn`: a kill fell into that write. Return
-        its size.
-        """
+        """Move an unfinished last line of this process's file, left by a kill, to `*.torn`; return the size."""
         size = os.fstat(self.fd).st_size
-        whole, tail = size, b""
-        while whole and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long
-            step = min(whole, 1 << 16)
-            block = os.pread(self.fd, step, whole - step)
-            cut = block.rfind(b"\n")
-            tail = (block if cut < 0 else block[cut:]) + tail
-            whole -= step if cut < 0 else step - cut
+        kept, tail = size, b""
+        while kept and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long
+            step = min(kept, 1 << 16)
+            block = os.pread(self.fd, step, kept - step)
+            cut = max(block.rfind(b"\n"), 0)
+            tail = block[cut:] + tail
+            kept -= step - cut
         torn = tail.removeprefix(b"\n")
         if torn:
             with open(self.path.with_suffix(".torn"), "ab") as file:
@@ -111,8 +108,7 @@ class Journal:
         return size - len(torn)
 
     def reload(self) -> None:
-        """Read what all shards have written since the last time; a bad line is damage: DataError naming it.
-        """
+        """Read what all shards have written since the last time; DataError for a damaged line."""
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             file, offset, n = self.readers.get(path) or (open(path, "rb", buffering=1 << 16), 0, 0)
             self.readers[path] = file, offset, n
@@ -121,21 +117,18 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break  # another shard is writing it
                 try:
-                    record = json.loads(line.decode("utf-8"))
-                    if b"\\ud" in line:  # a pair is a character, half of one is damage
-                        json.dumps(record, ensure_ascii=False).encode("utf-8")
-                    if self.sound and not self.sound(record):
+                    record = load_text(line.decode("utf-8"))
+                    if self.is_valid and not self.is_valid(record):
                         raise ValueError("fields of other types than were written")
                     self.note(record, (file, offset, len(line)))
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    raise DataError(
-                        f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to repeat its "
-                                    "work, or use --fresh") from error
+                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to "
+                                    "repeat its work, or use --fresh") from error
                 offset += len(line)
                 self.readers[path] = file, offset, n
 
     def get(self, key: str) -> dict | None:
-        """Return the record of a key, or None if there is none."""
+        """Return the record of a key, or None."""
         if key not in self.places:
             return None
         file, offset, length = self.places[key]
@@ -147,10 +140,10 @@ class Journal:
         self.places.pop(key, None)
 
     def append(self, record: dict) -> None:
-        """Write a record with its "key", in one write; DataError if the disk refuses it."""
+        """Write a record with its "key"; DataError if the disk refuses it."""
         line = json.dumps(record).encode("ascii") + b"\n"
         rest = line
-        with writing(self.path):
+        with disk_errors(self.path):
             while rest:
                 rest = rest[os.write(self.fd, rest):]
             if time.monotonic() - self.synced_at > FSYNC_EVERY_S:
@@ -160,13 +153,13 @@ class Journal:
         self.size += len(line)
 
     def note(self, record: dict, place: tuple[BinaryIO, int, int]) -> None:
-        """Remember where a record stands."""
+        """Remember the place of a record."""
         self.places[record["key"]] = place
         (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
 
 
 def move_aside(folder: Path, n_processes: int) -> None:
-    """Give an earlier run's folder, if there is one, another name (--fresh)."""
+    """Rename the folder of an earlier run, if there is one (--fresh)."""
     if folder.exists():
         if n_processes > 1:
             raise DataError(
@@ -176,13 +169,13 @@ def move_aside(folder: Path, n_processes: int) -> None:
 
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
-    """Return the object that `folder/<name>` holds, or None if there is none; DataError if it is damaged."""
-    path, hint = Path(folder, name), "restore it, or begin anew (--fresh, another --output)"
+    """Return the object in `folder/<name>`, or None without such a file; DataError if it is damaged."""
+    path, hint = Path(folder, name), "restore it, or start over (--fresh, another --output)"
     if not path.is_file():
         return None
     settings = load_object(path, hint)
     try:
-        CANONICAL.encode(settings)  # ValueError for a number that is none: it would equal no setting
+        CANONICAL.encode(settings)  # ValueError for NaN, which equals no setting
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); {hint}") from error
     return settings

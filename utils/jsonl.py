@@ -1,6 +1,6 @@
-"""JSON rows: read with checks, write by rename, describe the run beside its output.
+"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json.
 
-No torch here: a script that only reads rows starts at once.
+Imports no torch, so that a script that only reads rows starts at once.
 """
 import argparse
 import hashlib
@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,15 +16,13 @@ from pathlib import Path
 
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 BOM = b"\xef\xbb\xbf"
-# bytes; a chain has some thousands, and a tokenizer takes minutes over a text of many MB
-LONGEST_ROW = 1 << 20
-# named in <output>.meta.json
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")
+SPACE = re.compile(r"[ \t\r\n]*")  # between the tokens of a JSON text
+LONGEST_ROW = 1 << 20  # bytes; a chain has a few thousand, and a tokenizer needs minutes for many MB
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # whose versions are kept
 
 
 class DataError(ValueError):
-    """Something only the user can mend: a file, a flag, a setting. The message says where, what, and what to
-    do."""
+    """An error that the user can fix: a file, a flag, a setting. The message names place, fault and remedy."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -31,187 +30,198 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
                  longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` says which stage writes a missing file. Raises DataError for a file, a line or a row that is not
-    one, or that has more than `longest` bytes; rows behind the first `limit` are not looked at.
+    `hint` names the stage that writes a missing file. Raises DataError for a line that is not a JSON object
+    or has more than `longest` bytes. Rows after the first `limit` are not read.
     """
     try:
         with open(path, "rb") as file:
-            begin = file.read(4096).removeprefix(BOM).lstrip()[:1]
+            start = file.read(4096).removeprefix(BOM).lstrip()[:1]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}{f'; {hint}' if hint else ''}") from error
-    parsed = (parse_list if begin == b"[" else parse_lines)(str(path), longest)
-    for line, row in islice(parsed, None if limit is None else max(limit, 0)):
+    values = (parse_list if start == b"[" else parse_lines)(str(path), longest)
+    for line, row in islice(values, None if limit is None else max(limit, 0)):
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
         yield f"{path}:{line}", row
 
 
-def decode_text(path: str, line: int, data: bytes) -> str:
-    """Decode UTF-8; DataError also for an escaped half of a surrogate pair, which no UTF-8 file can hold."""
-    try:
-        text = data.decode("utf-8")
-        if "\\ud" in text.lower():
-            json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data[:error.start].count(b"\n")
-        raise DataError(f"{path}:{line}: byte {data[error.start]:#x} is not UTF-8") from error
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(f"{path}:{line}: {half!a} is half a surrogate pair, not a character") from error
-    except (ValueError, RecursionError):
-        pass  # the caller parses again and says where
-    return text
-
-
-def fault_of(error: ValueError | RecursionError) -> str:
-    """Return in words why the parser refused a text: its grammar, an integer of thousands of digits, its
-    depth."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def check_length(path: str, line: int, size: int, longest: int) -> None:
-    if size > longest:
-        raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected {longest:,} at most, take it out")
-
-
 def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
     """Yield (line number, value) for every line that is not blank."""
     with open(path, "rb") as file:
-        for line, text in enumerate(file, 1):
-            text = text.removeprefix(BOM) if line == 1 else text
-            if text.strip():
-                check_length(path, line, len(text), longest)
+        for line, data in enumerate(file, 1):
+            data = data.removeprefix(BOM) if line == 1 else data
+            if data.strip():
+                check_length(path, line, len(data), longest)
                 try:
-                    value = json.loads(decode_text(path, line, text.removesuffix(b"\n")))
-                except DataError:
-                    raise
+                    value = load_text(data.removesuffix(b"\n").decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise DataError(
-                        f"{path}:{line}: not JSON ({fault_of(error)}); expected one object a line") from error
+                    raise DataError(json_fault(path, line, error, "one object per line")) from error
                 yield line, value
 
 
 def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
     """Yield (line number, value) for every item of a JSON list that fills the file."""
-    text = decode_text(path, 1, Path(path).read_bytes().removeprefix(BOM))
+    decoder, line, counted = json.JSONDecoder(), 1, 0
     try:
-        items = json.loads(text)
+        text = Path(path).read_bytes().removeprefix(BOM).decode("utf-8")
+        place, separator = text.index("["), "["
+        while separator != "]":
+            begin = SPACE.match(text, place + 1).end()
+            if separator == "[" and text.startswith("]", begin):
+                place = begin
+                break
+            line, counted = line + text.count("\n", counted, begin), begin
+            value, end = decoder.raw_decode(text, begin)
+            check_surrogates(text[begin:end], value)
+            check_length(path, line, end - begin, longest)
+            yield line, value
+            place = SPACE.match(text, end).end()
+            separator = text[place:place + 1]
+            if separator not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        place = SPACE.match(text, place + 1).end()
+        if place < len(text):
+            raise json.JSONDecodeError("Extra data", text, place)
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({fault_of(error)}); expected one list of "
-                        "objects") from error
-    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    for item in items:  # parsed a second time, item by item, only to learn the line where each begins
-        while text[place] in " \t\r\n,":
-            place += 1
-        line, counted = line + text.count("\n", counted, place), place
-        end = decoder.raw_decode(text, place)[1]
-        check_length(path, line, end - place, longest)
-        yield line, item
-        place = end
+        raise DataError(json_fault(path, getattr(error, "lineno", line), error, "one list of objects")) from error
+
+
+def load_text(text: str) -> object:
+    """Parse JSON; UnicodeEncodeError for an escaped half of a surrogate pair, which UTF-8 cannot hold."""
+    value = json.loads(text)
+    check_surrogates(text, value)
+    return value
+
+
+def check_surrogates(text: str, value: object) -> None:
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def json_fault(path: str, line: int, error: ValueError | RecursionError, expected: str) -> str:
+    """Return the message for a text that is not JSON: its grammar, encoding, depth, or a very long number."""
+    if isinstance(error, UnicodeDecodeError):
+        line += error.object[:error.start].count(b"\n")
+        return f"{path}:{line}: byte {error.object[error.start]:#x} is not UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{path}:{line}: {error.object[error.start]!a} is half a surrogate pair, not a character"
+    if isinstance(error, json.JSONDecodeError):
+        error = f"{error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        error = "nested too deeply"
+    return f"{path}:{line}: not JSON ({error}); expected {expected}"
+
+
+def check_length(path: str, line: int, size: int, longest: int) -> None:
+    if size > longest:
+        raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected at most {longest:,}, remove it")
 
 
 def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: str | None = None) -> None:
-    """Raise DataError unless `row` holds every field with its type (a bool is not an int). `hint`: what
-    writes such rows."""
+    """Raise DataError unless `row` has every field with its type (a bool is not an int).
+
+    `hint` names the writer of such rows.
+    """
     for name, kind in fields.items():
         kinds, value = kind if isinstance(kind, tuple) else (kind,), row.get(name)
         if name in row and isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
             continue
         expected = " or ".join(k.__name__ for k in kinds)
         if name not in row:
-            raise DataError(
-                f"{where}: no field {name!r} (expected {expected}); it has {', '.join(row) or 'none'}"
-                            + (f"; {hint}" if hint else ""))
+            raise DataError(f"{where}: no field {name!r} (expected {expected}); it has "
+                            f"{', '.join(row) or 'none'}{f'; {hint}' if hint else ''}")
         raise DataError(
             f"{where}: field {name!r} should be {expected}, got {type(value).__name__} {str(value)[:40]!r}")
 
 
+def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
+    """Note in `seen` where an id is; DataError for an id that was there before."""
+    if name in seen:
+        raise DataError(f"{where}: duplicate id {name!r}, first seen at {seen[name]}; expected it once")
+    seen[name] = where
+
+
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
               hint: str | None = None) -> list[dict]:
-    """Read rows, check that each has `fields` and, with "id" among them, that no two share it."""
+    """Read rows and check that each has `fields`, and that no two share an "id" if that is one of them."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
         check_fields(where, row, fields, hint)
         if "id" in fields:
-            if row["id"] in seen:
-                raise DataError(
-                    f"{where}: id {row['id']!r} stands already at {seen[row['id']]}; expected it once")
-            seen[row["id"]] = where
+            check_unique(where, row["id"], seen)
         rows.append(row)
     return rows
 
 
-def load_object(path: str | Path, hint: str = "run what writes it again") -> dict:
-    """Return the JSON object that fills a file. DataError for a file that cannot be read or holds anything
-    else; `hint` says what to do then."""
+def load_object(path: str | Path, hint: str = "run the stage that writes it again",
+                fields: dict[str, type | tuple] | None = None) -> dict:
+    """Return the JSON object that fills a file, with `fields`; DataError, with `hint`, for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__}, expected an object")
-        return value
     except (OSError, ValueError, RecursionError) as error:
-        # a file has lines: not only the column
-        why = fault_of(error) if isinstance(error, RecursionError) else error
-        raise DataError(f"{path}: damaged ({why}); {hint}") from error
+        fault = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: damaged ({fault}); {hint}") from error
+    check_fields(str(path), value, fields or {}, hint)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ writing
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into a DataError that names it."""
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn an OSError while `path` is written into a DataError that names it."""
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror or error}; make room, or name an --output that can be written, and run the "
-                        "same command again") from error
+        raise DataError(f"{path}: {error.strerror or error}; make room, or name an --output that can be "
+                        "written, and run the same command again") from error
 
 
 def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
-    """DataError if writing `output` would replace one of the files that are read."""
+    """Raise DataError if writing `output` would replace one of the inputs."""
     for path in inputs:
         if os.path.realpath(path) == os.path.realpath(output):
-            raise DataError(
-                f"--output {output}: is read too, as {path}, and would be replaced; name another --output")
+            raise DataError(f"--output {output}: is read too, as {path}; name another --output")
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:
-    """Call `write(file)` on a file beside `path`, sync it, and rename it: a file that exists is whole. `mode`
-    "w" or "wb"."""
+    """Call `write(file)` on a temporary file, sync it and rename it to `path`, which is never half written.
+
+    `mode` is "w" or "wb".
+    """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text_mode = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, mode,
-                      **({} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"})) as file:
+            with open(temporary, mode, **text_mode) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         finally:
-            beside.unlink(missing_ok=True)  # after a failure: it may be what fills the disk
+            temporary.unlink(missing_ok=True)  # after a failure it may be what fills the disk
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write UTF-8 JSONL, whole or not at all."""
+    """Write UTF-8 JSONL, completely or not at all."""
     encode = json.JSONEncoder(ensure_ascii=False).encode
     replace_file(path, lambda file: file.writelines(encode(row) + "\n" for row in rows))
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write one JSON value, indented, whole or not at all."""
+    """Write one JSON value, indented, completely or not at all."""
     replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
 
 
 def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | Path], seconds: float,
                **extra) -> None:
-    """Write `<output>.meta.json`: flags, versions, sha256 of the input files, seconds, hardware, and `extra`.
-    """
+    """Write `<output>.meta.json`: flags, versions, sha256 of the inputs, seconds, hardware, and `extra`."""
     installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     write_json(f"{output}.meta.json", {
@@ -222,6 +232,7 @@ def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | 
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()}, **extra})
 
 
+# ------------------------------------------------------------------------------------------- identity by content
 def sha256_file(path: str | Path) -> str:
     """Return the hex digest of a file's bytes."""
     with open(path, "rb") as file:
@@ -229,19 +240,19 @@ def sha256_file(path: str | Path) -> str:
 
 
 def call_key(**parts) -> str:
-    """Return the hex digest of the canonical JSON of `parts`: what a call is known by in the journal."""
+    """Return the hex digest of the canonical JSON of `parts`: the key of a call in the journal."""
     return hashlib.sha256(CANONICAL.encode(parts).encode("ascii")).hexdigest()
 
 
 def check_folder(path: str) -> None:
-    """DataError for a folder without a checkpoint; a name that is no folder is the hub's."""
+    """Raise DataError for a folder without a checkpoint; a path that is not a folder is a name on the hub."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(
             f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
 
 
 def find_checkpoint(model_path: str) -> Path:
-    """Return the folder of a checkpoint: the path itself, or the hub's snapshot, downloaded if need be."""
+    """Return a checkpoint's folder: the path itself, or the snapshot from the hub, downloaded if needed."""
     check_folder(model_path)
     if Path(model_path).is_dir():
         return Path(model_path)
@@ -250,15 +261,13 @@ def find_checkpoint(model_path: str) -> Path:
         return Path(snapshot_download(model_path))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"--model {model_path}: neither a folder here nor to be had from the hub ({error})") from error
+            f"--model {model_path}: neither a folder here nor available on the hub ({error})") from error
 
 
 def model_identity(folder: Path) -> str:
-    """Return a hash of what a checkpoint computes: configuration, tokenizer, template, names and sizes of the
-    weights.
+    """Return a hash of a checkpoint's configuration, tokenizer, template and weights.
 
-    Of each weight file the first and last megabyte count too: two trainings of one model differ in nothing
-    else.
+    Of each weight file: name, size, first and last megabyte. Two trainings of one model differ only there.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

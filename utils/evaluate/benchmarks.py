@@ -20,7 +20,7 @@ from utils.evaluate.sources import (Hub, Rows, check_digest, dataset_rows, downl
                                     vstar_folder_rows)
 from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
-from utils.jsonl import DataError, call_key, replace_file, writing
+from utils.jsonl import DataError, call_key, disk_errors, replace_file
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp",
             "TIFF": ".tif"}
@@ -211,7 +211,7 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     """
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
-    with writing(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     items, stored, seen = [], {}, {}
     for where, row in rows:

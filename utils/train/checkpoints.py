@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from utils.cli import log
-from utils.jsonl import DataError, load_object, replace_file, write_json, writing
+from utils.jsonl import DataError, disk_errors, load_object, replace_file, write_json
 
 STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
@@ -55,7 +55,7 @@ def alone(folder: Path) -> Iterator[None]:
     The lock is one that forks do not inherit: workers outlive a killed run by seconds, and would keep the
     next one out.
     """
-    with writing(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")
     with file:
