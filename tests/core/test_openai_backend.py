@@ -238,7 +238,7 @@ def test_a_signal_waits_for_the_calls_under_way_and_a_second_one_does_not(world,
     journal = tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl"
     with serving(tmp_path, latency=1.5) as (_, url):
         code, seconds, stderr = stop(url, 0, times=1)
-        assert code == 130 and "waiting for what is under way" in stderr and "Traceback" not in stderr, stderr
+        assert code == 130 and "after the running calls" in stderr and "Traceback" not in stderr, stderr
         # all that was sent was kept
         assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5
         code, seconds, _ = stop(url, 5, times=2)
