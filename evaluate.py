@@ -62,7 +62,7 @@ from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, check_output, find_checkpoint, model_identity, replace_file,
                          sha256_file, write_json, write_meta, write_rows)
 from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
-from utils.model_calls import is_reply
+from utils.model_calls import REPLY_FIELDS
 from utils.openai_backend import HttpBackend
 from utils.qwen import load_processors
 from utils.spans import OPEN
@@ -303,7 +303,7 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
              "max_new_tokens", "latent", "latent_size", "dtype")
     settings = {name: getattr(args, name) for name in fixed} | identity
     with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
-          Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts):
+          Journal(f"{args.output}.run", name="judge", is_valid=REPLY_FIELDS.issubset) as verdicts):
         for key in list(journal):
             if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
                 journal.forget(key)

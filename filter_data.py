@@ -24,22 +24,19 @@ codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too ma
 answers; 130 interrupted.
 """
 import argparse
-import json
 import os
 import re
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from utils.answers import answers_match, last_boxed, normalize
-from utils.backends import ErrorRateError
-from utils.call_flags import add_call_flags, incomplete, open_run, show_calls
+from utils.backends import object_schema
+from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, read_rows, write_json, write_meta, write_rows
-from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
-                               object_schema)
+from utils.jsonl import check_output, read_rows, write_rows
+from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.row_rules import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
                              find_markup, parse_options, row_fault)
 from utils.spans import split_final, split_spans
@@ -286,47 +283,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+    """Show one prompt of each kind; return the counts of calls and of what the rules drop (--dry_run)."""
+    verdicts = judge(rows, None, args, prompts)
+    alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+    calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
+    calls += [blind_call(row, prompts) for row, _ in alive] if args.blind_answer else []
+    return {"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)
+
+
 def main(argv: list[str] | None = None) -> int:
-    args, began = parse_args(argv), time.monotonic()
+    args = parse_args(argv)
     check_output(args.output, [args.input])
     prompts = load_prompts(args.prompts, PROMPTS)
-    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit,
-                     hint="rewrite_captions.py writes it")
-    for row in rows:
-        check_own(f"{args.input}: id {row['id']!r}", row)
-    if args.dry_run:
-        verdicts = judge(rows, None, args, prompts)
-        alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
-        calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
-        calls += [blind_call(row, prompts) for row, _ in alive] if args.blind_answer else []
-        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows,
-                                                                                                verdicts)))
-        return 0
-    speed = {}
-    try:
-        if args.rules_only:
-            verdicts = judge(rows, None, args, prompts)
-        else:
-            with open_run(args, prompts, SCHEMAS, stage="filter_data",
-                          blind_answer=args.blind_answer) as caller:
-                index, n_shards = caller.shard
-                if n_shards > 1 and caller.backend:
-                    judge(rows[index::n_shards], caller, args, prompts)
-                    caller.read_all_shards()
-                verdicts = judge(rows, caller, args, prompts)
-                speed = caller.stats()
-    except ErrorRateError as error:
-        log(f"stopped: {error}")
-        return 4
-    except IncompleteError as error:
-        return incomplete(args, error)
-    metrics = export(rows, verdicts, args.output) | speed | {"seconds": round(time.monotonic() - began, 1)}
-    write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, [args.input], metrics["seconds"], prompts=prompts,
-               prompts_version=PROMPTS_VERSION)
-    show_table(metrics)
-    print(json.dumps(metrics))
-    return 3 if metrics["errors"] else 0
+
+    def read() -> list[dict]:
+        rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
+        for row in rows:
+            check_own(f"{args.input}: id {row['id']!r}", row)
+        return rows
+
+    return run_stage(args, Stage(
+        [args.input], prompts, PROMPTS_VERSION, SCHEMAS,
+        {"stage": "filter_data", "blind_answer": args.blind_answer},
+        read=read, preview=lambda rows: preview(rows, args, prompts),
+        work=lambda rows, caller: judge(rows, caller, args, prompts),
+        export=lambda rows, verdicts: export(rows, verdicts, args.output),
+        show=show_table, needs_model=not args.rules_only))
 
 
 if __name__ == "__main__":

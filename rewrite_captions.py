@@ -30,21 +30,18 @@ interrupted. Under torchrun, or with --shard, every process asks its share of th
 finish writes the output.
 """
 import argparse
-import json
 import os
 import re
-import time
 from collections import Counter, defaultdict
 
-from utils.backends import ErrorRateError
-from utils.call_flags import add_call_flags, incomplete, open_run, show_calls
+from utils.backends import object_schema
+from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, check_unique, located_rows, write_json, write_meta, write_rows
-from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
-                               object_schema)
+from utils.jsonl import check_output, check_unique, located_rows, write_rows
+from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop)
 from utils.spans import split_final
 
@@ -384,35 +381,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, began = parse_args(argv), time.monotonic()
+    args = parse_args(argv)
     check_output(args.output, args.input)
-    prompts, samples = load_prompts(args.prompts, PROMPTS), read_samples(args)
-    if args.dry_run:
-        print(json.dumps(preview(samples, args, prompts)))
-        return 0
-    try:
-        with open_run(args, prompts, SCHEMAS, stage="rewrite_captions", refine=not args.no_refine,
-                      with_original=args.with_original) as caller:
-            index, n_shards = caller.shard
-            if n_shards > 1 and caller.backend:
-                rewrite(samples[index::n_shards], caller, args, prompts)
-                caller.read_all_shards()
-                # anew: what holds among a shard's samples need not hold among all
-                samples = read_samples(args)
-            rewrite(samples, caller, args, prompts)
-    except ErrorRateError as error:
-        log(f"stopped: {error}")
-        return 4
-    except IncompleteError as error:
-        return incomplete(args, error)
-    reject_repeated(samples, args.max_same_caption)
-    metrics = export(samples, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
-    write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, args.input, metrics["seconds"], prompts=prompts,
-               prompts_version=PROMPTS_VERSION)
-    log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> {args.output}")
-    print(json.dumps(metrics))
-    return 3 if metrics["errors"] else 0
+    prompts = load_prompts(args.prompts, PROMPTS)
+
+    def export_all(samples: list[Sample], _: None) -> dict:
+        reject_repeated(samples, args.max_same_caption)
+        return export(samples, args)
+
+    def show(metrics: dict) -> None:
+        log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> {args.output}")
+
+    return run_stage(args, Stage(
+        args.input, prompts, PROMPTS_VERSION, SCHEMAS,
+        {"stage": "rewrite_captions", "refine": not args.no_refine, "with_original": args.with_original},
+        read=lambda: read_samples(args), preview=lambda samples: preview(samples, args, prompts),
+        work=lambda samples, caller: rewrite(samples, caller, args, prompts), export=export_all, show=show))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_the_base_learns_the_very_words_of_the_calls(world):
 def test_replies_of_the_lessons_are_what_the_stages_accept(world):
     from filter_data import SCHEMAS as FILTER_SCHEMAS
     from rewrite_captions import SCHEMAS
-    from utils.model_calls import schema_fault
+    from utils.backends import schema_fault
     for n in range(30):
         for lesson, schemas in ((lessons.caption_call, ("zoom", "draw")),
                                 (lessons.refinement_call, ("refine",))):

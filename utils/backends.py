@@ -1,28 +1,36 @@
-"""One `generate(requests)` for every source of replies; here the local one, transformers in this process.
+"""Requests to a model, replies, and the backend that runs a checkpoint in this process.
 
-The other one is utils.openai_backend. torch is imported when the model is first needed: a run that only reads
-its journal, or asks a server, starts without it.
+Every backend has an `identity` and `generate(requests, done, stop)`; utils.openai_backend asks a server. torch
+is imported when the model is first needed: a run that reads only its journal, or asks a server, starts without.
 """
+from __future__ import annotations
+
+import json
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from threading import Event
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from utils.cli import log
-from utils.images import ImageError, open_image, visual_tokens
+from utils.images import ImageError, Picture, open_picture, visual_tokens
 from utils.jsonl import find_checkpoint, model_identity
 
+if TYPE_CHECKING:
+    from utils.latent_families import LatentSpec
+
 WINDOW = 2048  # requests among which batches are formed by length
+OUT_OF_MEMORY = "out_of_memory"  # the error of a request that does not fit alone
+DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
+JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
 
 
 class Request(NamedTuple):
-    """One model call: images before the text, at most `max_tokens` new tokens; `schema` and the seed are for
-    servers.
+    """One model call: images before the text, at most `max_tokens` new tokens.
 
-    So is `messages`, a whole conversation in place of system, text and images: (role, text) or (role, parts),
-    each part a text or a utils.images.Picture. The seed comes from the key, so that it depends neither on the
-    order of the calls nor on a restart.
+    messages: a whole conversation in place of system, text and images: (role, text) or (role, parts), each part
+    a text or a Picture. `schema` and `seed` are for servers; the seed comes from the key, so that it depends
+    neither on the order of the calls nor on a restart.
     """
 
     key: str
@@ -37,14 +45,23 @@ class Request(NamedTuple):
     def seed(self) -> int:
         return int(self.key[:8], 16) >> 1  # 31 bits
 
+    @property
+    def pictures(self) -> list[Picture]:
+        return pictures_of(self.messages) if self.messages else [Picture(str(path)) for path in self.images]
+
+
+def pictures_of(messages: tuple) -> list[Picture]:
+    """Return the pictures of a conversation, in order."""
+    return [part for _, parts in messages if not isinstance(parts, str) for part in parts
+            if isinstance(part, Picture)]
+
 
 @dataclass(frozen=True)
 class Reply:
     """What a backend returns for a request; `error` says why nothing came.
 
-    `seconds` is the wall time of the local batch or of the last try at a server, waiting left out. A
-    `transient` error lay with the server, and the next run asks again. `served` is the model and fingerprint
-    that a server names.
+    seconds: of the local batch, or of the last try at a server without waiting. A `transient` error is the
+    server's: the next run asks again. served: the model and fingerprint that a server names.
     """
 
     key: str
@@ -58,30 +75,59 @@ class Reply:
     transient: bool = False
     served: dict | None = None
 
+    def record(self) -> dict:
+        """Return the fields that the journal of calls keeps."""
+        return {name: getattr(self, name) for name in Reply.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class LocalReply(Reply):
+    """A reply of the local backend, with what only that knows.
+
+    raw_text: with latent positions and control tokens. image_grids: patches of each picture (frames, rows,
+    columns). prefill_seconds: of `seconds`. n_rows: replies of the batch.
+    """
+
+    raw_text: str = ""
+    n_latent: int = 0
+    image_grids: tuple[list[int], ...] = ()
+    prefill_seconds: float = 0.0
+    n_rows: int = 1
+
+
+class Prepared(NamedTuple):
+    """A batch ready to compute: the requests whose images can be used, their tensors, replies to the others."""
+
+    requests: list[Request]
+    inputs: dict | None
+    failed: list[Reply]
+
 
 class ErrorRateError(RuntimeError):
-    """Too many calls fail, or no server answers: the run is not worth going on."""
+    """Too many calls fail, or no server answers: the run stops."""
 
 
 class LocalBackend:
-    """Greedy decoding with transformers in this process, in static left-padded batches of similar length.
+    """Greedy decoding with transformers in this process, in left-padded batches of similar length.
 
     A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens`
-    tokens. The batches depend on the whole list of requests and never on what is done already: a batch that a
-    kill left half done is computed again whole, so that its replies are those of an uninterrupted run to the
-    last bit.
+    tokens. Batches depend on the whole list of requests and never on what is done already: a batch that a kill
+    left half done is computed again whole, so that its replies equal those of an uninterrupted run bit for bit.
     """
 
-    def __init__(self, model_path: str, max_pixels: int, batch_size: int, batch_tokens: int):
+    def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
+                 spec: LatentSpec | None = None, min_pixels: int | None = None, dtype: str = "auto"):
         self.folder = find_checkpoint(model_path)
         self.identity = {"model": model_identity(self.folder), "decoding": "greedy"}
-        self.max_pixels, self.batch_size, self.batch_tokens = max_pixels, batch_size, batch_tokens
+        self.batch_size, self.batch_tokens, self.spec = batch_size, batch_tokens, spec
+        self.load_options = dtype, min_pixels, max_pixels
+        self.image_limits = max_pixels, 28 * 28, 28  # largest and least area, pixels per side of a visual token
         self.qwen = None
 
     def load(self) -> None:
         """Load the checkpoint, on this rank's GPU if there is one."""
-        from utils import qwen  # here: a run that only reads its journal needs no torch
-        self.qwen = qwen.load(str(self.folder), max_pixels=self.max_pixels)
+        from utils.latent_families import load_with
+        self.qwen = load_with(self.spec, str(self.folder), *self.load_options)
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
@@ -93,73 +139,153 @@ class LocalBackend:
         for first in range(0, len(requests), WINDOW):
             window = requests[first:first + WINDOW]
             if all(request.key in done for request in window):
-                continue  # without a look at its images
+                continue  # without reading its images
             for batch in self.batches(window):
                 if stop is not None and stop.is_set():
                     return
                 if not all(request.key in done for request in batch):
                     yield from self.answer(batch)
 
-    def batches(self, window: list[Request]) -> Iterator[list[Request]]:
-        """Yield the requests in batches, the longest prompts first."""
-        order = sorted(((self.length(r), r) for r in window), key=lambda pair: pair[0], reverse=True)
-        yield from fill_batches([(length[0] + r.max_tokens, r) for length, r in order], self)
+    def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """Yield the requests in batches, the longest prompts first. Out of memory lowers `batch_tokens` for the
+        batches that are still to come."""
+        sized = sorted(((self.length(request), request) for request in requests),
+                       key=lambda pair: (pair[0], len(pair[1].text)), reverse=True)
+        batch, longest = [], 0
+        for length, request in sized:
+            longest = max(longest, length + request.max_tokens)
+            if len(batch) == self.batch_size or batch and (len(batch) + 1) * longest > self.batch_tokens:
+                yield batch
+                batch, longest = [], length + request.max_tokens
+            batch.append(request)
+        if batch:
+            yield batch
 
-    def length(self, request: Request) -> tuple[int, int]:
-        """Return about how long a prompt is: tokens, visual ones from the headers and a quarter of the
+    def length(self, request: Request) -> int:
+        """Return about how many tokens a prompt has: visual ones from the image headers, and a token per four
         characters."""
-        n_visual = sum(visual_tokens(path, self.max_pixels) for path in request.images)
-        return n_visual + len(request.text) // 4, len(request.text)
+        texts = [request.text] if not request.messages else [
+            text for _, parts in request.messages for text in ([parts] if isinstance(parts, str) else parts)
+            if isinstance(text, str)]
+        return sum(visual_tokens(picture.path, *self.image_limits)
+                   for picture in request.pictures) + sum(map(len, texts)) // 4
 
-    def answer(self, batch: list[Request]) -> list[Reply]:
-        """Return the replies to one batch; out of memory, it is split in two, down to single requests."""
-        import torch
-
-        from utils import decode, qwen
+    def prepare(self, batch: list[Request]) -> Prepared:
+        """Open the images of a batch and encode its prompts."""
+        from utils import qwen
         if self.qwen is None:
             self.load()
-        began, replies, opened = time.monotonic(), [], []
+        ready, images, failed = [], [], []
         for request in batch:
             try:
-                opened.append((request, [open_image(path) for path in request.images]))
+                images.append([open_picture(picture) for picture in request.pictures])
+                ready.append(request)
             except ImageError as error:
-                replies.append(Reply(request.key, "", "error", 0, 0, 0.0, error.reason))
-        if not opened:
-            return replies
-        ready, images = zip(*opened)
-        prompts = [qwen.chat(self.qwen.tokenizer, r.text, len(r.images), r.system) for r in ready]
+                failed.append(failure(request, error.reason))
+        tokenizer = self.qwen.tokenizer
+        prompts = [render(tokenizer, request.messages) if request.messages else
+                   qwen.chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
+        return Prepared(ready, qwen.encode(self.qwen, prompts, images) if ready else None, failed)
+
+    def answer(self, batch: list[Request], prepared: Prepared | None = None) -> list[Reply]:
+        """Return the replies to one batch; out of memory, it is split in two, down to single requests."""
+        import torch
         try:
-            inputs = qwen.encode(self.qwen, prompts, list(images))
-            rows = decode.generate(self.qwen, inputs, max(request.max_tokens for request in ready))
+            return self.compute(prepared or self.prepare(batch))
         except torch.OutOfMemoryError:
-            rows = None
-        if rows is None:  # out of the handler, whose traceback would keep the tensors alive
-            torch.cuda.empty_cache()
-            if len(ready) == 1:
-                return [*replies, Reply(ready[0].key, "", "error", 0, 0, 0.0, "out_of_memory")]
-            half = len(ready) // 2
-            n_tokens = len(ready) * max(self.length(request)[0] + request.max_tokens for request in ready)
-            self.batch_tokens = max(1, min(self.batch_tokens, n_tokens // 2))
-            log(f"out of memory with {len(ready)} requests in a batch; splitting it, and from now on at most "
-                f"{self.batch_tokens:,} tokens a batch")
-            return [*replies, *self.answer(list(ready[:half])), *self.answer(list(ready[half:]))]
-        seconds = round(time.monotonic() - began, 3)
-        for request, row, mask in zip(ready, rows, inputs["attention_mask"]):
+            pass  # split outside the handler, whose traceback would keep the tensors alive
+        del prepared
+        torch.cuda.empty_cache()
+        if len(batch) == 1:
+            return [failure(batch[0], OUT_OF_MEMORY)]
+        half = len(batch) // 2
+        n_tokens = len(batch) * max(self.length(request) + request.max_tokens for request in batch)
+        self.batch_tokens = max(1, min(self.batch_tokens, n_tokens // 2))
+        log(f"out of memory with {len(batch)} requests in a batch, which is split in two; expected "
+            f"--batch_tokens {self.batch_tokens} or lower")
+        return [*self.answer(batch[:half]), *self.answer(batch[half:])]
+
+    def compute(self, prepared: Prepared) -> list[Reply]:
+        """Return the replies to a batch that fits."""
+        import torch
+
+        from utils.decode import clean_text, decode, prefill
+        requests, inputs, replies = prepared
+        if not requests:
+            return replies
+        began, tokenizer = time.monotonic(), self.qwen.tokenizer
+        state = prefill(self.qwen, inputs, self.spec)
+        if state.hidden.is_cuda:
+            torch.cuda.synchronize(state.hidden.device)
+        prefill_seconds = round(time.monotonic() - began, 6)
+        rows = decode(self.qwen, state, max(request.max_tokens for request in requests), self.spec)[0]
+        seconds = round(time.monotonic() - began, 6)
+        grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
+        n_prompt = inputs["attention_mask"].sum(1).tolist()
+        for request, row, n in zip(requests, rows, n_prompt, strict=True):
+            ids = row.ids[:request.max_tokens]
             finish = "length" if len(row.ids) > request.max_tokens else row.finish
-            text = decode.clean_text(self.qwen.tokenizer, row.ids[:request.max_tokens])
-            replies.append(Reply(request.key, text, finish, int(mask.sum()), len(row.ids), seconds))
+            replies.append(LocalReply(
+                request.key, clean_text(tokenizer, ids, self.spec), finish, n, len(row.ids), seconds,
+                raw_text=tokenizer.decode(ids), n_latent=sum(segment.size for segment in row.segments),
+                image_grids=tuple(next(grids) for _ in request.pictures), prefill_seconds=prefill_seconds,
+                n_rows=len(rows)))
         return replies
 
 
-def fill_batches(sized: Iterable[tuple[int, object]], limits: object) -> Iterator[list]:
-    """Yield things, each with its tokens, in their order: at most `limits.batch_size` and, padded to the
-    longest, `limits.batch_tokens` a batch, which may have been lowered since the last one."""
-    batch, longest = [], 0
-    for n_tokens, one in sized:
-        longest = max(longest, n_tokens)
-        if len(batch) == limits.batch_size or batch and (len(batch) + 1) * longest > limits.batch_tokens:
-            yield batch
-            batch, longest = [], n_tokens
-        batch.append(one)
-    if batch:
-        yield batch
+def failure(request: Request, error: str) -> Reply:
+    """Return the reply to a request that could not be answered."""
+    return Reply(request.key, "", "error", 0, 0, 0.0, error)
+
+
+def render(tokenizer, messages: tuple) -> str:
+    """Return a conversation's prompt up to the start of the assistant's turn, with one image pad per picture."""
+    from utils.qwen import plain
+    turns = []
+    for role, parts in messages:
+        texts = [plain(parts) if role == "assistant" else parts] if isinstance(parts, str) else parts
+        turns.append({"role": role, "content": [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in texts]})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+# -------------------------------------------------------------------------------------- JSON in requests and replies
+def object_schema(**properties: dict) -> dict:
+    """Return the schema of an object whose properties are all required."""
+    return {"type": "object", "properties": properties, "required": list(properties),
+            "additionalProperties": False}
+
+
+def parse_json_reply(text: str) -> dict | None:
+    """Return the last JSON object in a reply, whatever surrounds it, if UTF-8 can hold it."""
+    place, last, escapes = text.find("{"), None, "\\u" in text
+    while place >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, place)
+            if escapes:  # they may be half of a surrogate pair
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+            last = value
+        except (ValueError, RecursionError):
+            end = place + 1
+        place = text.find("{", end)
+    return last
+
+
+def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
+    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean)."""
+    kind, parts = schema["type"], []
+    if type(value) is not JSON_TYPES[kind]:  # exact: a bool is not an integer
+        return f"{where} should be of type {kind}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
+    if kind == "string" and len(value) > schema.get("maxLength", len(value)):
+        return f"{where} is too long: {len(value)} characters"
+    if kind == "array":
+        if len(value) > schema.get("maxItems", len(value)):
+            return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
+        parts = [(item, schema["items"], f"item {n} of {where}") for n, item in enumerate(value, 1)]
+    if kind == "object":
+        if missing := [name for name in schema["required"] if name not in value]:
+            return f"{where} lacks {', '.join(missing)}"
+        parts = [(value[name], part, repr(name)) for name, part in schema["properties"].items()]
+    return next((fault for part in parts if (fault := schema_fault(*part))), None)

@@ -2,16 +2,18 @@
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils.backends import LocalBackend
+from utils.backends import ErrorRateError, LocalBackend
 from utils.cli import log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
-from utils.jsonl import DataError, call_key
-from utils.model_calls import Call, Caller, IncompleteError, is_reply
+from utils.jsonl import DataError, call_key, write_json, write_meta
+from utils.model_calls import REPLY_FIELDS, Call, Caller, IncompleteError
 from utils.row_rules import is_look
 
 
@@ -89,6 +91,22 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
                         help="more fields of every request")
 
 
+def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
+    """Return `prompts` with those named in the JSON object at `path` replaced (--prompts)."""
+    if path is None:
+        return dict(prompts)
+    try:
+        changes = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        json.dumps(changes, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON object of prompts ({error})") from error
+    if not isinstance(changes, dict) or not all(isinstance(text, str) for text in changes.values()):
+        raise DataError(f"{path}: expected one JSON object of strings")
+    if unknown := sorted(set(changes) - set(prompts)):
+        raise DataError(f"{path}: no prompt is called {', '.join(unknown)}; expected {', '.join(prompts)}")
+    return prompts | changes
+
+
 def open_backend(args: argparse.Namespace) -> object:
     """Return the backend of the flags, not loaded yet."""
     if args.backend == "local":
@@ -107,49 +125,101 @@ def open_server(args: argparse.Namespace, max_pixels: int) -> object:
 
 
 @contextmanager
-def open_run(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict],
-             **settings) -> Iterator[Caller]:
+def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict],
+               settings: dict) -> Iterator[Caller]:
     """Open the journals in `<output>.run` and yield the caller; `settings` are those that change the result.
 
-    With --export_only the model is the one that the journal names: none is looked for.
+    With --export_only the model is the one that the journal names, and none is loaded.
     """
     folder, shard = Path(f"{args.output}.run"), args.shard or rank_world()[:2]
     if args.export_only and (args.retry_errors or args.fresh):
         raise DataError("--export_only makes no calls; it cannot go with --retry_errors or --fresh")
     if args.fresh:
         move_aside(folder, shard[1])
-    asked = {"schemas": call_key(**schemas)}
-    settings |= asked | {"prompts": call_key(**prompts), "max_new_tokens": args.max_new_tokens}
+    schemas_key = {"schemas": call_key(**schemas)}
+    settings = settings | schemas_key | {"prompts": call_key(**prompts), "max_new_tokens": args.max_new_tokens}
     if args.export_only:
-        known = read_settings(folder)
-        if known is None:
+        written = read_settings(folder)
+        if written is None:
             raise DataError(f"{folder}: no journal here; run without --export_only first")
-        backend, identity = None, {name: known[name] for name in known if name not in settings}
+        backend, identity = None, {name: written[name] for name in written if name not in settings}
     else:
         backend = open_backend(args)
         identity = {"backend": args.backend, "max_pixels": args.max_pixels, **backend.identity}
     with ExitStack() as stack:
-        # no model, no cycles, but millions of objects to look through: -8 % time
+        # millions of objects and no cycles to collect: 8 % faster without the collector
         if args.export_only and gc.isenabled():
             gc.disable()
             stack.callback(gc.enable)
-        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, is_valid=is_reply))
+        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard,
+                                              is_valid=REPLY_FIELDS.issubset))
         images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_look))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
-        yield Caller(journal, images, backend, identity | asked, prompts, args.max_new_tokens, shard,
-                     not args.no_guard,
-                     args.retry_errors)
+        yield Caller(journal, images, backend, identity | schemas_key, prompts, args.max_new_tokens, shard,
+                     not args.no_guard, args.retry_errors)
 
 
-def incomplete(args: argparse.Namespace, error: IncompleteError) -> int:
-    """Return the exit code of a shard that is done before others; DataError for an --export_only that came
-    too early.
+@dataclass(frozen=True)
+class Stage:
+    """What a stage with model calls is made of; `run_stage` does what all of them share.
+
+    settings: what changes the result besides model, prompts and schemas. read: return the samples of the
+    input. preview: return what --dry_run prints. work(samples, caller): make the calls and return the results;
+    without `needs_model` there is no caller. export(samples, results): write them and return the counts,
+    "errors" among them. show: log the metrics.
     """
-    if args.export_only:
-        raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done")
-    log(f"this shard is done, {error} from others: the last one writes {args.output}, or --export_only does")
-    return 0
+
+    inputs: list[str]
+    prompts: dict[str, str]
+    prompts_version: str
+    schemas: dict[str, dict]
+    settings: dict
+    read: Callable[[], list]
+    preview: Callable[[list], dict]
+    work: Callable[[list, Caller | None], object]
+    export: Callable[[list, object], dict]
+    show: Callable[[dict], None]
+    needs_model: bool = True
+
+
+def run_stage(args: argparse.Namespace, stage: Stage) -> int:
+    """Run a stage and return its exit code: first this shard's calls, then all samples from the journal."""
+    began = time.monotonic()
+    samples = stage.read()
+    if args.dry_run:
+        print(json.dumps(stage.preview(samples)))
+        return 0
+    try:
+        samples, results, stats = work_on(args, stage, samples)
+    except ErrorRateError as error:
+        log(f"stopped: {error}")
+        return 4
+    except IncompleteError as error:
+        if args.export_only:
+            raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done")
+        log(f"this shard is done, {error} from others: the last one writes {args.output}, or --export_only does")
+        return 0
+    metrics = stage.export(samples, results) | stats | {"seconds": round(time.monotonic() - began, 1)}
+    write_json(f"{args.output}.metrics.json", metrics)
+    write_meta(args.output, args, stage.inputs, metrics["seconds"], prompts=stage.prompts,
+               prompts_version=stage.prompts_version)
+    stage.show(metrics)
+    print(json.dumps(metrics))
+    return 3 if metrics["errors"] else 0
+
+
+def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list, object, dict]:
+    """Return the samples, their results and the counters of the calls."""
+    if not stage.needs_model:
+        return samples, stage.work(samples, None), {}
+    with open_calls(args, stage.prompts, stage.schemas, stage.settings) as caller:
+        index, n_shards = caller.shard
+        if n_shards > 1 and caller.backend:
+            stage.work(samples[index::n_shards], caller)
+            caller.read_all_shards()
+            samples = stage.read()  # again: the shard's samples were checked against each other alone
+        return samples, stage.work(samples, caller), caller.stats()
 
 
 def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:

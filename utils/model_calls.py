@@ -1,74 +1,111 @@
-"""Model calls of stages 1 and 2: through a journal and a backend to checked replies, with a guard and clean
-stops.
+"""Model calls with a journal: checked replies, a second try after a fault, a guard against a failing model.
 
-`ask` runs calls through a journal and a backend and returns one outcome a call: a checked JSON object, or a
-fault with a closed reason. Nothing here decides what a reply means.
-
-Prompts and replies as text: fill a template, find the JSON object in a reply, hold it against a schema.
+`ask` runs calls through a journal and a backend and returns one outcome per call: a checked JSON object, or a
+fault with a closed reason. The caller decides what a reply means.
 """
-import json
 import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.backends import ErrorRateError, Request
+from utils.backends import ErrorRateError, Request, parse_json_reply, schema_fault
 from utils.cli import rank_world, stop_on_signals
 from utils.journal import Journal
-from utils.jsonl import DataError, call_key
+from utils.jsonl import call_key
 
-# the model failed; never a rule's rejection
+# the model failed; a reply that a stage's own rule rejects is not among them
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
-# stop: the first 20 calls all failed, or 20 % of the last 500
+# of a journal's record, those that are read here
+REPLY_FIELDS = frozenset(("key", "text", "finish_reason", "n_prompt", "n_new", "seconds", "error"))
+# the guard stops a run whose first 20 calls all failed, or 20 % of the last 500
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2
+MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take for more than text
 
 
 class Call(NamedTuple):
-    """One question to the model on behalf of a sample; `hashes` are the sha256 of its images' bytes."""
+    """One question to the model on behalf of a sample.
+
+    hashes: sha256 of the bytes of its images. schema: of the JSON object asked for; None for a reply in words,
+    whose value is {"text": ...}.
+    """
 
     id: str
     kind: str
     step: int
     text: str
-    images: tuple[str, ...]
-    hashes: tuple[str, ...]
-    schema: dict
+    images: tuple[str, ...] = ()
+    hashes: tuple[str, ...] = ()
+    schema: dict | None = None
 
 
 class Outcome(NamedTuple):
-    """A checked reply, or the closed `reason` why there is none and a `detail` in words."""
+    """A checked reply, or the closed `reason` why there is none and a `detail` in words.
+
+    text: the last reply as it came. attempts: how often the model was asked.
+    """
 
     value: dict | None
     reason: str | None = None
     detail: str = ""
+    text: str = ""
+    attempts: int = 0
 
 
-def is_reply(record: dict) -> bool:
-    """Return whether a record of the journal has the fields of a Reply that are read here, of their types."""
-    return (type(record["key"]) is type(record["text"]) is type(record["finish_reason"]) is str
-            and type(record["n_prompt"]) is type(record["n_new"]) is int
-            and type(record["seconds"]) in (int, float)
-            and type(record["error"]) in (str, type(None)))
+Check = Callable[[Call, dict], tuple[str, str] | None]  # (closed reason, the fault in words) of a value, or None
 
 
 class IncompleteError(RuntimeError):
     """Calls are in no shard's journal yet, and this process makes none."""
 
 
+def fill(template: str, **values: str) -> str:
+    """Put values at their {names}, in one pass: braces in a value stay text.
+
+    Markers in a value become text too: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's
+    tokenizer would otherwise take for a picture or the end of a turn.
+    """
+    return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
+
+
+@cache
+def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"\{{({'|'.join(map(re.escape, names))})\}}")
+
+
 # ---------------------------------------------------------------------------------------------- running calls
+@dataclass(frozen=True, slots=True)
+class CallUse:
+    """What one call took. as_asked: whether a complete first reply kept the schema; None for any other reply."""
+
+    seconds: float
+    n_prompt: int
+    n_new: int
+    as_asked: bool | None
+
+
+@dataclass
+class Counters:
+    """What a process did (the first four), and the calls that its output is made of, by key."""
+
+    n_calls: int = 0
+    n_reused: int = 0
+    n_new_tokens: int = 0
+    wall_s: float = 0.0
+    used: dict[str, CallUse] = field(default_factory=dict)
+
+
 @dataclass
 class Caller:
-    """What every call of a run shares; counts what was done. `backend` None asks the journal alone.
+    """What all calls of a run share; without a backend, the journal alone answers.
 
-    `identity` (model, sampling, schemas) goes into every key: a journal answers only for what wrote it.
-    `images` is the journal of the images that were looked at (utils.row_rules.check_rows).
+    `identity` (model, sampling, schemas) is part of every key: a journal answers only the model that wrote it.
+    `images` is the journal of the images that were checked (utils.row_rules.check_rows).
     """
 
     journal: Journal
@@ -80,38 +117,34 @@ class Caller:
     shard: tuple[int, int] = (0, 1)
     guarded: bool = True
     retry_errors: bool = False
-    n_calls: int = 0
-    n_reused: int = 0
-    n_new_tokens: int = 0
-    wall_s: float = 0.0
-    # key -> seconds, tokens in, tokens out, JSON as asked or None
-    used: dict[str, tuple] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
-        self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # of all keys: hashed once
+        self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # part of all keys, hashed once
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
-        """Return the request of a call; a second attempt ends with the fault of the first, and has room if
-        cut off."""
-        text, room = call.text, self.max_new_tokens
+        """Return the request of a call. A second attempt names the fault of the first, and may be twice as long
+        if that was cut off."""
+        text, max_tokens = call.text, self.max_new_tokens
         if before is not None:
             text += "\n" + fill(self.prompts["RETRY"], fault=before.detail)
-            room *= 2 if before.reason == "cut_off" else 1
+            max_tokens *= 2 if before.reason == "cut_off" else 1
         key = call_key(common=self.common, kind=call.kind, text=text, images=call.hashes, attempt=attempt,
-                       max_new_tokens=room)
-        return Request(key, self.prompts["SYSTEM"] or None, text, call.images, room, call.schema)
+                       max_new_tokens=max_tokens)
+        return Request(key, self.prompts["SYSTEM"] or None, text, call.images, max_tokens, call.schema)
 
-    def outcome(self, request: Request, call: Call, attempt: int, check: Callable) -> Outcome:
-        """Return what the journal holds for a request, and count it among what this run is made of."""
+    def read(self, request: Request, call: Call, attempt: int, check: Check) -> Outcome:
+        """Return the outcome that the journal holds for a request, and count its call as used."""
         record = self.journal.get(request.key)
         outcome = read_outcome(record, call, check)
-        whole = outcome.reason not in ("cut_off", "backend_error")
-        as_asked = outcome.reason not in ("bad_json", "bad_schema") if whole and attempt == 0 else None
-        self.used[request.key] = record["seconds"], record["n_prompt"], record["n_new"], as_asked
+        as_asked = None
+        if attempt == 0 and outcome.reason not in ("cut_off", "backend_error"):
+            as_asked = outcome.reason not in ("bad_json", "bad_schema")
+        self.counters.used[request.key] = CallUse(record["seconds"], record["n_prompt"], record["n_new"], as_asked)
         return outcome
 
     def read_all_shards(self) -> None:
-        """Go on without calls of its own, with what every shard has written."""
+        """Make no more calls, and read what every shard has written."""
         self.backend, self.retry_errors = None, False
         self.journal.reload()
         self.images.reload()
@@ -119,53 +152,52 @@ class Caller:
     def stats(self) -> dict:
         """Return the counters under the names of the metrics file.
 
-        n_calls, wall_s and the speeds are of this process and run, the rest of all calls that the output is
-        made of. `p50_s`, `p95_s`: seconds of a call at a server, or of its batch. `json_as_asked`: the share
-        of whole first replies that keep the schema, 1 from a server that enforces it.
+        n_calls, wall_s and the speeds describe this process; the others all calls that the output is made of.
+        `p50_s`, `p95_s`: seconds of a call to a server, or of a local batch. `json_as_asked`: the share of
+        complete first replies that keep the schema; 1 from a server that enforces it.
         """
-        seconds, n_prompt, n_new, as_asked = zip(*self.used.values()) if self.used else ((),) * 4
-        first = [kept for kept in as_asked if kept is not None]
-        p50, p95 = (round(q, 3) for q in quantiles(list(seconds))) if seconds else (None, None)
-        return {"n_calls": self.n_calls, "n_reused": self.n_reused,
-                "n_orphaned": sum(key not in self.used for key in self.journal),
-                "n_prompt_tokens": sum(n_prompt), "n_new_tokens": sum(n_new), "p50_s": p50, "p95_s": p95,
+        done, used = self.counters, list(self.counters.used.values())
+        p50, p95 = quantiles([call.seconds for call in used]) if used else (None, None)
+        first = [call.as_asked for call in used if call.as_asked is not None]
+        return {"n_calls": done.n_calls, "n_reused": done.n_reused,
+                "n_orphaned": sum(key not in done.used for key in self.journal),
+                "n_prompt_tokens": sum(call.n_prompt for call in used),
+                "n_new_tokens": sum(call.n_new for call in used), "p50_s": p50, "p95_s": p95,
                 "json_as_asked": round(sum(first) / len(first), 4) if first else None,
-                "wall_s": round(self.wall_s, 1),
-                "calls_per_s": round(self.n_calls / self.wall_s, 2) if self.wall_s else None,
-                "tokens_per_s": round(self.n_new_tokens / self.wall_s, 1) if self.wall_s else None}
+                "wall_s": round(done.wall_s, 1),
+                "calls_per_s": round(done.n_calls / done.wall_s, 2) if done.wall_s else None,
+                "tokens_per_s": round(done.n_new_tokens / done.wall_s, 1) if done.wall_s else None}
 
 
 def quantiles(values: list[float]) -> tuple[float, float]:
-    """Return the 50th and the 95th percentile."""
+    """Return the 50th and the 95th percentile, to a millisecond."""
     cuts = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 19
-    return cuts[9], cuts[18]
+    return round(cuts[9], 3), round(cuts[18], 3)
 
 
-def read_outcome(record: dict, call: Call, check: Callable[[Call, dict], tuple[str, str] | None]) -> Outcome:
-    """Judge a journal record: error, length, JSON, schema, then `check(call, value)` -> (reason, detail) or
-    None."""
+def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
+    """Return the outcome of a journal record: error, length, JSON, schema and then `check` decide."""
+    value, fault = None, None
     if record["error"]:
-        return Outcome(None, "backend_error", record["error"])
-    if record["finish_reason"] == "length":
-        return Outcome(None, "cut_off", f"it was cut off after {record['n_new']} tokens; be shorter")
-    value = parse_json_reply(record["text"])
-    if value is None:
-        return Outcome(None, "bad_json", "it was not one JSON object")
-    if fault := schema_fault(value, call.schema):
-        return Outcome(None, "bad_schema", fault)
-    fault = check(call, value)
-    return Outcome(None, *fault) if fault else Outcome(value)
+        fault = "backend_error", record["error"]
+    elif call.schema is None:
+        value = {"text": record["text"]}
+    elif record["finish_reason"] == "length":
+        fault = "cut_off", f"it was cut off after {record['n_new']} tokens; be shorter"
+    elif (value := parse_json_reply(record["text"])) is None:
+        fault = "bad_json", "it was not one JSON object"
+    elif broken := schema_fault(value, call.schema):
+        fault = "bad_schema", broken
+    reason, detail = fault or check(call, value) or (None, "")
+    return Outcome(None if reason else value, reason, detail, record["text"], record.get("attempt", 0) + 1)
 
 
-def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[str, str] | None], desc: str,
-        guarded: bool = True, retries: int = 1) -> list[Outcome]:
-    """Return one outcome a call, in order: journal first, then the model; a faulty reply is asked again
-    `retries` times.
+def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: bool = True, retries: int = 1
+        ) -> list[Outcome]:
+    """Return one outcome per call, in order. A faulty reply is asked for again, `retries` times at most.
 
-    `check(call, value)` returns (closed reason, the fault in words) for a reply that is valid JSON but not
-    acceptable. Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a
-    backend if a record is missing, KeyboardInterrupt after a signal; all that came until then is in the
-    journal.
+    Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a backend if a
+    record is missing, KeyboardInterrupt after a signal; what came until then is in the journal.
     """
     if caller.retry_errors:
         forget_errors(caller, calls, check, retries)
@@ -182,12 +214,12 @@ def ask(caller: Caller, calls: list[Call], check: Callable[[Call, dict], tuple[s
         run_requests(caller, list(requests.values()), owners, attempt, f"{desc}, again" if attempt else desc,
                      guard, failed)
         for i, request in requests.items():
-            outcomes[i] = caller.outcome(request, calls[i], attempt, check)
+            outcomes[i] = caller.read(request, calls[i], attempt, check)
         pending = [i for i in pending if outcomes[i].value is None and outcomes[i].reason != "backend_error"]
     return [outcomes[i] for i in range(len(calls))]
 
 
-def forget_errors(caller: Caller, calls: list[Call], check: Callable, retries: int) -> None:
+def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int) -> None:
     """Drop from memory the records of calls that ended as an error, so that they are made again."""
     for call in calls:
         outcome, keys = None, []
@@ -205,21 +237,21 @@ def forget_errors(caller: Caller, calls: list[Call], check: Callable, retries: i
 
 
 class Guard:
-    """Stops a run whose calls fail: counted over the new calls of one phase."""
+    """Stops a run whose calls fail, counted over the new calls of one phase."""
 
     def __init__(self, on: bool):
         self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
 
     def count(self, failed: bool) -> None:
-        """Count a call; raise ErrorRateError if GUARD_FIRST all failed, or GUARD_SHARE of the last
+        """Count a call; raise ErrorRateError if the first GUARD_FIRST all failed, or GUARD_SHARE of the last
         GUARD_WINDOW."""
         self.n, self.n_failed = self.n + 1, self.n_failed + failed
         self.last.append(failed)
         all_failed = self.n_failed == self.n >= GUARD_FIRST
         if self.on and (all_failed or self.n >= GUARD_WINDOW and sum(self.last) > GUARD_SHARE * GUARD_WINDOW):
             raise ErrorRateError(
-                f"{sum(self.last)} of the last {len(self.last)} calls failed; look at the replies in "
-                                 "the journal, mend model or prompts, or use --no_guard for a model known to be weak")
+                f"{sum(self.last)} of the last {len(self.last)} calls failed; read the replies in the journal and "
+                "fix the model or the prompts, or use --no_guard for a model known to be weak")
 
 
 def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,
@@ -227,118 +259,29 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
     """Make the calls that the journal lacks and append one record each; equal calls are made once."""
     unique = list({request.key: request for request in requests}.values())
     n_done = sum(request.key in caller.journal for request in unique)
-    caller.n_reused += n_done
+    done = caller.counters
+    done.n_reused += n_done
     if n_done == len(unique):
         return
     if caller.backend is None:
         raise IncompleteError(f"{len(unique) - n_done:,} calls are missing")
     began, n_errors, prompts = time.monotonic(), 0, call_key(**caller.prompts)[:16]
     with (stop_on_signals() as stop,
-          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call",
-               disable=rank_world()[0] != 0) as bar):
+          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call", disable=rank_world()[0] != 0) as bar):
         for reply in caller.backend.generate(unique, caller.journal, stop):
-            if reply.key in caller.journal:  # made again only to keep its batch as it was
+            if reply.key in caller.journal:  # made again because its local batch was
                 continue
             call = owners[reply.key]
-            record = asdict(reply) | {"id": call.id, "kind": call.kind, "step": call.step, "attempt": attempt,
-                                      "prompts": prompts, "time": round(time.time(), 3)}
+            record = reply.record() | {"id": call.id, "kind": call.kind, "step": call.step, "attempt": attempt,
+                                       "prompts": prompts, "time": round(time.time(), 3)}
             caller.journal.append(record)
-            bad = failed(record)
-            n_errors += bad
-            caller.n_calls, caller.n_new_tokens = caller.n_calls + 1, caller.n_new_tokens + reply.n_new
-            speed = caller.n_new_tokens / (caller.wall_s + time.monotonic() - began)
+            is_error = failed(record)
+            n_errors += is_error
+            done.n_calls, done.n_new_tokens = done.n_calls + 1, done.n_new_tokens + reply.n_new
+            speed = done.n_new_tokens / (done.wall_s + time.monotonic() - began)
             bar.set_postfix_str(f"{n_errors} errors, {n_done} reused, {speed:.0f} tok/s", refresh=False)
             bar.update()
-            guard.count(bad)
-    caller.wall_s += time.monotonic() - began
-    # only a signal ends the backend's work early
+            guard.count(is_error)
+    done.wall_s += time.monotonic() - began
     if not all(request.key in caller.journal for request in unique):
-        raise KeyboardInterrupt
-
-
-# ------------------------------------------------------------ replies
-
-
-DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
-KINDS = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
-MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")
-
-
-def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
-    """Return `prompts` with those named in the JSON object at `path` replaced; DataError for an unknown name.
-    """
-    if path is None:
-        return dict(prompts)
-    try:
-        changes = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        json.dumps(changes, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no character
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no JSON object of prompts ({error})") from error
-    if not isinstance(changes, dict) or not all(isinstance(text, str) for text in changes.values()):
-        raise DataError(f"{path}: expected one JSON object of strings")
-    if unknown := sorted(set(changes) - set(prompts)):
-        raise DataError(f"{path}: no prompt is called {', '.join(unknown)}; expected {', '.join(prompts)}")
-    return prompts | changes
-
-
-def fill(template: str, **values: str) -> str:
-    """Put values at their {names}, in one pass: braces in a value are text.
-
-    So are markers: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's tokenizer would else
-    take for a picture or the end of a turn.
-    """
-    return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
-
-
-@cache
-def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"\{{({'|'.join(map(re.escape, names))})\}}")
-
-
-def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply, whatever stands around it; None if there is none that UTF-8 can
-    hold."""
-    place, found, escapes = text.find("{"), None, "\\u" in text
-    while place >= 0:
-        try:
-            value, end = DECODER.raw_decode(text, place)
-            if escapes:  # they may stand for half a character
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-            found = value
-        except (ValueError, RecursionError):
-            end = place + 1
-        place = text.find("{", end)
-    return found
-
-
-def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
-    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean), or
-    None."""
-    kind = schema["type"]
-    if type(value) is not KINDS[kind]:  # exact: JSON knows no subclasses, and a bool is no integer
-        return f"{where} should be of type {kind}"
-    if kind == "string" and "enum" not in schema and len(value) <= schema.get("maxLength", len(value)):
-        return None
-    if "enum" in schema and value not in schema["enum"]:
-        return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
-    if kind == "string" and len(value) > schema.get("maxLength", len(value)):
-        return f"{where} is too long: {len(value)} characters"
-    if kind == "array":
-        if len(value) > schema.get("maxItems", len(value)):
-            return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
-        for n, item in enumerate(value, 1):
-            if fault := schema_fault(item, schema["items"], f"item {n} of {where}"):
-                return fault
-    if kind == "object":
-        if missing := [name for name in schema["required"] if name not in value]:
-            return f"{where} lacks {', '.join(missing)}"
-        for name, part in schema["properties"].items():
-            if fault := schema_fault(value[name], part, repr(name)):
-                return fault
-    return None
-
-
-def object_schema(**properties: dict) -> dict:
-    """Return the schema of an object whose properties are all required."""
-    return {"type": "object", "properties": properties, "required": list(properties),
-            "additionalProperties": False}
+        raise KeyboardInterrupt  # only a signal ends the backend's work early

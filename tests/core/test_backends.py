@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.backends import ErrorRateError, LocalBackend, Reply, Request
+from utils.backends import (ErrorRateError, LocalBackend, Reply, Request, object_schema, parse_json_reply,
+                            schema_fault)
+from utils.call_flags import load_prompts
 from utils.journal import Journal
 from utils.jsonl import DataError, model_identity
-from utils.model_calls import (Call, Caller, Guard, IncompleteError, Outcome, ask, fill, load_prompts,
-                               object_schema, parse_json_reply, quantiles, schema_fault)
+from utils.model_calls import Call, Caller, Guard, IncompleteError, Outcome, ask, fill, quantiles
 
 SCHEMA = object_schema(caption={"type": "string", "maxLength": 20},
                        legible={"type": "string", "enum": ["yes", "no"]},
@@ -145,9 +146,9 @@ def test_a_second_run_asks_nothing_and_says_the_same(tmp_path):
     n_asked = len(backend.asked)
     again, caller = run(tmp_path, None, make_calls("good", "bad"))
     assert again == first and len(
-        backend.asked) == n_asked == 3 and caller.n_reused == 3 and caller.n_calls == 0
+        backend.asked) == n_asked == 3 and caller.counters.n_reused == 3 and caller.counters.n_calls == 0
     more, caller = run(tmp_path, backend, make_calls("new", "good"))
-    assert backend.asked[3:] == ["new"] and caller.n_reused == 1
+    assert backend.asked[3:] == ["new"] and caller.counters.n_reused == 1
     with pytest.raises(IncompleteError, match="1 calls are missing"):
         run(tmp_path, None, make_calls("other"))
 
@@ -258,15 +259,15 @@ def test_a_lost_image_fails_alone(backend, picture, tmp_path):
 def test_out_of_memory_splits_the_batch(tiny_checkpoint, picture, monkeypatch, limit):
     from utils import decode
     backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=3, batch_tokens=10**6)
-    generate, requests = decode.generate, requests_for(picture, 3)
+    prefill, requests = decode.prefill, requests_for(picture, 3)
     expected = essence(backend.generate(requests))
 
     def small_memory(qwen, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > limit:
             raise torch.OutOfMemoryError("no memory")
-        return generate(qwen, inputs, *args, **kwargs)
+        return prefill(qwen, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(decode, "generate", small_memory)
+    monkeypatch.setattr(decode, "prefill", small_memory)
     replies = essence(backend.generate(requests))
     assert replies == expected if limit else {reply[4] for reply in replies.values()} == {"out_of_memory"}
 
@@ -276,7 +277,7 @@ def test_a_batch_keeps_to_its_rows_and_tokens(tiny_checkpoint, picture):
     for size, tokens in ((4, 10**6), (9, 120), (9, 1), (2, 120)):
         backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, size, tokens)
         batches = list(backend.batches(requests))
-        need = [len(batch) * max(backend.length(r)[0] + r.max_tokens for r in batch) for batch in batches]
+        need = [len(batch) * max(backend.length(r) + r.max_tokens for r in batch) for batch in batches]
         assert sorted(r.key for batch in batches for r in batch) == sorted(r.key for r in requests)
         assert all(len(batch) <= size and (n <= tokens or len(batch) == 1) for batch, n in zip(batches, need))
         lengths = [backend.length(r) for batch in batches for r in batch]
@@ -286,15 +287,15 @@ def test_a_batch_keeps_to_its_rows_and_tokens(tiny_checkpoint, picture):
 
 def test_out_of_memory_is_remembered(tiny_checkpoint, picture, monkeypatch):
     from utils import decode
-    generate, sizes = decode.generate, []
+    prefill, sizes = decode.prefill, []
 
     def small_memory(qwen, inputs, *args, **kwargs):
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("no memory")
-        return generate(qwen, inputs, *args, **kwargs)
+        return prefill(qwen, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(decode, "generate", small_memory)
+    monkeypatch.setattr(decode, "prefill", small_memory)
     backend = LocalBackend(str(tiny_checkpoint), 100 * 28 * 28, batch_size=4, batch_tokens=10**6)
     path = picture("a.png")
     replies = list(backend.generate(Request(f"k{i}", None, "What is it?", (str(path),), 6)

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from utils.backends import Request, fill_batches
+from utils.backends import Request
 from utils.cli import log
 from utils.decode import clean_text, decode, prefill
 from utils.evaluate.prompts import ASKED, MAX_TURNS, Protocol, read_turn, user_text
@@ -358,3 +358,15 @@ def look_ahead(system: Local | Served, batches: list[list[Conversation]], journa
             before = after
         if before:
             yield before
+
+
+def fill_batches(sized, limits):
+    batch, longest = [], 0
+    for n_tokens, one in sized:
+        longest = max(longest, n_tokens)
+        if len(batch) == limits.batch_size or batch and (len(batch) + 1) * longest > limits.batch_tokens:
+            yield batch
+            batch, longest = [], n_tokens
+        batch.append(one)
+    if batch:
+        yield batch

@@ -42,11 +42,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from utils.backends import object_schema
 from utils.intervene.text_edits import NotEditable, count, direct, distance, pick_slot, swap, verify_directed
 from utils.intervene.word_forms import SOMETHING, others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key
-from utils.model_calls import Call, Caller, ask, fill, object_schema
+from utils.model_calls import Call, Caller, ask, fill
 from utils.spans import OPEN, after_marks, passages, put_spans
 
 CONSTANT = "A closer view of the part of the image that matters."  # names no attribute and no place

@@ -27,29 +27,24 @@ on is an error, no rejection, and the exit code is 3. Killed, the same command g
 stages 1 and 2.
 """
 import argparse
-import json
 import os
 import random
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.answers import LETTER, answers_match, normalize, strip_label
-from utils.backends import ErrorRateError
-from utils.call_flags import add_call_flags, incomplete, open_backend, open_run, show_calls
+from utils.backends import object_schema
+from utils.call_flags import Stage, add_call_flags, load_prompts, open_backend, run_stage, show_calls
 from utils.cli import Help, log
 from utils.images import IMAGE_REASONS, ImageError, Picture, open_image, open_picture
 from utils.items import ANSWER_TYPES, gold_words, read_items, region_in
 from utils.journal import read_settings
-from utils.jsonl import DataError, call_key, check_output, replace_file, write_json, write_meta, write_rows
-from utils.model_calls import (ERROR_REASONS, Call, Caller, IncompleteError, ask, fill, load_prompts,
-                               object_schema)
+from utils.jsonl import DataError, call_key, check_output, replace_file, write_rows
+from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.row_rules import check_rows, find_markup
 
 N_WRONG = 3
@@ -333,28 +328,16 @@ def judge(one: Candidate, kind: str, outcome, seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------ the run
-@contextmanager
-def open_callers(args: argparse.Namespace, prompts: dict[str, str]) -> Iterator[tuple[Caller, Caller]]:
-    """Yield the writer and the answerer, which may be one; both keep to one journal."""
-    other, backend = None, None
-    if args.answer_model:
-        if args.export_only:
-            other = (read_settings(f"{args.output}.run") or {}).get("answerer")
-        else:
-            flags = vars(args) | {"model": args.answer_model, "base_url": args.answer_base_url
-                                  or args.base_url,
-                                  "backend": args.answer_backend or args.backend}
-            backend = open_backend(argparse.Namespace(**flags))
-            other = {"backend": flags["backend"], "max_pixels": args.max_pixels, **backend.identity}
-    with open_run(args, prompts, SCHEMAS, stage="derive", questions=args.questions, seed=args.seed,
-                  answerer=other) as caller:
-        if other is None:
-            yield caller, caller
-            return
-        answerer = replace(caller, backend=backend, identity=other | {"schemas": caller.identity["schemas"]})
-        yield caller, answerer
-        for name in ("n_calls", "n_reused", "n_new_tokens", "wall_s"):  # `used` is shared
-            setattr(caller, name, getattr(caller, name) + getattr(answerer, name))
+def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
+    """Return the backend and the identity of --answer_model, without one (None, None): --model answers."""
+    if not args.answer_model:
+        return None, None
+    if args.export_only:
+        return None, (read_settings(f"{args.output}.run") or {}).get("answerer")
+    flags = vars(args) | {"model": args.answer_model, "base_url": args.answer_base_url or args.base_url,
+                          "backend": args.answer_backend or args.backend}
+    backend = open_backend(argparse.Namespace(**flags))
+    return backend, {"backend": flags["backend"], "max_pixels": args.max_pixels, **backend.identity}
 
 
 def export(candidates: list[Candidate], args: argparse.Namespace) -> dict:
@@ -409,40 +392,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the flags of `parse_args` say; return the exit code."""
-    began, prompts = time.monotonic(), load_prompts(args.prompts, PROMPTS)
-    check_output(args.output, [args.items])
-    items = read_items(args.items, args.limit, tuple(ANSWER_TYPES))
-    if args.dry_run:
-        looked = look(items, None, args)
-        calls = [write_call(item, view, args, prompts) for item, view in zip(items, looked)
-                 if isinstance(view, View)]
-        print(json.dumps({"calls": show_calls(calls, args, prompts["SYSTEM"]), "sources": len(items),
-                          "sound": len(calls),
-                          "answers_at_most": len(calls) * args.questions * (1 + args.drop_blind)}))
-        return 0
-    try:
-        with open_callers(args, prompts) as (caller, answerer):
-            index, n_shards = caller.shard
-            if n_shards > 1 and caller.backend:
-                derive(items[index::n_shards], caller, answerer, args, prompts)
-                for one in (caller, answerer):
-                    one.read_all_shards()
-            candidates = derive(items, caller, answerer, args, prompts)
-    except ErrorRateError as error:
-        log(f"stopped: {error}")
-        return 4
-    except IncompleteError as error:
-        return incomplete(args, error)
-    metrics = export(candidates, args) | caller.stats() | {"seconds": round(time.monotonic() - began, 1)}
-    assert metrics["kept"] + metrics["rejected"] + metrics["errors"] == metrics["asked"] == len(
-        items) * args.questions
-    write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, [args.items], metrics["seconds"], prompts=prompts,
-               prompts_version=PROMPTS_VERSION)
+def preview(items: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+    """Show a prompt; return the counts of calls (--dry_run)."""
+    calls = [write_call(item, view, args, prompts) for item, view in zip(items, look(items, None, args))
+             if isinstance(view, View)]
+    return {"calls": show_calls(calls, args, prompts["SYSTEM"]), "sources": len(items), "sound": len(calls),
+            "answers_at_most": len(calls) * args.questions * (1 + args.drop_blind)}
+
+
+def show(metrics: dict) -> None:
     log(f"kept {metrics['kept']} of {metrics['asked']} questions about {metrics['sources']} sources")
     for reason, n in metrics["reasons"].items():
         log(f"    {reason:<40}{n:>6,}")
-    print(json.dumps(metrics))
-    return 3 if metrics["errors"] else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the flags of `parse_args` say; return the exit code."""
+    prompts = load_prompts(args.prompts, PROMPTS)
+    check_output(args.output, [args.items])
+    backend, identity = (None, None) if args.dry_run else find_answerer(args)
+
+    def work(items: list[dict], caller: Caller) -> list[Candidate]:
+        answerer = caller if identity is None else replace(
+            caller, backend=caller.backend and backend, identity=identity | {"schemas": caller.identity["schemas"]})
+        return derive(items, caller, answerer, args, prompts)
+
+    def export_all(items: list[dict], candidates: list[Candidate]) -> dict:
+        counts = export(candidates, args)
+        assert counts["kept"] + counts["rejected"] + counts["errors"] == counts["asked"] == len(
+            items) * args.questions
+        return counts
+
+    return run_stage(args, Stage(
+        [args.items], prompts, PROMPTS_VERSION, SCHEMAS,
+        {"stage": "derive", "questions": args.questions, "seed": args.seed, "answerer": identity},
+        read=lambda: read_items(args.items, args.limit, tuple(ANSWER_TYPES)),
+        preview=lambda items: preview(items, args, prompts), work=work, export=export_all, show=show))
