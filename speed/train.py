@@ -1,34 +1,31 @@
-"""train_sft.py against transformers' Trainer and TRL's SFTTrainer: tokens a second and peak memory of equal
-steps.
+"""train_sft.py against transformers' Trainer and TRL's SFTTrainer: tokens per second and peak memory.
 
     python speed/train.py --folder work/train_speed
 
-128 rows drawn by a seed: 185 tokens on average and at most 467, 71 % of them visual, 13 % trained, as in
-visual CoT; a random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5,
-clipping at 1. Activations are computed again: the peers' of whole layers, as their flag does, ours by
---recompute mlps. A step is all 128 rows for every contender, so their losses must agree at every step.
-Contenders run in turns, each in a process of its own, `--rounds` times; the first step of each is a warm-up.
+128 rows drawn by a seed, like visual CoT: 185 tokens on average and at most 467, 71 % of them visual, 13 %
+trained. A random Qwen2.5-VL of 2.5 million parameters; float32, frozen tower, AdamW at a constant 1e-5,
+clipping at 1. Activations are recomputed: by the peers for whole layers, as their flag does, by ours for MLPs
+(--recompute mlps). A step is all 128 rows for every contender, so their losses must agree at every step.
+Contenders run in turns, each in a process of its own, --rounds times; the first step of each is a warm-up.
 
-  trainer            transformers.Trainer, one row a device and 128 accumulated (Monet's layout)
-  trainer_rebalance  its best setting: 8 rows on average in batches that `batch_rebalance` makes of like
-  lengths
-  trl                trl.SFTTrainer, 8 rows a batch (its default) and 16 accumulated
+  trainer            transformers.Trainer, one row per device and 128 accumulated (Monet's setting)
+  trainer_rebalance  its best setting: 8 rows on average, in batches of like lengths by `batch_rebalance`
+  trl                trl.SFTTrainer, 8 rows per batch (its default) and 16 accumulated
   trl_rebalance      the same with `batch_rebalance`
 
-The peers get the same token ids and labels, made by the same code, and the same pixels: of the library's own
-image processor, as their users have them, or, with --own_pixels, of utils.patches, which gives its values to
-the bit in less time. They stand in an environment that this script makes of speed/requirements-train.txt at
-its first start (it needs a package index or cache).
+The peers get the same token ids and labels, made by the same code. Their pixels come from the library's own
+image processor, as their users have them, or, with --own_pixels, from utils.patches, which gives the same
+values to the bit in less time. They run in an environment that this script makes from
+speed/requirements-train.txt at its first start (it needs a package index or cache).
 
---recompute layers: ours computes whole layers again too. --recompute none: all keep their activations, for
-less time and more memory. The peers gain more by it: checkpointing on the whole model runs the frozen tower
-twice. --growth: 32, 128 and 512 rows a step, and 8 rows of 256 to 4,096 visual tokens, ours against
+--recompute layers: ours recomputes whole layers too. --recompute none: all keep their activations, which
+takes less time and more memory. The peers gain more by it: checkpointing on the whole model runs the frozen
+tower twice. --growth: 32, 128 and 512 rows per step, and 8 rows of 256 to 4,096 visual tokens, ours against
 trainer_rebalance.
 
 Writes  --result (results/train.json, train_own_pixels.json, train_layers.json, train_none.json or
-train_growth.json)
-Prints  the same JSON object: median tokens a second, peak GiB, and ratio to ours with its range over the
-rounds
+        train_growth.json)
+Prints  the same JSON object: median tokens per second, peak GiB, ratio to ours with its range over rounds
 """
 import argparse
 import json
@@ -60,8 +57,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "
 VISION_SIZES = {"depth": 4, "hidden_size": 40, "intermediate_size": 96, "num_heads": 2}
 VOCABULARY = 6000
 TOLERANCE = 1e-3  # of losses at the same step
-SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "zu", "dra", "ple", "stin", "gor", "bel",
-             "car", "fen", "hal")
+SYLLABLES = "ba ke li mo nu ra se ti vo zu dra ple stin gor bel car fen hal".split()
 
 
 # ---------------------------------------------------------------------------------------------- the world
@@ -70,8 +66,7 @@ def words(rng: random.Random, n: int) -> str:
 
 
 def make_world(folder: Path, n_rows: int, visual_tokens: int | None) -> None:
-    """Write rows.jsonl, its pictures (of `visual_tokens` each, or of lengths as in visual CoT) and the
-    checkpoint."""
+    """Write rows.jsonl, pictures (of `visual_tokens`, or of sizes as in visual CoT) and the checkpoint."""
     from PIL import Image
 
     from toy.make_model import make_model
@@ -85,18 +80,16 @@ def make_world(folder: Path, n_rows: int, visual_tokens: int | None) -> None:
         picture = Image.effect_noise((width, width), 80).resize(size, Image.Resampling.BICUBIC).convert("RGB")
         picture.save(folder / f"{n}.jpg", quality=90)
         answer = words(rng, 1)
-        chain = f"{words(rng, max(1, round(rng.lognormvariate(2.15, 0.6))))}. The answer is \\boxed{{{answer}}}."
-        rows.append({"id": f"speed/{n}", "images": [f"{n}.jpg"], "question": words(rng, rng.randint(1, 3))
-                     + "?", "answer": answer,
+        thought = words(rng, max(1, round(rng.lognormvariate(2.15, 0.6))))
+        chain = f"{thought}. The answer is \\boxed{{{answer}}}."
+        question = words(rng, rng.randint(1, 3)) + "?"
+        rows.append({"id": f"speed/{n}", "images": [f"{n}.jpg"], "question": question, "answer": answer,
                      "steps": [{"text": chain}], "chain": chain})
     write_rows(folder / "rows.jsonl", rows)
-    # the prompt's own words, often enough to be tokens
-    texts = [words(rng, 400)
-             for _ in range(60)] + [
-                 "system\nYou are a helpful assistant. user assistant. The answer is \\boxed{"] * 99
-    print(json.dumps(make_model(texts, folder / "model", n_tokens=VOCABULARY, sizes=SIZES,
-                                vision_sizes=VISION_SIZES)),
-          file=sys.stderr)
+    prompt = "system\nYou are a helpful assistant. user assistant. The answer is \\boxed{"
+    texts = [words(rng, 400) for _ in range(60)] + [prompt] * 99  # often enough to become tokens
+    made = make_model(texts, folder / "model", n_tokens=VOCABULARY, sizes=SIZES, vision_sizes=VISION_SIZES)
+    print(json.dumps(made), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------- the contenders
@@ -105,39 +98,35 @@ def count_rows(folder: Path) -> int:
 
 
 def flags_of_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None,
-                  recompute: str = "mlps") -> list[str]:
+                  recompute: str) -> list[str]:
     pack = max(PACK, (visual_tokens or 0) + 1024)
-    return ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--model",
-            str(folder / "model"), "--output",
-            str(output), "--max_steps", str(steps), "--global_batch", str(count_rows(folder)), "--max_tokens",
-            str(pack),
-            "--image_tokens", str(BUDGET), "--tokens_per_image", str(BUDGET), "--learning_rate",
-            str(LEARNING_RATE),
-            "--schedule", "constant", "--warmup_steps", "1", "--recompute", recompute, "--num_workers", "0",
-            "--save_every",
-            "1000000"]
+    flags = {"data": folder / "rows.jsonl", "image_root": folder, "model": folder / "model", "output": output,
+             "max_steps": steps, "global_batch": count_rows(folder), "max_tokens": pack,
+             "image_tokens": BUDGET, "tokens_per_image": BUDGET, "learning_rate": LEARNING_RATE,
+             "schedule": "constant", "warmup_steps": 1, "recompute": recompute, "num_workers": 0,
+             "save_every": 1000000}
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def run_ours(folder: Path, steps: int, output: Path, visual_tokens: int | None, recompute: str) -> dict:
-    """train_sft.py as a user starts it; its own log has the figures."""
-    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags_of_ours(folder, steps, output,
-                                                                               visual_tokens, recompute)],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Run train_sft.py as a user starts it; the numbers are in its log."""
+    flags = flags_of_ours(folder, steps, output, visual_tokens, recompute)
+    subprocess.run([sys.executable, str(ROOT / "train_sft.py"), *flags], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = [json.loads(line) for line in Path(f"{output}.run/log.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in log], "seconds": [line["seconds"] for line in log],
             "tokens": log[0]["tokens"], "peak_gib": log[-1]["peak_gib"]}
 
 
 class Rows:
-    """The rows as items of token ids and labels; their pictures are opened and made into patches when a batch
-    is made, as in train_sft.py."""
+    """The rows as token ids and labels; a batch opens its pictures and makes patches, as in train_sft.py."""
 
     def __init__(self, folder: Path, own_pixels: bool):
         from utils.jsonl import read_rows
         from utils.qwen import load_tools
         from utils.train.examples import Target, make_examples
-        self.qwen, self.target = load_tools(str(folder / "model")), Target(
-            "text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
+        self.qwen = load_tools(str(folder / "model"))
+        self.target = Target("text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
         rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
         self.examples = make_examples(self.qwen, rows, self.target)
         self.own_pixels = own_pixels
@@ -165,17 +154,17 @@ class Rows:
                  "labels": pad_sequence([torch.tensor(item["labels"]) for item in items], batch_first=True,
                                         padding_value=-100)}
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_id).int()
-        pictures = [picture for item in items
-                    for picture in load_images(self.examples[item["row"]].images, self.target,
-                                               self.qwen.factor)]
+        pictures = []
+        for item in items:
+            pictures += load_images(self.examples[item["row"]].images, self.target, self.qwen.factor)
         processor = self.qwen.image_processor
-        pixels = process_images(processor, pictures) if self.own_pixels else processor(pictures,
-                                                                                       return_tensors="pt")
+        pixels = (process_images(processor, pictures) if self.own_pixels
+                  else processor(pictures, return_tensors="pt"))
         return batch | {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
 
 
 def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool, recompute: str) -> dict:
-    """A library's trainer over the same rows, in this process."""
+    """Train with a library's trainer on the same rows, in this process."""
     import datasets
     import torch
     import transformers
@@ -188,11 +177,9 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
     settings = {"output_dir": str(output), "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": len(rows.examples) // size,
                 "max_steps": steps, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant",
-                "weight_decay": 0.01,
-                "gradient_checkpointing": recompute != "none",
-                "gradient_checkpointing_kwargs": {"use_reentrant": False},
-                "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-                "remove_unused_columns": False, "use_cpu": True,
+                "weight_decay": 0.01, "gradient_checkpointing": recompute != "none",
+                "gradient_checkpointing_kwargs": {"use_reentrant": False}, "logging_steps": 1,
+                "save_strategy": "no", "report_to": "none", "remove_unused_columns": False, "use_cpu": True,
                 "bf16": False, "disable_tqdm": True, "dataloader_num_workers": 0,
                 "train_sampling_strategy": "batch_rebalance" if name.endswith("rebalance") else "random"}
     times = []
@@ -234,27 +221,27 @@ def make_environment() -> Path:
 
 
 def compare(runs: dict[str, list[dict]]) -> dict:
-    """Return each contender's median tokens a second, peak memory and ratios; the losses of all must agree at
-    every step."""
-    ours, result = runs["ours"], {}
-    for name, its in runs.items():
-        for mine, theirs in zip(ours, its):
-            gaps = [abs(a - b) for a, b in zip(mine["losses"], theirs["losses"], strict=True)]
-            assert max(gaps) <= TOLERANCE and mine["tokens"] == theirs["tokens"], (name, gaps, mine["tokens"],
-                                                                                   theirs["tokens"])
-        speeds = [run["tokens"] / statistics.median(run["seconds"][1:]) for run in its]
-        times_ours = [mine["tokens"] / statistics.median(mine["seconds"][1:]) / speed for mine,
-                      speed in zip(ours, speeds)]
-        result[name] = {"tokens_per_s": round(statistics.median(speeds)),
-                        "peak_gib": max(run["peak_gib"] for run in its),
-                        "losses": [round(loss, 5) for loss in its[0]["losses"]],
-                        "ours_is_faster_by": round(statistics.median(times_ours), 2),
-                        "over_rounds": [round(ratio, 2) for ratio in times_ours]}
+    """Return each contender's median speed, peak memory and ratios; all losses must agree at every step."""
+    def speed(run: dict) -> float:
+        return run["tokens"] / statistics.median(run["seconds"][1:])
+
+    result = {}
+    for name, rounds in runs.items():
+        for ours, theirs in zip(runs["ours"], rounds):
+            gaps = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+            assert max(gaps) <= TOLERANCE, (name, gaps)
+            assert ours["tokens"] == theirs["tokens"], name
+        ratios = [speed(ours) / speed(theirs) for ours, theirs in zip(runs["ours"], rounds)]
+        result[name] = {"tokens_per_s": round(statistics.median(map(speed, rounds))),
+                        "peak_gib": max(run["peak_gib"] for run in rounds),
+                        "losses": [round(loss, 5) for loss in rounds[0]["losses"]],
+                        "ours_is_faster_by": round(statistics.median(ratios), 2),
+                        "over_rounds": [round(ratio, 2) for ratio in ratios]}
     return result
 
 
 def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -> dict:
-    """Make a world and let the contenders run in turns over it; return what `compare` says."""
+    """Write the rows of a point, run the contenders in turns on them and return their comparison."""
     def child(contender: str, output: str) -> str:
         command = [str(python), __file__, "--folder", str(folder), "--steps", str(args.steps)]
         flags = [f"--{name}={value}" for name, value in point.items() if value]
@@ -270,8 +257,7 @@ def contend(python: Path, folder: Path, point: dict, args: argparse.Namespace) -
             runs[name].append(json.loads(child(name, f"{name}-{n}").splitlines()[-1]))
             print(n, name, [round(seconds, 2) for seconds in runs[name][-1]["seconds"]], file=sys.stderr)
     return {**point, "tokens": runs["ours"][0]["tokens"], "steps": args.steps, "rounds": args.rounds,
-            "cpus": os.cpu_count(),
-            "contenders": compare(runs)}
+            "cpus": os.cpu_count(), "contenders": compare(runs)}
 
 
 def main() -> None:
@@ -280,14 +266,13 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="a new folder to work in; 30 MB, with --growth 200")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4,
-                        help="optimizer steps a round, the first not measured")
+                        help="optimizer steps per round; the first is not measured")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--own_pixels", action="store_true",
-                        help="let the peers make patches by utils.patches too")
+    parser.add_argument("--own_pixels", action="store_true", help="the peers use utils.patches too")
     parser.add_argument("--recompute", choices=("layers", "mlps", "none"), default="mlps",
-                        help="what ours computes again")
+                        help="what ours recomputes")
     parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")
-    parser.add_argument("--result", help="where the numbers go")
+    parser.add_argument("--result", help="file to write")
     parser.add_argument("--rows", type=int, default=N_ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--visual_tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=("world", *CONTENDERS), help=argparse.SUPPRESS)
