@@ -6,9 +6,8 @@ from collections import Counter
 import pytest
 from harness_table import IMAGINED, OPTIONS, REPLIES
 from planted import planted
-from samples import shortest_path
 
-from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers, walk_vsp
+from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers
 from utils.evaluate.reference_scorers import vlmevalkit_0bac5c0, vlmevalkit_e8e78f0
 
 # Replies that a looser rule would read as a letter that they do not choose
@@ -126,29 +125,6 @@ def test_answers_are_compared_after_normalising(one, other, same):
     ("1,2", "12", False), ("Vitamin A", "Vitamin", False)])
 def test_numbers_units_and_nothing(one, other, same):
     assert answers_match(one, other) is same and answers_match(other, one) is same
-
-
-@pytest.mark.parametrize("reply, right", [
-    # off the board is ignored
-    ("\\boxed{D,D,R}", True), ("\\boxed{ddr}", True), ("\\boxed{U,L,D,D,R}", True),
-    # hole; short; left again
-    ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),
-    ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False),
-    # mathruler reads the last box only if it closes
-    ("\\boxed{D,D,R", False), ("\\boxed{D,D,R} or \\boxed{R", False),
-    ("\\fbox{D,D,R}", False), ("\\boxed{D,D,\\rightarrow}", True)])  # three moves right
-def test_walking_a_map(reply, right):
-    assert walk_vsp([[1, -1], [0, 0], [0, 2]], reply) is right
-
-
-def test_every_real_map_is_walked_by_its_shortest_path(shared_data):
-    boards = [json.loads(line)["map_desc"] for line in (shared_data / "vsp"
-                                                        / "test.jsonl").read_text().splitlines()]
-    assert len(boards) == 400
-    for board in boards:
-        path = shortest_path(board)
-        assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}") and not walk_vsp(
-            board, f"\\boxed{{{path[:-1]}}}")
 
 
 def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):

@@ -1,11 +1,13 @@
 """Other harnesses' verdicts, against what their own code answered.    pytest tests/test_compat.py"""
+import json
 import time
 
 import pytest
 from harness_table import OPTIONS, REPLIES
+from samples import shortest_path
 
 from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_0bac5c0, vlmevalkit_e8e78f0,
-                                              vtabfact, vwtq, without_label)
+                                              vtabfact, vwtq, walk_vsp, without_label)
 
 COL = OPTIONS["COL"]
 
@@ -118,3 +120,23 @@ def test_true_or_false(output, verdicts):
 def test_a_gold_of_another_type_is_refused(gold):
     with pytest.raises(ValueError, match="gold"):
         vtabfact("true", gold)
+
+
+@pytest.mark.parametrize("reply, right", [
+    ("\\boxed{D,D,R}", True), ("\\boxed{ddr}", True),
+    ("\\boxed{U,L,D,D,R}", True),  # moves off the map are ignored
+    ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),  # hole; short; left again
+    ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False),
+    ("\\boxed{D,D,R", False), ("\\boxed{D,D,R} or \\boxed{R", False),  # the last box counts only if it closes
+    ("\\fbox{D,D,R}", False), ("\\boxed{D,D,\\rightarrow}", True)])  # three moves right
+def test_walking_a_map(reply, right):
+    assert walk_vsp([[1, -1], [0, 0], [0, 2]], reply) is right
+
+
+def test_the_shortest_path_solves_every_real_map(shared_data):
+    lines = (shared_data / "vsp" / "test.jsonl").read_text().splitlines()
+    assert len(lines) == 400
+    for board in (json.loads(line)["map_desc"] for line in lines):
+        path = shortest_path(board)
+        assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}")
+        assert not walk_vsp(board, f"\\boxed{{{path[:-1]}}}")

@@ -15,6 +15,8 @@ import math
 import re
 import unicodedata
 
+from utils.answers import closing_braces
+
 # ------------------------------------------------------------------------------------------------ VLMEvalKit
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
@@ -252,3 +254,27 @@ def yes_or_no(output: str) -> str | None:
     words = LONE_PERIOD.sub("", text, count=int(re.UNICODE)).split()
     found = {"yes", "no"} & set(words)
     return found.pop() if len(found) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------ Mirage
+def vsp_moves(text: str) -> str | None:
+    """Return the letters U, D, L, R of the last \\boxed{} in a reply, upper-cased; None if no box closes."""
+    start = text.rfind("\\boxed{")
+    begin = start + len("\\boxed{")
+    end = closing_braces(text).get(begin) if start >= 0 else None
+    return None if end is None else "".join(move for move in text[begin:end].upper() if move in "UDLR")
+
+
+def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
+    """Return whether the moves of a reply lead from start (1) to goal (2), as Mirage scores it (src/task.py).
+
+    A move off the map is ignored, a hole (-1) fails at once, and the walk must end on the goal.
+    """
+    row, column = next((i, line.index(1)) for i, line in enumerate(map_desc) if 1 in line)
+    for move in vsp_moves(text) or "":
+        step_down, step_right = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}[move]
+        if 0 <= row + step_down < len(map_desc) and 0 <= column + step_right < len(map_desc[0]):
+            row, column = row + step_down, column + step_right
+        if map_desc[row][column] == -1:
+            return False
+    return map_desc[row][column] == 2

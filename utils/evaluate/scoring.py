@@ -24,10 +24,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from utils.answers import (NEGATION, SENTENCE_END, TAG, extract_choice, find_box, strip_markers, unwrap,
-                           vsp_moves, walk_vsp)
+from utils.answers import NEGATION, SENTENCE_END, TAG, extract_choice, find_box, strip_markers, unwrap
 from utils.evaluate import reference_scorers
-from utils.evaluate.reference_scorers import vwtq
+from utils.evaluate.reference_scorers import vsp_moves, vwtq, walk_vsp
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
 from utils.stats import _mean
