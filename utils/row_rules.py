@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils.answers import answers_match, last_boxed
 from utils.cli import log
-from utils.images import IMAGE_REASONS, Look, check_images
+from utils.images import IMAGE_REASONS, ImageCheck, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 
@@ -20,7 +20,7 @@ ROW_REASONS = ("structure", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta",
                    "caption_loop",
                    "caption_markup", "caption_leak")
-WINDOW = 4096  # rows whose images are looked at together
+IMAGE_WINDOW = 4096  # rows whose images are looked at together
 MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
 MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
 MARKUP = re.compile(
@@ -128,7 +128,7 @@ def row_fault(row: dict) -> str | None:
 
 
 def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault,
-               seen_images: Journal | None = None) -> list[Look]:
+               seen_images: Journal | None = None) -> list[ImageCheck]:
     """Return what is wrong with each row, by all that needs no model, and its images' hashes.
 
     `fault_of` first, then the images (utils.images.check_images), then "duplicate": a sound row before it has
@@ -153,23 +153,23 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
 
 
 def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
-                   seen_images: Journal | None) -> Iterator[Look]:
+                   seen_images: Journal | None) -> Iterator[ImageCheck]:
     """Yield what is found by `fault_of` or in its images, a row; what is new goes into `seen_images`."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
     try:
-        for first in range(0, len(rows), WINDOW):
+        for first in range(0, len(rows), IMAGE_WINDOW):
             found, new = {}, []
-            window = rows[first:first + WINDOW]
+            window = rows[first:first + IMAGE_WINDOW]
             for n, row in enumerate(window):
                 helpers = [step["image"] for step in row["steps"] if "image" in step]
                 if reason := fault_of(row):
-                    found[n] = Look(reason, "", [])
+                    found[n] = ImageCheck(reason, "", [])
                     continue
                 key = state_of(root, row["images"], helpers) if seen_images is not None else ""
                 record = seen_images.get(key) if key else None
                 if record and (record["reason"] or len(record["hashes"]) == len(row["images"])
                                + len(helpers)):
-                    found[n] = Look(record["reason"], record.get("detail", ""), record["hashes"])
+                    found[n] = ImageCheck(record["reason"], record.get("detail", ""), record["hashes"])
                 else:
                     new.append((n, key, row["images"], helpers))
             results = pool.map(lambda work: check_images(root, work[2], work[3]), new)

@@ -3,7 +3,7 @@ tests/test_arms.py"""
 import pytest
 from PIL import Image
 
-from utils.images import GREY
+from utils.images import MASK_GREY
 from utils.intervene.prompts import other_prompt, pick_donor
 from utils.intervene.text_batch import TEXT_CONDITIONS, TEXT_PRESETS
 
@@ -38,7 +38,7 @@ def test_other_prompts_keep_what_they_should():
     edits = [None] * 5 + [({**ITEMS[5], "id": "5#edit"}, PICTURES[0])]
     own, images = other_prompt("blank", 0, ITEMS, PICTURES, edits)
     assert own is ITEMS[0] and images[0].size == PICTURES[0][0].size and images[0].getcolors() == [(28 * 56,
-                                                                                                    GREY)]
+                                                                                                    MASK_GREY)]
     assert other_prompt("counterfactual", 0, ITEMS, PICTURES, edits) is None
     assert other_prompt("counterfactual", 5, ITEMS, PICTURES, edits)[0]["id"] == "5#edit"
     assert other_prompt("other_image", 0, ITEMS, PICTURES, edits) == (ITEMS[0], PICTURES[3])
@@ -47,7 +47,7 @@ def test_other_prompts_keep_what_they_should():
     assert other_prompt("masked", 0, ITEMS, PICTURES, edits) is None
     masked = other_prompt("masked", 0, [{**ITEMS[0], "region": [0, 0, 10, 10]}, *ITEMS[1:]], PICTURES,
                           edits)[1][0]
-    assert masked.getpixel((9, 9)) == GREY and masked.getpixel((10, 10)) == (0, 0, 0) == PICTURES[0][
+    assert masked.getpixel((9, 9)) == MASK_GREY and masked.getpixel((10, 10)) == (0, 0, 0) == PICTURES[0][
         0].getpixel((0, 0))
 
 

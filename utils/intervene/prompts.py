@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils.answers import extract_choice
 from utils.decode import Intervention, State, prefill
-from utils.images import GREY
+from utils.images import MASK_GREY
 from utils.intervene.latent_case import sampler
 from utils.items import group_of
 from utils.qwen import Qwen, encode, prompt_of
@@ -55,14 +55,14 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
     if kind == "own":
         return item, mine
     if kind == "blank":
-        return item, [Image.new("RGB", image.size, GREY) for image in mine]
+        return item, [Image.new("RGB", image.size, MASK_GREY) for image in mine]
     if kind == "counterfactual":
         return edits[place]
     if kind == "masked":
         if not item.get("region"):
             return None
         first = mine[0].copy()
-        first.paste(GREY, tuple(item["region"]))
+        first.paste(MASK_GREY, tuple(item["region"]))
         return item, [first, *mine[1:]]
     n = len(items)
     others = [(place + k) % n for k in range(1, n)]

@@ -20,7 +20,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from utils.images import GREY
+from utils.images import MASK_GREY
 from utils.items import open_images, region_in
 from utils.probe.geometry import variance_split
 from utils.probe.similarity import N_BOOT, Bootstrap
@@ -88,7 +88,7 @@ def open_shown(item: dict) -> list[Image.Image]:
     """Open the images of an item with a "root", as its edit shows them."""
     images, edit = open_images(item, item["root"]), item.get("edit") or {"name": "identity"}
     if edit["name"].startswith("mask"):
-        images[0].paste(GREY, tuple(edit["box"]))
+        images[0].paste(MASK_GREY, tuple(edit["box"]))
     elif edit["name"] == "brightness":
         images = [image.point(lambda value: round(DARKER * value)) for image in images]
     elif edit["name"] == "crop":
