@@ -14,7 +14,7 @@ from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, write_json, write_meta
 from utils.model_calls import REPLY_FIELDS, Call, Caller, IncompleteError
-from utils.row_rules import is_look
+from utils.row_rules import is_inspection
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
             stack.callback(gc.enable)
         journal = stack.enter_context(Journal(folder, settings | identity, shard=shard,
                                               is_valid=REPLY_FIELDS.issubset))
-        images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_look))
+        images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_inspection))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
         yield Caller(journal, images, backend, identity | schemas_key, prompts, args.max_new_tokens, shard,

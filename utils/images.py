@@ -245,15 +245,15 @@ def encode_url(kind: str, data: bytes) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ checking
-class ImageCheck(NamedTuple):
-    """The first of IMAGE_REASONS that holds for a sample's images (or None), in words, and their sha256."""
+class Inspection(NamedTuple):
+    """The closed reason against a sample (None: accepted), in words, and the sha256 of its images."""
 
     reason: str | None
     detail: str
     hashes: list[str]
 
 
-def check_images(root: str | Path, images: list[str], helpers: list[str]) -> ImageCheck:
+def check_images(root: str | Path, images: list[str], helpers: list[str]) -> Inspection:
     """Check a sample's question images and the pictures of its steps, the `helpers`.
 
     A helper that shows no more than the first question image is image_no_op.
@@ -267,12 +267,12 @@ def check_images(root: str | Path, images: list[str], helpers: list[str]) -> Ima
             small = decode_image(data, path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
             first = first or small
             if all(high - low <= FLAT_WITHIN for low, high in small.getextrema()):
-                return ImageCheck("image_flat", f"{path}: one colour all over", hashes)
+                return Inspection("image_flat", f"{path}: one colour all over", hashes)
             if n >= len(images) and not differ(first, small):
-                return ImageCheck("image_no_op", f"{path}: shows no more than {images[0]}", hashes)
+                return Inspection("image_no_op", f"{path}: shows no more than {images[0]}", hashes)
     except ImageError as error:
-        return ImageCheck(error.reason, str(error), hashes)
-    return ImageCheck(None, "", hashes)
+        return Inspection(error.reason, str(error), hashes)
+    return Inspection(None, "", hashes)
 
 
 def differ(a: Image.Image, b: Image.Image) -> bool:

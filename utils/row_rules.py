@@ -1,6 +1,6 @@
-"""Rules for rows and captions that stages 1 and 2 must apply alike: what needs no model to be seen wrong.
+"""Rules for rows and captions that stages 1 and 2 apply alike; none needs a model.
 
-Every rule has a closed reason; the first that holds is the one that is given.
+Every rule has a closed reason. The first rule that is broken gives the reason.
 """
 import os
 import re
@@ -11,49 +11,48 @@ from pathlib import Path
 
 from utils.answers import answers_match, last_boxed
 from utils.cli import log
-from utils.images import IMAGE_REASONS, ImageCheck, check_images
+from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta",
-                   "caption_loop",
-                   "caption_markup", "caption_leak")
-IMAGE_WINDOW = 4096  # rows whose images are looked at together
-MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for 80 at most
-MAX_REPEATED = 0.3  # share of 4-grams that stood before in the same text
+                   "caption_loop", "caption_markup", "caption_leak")
+IMAGE_WINDOW = 4096  # rows whose images are checked in parallel
+MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for at most 80
+MAX_REPEATED = 0.3  # share of 4-grams that occurred before in the same text
 MARKUP = re.compile(
     r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
-                    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
+    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
 REFUSAL = re.compile(
-    r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist"
-                     r"|answer|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b"
-                     r"|\bI apologi[sz]e\b", re.I)
-META = re.compile(r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
-                  r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) (?:shows|depicts|displays|contains|features)\b"
-                  # of the task, not the scene
-                  r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)
-LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
-                  r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+    r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist|answer"
+    r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b", re.I)
+META = re.compile(  # of the task, not of the scene
+    r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
+    r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) "
+    r"(?:shows|depicts|displays|contains|features)\b"
+    r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)
+LEAK = re.compile(
+    r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
+    r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+# Every match of REFUSAL, META and LEAK holds one of these; looking for them first is ten times as fast.
 SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "language model", "apolog",
-           "caption",
-           "description", "image", "picture", "photo", "region", "crop", "question")
-# each REFUSAL, META and LEAK has one of these, and to look for them is ten times as fast
+           "caption", "description", "image", "picture", "photo", "region", "crop", "question")
 OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
 
+# ------------------------------------------------------------------------------------------------ captions
 def has_loop(text: str) -> bool:
-    """Return whether over MAX_REPEATED of a text's 4-grams stood before in it, or one of its lines stands 3
-    times."""
+    """Return whether more than MAX_REPEATED of a text's 4-grams are repeats, or a line occurs three times."""
     return repeats(text, text.lower().split())
 
 
 def repeats(text: str, words: list[str]) -> bool:
-    """`has_loop` of a text whose words in lower case are known."""
+    """`has_loop` of a text whose lower-case words are known."""
     n_grams = len(words) - 3
-    # that many different 4-grams at least
+    # there are at least len(set(words)) - 3 different 4-grams: most texts need no count of them
     if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:
         if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
             return True
@@ -65,7 +64,7 @@ def repeats(text: str, words: list[str]) -> bool:
 
 def find_markup(text: str) -> set[str]:
     """Return the pieces of markup in a text."""
-    # most texts have none, and this is 20 times as fast
+    # most texts have none of these characters: 20 times as fast
     if "<" in text or "[" in text or "\\" in text or "`" in text:
         return {match[0] for match in MARKUP.finditer(text)}
     return set()
@@ -83,40 +82,38 @@ def caption_fault(text: str) -> str | None:
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 
+# ------------------------------------------------------------------------------------------------ rows
 def parse_options(question: str) -> dict[str, str]:
-    """Return {letter: text} of the options written one a line ("A. a cat"), or {} if there are not two from A
-    on."""
+    """Return {letter: text} of options, one per line ("A. a cat"); {} unless they are A, B and so on."""
     options = {letter: text.rstrip() for letter, text in OPTION.findall(question)}
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]
     return options if len(options) >= 2 and "".join(options) == letters else {}
 
 
 def check_own(where: str, row: dict) -> None:
-    """Raise DataError unless the images and steps of a row with OWN_FIELDS are of our form (captions
-    optional)."""
+    """Raise DataError for wrong images or steps in a row with OWN_FIELDS; captions are optional."""
     if not all(isinstance(path, str) for path in row["images"]):
         raise DataError(f"{where}: field 'images' should be a list of paths, got {str(row['images'])[:60]!r}")
     for n, step in enumerate(row["steps"], 1):
         kinds = {name: type(part) for name, part in step.items()} if isinstance(step, dict) else {}
         is_text = kinds.get("text") is str and "image" not in kinds
         if not is_text and (kinds.get("image") is not str or step.get("operation") not in ("zoom", "draw")):
-            raise DataError(
-                f"{where}: step {n} should be {{\"text\"}} or {{\"image\", \"operation\": zoom or draw}}, "
+            raise DataError(f'{where}: step {n} should be {{"text"}} or {{"image", "operation": zoom or draw}}, '
                             f"got {str(step)[:60]!r}")
 
 
 def row_fault(row: dict) -> str | None:
-    """Return the first of ROW_REASONS that holds for a row in our form (chain or not), or None.
+    """Return the first of ROW_REASONS that holds for a row of our form (with or without a chain), or None.
 
-    structure: no question image, no helper image, or the last step is not a text. question: empty, options
-    promised but not there, or another number of <image> markers than images. answer: none, not what the last
-    step boxes, or none of the options.
+    structure: no question image, no helper image, or the last step is not a text. question: empty, without
+    the options that it announces, or with another number of <image> markers than images. answer: empty, not
+    the box of the last step, or not one of the options.
     """
     steps, question, answer = row["steps"], row["question"], row["answer"]
     if not row["images"] or not any("image" in step for step in steps) or "image" in steps[-1]:
         return "structure"
-    if not question.strip() or NO_OPTIONS.search(question) or question.count("<image>") not in (
-        0, len(row["images"])):
+    n_markers = question.count("<image>")
+    if not question.strip() or NO_OPTIONS.search(question) or n_markers not in (0, len(row["images"])):
         return "question"
     options = parse_options(question)
     boxed = last_boxed(steps[-1]["text"])
@@ -128,73 +125,73 @@ def row_fault(row: dict) -> str | None:
 
 
 def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault,
-               seen_images: Journal | None = None) -> list[ImageCheck]:
-    """Return what is wrong with each row, by all that needs no model, and its images' hashes.
+               image_journal: Journal | None = None) -> list[Inspection]:
+    """Return the inspection of every row: by `fault_of`, then its images, then "duplicate".
 
-    `fault_of` first, then the images (utils.images.check_images), then "duplicate": a sound row before it has
-    the same question, question images and answer. Images of which `seen_images` knows paths, sizes and times
-    are not opened.
+    A duplicate has the question, question images and answer of an earlier accepted row. Images whose paths,
+    sizes and times are in `image_journal` are not opened.
     """
     if not Path(root).is_dir():
         raise DataError(f"--image_root {root}: no such folder; image paths are relative to it")
-    found, seen = [], {}
-    looked = look_at_images(rows, root, fault_of, seen_images)
-    for row, look in zip(rows, looked, strict=True):
-        if look.reason is None:
-            same = row["question"], row["answer"], *look.hashes[:len(row["images"])]
-            if same in seen:
-                look = look._replace(reason="duplicate",
-                                     detail=f"question, images and answer of {seen[same]}")
-            seen.setdefault(same, row["id"])
-        found.append(look)
-    if found and all(look.reason == "image_missing" for look in found):
-        log(f"no row has its images under --image_root {root}; the first: {found[0].detail}")
-    return found
+    inspections, seen = [], {}
+    for row, inspection in zip(rows, inspect_rows(rows, root, fault_of, image_journal), strict=True):
+        if inspection.reason is None:
+            content = row["question"], row["answer"], *inspection.hashes[:len(row["images"])]
+            if content in seen:
+                detail = f"question, images and answer of {seen[content]}"
+                inspection = inspection._replace(reason="duplicate", detail=detail)
+            seen.setdefault(content, row["id"])
+        inspections.append(inspection)
+    if inspections and all(inspection.reason == "image_missing" for inspection in inspections):
+        log(f"no row has its images under --image_root {root}; the first: {inspections[0].detail}")
+    return inspections
 
 
-def look_at_images(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
-                   seen_images: Journal | None) -> Iterator[ImageCheck]:
-    """Yield what is found by `fault_of` or in its images, a row; what is new goes into `seen_images`."""
+def inspect_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
+                 image_journal: Journal | None) -> Iterator[Inspection]:
+    """Yield the inspection of each row by `fault_of` and by its images; new ones go into the journal."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
     try:
         for first in range(0, len(rows), IMAGE_WINDOW):
-            found, new = {}, []
-            window = rows[first:first + IMAGE_WINDOW]
-            for n, row in enumerate(window):
-                helpers = [step["image"] for step in row["steps"] if "image" in step]
-                if reason := fault_of(row):
-                    found[n] = ImageCheck(reason, "", [])
-                    continue
-                key = state_of(root, row["images"], helpers) if seen_images is not None else ""
-                record = seen_images.get(key) if key else None
-                if record and (record["reason"] or len(record["hashes"]) == len(row["images"])
-                               + len(helpers)):
-                    found[n] = ImageCheck(record["reason"], record.get("detail", ""), record["hashes"])
-                else:
-                    new.append((n, key, row["images"], helpers))
-            results = pool.map(lambda work: check_images(root, work[2], work[3]), new)
-            for (n, key, _, _), look in zip(new, results, strict=True):
-                found[n] = look
-                if key and key not in seen_images:
-                    seen_images.append({"key": key, "id": window[n]["id"], **look._asdict()})
-            yield from (found[n] for n in range(len(window)))
+            window = [(row, *recall(row, root, fault_of, image_journal))
+                      for row in rows[first:first + IMAGE_WINDOW]]
+            results = pool.map(lambda row: check_images(root, row["images"], helper_images(row)),
+                               [row for row, _, inspection in window if inspection is None])
+            for row, key, inspection in window:
+                if inspection is None:
+                    inspection = next(results)
+                    if key and key not in image_journal:
+                        image_journal.append({"key": key, "id": row["id"], **inspection._asdict()})
+                yield inspection
     finally:
         pool.shutdown(cancel_futures=True)  # an interruption does not wait for what is queued
 
 
-def is_look(record: dict) -> bool:
-    """Return whether a record of the images journal says what was found: a reason, or none and hashes."""
-    hashes, reason = record["hashes"], record["reason"]
-    return (type(hashes) is list and all(type(digest) is str for digest in hashes)
-            and reason in (None, *IMAGE_REASONS)
-            and type(record.get("detail", "")) is str)  # runs begun before there were details go on
+def recall(row: dict, root: str | Path, fault_of: Callable[[dict], str | None],
+           image_journal: Journal | None) -> tuple[str, Inspection | None]:
+    """Return (key of the row's files, the inspection that needs no picture opened, or None)."""
+    if reason := fault_of(row):
+        return "", Inspection(reason, "", [])
+    key = files_key(root, row["images"], helper_images(row)) if image_journal is not None else ""
+    record = image_journal.get(key) if key else None
+    return key, record and Inspection(record["reason"], record["detail"], record["hashes"])
 
 
-def state_of(root: str | Path, images: list[str], helpers: list[str]) -> str:
-    """Return a key of the files of a row (paths, sizes, times of change), or "" if one of them is not there.
-    """
+def helper_images(row: dict) -> list[str]:
+    """Return the paths of a row's intermediate images."""
+    return [step["image"] for step in row["steps"] if "image" in step]
+
+
+def files_key(root: str | Path, images: list[str], helpers: list[str]) -> str:
+    """Return a key of a row's image files (paths, sizes, times of change), or "" if one is missing."""
     try:
         stats = [os.stat(os.path.join(root, name)) for name in (*images, *helpers)]
     except (OSError, ValueError):
         return ""
     return call_key(names=[images, helpers], files=[[stat.st_size, stat.st_mtime_ns] for stat in stats])
+
+
+def is_inspection(record: dict) -> bool:
+    """Return whether a record of the images journal has the fields of an Inspection."""
+    return (record["reason"] in (None, *IMAGE_REASONS) and type(record["detail"]) is str
+            and type(record["hashes"]) is list and all(type(digest) is str for digest in record["hashes"]))
