@@ -133,7 +133,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
 def apply_rules(samples: list[Sample], root: str, seen_images: Journal | None) -> None:
     """Reject in place what needs no model to be rejected, and note the hashes of the images of the others."""
     sound = [sample for sample in samples if sample.reason is None]
-    found = check_rows([sample.row for sample in sound], root, seen_images=seen_images)
+    found = check_rows([sample.row for sample in sound], root, image_journal=seen_images)
     for sample, (reason, detail, hashes) in zip(sound, found, strict=True):
         sample.hashes = hashes
         if reason:
