@@ -61,10 +61,10 @@ from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, check_output, find_checkpoint, model_identity, replace_file,
                          sha256_file, write_json, write_meta, write_rows)
-from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
+from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.model_calls import REPLY_FIELDS
 from utils.openai_backend import HttpBackend
-from utils.qwen import load_processors
+from utils.qwen import load_processors, load_with
 from utils.spans import OPEN
 
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)

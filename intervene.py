@@ -60,15 +60,14 @@ from utils.intervene.prompts import Asking, Prompts
 from utils.intervene.sweeps import draw_maps
 from utils.intervene.text_batch import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, TextBatch
 from utils.intervene.text_conditions import make_caller
-from utils.items import group_of, open_images, read_items
+from utils.items import STEM, group_of, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
                          write_rows)
-from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
+from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.model_calls import Caller
 from utils.openai_backend import HttpBackend
-from utils.option_scores import STEM
-from utils.qwen import Qwen, load_tools, prompt_of
+from utils.qwen import Qwen, load_tools, load_with
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
 PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry_run plans
@@ -407,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
                     args.rows,
                     args.temperature)
     if args.dry_run:
-        log(prompt_of(qwen.tokenizer, items[0], len(items[0]["images"]), asking))
+        log(prompt_of(qwen.tokenizer, items[0], len(items[0]["images"]), args.system, args.suffix))
         print(json.dumps({"items": len(items), "calibration": len(calibration), "conditions": args.conditions,
                           "decodings_at_most": len(calibration) + len(items) * (1 + len(args.conditions)),
                           "plan": plan(args, len(items))}))

@@ -52,11 +52,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import Help, cli, log, parse_count
-from utils.items import ANSWER_TYPES, gold_words, group_of, item_fault, read_items
+from utils.items import ANSWER_TYPES, STEM, gold_words, group_of, item_fault, prompt_of, read_items
 from utils.journal import read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
-from utils.latent_families import PRESETS, LatentSpec, load_with, spec_of
-from utils.option_scores import STEM
+from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.probe import derive
 from utils.probe.capture import capture
 from utils.probe.figures import draw_curves, draw_heatmaps, draw_layers, draw_probing, draw_spectra
@@ -65,7 +64,7 @@ from utils.probe.input_edits import EDITS, crossed_items, edited, measure_edits,
 from utils.probe.questions import Prober, batched, conditions, rotations, score
 from utils.probe.similarity import FORMS, N_BOOT, Cell, Measure, adjust, correct, draw_halves, unit
 from utils.probe.states import STORED, States, StateWriter
-from utils.qwen import Qwen, load_processors, prompt_of
+from utils.qwen import Qwen, load_processors, load_with
 from utils.report import collect, plain_text, write_report
 from utils.stats import wilson
 
@@ -406,7 +405,8 @@ def main(argv: list[str] | None = None) -> int:
     spec = spec_of(args.latent, args.latent_size)
     n_steps = spec.size if spec else args.latent_size or TEXT_STEPS
     if args.dry_run:
-        log(prompt_of(load_processors(args.model)[0], chosen[0], len(chosen[0]["images"]), args))
+        tokenizer = load_processors(args.model)[0]
+        log(prompt_of(tokenizer, chosen[0], len(chosen[0]["images"]), args.system, args.suffix))
         asked = sum(len(p["options"]) if args.circular else 1
                     for p in probes) * len(conditions(spec, args.variants))
         print(json.dumps({"instances": len(chosen), "probe_items": len(probes),

@@ -50,9 +50,9 @@ from tqdm import tqdm
 
 from utils.answers import answers_match, last_boxed
 from utils.cli import Help, cli, log, parse_count, stop_on_signals
-from utils.decode import clean_text, generate
+from utils.decode import generate
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta
-from utils.latent_families import PRESETS, LatentSpec, spec_of
+from utils.latent_families import PRESETS, LatentSpec, clean_text, spec_of
 from utils.patches import process_images
 from utils.qwen import Qwen, add_tokens, collate, load, load_tools, save
 from utils.row_rules import check_own

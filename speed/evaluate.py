@@ -56,8 +56,8 @@ def run_peer(args: argparse.Namespace) -> dict[str, str]:
     from transformers import AutoModelForImageTextToText
 
     from utils.evaluate.prompts import PROTOCOLS, user_text
-    from utils.items import read_items
-    from utils.qwen import IMAGE_TOKEN, chat, load_processors
+    from utils.items import chat, read_items
+    from utils.qwen import IMAGE_TOKEN, load_processors
     tokenizer, image_processor = load_processors(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32,
                                                         attn_implementation="sdpa").eval()

@@ -24,9 +24,10 @@ import torch
 from train_gpu import ROOT, SIZES, make_checkpoint, noise
 
 from utils.decode import generate
+from utils.items import chat
 from utils.jsonl import load_object, write_json, write_rows
 from utils.latent_families import PRESETS
-from utils.qwen import add_tokens, chat, encode, load, save
+from utils.qwen import add_tokens, encode, load, save
 
 CONDITIONS = ("identity", "add_noise", "tau", "swap_random", "slot_swap_random", "cut_latent")
 SPEC = PRESETS["monet_vllm"]

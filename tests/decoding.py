@@ -4,6 +4,7 @@ from PIL import Image
 
 from utils import qwen as Q
 from utils.decode import generate
+from utils.items import chat
 from utils.latent_families import PRESETS
 
 MIRAGE = PRESETS["mirage"]
@@ -23,5 +24,5 @@ def batch_of(qwen, rows=slice(None)):
     images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (112, 56), "blue"),
                                                         Image.new("RGB", (56, 56))]]
     texts = ["What digit is on the red circle?", "I look closer.", "It is blue. The answer?"]
-    prompts = [Q.chat(qwen.tokenizer, text, len(row)) for text, row in zip(texts, images)]
+    prompts = [chat(qwen.tokenizer, text, len(row)) for text, row in zip(texts, images)]
     return Q.encode(qwen, prompts[rows], images[rows])

@@ -45,16 +45,17 @@ import intervene  # noqa: E402
 import probe  # noqa: E402
 import rewrite_captions  # noqa: E402
 import train_sft  # noqa: E402
-from utils.latent_families import PRESETS  # noqa: E402
-from utils.latent_families import load_with  # noqa: E402
-from utils.images import data_url, image_size, ImageError, open_image  # noqa: E402
-from utils.items import question_text  # noqa: E402
-from utils.evaluate.prompts import PROTOCOLS  # noqa: E402
-from utils.qwen import add_tokens, chat, load_processors, load_tools  # noqa: E402
 from utils.cli import cli  # noqa: E402
-from utils.jsonl import write_rows
-from utils.probe.states import States, StateWriter  # noqa: E402
 from utils.evaluate.answering import Conversation, render  # noqa: E402
+from utils.evaluate.prompts import PROTOCOLS  # noqa: E402
+from utils.images import ImageError, data_url, image_size, open_image  # noqa: E402
+from utils.items import chat  # noqa: E402
+from utils.items import question_text  # noqa: E402
+from utils.jsonl import write_rows
+from utils.latent_families import PRESETS  # noqa: E402
+from utils.probe.states import States, StateWriter  # noqa: E402
+from utils.qwen import load_with  # noqa: E402
+from utils.qwen import add_tokens, load_processors, load_tools  # noqa: E402
 from utils.train.examples import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
@@ -509,6 +510,7 @@ def damage(rng: random.Random, path: Path) -> None:
 def write_parquet(rng: random.Random, path: Path, sound: list[dict], rows: list[dict]) -> None:
     """Write mutated rows if their types go together, else sound ones with a column of another type."""
     import datetime
+
     import pyarrow
     from pyarrow import parquet
     try:
@@ -654,6 +656,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     from conftest import TEXTS, TINY, TINY_VISION
+
     from toy.make_model import make_model
     with tempfile.TemporaryDirectory() as folder:
         make_model(TEXTS, Path(folder) / "tiny", n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)

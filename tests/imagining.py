@@ -17,7 +17,7 @@ from PIL import Image
 
 from utils import qwen as Q
 from utils.decode import embed_prompt
-from utils.items import question_text
+from utils.items import chat, question_text
 from utils.latent_families import PRESETS, latent_ids
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
@@ -92,7 +92,7 @@ def processed(processor, color, tall, edit):
 def forward(qwen, rng, rows, pad_id, ask):
     """Return (hidden states [B, L, hidden], ids of the batch, what each state should say or -100, is before a
     latent)."""
-    ids = [qwen.tokenizer(Q.chat(qwen.tokenizer, question_text(ask(rng)), int(row.shown)) + row.reply,
+    ids = [qwen.tokenizer(chat(qwen.tokenizer, question_text(ask(rng)), int(row.shown)) + row.reply,
                           add_special_tokens=False).input_ids for row in rows]
     edits = ("",) * 5 + ("darker", "left", "bottom")
     pixels = [processed(qwen.image_processor, row.seen, rng.random() < 0.5, rng.choice(edits)) if row.shown

@@ -28,13 +28,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the scripts within reach
-
 import matplotlib.backends.backend_agg  # noqa: F401: what scripts import late, imported once for all forks
 import matplotlib.figure  # noqa: F401
 import torch
+from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the scripts within reach
 from fault_server import calls_of, serving
+from imagining import write_items
 from PIL import Image
+from samples import monet, row
+from training import flags as training_flags
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: F401
 
 import evaluate
@@ -44,15 +46,12 @@ import probe
 import rewrite_captions
 import train_sft
 import utils.openai_backend  # noqa: F401
-from imagining import write_items
-from samples import monet, row
 from toy.make_model import make_model
-from training import flags as training_flags
 from utils import qwen as Q
-from utils.latent_families import latent_ids, PRESETS
-from utils.items import question_text
 from utils.cli import cli
+from utils.items import chat, question_text
 from utils.jsonl import write_json, write_rows
+from utils.latent_families import PRESETS, latent_ids
 
 N_KILLS, CONCURRENCY = 25, 8
 # a kill comes at most this share of the work, divided by the number of kills, after the work has gone on
@@ -87,7 +86,7 @@ def plant_start(qwen, spec, items: list[dict], root: Path) -> None:
     """Let a random model begin every reply with latents: its output row of the start token is a state it has
     there."""
     images = [[Image.open(root / items[0]["images"][0]["path"])]]
-    inputs = Q.encode(qwen, [Q.chat(qwen.tokenizer, question_text(items[0]), 1)], images)
+    inputs = Q.encode(qwen, [chat(qwen.tokenizer, question_text(items[0]), 1)], images)
     with torch.no_grad():
         state = qwen.model.model(**inputs).last_hidden_state[0, -1]
         qwen.model.lm_head.weight[latent_ids(qwen.tokenizer, spec)[0]] = 4 * state / state.norm()

@@ -12,24 +12,24 @@ import re
 import time
 from pathlib import Path
 
+import hostile
+import mutations
 import pytest
 from PIL import Image
 
 import evaluate
-import hostile
-import mutations
 from utils.answers import last_boxed
+from utils.cli import LONGEST_ERROR, cli, shorten
+from utils.evaluate.judge import question_for
+from utils.evaluate.scoring import check_scorable
+from utils.images import ImageError, data_url, open_image, resolve_image
+from utils.items import item_fault, plain
+from utils.journal import Journal
+from utils.jsonl import DataError, read_rows
+from utils.probe.states import States, StateWriter
+from utils.qwen import load
 from utils.row_rules import find_markup, parse_options
 from utils.spans import split_spans
-from utils.images import data_url, ImageError, open_image, resolve_image
-from utils.items import item_fault
-from utils.journal import Journal
-from utils.evaluate.judge import question_for
-from utils.qwen import load, plain
-from utils.cli import cli, LONGEST_ERROR, shorten
-from utils.jsonl import DataError, read_rows
-from utils.evaluate.scoring import check_scorable
-from utils.probe.states import States, StateWriter
 
 BAD = ("tracebacks", "hangs", "escapes", "tokens", "pickles", "memory")
 ROOT = Path(__file__).parents[1]

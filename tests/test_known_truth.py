@@ -16,13 +16,13 @@ from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO
                              fed_of, main, make_interventions, make_toy, positions, reproducible, run,
                              run_interventions)
 from utils import qwen as Q
-from utils.decode import Intervention, decode, prefill
+from utils.decode import decode, prefill
 from utils.intervene.effects import summarize
 from utils.intervene.latent_batch import LatentBatch
 from utils.intervene.latent_case import Known
 from utils.intervene.prompts import Asking
-from utils.latent_families import PRESETS
-from utils.qwen import prompt_of
+from utils.items import prompt_of
+from utils.latent_families import PRESETS, Intervention
 
 pytestmark = pytest.mark.numeric
 
@@ -289,7 +289,7 @@ def follower(trained, tmp_path_factory):
 def test_every_site_through_the_batch_of_the_product(follower):
     qwen, items, images = follower
     asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
-    prompts = Q.encode(qwen, [prompt_of(qwen.tokenizer, item, 1, asking) for item in items], images)
+    prompts = Q.encode(qwen, [prompt_of(qwen.tokenizer, item, 1, None, "") for item in items], images)
     known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True,
                                    with_slots=True)[0])
     names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t",

@@ -12,7 +12,7 @@ import evaluate
 import probe
 from toy.make_model import make_model
 from utils.decode import generate, prefill, prefill_blocks
-from utils.items import open_images, question_text, read_items
+from utils.items import chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
@@ -24,7 +24,7 @@ from utils.probe.questions import conditions as ways
 from utils.probe.questions import derange, rotations, score
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States
-from utils.qwen import add_tokens, chat, encode, load, save
+from utils.qwen import add_tokens, encode, load, save
 from utils.spans import CLOSE
 
 pytestmark = pytest.mark.numeric

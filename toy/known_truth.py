@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from utils.cli import cli, log
-from utils.decode import Intervention, layer_inputs
+from utils.decode import layer_inputs
 from utils.intervene.latent_case import Case, Known
 from utils.intervene.latent_conditions import find_condition
 from utils.intervene.mediation import mediate
-from utils.latent_families import PRESETS, Generation, Segment
+from utils.latent_families import PRESETS, Generation, Intervention, Segment
 from utils.stats import paired_interval, robust_mean, verdict
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "yellow": (230, 220, 40),

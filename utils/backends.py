@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from utils.cli import log
 from utils.images import ImageError, Picture, open_picture, visual_tokens
+from utils.items import chat, plain
 from utils.jsonl import find_checkpoint, model_identity
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class LocalBackend:
 
     def load(self) -> None:
         """Load the checkpoint, on this rank's GPU if there is one."""
-        from utils.latent_families import load_with
+        from utils.qwen import load_with
         self.qwen = load_with(self.spec, str(self.folder), *self.load_options)
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
@@ -184,7 +185,7 @@ class LocalBackend:
                 failed.append(failure(request, error.reason))
         tokenizer = self.qwen.tokenizer
         prompts = [render(tokenizer, request.messages) if request.messages else
-                   qwen.chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
+                   chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
         return Prepared(ready, qwen.encode(self.qwen, prompts, images) if ready else None, failed)
 
     def answer(self, batch: list[Request], prepared: Prepared | None = None) -> list[Reply]:
@@ -209,7 +210,8 @@ class LocalBackend:
         """Return the replies to a batch that fits."""
         import torch
 
-        from utils.decode import clean_text, decode, prefill
+        from utils.decode import decode, prefill
+        from utils.latent_families import clean_text
         requests, inputs, replies = prepared
         if not requests:
             return replies
@@ -240,7 +242,6 @@ def failure(request: Request, error: str) -> Reply:
 
 def render(tokenizer, messages: tuple) -> str:
     """Return a conversation's prompt up to the start of the assistant's turn, with one image pad per picture."""
-    from utils.qwen import plain
     turns = []
     for role, parts in messages:
         texts = [plain(parts) if role == "assistant" else parts] if isinstance(parts, str) else parts

@@ -1,42 +1,33 @@
 """One batched decoding loop for text and for latent imagination, over the unpatched model.
 
 A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the
-final norm: position +1, one key-value slot. What differs between the families stands in
-`utils.latent_families`. With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit (of a
-batch of up to PREFILL_TOKENS; of its rows one by one beyond).
+final norm: position +1, one key-value slot. The differences between families are in `utils.latent_families`.
+With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, in a batch of up to
+PREFILL_TOKENS (in larger batches it equals that of each row).
 
-A prompt is read once (`prefill`) and its rows are taken as often as there are things to do to them
-(`State.select`): an `Intervention` says what is done to one row, so that a batch may hold a clean run and
-every intervention beside it.
-
-Where an intervention may act inside the model: the inputs of the decoder's layers, by hooks that a context
-takes away.
-
-Site `slot` replaces what every decoder layer reads at a latent position (the residual stream, [hidden] a
-layer), so that the position's keys and values are those of a donor. Layer inputs, not cached keys: a key is
-kept rotated by its position and is wrong at any other.
+A prompt is read once (`prefill`), and `State.select` repeats its rows: an `Intervention` is what is done to
+one row, so that a batch may hold a clean run and every intervention next to it.
 """
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
 from utils.jsonl import DataError
-from utils.latent_families import Generation, Intervention, LatentSpec, RowState, Segment, latent_ids
-from utils.qwen import IMAGE_TOKEN, Qwen, image_features, special_id
+from utils.latent_families import (Generation, Intervention, LatentSpec, RowState, Segment, latent_ids,
+                                   special_id)
+from utils.qwen import IMAGE_TOKEN, Qwen, image_features, multiplied_patches
 
-# read at once, padding included: long prompts gain nothing from company and pay for its mask
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096  # read at once, padding included: long prompts gain nothing from larger batches
 
 
 @dataclass
 class State:
-    """Rows that have been read up to somewhere: key-value cache, the last states and positions, what may be
-    seen.
+    """Rows that have been read up to some token: key-value cache, last states, positions, visible columns.
 
     hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns;
     positions [3, B, 1] of each row's last token; is_image [B, C of the prompt].
@@ -49,25 +40,41 @@ class State:
     is_image: torch.Tensor
 
     def select(self, rows: list[int]) -> "State":
-        """Return these rows, each as often as it is named, with a cache of their own."""
+        """Return these rows, in this order, repeated as often as named, with their own cache."""
         index = torch.tensor(rows, device=self.mask.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(index)  # new tensors: the cache that was copied keeps its own
+        cache.batch_select_indices(index)  # new tensors: the cache that was copied keeps its tensors
         return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index],
-                     self.positions[:, index],
-                     self.is_image[index])
+                     self.positions[:, index], self.is_image[index])
 
     def hide_images(self, rows: list[int]) -> None:
-        """Let what these rows read from here on see no image token."""
+        """Hide the image tokens from everything that these rows read later."""
         for row in rows:
             self.mask[row, :self.is_image.shape[1]][self.is_image[row]] = 0
 
 
-def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int
-                 | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden]: text, image features, and given vectors at the latent
-    pads.
+@dataclass
+class Trace:
+    """The vectors of one row while it is decoded, as far as they are requested; see `Generation`."""
+
+    states: list[torch.Tensor] = field(default_factory=list)
+    fed: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    slots: list[torch.Tensor] = field(default_factory=list)
+
+    def store(self, row: Generation, with_slots: bool) -> None:
+        if self.states:
+            row.states = torch.stack(self.states)
+            row.fed = torch.stack(self.fed) if self.fed else row.states[:0]
+        row.logits = torch.stack(self.logits) if self.logits else None
+        row.slots = self.slots if with_slots else None
+
+
+# ------------------------------------------------------------------------------------ reading prompts
+def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
+                 pad_id: int | None) -> torch.Tensor:
+    """Return the prompt's embeddings [B, L, hidden]: text, image features, and given vectors at latent pads.
 
     `prompt_latents` holds per row [n, hidden] vectors for the row's n latent pads in order; DataError on
     another n.
@@ -97,29 +104,29 @@ def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
     else:
         parts = [read_prompts(qwen, part, prompt_latents and prompt_latents[first:first + size], pad_id)
                  for first, part in split_rows(qwen, inputs, size)]
-        cache, hidden = join_caches([part for part, _ in parts], length), torch.cat([last for _,
-                                                                                     last in parts])
+        cache = join_caches([part for part, _ in parts], length)
+        hidden = torch.cat([last for _, last in parts])
     return State(cache, hidden, inputs["attention_mask"], inputs["position_ids"][..., -1:],
                  inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
 
 
-def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None, pad_id: int | None
-                 ) -> tuple[DynamicCache, torch.Tensor]:
+def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
+                 pad_id: int | None) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
     if prompt_latents is None:
-        prompt = {key: inputs[key] for key in ("input_ids", "pixel_values", "image_grid_thw")
-                  if key in inputs}
+        names = ("input_ids", "pixel_values", "image_grid_thw")
+        prompt = {name: inputs[name] for name in names if name in inputs}
     else:
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
-    out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"],
-                           position_ids=inputs["position_ids"],
-                           use_cache=True)
+    with multiplied_patches(qwen.model):
+        out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"],
+                               position_ids=inputs["position_ids"], use_cache=True)
     return out.past_key_values, out.last_hidden_state[:, -1]
 
 
 def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
-    """Yield (number of its first row, part) of a batch by `size` rows, each without the columns that are
-    padding in all of its rows."""
+    """Yield (index of the first row, part) for every `size` rows of a batch, without columns that are padding
+    in all rows of the part."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
     n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
     grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
@@ -136,7 +143,7 @@ def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]
 
 
 def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
-    """Put the rows of caches into one of `length` columns, each on the right."""
+    """Return one cache of `length` columns with the rows of all, aligned on the right."""
     def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([F.pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
 
@@ -148,18 +155,15 @@ def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
 
 @torch.no_grad()
 def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
-    """Read one block of at least one id a row, of any lengths, after what was read; `state` is used up.
+    """Read one block of ids per row, of any lengths of at least one; `state` is used up.
 
-    Returns the states [B, longest, hidden] at the blocks' ids (padded on the right) and what `prefill_more`
-    returns.
+    Returns the states [B, longest, hidden] at the ids, padded on the right, and the state after them.
     """
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
     if len(blocks) != len(state.mask) or not lengths.all():
-        raise ValueError(
-            f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, expected one of ids "
-                         "each")
-    width = int(lengths.max())
-    fill = qwen.tokenizer.pad_token_id
+        raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, "
+                         "expected one block of at least one id per row")
+    width, fill = int(lengths.max()), qwen.tokenizer.pad_token_id
     ids = torch.tensor([block + [fill] * (width - len(block)) for block in blocks], device=lengths.device)
     steps = torch.arange(width, device=lengths.device)
     mask = torch.cat([state.mask, (steps < lengths[:, None]).to(state.mask)], dim=1)
@@ -171,16 +175,16 @@ def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[t
 
 
 def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
-    """Return the rows of `state`, which keeps its own, after reading one block of at least one id each."""
+    """Return the state after one more block of ids per row; `state` itself is kept."""
     return prefill_blocks(qwen, state.select(list(range(len(state.mask)))), blocks)[1]
 
 
 def truncate_cache(after: State, before: State, kept: list[int]) -> State:
-    """Return `after`, which decoding from `before` led to, as it was when each row had read only `kept[row]`
-    new ids.
+    """Return `after`, which decoding from `before` led to, as it was when each row had read `kept[row]` new
+    ids.
 
-    What came later is hidden, which equals cutting it off up to rounding. The state has no `hidden`:
-    `prefill_more` it first.
+    Later columns are hidden, which equals removing them up to rounding. The state has no `hidden` until more
+    is read.
     """
     mask, first = after.mask.clone(), before.mask.shape[1]
     for row, n in enumerate(kept):
@@ -191,38 +195,39 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
                  after.is_image)
 
 
+# ------------------------------------------------------------------------------------ decoding
 @torch.no_grad()
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
            arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
            with_slots: bool = False) -> tuple[list[Generation], State]:
-    """Decode rows that were read, greedily but for their arms; `max_new_tokens` counts latent steps too.
+    """Decode rows that were read, greedily except for their interventions (`arms`).
 
-    `capture` keeps states and fed vectors, `with_logits` every step's logits, `with_slots` the inputs of
-    every layer at latent positions. Returns the rows, and the state after all ids but the last of the longest
-    row; `state` is used up.
+    `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_logits` every
+    step's logits, `with_slots` the inputs of every layer at latent positions. Returns the rows, and the state
+    after all ids but the last of the longest row; `state` is used up.
     """
     arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None
     rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
+    traces = [Trace() for _ in rows]
     embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
-    kept = [([], [], [], []) for _ in rows]  # states, fed, logits, slots
     hidden, cache, mask, positions = state.hidden, state.cache, state.mask.clone(), state.positions
     for n_new in range(max_new_tokens):
         logits = qwen.model.lm_head(hidden)
         sampled = logits.argmax(-1).tolist()
-        live, vectors = [not row.done for row in rows], {}
-        for i, (row, arm) in enumerate(zip(rows, arms)):
+        live, vectors = [not row.done for row in rows], {}  # vectors: what is fed, by row
+        for i, (row, arm, trace) in enumerate(zip(rows, arms, traces)):
             if row.done:
                 continue
             if row.advance(arm.choose(logits[i], n_new) if arm.choose else sampled[i]):
-                segment = len(row.out.segments) - 1
-                place = segment, row.out.segments[segment].size - 1
-                vectors[i] = arm.feed(hidden[i], *place) if arm.feed else hidden[i]
-                kept[i][1].append(vectors[i])
+                vectors[i] = arm.feed(hidden[i], *row.place) if arm.feed else hidden[i]
+                trace.fed.append(vectors[i])
             if row.just_closed:
-                hide(mask[i], arm, row.just_closed, first, state.is_image[i])
-            kept[i][0].append(hidden[i] if capture else None)
-            kept[i][2].append(logits[i] if with_logits else None)
+                hide_columns(mask[i], arm, row.just_closed, first, state.is_image[i])
+            if capture:
+                trace.states.append(hidden[i])
+            if with_logits:
+                trace.logits.append(logits[i])
         if all(row.done for row in rows) or n_new + 1 == max_new_tokens:
             break
         fill = qwen.tokenizer.pad_token_id
@@ -232,34 +237,26 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
             embeds[i] = vector.to(embeds)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions + 1
-        put = {i: slots for i in vectors if arms[i].slot and (slots := arms[i].slot(
-            len(rows[i].out.segments) - 1, rows[i].out.segments[-1].size - 1)) is not None}
+        put = {i: slots for i in vectors if arms[i].slot
+               and (slots := arms[i].slot(*rows[i].place)) is not None}
         seen = [] if with_slots and vectors else None
         with layer_inputs(qwen.model, put, seen):
             out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
                                    past_key_values=cache, use_cache=True)
         hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
-        # LVR's: on what latent steps put out, so never on the first latent
-        if qwen.latent_head is not None and vectors:
-            fed = list(vectors)
-            hidden = hidden.index_put((torch.tensor(fed, device=hidden.device),),
-                                      qwen.latent_head(hidden[fed]).to(hidden))
+        if qwen.latent_head is not None and vectors:  # LVR's: for the output of latent steps
+            index = torch.tensor(list(vectors), device=hidden.device)
+            hidden = hidden.index_put((index,), qwen.latent_head(hidden[index]).to(hidden))
         for i in vectors if seen else ():
-            kept[i][3].append(torch.stack([layer[i] for layer in seen]))
-    for row, (states, fed, logits, slots) in zip(rows, kept):
-        if capture:
-            row.out.states, row.out.fed = torch.stack(states), torch.stack(fed) if fed else hidden.new_zeros(
-                0, hidden.shape[1])
-        if with_logits:
-            row.out.logits = torch.stack(logits)
-        if with_slots:
-            row.out.slots = slots
+            traces[i].slots.append(torch.stack([layer[i] for layer in seen]))
+    for row, trace in zip(rows, traces):
+        trace.store(row.out, with_slots)
     return [row.out for row in rows], State(cache, hidden, mask, positions, state.is_image)
 
 
-def hide(mask: torch.Tensor, arm: Intervention, segment: Segment, first: int, is_image: torch.Tensor) -> None:
-    """Close columns of one row's mask [C] to what comes after a segment; the row's new ids begin at column
-    `first`."""
+def hide_columns(mask: torch.Tensor, arm: Intervention, segment: Segment, first: int,
+                 is_image: torch.Tensor) -> None:
+    """Hide columns of one row's mask [C] from all that follows a segment; new ids begin at column `first`."""
     if "images" in arm.hide:
         mask[:len(is_image)][is_image] = 0
     if "latents" in arm.hide:
@@ -274,26 +271,15 @@ def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | N
                   with_logits)[0]
 
 
-def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
-    """Decode recorded ids without latent segments and without special tokens, so that neither can be parsed
-    as text."""
-    if spec:
-        latent = set(latent_ids(tokenizer, spec))
-        ids = [i for i in ids if i not in latent]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-# ------------------------------------------------------------ sites
-
-
 @contextmanager
 def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:
-    """During one-token steps, put [layers, hidden] in place of the layer inputs of some rows, and note all
-    rows' inputs.
+    """Site `slot`: during one-token steps, replace the inputs of the decoder's layers in some rows, and
+    record the inputs of all rows.
 
-    `put[row][n]` goes into decoder layer n at the last position of `row`, None leaves what is there; `seen`
-    receives [B, hidden] a layer, in order, as the layers read them (after replacement).
+    `put[row][n]` [hidden] goes into layer n at the last position of `row`, None leaves the input as it is;
+    `seen` receives [B, hidden] per layer, in order, after replacement. Layer inputs give the position a
+    donor's keys and values; cached keys would not, because they are rotated by their own position.
     """
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():
@@ -313,9 +299,8 @@ def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | 
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
         return hook
 
-    needed = put or seen is not None
-    handles = [layer.register_forward_pre_hook(read(n), with_kwargs=True) for n,
-               layer in enumerate(layers)] if needed else []
+    needed = layers if put or seen is not None else []
+    handles = [layer.register_forward_pre_hook(read(n), with_kwargs=True) for n, layer in enumerate(needed)]
     try:
         yield
     finally:

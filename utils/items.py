@@ -1,4 +1,4 @@
-"""Benchmark items: read with checks, and asked in the same words by every script that asks them."""
+"""Benchmark items: reading with checks, and the prompts in which every script asks them."""
 import re
 from pathlib import Path
 
@@ -8,19 +8,21 @@ from utils.images import open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
-# metric -> type of the gold answer. likelihood: the option that the model finds likeliest as a reply, no
-# letters; wtq, tabfact: TableVQABench; yesno_pair: MME, two questions a picture; unscored: asked for its
-# latents alone
+# metric -> type of the gold answer. likelihood: the option that is likeliest as a reply, without letters;
+# wtq, tabfact: TableVQABench; yesno_pair: MME, two questions per picture; unscored: items for their latents
+# only
 ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values",
-                "tabfact": "bool",
-                "yesno_pair": "yesno", "unscored": "values"}
-TEXTS = ("benchmark", "category", "group_id", "hint")  # fields that are a string, null or not there
+                "tabfact": "bool", "yesno_pair": "yesno", "unscored": "values"}
+TEXTS = ("benchmark", "category", "group_id", "hint")  # each a string, null or absent
 FAR = 1 << 20  # pixels; beyond any picture
-SCORED = ("mcq", "vsp_path")  # what a script takes that names no metrics of its own
+SCORED = ("mcq", "vsp_path")  # the metrics that a script accepts by default
+STEM = "The answer is \\boxed{"  # the options of a readout are scored behind it
+# of Qwen's control tokens and all of utils.latent_families
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
 
 
 def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:
-    """Read items and check their parts; DataError with path and id for an unknown metric or a gold that is no
+    """Read items and check their fields; DataError with path and id, for example for a gold that is not an
     option."""
     items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
     for item in items:
@@ -31,7 +33,7 @@ def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, .
 
 
 def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
-    """Return in words what is wrong with an item, or None."""
+    """Return the fault of an item in words, or None."""
     if item["metric"] not in metrics:
         return f"metric {item['metric']!r}, expected one of {', '.join(metrics)}"
     answer = item["answer"]
@@ -43,7 +45,7 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
     raw = item.get("raw") or {}
     if not isinstance(raw, dict) or not re.fullmatch("[0-9]{1,9}", str(raw.get("cycle_category") or 0)):
-        return f"field 'raw' is {str(raw)[:60]!r}, expected the published row, its cycle_category a number if there is one"
+        return f"field 'raw' is {str(raw)[:60]!r}, expected the published row, its cycle_category a number"
     if item["metric"] == "vsp_path" and (fault := board_fault(answer["value"])):
         return f"answer {fault}"
     if fault := value_fault(answer):
@@ -56,15 +58,13 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         letters = [letter for letter, _ in pairs]
         if answer["value"] not in letters or len(set(letters)) < len(letters):
             return f"gold {answer['value']!r} and letters {letters}, expected the gold among unlike letters"
-        # what is scored in the box, as it stands
         if not all(re.fullmatch("[A-Z]", letter) for letter in letters):
             return f"letters {str(letters)[:60]}, expected A to Z"
     return change_fault(item, metrics)
 
 
 def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
-    """Return in words what is wrong with what an intervention would change of an item, its region or its
-    edit, or None."""
+    """Return the fault of an item's region or counterfactual, which interventions use, or None."""
     region, edit = item.get("region"), item.get("counterfactual")
     if region is not None and not (isinstance(region, list) and len(region) == 4
                                    and all(type(n) is int and abs(n) < FAR for n in region)
@@ -72,15 +72,15 @@ def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"region {str(region)[:40]}, expected [left, top, right, bottom] in pixels"
     if edit is None:
         return None
-    if not isinstance(edit, dict) or not isinstance(edit.get("images"),
-                                                    list) or not isinstance(edit.get("answer"), dict):
+    if not (isinstance(edit, dict) and isinstance(edit.get("images"), list)
+            and isinstance(edit.get("answer"), dict)):
         return f"counterfactual {str(edit)[:60]}, expected an object with images and answer"
     fault = item_fault({**item, **edit, "counterfactual": None}, metrics)
     return fault and f"counterfactual: {fault}"
 
 
 def value_fault(answer: dict) -> str | None:
-    """Return in words why a gold of type values, bool or yesno is none, or None."""
+    """Return the fault of a gold of type values, bool or yesno, or None."""
     kind, value = answer["type"], answer["value"]
     if kind == "values" and not (isinstance(value, list) and value
                                  and all(isinstance(text, str) for text in value)):
@@ -93,31 +93,30 @@ def value_fault(answer: dict) -> str | None:
 
 
 def board_fault(board: object) -> str | None:
-    """Return in words why a VSP map (1 start, 2 goal, -1 hole, 0 safe) cannot be walked, or None."""
+    """Return the fault of a VSP map (1 start, 2 goal, -1 hole, 0 safe), or None."""
     if not isinstance(board, list) or not all(isinstance(line, list) and len(line) == len(board)
                                               for line in board):
-        return f"{str(board)[:40]} is no square of numbers"
+        return f"{str(board)[:40]} is not a square of numbers"
     cells = [cell for line in board for cell in line]
     if cells.count(1) != 1 or cells.count(2) != 1 or any(cell not in (-1, 0, 1, 2) for cell in cells):
-        return "has not one start (1) and one goal (2) among holes (-1) and safe squares (0)"
+        return "lacks exactly one start (1) and one goal (2) among holes (-1) and safe squares (0)"
     return None
 
 
 def group_of(item: dict) -> str:
-    """Return what varies together with other items, one image's questions, say; an item without a group is
-    its own."""
+    """Return the group that an item varies together with, such as one image's questions; by default its
+    id."""
     return item.get("group_id") or item["id"]
 
 
 def rotation_of(item: dict) -> int | None:
-    """Return which rotation of its options an item shows (HR-Bench); None for an item that stands there once.
-    """
+    """Return which rotation of the options an item shows (HR-Bench); None without rotations."""
     cycle = (item.get("raw") or {}).get("cycle_category")
     return None if cycle is None else int(cycle)
 
 
 def gold_words(item: dict) -> str | None:
-    """Return the right answer in words; None for a map, which has many."""
+    """Return the right answer in words; None for a map, which has many right answers."""
     kind, value = item["answer"]["type"], item["answer"]["value"]
     if kind == "letter":
         return dict(item["options"])[value]
@@ -127,21 +126,20 @@ def gold_words(item: dict) -> str | None:
 
 
 def region_in(item: dict, size: tuple[int, int]) -> list[int]:
-    """Return what of an item's region lies in its image of this (width, height); DataError if nothing does.
-    """
+    """Return the part of an item's region inside an image of this (width, height); DataError if it is
+    empty."""
     left, top, right, bottom = item["region"]
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
     if left >= right or top >= bottom:
-        raise DataError(
-            f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} pixels; expected "
-                        "[left, top, right, bottom] inside")
+        raise DataError(f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} "
+                        "pixels; expected [left, top, right, bottom] inside")
     return [left, top, right, bottom]
 
 
 def question_text(item: dict, suffix: str = "") -> str:
-    """Return the user's words. Multiple choice is asked in VLMEvalKit's words (vlmeval/dataset/image_mcq.py,
-    build_prompt), with its trailing space and newline; other items bring their whole text as the question."""
-    if item.get("metric", "mcq") != "mcq":  # probe items, which are always multiple choice, name none
+    """Return the user's words: for multiple choice VLMEvalKit's (vlmeval/dataset/image_mcq.py, build_prompt),
+    with their trailing space and newline; the question of other items is the whole text."""
+    if item.get("metric", "mcq") != "mcq":  # probe items have no metric and are always multiple choice
         return item["question"] + suffix
     hint = f"Hint: {item['hint']}\n" if item.get("hint") else ""
     options = "".join(f"{letter}. {text}\n" for letter, text in item["options"])
@@ -152,3 +150,41 @@ def question_text(item: dict, suffix: str = "") -> str:
 def open_images(item: dict, root: str | Path) -> list[Image.Image]:
     """Open an item's images below `root`; ImageError names what cannot be used."""
     return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
+
+
+# ------------------------------------------------------------------------------------ chats
+def plain(text: str) -> str:
+    """Return text with control tokens broken (`<|` becomes `< |`), so that data cannot end a turn, insert an
+    image or begin a latent (Monet's `<abs_vis_token>`)."""
+    return MARKS.sub("< ", text)
+
+
+def user_content(text: str, n_images: int) -> list[dict]:
+    """Return chat content for one user turn: images at the `<image>` marks, or first without marks."""
+    pieces = plain(text).split("<image>")
+    if len(pieces) == 1:
+        return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
+    if len(pieces) - 1 != n_images:
+        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}; "
+                        "expected one per image or none")
+    content = [{"type": "text", "text": pieces[0]}]
+    for piece in pieces[1:]:
+        content += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [part for part in content if part.get("text") != ""]
+
+
+def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
+    """Return the prompt text of one user turn, up to and including the start of the assistant's turn.
+
+    `system` None leaves the system turn to the template (Qwen2.5-VL: "You are a helpful assistant.").
+    """
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append({"role": "user", "content": user_content(text, n_images)})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def prompt_of(tokenizer, item: dict, n_images: int, system: str | None, suffix: str,
+              blind: bool = False) -> str:
+    """Return the prompt of an item; `blind`: without its images and without marks of their places."""
+    text = question_text(item, suffix)
+    return chat(tokenizer, text.replace("<image>", "") if blind else text, n_images, system)

@@ -1,33 +1,34 @@
-"""Readouts that need no parser: every option of an item scored behind a fixed beginning of an answer.
+"""Readouts without a parser: the score of every option of an item after a fixed beginning of an answer.
 
-An option's score is the log-probability of its tokens. Where one option is the beginning of another the
-closing brace of the box counts as well, for all options of that item (elsewhere not: it may be one token with
-what follows it). R0 puts the same stem behind the last latent (or the last text imagination) in every
-condition; R1 puts what the clean run said there, so that only the way past the words can change the score.
-(R2 is the free reply, parsed.)
+An option's score is the log-probability of its tokens. If one option is a prefix of another, the closing
+brace of the box counts too, for all options of that item (otherwise not, as it may share a token with what
+follows). R0 reads the same stem after the last latent (or the last text imagination) in every condition; R1
+reads the clean run's own words there, so that only a path around the words can change the score. R2 is the
+free reply, parsed.
 """
 import math
 
 import torch
 
 from utils.decode import State, prefill_blocks
-from utils.qwen import Qwen, plain
+from utils.items import plain
+from utils.qwen import Qwen
 
-STEM = "The answer is \\boxed{"
 BRACE = "}"
 
 
 def option_words(item: dict, by: str) -> dict[str, str]:
-    """Return what stands in the box for each letter: itself (by "letter") or the option's words (by "text").
-    """
+    """Return the content of the box for each letter: the letter (by "letter") or the option's words
+    ("text")."""
     return {letter: letter if by == "letter" else plain(text) for letter, text in item["options"]}
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:
-    """Return the ids of `before` + stem + words for each option, and how many of them all options share."""
-    def ids(behind: str) -> list[list[int]]:
-        return [before + qwen.tokenizer(stem + its + behind, add_special_tokens=False).input_ids
-                for its in words]
+    """Return the ids of `before` + stem + words for each option, and how many leading ids all options
+    share."""
+    def ids(ending: str) -> list[list[int]]:
+        return [before + qwen.tokenizer(stem + word + ending, add_special_tokens=False).input_ids
+                for word in words]
 
     blocks = ids("")
     if any(a is not b and a == b[:len(a)] for a in blocks for b in blocks):
@@ -35,22 +36,20 @@ def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) ->
     shortest = min(map(len, blocks)) - 1
     shared = next((n for n in range(shortest) if len({block[n] for block in blocks}) > 1), shortest)
     if shared == 0:
-        raise ValueError(
-            f"options {words} share no beginning after {stem!r}; expected a stem of at least one token")
+        raise ValueError(f"options {words} share no token after {stem!r}; expected a longer stem")
     return blocks, shared
 
 
 @torch.no_grad()
 def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
                  shared: list[int]) -> list[list[float]]:
-    """Return the log-probability, in nats, of each of a row's blocks of ids, without its first `shared[row]`
-    ids.
+    """Return the log-probability, in nats, of each block of each row, without its first `shared[row]` ids.
 
-    Block after block, all rows at once; `state` is not used up.
+    The kth blocks of all rows are read at once; `state` is not used up.
     """
-    found = [[] for _ in blocks]
+    scores = [[] for _ in blocks]
     for k in range(max(map(len, blocks))):
-        rows = [i for i, its in enumerate(blocks) if k < len(its)]
+        rows = [i for i, of_row in enumerate(blocks) if k < len(of_row)]
         # [rows, longest, hidden]
         hidden = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])[0]
         for read, i in zip(hidden, rows):
@@ -59,19 +58,19 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
             before = before if skipped else torch.cat([state.hidden[i][None], before])
             logits = qwen.model.lm_head(before).float().log_softmax(-1)
             own = torch.tensor(block[skipped:], device=logits.device)
-            found[i].append(float(logits.gather(1, own[:, None]).sum()))
-    return found
+            scores[i].append(float(logits.gather(1, own[:, None]).sum()))
+    return scores
 
 
 def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str], before: list[list[int]],
                   by: str = "letter") -> list[dict[str, float]]:
-    """Return {letter: log-probability} of each row's options behind `before[row]` (ids) and `stems[row]`;
+    """Return {letter: log-probability} of each row's options after `before[row]` (ids) and `stems[row]`;
     `state` is kept."""
-    laid = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
+    laid_out = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
             for item, stem, ids in zip(items, stems, before, strict=True)]
-    scores = score_blocks(qwen, state, [blocks for blocks, _ in laid], [shared for _, shared in laid])
-    return [{letter: logp for (letter, _), logp in zip(item["options"], its)} for item,
-            its in zip(items, scores)]
+    scores = score_blocks(qwen, state, [blocks for blocks, _ in laid_out], [shared for _, shared in laid_out])
+    return [{letter: logp for (letter, _), logp in zip(item["options"], of_row)}
+            for item, of_row in zip(items, scores)]
 
 
 def score_replies(qwen: Qwen, state: State, replies: list[list[str]]) -> list[list[dict]]:
@@ -89,35 +88,34 @@ def score_replies(qwen: Qwen, state: State, replies: list[list[str]]) -> list[li
 
 
 def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None],
-             before: list[list[int]],
-             by: str) -> list[dict]:
-    """Return {"r0", "r1"} of each row: its options behind `stem`, and behind what the clean run said there
-    (None without)."""
+             before: list[list[int]], by: str) -> list[dict]:
+    """Return {"r0", "r1"} of each row: the options after `stem`, and after the clean run's words there (None
+    if it has none)."""
     golds = [item["answer"]["value"] for item in items]
     r0 = score_options(qwen, state, items, [stem] * len(items), before, by)
-    found = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
-    own = [n for n, its in enumerate(clean_stems) if its]
+    readouts = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
+    own = [n for n, words in enumerate(clean_stems) if words]
     if own:
         r1 = score_options(qwen, state.select(own), [items[n] for n in own], [clean_stems[n] for n in own],
                            [before[n] for n in own], by)
         for n, scores in zip(own, r1):
-            found[n]["r1"] = describe_scores(scores, golds[n])
-    return found
+            readouts[n]["r1"] = describe_scores(scores, golds[n])
+    return readouts
 
 
 def describe_scores(scores: dict[str, float], gold: str) -> dict:
     """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best
-    other, "pred"}."""
+    wrong option, "pred"}."""
     top = max(scores.values())
     total = top + math.log(sum(math.exp(value - top) for value in scores.values()))
+    best_wrong = max(value for letter, value in scores.items() if letter != gold)
     return {"logp": scores, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
-            "nll": total - scores[gold], "margin": scores[gold] - max(v for letter, v in scores.items()
-                                                                      if letter != gold),
+            "nll": total - scores[gold], "margin": scores[gold] - best_wrong,
             "pred": max(scores, key=scores.get)}
 
 
 def kl(clean: dict[str, float], other: dict[str, float]) -> float:
-    """Return the Kullback-Leibler divergence of two {letter: share}, in nats, from `clean` to `other`; never
-    below 0."""
-    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300))) for letter,
-                        p in clean.items() if p > 0))
+    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, both {letter: share}; at least
+    0."""
+    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300)))
+                        for letter, p in clean.items() if p > 0))

@@ -1,5 +1,6 @@
 """The decoding loop against generate, replay and scripted tokens.    pytest tests/test_decode.py"""
 import shutil
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,11 @@ import torch
 from decoding import MIRAGE, batch_of, load_with
 from safetensors.torch import load_file, save_file
 
-from utils import latent_families as families
 from utils import qwen as Q
-from utils.decode import (Intervention, clean_text, decode, embed_prompt, generate, prefill, prefill_more,
-                          truncate_cache)
+from utils.decode import decode, embed_prompt, generate, prefill, prefill_more, truncate_cache
+from utils.items import chat
 from utils.jsonl import DataError
-from utils.latent_families import PRESETS, GatedHead, RowState, SimpleHead, latent_ids
+from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
 
 pytestmark = pytest.mark.numeric
 
@@ -145,7 +145,7 @@ def test_latents_put_into_the_prompt_replay_the_run(tiny_checkpoint):
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)[0]
     segment = clean.segments[0]
     cut = segment.start + segment.size + 1
-    prompt = Q.chat(qwen.tokenizer, "I look closer.", 0) + qwen.tokenizer.decode(clean.ids[:cut])
+    prompt = chat(qwen.tokenizer, "I look closer.", 0) + qwen.tokenizer.decode(clean.ids[:cut])
     again = Q.encode(qwen, [prompt], [[]])
     assert again["input_ids"][0, -cut:].tolist() == clean.ids[:cut]
     rest = generate(qwen, again, 16 - cut, MIRAGE, prompt_latents=[clean.fed[:segment.size]])[0]
@@ -167,7 +167,7 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
     with pytest.raises(DataError, match="expected one added token"):
         latent_ids(qwen.tokenizer, MIRAGE)
     Q.add_tokens(qwen, (MIRAGE.tokens[1], MIRAGE.tokens[0], MIRAGE.tokens[2]))  # another order than Mirage's
-    with pytest.raises(DataError, match="expected consecutive ones in that order"):
+    with pytest.raises(DataError, match="expected consecutive ids in that order"):
         latent_ids(qwen.tokenizer, MIRAGE)
 
 
@@ -236,7 +236,7 @@ def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
         assert torch.allclose(again.hidden[i], whole(qwen, i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
     with pytest.raises(ValueError, match="row 0: 9 ids to keep of 8"):
         truncate_cache(end, state, [9, 0, 0])
-    with pytest.raises(ValueError, match="expected one of ids each"):
+    with pytest.raises(ValueError, match="expected one block of at least one id per row"):
         prefill_more(qwen, state, [[1], [], [1]])
 
 
@@ -282,29 +282,55 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
                                                                     - row.logits[upto]).abs().max() > 1e-3
 
 
-def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpoint, tmp_path):
-    """A checkpoint with lvr_head.*: what latent steps put out passes through it, by teacher forcing as the
-    second way."""
-    spec = PRESETS["lvr"]
-    for kind, head in (("simple", SimpleHead(32)), ("glu", GatedHead(32, 48))):
-        folder = tmp_path / kind
-        shutil.copytree(tiny_checkpoint, folder)
-        weights = load_file(folder / "model.safetensors")
-        save_file(weights | {f"lvr_head.{name}": tensor for name, tensor in head.state_dict().items()},
-                  folder / "model.safetensors", metadata={"format": "pt"})
-        qwen = load_with(folder, spec)
-        qwen.latent_head = families.load_with(None, str(folder)).latent_head
-        assert torch.equal(qwen.latent_head(torch.ones(1, 32)), head(torch.ones(1, 32)))
-        batch = batch_of(qwen, slice(1, 2))
-        row = generate(qwen, batch, 16, spec, capture=True)[0]
-        segment = row.segments[0]
-        qwen.latent_head = None
-        # before the head
-        plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]
-        own = plain.states[segment.start:segment.start + segment.size]
-        assert torch.allclose(row.fed[0], own[0], atol=1e-5)
-        assert torch.allclose(row.fed[1:segment.size], head(own[1:]), atol=1e-5)
-    assert families.load_with(None, str(tiny_checkpoint)).latent_head is None
+class GatedHead(torch.nn.Module):
+    """lvr_head_type "glu", written as LVR does (src/model/lvr_heads.py)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(32, 48), torch.nn.Linear(32, 48)
+        self.down_proj = torch.nn.Linear(48, 32)
+
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def simple_head():
+    """lvr_head_type "simple" by the library's modules."""
+    mlp = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
+    return torch.nn.Sequential(OrderedDict(ln_q=torch.nn.LayerNorm(32, eps=1e-6), mlp=mlp))
+
+
+def add_head(source, folder, weights):
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors") | {f"lvr_head.{name}": t for name, t in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("make", [simple_head, GatedHead])
+def test_lvr_head_is_loaded_by_its_names_and_skips_the_first_latent(tiny_checkpoint, tmp_path, make):
+    """The output of latent steps passes through the head; checked by teacher forcing without the head."""
+    spec, head, folder = PRESETS["lvr"], make(), tmp_path / "checkpoint"
+    add_head(tiny_checkpoint, folder, head.state_dict())
+    qwen = load_with(folder, spec)
+    qwen.latent_head = Q.load_with(None, str(folder)).latent_head
+    some = torch.arange(32.0)[None]
+    assert torch.allclose(qwen.latent_head(some), head(some), atol=1e-6)
+    batch = batch_of(qwen, slice(1, 2))
+    row = generate(qwen, batch, 16, spec, capture=True)[0]
+    segment = row.segments[0]
+    qwen.latent_head = None
+    plain = generate(qwen, batch, segment.start + segment.size, spec, [replay_of(row)], capture=True)[0]
+    before = plain.states[segment.start:segment.start + segment.size]
+    assert torch.allclose(row.fed[0], before[0], atol=1e-5)
+    assert torch.allclose(row.fed[1:segment.size], head(before[1:]), atol=1e-5)
+
+
+def test_a_checkpoint_without_a_head_or_with_half_of_one(tiny_checkpoint, tmp_path):
+    assert Q.load_with(None, str(tiny_checkpoint)).latent_head is None
+    half = {name: tensor for name, tensor in simple_head().state_dict().items() if name != "mlp.2.bias"}
+    add_head(tiny_checkpoint, tmp_path / "half", half)
+    with pytest.raises(DataError, match="expected a weight and a bias each of ln_q, mlp.0, mlp.2 or down_proj"):
+        Q.load_with(None, str(tmp_path / "half"))
 
 
 # ------------------------------------------------------------------------------------------- sampling

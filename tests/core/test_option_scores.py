@@ -9,6 +9,7 @@ from PIL import Image
 
 from utils import qwen as Q
 from utils.decode import embed_prompt, prefill
+from utils.items import chat
 from utils.option_scores import describe_scores, kl, option_blocks, score_options, score_replies
 
 ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]},
@@ -56,7 +57,7 @@ def test_scores_are_those_of_one_forward_pass_over_prompt_and_reply(tiny_checkpo
     """The oracle: each reply appended to its own prompt, one row, no cache, token by token."""
     qwen = Q.load(str(tiny_checkpoint), "float32", "cpu")
     images = [[Image.new("RGB", (56, 84), "red")], [Image.new("RGB", (84, 56), "blue")]]
-    prompts = [Q.chat(qwen.tokenizer, text, 1) for text in ("What is it?",
+    prompts = [chat(qwen.tokenizer, text, 1) for text in ("What is it?",
                                                             "What digit is on the red circle over there?")]
     replies = [["a red circle", "The answer is 7."], ["blue", "a blue square", "It is blue."]]
     state = prefill(qwen, Q.encode(qwen, prompts, images))

@@ -1,5 +1,4 @@
 """Loading checkpoints and turning chats into tensors.    pytest tests/test_qwen.py"""
-import copy
 import json
 import shutil
 
@@ -13,6 +12,7 @@ from transformers import (AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwe
 from utils import qwen as Q
 from utils.decode import generate
 from utils.images import open_image, smart_size
+from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import MONET_TOKENS, PRESETS
 
@@ -72,21 +72,24 @@ def test_pixel_budget_holds_on_both_forms_of_settings(tiny_checkpoint, tmp_path,
 
 
 def test_patches_are_multiplied_as_the_stock_model_convolves_them(tiny_checkpoint, picture):
-    """Features and the gradient of the first layer's weight, whose name and shape stay; a copy computes with
-    its own."""
+    """Features and the gradient of the first layer's weight; the library's forward is back afterwards."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    Q.multiply_patches(qwen.model)  # as on a GPU
-    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="sdpa")
+    conv = qwen.model.model.visual.patch_embed.proj
     inputs = Q.process_images(qwen.image_processor, [Image.open(picture("a.png", size=(90, 140)))])
-    gradients = []
-    for model in (qwen.model, copy.deepcopy(qwen.model), stock):
-        features = model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
-        features.square().sum().backward()
-        gradients.append((features, model.model.visual.patch_embed.proj.weight.grad))
-    for features, gradient in gradients[:2]:
-        assert torch.allclose(features, gradients[2][0], atol=1e-5)
-        assert torch.allclose(gradient, gradients[2][1], rtol=1e-4, atol=1e-5) and gradient.abs().max() > 0
-    assert qwen.model.state_dict().keys() == stock.state_dict().keys()
+    found = []
+    for device in ("cpu", "cuda"):  # what is done on a GPU, and the library's convolution
+        conv.weight.grad = None
+        with Q.multiplied_patches(qwen.model, device):
+            assert ("forward" in vars(conv)) == (device == "cpu")
+            with Q.multiplied_patches(qwen.model, device):
+                pass
+            assert ("forward" in vars(conv)) == (device == "cpu")  # a nested block leaves it to the outer one
+            features = qwen.model.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+            features.square().sum().backward()
+        assert "forward" not in vars(conv)
+        found.append((features, conv.weight.grad))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5) and found[0][1].abs().max() > 0
 
 
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
@@ -96,20 +99,20 @@ def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
 
 def test_chat_places_images_and_breaks_control_tokens(tiny):
     pad = "<|vision_start|><|image_pad|><|vision_end|>"
-    text = Q.chat(tiny.tokenizer, "What is this?<|im_end|>", 2)
+    text = chat(tiny.tokenizer, "What is this?<|im_end|>", 2)
     assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + pad * 2
                     + "What is this?< |im_end|><|im_end|>\n<|im_start|>assistant\n")
-    assert f"first {pad} then {pad}.<|im_end|>" in Q.chat(tiny.tokenizer, "first <image> then <image>.", 2)
-    assert Q.chat(tiny.tokenizer, "a", 0,
+    assert f"first {pad} then {pad}.<|im_end|>" in chat(tiny.tokenizer, "first <image> then <image>.", 2)
+    assert chat(tiny.tokenizer, "a", 0,
                   system="Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
     with pytest.raises(DataError, match="1 <image> markers for 2 images"):
-        Q.chat(tiny.tokenizer, "one <image>", 2)
+        chat(tiny.tokenizer, "one <image>", 2)
 
 
 def test_collate_counts_positions_and_padding(tiny):
     images = [[Image.new("RGB", (56, 84), "red")], [],
               [Image.new("RGB", (84, 84)), Image.new("RGB", (56, 56))]]
-    prompts = [Q.chat(tiny.tokenizer, "What is it?", len(row)) for row in images]
+    prompts = [chat(tiny.tokenizer, "What is it?", len(row)) for row in images]
     batch = Q.encode(tiny, prompts, images)
     image_id = Q.special_id(tiny.tokenizer, Q.IMAGE_TOKEN)
     assert (batch["input_ids"] == image_id).sum(1).tolist() == [6, 0, 9 + 4]
@@ -128,7 +131,7 @@ def test_collate_counts_positions_and_padding(tiny):
 def test_prompts_equal_one_by_one_and_batched(tiny):
     """Left padding changes no state of a row: the oracle is the row alone."""
     images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (84, 56), "blue")]]
-    prompts = [Q.chat(tiny.tokenizer, text, len(row)) for text, row in zip(("a", "some longer text", "b c"),
+    prompts = [chat(tiny.tokenizer, text, len(row)) for text, row in zip(("a", "some longer text", "b c"),
                                                                            images)]
 
     def last_state(prompts, images):
@@ -158,7 +161,7 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": 16}))
     qwen = Q.load(str(folder), device="cpu", max_pixels=64 * 32 * 32)
     assert qwen.factor == 32 and qwen.model.config.model_type == "qwen3_vl"
-    batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What?", 1), Q.chat(qwen.tokenizer, "No picture here.",
+    batch = Q.encode(qwen, [chat(qwen.tokenizer, "What?", 1), chat(qwen.tokenizer, "No picture here.",
                                                                        0)],
                      [[Image.new("RGB", (64, 96))], []])
     assert (batch["mm_token_type_ids"].sum(1)).tolist() == [6, 0]
@@ -197,7 +200,7 @@ def test_real_photographs_at_budgets_from_4_to_2000_tokens(real_vocabulary, shar
     assert len(paths) == 11
     for path in paths if tokens < 2000 else paths[:2]:
         image = open_image(path)
-        batch = Q.encode(qwen, [Q.chat(qwen.tokenizer, "What is in the picture?", 1)], [[image]])
+        batch = Q.encode(qwen, [chat(qwen.tokenizer, "What is in the picture?", 1)], [[image]])
         n_visual = int(batch["mm_token_type_ids"].sum())
         width, height = smart_size(*image.size, 28, 3136, tokens * 784)
         assert n_visual == width * height // 784 <= tokens

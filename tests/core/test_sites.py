@@ -4,7 +4,8 @@ import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
 
-from utils.decode import Intervention, decode, layer_inputs, prefill
+from utils.decode import decode, layer_inputs, prefill
+from utils.latent_families import Intervention
 
 pytestmark = pytest.mark.numeric
 

@@ -10,10 +10,11 @@ from PIL import Image
 import evaluate
 from utils.evaluate.answering import Conversation, Local, Served, answer_all, render, replay
 from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS
+from utils.items import chat
 from utils.journal import Journal
 from utils.jsonl import DataError, write_rows
 from utils.openai_backend import HttpBackend
-from utils.qwen import chat, load
+from utils.qwen import load
 
 CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 40, 30]}}</tool_call>'
 

@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from utils.backends import Request
 from utils.cli import log
-from utils.decode import clean_text, decode, prefill
+from utils.decode import decode, prefill
 from utils.evaluate.prompts import ASKED, MAX_TURNS, Protocol, read_turn, user_text
 from utils.images import ImageError, Picture, open_picture, read_bytes, resolve_image, visual_tokens
+from utils.items import plain, user_content
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
-from utils.latent_families import Generation, LatentSpec
+from utils.latent_families import Generation, LatentSpec, clean_text
 from utils.option_scores import score_replies
-from utils.qwen import Qwen, encode, plain, user_content
+from utils.qwen import Qwen, encode
 
 # what stands between question and answer: nothing, words, latents, crops
 METHODS = ("direct", "text", "latent", "tool")

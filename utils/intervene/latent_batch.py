@@ -20,11 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from utils.decode import Intervention, State, clean_text, decode, prefill_blocks, truncate_cache
+from utils.decode import State, decode, prefill_blocks, truncate_cache
 from utils.intervene.latent_case import Case, Known, NotPossible, likeliest, why_no_prompt
 from utils.intervene.latent_conditions import Condition, find_condition, forced_prefix
 from utils.intervene.prompts import Asking, Prompts, answer_fields, first_difference, pick_donor, stem_of
-from utils.latent_families import Generation, LatentSpec, last_latent, latent_ids
+from utils.latent_families import Generation, Intervention, LatentSpec, clean_text, last_latent, latent_ids
 from utils.option_scores import read_out
 from utils.qwen import Qwen
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from utils.decode import Intervention
 from utils.intervene.latent_case import Case, NotPossible, latent, seeded, within
 from utils.jsonl import DataError
-from utils.latent_families import Generation, last_latent
+from utils.latent_families import Generation, Intervention, last_latent
 
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage arm
 WINDOWS = 8  # of layers in a map, at most

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from utils.answers import extract_choice
-from utils.decode import Intervention, State, prefill
+from utils.decode import State, prefill
 from utils.images import MASK_GREY
 from utils.intervene.latent_case import sampler
-from utils.items import group_of
-from utils.qwen import Qwen, encode, prompt_of
+from utils.items import group_of, prompt_of
+from utils.latent_families import Intervention
+from utils.qwen import Qwen, encode
 
 BOX = "\\boxed{"
 
@@ -110,7 +111,8 @@ class Prompts:
         if kind not in self.read:
             found = {i: other for i in range(len(self.items))
                      if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking) for item,
+            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking.system,
+                               self.asking.suffix) for item,
                      images in found.values()]
             state = prefill(self.qwen,
                             encode(self.qwen, texts,

@@ -9,11 +9,12 @@ from bisect import bisect_left
 import numpy as np
 import torch
 
-from utils.decode import Intervention, decode, prefill
-from utils.latent_families import Generation, LatentSpec, latent_ids
+from utils.decode import decode, prefill
+from utils.items import prompt_of
+from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids
 from utils.probe.input_edits import open_shown
 from utils.probe.states import StateWriter, text_hash
-from utils.qwen import Qwen, encode, image_features, prompt_of
+from utils.qwen import Qwen, encode, image_features
 from utils.spans import CLOSE, find_spans
 
 
@@ -27,7 +28,8 @@ def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], n_steps: int
     if all(item["id"] in writer for item in batch):
         return
     images = [open_shown(item) for item in batch]
-    prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item, pictures in zip(batch, images)]
+    prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args.system, args.suffix)
+               for item, pictures in zip(batch, images)]
     inputs = encode(qwen, prompts, images)
     with torch.no_grad():
         features = iter(image_features(qwen, inputs))

@@ -29,14 +29,14 @@ import torch
 from tqdm import tqdm
 
 from utils.answers import extract_choice
-from utils.decode import State, clean_text, decode, prefill, prefill_blocks, truncate_cache
-from utils.items import group_of, open_images
+from utils.decode import State, decode, prefill, prefill_blocks, truncate_cache
+from utils.items import group_of, open_images, prompt_of
 from utils.jsonl import DataError
-from utils.latent_families import Generation, LatentSpec, last_latent, latent_ids
+from utils.latent_families import Generation, LatentSpec, clean_text, last_latent, latent_ids
 from utils.option_scores import describe_scores, score_options
 from utils.probe.capture import find_steps
 from utils.probe.states import States
-from utils.qwen import Qwen, encode, prompt_of
+from utils.qwen import Qwen, encode
 from utils.spans import CLOSE, OPEN, conclusion
 from utils.stats import chance, mcnemar_exact, paired_interval, robust_mean, wilson
 
@@ -173,7 +173,8 @@ class Prober:
         shows = name in ("image", "image_own")
         images = [open_images(item, item["root"]) if shows else [] for item in (self.items[p["source"]]
                                                                                 for p in batch)]
-        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args, blind=not shows)
+        prompts = [prompt_of(self.qwen.tokenizer, probe, len(pictures), self.args.system, self.args.suffix,
+                             blind=not shows)
                    for probe, pictures in zip(batch, images)]
         before = [[] for _ in batch]
         if name not in ("image", "text_only"):
@@ -192,7 +193,7 @@ class Prober:
         places that imagined again come back."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
-        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args) for item,
+        prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args.system, args.suffix) for item,
                    pictures in zip(items, images)]
         begun = prefill(qwen, encode(qwen, prompts, images))
         rows, end = decode(qwen, begun.select(list(range(len(batch)))), args.max_new_tokens, self.spec)
@@ -212,7 +213,7 @@ class Prober:
             qwen.tokenizer(CLOSE, add_special_tokens=False).input_ids
         blocks = []
         for i in able:
-            whole = prompt_of(qwen.tokenizer, batch[i], 0, args, blind=True)
+            whole = prompt_of(qwen.tokenizer, batch[i], 0, args.system, args.suffix, blind=True)
             turn = "<|im_end|>\n" + whole[whole.rindex(TURN):]
             blocks.append(closing + qwen.tokenizer(turn, add_special_tokens=False).input_ids)
         return prefill_blocks(qwen, back.select(able), blocks)[1], [[] for _ in able], able

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
+from utils.items import chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
-from utils.qwen import Qwen, chat, plain
+from utils.qwen import Qwen
 
 IMAGINATIONS = ("text", "latent", "placeholder", "direct")
 PLACEHOLDER = "<think_image>"  # DESIGN.md, Rows: one bare marker an image

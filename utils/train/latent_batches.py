@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from utils.latent_families import LatentSpec, latent_ids
 from utils.patches import process_images
-from utils.qwen import Qwen, collate, image_features
+from utils.qwen import Qwen, collate, image_features, multiplied_patches
 from utils.train.examples import Example, Target, load_images
 
 
@@ -108,9 +108,10 @@ def run_latents(model: torch.nn.Module, batch: dict, spec: LatentSpec) -> tuple[
 
     def step(start: int, end: int, **inputs) -> torch.Tensor:
         nonlocal past
-        out = model.model(attention_mask=batch["attention_mask"][:, :end], use_cache=True,
-                          past_key_values=past,
-                          position_ids=batch["position_ids"][:, :, start:end], **inputs)
+        with multiplied_patches(model):
+            out = model.model(attention_mask=batch["attention_mask"][:, :end], use_cache=True,
+                              past_key_values=past, position_ids=batch["position_ids"][:, :, start:end],
+                              **inputs)
         past = out.past_key_values
         states.append(out.last_hidden_state)
         return out.last_hidden_state[:, -1]

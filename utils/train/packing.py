@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from utils.jsonl import DataError
 from utils.patches import THREADS, process_images
-from utils.qwen import Qwen, collate
+from utils.qwen import Qwen, collate, multiplied_patches
 from utils.train.examples import Example, Target, load_images
 
 NAME = "packed_flash"  # with "flash" in it the vision tower hands over all its windows in one call
@@ -144,7 +144,7 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
         raise RuntimeError("a pack outside of use_packed_attention: its rows would attend to each other")
     images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
     bounds, longest = pack["cu_seqlens"], pack["max_length"]
-    with last_layer_at(model, pack["source"]):
+    with last_layer_at(model, pack["source"]), multiplied_patches(model):
         out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"],
                           cu_seq_lens_q=bounds,
                           cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False,
