@@ -232,8 +232,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="map: which option is meant, gold not shown; "
                        "grade: is it the gold answer")
     judge.add_argument("--judge_model", help="the name that its server gives it")
-    judge.add_argument("--judge_base_url", nargs="+", default=["http://127.0.0.1:8001/v1"],
-                       help="one or more servers of it")
+    judge.add_argument("--judge_base_url", default="http://127.0.0.1:8001/v1", help="its server")
     judge.add_argument("--judge_key_file", help="file with its key; without it $OPENAI_API_KEY, if set")
     judge.add_argument("--judge_max_tokens", type=parse_count, default=1024,
                        help="of its reply, thoughts included")

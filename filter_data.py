@@ -298,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts = load_prompts(args.prompts, PROMPTS)
 
     def read() -> list[dict]:
-        rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, hint="rewrite_captions.py writes it")
+        rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit,
+                         hint="rewrite_captions.py writes it")
         for row in rows:
             check_own(f"{args.input}: id {row['id']!r}", row)
         return rows

@@ -333,10 +333,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="0 is greedy; else all conditions on an item meet "
                         "the same random numbers (--seed); run several seeds")
     parser.add_argument("--editor_model", default=None, help="model of directed_llm, as its server names it")
-    parser.add_argument("--editor_url", nargs="+", default=["http://127.0.0.1:8000/v1"],
-                        help="OpenAI-compatible servers")
+    parser.add_argument("--editor_url", default="http://127.0.0.1:8000/v1",
+                        help="its OpenAI-compatible server")
     parser.add_argument("--api_key_file", default=None,
-                        help="file with their key (default: the environment's OPENAI_API_KEY)")
+                        help="file with its key (default: the environment's OPENAI_API_KEY)")
     parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
     parser.add_argument("--min_pixels", type=int, default=None, help="area to which an image is enlarged")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",

@@ -390,7 +390,8 @@ def main(argv: list[str] | None = None) -> int:
         return export(samples, args)
 
     def show(metrics: dict) -> None:
-        log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> {args.output}")
+        log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> "
+            f"{args.output}")
 
     return run_stage(args, Stage(
         args.input, prompts, PROMPTS_VERSION, SCHEMAS,

@@ -1,7 +1,7 @@
 """Requests to a model, replies, and the backend that runs a checkpoint in this process.
 
-Every backend has an `identity` and `generate(requests, done, stop)`; utils.openai_backend asks a server. torch
-is imported when the model is first needed: a run that reads only its journal, or asks a server, starts without.
+Every backend has an `identity` and `generate(requests, done, stop)`; utils.openai_backend asks a server.
+torch is imported when the model is first needed: a run that only reads its journal starts without it.
 """
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boo
 class Request(NamedTuple):
     """One model call: images before the text, at most `max_tokens` new tokens.
 
-    messages: a whole conversation in place of system, text and images: (role, text) or (role, parts), each part
-    a text or a Picture. `schema` and `seed` are for servers; the seed comes from the key, so that it depends
-    neither on the order of the calls nor on a restart.
+    messages: a whole conversation in place of system, text and images: (role, text) or (role, parts), each
+    part a text or a Picture. `schema` and `seed` are for servers; the seed comes from the key, so that it
+    depends neither on the order of the calls nor on a restart.
     """
 
     key: str
@@ -97,7 +97,7 @@ class LocalReply(Reply):
 
 
 class Prepared(NamedTuple):
-    """A batch ready to compute: the requests whose images can be used, their tensors, replies to the others."""
+    """A batch ready to compute: requests whose images can be used, their tensors, replies to the others."""
 
     requests: list[Request]
     inputs: dict | None
@@ -112,8 +112,8 @@ class LocalBackend:
     """Greedy decoding with transformers in this process, in left-padded batches of similar length.
 
     A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens`
-    tokens. Batches depend on the whole list of requests and never on what is done already: a batch that a kill
-    left half done is computed again whole, so that its replies equal those of an uninterrupted run bit for bit.
+    tokens. Batches depend on the whole list of requests and never on what is done already: a batch that a
+    kill left half done is computed again whole, so that its replies equal those of an uninterrupted run.
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
@@ -122,7 +122,7 @@ class LocalBackend:
         self.identity = {"model": model_identity(self.folder), "decoding": "greedy"}
         self.batch_size, self.batch_tokens, self.spec = batch_size, batch_tokens, spec
         self.load_options = dtype, min_pixels, max_pixels
-        self.image_limits = max_pixels, 28 * 28, 28  # largest and least area, pixels per side of a visual token
+        self.image_limits = max_pixels, 28 * 28, 28  # largest and least area, side of a visual token
         self.qwen = None
 
     def load(self) -> None:
@@ -148,8 +148,8 @@ class LocalBackend:
                     yield from self.answer(batch)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Yield the requests in batches, the longest prompts first. Out of memory lowers `batch_tokens` for the
-        batches that are still to come."""
+        """Yield the requests in batches, the longest prompts first. Running out of memory lowers
+        `batch_tokens` for the batches still to come."""
         sized = sorted(((self.length(request), request) for request in requests),
                        key=lambda pair: (pair[0], len(pair[1].text)), reverse=True)
         batch, longest = [], 0
@@ -185,7 +185,8 @@ class LocalBackend:
                 failed.append(failure(request, error.reason))
         tokenizer = self.qwen.tokenizer
         prompts = [render(tokenizer, request.messages) if request.messages else
-                   chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
+                   chat(tokenizer, request.text, len(request.images), request.system)
+                   for request in ready]
         return Prepared(ready, qwen.encode(self.qwen, prompts, images) if ready else None, failed)
 
     def answer(self, batch: list[Request], prepared: Prepared | None = None) -> list[Reply]:
@@ -241,16 +242,17 @@ def failure(request: Request, error: str) -> Reply:
 
 
 def render(tokenizer, messages: tuple) -> str:
-    """Return a conversation's prompt up to the start of the assistant's turn, with one image pad per picture."""
+    """Return a conversation's prompt up to the assistant's turn, with one image pad per picture."""
     turns = []
     for role, parts in messages:
         texts = [plain(parts) if role == "assistant" else parts] if isinstance(parts, str) else parts
-        turns.append({"role": role, "content": [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in texts]})
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                   for part in texts]
+        turns.append({"role": role, "content": content})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-# -------------------------------------------------------------------------------------- JSON in requests and replies
+# -------------------------------------------------------------------------- JSON in requests and replies
 def object_schema(**properties: dict) -> dict:
     """Return the schema of an object whose properties are all required."""
     return {"type": "object", "properties": properties, "required": list(properties),

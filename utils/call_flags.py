@@ -74,11 +74,9 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
 def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
     """Add the flags of OpenAI-compatible servers that hold a model."""
     server = parser.add_argument_group(title)
-    server.add_argument("--base_url", nargs="+", default=["http://127.0.0.1:8000/v1"],
-                        help="one or more servers that "
-                        "hold the model; one that is gone is left out until it is back")
-    server.add_argument("--concurrency", type=parse_count, default=64,
-                        help="calls under way, over all servers")
+    server.add_argument("--base_url", default="http://127.0.0.1:8000/v1",
+                        help="the server; one that goes down is waited for")
+    server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
     server.add_argument("--server_wait", type=float, default=1800.0,
                         help="seconds without any reply until exit 4")
@@ -137,7 +135,8 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
     if args.fresh:
         move_aside(folder, shard[1])
     schemas_key = {"schemas": call_key(**schemas)}
-    settings = settings | schemas_key | {"prompts": call_key(**prompts), "max_new_tokens": args.max_new_tokens}
+    settings = {**settings, **schemas_key, "prompts": call_key(**prompts),
+                "max_new_tokens": args.max_new_tokens}
     if args.export_only:
         written = read_settings(folder)
         if written is None:
@@ -165,9 +164,9 @@ class Stage:
     """What a stage with model calls is made of; `run_stage` does what all of them share.
 
     settings: what changes the result besides model, prompts and schemas. read: return the samples of the
-    input. preview: return what --dry_run prints. work(samples, caller): make the calls and return the results;
-    without `needs_model` there is no caller. export(samples, results): write them and return the counts,
-    "errors" among them. show: log the metrics.
+    input. preview: return what --dry_run prints. work(samples, caller): make the calls and return the
+    results; without `needs_model` there is no caller. export(samples, results): write them and return the
+    counts, "errors" among them. show: log the metrics.
     """
 
     inputs: list[str]
@@ -197,8 +196,10 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
         return 4
     except IncompleteError as error:
         if args.export_only:
-            raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done")
-        log(f"this shard is done, {error} from others: the last one writes {args.output}, or --export_only does")
+            raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done"
+                            ) from error
+        log(f"this shard is done, {error} from others: the last one writes {args.output}, or --export_only "
+            "does")
         return 0
     metrics = stage.export(samples, results) | stats | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)

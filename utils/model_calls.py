@@ -31,8 +31,8 @@ MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take
 class Call(NamedTuple):
     """One question to the model on behalf of a sample.
 
-    hashes: sha256 of the bytes of its images. schema: of the JSON object asked for; None for a reply in words,
-    whose value is {"text": ...}.
+    hashes: sha256 of the bytes of its images. schema: of the JSON object asked for; None for a reply in
+    words, whose value is {"text": ...}.
     """
 
     id: str
@@ -57,7 +57,8 @@ class Outcome(NamedTuple):
     attempts: int = 0
 
 
-Check = Callable[[Call, dict], tuple[str, str] | None]  # (closed reason, the fault in words) of a value, or None
+# of a value: (closed reason, the fault in words), or None
+Check = Callable[[Call, dict], tuple[str, str] | None]
 
 
 class IncompleteError(RuntimeError):
@@ -81,7 +82,7 @@ def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
 # ---------------------------------------------------------------------------------------------- running calls
 @dataclass(frozen=True, slots=True)
 class CallUse:
-    """What one call took. as_asked: whether a complete first reply kept the schema; None for any other reply."""
+    """What one call took. as_asked: whether a complete first reply kept the schema, else None."""
 
     seconds: float
     n_prompt: int
@@ -104,7 +105,7 @@ class Counters:
 class Caller:
     """What all calls of a run share; without a backend, the journal alone answers.
 
-    `identity` (model, sampling, schemas) is part of every key: a journal answers only the model that wrote it.
+    `identity` (model, sampling, schemas) is part of every key: a journal answers for its own model only.
     `images` is the journal of the images that were checked (utils.row_rules.check_rows).
     """
 
@@ -120,11 +121,11 @@ class Caller:
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
-        self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # part of all keys, hashed once
+        self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # in all keys, hashed once
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
-        """Return the request of a call. A second attempt names the fault of the first, and may be twice as long
-        if that was cut off."""
+        """Return the request of a call. A second attempt names the fault of the first, and may be twice as
+        long if that was cut off."""
         text, max_tokens = call.text, self.max_new_tokens
         if before is not None:
             text += "\n" + fill(self.prompts["RETRY"], fault=before.detail)
@@ -140,8 +141,9 @@ class Caller:
         as_asked = None
         if attempt == 0 and outcome.reason not in ("cut_off", "backend_error"):
             as_asked = outcome.reason not in ("bad_json", "bad_schema")
-        self.counters.used[request.key] = CallUse(record["seconds"], record["n_prompt"], record["n_new"], as_asked)
-        return outcome
+        self.counters.used[request.key] = CallUse(record["seconds"], record["n_prompt"], record["n_new"],
+                                                  as_asked)
+        return outcome._replace(attempts=attempt + 1)
 
     def read_all_shards(self) -> None:
         """Make no more calls, and read what every shard has written."""
@@ -189,7 +191,7 @@ def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
     elif broken := schema_fault(value, call.schema):
         fault = "bad_schema", broken
     reason, detail = fault or check(call, value) or (None, "")
-    return Outcome(None if reason else value, reason, detail, record["text"], record.get("attempt", 0) + 1)
+    return Outcome(None if reason else value, reason, detail, record["text"])
 
 
 def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: bool = True, retries: int = 1
@@ -250,8 +252,8 @@ class Guard:
         all_failed = self.n_failed == self.n >= GUARD_FIRST
         if self.on and (all_failed or self.n >= GUARD_WINDOW and sum(self.last) > GUARD_SHARE * GUARD_WINDOW):
             raise ErrorRateError(
-                f"{sum(self.last)} of the last {len(self.last)} calls failed; read the replies in the journal and "
-                "fix the model or the prompts, or use --no_guard for a model known to be weak")
+                f"{sum(self.last)} of the last {len(self.last)} calls failed; read the replies in the "
+                "journal and fix the model or the prompts, or use --no_guard for a model known to be weak")
 
 
 def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,
@@ -267,13 +269,14 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
         raise IncompleteError(f"{len(unique) - n_done:,} calls are missing")
     began, n_errors, prompts = time.monotonic(), 0, call_key(**caller.prompts)[:16]
     with (stop_on_signals() as stop,
-          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call", disable=rank_world()[0] != 0) as bar):
+          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call",
+               disable=rank_world()[0] != 0) as bar):
         for reply in caller.backend.generate(unique, caller.journal, stop):
             if reply.key in caller.journal:  # made again because its local batch was
                 continue
             call = owners[reply.key]
-            record = reply.record() | {"id": call.id, "kind": call.kind, "step": call.step, "attempt": attempt,
-                                       "prompts": prompts, "time": round(time.time(), 3)}
+            record = reply.record() | {"id": call.id, "kind": call.kind, "step": call.step,
+                                       "attempt": attempt, "prompts": prompts, "time": round(time.time(), 3)}
             caller.journal.append(record)
             is_error = failed(record)
             n_errors += is_error

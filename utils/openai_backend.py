@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server (vLLM, SGLang, transformers serve), or several of them, as a backend.
+"""An OpenAI-compatible server (vLLM, SGLang, transformers serve) as a backend.
 
-One thread a request, of which at most `concurrency` are under way, and one scheduler: the caller's own loop.
-What each answer of a server means is decided in one place, `HttpBackend.settle`.
+Each call has a thread, at most `concurrency` at a time; the scheduler is the caller's own loop. The methods
+on_... of `HttpBackend` decide what each answer of the server means.
 """
 import heapq
 import json
@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from enum import Enum
 from threading import Event
 
 from huggingface_hub.utils import httpx
@@ -23,263 +24,246 @@ from utils.cli import API_KEY, log
 from utils.images import ImageError, Picture, picture_url
 from utils.jsonl import DataError
 
-BUSY, LOST = (429, 503), (408, 502, 504)  # statuses: of a server that wants less; of one that may be gone
-RUN = (401, 402, 403, 404, 405)  # no call will do better: stop and say what the server said
+BUSY_STATUSES = (429, 503)  # the server wants fewer calls
+GATEWAY_STATUSES = (408, 502, 504)  # the server may be gone
+RUN_STATUSES = (401, 402, 403, 404, 405)  # every call would get the same answer: stop and show it
 TRIES_500 = 3  # a 500 may be the sample's fault (transformers serve gives it for a bad image) or the server's
 TRIES_LOST = 5  # connections lost or timed out under one call: the sample may well break the server
-TRIES_BUSY = 30  # busy answers to one call, with others answered in between
+TRIES_BUSY = 30  # busy answers to one call, with other calls answered in between
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # backoff: doubled each time, with jitter
-SHORTEST_WAIT_S = 0.5  # whatever a server's Retry-After says
-POLL_TIMEOUT_S, CONNECT_TIMEOUT_S = 10.0, 10.0
-DRAIN_S = 30.0  # how long an interrupted run waits for the calls under way
+SHORTEST_WAIT_S = 0.5  # even if Retry-After asks for less
+CONNECT_TIMEOUT_S = 10.0
+DRAIN_S = 30.0  # how long an interrupted run waits for running calls
 TICK_S = 0.1
 
 
-@dataclass
-class Server:
-    """What the scheduler knows of one server; `window` is how many calls it gets at once, halved when it is
-    busy."""
+class Result(Enum):
+    """What one try at a call led to."""
 
-    url: str
-    window: int
-    in_flight: int = 0
-    n_refused: int = 0  # busy answers and failed polls in a row
-    pause_until: float = 0.0
-    is_dead: bool = False
-    polling: bool = False
-
-
-@dataclass(slots=True)
-class Job:
-    """One request on its way, with the tries that counted against it."""
-
-    request: Request
-    n_sent: int = 0
-    n_500: int = 0
-    n_lost: int = 0
-    n_busy: int = 0
-    n_answered: int = 0  # replies to all jobs, when a server last was too busy for this one
+    REPLY = "the server replied"
+    BAD_SAMPLE = "the server, or its image, rules this call out"
+    BAD_RUN = "the server would refuse every call"
+    UNCLEAR = "status 500 or no completion: the fault of the sample or of the server"
+    BUSY = "the server wants fewer calls"
+    LOST = "the connection broke or timed out, and the server is up"
+    DIED = "the connection broke, and the server is down"
+    DOWN = "the server did not take the call"
+    CRASH = "the thread of the call died"
 
 
 @dataclass
-class Result:
-    """What a thread brings back: `kind` is reply, sample, run, unclear (500), busy, alive, or what became of
-    a server.
+class Try:
+    """What a thread brings back; wait_s: how long the server asks to be left alone."""
 
-    lost: the connection broke, or timed out, and the server lives; died: it does not, and had the call; dead:
-    it did not even take it.
-    """
-
-    kind: str
+    result: Result
     message: str = ""
     reply: Reply | None = None
     wait_s: float | None = None
 
 
+@dataclass(slots=True)
+class Job:
+    """One request on its way, with the tries that count against it."""
+
+    request: Request
+    send_at: float = 0.0
+    n_sent: int = 0
+    n_500: int = 0
+    n_lost: int = 0
+    n_busy: int = 0
+    n_answered: int = 0  # replies to all jobs when the server was last too busy for this one
+
+
 class HttpBackend:
-    """Requests to one or more servers that hold the same model.
+    """Requests to one server, `window` at once: half as many after a busy answer, one when it is down, and
+    one more after every reply."""
 
-    Every server gets as many calls as the others; one that is gone is left out, and polled until it is back.
-    """
-
-    def __init__(self, model: str, base_urls: list[str], max_pixels: int, image_factor: int = 32,
-                 concurrency: int = 64,
-                 timeout_s: float = 300.0, server_wait_s: float = 1800.0, temperature: float = 0.0,
-                 extra_body: dict | None = None, api_key: str | None = None):
-        for url in base_urls:
-            if not url.startswith(("http://", "https://")) or "@" in url:
-                raise DataError(
-                    f"--base_url {url}: expected http://host:port/v1 without a password in it; a key comes "
-                                f"from ${API_KEY} or --api_key_file")
+    def __init__(self, model: str, base_url: str, max_pixels: int, image_factor: int = 32,
+                 concurrency: int = 64, timeout_s: float = 300.0, server_wait_s: float = 1800.0,
+                 temperature: float = 0.0, extra_body: dict | None = None, api_key: str | None = None):
+        if not base_url.startswith(("http://", "https://")) or "@" in base_url:
+            raise DataError(f"--base_url {base_url}: expected http://host:port/v1 without a password in it; "
+                            f"a key comes from ${API_KEY} or --api_key_file")
         self.model, self.max_pixels, self.image_factor = model, max_pixels, image_factor
-        self.concurrency, self.server_wait_s = concurrency, server_wait_s
+        self.url, self.concurrency, self.server_wait_s = base_url.rstrip("/"), concurrency, server_wait_s
         self.sampling = {"temperature": temperature, "top_p": 1.0, **(extra_body or {})}
         self.identity = {"model": model, "image_factor": image_factor, "decoding": self.sampling}
-        self.servers = [Server(url.rstrip("/"), concurrency) for url in base_urls]
-        self.api_key, self.n_answered = api_key, 0
-        self.client = httpx.Client(
-            # no proxy before 127.0.0.1
+        self.window, self.in_flight, self.n_answered, self.n_refused = concurrency, 0, 0, 0
+        self.pause_until, self.is_down, self.api_key = 0.0, False, api_key
+        self.client = httpx.Client(  # trust_env: no proxy in front of 127.0.0.1
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
-        self.results: queue.SimpleQueue = queue.SimpleQueue()
+        self.tries: queue.SimpleQueue[tuple[Job, Try]] = queue.SimpleQueue()
 
     # ------------------------------------------------------------------------------------------ the scheduler
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
         """Yield a reply for every request whose key is not in `done`, in the order in which they come.
 
-        Once `stop` is set nothing more is sent, and what is under way gets DRAIN_S. Raises DataError for an
-        answer that concerns the whole run, ErrorRateError if no server has answered for `server_wait_s`.
+        After `stop` nothing more is sent, and running calls get DRAIN_S. Raises DataError for an answer that
+        concerns the whole run, ErrorRateError without an answer for `server_wait_s`.
         """
         todo = deque(Job(request) for request in requests if request.key not in done)
-        waiting: list[tuple[float, int, Job]] = []  # a heap: when to send again
+        waiting: list[tuple[float, int, Job]] = []  # a heap, by the time to send again
         n_open, heard_at, stopped_at = len(todo), time.monotonic(), None
+        self.tries, self.in_flight = queue.SimpleQueue(), 0  # calls of an earlier run may still come back
         while n_open:
             now = time.monotonic()
             if stop is not None and stop.is_set():
                 stopped_at = stopped_at or now
-                if not any(server.in_flight for server in self.servers) or now > stopped_at + DRAIN_S:
+                if not self.in_flight or now > stopped_at + DRAIN_S:
                     return
             else:
                 while waiting and waiting[0][0] <= now:
                     todo.appendleft(heapq.heappop(waiting)[2])
                 if now > heard_at + self.server_wait_s:
-                    raise ErrorRateError(
-                        f"no server has answered for {self.server_wait_s:.0f} s, {n_open} calls are "
-                                         "left; start one and run the same command again")
+                    raise ErrorRateError(f"no server has answered for {self.server_wait_s:.0f} s, {n_open} "
+                                         "calls are left; start one and run the same command again")
                 self.start(todo, now)
             try:
-                job, server, result = self.results.get(timeout=TICK_S)
+                job, attempt = self.tries.get(timeout=TICK_S)
             except queue.Empty:
                 continue
-            reply, again_at = self.settle(job, server, result)
-            if reply is not None:
+            self.in_flight -= 1
+            if reply := self.settle(job, attempt):
                 n_open, heard_at = n_open - 1, time.monotonic()
                 yield reply
-            elif job is not None:
-                heapq.heappush(waiting, (again_at, id(job), job))
+            else:
+                heapq.heappush(waiting, (job.send_at, id(job), job))
 
-    def start(self, todo: deque, now: float) -> None:
-        """Send as many jobs as the servers may take, to the least busy one first; poll the dead ones when it
-        is time.
-        """
-        for server in self.servers:
-            if server.is_dead and not server.polling and now >= server.pause_until:
-                server.polling = True
-                threading.Thread(target=self.work, args=(None, server), daemon=True).start()
-        n_free = self.concurrency - sum(server.in_flight for server in self.servers)
-        while todo and n_free > 0:
-            free = [server for server in self.servers if not server.is_dead and now >= server.pause_until
-                    and server.in_flight < server.window]
-            if not free:
-                return
-            server, job = min(free, key=lambda server: server.in_flight), todo.popleft()
-            server.in_flight, job.n_sent, n_free = server.in_flight + 1, job.n_sent + 1, n_free - 1
-            # daemon: never holds up an exit
-            threading.Thread(target=self.work, args=(job, server), daemon=True).start()
+    def start(self, todo: deque[Job], now: float) -> None:
+        """Send as many jobs as the server may take."""
+        while todo and now >= self.pause_until and self.in_flight < min(self.window, self.concurrency):
+            job = todo.popleft()
+            self.in_flight, job.n_sent = self.in_flight + 1, job.n_sent + 1
+            threading.Thread(target=self.work, args=(job, self.tries), daemon=True).start()
 
-    def settle(self, job: Job | None, server: Server, result: Result) -> tuple[Reply | None, float]:
-        """Return (the reply of a job that has come to its end, or None; when to send it again)."""
-        now = time.monotonic()
-        if result.kind == "crash":
-            raise RuntimeError("a request's thread died; its traceback stands above")
-        if job is None:  # a poll
-            server.polling, server.is_dead = False, result.kind != "alive"
-            self.pause(server, result, now) if server.is_dead else log(f"{server.url}: answers again")
-            return None, now
-        server.in_flight -= 1
-        if result.kind == "run":
-            raise DataError(f"{server.url}: {self.redact(result.message)}")
-        if result.kind == "reply":
-            self.n_answered, server.n_refused = self.n_answered + 1, 0
-            server.window = min(self.concurrency, server.window + 1)
-            return replace(result.reply, attempts=job.n_sent), now
-        if result.kind == "sample":
-            return self.error(job, result), now
-        if result.kind == "unclear":
-            job.n_500 += 1
-            return (self.error(job, result), now) if job.n_500 == TRIES_500 else (None,
-                                                                                  now + backoff(job.n_500))
-        if result.kind in ("died", "dead") and not server.is_dead:
-            log(f"{server.url}: gone ({self.redact(result.message)}); polling until it is back")
-            server.is_dead = True
-            self.pause(server, result, now)
-        # a call that was there each time a server fell is not let in for ever
-        if result.kind in ("died", "lost"):
-            job.n_lost += 1
-            enough = job.n_lost == TRIES_LOST
-            return (self.error(job, result, transient=True), now) if enough else (None,
-                                                                                  now + backoff(job.n_lost))
-        if result.kind == "busy":
-            job.n_busy += self.n_answered > job.n_answered  # others were answered since its last try
-            job.n_answered = self.n_answered
-            if job.n_busy == TRIES_BUSY:
-                return self.error(job, result, transient=True), now
-            if now >= server.pause_until:  # once for all that were under way together
-                server.window = max(1, server.window // 2)
-                self.pause(server, result, now)
-            return None, server.pause_until
-        return None, now
+    def settle(self, job: Job, attempt: Try) -> Reply | None:
+        """Return the reply of a job that ends here; for None it is sent again at `job.send_at`."""
+        job.send_at = time.monotonic()
+        return getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt)
 
-    def pause(self, server: Server, result: Result, now: float) -> None:
-        server.n_refused += 1
-        server.pause_until = now + (backoff(server.n_refused) if result.wait_s is None else result.wait_s)
+    def on_reply(self, job: Job, attempt: Try) -> Reply:
+        if self.is_down:
+            log(f"{self.url}: answers again")
+        self.is_down, self.n_refused, self.n_answered = False, 0, self.n_answered + 1
+        self.window = min(self.concurrency, self.window + 1)
+        return replace(attempt.reply, attempts=job.n_sent)
 
-    def error(self, job: Job, result: Result, transient: bool = False) -> Reply:
-        return Reply(job.request.key, "", "error", 0, 0, 0.0, self.redact(result.message), job.n_sent,
-                     transient)
+    def on_bad_run(self, job: Job, attempt: Try) -> None:
+        raise DataError(f"{self.url}: {self.redact(attempt.message)}")
+
+    def on_crash(self, job: Job, attempt: Try) -> None:
+        raise RuntimeError("the thread of a request died; its traceback is above")
+
+    def on_bad_sample(self, job: Job, attempt: Try) -> Reply:
+        return self.error(job, attempt)
+
+    def on_unclear(self, job: Job, attempt: Try) -> Reply | None:
+        job.n_500 += 1
+        job.send_at += backoff(job.n_500)
+        return self.error(job, attempt) if job.n_500 == TRIES_500 else None
+
+    def on_lost(self, job: Job, attempt: Try) -> Reply | None:
+        job.n_lost += 1
+        job.send_at += backoff(job.n_lost)
+        return self.error(job, attempt, transient=True) if job.n_lost == TRIES_LOST else None
+
+    def on_died(self, job: Job, attempt: Try) -> Reply | None:
+        self.on_down(job, attempt)
+        return self.on_lost(job, attempt)  # a call that runs whenever the server dies is given up
+
+    def on_down(self, job: Job, attempt: Try) -> None:
+        if not self.is_down:
+            log(f"{self.url}: gone ({self.redact(attempt.message)}); waiting until it is back")
+        self.is_down = True
+        self.pause(attempt, window=1)  # the next call shows whether it is back
+
+    def on_busy(self, job: Job, attempt: Try) -> Reply | None:
+        job.n_busy += self.n_answered > job.n_answered  # other calls were answered since its last try
+        job.n_answered = self.n_answered
+        if job.n_busy == TRIES_BUSY:
+            return self.error(job, attempt, transient=True)
+        self.pause(attempt, window=max(1, self.window // 2))
+        job.send_at = self.pause_until
+        return None
+
+    def pause(self, attempt: Try, window: int) -> None:
+        """Send nothing for a while; calls that ran together and fail together count once."""
+        if (now := time.monotonic()) >= self.pause_until:
+            self.n_refused, self.window = self.n_refused + 1, window
+            self.pause_until = now + (backoff(self.n_refused) if attempt.wait_s is None else attempt.wait_s)
+
+    def error(self, job: Job, attempt: Try, transient: bool = False) -> Reply:
+        message = self.redact(attempt.message)
+        return Reply(job.request.key, "", "error", 0, 0, 0.0, message, job.n_sent, transient)
 
     def redact(self, message: str) -> str:
-        """Return a message of a server without the key that it may quote."""
+        """Return a message of the server without the key that it may quote."""
         return message.replace(self.api_key, "(key)") if self.api_key else message
 
     # -------------------------------------------------------------------------------------------- in a thread
-    def work(self, job: Job | None, server: Server) -> None:
-        """Make one try at a job, or a poll if there is none, and hand over its result."""
-        result = Result("crash")
+    def work(self, job: Job, tries: queue.SimpleQueue) -> None:
+        """Make one try at a job and hand it over."""
+        attempt = Try(Result.CRASH)
         try:
-            result = self.poll(server) if job is None else self.send(job.request, server)
+            attempt = self.send(job.request)
         finally:
-            self.results.put((job, server, result))
+            tries.put((job, attempt))
 
-    def poll(self, server: Server) -> Result:
-        """Ask for the list of models: any answer but that of a gateway before a dead server is a sign of
-        life."""
+    def is_up(self) -> bool:
+        """Ask for the list of models: any answer shows life, except a gateway's in front of a dead server."""
         try:
-            status = self.client.get(f"{server.url}/models", timeout=POLL_TIMEOUT_S).status_code
-        except httpx.RequestError as error:
-            return Result("dead", f"{type(error).__name__}: {error}")
-        return Result("dead", f"status {status}") if status in (*BUSY, *LOST) else Result("alive")
+            status = self.client.get(f"{self.url}/models", timeout=CONNECT_TIMEOUT_S).status_code
+        except httpx.RequestError:
+            return False
+        return status not in (*BUSY_STATUSES, *GATEWAY_STATUSES)
 
-    def send(self, request: Request, server: Server) -> Result:
-        """Post one request and say what kind of result came back."""
+    def send(self, request: Request) -> Try:
+        """Post one request and return what came of it."""
         try:
             body = json.dumps(self.payload(request), separators=(",", ":")).encode("ascii")
-        except ImageError as error:
-            return Result("sample", error.reason)
-        began = time.monotonic()
-        try:
-            response = self.client.post(f"{server.url}/chat/completions", content=body,
+            began = time.monotonic()
+            response = self.client.post(f"{self.url}/chat/completions", content=body,
                                         headers={"Content-Type": "application/json"})
+        except ImageError as error:
+            return Try(Result.BAD_SAMPLE, error.reason)
         except httpx.RequestError as error:
-            gone = "dead" if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) else "died"
-            return Result("lost" if self.poll(server).kind == "alive" else gone,
-                          f"{type(error).__name__}: {error}")
+            refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            result = Result.LOST if self.is_up() else Result.DOWN if refused else Result.DIED
+            return Try(result, f"{type(error).__name__}: {error}")
         status, seconds = response.status_code, round(time.monotonic() - began, 3)
         if status == 200:
-            reply = read_reply(request.key, response, seconds)
-            return Result("reply", reply=reply) if reply else Result("unclear",
-                                                                     f"no completion: {response.text[:200]}")
+            if reply := read_reply(request.key, response, seconds):
+                return Try(Result.REPLY, reply=reply)
+            return Try(Result.UNCLEAR, f"no completion: {response.text[:200]}")
         message = f"status {status}: {response.text[:500]}"
-        if status in BUSY:
-            return Result("busy", message, wait_s=retry_after(response.headers.get("Retry-After")))
-        if status in LOST:
-            return Result("lost" if self.poll(server).kind == "alive" else "dead", message)
-        if status in RUN or status < 400:
-            return Result("run", message)
-        return Result("unclear" if status >= 500 else "sample", message)
+        if status in BUSY_STATUSES:
+            return Try(Result.BUSY, message, wait_s=retry_after(response.headers.get("Retry-After")))
+        if status in GATEWAY_STATUSES:
+            return Try(Result.LOST if self.is_up() else Result.DOWN, message)
+        if status in RUN_STATUSES or status < 400:
+            return Try(Result.BAD_RUN, message)
+        return Try(Result.UNCLEAR if status >= 500 else Result.BAD_SAMPLE, message)
 
     def payload(self, request: Request) -> dict:
-        """Return the body: images first, then the text, under one system prompt; or the messages as they are
-        given."""
+        """Return the body: the messages, or images and text after the system prompt."""
         if request.messages:
             messages = [{"role": role, "content": parts if isinstance(parts, str) else self.content(parts)}
                         for role, parts in request.messages]
         else:
             messages = [{"role": "system", "content": request.system}] if request.system else []
-            messages.append({"role": "user",
-                             "content": self.content([*map(Picture, request.images), request.text])})
+            messages.append({"role": "user", "content": self.content([*request.pictures, request.text])})
         body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens,
-                "seed": request.seed,
-                **self.sampling}
+                "seed": request.seed, **self.sampling}
         if request.schema:
             body["response_format"] = {"type": "json_schema", "json_schema": {
                 "name": "reply", "strict": True, "schema": request.schema}}
         return body
 
     def content(self, parts: Iterable[str | Picture]) -> list[dict]:
-        """Return what a user's message holds, in order."""
+        """Return the content of a user's message."""
         return [{"type": "text", "text": part} if isinstance(part, str) else
                 {"type": "image_url",
                  "image_url": {"url": picture_url(part, self.max_pixels, self.image_factor)}}
@@ -287,7 +271,7 @@ class HttpBackend:
 
 
 def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | None:
-    """Return the reply in a chat completion, or None if it is not one."""
+    """Return the reply in a chat completion; None if the body is anything else."""
     try:
         body = response.json()
         choice, usage = body["choices"][0], body.get("usage") or {}
@@ -301,15 +285,13 @@ def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | No
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), or None without a usable one."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return max(float(value), SHORTEST_WAIT_S)
+    """Return the seconds of a Retry-After header (a number or an HTTP date), if it is usable."""
+    value = (value or "").strip()
     try:
-        return max(SHORTEST_WAIT_S, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        date = None if value.isdigit() else parsedate_to_datetime(value)
     except (ValueError, TypeError):
         return None
+    return max(SHORTEST_WAIT_S, (date - datetime.now(UTC)).total_seconds() if date else float(value))
 
 
 def backoff(n: int) -> float:

@@ -139,7 +139,7 @@ def test_a_corrupt_image_fails_alone(tmp_path, picture, llava):
     # the header stands, so that it is sent as it is
     (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])
     with serving(llava) as url:
-        backend = HttpBackend(str(llava), [url], 10**6)
+        backend = HttpBackend(str(llava), url, 10**6)
         requests = [Request(f"{n:064x}", None, "What is it?", (str(path),), 8)
                     for n, path in enumerate((good, tmp_path / "bad.jpg"))]
         replies = {int(reply.key, 16): reply for reply in backend.generate(requests)}

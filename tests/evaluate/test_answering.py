@@ -142,7 +142,7 @@ def test_a_checkpoint_takes_turns_with_the_tool_and_is_shown_the_region(tiny_che
 
 def test_a_server_is_asked_all_at_once_with_pictures_where_they_stand(items, tmp_path):
     with serving(tmp_path) as (_, url):
-        system = Served(HttpBackend("m", [url], 10**6, 28, 8, 20.0, 5.0), 64, 10**6)
+        system = Served(HttpBackend("m", url, 10**6, 28, 8, 20.0, 5.0), 64, 10**6)
         conversations = talk(items, tmp_path, "tool", "deepeyes")
         with Journal(tmp_path / "run") as journal:
             assert answer_all(system, conversations, journal, 0, 1)
@@ -161,7 +161,7 @@ def test_a_picture_that_is_gone_or_cut_off_is_an_error_of_its_item_alone(items, 
     (tmp_path / "2.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
     with serving(tmp_path) as (_, url), Journal(tmp_path / "run") as journal:
         conversations = talk(items[:4], tmp_path)
-        assert answer_all(Served(HttpBackend("m", [url], 10**6, 28, 8, 20.0, 5.0), 64, 10**6), conversations,
+        assert answer_all(Served(HttpBackend("m", url, 10**6, 28, 8, 20.0, 5.0), 64, 10**6), conversations,
                           journal, 0, 1)
     assert [c.result().get("error") for c in conversations] == [None, "image_missing", "image_unreadable",
                                                                 None]

@@ -22,7 +22,7 @@ def open_judge(tmp_path):
         while journals:
             journals.pop().__exit__()
         journals.append(Journal(tmp_path / "run", name="judge"))
-        return Judge(kind, HttpBackend(model, [url], 1, 28, 8, timeout, wait), journals[-1], 64)
+        return Judge(kind, HttpBackend(model, url, 1, 28, 8, timeout, wait), journals[-1], 64)
     yield opened
     journals and journals[-1].__exit__()
 

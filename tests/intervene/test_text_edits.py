@@ -232,7 +232,7 @@ def sample(question="", span="a red cup", gold="red", target="blue"):
 @pytest.fixture
 def server(tmp_path):
     with serving(tmp_path) as (_, url):
-        yield HttpBackend("m", [url], 10**6), tmp_path
+        yield HttpBackend("m", url, 10**6), tmp_path
 
 
 def test_the_llm_edits_and_a_second_run_asks_nothing(server):

@@ -377,8 +377,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the model that answers the candidates (default: --model)")
     parser.add_argument("--answer_backend", choices=("local", "openai"), default=None,
                         help="its backend (default: --backend)")
-    parser.add_argument("--answer_base_url", nargs="+", default=None,
-                        help="its servers (default: --base_url)")
+    parser.add_argument("--answer_base_url", help="its server (default: --base_url)")
     parser.add_argument("--drop_blind", action="store_true",
                         help="drop what is answered right without the image; of four "
                         "options a guess does so once in four")
@@ -414,7 +413,8 @@ def run(args: argparse.Namespace) -> int:
 
     def work(items: list[dict], caller: Caller) -> list[Candidate]:
         answerer = caller if identity is None else replace(
-            caller, backend=caller.backend and backend, identity=identity | {"schemas": caller.identity["schemas"]})
+            caller, backend=caller.backend and backend,
+            identity=identity | {"schemas": caller.identity["schemas"]})
         return derive(items, caller, answerer, args, prompts)
 
     def export_all(items: list[dict], candidates: list[Candidate]) -> dict:
