@@ -123,7 +123,7 @@ def test_real_mirage_samples(shared_data, capsys):
 def test_operation_of_a_subset(subset, operation):
     assert operation_of("x", subset, OPERATIONS) == operation
     with pytest.raises(DataError,
-                       match="x: whether subset 'New' zooms or draws is not known; .* --operation New=zoom"):
+                       match="x: no operation is known for subset .New.; .* --operation New=zoom"):
         operation_of("x", "New", OPERATIONS)
 
 
@@ -419,7 +419,7 @@ def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_
     (json.dumps(monet()) + "\n" + json.dumps(monet()) + "\n",
      r"in\.json:2: duplicate id 'Visual_CoT/7', first seen at .*in\.json:1"),
     (json.dumps(monet(sample_id=1.5)), r"in\.json:1: field 'sample_id' should be int or str, got float"),
-    (json.dumps(monet(subset="New")), "say it with --operation New=zoom"),
+    (json.dumps(monet(subset="New")), "give it with --operation New=zoom"),
     (json.dumps({"metadata": {}, "data": []}), r"in\.json:1: no field 'dataset_name'"),
     (json.dumps({"metadata": {}, "data": {}}), r"in\.json:1: field 'data' should be list"),
     (json.dumps({**monet(), "data": [3]}), r"in\.json:1: turn 1: expected an object"),

@@ -1,5 +1,4 @@
-"""Interleaved chains as they are published (Monet-SFT, Mirage) or in our own form, turned into rows of our
-own form."""
+"""Convert interleaved chains as published (Monet-SFT, Mirage), or in our own form, to our own form."""
 import re
 from dataclasses import dataclass, field
 
@@ -23,8 +22,8 @@ KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 
 @dataclass
 class Sample:
-    """One input sample on its way: `reason` is set once it is rejected; `hashes` of question images, then of
-    steps."""
+    """An input sample under way. `reason` is set once it is rejected; `hashes` are of the images of the
+    question, then of the steps."""
 
     row: dict
     reason: str | None = None
@@ -37,16 +36,15 @@ class Sample:
 
 def convert(where: str, value: dict, index: int, operations: dict[str, str],
             need_observation: bool = True) -> Sample:
-    """Return a sample in our own form, rejected if Monet's rules drop it; DataError for a wrong key or type.
-    """
-    form = next((name for name, fields in INPUTS.items() if all(key in value for key in fields)), None)
+    """Return a sample in our own form, rejected by Monet's rules; DataError for a wrong key or type."""
+    form = next((name for name, fields in INPUTS.items() if fields.keys() <= value.keys()), None)
     if form is None:
-        near, fields = min(INPUTS.items(), key=lambda form: len(set(form[1]) - set(value)) / len(form[1]))
-        lacking = ", ".join(key for key in fields if key not in value)
-        raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; expected those of "
-                        + " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
-                        + (f"; for {near} it lacks {lacking}" if len(lacking) < len(", ".join(fields))
-                           else ""))
+        forms = " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
+        nearest = min(INPUTS, key=lambda name: len(INPUTS[name].keys() - value.keys()) / len(INPUTS[name]))
+        missing = [key for key in INPUTS[nearest] if key not in value]
+        lacks = f"; for {nearest} it lacks {', '.join(missing)}" if len(missing) < len(INPUTS[nearest]) else ""
+        raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; "
+                        f"expected those of {forms}{lacks}")
     check_fields(where, value, INPUTS[form])
     if form == "own":
         return convert_own(where, value)
@@ -56,56 +54,68 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str],
 
 
 def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
-    """Return "zoom" or "draw" for a subset: --operation, the paper's split, or the ending of its name."""
+    """Return "zoom" or "draw" for a subset: by `operations`, or by the ending of its name."""
     if subset in operations:
         return operations[subset]
     if subset.startswith("Zebra_CoT_"):
         return "zoom"
     if subset.endswith(("_zoom", "_draw")):
         return subset[-4:]
-    raise DataError(f"{where}: whether subset {subset!r} zooms or draws is not known; say it with "
+    raise DataError(f"{where}: no operation is known for subset {subset!r}; give it with "
                     f"--operation {subset}=zoom or --operation {subset}=draw")
 
 
+# ------------------------------------------------------------------------------------------------ Monet-SFT
 def convert_monet(where: str, value: dict, operations: dict[str, str], need_observation: bool) -> Sample:
-    """Convert a Monet-SFT sample by Monet's own preprocessing (latent pairs and observation tags are taken
-    out)."""
+    """Convert a Monet-SFT sample as Monet's preprocessing does; latent pairs and observation tags go."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
     operation = operation_of(where, subset, operations)
     turns = [monet_turn(f"{where}: turn {n}", turn) for n, turn in enumerate(value["data"], 1)]
     sample = Sample({"id": f"{subset}/{value['metadata']['sample_id']}", "subset": subset, "images": [],
-                     "question": "",
-                     "answer": "", "steps": []})
+                     "question": "", "answer": "", "steps": []})
     if [role for role, _ in turns] != ["system", "user", "assistant"]:
         sample.reject("structure", "the turns are not system, user, assistant")
         return sample
-    user, assistant = turns[1][1], turns[2][1]
-    images = [text for kind, text in user if kind == "image"]
-    in_front = [kind for kind, _ in user[:len(images)]].count("image") == len(images)
-    question = "".join(text if kind == "text" else "" if in_front else "<image>" for kind, text in user)
-    if not any(name in path for path in [subset, *images] for name in KEEPS_SUFFIX):
-        question = question.replace(SUFFIX, "")
-    steps, seen_image, observed, before = [], False, False, None
-    for kind, text in assistant:
-        if kind == "image":
-            if before is not None and LATENT_PAIR not in before:
-                sample.reject("tag_missing", "an image follows a text without the latent pair")
-            steps.append({"image": text, "operation": operation})
-            seen_image, before = True, None
-        else:
-            observed |= seen_image and "<observation>" in text
-            clean = OBSERVATION.sub("", text.replace(LATENT_PAIR, "")).strip()
-            steps += [{"text": clean}] if clean else []
-            before = text
-    n_pairs = sum(text.count(LATENT_PAIR) for kind, text in assistant if kind == "text")
-    if sample.reason is None and n_pairs != sum("image" in step for step in steps):
-        sample.reject("tag_count",
-                      f"{n_pairs} latent pairs for {sum('image' in step for step in steps)} images")
-    elif sample.reason is None and need_observation and not observed:
-        sample.reject("no_observation", "no <observation> after an image")
+    images, question = monet_question(turns[1][1], subset)
+    steps = monet_steps(sample, turns[2][1], operation, need_observation)
     sample.row |= {"images": images, "question": question, "steps": steps, "answer": final_answer(steps)}
     return sample
+
+
+def monet_question(content: list[tuple[str, str]], subset: str) -> tuple[list[str], str]:
+    """Return (images, question) of the user's turn; images after the first text become <image> markers."""
+    images = [text for kind, text in content if kind == "image"]
+    images_first = all(kind == "image" for kind, _ in content[:len(images)])
+    marker = "" if images_first else "<image>"
+    question = "".join(text if kind == "text" else marker for kind, text in content)
+    if not any(name in path for path in [subset, *images] for name in KEEPS_SUFFIX):
+        question = question.replace(SUFFIX, "")
+    return images, question
+
+
+def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str,
+                need_observation: bool) -> list[dict]:
+    """Return the steps of the assistant's turn; reject the sample where Monet's preprocessing drops it."""
+    steps, observed, text_before = [], False, None
+    for kind, text in content:
+        if kind == "image":
+            if text_before is not None and LATENT_PAIR not in text_before:
+                sample.reject("tag_missing", "an image follows a text without the latent pair")
+            steps.append({"image": text, "operation": operation})
+            text_before = None
+        else:
+            observed |= "<observation>" in text and any("image" in step for step in steps)
+            clean = OBSERVATION.sub("", text.replace(LATENT_PAIR, "")).strip()
+            steps += [{"text": clean}] if clean else []
+            text_before = text
+    n_pairs = sum(text.count(LATENT_PAIR) for kind, text in content if kind == "text")
+    n_images = sum("image" in step for step in steps)
+    if sample.reason is None and n_pairs != n_images:
+        sample.reject("tag_count", f"{n_pairs} latent pairs for {n_images} images")
+    elif sample.reason is None and need_observation and not observed:
+        sample.reject("no_observation", "no <observation> after an image")
+    return steps
 
 
 def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
@@ -118,12 +128,12 @@ def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "image"):
             raise DataError(f"{where}, item {n}: expected type \"text\" or \"image\", got {str(part)[:60]!r}")
-        if not isinstance(part.get(kind), str):
-            check_fields(f"{where}, item {n}", part, {kind: str})
+        check_fields(f"{where}, item {n}", part, {kind: str})
         content.append((kind, part[kind]))
     return turn["role"], content
 
 
+# ------------------------------------------------------------------------------------------------ other forms
 def convert_mirage(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
     """Convert a Mirage sample: texts verbatim, one image at each <output_image>."""
     paths = {}
@@ -132,23 +142,22 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
         if not all(isinstance(path, str) for path in paths[name]):
             raise DataError(f"{where}: field {name!r} should be a path or a list of paths, "
                             f"got {str(value[name])[:60]!r}")
-    texts = value["text_output"].split("<output_image>")
+    texts, images, steps = value["text_output"].split("<output_image>"), paths["image_output"], []
     sample = Sample({"id": f"mirage/{index}", "subset": "Mirage", "images": paths["image_input"],
-                     "question": value["text_input"], "answer": "", "steps": []})
-    if len(texts) - 1 != len(paths["image_output"]):
-        sample.reject("tag_count", f"{len(texts) - 1} <output_image> for {len(paths['image_output'])} images")
+                     "question": value["text_input"], "answer": "", "steps": steps})
+    if len(texts) - 1 != len(images):
+        sample.reject("tag_count", f"{len(texts) - 1} <output_image> for {len(images)} images")
         return sample
     operation = operation_of(where, "Mirage", operations)
     for n, text in enumerate(texts):
-        sample.row["steps"] += [{"text": text}] if text.strip() else []
-        sample.row["steps"] += [{"image": path, "operation": operation}
-                                for path in paths["image_output"][n:n + 1]]
-    sample.row["answer"] = final_answer(sample.row["steps"])
+        steps += [{"text": text}] if text.strip() else []
+        steps += [{"image": path, "operation": operation} for path in images[n:n + 1]]
+    sample.row["answer"] = final_answer(steps)
     return sample
 
 
 def convert_own(where: str, value: dict) -> Sample:
-    """Take a row of our own form; captions that it may have are written anew."""
+    """Take a row of our own form, without its captions: they are written again."""
     check_own(where, value)
     steps = [{name: step[name] for name in ("text", "image", "operation") if name in step}
              for step in value["steps"]]
@@ -156,6 +165,6 @@ def convert_own(where: str, value: dict) -> Sample:
 
 
 def final_answer(steps: list[dict]) -> str:
-    """Return what the last text step boxes, or ""."""
+    """Return the boxed answer of the last text step, or ""."""
     texts = [step["text"] for step in steps if "text" in step]
     return (last_boxed(texts[-1]) or "") if texts else ""

@@ -90,7 +90,7 @@ class Journal:
                             f"{self.folder} aside (--fresh does, where there is one)\n" + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:
-        """Move an unfinished last line of this process's file, left by a kill, to `*.torn`; return the size."""
+        """Move the unfinished last line that a kill left in the own file to `*.torn`; return the size."""
         size = os.fstat(self.fd).st_size
         kept, tail = size, b""
         while kept and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long

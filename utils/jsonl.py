@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy"
 
 
 class DataError(ValueError):
-    """An error that the user can fix: a file, a flag, a setting. The message names place, fault and remedy."""
+    """An error that the user can fix. The message names the place, the fault and the remedy."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -86,7 +86,8 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(json_fault(path, getattr(error, "lineno", line), error, "one list of objects")) from error
+        line = getattr(error, "lineno", line)
+        raise DataError(json_fault(path, line, error, "one list of objects")) from error
 
 
 def load_text(text: str) -> object:
@@ -232,7 +233,7 @@ def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | 
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()}, **extra})
 
 
-# ------------------------------------------------------------------------------------------- identity by content
+# ------------------------------------------------------------------------------------------------ identity
 def sha256_file(path: str | Path) -> str:
     """Return the hex digest of a file's bytes."""
     with open(path, "rb") as file:

@@ -98,8 +98,8 @@ def check_own(where: str, row: dict) -> None:
         kinds = {name: type(part) for name, part in step.items()} if isinstance(step, dict) else {}
         is_text = kinds.get("text") is str and "image" not in kinds
         if not is_text and (kinds.get("image") is not str or step.get("operation") not in ("zoom", "draw")):
-            raise DataError(f'{where}: step {n} should be {{"text"}} or {{"image", "operation": zoom or draw}}'
-                            f", got {str(step)[:60]!r}")
+            expected = '{"text"} or {"image", "operation": zoom or draw}'
+            raise DataError(f"{where}: step {n} should be {expected}, got {str(step)[:60]!r}")
 
 
 def row_fault(row: dict) -> str | None:
