@@ -330,5 +330,5 @@ def test_identity_is_of_the_content_not_of_the_path(tiny_checkpoint, tmp_path):
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError,
-                       match="--model /no/such/folder: neither a folder here nor to be had from the hub"):
+                       match="--model /no/such/folder: neither a folder here nor available on the hub"):
         LocalBackend("/no/such/folder", 10**6, 1, 1)
