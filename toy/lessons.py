@@ -1,9 +1,8 @@
 """What the toy's base model is taught: to see, to find, to read, and to answer the calls of stages 1 and 2.
 
-A lesson is a function of a `random.Random` that returns (pictures, user text, reply). The lessons stand in
-for the pretraining that gives a real Qwen2.5-VL these skills. The benchmark's own task, to answer a question
-from a picture, is not among them: the base reads questions, and it finds shapes, but it is never taught to do
-both.
+A lesson is a function of a `random.Random` that returns (pictures, user text, reply). The lessons replace the
+pretraining that gives a real Qwen2.5-VL these skills. The benchmark's task, to answer a question from a
+picture, is not among them: the base learns to read questions and to find shapes, but never to do both.
 """
 import json
 import random
@@ -23,45 +22,32 @@ from utils.model_calls import fill
 Lesson = tuple[list[Image.Image], str, str]
 PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").read_text(encoding="utf-8"))
            for name in ("rewrite", "filter")}
+KEYS = {"color": [("zoom", color) for color in COLORS], "place": [("draw", place) for place in PLACES]}
 
 
 def describe_keys(scene: list[Thing], keys: list[tuple[str, str]]) -> str:
-    """Return a line for each (operation, colour or place): the thing's caption, or that it is missing."""
-    found = {("zoom", thing.color): thing for thing in scene} | {("draw", thing.place): thing
-                                                                 for thing in scene}
-    return "\n".join(found[key].caption(key[0]) if key in found else missing(key[1]) for key in keys)
+    """Return one line per (operation, colour or place): the thing's caption, or that it is missing."""
+    things = {("zoom", thing.color): thing for thing in scene}
+    things |= {("draw", thing.place): thing for thing in scene}
+    return "\n".join(things[key].caption(key[0]) if key in things else f"{key[1]} missing" for key in keys)
 
 
-def missing(key: str) -> str:
-    return f"{key} missing"
-
-
-def every_place(rng: random.Random) -> Lesson:
-    """All cells in one fixed order: the dense supervision that gets a vision tower started from nothing."""
+def every_key(rng: random.Random, kind: str) -> Lesson:
+    """All places or colours in one fixed order: dense supervision for a new vision tower."""
     scene = make_scene(rng)
-    return [draw_scene(scene)], "Describe every place.", describe_keys(scene,
-                                                                       [("draw", place) for place in PLACES])
+    return [draw_scene(scene)], f"Describe every {kind}.", describe_keys(scene, KEYS[kind])
 
 
-def every_color(rng: random.Random) -> Lesson:
-    scene = make_scene(rng)
-    return [draw_scene(scene)], "Describe every color.", describe_keys(scene,
-                                                                       [("zoom", color) for color in COLORS])
+def some_keys(rng: random.Random, n_keys: int) -> Lesson:
+    """Some colours and places in the order asked for, so that the model looks where the words point."""
+    scene, keys = make_scene(rng), rng.sample(KEYS["color"] + KEYS["place"], n_keys)
+    text = f"Describe the {', '.join(key for _, key in keys)} shape."
+    return [draw_scene(scene)], text, describe_keys(scene, keys)
 
 
-def some(rng: random.Random, n_keys: int) -> Lesson:
-    """Some colours and places in the order asked for: to look where the words say, not where the last line
-    did."""
-    scene = make_scene(rng)
-    keys = rng.sample([("zoom", color) for color in COLORS] + [("draw", place) for place in PLACES], n_keys)
-    return [draw_scene(scene)], f"Describe the {', '.join(key for _, key in keys)} shape.", describe_keys(
-        scene, keys)
-
-
-def ask_about_nothing(rng: random.Random, scene: list[Thing], operation: str) -> tuple[Question,
-                                                                                       Thing | None]:
-    """Return a question about a colour or corner that is not in the scene, and the thing that its picture
-    shows."""
+def ask_about_nothing(rng: random.Random, scene: list[Thing],
+                      operation: str) -> tuple[Question, Thing | None]:
+    """Return a question about a colour or corner that the scene lacks, and the thing its picture shows."""
     thing = rng.choice(scene)
     if operation == "zoom":  # the crop shows a thing of another colour
         absent = replace(thing, color=rng.choice(sorted(set(COLORS) - {t.color for t in scene})))
@@ -72,7 +58,7 @@ def ask_about_nothing(rng: random.Random, scene: list[Thing], operation: str) ->
 
 
 def draw_case(rng: random.Random) -> tuple[list[Thing], Question, Thing | None]:
-    """Return (scene, question, thing that its picture shows); one question in six is about nothing there."""
+    """Return (scene, question, thing its picture shows); one question in six is about something absent."""
     scene = make_scene(rng)
     question = ask(rng, scene, rng.choice(("zoom", "draw")))
     if rng.random() < 1 / 6:
@@ -81,15 +67,16 @@ def draw_case(rng: random.Random) -> tuple[list[Thing], Question, Thing | None]:
 
 
 def caption_of(question: Question, seen: Thing | None) -> str:
-    return seen.caption(question.operation) if seen else missing(question.thing.place)
+    return seen.caption(question.operation) if seen else f"{question.thing.place} missing"
 
 
 def read(rng: random.Random) -> Lesson:
-    """Answer from words alone: the model must learn to read what an imagination says."""
+    """Answer from an imagination, without a picture."""
     scene = make_scene(rng)
     question = ask(rng, scene, rng.choice(("zoom", "draw")))
     seen = f"{opening(question)} <think_image>{question.thing.caption(question.operation)}</think_image>"
-    return [], f"{prompt_text(question)}{seen}", f"{observation(question)} The answer is \\boxed{{{question.answer}}}."
+    reply = f"{observation(question)} The answer is \\boxed{{{question.answer}}}."
+    return [], f"{prompt_text(question)}{seen}", reply
 
 
 def caption_call(rng: random.Random) -> Lesson:
@@ -111,8 +98,7 @@ def chain_steps(question: Question, caption: str) -> list[dict]:
 
 
 def link(question: Question, caption: str) -> list[str]:
-    """Return the segments of a chain with its observation linked to the thoughts around it: a good
-    refinement."""
+    """Return a good refinement: the segments of a chain with the observation linked to the thoughts."""
     seen = observation(question)
     return [opening(question), f"I see {caption}.", f"So {seen[0].lower()}{seen[1:]}"]
 
@@ -128,12 +114,7 @@ def refinement_call(rng: random.Random) -> Lesson:
 
 
 def judgement_call(rng: random.Random) -> Lesson:
-    """The judge's call of filter_data.py: on sound chains, on questions about nothing, on answers against
-    what was seen.
-
-    The reason compares each pair on the spot: a verdict three tokens behind its pair is copied, one further
-    off guessed.
-    """
+    """The judge's call of filter_data.py. Each verdict is next to the pair that it compares."""
     scene, question, seen = draw_case(rng)
     if seen == question.thing and rng.random() < 0.3:
         question = replace(question, answer=rng.choice([v for v in question.options if v != question.answer]))
@@ -144,19 +125,21 @@ def judgement_call(rng: random.Random) -> Lesson:
     row = {"id": "", "images": [], "question": prompt_text(question), "answer": question.answer,
            "chain": join_chain(segments, final)}
     value = getattr(seen, question.attribute) if seen else "nothing"
-    asked, found = ((question.thing.color, seen.color) if question.operation == "zoom" else
+    asked, shown = ((question.thing.color, seen.color) if question.operation == "zoom" else
                     (question.thing.place, question.thing.place if seen else "nothing"))
-    answerable, supported = ("yes" if same else "no" for same in (found == asked, value == question.answer))
-    reply = {
-        "reason": f"asked {asked}, found {found}: {answerable}; seen {value}, stated {question.answer}: {supported}",
-             "answerable": answerable, "observation_supports_answer": supported,
-             "chain_consistent": supported,
-             "problems": []}
+    answerable, supported = ("yes" if same else "no" for same in (shown == asked, value == question.answer))
+    reason = (f"asked {asked}, found {shown}: {answerable}; seen {value}, stated {question.answer}: "
+              f"{supported}")
+    reply = {"reason": reason, "answerable": answerable, "observation_supports_answer": supported,
+             "chain_consistent": supported, "problems": []}
     return [draw_scene(scene)], judge_call(row, Verdict(), ".", PROMPTS["filter"]).text, json.dumps(reply)
 
 
-several, one = partial(some, n_keys=6), partial(some, n_keys=1)
-SEE = {"every_place": (11, every_place), "every_color": (9, every_color)}
-FIND = {"several": (8, several), "one": (2, one)}
-BASE = {"several": (10, several), "one": (10, one), "read": (18, read), "caption_call": (18, caption_call),
+six_keys, one_key = partial(some_keys, n_keys=6), partial(some_keys, n_keys=1)
+# weight and lesson, by the name that a row has as its subset
+SEE = {"every_place": (11, partial(every_key, kind="place")),
+       "every_color": (9, partial(every_key, kind="color"))}
+FIND = {"several": (8, six_keys), "one": (2, one_key)}
+BASE = {"several": (10, six_keys), "one": (10, one_key), "read": (18, read),
+        "caption_call": (18, caption_call),
         "refinement_call": (26, refinement_call), "judgement_call": (18, judgement_call)}

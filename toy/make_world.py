@@ -1,11 +1,9 @@
-"""Write the toy's data: training chains in Monet-SFT's own format, held-out items, and the base model's
-lessons.
+"""Write the toy's data: training chains in Monet-SFT's format, held-out items, the base model's lessons.
 
     python -m toy.make_world --output work/world
 
 Writes  <subset>/train.json and <subset>/images/ for the subsets Toy_zoom and Toy_draw (Monet-SFT's layout)
-        truth.jsonl: {"id", "bad": null | "conflict" | "unanswerable" | "missing_image"} of every training
-                     row; the pipeline never reads it, the report does
+        truth.jsonl: the planted fault of every training row; only the report reads it
         bench.jsonl: held-out items for evaluate.py and intervene.py; probe.jsonl: questions for probe.py
         see.jsonl, find.jsonl, base.jsonl: rows for the base model's three trainings (toy/lessons.py)
 Prints  one JSON object with the counts
@@ -30,10 +28,10 @@ SUFFIX = "\nPut your final answer within \\boxed{}."  # as Monet-SFT ends its qu
 
 
 def spoil(rng: random.Random, scene: list[Thing], question: Question, bad: str | None) -> Question:
-    """Return the question with the fault named by `bad` worked in; the chain is written for the result."""
-    if bad == "conflict":  # the stated answer is another option than what the picture shows
-        return replace(question,
-                       answer=rng.choice([value for value in question.options if value != question.answer]))
+    """Return the question with the fault `bad`; the chain is written for the result."""
+    if bad == "conflict":  # the stated answer is not the option that the picture shows
+        wrong = [value for value in question.options if value != question.answer]
+        return replace(question, answer=rng.choice(wrong))
     if bad == "unanswerable":  # about a colour that is not in the picture, or a corner that is empty
         return ask_about_nothing(rng, scene, question.operation)[0]
     return question
@@ -53,7 +51,7 @@ def monet_sample(subset: str, sample_id: int, question: Question, images: list[s
 
 
 def write_training(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
-    """Write three samples a scene (two zoom, one draw), some spoilt, and their truth apart."""
+    """Write three samples per scene (two zoom, one draw), some with a fault, and truth.jsonl."""
     samples, truth = {"Toy_zoom": [], "Toy_draw": []}, []
     for subset in samples:
         (folder / subset / "images").mkdir(parents=True, exist_ok=True)
@@ -67,8 +65,8 @@ def write_training(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
             question = spoil(rng, scene, ask(rng, scene, operation), bad)
             sample_id = len(samples[subset])
             names = [f"{subset}/images/{sample_id}_{k}.png" for k in (0, 1)]
-            helper = zoom_in(picture, question.thing) if operation == "zoom" else draw_scene(scene,
-                                                                                             question.thing)
+            helper = (zoom_in(picture, question.thing) if operation == "zoom"
+                      else draw_scene(scene, question.thing))
             picture.save(folder / names[0])
             if bad != "missing_image":
                 helper.save(folder / names[1])
@@ -82,23 +80,16 @@ def write_training(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
 
 
 def item(name: str, scene_name: str, question: Question, image: str) -> dict:
-    """Return one held-out item (reference form of evaluate.py: options as [letter, text], gold letter)."""
+    """Return one held-out item in the form that evaluate.py reads."""
     letter = "ABCD"[question.options.index(question.answer)]
     return {"id": name, "benchmark": "toy", "split": "test", "category": question.operation,
-            "group_id": scene_name,
-            "question": question.text, "options": [list(pair) for pair in zip("ABCD", question.options)],
+            "group_id": scene_name, "question": question.text,
+            "options": [list(pair) for pair in zip("ABCD", question.options)],
             "answer": {"type": "letter", "value": letter}, "images": [{"path": image}], "metric": "mcq"}
 
 
-def probe_item(name: str, source: str, question: Question) -> dict:
-    """Return a question for probe.py about what the item `source` looks at."""
-    row = item(name, "", question, "")
-    return {"id": name, "source": source, **{key: row[key] for key in ("question", "options", "answer")}}
-
-
 def draw_counterfactual(folder: Path, image: str, scene: list[Thing], question: Question) -> dict:
-    """Draw the scene with one thing changed so that a wrong option becomes right; return its images and
-    answer."""
+    """Draw the scene with one thing changed so that a wrong option is right; return images and answer."""
     letter, value = random.Random(f"{image}/edit").choice(
         [pair for pair in zip("ABCD", question.options) if pair[1] != question.answer])
     changed = replace(question.thing, **{question.attribute: value})
@@ -107,7 +98,7 @@ def draw_counterfactual(folder: Path, image: str, scene: list[Thing], question: 
 
 
 def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
-    """Write three items a held-out scene, and for each an answer-changing edit of the picture and a question
+    """Write three items per held-out scene; each has an edited picture with another answer, and a question
     about another attribute of the same thing."""
     (folder / "bench").mkdir(parents=True, exist_ok=True)
     items, probes = [], []
@@ -119,11 +110,12 @@ def write_bench(folder: Path, n_scenes: int, seed: int) -> dict[str, int]:
         for k, operation in enumerate(("zoom", "zoom", "draw")):
             question = ask(rng, scene, operation)
             items.append(item(f"toy/{n}/{k}", f"toy/{n}", question, image))
-            items[-1]["counterfactual"] = draw_counterfactual(folder, f"bench/{n}_{k}_edit.png", scene,
-                                                              question)
+            edited = f"bench/{n}_{k}_edit.png"
+            items[-1]["counterfactual"] = draw_counterfactual(folder, edited, scene, question)
             rest = tuple(name for name in ATTRIBUTES[operation] if name != question.attribute)
-            probes.append(probe_item(f"probe/{n}/{k}", f"toy/{n}/{k}", ask_about(rng, scene, question.thing,
-                                                                                 operation, rest)))
+            row = item("", "", ask_about(rng, scene, question.thing, operation, rest), "")
+            probes.append({"id": f"probe/{n}/{k}", "source": f"toy/{n}/{k}",
+                           **{key: row[key] for key in ("question", "options", "answer")}})
     write_rows(folder / "bench.jsonl", items)
     write_rows(folder / "probe.jsonl", probes)
     return {"items": len(items), "probe_items": len(probes)}
@@ -141,13 +133,12 @@ def write_lessons(folder: Path, name: str, lessons: dict, n_rows: int, seed: int
         for picture, path in zip(pictures, paths):
             picture.save(folder / path, compress_level=1)
         rows.append({"id": f"{name}/{n}", "subset": kind, "images": paths, "question": question, "answer": "",
-                     "steps": [],
-                     "chain": reply})
+                     "steps": [], "chain": reply})
     write_rows(folder / f"{name}.jsonl", rows)
     return {f"{name}/{kind}": sum(row["subset"] == kind for row in rows) for kind in lessons}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder to write")
@@ -157,11 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lesson_rows", type=int, default=6000,
                         help="rows of each of the base model's three trainings")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     folder = Path(args.output)
     counts = write_training(folder, args.train_scenes, args.seed)
     counts |= write_bench(folder, args.test_scenes, args.seed)

@@ -1,5 +1,4 @@
-"""The toy's drawn world: a grid of coloured shapes that carry small digits, and questions whose answer is in
-the picture.
+"""The toy's drawn world: a grid of coloured shapes with small digits, and questions about the picture.
 
 Everything is a pure function of a `random.Random`; nothing here reads or writes files.
 """
@@ -11,14 +10,13 @@ from PIL import Image, ImageDraw
 COLORS = {"red": (255, 90, 90), "green": (70, 210, 90), "blue": (110, 150, 255), "yellow": (250, 230, 60),
           "purple": (210, 110, 240), "gray": (180, 180, 180)}
 SHAPES = ("square", "triangle", "diamond", "bar", "pillar")
-GRID, CELL = 3, 28  # cells a side, pixels a cell: one cell is one visual token of Qwen2.5-VL
-ZOOM = 2  # a crop is enlarged so often
+GRID, CELL = 3, 28  # cells per side, pixels per cell: one cell is one visual token of Qwen2.5-VL
+ZOOM = 2  # factor by which a crop is enlarged
+# (row, column) of each cell; each name is one token
 PLACES = {"northwest": (0, 0), "north": (0, 1), "northeast": (0, 2), "west": (1, 0), "center": (1, 1),
-          "east": (1, 2),
-          # (row, column) of each cell; one token each
-          "southwest": (2, 0), "south": (2, 1), "southeast": (2, 2)}
+          "east": (1, 2), "southwest": (2, 0), "south": (2, 1), "southeast": (2, 2)}
 CORNERS = {name: cell for name, cell in PLACES.items() if 1 not in cell}
-# 3 x 5 dots a digit, one octal number a row, drawn DOT pixels a dot: PIL's own font differs between versions
+# 3 x 5 dots per digit, one octal number per row, DOT pixels per dot: PIL's font differs between versions
 GLYPHS = {"one": "26227", "two": "71747", "four": "55711", "five": "74717", "seven": "71122",
           "eight": "75757"}
 DIGITS = tuple(GLYPHS)  # in words: one token each, as colours and shapes are
@@ -40,9 +38,9 @@ class Thing:
         return next(name for name, cell in PLACES.items() if cell == (self.row, self.column))
 
     def caption(self, operation: str) -> str:
-        """Say what is seen, led by what the question names: the colour for "zoom", the place for "draw".
+        """Describe the thing, first by what the question names: the colour ("zoom") or the place ("draw").
 
-        Each word follows the one that it depends on, which a model this small is quicker to learn.
+        Each word follows the word it depends on; a model this small learns that faster.
         """
         seen = f"{self.color} {self.shape}, {self.color} {self.digit}"
         return seen if operation == "zoom" else f"{self.place} {seen}"
@@ -50,7 +48,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one thing; `attribute` is what it asks for, `looked_at` how it refers to the thing."""
+    """A question about an attribute of one thing; `looked_at` is how it refers to the thing."""
 
     text: str
     attribute: str  # "color", "shape" or "digit"
@@ -62,21 +60,19 @@ class Question:
 
 
 def make_scene(rng: random.Random) -> list[Thing]:
-    """Return 4 or 5 things with distinct colours, digits and cells; two of them stand in corners. In reading
-    order."""
+    """Return 4 or 5 things with distinct colours, digits and cells, two in corners, in reading order."""
     n_things = rng.randint(4, 5)
     corners = rng.sample(sorted(CORNERS.values()), 2)
     rest = [cell for cell in PLACES.values() if cell not in CORNERS.values()]
     cells = corners + rng.sample(rest, n_things - 2)
     colors, digits = rng.sample(sorted(COLORS), n_things), rng.sample(DIGITS, n_things)
-    things = [Thing(color, rng.choice(SHAPES), digit, *cell) for color, digit,
-              cell in zip(colors, digits, cells)]
+    things = [Thing(color, rng.choice(SHAPES), digit, *cell)
+              for color, digit, cell in zip(colors, digits, cells)]
     return sorted(things, key=lambda thing: (thing.row, thing.column))
 
 
 def draw_scene(things: list[Thing], boxed: Thing | None = None) -> Image.Image:
-    """Return the picture, GRID * CELL pixels a side; `boxed` gets a frame around its cell (the draw
-    operation)."""
+    """Return the picture, GRID * CELL pixels wide; `boxed` gets a frame around its cell (draw)."""
     image = Image.new("RGB", (GRID * CELL, GRID * CELL))
     pen = ImageDraw.Draw(image)
     for row, column in PLACES.values():
@@ -91,11 +87,7 @@ def draw_scene(things: list[Thing], boxed: Thing | None = None) -> Image.Image:
 
 
 def backdrop(row: int, column: int) -> tuple[int, int, int]:
-    """Return a cell's background: darker to lighter from top to bottom, cooler to warmer from left to right.
-
-    So a cell shows where it lies. Rotary positions alone say it only relative to other tokens, which a model
-    this small is slow to learn to use.
-    """
+    """Return a cell's background, which shows its place: a small model is slow to use positions alone."""
     return 70 + 30 * row + 30 * column, 70 + 30 * row, 130 + 30 * row - 30 * column
 
 
@@ -122,16 +114,15 @@ def draw_thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
 
 
 def zoom_in(image: Image.Image, thing: Thing) -> Image.Image:
-    """Return the cell of `thing` enlarged (the zoom operation), whatever stands in it."""
+    """Return the cell of `thing` enlarged (zoom), whatever is in it."""
     x, y = thing.column * CELL, thing.row * CELL
     return image.crop((x, y, x + CELL, y + CELL)).resize((ZOOM * CELL, ZOOM * CELL), Image.Resampling.BICUBIC)
 
 
 def ask(rng: random.Random, scene: list[Thing], operation: str) -> Question:
     """Return a question about a thing of the scene: about a corner for "draw", about any thing for "zoom"."""
-    things = [thing for thing in scene
-              if (thing.row, thing.column) in CORNERS.values()] if operation == "draw" else scene
-    return ask_about(rng, scene, rng.choice(things), operation)
+    corners = [thing for thing in scene if (thing.row, thing.column) in CORNERS.values()]
+    return ask_about(rng, scene, rng.choice(corners if operation == "draw" else scene), operation)
 
 
 # what an operation's questions ask for
@@ -140,8 +131,7 @@ ATTRIBUTES = {"zoom": ("shape", "digit"), "draw": ("shape", "digit", "color")}
 
 def ask_about(rng: random.Random, scene: list[Thing], thing: Thing, operation: str,
               attributes: tuple[str, ...] | None = None) -> Question:
-    """Return a question about `thing`, with four options of which one is right and others stand elsewhere in
-    the scene.
+    """Return a question about `thing`; wrong options are values from elsewhere in the scene where possible.
 
     "zoom" names the thing by its colour, "draw" by its place; neither asks for what it names.
     """
@@ -150,9 +140,8 @@ def ask_about(rng: random.Random, scene: list[Thing], thing: Thing, operation: s
     wording = {"digit": "What number is on {}?", "color": "What color is {}?",
                "shape": "What kind is {}?"}[attribute]
     answer = getattr(thing, attribute)
-    return Question(wording.format(looked_at), attribute, answer, make_options(rng, scene, attribute, answer),
-                    thing,
-                    looked_at, operation)
+    options = make_options(rng, scene, attribute, answer)
+    return Question(wording.format(looked_at), attribute, answer, options, thing, looked_at, operation)
 
 
 def make_options(rng: random.Random, scene: list[Thing], attribute: str, answer: str) -> tuple[str, ...]:
@@ -172,13 +161,12 @@ def opening(question: Question) -> str:
 
 
 def observation(question: Question) -> str:
-    return {"digit": "It shows a {}.", "color": "It is {}.",
-            "shape": "It is a {}."}[question.attribute].format(
-        question.answer)
+    wording = {"digit": "It shows a {}.", "color": "It is {}.", "shape": "It is a {}."}
+    return wording[question.attribute].format(question.answer)
 
 
 def prompt_text(question: Question) -> str:
-    """The words that evaluate.py sends for a multiple-choice item (VLMEvalKit's), so that training and test
-    agree."""
+    """Return the prompt of evaluate.py for a multiple-choice item (VLMEvalKit's): training and test agree."""
     options = "\n".join(f"{letter}. {value}" for letter, value in zip("ABCD", question.options))
-    return f"Question: {question.text}\nOptions:\n{options}\nPlease select the correct answer from the options above. \n"
+    return (f"Question: {question.text}\nOptions:\n{options}\n"
+            "Please select the correct answer from the options above. \n")
