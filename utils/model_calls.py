@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     value: dict | None
     reason: str | None = None
     detail: str = ""
-    text: str = ""
+    text: str | None = None
     attempts: int = 0
 
 

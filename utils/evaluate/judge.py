@@ -1,33 +1,30 @@
 """Two optional judges behind an OpenAI-compatible server, asked in words alone, at temperature 0.
 
-    map     what VLMEvalKit's judge does (vlmeval/dataset/utils/multiple_choice.py, build_prompt and
-            extract_answer_from_item):
-            it sees question, options and reply, never the gold answer, and names the option that the reply
-    means, or Z
-    grade   what Monet's reward does (RL/tools/api_judge.py): it sees question, gold answer and reply and says
-    yes or no
+    map     VLMEvalKit's judge (vlmeval/dataset/utils/multiple_choice.py, build_prompt and
+            extract_answer_from_item): sees question, options and reply, never the gold answer, and names the
+            option that the reply means, or Z
+    grade   Monet's reward (RL/tools/api_judge.py): sees question, gold answer and reply, answers yes or no
 
-A reply counts only if it is one letter, or one of the two words. Anything else is asked again, three times in
-all, and is then a failure that is counted: no option is drawn, none is a default. The words are our own;
-theirs differ. Usable replies are kept in a journal by judge and prompt; a failed call is not kept, so that a
-judge that was mended is asked again.
+A reply counts only if it is one letter, or one of the two words. Anything else is asked for again, three
+times in all, and is then counted as a failure: no option is drawn and there is no default. The words are our
+own; theirs differ. Replies are kept in a journal by judge and prompt; the next run repeats what failed.
 """
 import re
-from dataclasses import asdict
+from dataclasses import replace
 
 from utils.backends import ErrorRateError, Request
 from utils.cli import log
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
-from utils.model_calls import fill
+from utils.model_calls import Call, Caller, Check, IncompleteError, Outcome, ask, fill
 
 KINDS = ("map", "grade")
 TRIES = 3  # as VLMEvalKit's
 NONE_OF_THEM = "Z"  # VLMEvalKit's name for "no option is meant"
 MAP = """\
-Below are a multiple-choice question, its options and a reply to it. Name the option that the reply means in the end, even if \
-it is worded differently there. If the reply means none of the options, gives no answer, or cannot be told to mean one, \
-name Z. Do not answer the question yourself.
+Below are a multiple-choice question, its options and a reply to it. Name the option that the reply means in \
+the end, even if it is worded differently there. If the reply means none of the options, gives no answer, or \
+cannot be told to mean one, name Z. Do not answer the question yourself.
 
 Question: {question}
 Options:
@@ -36,8 +33,9 @@ Reply: {reply}
 
 Answer with one letter and nothing else: {letters} or Z."""
 GRADE = """\
-Below are a question, its right answer and a reply to it. Say whether the final answer of the reply is the right one. Wording \
-and format do not matter; a reply that gives no answer, or several that differ, is not right.
+Below are a question, its right answer and a reply to it. Say whether the final answer of the reply is the \
+right one. Wording and format do not matter; a reply that gives no answer, or several that differ, is not \
+right.
 
 Question: {question}
 Right answer: {gold}
@@ -53,23 +51,24 @@ MARKS = " \t\r\n.,:;!*_#`'\"()[]{}"
 
 
 def question_for(kind: str, item: dict, reply: str) -> str | None:
-    """Return a judge's prompt for a reply, None where it has none: map knows multiple choice alone."""
+    """Return a judge's prompt for a reply; None for a metric that this kind of judge does not know."""
     if item["metric"] not in (("mcq",) if kind == "map" else GRADED):
         return None
     options = dict(item["options"])
+    lines = [f"{letter}. {text}" for letter, text in options.items()]
     if kind == "map":
-        return fill(MAP, question=item["question"], options="\n".join(f"{letter}. {text}" for letter,
-                                                                      text in options.items()),
-                    reply=reply, letters=", ".join(options))
+        return fill(MAP, question=item["question"], options="\n".join(lines), reply=reply,
+                    letters=", ".join(options))
     gold = item["answer"]["value"]
-    shown = f"{gold}. {options[gold]}" if item["metric"] == "mcq" else ", ".join(gold) if isinstance(
-        gold, list) else str(gold)
-    listed = "".join(f"\n{letter}. {text}" for letter, text in options.items())
-    return fill(GRADE, question=item["question"] + listed, gold=shown, reply=reply)
+    if item["metric"] == "mcq":
+        gold = f"{gold}. {options[gold]}"
+    elif isinstance(gold, list):
+        gold = ", ".join(gold)
+    return fill(GRADE, question="\n".join([item["question"], *lines]), gold=str(gold), reply=reply)
 
 
 def parse(kind: str, item: dict, text: str) -> str | None:
-    """Return the letter (or Z), or yes or no, that a judge's reply is; None for anything else."""
+    """Return the letter (or Z), or the yes or no, of a judge's reply; None for anything else."""
     text = THOUGHT.sub("", text)
     if kind == "map":
         letter = text.strip(MARKS).upper()
@@ -78,79 +77,72 @@ def parse(kind: str, item: dict, text: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
+class JudgeCaller(Caller):
+    """Asks in words, without a system prompt, and asks the same words again after an unusable reply."""
+
+    def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
+        key = call_key(judge=self.identity, prompt=call.text, attempt=attempt, max_tokens=self.max_new_tokens)
+        return Request(key, None, call.text, (), self.max_new_tokens)
+
+
 class Judge:
-    """Judges replies; `backend` is a utils.openai_backend.HttpBackend, `journal` keeps what it said."""
+    """Judges replies; `journal` keeps what the judge said."""
 
     def __init__(self, kind: str, backend: object, journal: Journal, max_tokens: int):
-        self.kind, self.backend, self.journal, self.max_tokens = kind, backend, journal, max_tokens
-
-    def request(self, prompt: str, attempt: int) -> Request:
-        key = call_key(judge=self.backend.identity, prompt=prompt, attempt=attempt,
-                       max_tokens=self.max_tokens)
-        return Request(key, None, prompt, (), self.max_tokens)
+        self.kind = kind
+        self.caller = JudgeCaller(journal, None, backend, backend.identity, {"SYSTEM": ""}, max_tokens,
+                                  guarded=False, retry_errors=True)
+        self.model = backend.model
 
     def preflight(self) -> None:
-        """Ask one question with a plain answer; DataError for a judge that does not answer it so,
-        ErrorRateError for none."""
-        prompt, replies = question_for(self.kind, TEST_ITEM, TEST_REPLY), []
-        wanted = "B" if self.kind == "map" else "yes"
+        """Ask one question with a plain answer; DataError for another answer, ErrorRateError for none."""
+        call = Call(TEST_ITEM["id"], self.kind, -1, question_for(self.kind, TEST_ITEM, TEST_REPLY))
+        wanted, text = "B" if self.kind == "map" else "yes", ""
         for attempt in range(TRIES):
-            replies += [reply.error or reply.text
-                        for reply in self.backend.generate([self.request(prompt, attempt)])]
-            if parse(self.kind, TEST_ITEM, replies[-1]) == wanted:
+            for reply in self.caller.backend.generate([self.caller.request(call, attempt)]):
+                text = reply.error or reply.text
+            if parse(self.kind, TEST_ITEM, text) == wanted:
                 return
-        raise DataError(
-            f"--judge {self.kind} {self.backend.model}: asked which of two options {TEST_REPLY!r} means, it said "
-                        f"{replies[-1][:200]!r}, expected {wanted!r}; mend the judge, name another, or use --judge none")
+        raise DataError(f"--judge {self.kind} {self.model}: asked which of two options {TEST_REPLY!r} means, "
+                        f"it said {text[:200]!r}, expected {wanted!r}; repair the judge, name another, or "
+                        "use --judge none")
 
     def decide(self, asked: list[tuple[dict, str]]) -> list[dict | None]:
-        """Return for each (item, reply) what a result's "judge" holds, None where this kind of judge has no
-        question.
+        """Return for each (item, reply) a result's "judge", None where this kind of judge has no question.
 
-        {"kind", "model", "prompt_sha", "reply", "parsed", "attempts", "error", "right"}; `error` says why
-        nothing is parsed, and `right` is None then.
+        {"kind", "model", "prompt_sha", "reply", "parsed", "attempts", "error", "right"}; without a usable
+        reply `error` holds the reason, and `right` is None.
         """
         prompts = [question_for(self.kind, item, reply) for item, reply in asked]
         items = {prompt: item for prompt, (item, _) in zip(prompts, asked) if prompt is not None}
-        found = {prompt: self.known(prompt, item) for prompt, item in items.items()}
-        for attempt in range(TRIES):
-            lacking = {self.request(prompt, attempt).key: prompt for prompt, its in found.items()
-                       if its["parsed"] is None}
-            try:
-                for reply in self.backend.generate([self.request(prompt, attempt)
-                                                    for prompt in lacking.values()]):
-                    prompt = lacking[reply.key]
-                    found[prompt] = self.read(items[prompt], asdict(reply), attempt + 1)
-                    if not reply.error:
-                        self.journal.append(asdict(reply))
-            except ErrorRateError as error:
-                log(f"the judge: {error}")
-                for prompt in lacking.values():
-                    if found[prompt]["parsed"] is None:
-                        found[prompt]["error"] = "no server answered"
-                break
-        return [prompt and self.describe(item, prompt, found[prompt]) for prompt,
-                (item, _) in zip(prompts, asked)]
+        calls = [Call(item["id"], self.kind, -1, prompt) for prompt, item in items.items()]
 
-    def known(self, prompt: str, item: dict) -> dict:
-        """Return what the journal holds on a prompt: the first usable reply, else nothing."""
-        for attempt in range(TRIES):
-            record = self.journal.get(self.request(prompt, attempt).key)
-            if record and (its := self.read(item, record, attempt + 1))["parsed"] is not None:
-                return its
-        return {"reply": None, "parsed": None, "attempts": 0, "error": "not asked"}
+        def check(call: Call, value: dict) -> tuple[str, str] | None:
+            usable = parse(self.kind, items[call.text], value["text"])
+            return None if usable else ("bad_schema", "no usable reply")
 
-    def read(self, item: dict, record: dict, attempts: int) -> dict:
-        parsed = None if record["error"] else parse(self.kind, item, record["text"])
-        return {"reply": record["text"], "parsed": parsed, "attempts": attempts,
-                "error": record["error"] or (None if parsed else "no usable reply")}
+        try:
+            outcomes = ask(self.caller, calls, check, "judge", retries=TRIES - 1)
+        except ErrorRateError as error:
+            log(f"the judge: {error}")
+            outcomes = [self.recall(call, check) for call in calls]
+        found = dict(zip(items, outcomes))
+        return [prompt and self.describe(item, prompt, found[prompt])
+                for prompt, (item, _) in zip(prompts, asked)]
 
-    def describe(self, item: dict, prompt: str, found: dict) -> dict:
-        right = None if found["parsed"] is None else \
-            found["parsed"] == (item["answer"]["value"] if self.kind == "map" else "yes")
-        return {"kind": self.kind, "model": self.backend.model, "prompt_sha": call_key(prompt=prompt)[:16],
-                **found,
-                "right": right}
+    def recall(self, call: Call, check: Check) -> Outcome:
+        """Return the outcome that the journal holds, when no server answers."""
+        try:
+            return ask(replace(self.caller, backend=None), [call], check, "judge", retries=TRIES - 1)[0]
+        except IncompleteError:
+            return Outcome(None, "backend_error", "no server answered")
+
+    def describe(self, item: dict, prompt: str, outcome: Outcome) -> dict:
+        parsed = outcome.value and parse(self.kind, item, outcome.text)
+        wanted = item["answer"]["value"] if self.kind == "map" else "yes"
+        return {"kind": self.kind, "model": self.model, "prompt_sha": call_key(prompt=prompt)[:16],
+                "reply": outcome.text, "parsed": parsed, "attempts": outcome.attempts,
+                "error": outcome.detail or None, "right": None if parsed is None else parsed == wanted}
 
 
 def add_verdicts(judge: Judge, items: list[dict], results: list[dict], ask_all: bool) -> None:
