@@ -1,49 +1,45 @@
-"""Turn interleaved image-text chains into chains of text: every intermediate image becomes a caption of what
-it shows.
+"""Rewrite interleaved image-text chains as text: every intermediate image becomes a caption of its content.
 
-Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one call an image and one a chain)
+Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one call per image, one per chain)
 
-    python rewrite_captions.py --input Visual_CoT/train.json --image_root . --model \
-      Qwen/Qwen3-VL-4B-Instruct \\
-        --output rewritten.jsonl
-    torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output \
-      rewritten.jsonl
-    python rewrite_captions.py --input ... --image_root . --output rewritten.jsonl --backend openai \
-      --concurrency 256
+    python rewrite_captions.py --input Visual_CoT/train.json --image_root . --output rewritten.jsonl \\
+        --model Qwen/Qwen3-VL-4B-Instruct
+    torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output ...
+    python rewrite_captions.py --input ... --image_root . --output ... --backend openai --concurrency 256
 
-Reads   --input: Monet-SFT (JSON list or JSONL with "metadata", "data"), Mirage (JSONL with "text_input",
-        "image_input",
-        "text_output", "image_output") or rows in our own form, {"id", "subset", "images", "question",
-        "answer", "steps"}, the steps {"text"} or {"image", "operation": zoom or draw} and the last one's text
-        with \\boxed{the answer}; told apart by their keys. Image paths are relative to --image_root
-Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"},
+Reads   --input, in one of three forms told apart by their keys; image paths are relative to --image_root:
+        Monet-SFT: JSON list or JSONL with "metadata", "data"
+        Mirage: JSONL with "text_input", "image_input", "text_output", "image_output"
+        our own: {"id", "subset", "images", "question", "answer", "steps"}, each step {"text"} or {"image",
+        "operation": zoom or draw}, the last one a text with \\boxed{the answer}
+Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"} in
         input order
-        <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
-        rejected.jsonl (every other sample and its reason)
+        <output>.run/: meta.json, calls-*.jsonl (one line per model call), images-*.jsonl (checked images),
+        rejected.jsonl (all other samples and their reasons)
         <output>.meta.json, <output>.metrics.json
 Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit codes: 0
-complete, also if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json,
-bad_schema, backend_error); 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130
-interrupted. Under torchrun, or with --shard, every process asks its share of the samples, and the last one to
-finish writes the output.
+After a kill the same command resumes and writes the same bytes. Under torchrun, or with --shard, every
+process makes its share of the calls, and the last one to finish writes the output. Exit codes: 0 complete,
+also if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema,
+backend_error); 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted.
 """
 import argparse
 import os
 import re
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 from utils.backends import object_schema
 from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
-from utils.cli import Help, cli, log
+from utils.cli import Help, cli, log, parse_count
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import check_output, check_unique, located_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
-from utils.row_rules import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop)
-from utils.spans import split_final
+from utils.row_rules import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop
+from utils.spans import CLOSE, OPEN, split_final
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
@@ -52,38 +48,40 @@ PROMPTS = {
 The image is a region that was cut out of a larger image and enlarged, in order to answer this question:
 {question}
 
-Describe what the region shows, in one to three plain sentences of 80 words at most. Put first what matters for the \
-question. Copy text and numbers exactly. Name what cannot be made out instead of guessing. Describe only what is \
-visible: do not answer the question, and do not mention the image, the region or the question.
+Describe what the region shows, in one to three plain sentences of 80 words at most. Put first what matters \
+for the question. Copy text and numbers exactly. Name what cannot be made out instead of guessing. Describe \
+only what is visible: do not answer the question, and do not mention the image, the region or the question.
 "legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
 Reply with JSON: {"caption": "...", "legible": "yes"}""",
     "ORIGINAL": """\
-The first image is the original. The second image is a region of it, cut out and enlarged, in order to answer this \
-question:
+The first image is the original. The second image is a region of it, cut out and enlarged, in order to \
+answer this question:
 {question}
 
-Describe what the region shows, in one to three plain sentences of 80 words at most. Use the original only to \
-understand the region. Put first what matters for the question. Copy text and numbers exactly. Name what cannot be made \
-out instead of guessing. Describe only what is visible: do not answer the question, and do not mention the images, the \
-region or the question.
+Describe what the region shows, in one to three plain sentences of 80 words at most. Use the original only \
+to understand the region. Put first what matters for the question. Copy text and numbers exactly. Name what \
+cannot be made out instead of guessing. Describe only what is visible: do not answer the question, and do \
+not mention the images, the region or the question.
 "legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
 Reply with JSON: {"caption": "...", "legible": "yes"}""",
     "DRAW": """\
-The first image is the original. The second image is the same one after something was drawn on it or changed in it, in \
-order to answer this question:
+The first image is the original. The second image is the same one after something was drawn on it or changed \
+in it, in order to answer this question:
 {question}
 
-Say what was changed, and state the information that the change brings out: which values, words, rows or objects are \
-marked, highlighted, connected or hidden, and where. Copy text and numbers exactly. Do not answer the question, and do \
-not mention the images or the question.
-"marks" lists the marked things, at most 8 short entries; "description" says it in one to three plain sentences of 80 \
-words at most; "changed" is false if both images look the same.
+Say what was changed, and state the information that the change brings out: which values, words, rows or \
+objects are marked, highlighted, connected or hidden, and where. Copy text and numbers exactly. Do not \
+answer the question, and do not mention the images or the question.
+"marks" lists the marked things, at most 8 short entries; "description" says it in one to three plain \
+sentences of 80 words at most; "changed" is false if both images look the same.
 Reply with JSON: {"marks": ["..."], "description": "...", "changed": true}""",
     "REFINE": """\
-Below are the numbered segments of a line of reasoning. Segments of kind "text" are thoughts; segments of kind \
-"observation" say what was seen at that moment. Rewrite them so that, read in order, they are one fluent text.
-Rules: keep every segment and its number. Keep each fact, number and quotation of an observation in that same segment. \
-Add no new fact, number or conclusion. Do not mention images, crops, captions or segments. Keep about the same length.
+Below are the numbered segments of a line of reasoning. Segments of kind "text" are thoughts; segments of \
+kind "observation" say what was seen at that moment. Rewrite them so that, read in order, they are one \
+fluent text.
+Rules: keep every segment and its number. Keep each fact, number and quotation of an observation in that \
+same segment. Add no new fact, number or conclusion. Do not mention images, crops, captions or segments. \
+Keep about the same length.
 
 {segments}
 
@@ -91,32 +89,36 @@ Reply with JSON: {"segments": [{"id": 1, "text": "..."}, ...]} with ids 1 to {co
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
 }
 TEXT = {"type": "string", "maxLength": 1200}
+MARKS = {"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 16}
+SEGMENT = object_schema(id={"type": "integer"}, text={"type": "string", "maxLength": 8000})
 SCHEMAS = {
     "zoom": object_schema(caption=TEXT, legible={"type": "string", "enum": ["yes", "partly", "no"]}),
-    "draw": object_schema(marks={"type": "array", "items": {"type": "string", "maxLength": 200},
-                                 "maxItems": 16},
-                          description=TEXT, changed={"type": "boolean"}),
-    "refine": object_schema(segments={"type": "array", "items": object_schema(
-        id={"type": "integer"}, text={"type": "string", "maxLength": 8000})}),
+    "draw": object_schema(marks=MARKS, description=TEXT, changed={"type": "boolean"}),
+    "refine": object_schema(segments={"type": "array", "items": SEGMENT}),
 }
 REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS,
-           "caption_illegible",
-           "caption_unchanged", "caption_repeated", *ERROR_REASONS)
-# not \d+: a pattern that begins with a set is searched a third faster
-NUMBER = re.compile(r"\d\d*(?:\.\d+)?")
+           "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
+NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # not \d+: a pattern that begins with a set is a third faster
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
-POINTING = re.compile(r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
-                      # at images that are gone
-                      r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)
+POINTING = re.compile(  # at images that a reader of the chain does not have
+    r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
+    r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)
 LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those before
+
+
+class Segment(NamedTuple):
+    """A part of a chain; `kind` is "text", or "observation" for a caption."""
+
+    kind: str
+    text: str
 
 
 # ------------------------------------------------------------------------------------------------ samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """Read and convert the inputs in order; DataError for an id that stands twice."""
+    """Read and convert the inputs in order; DataError for a duplicate id."""
     samples, seen, operations = [], {}, OPERATIONS | dict(args.operation)
     for path in args.input:
         limit = None if args.limit is None else args.limit - len(samples)
@@ -130,22 +132,26 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     return samples
 
 
-def apply_rules(samples: list[Sample], root: str, seen_images: Journal | None) -> None:
-    """Reject in place what needs no model to be rejected, and note the hashes of the images of the others."""
-    sound = [sample for sample in samples if sample.reason is None]
-    found = check_rows([sample.row for sample in sound], root, image_journal=seen_images)
-    for sample, (reason, detail, hashes) in zip(sound, found, strict=True):
-        sample.hashes = hashes
-        if reason:
-            sample.reject(reason, detail)
+def accepted(samples: list[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.reason is None]
+
+
+def apply_rules(samples: list[Sample], root: str, image_journal: Journal | None) -> None:
+    """Reject samples in place by the rules that need no model; note the image hashes of all others."""
+    checked = accepted(samples)
+    inspections = check_rows([sample.row for sample in checked], root, image_journal=image_journal)
+    for sample, inspection in zip(checked, inspections, strict=True):
+        sample.hashes = inspection.hashes
+        if inspection.reason:
+            sample.reject(inspection.reason, inspection.detail)
 
 
 # ------------------------------------------------------------------------------------------------ captions
 def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
-    """Return one call an image step: zoom sees the region, draw sees the first question image and the changed
-    one.
+    """Return one call per image step.
 
-    With --with_original, zoom sees the first question image too.
+    A zoom shows the region (with --with_original after the first question image), a draw the first question
+    image and the changed one.
     """
     row, calls = sample.row, []
     hashes = iter(sample.hashes[len(row["images"]):])
@@ -153,14 +159,14 @@ def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, s
         if "image" not in step:
             continue
         kind = step["operation"]
-        shown = [(step["image"], next(hashes))]
+        images, digests = [step["image"]], [next(hashes)]
         if kind == "draw" or args.with_original:
-            shown.insert(0, (row["images"][0], sample.hashes[0]))
+            images.insert(0, row["images"][0])
+            digests.insert(0, sample.hashes[0])
         prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
-        text = fill(prompt, question=row["question"].strip())
-        calls.append(Call(row["id"], kind, n, text, tuple(os.path.join(args.image_root, path) for path,
-                                                          _ in shown),
-                          tuple(digest for _, digest in shown), SCHEMAS[kind]))
+        calls.append(Call(row["id"], kind, n, fill(prompt, question=row["question"].strip()),
+                          tuple(os.path.join(args.image_root, path) for path in images), tuple(digests),
+                          SCHEMAS[kind]))
     return calls
 
 
@@ -178,105 +184,10 @@ def caption_of(call: Call, value: dict) -> str:
     return " ".join(value["caption" if call.kind == "zoom" else "description"].split())
 
 
-# ------------------------------------------------------------------------------------------------ refinement
-def make_segments(steps: list[dict]) -> tuple[list[tuple[str, str]], str]:
-    """Return ([(kind, text)], final sentence) of captioned steps; kind is "text" or "observation"."""
-    before, final = split_final(steps[-1]["text"])
-    segments = [("observation", step["caption"]) if "image" in step else ("text", step["text"].strip())
-                for step in steps[:-1]]
-    segments.append(("text", before))
-    return [(kind, text) for kind, text in segments if text], final
-
-
-def join_chain(segments: list[tuple[str, str]], final: str) -> str:
-    """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
-    pieces = [f"<think_image>{text}</think_image>" if kind == "observation" else text for kind,
-              text in segments]
-    return " ".join([*pieces, final])
-
-
-def refine_call(sample: Sample, segments: list[tuple[str, str]], prompts: dict[str, str]) -> Call:
-    """Return the call that rewrites the whole chain; it shows no image and not the final sentence."""
-    lines = "\n".join(f"[{n}] {kind}: {text}" for n, (kind, text) in enumerate(segments, 1))
-    text = fill(prompts["REFINE"], segments=lines, count=str(len(segments)))
-    return Call(sample.row["id"], "refine", -1, text, (), (), SCHEMAS["refine"])
-
-
-def check_refined(segments: list[tuple[str, str]], value: dict) -> tuple[str, str] | None:
-    """Return ("refine", the fault in words) if a refined chain lost, added or garbled something, or None."""
-    if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
-        return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
-    for n, ((kind, before), part) in enumerate(zip(segments, value["segments"]), 1):
-        if fault := segment_fault(kind, before, part["text"].strip(), segments):
-            return "refine", f"segment {n} {fault}"
-    n_before = sum(len(text) for _, text in segments)
-    n_after = sum(len(part["text"]) for part in value["segments"])
-    if not LENGTH_RATIO[0] * n_before <= n_after <= LENGTH_RATIO[1] * n_before:
-        return "refine", f"it has {n_after} characters where the segments had {n_before}; keep about the same length"
-    return None
-
-
-def segment_fault(kind: str, before: str, after: str, segments: list[tuple[str, str]]) -> str | None:
-    """Return in words what a refined segment must not have, or None.
-
-    No markup, loop or pointing at images that was not there before, no number that none of the `segments`
-    had; an observation must also still be a caption (stage 2 will hold it to that) and have lost nothing.
-    """
-    if not after:
-        return "is empty"
-    if kind == "observation":
-        if reason := caption_fault(after):
-            return f"was rejected: {reason.removeprefix('caption_')}"
-        if lost := lost_facts(before, after):
-            return lost
-    else:
-        if markup := find_markup(after) - find_markup(before):
-            return f"has markup: {', '.join(sorted(markup))}"
-        if has_loop(after) and not has_loop(before):
-            return "repeats itself"
-    lower = after.lower()
-    # each POINTING has one of these, and few texts do
-    if "above" in lower or "below" in lower or "attached" in lower:
-        if (match := POINTING.search(after)) and not POINTING.search(before):
-            return f"points at an image that the reader does not have: {match[0]!r}"
-    new = set(NUMBER.findall(after))
-    for _, text in ((kind, before), *segments):  # its own first: mostly no other need be read
-        if not new:
-            return None
-        new.difference_update(NUMBER.findall(text))
-    return f"has new numbers: {', '.join(sorted(new))}" if new else None
-
-
-def lost_facts(caption: str, refined: str) -> str | None:
-    """Return in words what a refined observation lost of its caption: numbers, quotations, too many words; or
-    None."""
-    if caption in refined:
-        return None
-    numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
-    quotes = [one or other for one, other in QUOTED.findall(caption) if (one or other) not in refined]
-    words, kept = (set(re.findall(r"\w{3,}", text.lower())) - FILLER for text in (caption, refined))
-    needed = len(words) if len(words) <= SHORT_CAPTION else MIN_RECALL * len(words)
-    if numbers or quotes:
-        return f"lost {', '.join([*numbers, *quotes])}"
-    if len(words & kept) < needed:
-        return f"lost too much of what was seen: {', '.join(sorted(words - kept)[:6])}"
-    return None
-
-
-# ------------------------------------------------------------------------------------------------ the stage
-def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
-    """Check, caption and refine samples in place: a pure function of the samples and of the replies in the
-    journal."""
-    apply_rules(samples, args.image_root, caller.images)
-    add_captions(samples, caller, args, prompts)
-    add_chains(samples, caller, args, prompts)
-
-
 def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace,
                  prompts: dict[str, str]) -> None:
-    """Give every image step of the sound samples its caption, or reject the sample."""
-    calls = [(sample, call) for sample in samples if sample.reason is None
-             for call in caption_calls(sample, args, prompts)]
+    """Give every image step of the accepted samples its caption, or reject the sample."""
+    calls = [(sample, call) for sample in accepted(samples) for call in caption_calls(sample, args, prompts)]
     outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
     for (sample, call), outcome in zip(calls, outcomes, strict=True):
         if outcome.value is not None:
@@ -285,46 +196,139 @@ def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace
             sample.reject(outcome.reason, outcome.detail)
 
 
-def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
-               prompts: dict[str, str]) -> None:
-    """Give every captioned sample its chain, refined if the model's refinement passes the checks."""
-    alive = [sample for sample in samples if sample.reason is None]
-    parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
-    replies = [None] * len(alive)
-    if not args.no_refine:
-        outcomes = ask(caller, [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive],
-                       lambda call, value: check_refined(parts[call.id][0], value), "refinement",
-                       guarded=False)
-        replies = [outcome.value for outcome in outcomes]
-    for sample, value in zip(alive, replies, strict=True):
-        segments, final = parts[sample.row["id"]]
-        if value:
-            segments = [(kind, part["text"].strip()) for (kind, _), part in zip(segments, value["segments"],
-                                                                                strict=True)]
-        sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
-
-
 def reject_repeated(samples: list[Sample], at_most: int) -> None:
-    """Reject in place the samples with a caption that stands for more than `at_most` different images."""
-    uses = defaultdict(list)  # caption -> samples and images
-    for sample in samples:
-        if sample.reason is None:
-            steps = [step for step in sample.row["steps"] if "image" in step]
-            for step, digest in zip(steps, sample.hashes[len(sample.row["images"]):], strict=True):
-                uses[step["caption"].lower()].append((sample, step["caption"], digest))
-    for its in uses.values():
-        n_images = len({digest for _, _, digest in its}) if len(its) > at_most else 0
-        for sample, caption, _ in its if n_images > at_most else ():
+    """Reject in place the samples with a caption that was given to more than `at_most` different images."""
+    uses = defaultdict(list)  # caption -> (sample, caption as written, hash of the image)
+    for sample in accepted(samples):
+        steps = [step for step in sample.row["steps"] if "image" in step]
+        for step, digest in zip(steps, sample.hashes[len(sample.row["images"]):], strict=True):
+            uses[step["caption"].lower()].append((sample, step["caption"], digest))
+    for same in uses.values():
+        n_images = len({digest for _, _, digest in same})
+        for sample, caption, _ in same if n_images > at_most else ():
             if sample.reason is None:
                 sample.reject("caption_repeated",
                               f"the same caption for {n_images} different images: {caption[:80]!r}")
 
 
+# ------------------------------------------------------------------------------------------------ refinement
+def make_segments(steps: list[dict]) -> tuple[list[Segment], str]:
+    """Return (segments, final sentence) of captioned steps."""
+    before, final = split_final(steps[-1]["text"])
+    segments = [Segment("observation", step["caption"]) if "image" in step
+                else Segment("text", step["text"].strip()) for step in steps[:-1]]
+    return [segment for segment in [*segments, Segment("text", before)] if segment.text], final
+
+
+def join_chain(segments: list[Segment], final: str) -> str:
+    """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
+    pieces = [f"{OPEN}{text}{CLOSE}" if kind == "observation" else text for kind, text in segments]
+    return " ".join([*pieces, final])
+
+
+def refine_call(sample: Sample, segments: list[Segment], prompts: dict[str, str]) -> Call:
+    """Return the call that rewrites the whole chain; it shows neither an image nor the final sentence."""
+    lines = "\n".join(f"[{n}] {kind}: {text}" for n, (kind, text) in enumerate(segments, 1))
+    text = fill(prompts["REFINE"], segments=lines, count=str(len(segments)))
+    return Call(sample.row["id"], "refine", -1, text, schema=SCHEMAS["refine"])
+
+
+def check_refined(segments: list[Segment], value: dict) -> tuple[str, str] | None:
+    """Return ("refine", the fault in words) if a refined chain lost, added or garbled something, or None."""
+    if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
+        return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
+    for n, (segment, part) in enumerate(zip(segments, value["segments"]), 1):
+        if fault := segment_fault(segment, part["text"].strip(), segments):
+            return "refine", f"segment {n} {fault}"
+    n_before = sum(len(segment.text) for segment in segments)
+    n_after = sum(len(part["text"]) for part in value["segments"])
+    if not LENGTH_RATIO[0] * n_before <= n_after <= LENGTH_RATIO[1] * n_before:
+        return "refine", (f"it has {n_after} characters where the segments had {n_before}; "
+                          "keep about the same length")
+    return None
+
+
+def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str | None:
+    """Return in words the fault of a refined segment, or None.
+
+    It may have no markup, loop or pointing at images that the segment did not have, and no number that is in
+    none of the `segments`. An observation must be a caption, as stage 2 demands, and may lose nothing.
+    """
+    if not after:
+        return "is empty"
+    if segment.kind == "observation":
+        if reason := caption_fault(after):
+            return f"was rejected: {reason.removeprefix('caption_')}"
+        if lost := lost_facts(segment.text, after):
+            return lost
+    else:
+        if markup := find_markup(after) - find_markup(segment.text):
+            return f"has markup: {', '.join(sorted(markup))}"
+        if has_loop(after) and not has_loop(segment.text):
+            return "repeats itself"
+    lower = after.lower()
+    if "above" in lower or "below" in lower or "attached" in lower:  # in every POINTING and in few texts
+        if (match := POINTING.search(after)) and not POINTING.search(segment.text):
+            return f"points at an image that the reader does not have: {match[0]!r}"
+    new = set(NUMBER.findall(after))
+    for known in (segment, *segments):  # the segment first: mostly no other need be searched
+        if not new:
+            return None
+        new.difference_update(NUMBER.findall(known.text))
+    return f"has new numbers: {', '.join(sorted(new))}" if new else None
+
+
+def lost_facts(caption: str, refined: str) -> str | None:
+    """Return in words what a refined observation lost of its caption, or None.
+
+    It may lose no number and no quotation, and only a share of the other words.
+    """
+    if caption in refined:
+        return None
+    numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
+    quotes = [quote for quote in map("".join, QUOTED.findall(caption)) if quote not in refined]
+    if numbers or quotes:
+        return f"lost {', '.join([*numbers, *quotes])}"
+    words, kept = (set(re.findall(r"\w{3,}", text.lower())) - FILLER for text in (caption, refined))
+    needed = len(words) if len(words) <= SHORT_CAPTION else MIN_RECALL * len(words)
+    if len(words & kept) < needed:
+        return f"lost too much of what was seen: {', '.join(sorted(words - kept)[:6])}"
+    return None
+
+
+def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
+               prompts: dict[str, str]) -> None:
+    """Give every captioned sample its chain, refined if the model's refinement passes the checks."""
+    alive = accepted(samples)
+    parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
+    replies = [None] * len(alive)
+    if not args.no_refine:
+        calls = [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive]
+        outcomes = ask(caller, calls, lambda call, value: check_refined(parts[call.id][0], value),
+                       "refinement", guarded=False)
+        replies = [outcome.value for outcome in outcomes]
+    for sample, value in zip(alive, replies, strict=True):
+        segments, final = parts[sample.row["id"]]
+        if value:
+            segments = [Segment(segment.kind, part["text"].strip())
+                        for segment, part in zip(segments, value["segments"], strict=True)]
+        sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+    """Check, caption and refine samples in place, from the samples and the journal's replies alone."""
+    apply_rules(samples, args.image_root, caller.images)
+    add_captions(samples, caller, args, prompts)
+    add_chains(samples, caller, args, prompts)
+
+
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:
     """Write the rewritten and the rejected rows in input order; return the counts."""
-    kept = [sample.row for sample in samples if sample.reason is None]
-    rejected = [{"id": s.row["id"], "subset": s.row["subset"], "reason": s.reason, "detail": s.detail}
-                for s in samples if s.reason is not None]
+    reject_repeated(samples, args.max_same_caption)
+    kept = [sample.row for sample in accepted(samples)]
+    rejected = [{"id": sample.row["id"], "subset": sample.row["subset"], "reason": sample.reason,
+                 "detail": sample.detail} for sample in samples if sample.reason is not None]
     assert len(samples) == len(kept) + len(rejected) and {row["reason"] for row in rejected} <= set(REASONS)
     reasons = defaultdict(Counter)
     for row in rejected:
@@ -339,18 +343,19 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
 
 
 def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind, with a stand-in for captions that are not written yet; return the counts.
-    """
+    """Show one prompt of each kind, with a placeholder for captions; return the counts (--dry_run)."""
     apply_rules(samples, args.image_root, None)
-    alive = [sample for sample in samples if sample.reason is None]
-    calls = [(sample, call) for sample in alive for call in caption_calls(sample, args, prompts)]
-    for sample, call in calls:
-        sample.row["steps"][call.step]["caption"] = "(the caption)"
-    refine = [] if args.no_refine else [refine_call(s, make_segments(s.row["steps"])[0], prompts)
-                                        for s in alive]
-    counts = show_calls([call for _, call in calls] + refine, args, prompts["SYSTEM"])
+    calls = []
+    for sample in accepted(samples):
+        calls += (captions := caption_calls(sample, args, prompts))
+        for call in captions:
+            sample.row["steps"][call.step]["caption"] = "(the caption)"
+    if not args.no_refine:
+        calls += [refine_call(sample, make_segments(sample.row["steps"])[0], prompts)
+                  for sample in accepted(samples)]
     reasons = Counter(sample.reason for sample in samples if sample.reason)
-    return {"read": len(samples), "calls": counts, "rejected": dict(sorted(reasons.items()))}
+    return {"read": len(samples), "calls": show_calls(calls, args, prompts["SYSTEM"]),
+            "rejected": dict(sorted(reasons.items()))}
 
 
 def parse_operation(text: str) -> tuple[str, str]:
@@ -366,17 +371,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_call_flags(parser, max_new_tokens=512)
     parser.add_argument("--operation", type=parse_operation, action="append", default=[],
                         metavar="SUBSET=zoom|draw",
-                        help="what the images of a subset of another name are; repeatable")
+                        help="the operation of a subset whose name does not tell it; repeatable")
     parser.add_argument("--allow_no_observation", action="store_true",
-                        help="keep Monet samples without <observation>, "
-                        "which Monet's own preprocessing drops unless it is given this flag")
+                        help="keep Monet samples without <observation>, as Monet does with this flag")
     parser.add_argument("--with_original", action="store_true",
-                        help="show the whole image beside the region of a zoom")
-    parser.add_argument("--no_refine", action="store_true",
-                        help="leave the chain as it is after captions are put in")
-    parser.add_argument("--max_same_caption", type=int, default=20,
-                        help="different images that one caption may stand "
-                        "for; more is a captioner that does not look")
+                        help="show the whole image next to the region of a zoom")
+    parser.add_argument("--no_refine", action="store_true", help="join captions and texts without refinement")
+    parser.add_argument("--max_same_caption", type=parse_count, default=20,
+                        help="reject a caption that was given to more different images than this")
     return parser.parse_args(argv)
 
 
@@ -385,19 +387,16 @@ def main(argv: list[str] | None = None) -> int:
     check_output(args.output, args.input)
     prompts = load_prompts(args.prompts, PROMPTS)
 
-    def export_all(samples: list[Sample], _: None) -> dict:
-        reject_repeated(samples, args.max_same_caption)
-        return export(samples, args)
-
     def show(metrics: dict) -> None:
-        log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) -> "
-            f"{args.output}")
+        log(f"kept {metrics['kept']:,} of {metrics['read']:,} samples ({metrics['errors']:,} errors) "
+            f"-> {args.output}")
 
     return run_stage(args, Stage(
         args.input, prompts, PROMPTS_VERSION, SCHEMAS,
         {"stage": "rewrite_captions", "refine": not args.no_refine, "with_original": args.with_original},
         read=lambda: read_samples(args), preview=lambda samples: preview(samples, args, prompts),
-        work=lambda samples, caller: rewrite(samples, caller, args, prompts), export=export_all, show=show))
+        work=lambda samples, caller: rewrite(samples, caller, args, prompts),
+        export=lambda samples, _: export(samples, args), show=show))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""A stand-in for LocalBackend: it answers at once, by a rule from the text of a request."""
+"""A stand-in for LocalBackend that answers at once, by a rule from the text of a request."""
 from pathlib import Path
 
 from utils.backends import Reply
 
 
 class StandIn:
-    """`reply(text)` is the subclass's; `asked` are the requests made so far, those of all instances."""
+    """A subclass defines `reply(text)`; `asked` lists the requests of all instances since the last test."""
 
     identity, asked = {"model": "scripted"}, []
 
     def __init__(self, model_path, max_pixels, batch_size, batch_tokens):
         pass
+
+    @classmethod
+    def replace_backend(cls, monkeypatch):
+        monkeypatch.setattr("utils.call_flags.LocalBackend", cls)
+        cls.asked = []
+        return cls
 
     def generate(self, requests, done=(), stop=None):
         for request in requests:
@@ -20,7 +26,6 @@ class StandIn:
 
 
 def flags(path: Path, *more: str) -> list[str]:
-    """Return the flags of a run over `path`, beside which images and output lie."""
-    return ["--input", str(path), "--image_root", str(path.parent), "--output",
-            str(path.parent / "out.jsonl"),
-            "--model", "m", *more]
+    """Return the flags of a run over `path`, with images and output in the same folder."""
+    return ["--input", str(path), "--image_root", str(path.parent), "--model", "m",
+            "--output", str(path.parent / "out.jsonl"), *more]

@@ -4,8 +4,6 @@
 """
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,11 @@ from samples import PAIR, monet
 from standin import StandIn, flags
 
 import rewrite_captions
-from rewrite_captions import REASONS, check_refined, join_chain, lost_facts, main, make_segments, parse_args
+from rewrite_captions import (REASONS, Segment, check_refined, join_chain, lost_facts, main, make_segments,
+                              parse_args)
 from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
 from utils.jsonl import DataError, read_rows
 from utils.spans import split_final
-
-ROOT = Path(__file__).parents[1]
-
 
 
 def mirage(**changes) -> dict:
@@ -36,75 +32,65 @@ def test_monet_becomes_a_row():
     sample = converted(monet())
     assert sample.reason is None and sample.row == {
         "id": "Visual_CoT/7", "subset": "Visual_CoT", "images": ["a.png"],
-        "question": "What number is on the boat?",
-        "answer": "42", "steps": [{"text": "I look closer at the boat."},
-                                  {"image": "b.png", "operation": "zoom"},
-                                  {"text": "The hull shows 42. The answer is \\boxed{42}."}]}
+        "question": "What number is on the boat?", "answer": "42",
+        "steps": [{"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom"},
+                  {"text": "The hull shows 42. The answer is \\boxed{42}."}]}
+    value = monet()
+    assert converted(value | {"data": value["data"][1:]}).reason == "structure"
+
+
+LOOK, SEEN = ("text", f"Look. {PAIR}"), ("text", "<observation>x</observation> \\boxed{1}")
 
 
 @pytest.mark.parametrize("assistant, reason", [
-    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"),
-      ("image", "c"),
+    ([LOOK, ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"), ("image", "c"),
       ("text", "\\boxed{1}")], None),
-    ([("text", "Look."), ("image", "b"), ("text", "<observation>x</observation> \\boxed{1}")], "tag_missing"),
-    ([("text", f"Look. {PAIR}"), ("text", "more"), ("image", "b"), ("text", "<observation>x</observation>")],
-     "tag_missing"),
-    ([("text", f"Look. {PAIR}{PAIR}"), ("image", "b"), ("text", "<observation>x</observation> \\boxed{1}")],
-     "tag_count"),
-    ([("text", f"Look. {PAIR}"), ("image", "b"), ("image", "c"), ("text", "<observation>x</observation>")],
-     "tag_count"),
-    ([("text", f"Look. {PAIR}"), ("image", "b"), ("text", "It is 1. \\boxed{1}")], "no_observation"),
+    ([("text", "Look."), ("image", "b"), SEEN], "tag_missing"),
+    ([LOOK, ("text", "more"), ("image", "b"), SEEN], "tag_missing"),
+    ([("text", f"Look. {PAIR}{PAIR}"), ("image", "b"), SEEN], "tag_count"),
+    ([LOOK, ("image", "b"), ("image", "c"), SEEN], "tag_count"),
+    ([LOOK, ("image", "b"), ("text", "It is 1. \\boxed{1}")], "no_observation"),
     ([("text", f"<observation>x</observation> {PAIR}"), ("image", "b"), ("text", "\\boxed{1}")],
-     "no_observation"),
-])
+     "no_observation")])
 def test_monets_discard_rules(assistant, reason):
     sample = converted(monet(assistant=assistant))
     assert sample.reason == reason
-    assert not any("abs_vis_token" in step.get("text", "") or "observation>" in step.get("text", "")
-                   for step in
-                   sample.row["steps"])
+    assert not re.search("abs_vis_token|observation>", json.dumps(sample.row["steps"]))
 
 
-@pytest.mark.parametrize("subset, keeps", [("Visual_CoT", False), ("CogCoM", False),
-                                           ("Zebra_CoT_geometry", False),
-                                           ("Zebra_CoT_visual_search", True), ("Zebra_CoT_count", True)])
+@pytest.mark.parametrize("subset, keeps", [
+    ("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False), ("Zebra_CoT_visual_search", True),
+    ("Zebra_CoT_count", True)])
 def test_the_suffix_goes_except_where_monet_keeps_it(subset, keeps):
     assert converted(monet(subset=subset)).row["question"].endswith("\\boxed{}.") is keeps
 
 
-def test_images_amid_the_question_become_markers():
+def test_images_inside_the_question_become_markers():
     user = [("image", "a"), ("text", "Is this "), ("image", "b"), ("text", " the same?")]
     row = converted(monet(user=user)).row
     assert row["images"] == ["a", "b"] and row["question"] == "<image>Is this <image> the same?"
-    assert converted(monet(user=[("image", "a"), ("image", "b"), ("text", "Same?")])).row[
-        "question"] == "Same?"
+    user = [("image", "a"), ("image", "b"), ("text", "Same?")]
+    assert converted(monet(user=user)).row["question"] == "Same?"
 
 
-def test_other_turns_are_rejected():
-    value = monet()
-    value["data"] = value["data"][1:]
-    assert converted(value).reason == "structure"
+THOUGHTS = ["<think> Go on. </think>", "The answer is \\boxed{A}."]
 
 
 @pytest.mark.parametrize("changes, texts, images, reason", [
-    ({}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"], None),
+    ({}, THOUGHTS, ["b.png"], None), ({"image_input": ["a.png", "c.png"]}, THOUGHTS, ["b.png"], None),
     ({"image_output": ["b.png", "c.png"], "text_output": "x<output_image>y<output_image>\\boxed{A}"},
-     ["x", "y", "\\boxed{A}"],
-     ["b.png", "c.png"], None),
+     ["x", "y", "\\boxed{A}"], ["b.png", "c.png"], None),
     ({"text_output": "<output_image>\\boxed{A}"}, ["\\boxed{A}"], ["b.png"], None),
-    ({"image_input": ["a.png", "c.png"]}, ["<think> Go on. </think>", "The answer is \\boxed{A}."], ["b.png"],
-     None),
-    ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"), ({"image_output": ["b.png", "c.png"]}, [], [],
-                                                                "tag_count")])
+    ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"),
+    ({"image_output": ["b.png", "c.png"]}, [], [], "tag_count")])
 def test_mirage_becomes_a_row(changes, texts, images, reason):
     sample = converted(mirage(**changes), index=3)
-    assert sample.reason == reason and sample.row["id"] == "mirage/3" and sample.row["subset"] == "Mirage"
-    assert sample.row["question"] == "Map: <image>\nSafe?"
-    assert [step["text"] for step in sample.row["steps"] if "text" in step] == texts
-    assert [step for step in sample.row["steps"] if "image" in step] == [{"image": i,
-                                                                          "operation": "draw"}
-                                                                          for i in images]
-    assert sample.row["answer"] == ("A" if reason is None else "")
+    row = sample.row
+    assert (sample.reason, row["id"], row["subset"]) == (reason, "mirage/3", "Mirage")
+    assert row["question"] == "Map: <image>\nSafe?" and row["answer"] == ("A" if reason is None else "")
+    assert [step["text"] for step in row["steps"] if "text" in step] == texts
+    drawn = [{"image": image, "operation": "draw"} for image in images]
+    assert [step for step in row["steps"] if "image" in step] == drawn
 
 
 def test_real_mirage_samples(shared_data, capsys):
@@ -116,42 +102,33 @@ def test_real_mirage_samples(shared_data, capsys):
     assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"draw": 10, "refine": 10}
 
 
-@pytest.mark.parametrize("subset, operation", [("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"),
-                                               ("ReFocus", "draw"),
-                                               ("CogCoM", "draw"), ("Mirage", "draw"), ("Toy_zoom", "zoom"),
-                                               ("Toy_draw", "draw")])
+@pytest.mark.parametrize("subset, operation", [
+    ("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"), ("ReFocus", "draw"), ("CogCoM", "draw"),
+    ("Mirage", "draw"), ("Toy_zoom", "zoom"), ("Toy_draw", "draw")])
 def test_operation_of_a_subset(subset, operation):
     assert operation_of("x", subset, OPERATIONS) == operation
-    with pytest.raises(DataError,
-                       match="x: no operation is known for subset .New.; .* --operation New=zoom"):
-        operation_of("x", "New", OPERATIONS)
 
 
 # ------------------------------------------------------------------------------------------------ refinement
-@pytest.mark.parametrize("text, before, final", [
-    ("The hull shows 42. The answer is \\boxed{42}.", "The hull shows 42.", "The answer is \\boxed{42}."),
-    ("The answer is \\boxed{42}.", "", "The answer is \\boxed{42}."), ("So 3.5 is \\boxed{3.5}", "",
-                                                                       "So 3.5 is \\boxed{3.5}"),
-    ("It shows. So \\fbox{1}.", "It shows.", "So \\fbox{1}."),
-    ("First \\boxed{1}. Then\nso \\boxed{2}. Done.", "First \\boxed{1}. Then", "so \\boxed{2}. Done."),
-    ("<think> Go on </think>The answer is \\boxed{A}.", "<think> Go on </think>",
-     "The answer is \\boxed{A}.")])
-def test_split_final(text, before, final):
-    assert split_final(text) == (before, final)
+@pytest.mark.parametrize("before, final", [
+    ("The hull shows 42.", "The answer is \\boxed{42}."), ("", "The answer is \\boxed{42}."),
+    ("", "So 3.5 is \\boxed{3.5}"), ("It shows.", "So \\fbox{1}."),
+    ("First \\boxed{1}. Then", "so \\boxed{2}. Done."), ("<think> Go on </think>", "The answer is \\boxed{A}.")])
+def test_split_final(before, final):
+    for between in ("\n", "" if before.endswith(">") else "  " if before.endswith(".") else "\n\n"):
+        assert split_final(f"{before}{between}{final}") == (before, final)
 
 
-STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zoom",
-                                                  "caption": 'A red hull with "Anna" and 42.'},
+OBSERVED = 'A red hull with "Anna" and 42.'
+STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zoom", "caption": OBSERVED},
          {"text": "So the number is clear. The answer is \\boxed{42}."}]
 
 
 def test_chain_of_segments():
     segments, final = make_segments(STEPS)
-    assert segments == [("text", "I look closer at the boat."),
-                        ("observation", 'A red hull with "Anna" and 42.'),
+    assert segments == [("text", "I look closer at the boat."), ("observation", OBSERVED),
                         ("text", "So the number is clear.")]
-    assert join_chain(segments, final) == ("I look closer at the boat. "
-                                           "<think_image>A red hull with \"Anna\" and 42.</think_image> "
+    assert join_chain(segments, final) == (f"I look closer at the boat. <think_image>{OBSERVED}</think_image> "
                                            "So the number is clear. The answer is \\boxed{42}.")
 
 
@@ -159,47 +136,52 @@ def test_chain_of_segments():
     (["I look closely at the boat.", 'Its red hull says "Anna" and 42.', "So the number is clear."], None),
     (["I look closely at the boat.", 'Its red hull says "Anna" and 42.'], "the ids were not 1 to 3"),
     (["I look.", 'Its red hull says "Anna".', "So it is clear."], "segment 2 lost 42"),
-    (["I look.", "Its red hull says Anna_ and 42.".replace("Anna_", "Ann"), "So it is clear."],
-     "segment 2 lost Anna"),
+    (["I look.", "Its red hull says Ann and 42.", "So it is clear."], "segment 2 lost Anna"),
     (["I look.", '"Anna" 42', "So the number is clear, I am sure of it."],
      "segment 2 lost too much of what was seen: hull"),
-    (["I look at 7 boats.", 'A red hull with "Anna" and 42.', "So it is clear."],
-     "segment 1 has new numbers: 7"),
+    (["I look at 7 boats.", OBSERVED, "So it is clear."], "segment 1 has new numbers: 7"),
     (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 was rejected: markup"),
-    (["I look.", 'A red hull with "Anna" and 42.', "So \\boxed{42}"], "segment 3 has markup"),
-    (["", 'A red hull with "Anna" and 42.', "So it is clear."], "segment 1 is empty"),
-    (["I look I look I look I look I look I look", 'A red hull with "Anna" and 42.', "So."],
-     "segment 1 repeats itself"),
-    (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"),
-      'A red hull with "Anna" and 42.', "So it is clear."], "characters where the segments had"),
+    (["I look.", OBSERVED, "So \\boxed{42}"], "segment 3 has markup"),
+    (["", OBSERVED, "So it is clear."], "segment 1 is empty"),
+    (["I look I look I look I look I look I look", OBSERVED, "So."], "segment 1 repeats itself"),
+    (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"), OBSERVED,
+      "So it is clear."], "characters where the segments had"),
     (["Look.", 'red hull, "Anna" 42.', "So."], "characters where the segments had"),
     (["I look closer at the boat.", 'This region shows a red hull with "Anna" and 42.', "So it is clear."],
      "segment 2 was rejected: meta"),
-    (["I look closer at the image above.", 'A red hull with "Anna" and 42.', "So it is clear."],
+    (["I look closer at the image above.", OBSERVED, "So it is clear."],
      "segment 1 points at an image that the reader does not have: 'at the image above'"),
     (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."],
      "points at an image"),
-    (["I look at the sign above the image of a boat.", 'A red hull with "Anna" and 42.', "So it is."], None),
-])
+    (["I look at the sign above the image of a boat.", OBSERVED, "So it is."], None)])
 def test_check_refined(texts, fault):
     steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
     segments, _ = make_segments(steps)
-    found = check_refined(segments,
-                          {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]})
-    assert found is None if fault is None else found[0] == "refine" and fault in found[1], found
+    value = {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]}
+    result = check_refined(segments, value)
+    assert result is None if fault is None else result[0] == "refine" and fault in result[1], result
 
 
 def test_check_refined_wants_ids_in_order_and_allows_markup_that_was_there():
-    segments = [("text", "<think> a few words </think>"), ("observation", "a red boat")]
-    good = [{"id": 1, "text": "<think> a few words </think>"}, {"id": 2, "text": "a red boat"}]
+    segments = [Segment("text", "<think> a few words </think>"), Segment("observation", "a red boat")]
+    good = [{"id": n, "text": segment.text} for n, segment in enumerate(segments, 1)]
     assert check_refined(segments, {"segments": good}) is None
     assert "the ids were not" in check_refined(segments, {"segments": good[::-1]})[1]
 
 
+@pytest.mark.parametrize("caption, refined, lost", [
+    ("red square, red four", "I see a red square, red four.", False),
+    ("red square, red four", "I see a blue square, blue four.", True),
+    ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
+    ("A tall wooden door stands open beside a window with green curtains.",
+     "A wooden door stands beside green curtains.", False)])
+def test_a_short_caption_may_lose_no_word(caption, refined, lost):
+    assert (lost_facts(caption, refined) is not None) is lost
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 class Captioner(StandIn):
-    """Stands in for LocalBackend: captions and refinements from a rule, faults on demand by words in the
-    question."""
+    """Captions and refines by rule, with faults for certain words in the question."""
 
     def reply(self, text: str) -> str:
         again = "could not be used" in text
@@ -213,22 +195,19 @@ class Captioner(StandIn):
             return json.dumps({"marks": ["box"], "description": "A box marks 42.",
                                "changed": "still" not in text})
         parts = re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)
-        lose = any("spoil" in part for _, part in parts)
-        return json.dumps({"segments": [{"id": int(n), "text": part.replace("42", "x") if lose
-                                         else f"Well, {part}"}
-                                        for n, part in parts]})
+        spoil = any("spoil" in part for _, part in parts)
+        return json.dumps({"segments": [
+            {"id": int(n), "text": part.replace("42", "x") if spoil else f"Well, {part}"} for n, part in parts]})
 
 
 @pytest.fixture
 def captioner(monkeypatch):
-    monkeypatch.setattr("utils.call_flags.LocalBackend", Captioner)
-    Captioner.asked = []
-    return Captioner
+    return Captioner.replace_backend(monkeypatch)
 
 
 @pytest.fixture
 def world(tmp_path, picture):
-    """Return write(samples, name) -> path of a JSON list beside pictures a.png and b.png."""
+    """Return write(samples, name) -> path of a JSON list next to the pictures a.png, b.png and c.png."""
     picture("a.png"), picture("b.png", color="blue"), picture("c.png", color="green")
 
     def write(samples: list, name: str = "in.json") -> Path:
@@ -237,25 +216,32 @@ def world(tmp_path, picture):
     return write
 
 
+def rejected_of(path: Path) -> dict[str, str]:
+    rows = read_rows(path.parent / "out.jsonl.run" / "rejected.jsonl", {"id": str})
+    return {row["id"]: row["reason"] for row in rows}
+
+
 def result(path: Path) -> tuple[dict, dict]:
-    rows = {row["id"]: row for row in read_rows(path.parent / "out.jsonl", {"id": str})}
-    rejected = {row["id"]: row["reason"] for row in read_rows(path.parent / "out.jsonl.run"
-                                                              / "rejected.jsonl",
-                                                              {"id": str})}
-    return rows, rejected
+    return {row["id"]: row for row in read_rows(path.parent / "out.jsonl", {"id": str})}, rejected_of(path)
+
+
+def written(path: Path) -> list[bytes]:
+    return [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
+
+
+def names(request) -> list[str]:
+    return [Path(path).name for path in request.images]
 
 
 def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
     questions = ["plain", "stumble", "garbage", "refuse", "dark", "plain"]
     samples = [monet(n, question=f"{q}?") for n, q in enumerate(questions)]
-    samples += [monet(6, question="a?", images=("a.png", "no.png")), monet(7, question="b?",
-                                                                           images=("../a.png", "b.png")),
-                monet(8, question="c?", images=("a.png", "a.png")),
-                monet(9, subset="CogCoM", question="drawn?"),
-                monet(10, subset="CogCoM", question="still?"), monet(11, question=" "),
-                monet(12, question="e?", answer=""),
-                monet(13, question="f?", assistant=[("text", "Look."), ("image", "b.png"),
-                                                    ("text", "\\boxed{1}")])]
+    untagged = [("text", "Look."), ("image", "b.png"), ("text", "\\boxed{1}")]
+    samples += [monet(6, question="a?", images=("a.png", "no.png")),
+                monet(7, question="b?", images=("../a.png", "b.png")),
+                monet(8, question="c?", images=("a.png", "a.png")), monet(9, "CogCoM", question="drawn?"),
+                monet(10, "CogCoM", question="still?"), monet(11, question=" "),
+                monet(12, question="e?", answer=""), monet(13, question="f?", assistant=untagged)]
     path = world(samples)
     assert main(flags(path)) == 3
     rows, rejected = result(path)
@@ -264,31 +250,26 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
         "Visual_CoT/2": "bad_json", "Visual_CoT/3": "caption_refusal", "Visual_CoT/4": "caption_illegible",
         "Visual_CoT/5": "duplicate", "Visual_CoT/6": "image_missing", "Visual_CoT/7": "image_outside_root",
         "Visual_CoT/8": "image_no_op", "CogCoM/10": "caption_unchanged", "Visual_CoT/11": "question",
-        "Visual_CoT/12": "answer",
-        "Visual_CoT/13": "tag_missing"}
+        "Visual_CoT/12": "answer", "Visual_CoT/13": "tag_missing"}
     assert set(rejected.values()) <= set(REASONS)
     assert rows["Visual_CoT/0"] == {
-        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?",
-        "answer": "42",
-        "steps": [
-            {"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom",
-                                                     "caption": "The hull shows 42."},
-            {"text": "The hull shows 42. The answer is \\boxed{42}."}],
+        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?", "answer": "42",
+        "steps": [{"text": "I look closer at the boat."},
+                  {"image": "b.png", "operation": "zoom", "caption": "The hull shows 42."},
+                  {"text": "The hull shows 42. The answer is \\boxed{42}."}],
         "chain": "Well, I look closer at the boat. <think_image>Well, The hull shows 42.</think_image> "
                  "Well, The hull shows 42. The answer is \\boxed{42}.", "refined": True}
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
-    assert (out["read"], out["kept"], out["rejected"], out["errors"], out["refined_share"]) == (14, 3, 11, 1,
-                                                                                                1.0)
-    assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1} and out["n_calls"] == len(
-        captioner.asked) == 14
+    counts = [out[name] for name in ("read", "kept", "rejected", "errors", "refined_share", "n_calls")]
+    assert counts == [14, 3, 11, 1, 1.0, 14] and len(captioner.asked) == 14
+    assert out["reasons"]["CogCoM"] == {"caption_unchanged": 1}
     zoom, draw = (next(r for r in captioner.asked if word in r.text) for word in ("plain?", "drawn?"))
-    assert [Path(p).name for p in zoom.images] == ["b.png"] and [Path(p).name
-                                                                 for p in draw.images] == ["a.png", "b.png"]
+    assert names(zoom) == ["b.png"] and names(draw) == ["a.png", "b.png"]
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
 
 
-def test_rule_rejections_alone_are_no_error(world, captioner):
+def test_rejections_by_rules_are_not_errors(world, captioner):
     assert main(flags(world([monet(1), monet(2, question="refuse?")]))) == 0
 
 
@@ -299,55 +280,45 @@ def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
     assert main(flags(path)) == 0
     row = result(path)[0]["Visual_CoT/1"]
     assert row["refined"] is False and row["chain"] == (
-        "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. The answer is \\boxed{42}.")
+        "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. "
+        "The answer is \\boxed{42}.")
     refinements = [r.text for r in captioner.asked if "numbered segments" in r.text]
     assert len(refinements) == 2 and "segment 2 lost 42" in refinements[1]
-    # the final sentence stays out of the call
-    assert not any("The answer is" in text for text in refinements)
+    assert not any("The answer is" in text for text in refinements)  # the final sentence is not shown
 
 
 @pytest.mark.parametrize("at_most, reasons",
                          [(3, {}), (2, {f"Visual_CoT/{n}": "caption_repeated" for n in range(4)})])
-def test_one_caption_for_many_images_is_a_captioner_that_does_not_look(world, captioner, picture, at_most,
-                                                                       reasons):
+def test_one_caption_for_many_images_is_rejected(world, captioner, picture, at_most, reasons):
     for n, color in enumerate(("blue", "green", "yellow")):
         picture(f"b{n}.png", color=color)
-    # the last two alike
     samples = [monet(n, question=f"plain {n}?", images=("a.png", f"b{min(n, 2)}.png")) for n in range(4)]
-    path = world(samples + [monet(9, question="drawn?", subset="CogCoM")])
+    path = world(samples + [monet(9, "CogCoM", question="drawn?")])  # images 2 and 3 are alike
     assert main(flags(path, "--max_same_caption", str(at_most))) == 0
     rows, rejected = result(path)
     assert rejected == reasons and "CogCoM/9" in rows and len(rows) + len(rejected) == 5
     n_asked = len(captioner.asked)
-    assert main(flags(path, "--export_only")) == 0 and len(captioner.asked) == n_asked and result(path)[
-        1] == {}
+    assert main(flags(path, "--export_only")) == 0 and rejected_of(path) == {}
+    assert len(captioner.asked) == n_asked
 
 
-def test_with_original_shows_the_whole_image_first(world, captioner):
-    path = world([monet(1), monet(2, subset="CogCoM", question="drawn?")])
+def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chain(world, captioner):
+    path = world([monet(1), monet(2, "CogCoM", question="drawn?")])
     assert main(flags(path, "--with_original", "--no_refine")) == 0
-    assert [[Path(p).name for p in request.images] for request in captioner.asked] == [["a.png", "b.png"]] * 2
-    assert captioner.asked[0].text.startswith(
-        "The first image is the original. The second image is a region of it")
+    assert [names(request) for request in captioner.asked] == [["a.png", "b.png"]] * 2
+    assert captioner.asked[0].text.startswith("The first image is the original. The second image is a region of")
+    assert not any(row["refined"] for row in result(path)[0].values())
 
 
 def test_monets_own_flag_keeps_samples_without_observation(world, captioner):
-    assistant = [("text", f"Look. {PAIR}"), ("image", "b.png"), ("text", "It is 42. \\boxed{42}")]
-    path = world([monet(1, assistant=assistant)])
+    path = world([monet(1, assistant=[LOOK, ("image", "b.png"), ("text", "It is 42. \\boxed{42}")])])
     assert main(flags(path)) == 0 and result(path) == ({}, {"Visual_CoT/1": "no_observation"})
     assert main(flags(path, "--allow_no_observation")) == 0 and list(result(path)[0]) == ["Visual_CoT/1"]
 
 
-def test_no_refine(world, captioner):
-    path = world([monet(1)])
-    assert main(flags(path, "--no_refine")) == 0
-    assert result(path)[0]["Visual_CoT/1"]["refined"] is False and len(captioner.asked) == 1
-
-
-def test_several_inputs_of_all_forms(world, captioner, tmp_path):
+def test_several_inputs_of_all_forms(world, captioner):
     own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42",
-           "refined": True,
-           "chain": "old",
+           "refined": True, "chain": "old",
            "steps": [{"image": "c.png", "operation": "draw", "caption": "old"}, {"text": "\\boxed{42}"}]}
     paths = [world([monet(1)]), world([mirage()], "mirage.json"), world([own], "own.json")]
     assert main([*flags(paths[0]), "--input", *map(str, paths)]) == 0
@@ -363,31 +334,25 @@ def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, caption
     n_asked = len(captioner.asked)
     assert main(flags(path)) == 0
     assert len(captioner.asked) == n_asked + 2  # only the third sample, twice
-    before = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
-    assert main(flags(path, "--batch_size", "3")) == 0
+    before = written(path)
+    assert main(flags(path, "--batch_size", "3")) == 0 and written(path) == before
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
-                                                           "out.jsonl.run/rejected.jsonl")] == before
-    # reordered, one edited
-    world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])
+    path = world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])
     captioner.asked.clear()
-    assert main(flags(path)) == 0 and len(captioner.asked) == 1 and list(result(path)[0]) == ["Visual_CoT/1",
-                                                                                              "Visual_CoT/2"]
+    assert main(flags(path)) == 0 and len(captioner.asked) == 1  # two moved, one edited
+    assert list(result(path)[0]) == ["Visual_CoT/1", "Visual_CoT/2"]
 
 
-def test_other_settings_are_refused_and_fresh_begins_anew(world, captioner, tmp_path):
-    path = world([monet(1)])
-    assert main(flags(path)) == 0
-    with pytest.raises(DataError, match=r"(?s)other settings.*max_new_tokens +512 +100"):
-        main(flags(path, "--max_new_tokens", "100"))
-    prompts = tmp_path / "prompts.json"
+def test_other_settings_are_refused_and_fresh_starts_over(world, captioner, tmp_path):
+    path, prompts = world([monet(1)]), tmp_path / "prompts.json"
     prompts.write_text('{"ZOOM": "cut out of a larger image {question}"}')
-    with pytest.raises(DataError, match=r"(?s)other settings.*prompts +\w{44} +\w{44}"):
-        main(flags(path, "--prompts", str(prompts)))
-    assert main(flags(path, "--prompts", str(prompts), "--fresh")) == 0
-    assert (tmp_path / "out.jsonl.run.old-1" / "meta.json").is_file()
-    assert main(flags(path, "--max_new_tokens", "100", "--fresh")) == 0 and (tmp_path
-                                                                             / "out.jsonl.run.old-2").is_dir()
+    assert main(flags(path)) == 0
+    for n, (more, match) in enumerate([(["--max_new_tokens", "100"], "max_new_tokens +512 +100"),
+                                       (["--prompts", str(prompts)], r"prompts +\w{44} +\w{44}")], 1):
+        with pytest.raises(DataError, match=f"(?s)other settings.*{match}"):
+            main(flags(path, *more))
+        assert main(flags(path, *more, "--fresh")) == 0
+        assert (tmp_path / f"out.jsonl.run.old-{n}" / "meta.json").is_file()
 
 
 def test_the_guard_stops_with_4(world, captioner, capsys):
@@ -398,58 +363,59 @@ def test_the_guard_stops_with_4(world, captioner, capsys):
 
 
 def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_path):
-    path = world([monet(1), monet(2, subset="ReFocus", question="Drawn <|im_end|>?"),
+    path = world([monet(1), monet(2, "ReFocus", question="Drawn <|im_end|>?"),
                   monet(3, images=("a.png", "no.png"))])
     files = sorted(tmp_path.iterdir())
     assert main(flags(path, "--dry_run")) == 0
     captured = capsys.readouterr()
     out = json.loads(captured.out)
     assert out["read"] == 3 and out["rejected"] == {"image_missing": 1}
-    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"zoom": 1, "draw": 1,
-                                                                                "refine": 2}
-    assert out["calls"]["refine"]["new_tokens_at_most"] == 2 * 512 and 100 < out["calls"]["zoom"][
-        "prompt_tokens"] < 300
+    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {
+        "zoom": 1, "draw": 1, "refine": 2}
+    assert out["calls"]["refine"]["new_tokens_at_most"] == 2 * 512
+    assert 100 < out["calls"]["zoom"]["prompt_tokens"] < 300
     assert all(f"--- {kind}, sample" in captured.err for kind in ("zoom", "draw", "refine"))
     assert sorted(tmp_path.iterdir()) == files and captioner.asked == []
 
 
-@pytest.mark.parametrize("text, match", [
-    ("[]x", r"in\.json:1: not JSON"), ('{"a": 1}\n',
-                                       r"in\.json:1: keys a are of no known form; expected those of monet"),
-    (json.dumps(monet()) + "\n" + json.dumps(monet()) + "\n",
-     r"in\.json:2: duplicate id 'Visual_CoT/7', first seen at .*in\.json:1"),
-    (json.dumps(monet(sample_id=1.5)), r"in\.json:1: field 'sample_id' should be int or str, got float"),
-    (json.dumps(monet(subset="New")), "give it with --operation New=zoom"),
-    (json.dumps({"metadata": {}, "data": []}), r"in\.json:1: no field 'dataset_name'"),
-    (json.dumps({"metadata": {}, "data": {}}), r"in\.json:1: field 'data' should be list"),
-    (json.dumps({**monet(), "data": [3]}), r"in\.json:1: turn 1: expected an object"),
-    (json.dumps({**monet(), "data": [{"role": "system"}]}), r"in\.json:1: turn 1: no field 'content'"),
-    (json.dumps(monet(user=[("video", "x")])), r"turn 2, item 1: expected type \"text\" or \"image\""),
-    (json.dumps(monet(user=[("image", 3)])), r"turn 2, item 1: field 'image' should be str, got int"),
-    (json.dumps(mirage(image_input=[1])),
-     r"in\.json:1: field 'image_input' should be a path or a list of paths"),
-    (json.dumps(mirage(text_input=1)), r"in\.json:1: field 'text_input' should be str")])
-def test_damaged_input_is_told_with_its_place(world, captioner, text, match):
-    path = world([])
-    path.write_text(text)
-    with pytest.raises(DataError, match=match):
-        main(flags(path))
+@pytest.mark.parametrize("value, match", [
+    ({"a": 1}, "keys a are of no known form; expected those of monet"),
+    (monet(sample_id=1.5), "field 'sample_id' should be int or str, got float"),
+    (monet(subset="New"), "no operation is known for subset 'New'; .* --operation New=zoom"),
+    ({"metadata": {}, "data": []}, "no field 'dataset_name'"),
+    ({"metadata": {}, "data": {}}, "field 'data' should be list"),
+    ({**monet(), "data": [3]}, "turn 1: expected an object"),
+    ({**monet(), "data": [{"role": "system"}]}, "turn 1: no field 'content'"),
+    (monet(user=[("video", "x")]), "turn 2, item 1: expected type \"text\" or \"image\""),
+    (monet(user=[("image", 3)]), "turn 2, item 1: field 'image' should be str, got int"),
+    (mirage(image_input=[1]), "field 'image_input' should be a path or a list of paths"),
+    (mirage(text_input=1), "field 'text_input' should be str")])
+def test_a_sample_of_no_known_form_is_reported(value, match):
+    with pytest.raises(DataError, match=f"^in.json:1: {match}"):
+        converted(value)
+
+
+def test_a_duplicate_id_is_reported_with_both_places(world, captioner):
+    path = world([monet()])
+    with pytest.raises(DataError, match=r"b\.json:1: duplicate id 'Visual_CoT/7', first seen at .*in\.json:1"):
+        main([*flags(path), "--input", str(path), str(world([monet()], "b.json"))])
 
 
 def test_operation_flag(world, captioner, capsys):
     path = world([monet(1, subset="New")])
-    assert main(flags(path, "--operation", "New=draw")) == 0
+    assert main(flags(path, "--operation", "New=draw", "--operation", "Old=draw")) == 0
     assert result(path)[0]["New/1"]["steps"][1]["operation"] == "draw"
+    assert "--operation Old=draw: no sample read is of that subset" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(flags(path, "--operation", "New=cut"))
     assert "expected SUBSET=zoom or SUBSET=draw" in capsys.readouterr().err
 
 
 def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypatch, capsys):
-    path = world([monet(n, question=f"{q} {n}?") for n,
-                  q in enumerate(["plain", "stumble", "refuse", "garbage", "plain"])])
+    questions = ["plain", "stumble", "refuse", "garbage", "plain"]
+    path = world([monet(n, question=f"{q} {n}?") for n, q in enumerate(questions)])
     assert main(flags(path)) == 3
-    alone = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
+    alone = written(path)
     (path.parent / "out.jsonl").unlink()
     (path.parent / "out.jsonl.run").rename(path.parent / "old")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -458,35 +424,12 @@ def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypa
         monkeypatch.setenv("RANK", str(rank))
         assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
         assert len(capsys.readouterr().out.splitlines()) == (rank == 1)
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
-                                                           "out.jsonl.run/rejected.jsonl")] == alone
+    assert written(path) == alone
     with pytest.raises(DataError, match="--fresh with 3 processes"):
         main(flags(path, "--fresh"))
 
 
 def test_every_prompt_fills(world, captioner):
     assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "ORIGINAL", "DRAW", "REFINE", "RETRY"}
-    main(flags(world([monet(1), monet(2, subset="CogCoM"), monet(3, question="stumble?")])))
-    assert not any(name in request.text for request in captioner.asked for name in ("{question}",
-                                                                                    "{segments}",
-                                                                                    "{count}", "{fault}"))
-
-
-def test_the_unit_that_travels_needs_only_utils(tmp_path):
-    import shutil
-    shutil.copy(ROOT / "rewrite_captions.py", tmp_path)
-    shutil.copytree(ROOT / "utils", tmp_path / "utils")
-    helped = subprocess.run([sys.executable, "rewrite_captions.py", "--help"], cwd=tmp_path,
-                            capture_output=True,
-                            text=True)
-    assert helped.returncode == 0 and "Stage 1 of 6" in helped.stdout
-
-
-@pytest.mark.parametrize("caption, refined, lost", [
-    ("red square, red four", "I see a red square, red four.", False),
-    ("red square, red four", "I see a blue square, blue four.", True),
-    ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
-    ("A tall wooden door stands open beside a window with green curtains.",
-     "A wooden door stands beside green curtains.", False)])
-def test_a_short_caption_has_no_word_to_spare(caption, refined, lost):
-    assert (lost_facts(caption, refined) is not None) is lost
+    main(flags(world([monet(1), monet(2, "CogCoM"), monet(3, question="stumble?")])))
+    assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)
