@@ -56,7 +56,7 @@ from utils.latent_families import PRESETS  # noqa: E402
 from utils.probe.states import States, StateWriter  # noqa: E402
 from utils.qwen import load_with  # noqa: E402
 from utils.qwen import add_tokens, load_processors, load_tools  # noqa: E402
-from utils.train.examples import END_OF_TURN, IMAGINATIONS, make_examples  # noqa: E402
+from utils.train.examples import END_OF_TURN, make_examples  # noqa: E402
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, ROOT, "/usr", "/dev",
@@ -250,7 +250,7 @@ class Readers:
         self.input, self.output = self.case / "in.jsonl", self.case / "out.jsonl"
         # loaded once: what is read of them is the same for every input
         evaluate.load_processors = probe.load_processors = functools.cache(load_processors)
-        intervene.load_tools = train_sft.load_tools = functools.cache(load_tools)
+        intervene.load_tools = functools.cache(load_tools)
         evaluate.load_with, self.qwen = functools.cache(load_with), load_tools(self.checkpoint)
         for preset in PRESETS.values():  # all families' markers are tokens: none of them may come from data
             add_tokens(self.qwen, preset.tokens)
@@ -297,7 +297,7 @@ class Readers:
             self.check_calls(filter_data, [str(word) for word in argv])
 
     def training(self, rng, seed):
-        kind = rng.choice(IMAGINATIONS)
+        kind = rng.choice(train_sft.IMAGINATIONS)
         args = train_sft.parse_args(["--data", str(self.write(rng, own_row, [own_row("x/2")])),
                                      "--image_root", str(self.root),
                                      "--output", str(self.case / "checkpoint"), "--imagination", kind])

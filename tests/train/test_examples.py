@@ -1,4 +1,7 @@
-"""Training targets and their labels, and the budget of visual tokens.    pytest tests/test_targets.py"""
+"""Training targets, which of their tokens are trained, and the visual token budget.
+
+    python -m pytest tests/train/test_examples.py
+"""
 import math
 import random
 from dataclasses import replace
@@ -60,28 +63,26 @@ def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pi
             assert trained == ROW["chain"] + "<|im_end|>"
             assert marked(qwen, example).endswith(f"<|im_start|>assistant\n>>{ROW['chain']}<|im_end|><<")
         else:
-            assert trained == "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>"
+            assert trained == (
+                "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>")
             assert rest.endswith("<|im_start|>assistant\n" + MIRAGE.pad * 4 + MIRAGE.end)
 
 
 def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, pictures):
-    """Written by hand: each token of the sequence, and whether Monet's rules train it (reference: its
-    src/utils.py; only the newline after "assistant", which the generation prompt brings, is not trained
-    here)."""
+    """By hand: each token of the sequence, and whether Monet's rules train it (its src/utils.py). Only the
+    newline after "assistant", part of the generation prompt, is not trained here."""
     qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
     row = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
     prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
-              "<|im_end|>", "\n",
-              "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "What",
-              " number", " is", " on",
-              " the", " boat", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+              "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>",
+              "<|vision_end|>", "What", " number", " is", " on", " the", " boat", "?", "<|im_end|>", "\n",
+              "<|im_start|>", "assistant", "\n"]
     words = ["The", " hull", " shows", " ", "4", "2", ".", " \\", "boxed", "{", "4", "2", "}", "<|im_end|>"]
     for target, reply in (
             (Target("placeholder", pictures), [(word, True) for word in [
                 "I", " zoom", " in", ".", " <", "think", "_image", ">", " The", *words[1:]]]),
             (Target("latent", pictures, replace(PRESETS["monet_vllm"], size=2)), [
-                ("I", True), (" zoom", True), (" in", True), (".", True), (" ", True),
-                ("<abs_vis_token>", True),
+                *[(word, True) for word in ["I", " zoom", " in", ".", " ", "<abs_vis_token>"]],
                 *[("<abs_vis_token_pad>", False)] * 2, ("</abs_vis_token>", False), (" The", True),
                 *[(word, True) for word in words[1:]]])):
         if target.spec:
@@ -92,7 +93,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
 
 
 def test_the_image_budget_is_the_published_algorithm_on_1000_random_sizes():
-    """Oracle: Monet's resize_by_token_budget written down a second time, from its description in words."""
+    """Oracle: Monet's resize_by_token_budget, written a second time from its description."""
     rng, changed = random.Random(0), 0
     for _ in range(1000):
         sizes = [(rng.randint(20, 3000), rng.randint(20, 3000)) for _ in range(rng.randint(1, 5))]
@@ -117,7 +118,8 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
         make_examples(qwen, rows, target)
     text = str(caught.value)
     assert text.startswith("32 of 33 rows cannot be trained on") and text.endswith("... and 12 more")
-    assert "a/2: " in text and "gone.png" in text and "a/3: " in text and "1 <image> markers for 0 images" in text
+    for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"):
+        assert part in text
     with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included; --max_tokens 20 is less"):
         make_examples(qwen, [ROW], target, max_tokens=20)
     Q.add_tokens(qwen, MIRAGE.tokens)

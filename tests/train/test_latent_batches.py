@@ -1,16 +1,17 @@
-"""Latents in training: layout, normalisation, and the very vectors that decoding feeds.    pytest
-tests/test_latents.py"""
+"""Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment.
+
+    python -m pytest tests/train/test_latent_batches.py
+"""
 import pytest
 import torch
-from training import gradient
+from training import gradient, load_examples
 
-import train_sft
 from utils import qwen as Q
 from utils.decode import generate
-from utils.jsonl import read_rows
-from utils.latent_families import PRESETS
-from utils.train.examples import Target, load_images, make_example
+from utils.latent_families import PRESETS, special_id
+from utils.train.examples import load_images
 from utils.train.latent_batches import align, lay_out, make_batch, piece_lengths, run_latents
+from utils.train.model import Objective, recompute_activations
 
 pytestmark = pytest.mark.numeric
 
@@ -19,11 +20,8 @@ MIRAGE = PRESETS["mirage"]
 
 @pytest.fixture
 def latent(tiny_checkpoint, data):
-    """(qwen, objective, examples, target) of twelve rows, of which eight imagine."""
-    qwen, target = Q.load(str(tiny_checkpoint), device="cpu"), Target("latent", str(data.parent), MIRAGE)
-    Q.add_tokens(qwen, MIRAGE.tokens)
-    examples = [make_example(qwen, row, target) for row in read_rows(data, {})]
-    return qwen, train_sft.Objective(qwen, MIRAGE, "cosine"), examples, target
+    """(qwen, examples, target) of twelve rows, eight of which imagine."""
+    return load_examples(tiny_checkpoint, data, "latent")
 
 
 def test_pieces_share_latent_columns():
@@ -39,34 +37,34 @@ def summed(objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
     objective.model.zero_grad()
     sums = torch.zeros(3)
     for batch in batches:
-        losses, right, aligned = objective(batch)
-        (losses.sum() + aligned).backward()
-        sums += torch.stack([losses.sum().detach(), aligned.detach(), right.sum()])
+        nll, right, aligned = objective(batch)
+        (nll.sum() + aligned).backward()
+        sums += torch.stack([nll.sum().detach(), aligned.detach(), right.sum()])
     return sums, gradient(objective.model)
 
 
-def test_batch_size_blocks_that_others_need_and_checkpoints_leave_loss_and_gradient(latent):
+def test_batch_size_more_blocks_and_recomputation_leave_loss_and_gradient(latent):
     """Oracle: the sums over rows one by one."""
-    qwen, objective, examples, target = latent
-    results = [summed(objective, [make_batch(qwen, examples[k:k + size], [1.0] * len(examples[k:k + size]),
-                                             target, n_blocks)
-                                  for k in range(0, 12, size)]) for size, n_blocks in ((1, None), (5, None),
-                                                                                       (12, None), (5, 4))]
-    train_sft.recompute_activations(qwen.model, "mlps")
-    results.append(summed(objective, [make_batch(qwen, examples, [1.0] * 12, target)]))
-    for sums, its in results[1:]:
-        assert torch.allclose(sums, results[0][0], rtol=1e-5)
-        assert (its - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+    qwen, examples, target = latent
+    objective = Objective(qwen, MIRAGE)
+    results = [summed(objective, [make_batch(qwen, examples[k:k + size], target, n_blocks=n_blocks)
+                                  for k in range(0, 12, size)])
+               for size, n_blocks in ((1, None), (5, None), (12, None), (5, 4))]
+    with recompute_activations(qwen.model, "mlps"):
+        results.append(summed(objective, [make_batch(qwen, examples, target)]))
+    (expected_sums, expected), *others = results
+    for sums, its_gradient in others:
+        assert torch.allclose(sums, expected_sums, rtol=1e-5)
+        assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_training_feeds_the_latents_that_decoding_feeds(latent):
     """The vectors of the training pass equal those of utils.decode after the same words."""
-    qwen, _, examples, target = latent
+    qwen, examples, target = latent
     chosen = [example for example in examples if example.steps][:4]
-    batch = make_batch(qwen, chosen, [1.0] * 4, target)
     with torch.no_grad():
-        _, latents = run_latents(qwen.model, batch, MIRAGE)
-    pad_id, start_id = (Q.special_id(qwen.tokenizer, name) for name in (MIRAGE.pad, MIRAGE.start))
+        _, latents = run_latents(qwen.model, make_batch(qwen, chosen, target), MIRAGE)
+    pad_id, start_id = (special_id(qwen.tokenizer, name) for name in (MIRAGE.pad, MIRAGE.start))
     for i, example in enumerate(chosen):
         cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
         pixels = [Q.process_images(qwen.image_processor, load_images(example.images, target, 28))]
@@ -81,17 +79,17 @@ def test_training_feeds_the_latents_that_decoding_feeds(latent):
 
 @pytest.mark.parametrize("loss", ["cosine", "mse"])
 def test_alignment_by_hand(latent, loss):
-    qwen, _, examples, target = latent
-    chosen = [example for example in examples if example.steps][:2]
-    batch = make_batch(qwen, chosen, [1.0, 0.0], target)
-    states = [torch.randn(2, 32) for _ in range(4)]
-    features = Q.image_features(qwen, {"pixel_values": batch["step_pixel_values"][:24],
-                                       "image_grid_thw": batch["step_image_grid_thw"][:1]})[0]
+    qwen, examples, target = latent
+    chosen = [example for example in examples if example.steps][:1]
+    batch, states = make_batch(qwen, chosen, target), [torch.randn(1, 32) for _ in range(4)]
+    features = Q.image_features(qwen, {"pixel_values": batch["step_pixel_values"],
+                                       "image_grid_thw": batch["step_image_grid_thw"]})[0]
     assert len(features) == 6  # 56 x 84 pixels; four groups of one each, the remainder dropped
     expected = 0.0
-    for k in range(4):
-        mine, its = states[k][0], features[k]
-        expected += (1 - mine @ its / mine.norm() / its.norm() if loss == "cosine"
-                     else (mine - its).pow(2).mean()) / 4
-    with torch.no_grad():  # the second row, of weight 0, is left out
+    for state, feature in zip(states, features):
+        z = state[0]
+        expected += (1 - z @ feature / z.norm() / feature.norm() if loss == "cosine"
+                     else (z - feature).pow(2).mean()) / 4
+    with torch.no_grad():
         assert float(align(qwen, batch, [states], loss)) == pytest.approx(float(expected), rel=1e-4)
+        assert float(align(qwen, batch | {"weight": 0.0}, [states], loss)) == 0  # a row that does not count

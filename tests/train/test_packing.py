@@ -1,19 +1,19 @@
-"""Packing: plans by their properties, gradients of a pack against those of its rows one by one, and the leak
-that it avoids.
+"""Packing: plans by their properties, gradients of a pack against those of its rows, and the leak it avoids.
 
-    python -m pytest tests/test_packing.py
+    python -m pytest tests/train/test_packing.py
 """
 import random
 
 import pytest
 import torch
 from torch import nn
+from training import gradient
 
-import train_sft
+from train_sft import RECOMPUTED
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.train.batching import RECOMPUTED
 from utils.train.examples import Target, image_grids, load_images, make_example
+from utils.train.model import recompute_activations
 from utils.train.packing import (NAME, make_pack, packed_attention, plan_packs, run_packed,
                                  use_packed_attention)
 
@@ -26,7 +26,7 @@ WORDS = ("what digit is on the red circle closer look I the answer is blue squar
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("cap", [4096, 8192])
 def test_a_plan_holds_every_row_once_under_the_cap_and_in_balance(world, cap):
-    """Lengths as training.md's: mean about 1,550 tokens, 95 % under 2,500."""
+    """Lengths as in the paper's data: mean about 1,550 tokens, 95 % under 2,500."""
     rng = random.Random(world + cap)
     lengths = [min(3260, max(300, int(rng.gauss(1550, 550)))) for _ in range(128)]
     packs = plan_packs(lengths, cap, world)
@@ -60,122 +60,114 @@ def rows(tiny_checkpoint, picture, tmp_path):
                     rng.choice(("red", "blue")))
         words = " ".join(rng.choices(WORDS, k=rng.randint(4, 20)))
         made.append({"id": f"t/{n}", "images": names, "question": words, "answer": "7", "steps": [],
-                     "chain": f"{words[::-1]} <think_image>a {words}</think_image> The answer is \\boxed{{{n}}}."})
+                     "chain": f"{words[::-1]} <think_image>a {words}</think_image> \\boxed{{{n}}}."})
     target = Target(image_root=str(tmp_path))
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     return qwen, [make_example(qwen, row, target) for row in made], target
 
 
-def gradients(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def sums(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[float, torch.Tensor]:
     """Return (sum of the losses, all gradients in one vector) of batches run one after the other."""
     qwen.model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        loss = nn.functional.cross_entropy(run(qwen.model, batch), batch["target"], reduction="sum")
+        loss = nn.functional.cross_entropy(run(qwen.model, batch), batch["labels"], reduction="sum")
         loss.backward()
         total += loss.detach()
-    return total, torch.cat([p.grad.flatten() for p in qwen.model.parameters() if p.grad is not None])
+    return float(total), gradient(qwen.model)
 
 
 def packed(model, batch):
     return model.lm_head(run_packed(model, batch))
 
 
-def images_of(batch):
-    return {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+def stock(model, batch, **mask):
+    """A plausible call of the library's model: on a pack, rows attend to those before them; on one row,
+    exact."""
+    names = ("input_ids", "position_ids", "pixel_values", "image_grid_thw")
+    inputs = {name: batch[name] for name in names if name in batch}
+    return model(**inputs, **mask, use_cache=False).logits[0, batch["logit_positions"]]
 
 
-def stock(model, batch):
-    """The library's own path for one row: nothing packed, nothing of ours."""
+def stock_row(model, batch):
+    """The library's model on one row: the oracle."""
     assert len(batch["cu_seqlens"]) == 2
-    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-                attention_mask=torch.ones_like(
-        batch["input_ids"]), use_cache=False, **images_of(batch))
-    return out.logits[0, batch["source"]]
-
-
-def leaking(model, batch):
-    """A plausible call of the stock model on a pack: restarting positions, no mask. Rows see those before
-    them."""
-    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
-                 **images_of(batch)).logits[0, batch["source"]]
+    return stock(model, batch, attention_mask=torch.ones_like(batch["input_ids"]))
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
 def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute):
     qwen, examples, target = rows
-    alone = [make_pack(qwen, [example], [1.0], target) for example in examples]
-    together = make_pack(qwen, examples, [1.0] * 5, target)
-    loss, gradient = gradients(qwen, stock, alone)
-    leaked_loss, leaked = gradients(qwen, leaking, [together])
-    train_sft.recompute_activations(qwen.model, recompute)
+
+    def packs(*cuts):
+        return [make_pack(qwen, examples[a:b], target) for a, b in zip((0, *cuts), (*cuts, 5))]
+
+    alone, together = packs(1, 2, 3, 4), packs()
+    loss, expected = sums(qwen, stock_row, alone)
+    leaked_loss, leaked = sums(qwen, stock, together)
     qwen.model.train()
-    with use_packed_attention(qwen.model):
-        for batches in ([together], [make_pack(qwen, part, [1.0] * len(part), target)
-                                     for part in (examples[:2], examples[2:3], examples[3:])], alone):
-            its_loss, its_gradient = gradients(qwen, packed, batches)
-            assert float(its_loss) == pytest.approx(float(loss), rel=1e-6)
-            assert (its_gradient - gradient).norm() < 1e-5 * gradient.norm()
-    # what this test is for: the loss hardly tells a leak, the gradient does
-    assert float(leaked_loss) == pytest.approx(float(loss), rel=0.05)
-    assert (leaked - gradient).norm() > 0.05 * gradient.norm()
+    with use_packed_attention(qwen.model), recompute_activations(qwen.model, recompute):
+        for batches in (together, packs(2, 3), alone):
+            its_loss, its_gradient = sums(qwen, packed, batches)
+            assert its_loss == pytest.approx(loss, rel=1e-6)
+            assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
+    # why gradients are compared: the loss hardly shows a leak
+    assert leaked_loss == pytest.approx(loss, rel=0.05)
+    assert (leaked - expected).norm() > 0.05 * expected.norm()
 
 
 def test_the_last_mlp_computes_what_predicts_alone(rows):
     qwen, examples, target = rows
-    pack, layers, seen = make_pack(qwen, examples, [1.0] * 5,
-                                   target), qwen.model.model.language_model.layers, []
+    pack, layers, widths = make_pack(qwen, examples, target), qwen.model.model.language_model.layers, []
     for layer in layers[-2:]:
-        layer.mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+        layer.mlp.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
     with use_packed_attention(qwen.model):
-        assert len(run_packed(qwen.model, pack)) == len(pack["source"])
-    assert seen == [pack["input_ids"].shape[1], len(pack["source"])]
-    assert "forward" not in vars(layers[-1])  # as it was
+        assert len(run_packed(qwen.model, pack)) == len(pack["labels"])
+    assert widths == [pack["input_ids"].shape[1], len(pack["labels"])]
+    assert "forward" not in vars(layers[-1])  # undone
 
 
 def test_the_frozen_tower_runs_once_and_without_gradients(rows):
     qwen, examples, target = rows
     qwen.model.model.visual.requires_grad_(False)
-    qwen.model.model.language_model.activation_checkpointing_enable()
     qwen.model.train()
-    seen = []
-    qwen.model.model.visual.blocks[0].register_forward_hook(lambda module, inputs,
-                                                            out: seen.append(out.requires_grad))
-    with use_packed_attention(qwen.model):
-        gradients(qwen, packed, [make_pack(qwen, examples, [1.0] * 5, target)])
-    assert seen == [False]
+    runs = []
+    qwen.model.model.visual.blocks[0].register_forward_hook(
+        lambda module, inputs, out: runs.append(out.requires_grad))
+    with use_packed_attention(qwen.model), recompute_activations(qwen.model, "layers"):
+        sums(qwen, packed, [make_pack(qwen, examples, target)])
+    assert runs == [False]
 
 
 def test_the_pack_s_own_numbers(rows):
     qwen, examples, target = rows
-    pack = make_pack(qwen, examples, [1.0, 1.0, 0.0, 1.0, 1.0], target)
+    pack = make_pack(qwen, examples, target)
     lengths = pack["cu_seqlens"].diff().tolist()
     assert lengths == [example.n_tokens for example in examples] and pack["max_length"] == max(lengths)
-    assert pack["position_ids"].shape == (3, 1, sum(lengths)) and len(pack["source"]) == len(pack["target"])
+    assert pack["position_ids"].shape == (3, 1, sum(lengths))
     assert all((pack["position_ids"][:, 0, start] == 0).all() for start in pack["cu_seqlens"][:-1])
-    assert pack["input_ids"][0, pack["source"] + 1].tolist() == pack["target"].tolist()
+    assert pack["input_ids"][0, pack["logit_positions"] + 1].tolist() == pack["labels"].tolist()
     trained = [token for e in examples for token, is_trained in zip(e.ids, e.trained) if is_trained]
-    assert pack["target"].tolist() == trained
-    assert float(pack["weight"].sum()) == len(trained) - sum(examples[2].trained)
-    assert pack["row"].bincount().tolist() == [e.n_trained for e in examples] and pack["row_ids"] == [
-        e.id for e in examples]
+    assert pack["labels"].tolist() == trained and pack["weight"] == 1.0
+    assert pack["row"].bincount().tolist() == [e.n_trained for e in examples]
+    assert pack["row_ids"] == [e.id for e in examples]
 
 
 def test_an_image_that_changed_since_the_plan_is_an_error(rows, picture):
     qwen, examples, target = rows
     picture("0_0.png", (280, 280))
-    with pytest.raises(DataError, match=r"t/0: \d+ tokens, where the headers of its images said \d+"):
-        make_pack(qwen, examples, [1.0] * 5, target)
+    with pytest.raises(DataError, match=r"t/0: \d+ tokens, expected \d+ from its images' headers"):
+        make_pack(qwen, examples, target)
 
 
 def test_outside_of_its_block_packing_is_refused(rows):
     qwen, examples, target = rows
-    pack = make_pack(qwen, examples, [1.0] * 5, target)
+    pack = make_pack(qwen, examples, target)
     before = qwen.model.config.text_config._attn_implementation
     with pytest.raises(RuntimeError, match="its rows would attend to each other"):
         packed(qwen.model, pack)
     with pytest.raises(ValueError, match="one sequence with cu_seq_lens_q"), use_packed_attention(qwen.model):
-        leaking(qwen.model, pack)
+        stock(qwen.model, pack)
     configs = qwen.model.config, qwen.model.config.text_config, qwen.model.config.vision_config
     assert all(config._attn_implementation == before != NAME for config in configs)
 
@@ -193,8 +185,7 @@ def test_attention_equals_the_formula():
         assert out.shape == (1, 9, 4, 8)
         for start, end in ((0, 2), (2, 3), (3, 9)):
             for head in range(4):
-                q, k, v = query[0, head, start:end], key[0, head // 2, start:end], value[0, head // 2,
-                                                                                         start:end]
+                q, (k, v) = query[0, head, start:end], (x[0, head // 2, start:end] for x in (key, value))
                 scores = 0.3 * q @ k.T
                 if causal is None:
                     scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
@@ -202,8 +193,8 @@ def test_attention_equals_the_formula():
 
 
 def test_token_counts_come_from_the_headers(tiny_checkpoint, picture):
-    qwen, target, rng = Q.load(str(tiny_checkpoint), device="cpu"), Target(total_tokens=60,
-                                                                           image_tokens=40), random.Random(0)
+    qwen, rng = Q.load_tools(str(tiny_checkpoint)), random.Random(0)
+    target = Target(total_tokens=60, image_tokens=40)
     for n in range(40):
         paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400)))
                  for k in range(rng.randint(1, 3))]

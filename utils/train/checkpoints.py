@@ -1,8 +1,8 @@
-"""Checkpoints to resume from: weights, optimizer and place of a run, written beside the training and renamed
-when whole.
+"""Checkpoints to resume from: weights, optimizer and progress of a run, written in the background, renamed
+when complete.
 
-A checkpoint is a folder step-N with one safetensors file a rank, its own pieces of every trained weight and
-of the optimizer's state, and state.json. No pickle. It may be read by another number of ranks than wrote it.
+A checkpoint is a folder step-N with state.json and one safetensors file per rank: its shards of every trained
+weight and of the optimizer's state. No pickle. It may be read by another number of ranks than wrote it.
 """
 import fcntl
 import json
@@ -28,32 +28,44 @@ STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
 
 
+@dataclass(order=True)
+class Best:
+    """An exported step and its held-out loss."""
+
+    loss: float
+    step: int
+
+
 @dataclass
 class Run:
-    """The place of a run, which a checkpoint holds beside weights and optimizer; `best` are (score..., step),
-    best first."""
+    """The progress of a run, saved in checkpoints: steps done, the best exports (best first), the last
+    losses."""
 
     step: int = 0
-    best: list[list[float]] = field(default_factory=list)
+    best: list[Best] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
 
-    def is_among_best(self, score: list[float], keep: int) -> bool:
-        """Enter the present step's score, where less is better; return whether it is one of the best `keep`.
-        """
-        self.best = sorted([*self.best, [*score, self.step]])[:keep]
-        return self.best_steps.count(self.step) == 1
+    def is_among_best(self, loss: float, keep: int) -> bool:
+        """Enter the current step's held-out loss; return whether it is one of the `keep` lowest."""
+        self.best = sorted([*self.best, Best(loss, self.step)])[:keep]
+        return self.step in self.best_steps
 
     @property
-    def best_steps(self) -> list[int]:
-        return [int(entry[-1]) for entry in self.best]
+    def best_steps(self) -> set[int]:
+        return {best.step for best in self.best}
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Run":
+        """Return the run whose fields, as of `asdict`, a checkpoint holds."""
+        return cls(state["step"], [Best(**best) for best in state["best"]], state["recent"])
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run, made if need be, against a second process: DataError if another has it.
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and lock it against other processes; DataError if another holds it.
 
-    The lock is one that forks do not inherit: workers outlive a killed run by seconds, and would keep the
-    next one out.
+    The lock is of a kind that forks do not inherit: workers outlive a killed run by seconds and would block
+    the next one.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,64 +79,57 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
-    """Make or re-enter the folder of a run; return the last whole checkpoint. For the first rank, before the
-    others.
+def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
+    """Make or re-enter the folder of a run; return (folder, state) of the last complete checkpoint.
 
-    `resume` "auto" takes what is there, "must" wants a checkpoint, "never" wants none. DataError against it,
-    or if the run began with other settings.
+    The first rank must call it before the others. `resume`: "auto" takes a checkpoint if there is one, "must"
+    requires one, "never" refuses one. DataError if that fails, or if the run began with other settings.
     """
     path = folder / "settings.json"
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.part"):
             shutil.rmtree(stale)
-    found = newest_checkpoint(folder)
-    if found and resume == "never":
-        raise DataError(
-            f"{found[0]}: there is a run to resume, against --resume never; move {folder} away, or name another "
-                        "--output")
-    if not found and resume == "must":
-        raise DataError(f"{folder}: no whole checkpoint, against --resume must; expected step-N in it")
+    newest = newest_checkpoint(folder)
+    if newest and resume == "never":
+        raise DataError(f"{newest[0]}: a checkpoint to resume from, against --resume never; move {folder} "
+                        "away, or give another --output")
+    if not newest and resume == "must":
+        raise DataError(f"{folder}: no complete checkpoint, against --resume must; expected step-N in it")
     if path.exists():
-        theirs = load_object(path, f"move {folder} away to start afresh")
-        differing = [f"--{name}: {theirs.get(name)} then, {settings.get(name)} now"
-                     for name in sorted({*settings, *theirs})
-                     if settings.get(name) != theirs.get(name)]
+        before = load_object(path, f"move {folder} away to start again")
+        differing = [f"--{name}: {before.get(name)} then, {settings.get(name)} now"
+                     for name in sorted({*settings, *before}) if settings.get(name) != before.get(name)]
         if differing:
             raise DataError(f"{path}: the run to resume had other settings: {'; '.join(differing)}; "
-                            "give the old ones, or move the .run folder away to start afresh")
+                            "give the old ones, or move the .run folder away to start again")
     elif is_first:
         write_json(path, settings)
-    return found
+    return newest
 
 
 def keep_lines(path: Path, n_lines: int) -> None:
-    """Cut a log back to the step resumed from, so that no step stands in it twice."""
+    """Cut a log back to the step resumed from, so that no step appears twice."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
-    # a kill in between must not take the curve with it
-    replace_file(path, lambda file: file.writelines(lines))
+    replace_file(path, lambda file: file.writelines(lines))  # by rename: a kill does not lose the curve
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+# ------------------------------------------------------------------------------------------- writing
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def piece(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of this rank's piece of a tensor on the CPU."""
-    tensor = tensor.detach()
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True).contiguous()
-
-
-def take(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, torch.Tensor]:
-    """Return copies of this rank's pieces of all that training changes; what all ranks hold alike is the
-    first one's."""
-    taken = {}
-    for name, parameter in trained(model).items():
+def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, torch.Tensor]:
+    """Return CPU copies of this rank's shards of all that training changes; rank 0 also has what is not
+    sharded."""
+    copies = {}
+    for name, parameter in trained_parameters(model).items():
         for key, tensor in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
-            if rank == 0 or isinstance(tensor, DTensor):
-                taken[f"{key}/{name}"] = piece(tensor)
-    return taken
+            is_sharded = isinstance(tensor, DTensor)
+            if rank == 0 or is_sharded:
+                local = tensor.detach().to_local() if is_sharded else tensor.detach()
+                copies[f"{key}/{name}"] = local.to("cpu", copy=True).contiguous()
+    return copies
 
 
 def rank_file(rank: int, world: int) -> str:
@@ -132,19 +137,19 @@ def rank_file(rank: int, world: int) -> str:
 
 
 class Saver:
-    """Writes in the background, one thing after the other; an error of writing is raised by the next call."""
+    """Writes in the background, one thing after the other; the next call raises the error of a write that
+    failed."""
 
     def __init__(self, rank: int, world: int):
         self.rank, self.world, self.stop = rank, world, Event()
         self.thread, self.pending = ThreadPoolExecutor(1), []
 
-    def submit(self, write: Callable[[], None]) -> Future:
+    def submit(self, write: Callable[[], None]) -> None:
         self.check()
         self.pending.append(self.thread.submit(write))
-        return self.pending[-1]
 
     def check(self) -> None:
-        """Raise DataError if something could not be written."""
+        """Raise DataError if a write failed."""
         for future in [future for future in self.pending if future.done()]:
             self.pending.remove(future)
             self.result(future)
@@ -153,47 +158,46 @@ class Saver:
         try:
             future.result()
         except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"a checkpoint could not be written: {error}; the last whole one is kept, the same command goes on "
-                            "from it") from error
+            raise DataError(f"a checkpoint could not be written: {error}; the last complete one is kept, "
+                            "re-run the same command to resume from it") from error
 
     def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
                    after: Callable[[], None]) -> None:
-        """Write this rank's part of checkpoint `folder`; the first rank renames it once all parts are there.
-        """
+        """Have this rank's part of checkpoint `folder` written; `after` is called once all parts are."""
         self.submit(lambda: self.write(folder, tensors, state, after))
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
               after: Callable[[], None]) -> None:
+        """Write this rank's part; the first rank waits for all parts, then renames the folder."""
         part = folder.with_name(folder.name + ".part")
         part.mkdir(exist_ok=True)
-        mine = part / rank_file(self.rank, self.world)
-        save_file(tensors, f"{mine}.part")
-        os.replace(f"{mine}.part", mine)
+        path = part / rank_file(self.rank, self.world)
+        save_file(tensors, f"{path}.part")
+        os.replace(f"{path}.part", path)
         if self.rank == 0:
             while not all((part / rank_file(rank, self.world)).exists() for rank in range(self.world)):
                 if self.stop.wait(POLL):
-                    return  # a rank died: this one stays a part
+                    return  # another rank died: the checkpoint stays incomplete
             (part / STATE).write_text(json.dumps(state), encoding="utf-8")
             os.replace(part, folder)
             after()
 
     def close(self) -> None:
-        """Wait for all that is being written."""
+        """Wait for all writes."""
         for future in self.pending:
             self.result(future)
         self.pending = []
         self.thread.shutdown()
 
     def abandon(self) -> None:
-        """After an error: let what can be finished be finished, and wait for no other rank."""
+        """After an error: finish what can be finished, and do not wait for other ranks."""
         self.stop.set()
         self.thread.shutdown(cancel_futures=True)
 
 
 def publish(folder: Path, write: Callable[[str], None]) -> None:
-    """Let `write(temporary folder)` fill a folder beside, then move it into place: a folder that exists is
-    whole."""
+    """Have `write(temporary folder)` fill a folder, then move it into place: a folder that exists is
+    complete."""
     part = folder.with_name(folder.name + ".part")
     for stale in (part, folder):
         shutil.rmtree(stale, ignore_errors=True)
@@ -201,24 +205,25 @@ def publish(folder: Path, write: Callable[[str], None]) -> None:
     os.replace(part, folder)
 
 
-def steps_of(run: Path, prefix: str) -> dict[int, Path]:
-    """Return the whole folders of a run named prefix-N by N, in order."""
-    found = {path.name.removeprefix(f"{prefix}-"): path for path in run.glob(f"{prefix}-*")}
-    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
+def numbered_folders(run: Path, prefix: str) -> dict[int, Path]:
+    """Return the complete folders of a run named prefix-N by N, in order."""
+    folders = {path.name.removeprefix(f"{prefix}-"): path for path in run.glob(f"{prefix}-*")}
+    return {int(step): folders[step] for step in sorted(filter(str.isdigit, folders), key=int)}
 
 
 def prune(run: Path, keep: int, best: set[int]) -> None:
     """Remove all but the last `keep` checkpoints, and the exports that are no longer among the best."""
-    for path in list(steps_of(run, "step").values())[:-keep]:
+    for path in list(numbered_folders(run, "step").values())[:-keep]:
         shutil.rmtree(path)
-    for step, path in steps_of(run, "best").items():
+    for step, path in numbered_folders(run, "best").items():
         if step not in best:
             shutil.rmtree(path)
 
 
+# ------------------------------------------------------------------------------------------- reading
 def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
-    """Return (folder, state) of the last checkpoint whose files are whole, None if there is none."""
-    for path in reversed(steps_of(run, "step").values()):
+    """Return (folder, state) of the last checkpoint whose files are complete."""
+    for path in reversed(numbered_folders(run, "step").values()):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             for file in rank_files(path):
@@ -226,48 +231,46 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
                     pass  # reads the header and compares it with the file's length
             return path, state
         except (OSError, ValueError, SafetensorError, DataError) as error:
-            log(f"{path} is left out, as it is damaged: {error}")
+            log(f"{path} is skipped, because it is damaged: {error}")
     return None
 
 
 def rank_files(folder: Path) -> list[Path]:
     """Return the files of all ranks in order; DataError if one is missing."""
     files = sorted(folder.glob("rank-*-of-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
-    if not files or [path.name for path in files] != [rank_file(rank, len(files))
-                                                      for rank in range(len(files))]:
-        raise DataError(f"{folder}: has {[path.name for path in files]}, expected one file of every rank")
+    names = [path.name for path in files]
+    if not files or names != [rank_file(rank, len(files)) for rank in range(len(files))]:
+        raise DataError(f"{folder}: has {names}, expected one file of every rank")
     return files
 
 
 def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state into a model and an optimizer that were made as for a
-    new run."""
-    opened = [safe_open(path, "pt") for path in rank_files(folder)]
-    parameters, there = trained(model), {key for file in opened for key in file.keys()}
-    if missing := [name for name in parameters if f"model/{name}" not in there]:
-        raise DataError(
-            f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); was it written by another model?")
+    """Load a checkpoint's weights and optimizer state into a model and an optimizer made as for a new run."""
+    files = [safe_open(path, "pt") for path in rank_files(folder)]
+    parameters, saved = trained_parameters(model), {key for file in files for key in file.keys()}
+    if missing := [name for name in parameters if f"model/{name}" not in saved]:
+        raise DataError(f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); was it written by "
+                        "another model?")
     by_parameter = {}
     for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(read_piece(opened, f"model/{name}", parameter))
-        keys = [key.split("/")[0] for key in there if key.endswith(f"/{name}")
-                and not key.startswith("model/")]
-        by_parameter[parameter] = {key: read_piece(opened, f"{key}/{name}", parameter) for key in keys}
+            parameter.copy_(read_shard(files, f"model/{name}", parameter))
+        keys = {key.split("/")[0] for key in saved if key.endswith(f"/{name}")} - {"model"}
+        by_parameter[parameter] = {key: read_shard(files, f"{key}/{name}", parameter) for key in keys}
     groups = optimizer.state_dict()["param_groups"]
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {n: by_parameter[parameter] for n, parameter in enumerate(order) if by_parameter[parameter]}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def read_piece(files: list, key: str, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's piece of a tensor that stands in files one behind the other along its first
-    dimension."""
+def read_shard(files: list, key: str, like: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a tensor, whose rows the files hold one after the other."""
     slices = [file.get_slice(key) for file in files if key in file.keys()]
     if not slices[0].get_shape():  # a number, such as AdamW's count of steps
         return files[0].get_tensor(key)
-    local = like.to_local() if isinstance(like, DTensor) else like
-    start = -(-like.shape[0] // dist.get_world_size()) * dist.get_rank() if isinstance(like, DTensor) else 0
+    is_sharded = isinstance(like, DTensor)
+    local = like.to_local() if is_sharded else like
+    start = -(-like.shape[0] // dist.get_world_size()) * dist.get_rank() if is_sharded else 0
     parts, offset = [], 0
     for part in slices:
         n_rows = part.get_shape()[0]
@@ -277,8 +280,8 @@ def read_piece(files: list, key: str, like: torch.Tensor) -> torch.Tensor:
         offset += n_rows
     if offset != like.shape[0]:
         raise DataError(f"{key}: {offset} rows in the checkpoint, {like.shape[0]} in the model")
-    whole = torch.cat(parts) if parts else local  # no row of it is this rank's
-    if not isinstance(like, DTensor):
+    whole = torch.cat(parts) if parts else local  # this rank may hold no row
+    if not is_sharded:
         return whole.to(like.device)
     return DTensor.from_local(whole.to(local.device), like.device_mesh, like.placements, shape=like.shape,
                               stride=like.stride())

@@ -1,12 +1,13 @@
-"""What a row asks a model to say, as tokens: the four training targets, and which of their tokens are
-trained.
+"""Rows as tokens: the four training targets, and which of their tokens are trained.
 
-The four come from the same rows (DESIGN.md, Rows): `text` is the chain, `placeholder` the steps with each
-image as one bare <think_image> (the paper's "without rewriting"), `latent` the steps with each image as start
-+ K latents + end, `direct` the boxed answer alone.
+All four come from the same rows: `text` is the chain, `placeholder` the steps with each image as one bare
+<think_image> (the paper's "without rewriting"), `latent` the steps with each image as start + K latents +
+end, `direct` the boxed answer alone.
 """
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
 from utils.items import chat, plain
@@ -14,19 +15,17 @@ from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
 from utils.qwen import Qwen
 
-IMAGINATIONS = ("text", "latent", "placeholder", "direct")
-PLACEHOLDER = "<think_image>"  # DESIGN.md, Rows: one bare marker an image
+PLACEHOLDER = "<think_image>"  # one bare marker per image
 END_OF_TURN = "<|im_end|>"
 SHOWN = 20  # bad rows that one error names
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is made of a row: the kind of imagination, the family of its latents, and the budget of visual
-    tokens.
+    """How rows become training targets: the imagination, the family of latents, and the visual token budget.
 
-    `total_tokens` and `image_tokens` are Monet's (`utils.images.budget_sizes`); `system` None is the chat
-    template's own.
+    `total_tokens` and `image_tokens` are Monet's (`utils.images.budget_sizes`). `system` None is the system
+    prompt of the chat template.
     """
 
     imagination: str = "text"
@@ -39,10 +38,10 @@ class Target:
 
 @dataclass
 class Example:
-    """One row as tokens, an image still being one of them: `trained[j]` says that token j is a target.
+    """One row as tokens, where each image is still one token; `trained` is the loss mask.
 
-    `steps` are the paths of the imagined images; `grids` and `step_grids` the (rows, columns) of patches of
-    all.
+    `steps` are the paths of the imagined images; `grids` and `step_grids` are (rows, columns) of patches per
+    image.
     """
 
     id: str
@@ -55,7 +54,7 @@ class Example:
 
     @property
     def n_tokens(self) -> int:
-        """The tokens of the row once every image is expanded (2 x 2 patches a token)."""
+        """The tokens of the row with every image expanded (one token per 2 x 2 patches)."""
         return len(self.ids) - len(self.grids) + sum(rows * columns // 4 for rows, columns in self.grids)
 
     @property
@@ -64,7 +63,7 @@ class Example:
 
 
 def target_text(row: dict, target: Target) -> str:
-    """Return what the assistant is trained to say for a row (without the end-of-turn token)."""
+    """Return the reply that the assistant is trained on, without the end-of-turn token."""
     if target.imagination == "text":
         return plain(row["chain"])
     if target.imagination == "direct":
@@ -76,31 +75,33 @@ def target_text(row: dict, target: Target) -> str:
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
-    """Open images and bring them under the sample's budget of visual tokens (Monet's resize_by_token_budget).
-    """
+    """Open images and scale them down to the row's visual token budget (Monet's resize_by_token_budget)."""
     images = [open_image(path) for path in paths]
     sizes = budget_sizes([image.size for image in images], target.total_tokens, target.image_tokens, factor)
-    # 3: bicubic
-    return [image if image.size == size else image.resize(size, 3) for image, size in zip(images, sizes)]
+    return [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+            for image, size in zip(images, sizes)]
 
 
 def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int, int]]:
-    """Return the (rows, columns) of patches that `load_images` and the image processor will make, from file
-    headers.
+    """Return, from file headers, the (rows, columns) of patches that `load_images` and the image processor
+    make.
 
-    An image that EXIF turns has them the other way round; their product, which is what counts, is the same.
+    For an image that EXIF rotates the two are swapped; only their product is used.
     """
     limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
     sizes = budget_sizes([image_size(path) for path in paths], target.total_tokens, target.image_tokens,
                          qwen.factor)
-    side, sizes = qwen.image_processor.patch_size, [smart_size(*size, qwen.factor, *limits) for size in sizes]
+    sizes = [smart_size(*size, qwen.factor, *limits) for size in sizes]
+    side = qwen.image_processor.patch_size
     return [(height // side, width // side) for width, height in sizes]
 
 
 def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
-    """Tokenise one row. Trained: the assistant's words and the end of its turn; not the prompt, the latent
-    pads, nor an end marker that decoding forces. Needs no weights: `qwen` may come from
-    `utils.qwen.load_tools`."""
+    """Tokenize one row; `qwen` may come without weights, from `utils.qwen.load_tools`.
+
+    Trained: the reply and the end of turn. Not trained: the prompt, latent pads, and an end marker that
+    decoding forces.
+    """
     root, spec = Path(target.image_root), target.spec
     images = [resolve_image(root, name) for name in row["images"]]
     prompt = chat(qwen.tokenizer, row["question"], len(images), target.system)
@@ -114,40 +115,37 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
     trained = [False] * len(prompt_ids) + [i not in untrained for i in reply_ids]
     example = Example(row["id"], prompt_ids + reply_ids, trained, images, steps,
-                      image_grids(qwen, images, target),
-                      image_grids(qwen, steps, target))
+                      image_grids(qwen, images, target), image_grids(qwen, steps, target))
     for path, (rows, columns) in zip(steps, example.step_grids):
-        if rows * columns // 4 < spec.size:
+        n_visual = rows * columns // 4
+        if n_visual < spec.size:
             raise DataError(
-                f"{path}: {rows * columns // 4} visual tokens, fewer than the {spec.size} latents to align to it")
+                f"{path}: {n_visual} visual tokens, fewer than the {spec.size} latents to align to it")
     return example
 
 
-def make_examples(qwen: Qwen, rows: list[dict], target: Target, max_tokens: int
-                  | None = None) -> list[Example]:
-    """`make_example` for all rows, no longer than `max_tokens` each; one DataError names and counts the bad
-    ones."""
+def make_examples(qwen: Qwen, rows: list[dict], target: Target,
+                  max_tokens: int | None = None) -> list[Example]:
+    """Tokenize all rows, each of at most `max_tokens`; one DataError counts and names the bad ones."""
     examples, faults = [], []
     for row in rows:
         try:
             example = make_example(qwen, row, target)
             if max_tokens is not None and example.n_tokens > max_tokens:
-                raise DataError(
-                    f"{example.n_tokens} tokens, visual ones included; --max_tokens {max_tokens} is less: raise "
-                                "it, or take the row out")
+                raise DataError(f"{example.n_tokens} tokens, visual ones included; --max_tokens {max_tokens} "
+                                "is less: raise it, or remove the row")
             examples.append(example)
         except DataError as error:
             faults.append(f"{row['id']}: {error}")
     if faults:
         more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise DataError(
-            f"{len(faults)} of {len(rows)} rows cannot be trained on; mend them or take them out:\n  "
+        raise DataError(f"{len(faults)} of {len(rows)} rows cannot be trained on; fix or remove them:\n  "
                         + "\n  ".join(faults[:SHOWN]) + more)
     return examples
 
 
 def marked(qwen: Qwen, example: Example) -> str:
-    """Return a row as the model sees it, what is trained on between >> and <<, an image as one token."""
+    """Return the text of a row with the trained tokens between >> and <<, each image as one token."""
     text, before = "", False
     for token, is_trained in zip(example.ids, example.trained):
         text += ">>" if is_trained and not before else "<<" if before and not is_trained else ""

@@ -1,9 +1,9 @@
-"""Several rows in one sequence, without a leak between them: the plan of a step's packs, a pack, attention
+"""Several rows in one sequence that do not see each other: the plan of a step's packs, a pack, attention
 within rows.
 
-Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other while the loss moves
-by 0.4 %; the gradients are then wrong by 100 % (tests/test_packing.py compares gradients). What is exact:
-explicit cu_seqlens, an attention function that knows no other mask, positions made row by row, no cache.
+Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other. The loss then moves
+by 0.4 %, while the gradients are wrong by 100 %; the tests therefore compare gradients. What is exact:
+explicit cu_seqlens, an attention function without any other mask, positions made row by row, no cache.
 """
 import math
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ from utils.patches import THREADS, process_images
 from utils.qwen import Qwen, collate, multiplied_patches
 from utils.train.examples import Example, Target, load_images
 
-NAME = "packed_flash"  # with "flash" in it the vision tower hands over all its windows in one call
+NAME = "packed_flash"  # with "flash" in the name the vision tower passes all windows in one call
 
 
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
-    """Return packs[k][rank], the indices of the rows that a rank runs in its kth micro-step; every rank has
-    as many.
+    """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k.
 
-    A pure function of its arguments, so that all ranks make the same plan without a word. Longest rows first
-    into the least loaded of world * K bins, K as small as `max_tokens` a bin allows; like loads meet in one
-    micro-step. A bin may be empty. ValueError for a row longer than `max_tokens`.
+    A pure function of its arguments, so that all ranks make the same plan without communication. The longest
+    rows go first, each into the least loaded of world * K bins, where K is the smallest number that keeps
+    bins within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty. ValueError for a
+    row longer than `max_tokens`.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
@@ -47,49 +47,49 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
         n_steps += 1
 
 
-def make_pack(qwen: Qwen, examples: list[Example], weights: list[float], target: Target) -> dict:
-    """Put rows one behind the other into one sequence of L tokens, without padding.
+def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0) -> dict:
+    """Concatenate rows into one sequence of L tokens, without padding.
 
     Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if
-    there is an image, cu_seqlens int32 [rows + 1], max_length, source [n] (the positions that predict),
-    target [n], weight [n] (its row's), row [n] (its row's number in the pack), row_ids.
+    there is an image, cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where the trained tokens
+    are predicted), labels [n], row [n] (each label's row in the pack), row_ids, and `weight`: 1, or 0 for a
+    pack that does not count.
     """
-    rows = []
     with ThreadPoolExecutor(THREADS) as pool:
         images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
-    # one call for all: a call of the image processor costs more than an image
-    pixels = process_images(qwen.image_processor, [image for its in images for image in its]) or {}
-    grids = pixels["image_grid_thw"].split([len(its) for its in images]) if pixels else [()] * len(images)
-    for example, its in zip(examples, grids):
-        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": its} if len(its) else None]))
-        if rows[-1]["input_ids"].shape[1] != example.n_tokens:
-            raise DataError(
-                f"{example.id}: {rows[-1]['input_ids'].shape[1]} tokens, where the headers of its images said "
-                            f"{example.n_tokens}; was an image changed during the run?")
+    # one call for all: calling the image processor costs more than processing one image
+    pixels = process_images(qwen.image_processor, [image for row in images for image in row]) or {}
+    grids = pixels["image_grid_thw"].split([len(row) for row in images]) if pixels else [()] * len(images)
+    rows = []
+    for example, grid in zip(examples, grids):
+        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": grid} if len(grid) else None]))
+        n_tokens = rows[-1]["input_ids"].shape[1]
+        if n_tokens != example.n_tokens:
+            raise DataError(f"{example.id}: {n_tokens} tokens, expected {example.n_tokens} from its images' "
+                            "headers; was an image changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
     pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
     # counted from the end of a row, as the images before the trained tokens are expanded
     places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
               for example, end in zip(examples, ends)]
-    counts, places = torch.tensor([len(its) for its in places]), torch.cat(places)
+    counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
     return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
-                   "max_length": max(e.n_tokens for e in examples),
-                   "source": places - 1, "target": pack["input_ids"][0, places],
-                   "weight": torch.tensor(weights).repeat_interleave(counts),
+                   "max_length": max(example.n_tokens for example in examples),
+                   "logit_positions": places - 1,
+                   "labels": pack["input_ids"][0, places],
                    "row": torch.arange(len(examples)).repeat_interleave(counts),
-                   "row_ids": [e.id for e in examples]}
+                   "row_ids": [example.id for example in examples],
+                   "weight": weight}
 
 
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     attention_mask: None, scaling: float | None = None, cu_seq_lens_q: torch.Tensor
-                     | None = None,
-                     max_length_q: int | None = None, is_causal: bool | None = None, **kwargs
-                     ) -> tuple[torch.Tensor, None]:
-    """Attend within the rows that `cu_seq_lens_q` [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d].
+                     attention_mask: None, scaling: float | None = None,
+                     cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None,
+                     is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attend within the rows bounded by `cu_seq_lens_q` [n + 1]; [1, heads, L, d] to [1, L, heads, d].
 
-    On CUDA one call of torch's own variable-length kernel, on the CPU a loop over the runs of rows of one
-    length.
+    On CUDA one call of torch's variable-length kernel, on the CPU a loop over runs of rows of equal length.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
@@ -97,24 +97,22 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
     # under autocast the rotary embedding leaves float32
     query, key = query.to(value.dtype), key.to(value.dtype)
     if value.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn  # here: there is none in a torch without CUDA
+        from torch.nn.attention.varlen import varlen_attn  # a torch without CUDA does not have it
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q,
-                          max_length_q,
-                          max_length_q, scale=scaling, window_size=(-1, 0) if causal else (-1, -1),
-                          enable_gqa=True)
+                          max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
         return out[None], None
     # [heads, L, d]; x[0] would cost a copy of its gradient
     query, key, value = (x.squeeze(0) for x in (query, key, value))
     lengths, back = cu_seq_lens_q.diff(), None
-    # the vision tower's windows: bring those of one length together
-    if len(lengths) > 2 * len(lengths.unique()):
+    if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: group those of equal length
         order, back = by_length(cu_seq_lens_q)
         query, key, value = (x.index_select(1, order) for x in (query, key, value))
         lengths = lengths.sort().values
-    runs = [(length, len(list(its))) for length, its in groupby(lengths.tolist())]
+    runs = [(length, len(list(group))) for length, group in groupby(lengths.tolist())]
+    pieces = [x.split([length * n for length, n in runs], dim=1) for x in (query, key, value)]
     rows = []
-    for (length, n), *parts in zip(runs, *(x.split([length * n for length, n in runs], dim=1)
-                                           for x in (query, key, value))):
+    for (length, n), *parts in zip(runs, *pieces):
         # [n, heads, length, d]: one call for n rows
         parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]
         out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
@@ -124,42 +122,38 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 
 def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of positions [L] that puts the rows within `bounds` [n + 1] one behind the other by
-    length, and the order that undoes it."""
-    lengths = bounds.diff()
-    rows = lengths.sort(stable=True).indices
-    ends = lengths[rows].cumsum(0)
-    order = torch.arange(int(bounds[-1])) + (bounds[:-1][rows] - ends
-                                             + lengths[rows]).repeat_interleave(lengths[rows])
+    """Return the order of positions [L] that sorts the rows within `bounds` [n + 1] by length, and its
+    inverse."""
+    lengths, rows = bounds.diff().sort(stable=True)
+    shifts = bounds[:-1][rows] - (lengths.cumsum(0) - lengths)
+    order = torch.arange(int(bounds[-1])) + shifts.repeat_interleave(lengths)
     return order, order.argsort()
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
-    """Return the last hidden states [n, hidden] of a pack at the positions that predict, so that logits need
-    never be of all.
+    """Return the last hidden states [n, hidden] of a pack at its logit positions; logits need no others.
 
     To be called, and its gradients taken, inside `use_packed_attention`.
     """
     if model.config.text_config._attn_implementation != NAME:
-        raise RuntimeError("a pack outside of use_packed_attention: its rows would attend to each other")
+        raise RuntimeError("a pack outside use_packed_attention: its rows would attend to each other")
     images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
     bounds, longest = pack["cu_seqlens"], pack["max_length"]
-    with last_layer_at(model, pack["source"]), multiplied_patches(model):
+    with last_layer_at(model, pack["logit_positions"]), multiplied_patches(model):
         out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"],
-                          cu_seq_lens_q=bounds,
-                          cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest, use_cache=False,
-                          **images)
+                          cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest,
+                          max_length_k=longest, use_cache=False, **images)
     return out.last_hidden_state[0]
 
 
 @contextmanager
 def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Let the last decoder layer, inside the block, go on behind its attention with `positions` [n] alone:
-    [1, n, hidden].
+    """Inside the block, have the last decoder layer compute only `positions` [n] after its attention: [1, n,
+    hidden].
 
-    Nothing else of its output would be read, and in visual CoT these are a seventh of all. Nor is this layer
-    checkpointed: the backward pass begins with it, so that its activations would be forgotten for no longer
-    than the head takes.
+    Nothing else of its output is read, and in visual CoT these positions are a seventh of all. This layer is
+    not checkpointed: the backward pass begins with it, so that its activations would be freed only for the
+    time that the head takes.
     """
     layer = model.model.language_model.layers[-1]
 
@@ -177,10 +171,9 @@ def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[N
 
 @contextmanager
 def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let `model` use `packed_attention` inside the block: it is set on the configurations, nothing is
-    patched.
+    """Inside the block, have `model` use `packed_attention`, by its configurations.
 
-    No mask is built for an attention of this name, so that every call must bring cu_seq_lens_q.
+    The library builds no mask for an attention of this name, so that every call must pass cu_seq_lens_q.
     """
     AttentionInterface.register(NAME, packed_attention)
     configs = [model.config, model.config.text_config, model.config.vision_config]

@@ -1,0 +1,238 @@
+"""The training loop: optimizer steps, held-out loss, log, checkpoints and exports."""
+import argparse
+import json
+import math
+import resource
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from utils.jsonl import DataError, disk_errors
+from utils.qwen import Qwen, save
+from utils.train.batching import Steps, Work, peak_flops
+from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot
+from utils.train.model import Objective, average_replicated, whole_state
+from utils.train.packing import use_packed_attention
+
+RECENT = 50  # steps whose median loss a spike is measured from
+
+
+def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
+    """Return the learning rate: a linear warm-up over `warmup` steps, then `schedule`.
+
+    "linear" decays to 0 at `n_steps` (the Trainer's schedule and Monet's choice), "constant" does not decay.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * (n_steps - step) / max(1, n_steps - warmup)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}
+
+
+@dataclass
+class Trainer:
+    """One training run on this rank. Once `stop` is set on any rank, all ranks stop after the same step."""
+
+    acc: Accelerator
+    qwen: Qwen
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    run: Run
+    saver: Saver
+    stop: Event
+    args: argparse.Namespace
+
+    @property
+    def folder(self) -> Path:
+        return Path(f"{self.args.output}.run")
+
+    def fit(self, train: Steps, held_out: Steps | None) -> None:
+        """Train from run.step to the end; write the log, checkpoints and the best exports.
+
+        KeyboardInterrupt, after a checkpoint, if `stop` was set.
+        """
+        args, run = self.args, self.run
+        n_steps = args.max_steps or args.epochs * train.per_epoch
+        if self.acc.is_main_process:
+            keep_lines(self.folder / "log.jsonl", run.step)
+        batches = TimedIterator(train.ahead(run.step, n_steps))
+        with tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
+                  disable=not self.acc.is_main_process) as bar:
+            while run.step < n_steps:
+                record, is_stopping = self.timed_step(train, batches, n_steps)
+                is_last = run.step == n_steps
+                if held_out and (is_last or run.step % args.eval_every == 0):
+                    record["held_out_loss"] = self.held_out_loss(held_out)
+                    if run.is_among_best(record["held_out_loss"], args.keep_best):
+                        self.export()
+                elif is_last:
+                    self.export()
+                self.write_record(record)
+                bar.update()
+                bar.set_postfix_str(status(record))
+                if is_last or is_stopping or run.step % args.save_every == 0:
+                    self.save(run.best_steps or {n_steps})
+                self.saver.check()
+                if is_stopping and not is_last:
+                    raise KeyboardInterrupt
+
+    def timed_step(self, train: Steps, batches: "TimedIterator", n_steps: int) -> tuple[dict, bool]:
+        """Run one optimizer step; return its record with speed and memory, and whether to stop."""
+        begun, batches.seconds = time.perf_counter(), 0.0
+        args, acc, work = self.args, self.acc, train.work(self.run.step)
+        rate = learning_rate_at(self.run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with nullcontext() if train.target.spec else use_packed_attention(self.qwen.model):
+            record, is_stopping = self.step(islice(batches, work.micro_steps), work)
+        self.run.step += 1
+        seconds = time.perf_counter() - begun
+        peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
+        return {"step": self.run.step, "lr": rate, **record,
+                "seconds": round(seconds, 4),
+                "data_wait": round(batches.seconds / seconds, 3),
+                "tokens_per_s": round(work.tokens / seconds),
+                "images_per_s": round(work.images / seconds, 1),
+                "peak_gib": peak_memory(acc.device),
+                "mfu": peak and round(work.flops / (seconds * acc.num_processes * peak), 4)}, is_stopping
+
+    def step(self, batches: Iterable[dict], work: Work) -> tuple[dict, bool]:
+        """Run one optimizer step, whose loss is the mean over the trained tokens of the step on all ranks
+        together.
+
+        Returns its record, and whether `stop` is set on any rank. DataError, before anything is updated, for
+        a loss that is not finite or jumps.
+        """
+        args, acc = self.args, self.acc
+        # the dropout of adapters depends on seed and step alone
+        torch.manual_seed(args.seed * 1_000_003 + self.run.step)
+        sums, by_row = torch.zeros(4, device=acc.device), []
+        for batch in batches:
+            batch = to_device(batch, acc.device)
+            losses, right, aligned = self.objective(batch)
+            nll = losses.sum() * batch["weight"]
+            alignment = args.align_weight * aligned / work.segments if work.segments else 0.0 * aligned
+            # gradients are averaged over ranks, while the counts are of all ranks
+            ((nll / work.trained_tokens + alignment) * acc.num_processes).backward()
+            hits = right.sum() * batch["weight"]
+            sums += torch.stack([nll.detach(), aligned.detach(), hits, torch.zeros_like(nll)])
+            by_row.append((batch["row_ids"], batch["row"], losses.detach()))
+        if args.train_vision:
+            average_replicated([p for p in self.objective.parameters() if p.requires_grad])
+        norm = float(acc.clip_grad_norm_(self.objective.parameters(), args.clip))
+        sums[3] = float(self.stop.is_set())  # summed over ranks: all must leave at the same step
+        nll, aligned, n_right, n_stopping = acc.reduce(sums, "sum").tolist()
+        loss = nll / work.trained_tokens
+        self.check_loss(loss, norm, by_row)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.run.recent = [*self.run.recent, loss][-RECENT:]
+        counts = {name: value for name, value in asdict(work).items() if name != "segments"}
+        return {"loss": loss, "accuracy": n_right / work.trained_tokens,
+                "align": aligned / work.segments if work.segments else None,
+                "grad_norm": norm, **counts}, n_stopping > 0
+
+    def check_loss(self, loss: float, norm: float, by_row: list[tuple]) -> None:
+        """Raise DataError with the rows of the highest loss if loss or gradient is not finite, or the loss
+        jumps."""
+        recent, spike = self.run.recent, self.args.spike
+        median = statistics.median(recent) if recent else math.inf
+        if math.isfinite(loss) and math.isfinite(norm) and not (spike and loss > median + spike):
+            return
+        means = []
+        for ids, rows, losses in by_row:
+            for n, row_id in enumerate(ids):
+                of_row = losses[rows == n]
+                means.append((float(of_row.mean()) if len(of_row) else 0.0, row_id))
+        means = gather_object(means)
+        means.sort(key=lambda pair: -pair[0] if math.isfinite(pair[0]) else -math.inf)
+        shown = ", ".join(f"{row_id} ({mean:.2f})" for mean, row_id in means[:8])
+        raise DataError(
+            f"step {self.run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, where the last "
+            f"{len(recent)} losses had a median of {median:.4g}; nothing was updated. Rows of the highest "
+            f"loss: {shown}. Check them, remove them or lower --learning_rate in a new run; the same command "
+            "with --spike 0 resumes from the last checkpoint")
+
+    @torch.no_grad()
+    def held_out_loss(self, held_out: Steps) -> float:
+        """Return the mean negative log-likelihood per trained token of the held-out rows."""
+        self.objective.eval()
+        sums = torch.zeros(2, device=self.acc.device)
+        with nullcontext() if held_out.target.spec else use_packed_attention(self.qwen.model):
+            for batch in held_out.ahead(0, held_out.per_epoch):
+                losses, _, _ = self.objective(to_device(batch, self.acc.device))
+                sums += torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * batch["weight"]
+        self.objective.train()
+        nll, n_tokens = self.acc.reduce(sums, "sum").tolist()
+        return nll / n_tokens
+
+    def export(self) -> None:
+        """Gather the weights and have them written in the released layout, in their original type, as
+        best-N."""
+        qwen, is_main = self.qwen, self.acc.is_main_process
+        state = whole_state(qwen.model, qwen.saved_dtype, keep=is_main)
+        if is_main:
+            folder = self.folder / f"best-{self.run.step}"
+            self.saver.submit(lambda: publish(folder, lambda to: save(qwen, to, state)))
+
+    def save(self, exports: set[int]) -> None:
+        """Have a checkpoint written, and old ones removed after it, and all exports but those of the steps
+        `exports`."""
+        tensors = snapshot(self.qwen.model, self.optimizer, self.acc.process_index)
+        self.saver.checkpoint(self.folder / f"step-{self.run.step}", tensors, asdict(self.run),
+                              after=lambda: prune(self.folder, self.args.keep, exports))
+
+    def write_record(self, record: dict) -> None:
+        """Append a step's record to log.jsonl, and give it to the trackers."""
+        if self.acc.is_main_process:
+            path = self.folder / "log.jsonl"
+            with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        known = {name: value for name, value in record.items() if value is not None}
+        self.acc.log(known, step=record["step"])
+
+
+class TimedIterator:
+    """An iterator that adds up the seconds spent waiting for items."""
+
+    def __init__(self, source: Iterator):
+        self.source, self.seconds = source, 0.0
+
+    def __iter__(self) -> "TimedIterator":
+        return self
+
+    def __next__(self) -> object:
+        begun = time.perf_counter()
+        item = next(self.source)
+        self.seconds += time.perf_counter() - begun
+        return item
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB
+
+
+def status(record: dict) -> str:
+    """Return a step's record in one line for the progress bar."""
+    text = (f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {record['lr']:.1e} "
+            f"{record['tokens_per_s']} tok/s {record['images_per_s']} img/s, wait {record['data_wait']:.0%}, "
+            f"balance {record['balance']:.2f}, {record['peak_gib']:.1f} GiB")
+    return text + (f", MFU {record['mfu']:.1%}" if record["mfu"] else "")

@@ -1,0 +1,210 @@
+"""The model in training: objective, trained weights, adapters, sharding over devices (FSDP2), and whole
+weights again.
+
+`fully_shard` is torch's own and not accelerate's plugin: accelerate wires FSDP for accelerators alone, so
+that its path could not run on CPU ranks, and its default policy rounds the loss to bfloat16. Every decoder
+layer is sharded; embedding, last norm and head are one root group, gathered once per pass. The vision tower
+is replicated, so that a rank whose rows have no image waits for nobody.
+"""
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from utils.jsonl import DataError
+from utils.latent_families import LatentSpec
+from utils.qwen import Qwen, add_tokens, load
+from utils.train.examples import Target
+from utils.train.latent_batches import align, run_latents
+from utils.train.packing import run_packed
+
+CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
+# the linear layers of the language model, not those of the vision tower
+ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+class Objective(torch.nn.Module):
+    """Losses of a micro-batch token by token, so that the caller divides once by the count of the whole step.
+
+    Returns the negative log-likelihood [n] of each trained token, whether each was the likeliest [n], and the
+    alignment summed over latent segments.
+    """
+
+    def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str = "cosine",
+                 autocast: bool = False):
+        super().__init__()
+        self.model, self.qwen, self.spec = qwen.model, qwen, spec
+        self.align_loss, self.autocast = align_loss, autocast
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
+            if self.spec is None:
+                hidden = run_packed(self.model, batch)
+                aligned = torch.zeros((), device=batch["labels"].device)
+            else:
+                states, latents = run_latents(self.model, batch, self.spec)
+                hidden = states.flatten(0, 1)[batch["logit_positions"]]
+                aligned = align(self.qwen, batch, latents, self.align_loss) if batch["latents"] else 0.0
+                # every pass takes part in the gradient on every rank: else sharded layers would wait for each
+                # other
+                aligned = aligned + 0.0 * states.float().sum()
+            return *self.predict(hidden, batch["labels"]), aligned
+
+    def predict(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses and hits, CHUNK rows of logits at a time; above, they are recomputed in the backward
+        pass."""
+        def losses(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.model.lm_head(hidden).float()
+            return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
+
+        if len(labels) <= CHUNK:
+            return losses(hidden, labels)
+        parts = [checkpoint(losses, *part, use_reentrant=False)
+                 for part in zip(hidden.split(CHUNK), labels.split(CHUNK))]
+        return torch.cat([nll for nll, _ in parts]), torch.cat([right for _, right in parts])
+
+
+def make_model(device: torch.device, world: int, target: Target,
+               args: argparse.Namespace) -> tuple[Qwen, Objective]:
+    """Load, freeze, adapt and shard the model: bfloat16 computation on GPUs, float32 on CPUs, sharded over
+    several."""
+    on_gpu = device.type == "cuda"
+    torch.manual_seed(args.seed)  # every rank makes the same new embedding rows and adapters
+    qwen = load(args.model, dtype="bfloat16" if on_gpu else "float32", device=str(device))
+    if target.spec:
+        add_tokens(qwen, target.spec.tokens)
+    if args.lora_rank:
+        add_adapters(qwen.model, args.lora_rank)
+    visual = qwen.model.model.visual
+    visual.requires_grad_(args.train_vision)
+    if args.train_vision:
+        visual.float()
+    objective = Objective(qwen, target.spec, args.align_loss, autocast=on_gpu and args.train_vision)
+    if on_gpu or world > 1:
+        shard(objective, qwen.model, low_precision=on_gpu)
+    return qwen, objective.train()
+
+
+def add_adapters(model: torch.nn.Module, rank: int) -> None:
+    """Freeze all weights and add LoRA to the language model's linear layers: alpha twice the rank, dropout
+    0.05."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # optional: only --lora_rank needs it
+    except ImportError as error:
+        raise DataError("--lora_rank needs the package peft (pip install peft)") from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=ADAPTED)
+    inject_adapter_in_model(config, model)
+
+
+def make_optimizer(model: torch.nn.Module, learning_rate: float,
+                   weight_decay: float) -> torch.optim.Optimizer:
+    """Return AdamW with decay on matrices only, as the Trainer has it; a trained tower, not sharded, has its
+    own groups."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, ".visual." in name), []).append(parameter)
+    return torch.optim.AdamW([{"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+                              for (decays, _), parameters in groups.items()], lr=learning_rate, fused=True)
+
+
+@contextmanager
+def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
+    """Inside the block, have the backward pass recompute the activations of "layers", "mlps" or "none" of
+    them.
+
+    The MLPs hold most activations (7 tenths in the 7B model) and, unlike whole layers, use no cache. Only the
+    language model is recomputed: with checkpoints on the whole model a frozen tower would run twice, and
+    backwards once.
+    """
+    def forward(mlp: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return type(mlp).forward(mlp, hidden)
+        return checkpoint(type(mlp).forward, mlp, hidden, use_reentrant=False)
+
+    language_model = model.model.language_model
+    mlps = [layer.mlp for layer in language_model.layers] if which == "mlps" else []
+    if which == "layers":
+        language_model.activation_checkpointing_enable()
+    for mlp in mlps:
+        mlp.forward = MethodType(forward, mlp)
+    try:
+        yield
+    finally:
+        if which == "layers":
+            language_model.activation_checkpointing_disable()
+        for mlp in mlps:
+            del mlp.forward
+
+
+# ------------------------------------------------------------------------------------------- sharding
+def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
+    """Shard `model`'s language part over all ranks; `objective`, whose forward runs the model, becomes the
+    root.
+
+    Trained weights become float32 (master weights) layer by layer, so that they are never all here at once.
+    With `low_precision` they are gathered and computed with as bfloat16; gradients are reduced in float32,
+    and what the objective returns keeps its type.
+    """
+    if not dist.is_initialized():  # one process, not started by torchrun
+        dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo", store=dist.HashStore(),
+                                rank=0, world_size=1)
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer.float(), mesh=mesh, mp_policy=policy)
+    for module in (model.model.language_model.embed_tokens, model.model.language_model.norm, model.lm_head):
+        module.float()
+    fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=set(model.model.visual.parameters()))
+
+
+def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
+    """Average over ranks the gradients of weights that are not sharded (a trained tower); a rank without
+    images gives 0."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for parameter in parameters:
+            if not isinstance(parameter, DTensor):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
+def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+    """Return all weights on the CPU by name, with adapters merged; every rank must call, only `keep` ranks
+    get them.
+
+    Tied weights appear once.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            is_part = ".lora_" in name or ".base_layer." in name
+            state[name] = tensor.cpu() if is_part else tensor.to("cpu", dtype, copy=True)
+    return merge_adapters(model, state, dtype)
+
+
+def merge_adapters(model: torch.nn.Module, state: dict[str, torch.Tensor],
+                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a state without LoRA: W + scaling * B A under the name of W."""
+    merged = {}
+    for name, tensor in state.items():
+        if ".base_layer." in name:
+            owner = name[:name.index(".base_layer.")]
+            if name.endswith(".weight"):
+                a, b = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
+                tensor = tensor + model.get_submodule(owner).scaling["default"] * b @ a
+            merged[name.replace(".base_layer.", ".")] = tensor.to(dtype)
+        elif not re.search(r"\.lora_[AB]\.", name):
+            merged[name] = tensor
+    return merged
