@@ -1,27 +1,26 @@
-"""Keep the rewritten rows that are fit to train on, by rules first and then by the judgement of a model.
+"""Keep the rewritten rows that are fit to train on, first by rules, then by a model's judgement.
 
-Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one call a row that passes the
-rules)
+Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one call per row left by rules)
 
-    python filter_data.py --input rewritten.jsonl --image_root . --model Qwen/Qwen3-VL-4B-Instruct --output \
-      sft.jsonl
+    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl \\
+        --model Qwen/Qwen3-VL-4B-Instruct
     python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --rules_only
-    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl --export_only \
-      --keep_unclear
+    python filter_data.py --input rewritten.jsonl --image_root . --output sft.jsonl \\
+        --export_only --keep_unclear
 
 Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from
-rewrite_captions.py
+        rewrite_captions.py
 Writes  --output: the kept rows, unchanged and in input order
-        <output>.run/: meta.json, calls-*.jsonl (one line a model call), images-*.jsonl (images looked at),
+        <output>.run/: meta.json, calls-*.jsonl (one line per model call), images-*.jsonl (checked images),
         verdicts.jsonl: every row's {"id", "subset", "keep", "stage": rule | judge | error | null, "reasons",
-        "detail", "flags", "judge", "blind"} <output>.meta.json, <output>.metrics.json
+        "detail", "flags", "judge", "blind"}
+        <output>.meta.json, <output>.metrics.json
 Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-The model only fills in fields; code decides from them, when the output is written: other thresholds need no
-new call. A row on which the model failed is neither kept nor counted as dropped: it is an error, and the exit
-code is 3. Killed or interrupted, the same command goes on where it stopped and writes the same bytes. Exit
-codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed calls, or no server
-answers; 130 interrupted.
+The model fills in fields; code decides from them when the output is written, so other thresholds need no
+new call. A row on which the model failed is neither kept nor dropped: it is an error. After a kill the same
+command resumes and writes the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings
+or damage; 4 too many failed calls, or no server answers; 130 interrupted.
 """
 import argparse
 import os
@@ -48,21 +47,23 @@ PROMPTS = {
 Question about the image above:
 {question}
 
-Line of reasoning, in which the passages between <think_image> and </think_image> say what was seen on looking closer:
+Line of reasoning, in which the passages between <think_image> and </think_image> say what was seen on \
+looking closer:
 {chain}
 
 Stated answer: {answer}
 
 Look at the image yourself, then judge this example:
 "reason": your findings in 60 words at most.
-"answerable": is the question clear, and has it exactly one answer that the image shows? "yes", "no" or "unclear".
-"observation_supports_answer": is what was seen true of the image, and does it lead to the stated answer? "yes", "no" \
-or "unclear".
+"answerable": is the question clear, and has it exactly one answer that the image shows? "yes", "no" or \
+"unclear".
+"observation_supports_answer": is what was seen true of the image, and does it lead to the stated answer? \
+"yes", "no" or "unclear".
 "chain_consistent": does the reasoning hold together and end in the stated answer? "yes", "no" or "unclear".
 "problems": those that apply of "ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", \
 "garbled_text"; [] if none does.
-Reply with JSON: {"reason": "...", "answerable": "yes", "observation_supports_answer": "yes", "chain_consistent": \
-"yes", "problems": []}""",
+Reply with JSON: {"reason": "...", "answerable": "yes", "observation_supports_answer": "yes", \
+"chain_consistent": "yes", "problems": []}""",
     "BLIND": """\
 Someone looked at a picture to answer this question:
 {question}
@@ -70,35 +71,31 @@ Someone looked at a picture to answer this question:
 This is what was seen and thought, as far as it went:
 {chain}
 
-Answer the question from these notes alone, as briefly as you can; of an option, give the letter. If they do not tell, \
-answer "unknown".
+Answer the question from these notes alone, as briefly as you can; of an option, give the letter. If they do \
+not tell, answer "unknown".
 Reply with JSON: {"answer": "..."}""",
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
 }
 VERDICT = {"type": "string", "enum": ["yes", "no", "unclear"]}
 PROBLEMS = ("ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", "garbled_text")
-JUDGE_SCHEMA = object_schema(
-    reason={"type": "string", "maxLength": 1200}, answerable=VERDICT, observation_supports_answer=VERDICT,
-    chain_consistent=VERDICT,
-    problems={"type": "array", "items": {"type": "string", "enum": list(PROBLEMS)}, "maxItems": 8})
-SCHEMAS = {"judge": JUDGE_SCHEMA, "blind": object_schema(answer={"type": "string", "maxLength": 400})}
+SCHEMAS = {
+    "judge": object_schema(
+        reason={"type": "string", "maxLength": 1200}, answerable=VERDICT, observation_supports_answer=VERDICT,
+        chain_consistent=VERDICT,
+        problems={"type": "array", "items": {"type": "string", "enum": list(PROBLEMS)}, "maxItems": 8}),
+    "blind": object_schema(answer={"type": "string", "maxLength": 400})}
 FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsupported",
           "chain_consistent": "inconsistent"}  # a judge's field -> the reason if it is "no"
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
-JUDGE_REASONS = tuple(reason + ending for reason in FIELDS.values()
-                      for ending in ("", "_unclear")) + PROBLEMS + (
-    "required", "blind_answer")
-FLAGS = ("unrefined", "answer_unseen", "answer_stated")
-# words; no observation should hold so long an answer word for word, unless it is a text in the image
-LONG_ANSWER = 6
-# what a chain may hold outside observations (Mirage: <think>)
-THINK_TAGS = {"<think>", "</think>", "\\boxed"}
+JUDGE_REASONS = (*FIELDS.values(), *(f"{reason}_unclear" for reason in FIELDS.values()), *PROBLEMS,
+                 "required", "blind_answer")
+LONG_ANSWER = 6  # words; an observation holds so long an answer only where it is a text in the image
+THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # which a chain may hold outside observations (Mirage)
 
 
 @dataclass
 class Verdict:
-    """What became of a row: kept if `stage` is None, else the stage that took it out and its closed reasons.
-    """
+    """The outcome of a row: kept if `stage` is None, else the stage that dropped it, with closed reasons."""
 
     stage: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -107,7 +104,7 @@ class Verdict:
     judge: dict | None = None
     blind: str | None = None
 
-    def out(self, stage: str, reasons: list[str], detail: str = "") -> None:
+    def drop(self, stage: str, reasons: list[str], detail: str = "") -> None:
         assert set(reasons) <= {*RULE_REASONS, *JUDGE_REASONS, *ERROR_REASONS}, reasons
         self.stage, self.reasons, self.detail = stage, reasons, detail
 
@@ -116,13 +113,13 @@ class Verdict:
 def chain_fault(row: dict) -> str | None:
     """Return the closed reason why a row's texts are unfit, or None.
 
-    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if its
-    observations are not one an image step, or markup is left over; CAPTION_REASONS for an observation.
+    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if it has not
+    one observation per image step, or markup is left over; CAPTION_REASONS for an observation.
     """
     if reason := row_fault(row):
         return reason
     boxed = last_boxed(row["chain"])
-    if boxed is None or not answers_match(boxed, row["answer"], parse_options(row["question"]) or None):
+    if boxed is None or not matches_answer(boxed, row):
         return "answer"
     spans, outside = split_spans(row["chain"])
     left_over = find_markup(outside) - THINK_TAGS
@@ -131,50 +128,59 @@ def chain_fault(row: dict) -> str | None:
     return next(filter(None, map(caption_fault, spans)), None)
 
 
-def find_flags(row: dict) -> list[str]:
-    """Return the FLAGS of a row: worth knowing, never a reason to drop it.
+def matches_answer(text: str, row: dict) -> bool:
+    return answers_match(text, row["answer"], parse_options(row["question"]) or None)
 
-    answer_unseen: no observation holds the answer, which is not yes or no, a number or the letter of an
-    option. answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
+
+def find_flags(row: dict) -> list[str]:
+    """Return facts about a row that are worth knowing and never a reason to drop it.
+
+    unrefined. answer_unseen: no observation holds the answer, which is not yes or no, a number or an option's
+    letter. answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
     """
     answer = row["answer"].strip()
     seen = any(normalize(answer) in normalize(span) for span in split_spans(row["chain"])[0])
-    needs_no_words = answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer) or \
-        answer in parse_options(row["question"])
-    holds = row.get("refined") is False, not seen and not needs_no_words, seen and len(
-        answer.split()) >= LONG_ANSWER
-    return [flag for flag, hit in zip(FLAGS, holds, strict=True) if hit]
+    needs_no_words = (answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer)
+                      or answer in parse_options(row["question"]))
+    flags = {"unrefined": row.get("refined") is False, "answer_unseen": not seen and not needs_no_words,
+             "answer_stated": seen and len(answer.split()) >= LONG_ANSWER}
+    return [name for name, holds in flags.items() if holds]
 
 
-def apply_rules(rows: list[dict], root: str, seen_images: Journal | None) -> list[Verdict]:
-    """Return a verdict a row from all that needs no model."""
+def apply_rules(rows: list[dict], root: str, image_journal: Journal | None = None) -> list[Verdict]:
+    """Return a verdict per row by the rules, which need no model."""
     verdicts = []
-    for reason, detail, hashes in check_rows(rows, root, chain_fault, seen_images):
+    for reason, detail, hashes in check_rows(rows, root, chain_fault, image_journal):
         verdicts.append(Verdict(hashes=hashes))
         if reason:
-            verdicts[-1].out("rule", [reason], detail)
+            verdicts[-1].drop("rule", [reason], detail)
     return verdicts
 
 
 # ------------------------------------------------------------------------------------------------ the judge
 def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) -> Call:
     """Return the call that judges a row: its question images, question, chain and answer."""
-    n_images = len(row["images"])
     text = fill(prompts["JUDGE"], question=row["question"].strip(), chain=row["chain"], answer=row["answer"])
     return Call(row["id"], "judge", -1, text, tuple(os.path.join(root, path) for path in row["images"]),
-                tuple(verdict.hashes[:n_images]), SCHEMAS["judge"])
+                tuple(verdict.hashes[:len(row["images"])]), SCHEMAS["judge"])
 
 
 def blind_call(row: dict, prompts: dict[str, str]) -> Call:
-    """Return the call that answers from the chain without its final sentence; it shows neither image nor
-    answer."""
+    """Return the call that answers from the chain without its final sentence; it shows no image."""
     chain, _ = split_final(row["chain"])
     text = fill(prompts["BLIND"], question=row["question"].strip(), chain=chain)
-    return Call(row["id"], "blind", -1, text, (), (), SCHEMAS["blind"])
+    return Call(row["id"], "blind", -1, text, schema=SCHEMAS["blind"])
+
+
+def make_calls(passed: list[tuple[dict, Verdict]], args: argparse.Namespace,
+               prompts: dict[str, str]) -> list[Call]:
+    """Return a judge call per row that passed the rules, then with --blind_answer a blind call per row."""
+    calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in passed]
+    return calls + [blind_call(row, prompts) for row, _ in passed if args.blind_answer]
 
 
 def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[str]:
-    """Return the JUDGE_REASONS to drop a row for the fields that the judge filled in; [] keeps it."""
+    """Return the JUDGE_REASONS to drop a row, by the fields that the judge filled in; [] keeps it."""
     reasons = []
     for name, reason in FIELDS.items():
         if value[name] == "no":
@@ -188,30 +194,27 @@ def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[st
 
 def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace,
           prompts: dict[str, str]) -> list[Verdict]:
-    """Return a verdict a row: a pure function of the rows and of the replies in the journal (rules alone
-    without one).
-    """
-    verdicts = apply_rules(rows, args.image_root, caller and caller.images)
-    alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+    """Return a verdict per row, from the rows and the journal's replies alone; without `caller`, by rules."""
     if caller is None:
-        return verdicts
-    calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
-    if args.blind_answer:
-        calls += [blind_call(row, prompts) for row, _ in alive]
+        return apply_rules(rows, args.image_root)
+    verdicts = apply_rules(rows, args.image_root, caller.images)
+    passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+    calls = make_calls(passed, args, prompts)
     outcomes = ask(caller, calls, lambda call, value: None, "judge")
-    for (row, verdict), outcome in zip(alive, outcomes):
+    for (_, verdict), outcome in zip(passed, outcomes):
         verdict.judge = outcome.value
         if outcome.value is None:
-            verdict.out("error", [outcome.reason], outcome.detail)
+            verdict.drop("error", [outcome.reason], outcome.detail)
         elif reasons := decide(outcome.value, args.keep_unclear, dict(args.require)):
-            verdict.out("judge", reasons)
-    for (row, verdict), outcome in zip(alive, outcomes[len(alive):]):
-        verdict.blind = outcome.value and outcome.value["answer"]
-        if verdict.stage != "error" and outcome.value is None:
-            verdict.out("error", [outcome.reason], outcome.detail)
-        elif verdict.stage is None and not answers_match(verdict.blind, row["answer"],
-                                                         parse_options(row["question"]) or None):
-            verdict.out("judge", ["blind_answer"], f"answered {verdict.blind[:80]!r} from the chain alone")
+            verdict.drop("judge", reasons)
+    for (row, verdict), outcome in zip(passed, outcomes[len(passed):]):
+        if outcome.value is not None:
+            verdict.blind = outcome.value["answer"]
+            if verdict.stage is None and not matches_answer(verdict.blind, row):
+                verdict.drop("judge", ["blind_answer"],
+                             f"answered {verdict.blind[:80]!r} from the chain alone")
+        elif verdict.stage != "error":
+            verdict.drop("error", [outcome.reason], outcome.detail)
     return verdicts
 
 
@@ -219,32 +222,31 @@ def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace,
 def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
     """Return counts over all rows and {subset: {"in", "rule", "judge", "error", "kept", "reasons"}}.
 
-    A row counts under the first of its reasons, so that the reasons of a subset add up to what it lost.
+    A row counts under the first of its reasons, so that a subset's reasons add up to the rows that it lost.
     """
-    subsets = defaultdict(lambda: {"in": 0, "rule": 0, "judge": 0, "error": 0, "kept": 0,
-                                   "reasons": Counter()})
+    outcomes = ("rule", "judge", "error", "kept")
+    subsets = defaultdict(lambda: dict.fromkeys(("in", *outcomes), 0) | {"reasons": Counter()})
     for row, verdict in zip(rows, verdicts, strict=True):
         subset = subsets[row["subset"]]
         subset["in"] += 1
         subset[verdict.stage or "kept"] += 1
         subset["reasons"].update(f"{verdict.stage}:{reason}" for reason in verdict.reasons[:1])
     for subset in subsets.values():
-        assert subset["in"] == subset["rule"] + subset["judge"] + subset["error"] + subset["kept"]
+        assert subset["in"] == sum(subset[name] for name in outcomes)
         subset["reasons"] = dict(subset["reasons"].most_common())
-    totals = {name: sum(subset[name] for subset in subsets.values()) for name in ("rule", "judge", "error",
-                                                                                  "kept")}
-    share = round(totals["kept"] / len(rows), 4) if rows else None
-    return {"read": len(rows), "kept": totals["kept"], "kept_share": share,
+    totals = {name: sum(subset[name] for subset in subsets.values()) for name in outcomes}
+    return {"read": len(rows), "kept": totals["kept"],
+            "kept_share": round(totals["kept"] / len(rows), 4) if rows else None,
             "rule_rejected": totals["rule"], "judge_dropped": totals["judge"], "errors": totals["error"],
             "subsets": dict(sorted(subsets.items()))}
 
 
 def show_table(counts: dict) -> None:
-    """Log one line a subset, under it its reasons."""
-    log(f"{'subset':<28}{'in':>9}{'rule':>9}{'judge':>9}{'error':>9}{'kept':>9}")
+    """Log one line per subset, followed by its reasons."""
+    columns = ("in", "rule", "judge", "error", "kept")
+    log(f"{'subset':<28}" + "".join(f"{column:>9}" for column in columns))
     for name, subset in counts["subsets"].items():
-        log(f"{name:<28}" + "".join(f"{subset[column]:>9,}" for column in ("in", "rule", "judge", "error",
-                                                                           "kept")))
+        log(f"{name:<28}" + "".join(f"{subset[column]:>9,}" for column in columns))
         for reason, n in subset["reasons"].items():
             log(f"    {reason:<40}{n:>6,}  {n / subset['in']:.1%}")
 
@@ -253,12 +255,30 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
     """Write the kept rows and every verdict in input order; return the counts."""
     counts = count_verdicts(rows, verdicts)
     write_rows(f"{output}.run/verdicts.jsonl", (
-        {"id": row["id"], "subset": row["subset"], "keep": v.stage is None, "stage": v.stage,
-         "reasons": v.reasons,
-         "detail": v.detail, "flags": find_flags(row), "judge": v.judge, "blind": v.blind}
-        for row, v in zip(rows, verdicts, strict=True)))
+        {"id": row["id"], "subset": row["subset"], "keep": verdict.stage is None, "stage": verdict.stage,
+         "reasons": verdict.reasons, "detail": verdict.detail, "flags": find_flags(row),
+         "judge": verdict.judge, "blind": verdict.blind}
+        for row, verdict in zip(rows, verdicts, strict=True)))
     write_rows(output, (row for row, verdict in zip(rows, verdicts) if verdict.stage is None))
     return counts
+
+
+def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+    """Show one prompt of each kind; return the counts of calls and of the rules' drops (--dry_run)."""
+    verdicts = apply_rules(rows, args.image_root)
+    passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
+    calls = make_calls(passed, args, prompts)
+    return {"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+def read(args: argparse.Namespace) -> list[dict]:
+    """Return the rows of the input, checked."""
+    fields = OWN_FIELDS | {"chain": str}
+    rows = read_rows(args.input, fields, args.limit, hint="rewrite_captions.py writes it")
+    for row in rows:
+        check_own(f"{args.input}: id {row['id']!r}", row)
+    return rows
 
 
 def parse_require(text: str) -> tuple[str, str]:
@@ -274,40 +294,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
     parser.add_argument("--blind_answer", action="store_true",
-                        help="one more call a row: answer from the chain without "
-                        "image and final sentence; what does not match the answer is dropped")
+                        help="drop rows whose chain, without image and final sentence, does not lead to the "
+                        "answer (one more call per row)")
     parser.add_argument("--keep_unclear", action="store_true", help="keep rows that the judge calls unclear")
     parser.add_argument("--require", type=parse_require, action="append", default=[], metavar="FIELD=VALUE",
-                        help="drop rows whose field of the judge is another, as answerable=yes; repeatable")
-    parser.add_argument("--rules_only", action="store_true", help="no model: keep what passes the rules")
+                        help="drop rows for which the judge gave another value; repeatable")
+    parser.add_argument("--rules_only", action="store_true", help="use no model: keep what passes the rules")
     return parser.parse_args(argv)
-
-
-def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind; return the counts of calls and of what the rules drop (--dry_run)."""
-    verdicts = judge(rows, None, args, prompts)
-    alive = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
-    calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in alive]
-    calls += [blind_call(row, prompts) for row, _ in alive] if args.blind_answer else []
-    return {"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_output(args.output, [args.input])
     prompts = load_prompts(args.prompts, PROMPTS)
-
-    def read() -> list[dict]:
-        rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit,
-                         hint="rewrite_captions.py writes it")
-        for row in rows:
-            check_own(f"{args.input}: id {row['id']!r}", row)
-        return rows
-
     return run_stage(args, Stage(
         [args.input], prompts, PROMPTS_VERSION, SCHEMAS,
         {"stage": "filter_data", "blind_answer": args.blind_answer},
-        read=read, preview=lambda rows: preview(rows, args, prompts),
+        read=lambda: read(args), preview=lambda rows: preview(rows, args, prompts),
         work=lambda rows, caller: judge(rows, caller, args, prompts),
         export=lambda rows, verdicts: export(rows, verdicts, args.output),
         show=show_table, needs_model=not args.rules_only))

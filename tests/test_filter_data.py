@@ -11,55 +11,47 @@ from samples import row
 from standin import StandIn, flags
 
 import filter_data
-from filter_data import (FLAGS, JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main,
-                         parse_require)
+from filter_data import JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
 from utils.jsonl import DataError, read_rows, write_rows
 
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes",
-          "chain_consistent": "yes",
-          "problems": []}
+          "chain_consistent": "yes", "problems": []}
+OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
 # ---------------------------------------------------------------------------------------- rules and decisions
 @pytest.mark.parametrize("changes, reason", [
     ({}, None), ({"images": []}, "structure"), ({"question": ""}, "question"), ({"answer": "43"}, "answer"),
-    ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}."}, "answer"),
-    ({"chain": "I look. <think_image>A hull with 42.</think_image> The answer is 42."}, "answer"),
-    ({"chain": "I look. The answer is \\boxed{42}."}, "chain"),
-    ({"chain": "<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}"},
-     "chain"),
-    ({"chain": "<think_image>A hull.</think_image> <think_image> \\boxed{42}"}, "chain"),
-    ({"chain": "I look. <abs_vis_token></abs_vis_token> <think_image>A hull with 42.</think_image> \\boxed{42}"},
-     "chain"),
-    ({"chain": "<think>I look.</think> <think_image>A hull with 42.</think_image> \\boxed{42}"}, None),
-    ({"chain": "I look. <think_image></think_image> \\boxed{42}"}, "caption_empty"),
-    ({"chain": "I look. <think_image>The answer is 42.</think_image> \\boxed{42}"}, "caption_leak"),
-    ({"chain": "I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}"},
-     "caption_refusal")])
+    ("I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}.", "answer"),
+    ("I look. <think_image>A hull with 42.</think_image> The answer is 42.", "answer"),
+    ("I look. The answer is \\boxed{42}.", "chain"),
+    ("<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}", "chain"),
+    ("<think_image>A hull.</think_image> <think_image> \\boxed{42}", "chain"),
+    ("<abs_vis_token></abs_vis_token> <think_image>A hull with 42.</think_image> \\boxed{42}", "chain"),
+    ("<think>I look.</think> <think_image>A hull with 42.</think_image> \\boxed{42}", None),
+    ("I look. <think_image></think_image> \\boxed{42}", "caption_empty"),
+    ("I look. <think_image>The answer is 42.</think_image> \\boxed{42}", "caption_leak"),
+    ("I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}", "caption_refusal")])
 def test_chain_fault(changes, reason):
-    assert chain_fault(row(**changes)) == reason
+    assert chain_fault(row(**({"chain": changes} if isinstance(changes, str) else changes))) == reason
     assert reason is None or reason in RULE_REASONS
-
-
-OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
 @pytest.mark.parametrize("changes, flags", [
     ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]),
-    ({"answer": "white"}, []),
-    ({"answer": "yes"}, []), ({"answer": "7"}, []), ({"question": OPTIONS, "answer": "B"}, []),
+    ({"answer": "white"}, []), ({"answer": "yes"}, []), ({"answer": "7"}, []),
+    ({"question": OPTIONS, "answer": "B"}, []),
     ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"]),
     ({"answer": "the hull shows a white 42"}, ["answer_stated"]), ({"answer": "hull shows a white 42"}, [])])
 def test_find_flags(changes, flags):
-    assert find_flags(row(**changes)) == flags and set(flags) <= set(FLAGS)
+    assert find_flags(row(**changes)) == flags
 
 
 @pytest.mark.parametrize("changes, strict, lenient", [
     ({}, [], []), ({"answerable": "no"}, ["unanswerable"], ["unanswerable"]),
     ({"answerable": "unclear"}, ["unanswerable_unclear"], []),
     ({"observation_supports_answer": "no", "chain_consistent": "unclear"},
-     ["unsupported", "inconsistent_unclear"],
-     ["unsupported"]),
+     ["unsupported", "inconsistent_unclear"], ["unsupported"]),
     ({"problems": ["garbled_text", "wrong_answer", "wrong_answer"]}, ["wrong_answer", "garbled_text"],
      ["wrong_answer", "garbled_text"]), ({"reason": "I would drop this"}, [], [])])
 def test_code_decides_from_the_fields(changes, strict, lenient):
@@ -68,25 +60,23 @@ def test_code_decides_from_the_fields(changes, strict, lenient):
 
 
 @pytest.mark.parametrize("required, changes, reasons", [
-    ({"answerable": "yes"}, {}, []), ({"answerable": "yes"}, {"answerable": "unclear"}, ["required"]),
-    ({"answerable": "yes"}, {"answerable": "no"}, ["unanswerable"]),
-    ({"answerable": "yes"}, {"chain_consistent": "unclear"}, []), ({"chain_consistent": "unclear"}, {},
-                                                                   ["required"])])
+    ("answerable", {}, []), ("answerable", {"answerable": "unclear"}, ["required"]),
+    ("answerable", {"answerable": "no"}, ["unanswerable"]), ("answerable", {"chain_consistent": "unclear"}, []),
+    ("chain_consistent", {"chain_consistent": "unclear"}, ["required"])])
 def test_required_fields(required, changes, reasons):
-    assert decide(JUDGED | changes, True, required) == reasons and set(reasons) <= set(JUDGE_REASONS)
+    assert decide(JUDGED | changes, True, {required: "yes"}) == reasons and set(reasons) <= set(JUDGE_REASONS)
 
 
 @pytest.mark.parametrize("text", ["answerable", "answerable=maybe", "problems=yes", "=yes"])
 def test_a_requirement_names_a_field_and_a_value(text):
     assert parse_require("answerable=yes") == ("answerable", "yes")
-    with pytest.raises(ArgumentTypeError,
-                       match="expected one of answerable, observation_supports_answer, chain_consist"):
+    with pytest.raises(ArgumentTypeError, match="expected one of answerable, observation_supports_answer, chain"):
         parse_require(text)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
 class Judge(StandIn):
-    """Stands in for LocalBackend: judges by words in the caption."""
+    """Judges by words in the caption."""
 
     def reply(self, text: str) -> str:
         if "garbage" in text:
@@ -100,14 +90,12 @@ class Judge(StandIn):
 
 @pytest.fixture
 def judge(monkeypatch):
-    monkeypatch.setattr("utils.call_flags.LocalBackend", Judge)
-    Judge.asked = []
-    return Judge
+    return Judge.replace_backend(monkeypatch)
 
 
 @pytest.fixture
 def world(tmp_path, picture):
-    """Return write(rows) -> path of a JSONL beside pictures a.png and b.png."""
+    """Return write(rows) -> path of a JSONL next to the pictures a.png and b.png."""
     picture("a.png"), picture("b.png", color="blue")
 
     def write(rows: list) -> Path:
@@ -117,56 +105,57 @@ def world(tmp_path, picture):
 
 
 def result(path: Path) -> tuple[list[str], dict]:
-    kept = [line["id"] for line in read_rows(path.parent / "out.jsonl", {"id": str})]
-    return kept, {line["id"]: line for line in read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl",
-                                                         {"id": str})}
+    verdicts = read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl", {"id": str})
+    return ([line["id"] for line in read_rows(path.parent / "out.jsonl", {"id": str})],
+            {line["id"]: line for line in verdicts})
 
 
 ROWS = [row("z"), row("conflict", "A conflict of 42."), row("doubt", "A doubt of 42."),
-        row("error", "Some garbage 42."),
-        row("schema", "A maybe 42."), row("rule", "The answer is 42."),
-        row("again", question="What number is on boat z?"),
-        row("lost", images=["no.png"]), row("a", subset="t", refined=False, answer="Anna", steps=[
-            {"image": "b.png", "operation": "zoom", "caption": "A red hull."}, {"text": "\\boxed{Anna}"}],
+        row("error", "Some garbage 42."), row("schema", "A maybe 42."), row("rule", "The answer is 42."),
+        row("again", question="What number is on boat z?"), row("lost", images=["no.png"]),
+        row("a", subset="t", refined=False, answer="Anna",
+            steps=[{"image": "b.png", "operation": "zoom", "caption": "A red hull."}, {"text": "\\boxed{Anna}"}],
             chain="<think_image>A red hull.</think_image> \\boxed{Anna}")]
 
 
-def test_every_row_has_a_verdict_and_an_error_is_no_drop(world, judge, capsys):
+def test_every_row_has_a_verdict_and_an_error_does_not_drop_it(world, judge, capsys):
     path = world(ROWS)
     assert main(flags(path)) == 3
     kept, verdicts = result(path)
     assert kept == ["z", "a"] and list(verdicts) == [line["id"] for line in ROWS]
     lines = path.read_text(encoding="utf-8").splitlines()
-    # unchanged
-    assert (path.parent / "out.jsonl").read_text(encoding="utf-8").splitlines() == [lines[0], lines[-1]]
+    output = (path.parent / "out.jsonl").read_text(encoding="utf-8")
+    assert output.splitlines() == [lines[0], lines[-1]]  # unchanged
     assert {name: (verdict["stage"], verdict["reasons"]) for name, verdict in verdicts.items()} == {
         "z": (None, []), "conflict": ("judge", ["unsupported", "wrong_observation"]),
-        "doubt": ("judge", ["unanswerable_unclear"]),
-        "error": ("error", ["bad_json"]), "schema": ("error", ["bad_schema"]),
-        "rule": ("rule", ["caption_leak"]),
+        "doubt": ("judge", ["unanswerable_unclear"]), "error": ("error", ["bad_json"]),
+        "schema": ("error", ["bad_schema"]), "rule": ("rule", ["caption_leak"]),
         "again": ("rule", ["duplicate"]), "lost": ("rule", ["image_missing"]), "a": (None, [])}
     assert "no.png: no such image; is --image_root" in verdicts["lost"]["detail"]
-    assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None and verdicts["z"][
-        "keep"] is True
-    assert verdicts["a"]["flags"] == ["unrefined", "answer_unseen"] and verdicts["z"]["flags"] == []
+    assert verdicts["z"]["judge"] == JUDGED and verdicts["rule"]["judge"] is None
+    assert verdicts["z"]["keep"] is True and verdicts["z"]["flags"] == []
+    assert verdicts["a"]["flags"] == ["unrefined", "answer_unseen"]
     captured = capsys.readouterr()
     out = json.loads(captured.out.splitlines()[-1])
     assert out == json.loads((path.parent / "out.jsonl.metrics.json").read_text())
-    assert (out["read"], out["kept"], out["rule_rejected"], out["judge_dropped"], out["errors"]) == (9, 2, 3,
-                                                                                                     2, 2)
+    counts = [out[name] for name in ("read", "kept", "rule_rejected", "judge_dropped", "errors")]
+    assert counts == [9, 2, 3, 2, 2]
     assert out["subsets"]["s"]["reasons"] == {
         "judge:unsupported": 1, "judge:unanswerable_unclear": 1, "error:bad_json": 1, "error:bad_schema": 1,
         "rule:caption_leak": 1, "rule:duplicate": 1, "rule:image_missing": 1}
     assert "s                                   8        3        2        2        1" in captured.err
-    assert out["n_calls"] == 5 + 1 + 2  # nothing was asked about what the rules took out; faults twice
+    assert out["n_calls"] == 5 + 1 + 2  # none about rows that the rules rejected; faulty replies twice
 
 
-def test_keep_unclear_changes_the_decision_without_new_calls(world, judge):
+def test_other_thresholds_change_the_decision_without_new_calls(world, judge):
     path = world(ROWS)
     main(flags(path))
     judge.asked.clear()
-    assert main(flags(path, "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt",
-                                                                            "a"] and judge.asked == []
+    for more, kept in [(["--keep_unclear"], ["z", "doubt", "a"]),
+                       (["--keep_unclear", "--require", "answerable=yes"], ["z", "a"])]:
+        for export_only in ([], ["--export_only"]):
+            assert main(flags(path, *more, *export_only)) == 3 and result(path)[0] == kept and not judge.asked
+    assert result(path)[1]["doubt"]["reasons"] == ["required"]
     assert main(flags(path, "--retry_errors")) == 3 and judge.asked
     assert all("garbage" in request.text or "maybe" in request.text for request in judge.asked)
 
@@ -175,34 +164,22 @@ def test_the_judge_sees_question_images_chain_and_answer(world, judge):
     main(flags(world([row("z")])))
     request = judge.asked[0]
     assert [Path(path).name for path in request.images] == ["a.png"] and "{question}" not in request.text
-    assert all(part in request.text for part in ("What number is on boat z?", row("z")["chain"],
-                                                 "Stated answer: 42"))
+    assert all(part in request.text
+               for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
 
 
-def test_blind_answer_drops_what_the_chain_does_not_tell(world, judge, capsys):
+def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(world, judge):
     path = world([row("z"), row("vague", "A vague thing of 42."), row("conflict", "A conflict of 42.")])
     assert main(flags(path, "--blind_answer")) == 0
     kept, verdicts = result(path)
-    assert kept == ["z"] and verdicts["vague"]["reasons"] == ["blind_answer"] and verdicts["vague"][
-        "blind"] == "unknown"
-    assert verdicts["conflict"]["reasons"] == ["unsupported",
-                                               "wrong_observation"] and verdicts["z"]["blind"] == "42."
+    assert kept == ["z"] and verdicts["z"]["blind"] == "42."
+    assert (verdicts["vague"]["reasons"], verdicts["vague"]["blind"]) == (["blind_answer"], "unknown")
+    assert verdicts["conflict"]["reasons"] == ["unsupported", "wrong_observation"]
     blind = [request for request in judge.asked if "from these notes alone" in request.text]
     assert len(blind) == 3 and not any(request.images for request in blind)
     assert "hull shows a white 42.</think_image>" in blind[0].text and "The answer is" not in blind[0].text
     with pytest.raises(DataError, match="other settings"):
         main(flags(path))
-
-
-def test_require_is_applied_at_export(world, judge):
-    path = world(ROWS)
-    main(flags(path))
-    n_asked = len(judge.asked)
-    assert main(flags(path, "--export_only", "--keep_unclear")) == 3 and result(path)[0] == ["z", "doubt",
-                                                                                             "a"]
-    assert main(flags(path, "--export_only", "--keep_unclear", "--require", "answerable=yes")) == 3
-    assert result(path)[0] == ["z", "a"] and result(path)[1]["doubt"]["reasons"] == ["required"]
-    assert len(judge.asked) == n_asked
 
 
 def test_rules_only_needs_no_model(world, judge, capsys):
@@ -215,54 +192,31 @@ def test_rules_only_needs_no_model(world, judge, capsys):
 def test_dry_run_and_limit(world, judge, capsys, tmp_path):
     path = world(ROWS)
     files = sorted(tmp_path.iterdir())
-    assert main(flags(path, "--dry_run")) == 0 and sorted(tmp_path.iterdir()) == files
+    assert main(flags(path, "--dry_run", "--blind_answer")) == 0 and sorted(tmp_path.iterdir()) == files
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["calls"]["judge"]["calls"] == 6 and "--- judge, sample z" in captured.err
+    assert [counts["calls"] for counts in json.loads(captured.out)["calls"].values()] == [6, 6]
+    assert "--- judge, sample z" in captured.err and "--- blind, sample z" in captured.err
     assert main(flags(path, "--limit", "2")) == 0
     assert list(result(path)[1]) == ["z", "conflict"] and len(judge.asked) == 2
     judge.asked.clear()
     assert main(flags(path)) == 3 and len(judge.asked) == 4 + 2
 
 
-def test_ranks_share_the_work_and_the_last_one_writes(world, judge, monkeypatch):
-    path = world(ROWS)
-    assert main(flags(path)) == 3
-    alone = [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/verdicts.jsonl")]
-    (path.parent / "out.jsonl").unlink()
-    (path.parent / "out.jsonl.run").rename(path.parent / "old")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, code in ((1, 0), (0, 3)):
-        monkeypatch.setenv("RANK", str(rank))
-        assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
-    assert [(path.parent / name).read_bytes() for name in ("out.jsonl",
-                                                           "out.jsonl.run/verdicts.jsonl")] == alone
-
-
-def test_the_guard_stops_with_4(world, judge):
-    path = world([row(f"s/{n}", f"Some garbage {n} of 42.") for n in range(25)])
-    assert main(flags(path)) == 4 and not (path.parent / "out.jsonl").exists()
-    assert main(flags(path, "--no_guard")) == 3 and result(path)[0] == []
-
-
 @pytest.mark.parametrize("rows, match", [
-    ([{"id": "a"}], r"in\.jsonl:1: no field 'subset'"), ([row("a"), row("a")],
-                                                         r"in\.jsonl:2: duplicate id 'a', first seen at"),
-    ([row(answer=42)], r"in\.jsonl:1: field 'answer' should be str, got int"),
-    ([row(steps=["text"])], r"in\.jsonl: id 's/1': step 1 should be"), ([row(images=[1])],
-                                                                        "field 'images' should be a list of paths")])
-def test_damaged_input_is_told_with_its_place(world, judge, rows, match):
+    ([{"id": "a"}], r"in\.jsonl:1: no field 'subset'"),
+    ([row(steps=["text"])], r"in\.jsonl: id 's/1': step 1 should be"),
+    ([row(images=[1])], "field 'images' should be a list of paths")])
+def test_a_damaged_row_is_reported(world, judge, rows, match):
     with pytest.raises(DataError, match=match):
         main(flags(world(rows)))
 
 
-def test_a_missing_input_names_the_stage_before(tmp_path):
-    with pytest.raises(DataError, match="in.jsonl: No such file or directory; rewrite_captions.py writes it"):
-        main(flags(tmp_path / "in.jsonl"))
-
-
-def test_no_rows_are_no_error(world, judge):
+def test_a_missing_input_names_the_stage_before_and_an_empty_one_is_valid(world, judge):
     path = world([])
     assert main(flags(path)) == 0 and result(path) == ([], {})
+    path.unlink()
+    with pytest.raises(DataError, match="in.jsonl: No such file or directory; rewrite_captions.py writes it"):
+        main(flags(path))
 
 
 def test_prompts_have_their_names():
