@@ -1,8 +1,4 @@
-"""Stages 1 and 2 as wholes, against a server: shards, resharding, changed input, export without calls, other
-settings.
-
-    python -m pytest tests/test_stage.py
-"""
+"""Stages 1 and 2 as wholes, against a server: shards, changed input, export without calls, settings; flags."""
 import json
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -13,18 +9,19 @@ from samples import monet, row
 
 import filter_data
 import rewrite_captions
-from utils.call_flags import parse_object, parse_shard
+from utils.call_flags import load_prompts, parse_object, parse_shard
+from utils.cli import read_api_key
 from utils.jsonl import DataError, write_rows
 
 MAINS = {"rewrite": rewrite_captions.main, "filter": filter_data.main}
 DERIVED = {"rewrite": "rejected.jsonl", "filter": "verdicts.jsonl"}
 FAULTS = {3: "fault:prose", 5: "fault:400", 8: "fault:fenced"}
+each_stage = pytest.mark.parametrize("stage", MAINS)
 
 
 @pytest.fixture
 def world(tmp_path, picture):
-    """Return write(stage, numbers, **changed questions) -> path of an input; samples 1 and 11 are duplicates.
-    """
+    """Return write(stage, numbers, **changed questions) -> path of an input; 1 and 11 are duplicates."""
     picture("a.png"), picture("b.png", color="blue")
 
     def write(stage: str, numbers: list[int], **changed: str) -> Path:
@@ -42,64 +39,63 @@ def world(tmp_path, picture):
 
 def run(stage: str, path: Path, url: str, *more: str, output: str = "out.jsonl") -> int:
     return MAINS[stage](["--input", str(path), "--image_root", str(path.parent), "--output",
-                         str(path.parent / output),
-                         "--backend", "openai", "--model", "m", "--base_url", url, "--no_guard", *more])
+                         str(path.parent / output), "--backend", "openai", "--model", "m", "--base_url", url,
+                         "--no_guard", *more])
 
 
 def bytes_of(stage: str, folder: Path, output: str = "out.jsonl") -> list[bytes]:
     return [(folder / name).read_bytes() for name in (output, f"{output}.run/{DERIVED[stage]}")]
 
 
-@pytest.mark.parametrize("stage", list(MAINS))
+@each_stage
 def test_any_number_of_shards_writes_the_same_bytes(world, tmp_path, stage, capsys):
     path = world(stage, list(range(20)))
     with serving(tmp_path, latency=0) as (_, url):
+        def run_shards(output: str, n: int, indices) -> list[int]:
+            return [run(stage, path, url, "--shard", f"{i}/{n}", output=output) for i in indices]
+
         assert run(stage, path, url, output="one.jsonl") == 3
         n_calls = len(calls_of(tmp_path))
         for name, n in (("three.jsonl", 3), ("eight.jsonl", 8)):
-            codes = [run(stage, path, url, "--shard", f"{i}/{n}", output=name) for i in range(n)]
-            assert codes == [0] * (n - 1) + [3]
+            assert run_shards(name, n, range(n)) == [0] * (n - 1) + [3]
             assert bytes_of(stage, tmp_path, name) == bytes_of(stage, tmp_path, "one.jsonl")
-        # two of three shards, then seven of eight (2 of which the first three have done), then one process
+        # two of three shards, then half of eight, then one process
         before = len(calls_of(tmp_path))
-        assert [run(stage, path, url, "--shard", f"{i}/3", output="mixed.jsonl") for i in (0, 2)] == [0, 0]
-        assert [run(stage, path, url, "--shard", f"{i}/8", output="mixed.jsonl") for i in range(4)] == [0] * 4
+        assert run_shards("mixed.jsonl", 3, (0, 2)) + run_shards("mixed.jsonl", 8, range(4)) == [0] * 6
         with pytest.raises(DataError, match=r"\d+ calls are missing; run without --export_only"):
             run(stage, path, url, "--export_only", output="mixed.jsonl")
         assert run(stage, path, url, output="mixed.jsonl") == 3
         assert bytes_of(stage, tmp_path, "mixed.jsonl") == bytes_of(stage, tmp_path, "one.jsonl")
-        # the duplicate, where its first is in another shard
+        # the duplicate is asked about where its first is in another shard
         assert len(calls_of(tmp_path)) - before <= n_calls + 2
     err = capsys.readouterr().err
     assert "this shard is done" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("stage", list(MAINS))
+@each_stage
 def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
+    per_sample = 2 if stage == "rewrite" else 1
     with serving(tmp_path, latency=0) as (_, url):
-        run(stage, world(stage, list(range(12))), url)
-        calls = [len(calls_of(tmp_path))]
-
-        def again(*args, **changed) -> list[str]:
+        def new_calls(*args, **changed) -> list[str]:
+            before = len(calls_of(tmp_path))
             assert run(stage, world(stage, *args, **changed), url) == 3
-            calls.append(len(calls_of(tmp_path)))
-            return [call["text"] for call in calls_of(tmp_path)[calls[-2]:]]
+            return [call["text"] for call in calls_of(tmp_path)[before:]]
 
-        per_sample = 2 if stage == "rewrite" else 1
-        assert again(list(range(12))[::-1]) == [] or stage == "filter"  # of two duplicates the first is kept
-        assert again(list(range(12))) == []
-        assert len(again(list(range(14)))) == 2 * per_sample  # two appended
-        texts = again(list(range(14)), q7="Which yacht?")
-        # the stub's caption, and so the refinement, is new too
+        assert new_calls(list(range(12)))
+        # of two duplicates the first is kept
+        assert new_calls(list(range(12))[::-1]) == [] or stage == "filter"
+        assert new_calls(list(range(12))) == []
+        assert len(new_calls(list(range(14)))) == 2 * per_sample
+        texts = new_calls(list(range(14)), q7="Which yacht?")
+        # the caption is new, and so is the refinement
         assert len(texts) == per_sample and "yacht" in texts[0]
-        ids = [json.loads(line)["id"].split("/")[1]
-               for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        assert ids == [str(n) for n in range(14) if n not in (3, 5, 11)]
-        metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
-        assert metrics["n_orphaned"] >= metrics["n_calls"] == per_sample
+    ids = [json.loads(line)["id"].split("/")[1] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ids == [str(n) for n in range(14) if n not in (3, 5, 11)]
+    metrics = json.loads((tmp_path / "out.jsonl.metrics.json").read_text())
+    assert metrics["n_orphaned"] >= metrics["n_calls"] == per_sample
 
 
-@pytest.mark.parametrize("stage", list(MAINS))
+@each_stage
 def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, capsys):
     path = world(stage, list(range(12)))
     with pytest.raises(DataError, match="no journal here; run without --export_only first"):
@@ -108,12 +104,10 @@ def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, ca
         run(stage, path, url)
     before = bytes_of(stage, tmp_path)
     (tmp_path / "out.jsonl").unlink()
-    assert MAINS[stage](["--input", str(path), "--image_root", str(tmp_path), "--output",
-                         str(tmp_path / "out.jsonl"),
-                         # the backend too is the one of the journal
-                         "--export_only", "--model", "/no/such"]) == 3
-    assert bytes_of(stage, tmp_path) == before and json.loads(capsys.readouterr().out.splitlines()[-1])[
-        "n_calls"] == 0
+    # the backend and the model are those of the journal
+    assert run(stage, path, url, "--export_only", "--backend", "local", "--model", "/no/such") == 3
+    assert bytes_of(stage, tmp_path) == before
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
     with pytest.raises(DataError, match="cannot go with --retry_errors"):
         run(stage, path, url, "--export_only", "--retry_errors")
     with pytest.raises(DataError, match=r"(?s)other settings.*max_new_tokens +\d+ +7"):
@@ -129,29 +123,26 @@ def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
                 "--max_same_caption", "3"]
         assert run("rewrite", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
         for flags in (["--temperature", "0.7"], ["--model", "n"], ["--max_pixels", "9000"],
-                      ["--image_factor", "28"],
-                      ["--extra_body", '{"top_k": 1}'], ["--no_refine"], ["--with_original"]):
+                      ["--image_factor", "28"], ["--extra_body", '{"top_k": 1}'], ["--no_refine"],
+                      ["--with_original"]):
             with pytest.raises(DataError, match="begun with other settings"):
                 run("rewrite", path, url, *flags)
     with pytest.raises(DataError, match="--temperature and --extra_body are for --backend openai"):
         run("rewrite", path, url, "--backend", "local", "--temperature", "0.7")
 
 
-def test_an_image_that_changed_is_looked_at_and_asked_about_again(world, tmp_path, picture):
+def test_an_image_that_changed_is_inspected_and_asked_about_again(world, tmp_path, picture):
     path = world("rewrite", [1, 2])
+    images = tmp_path / "out.jsonl.run" / "images-00000-of-00001.jsonl"
     with serving(tmp_path, latency=0) as (_, url):
-        assert run("rewrite", path, url) == 0
-        index = tmp_path / "out.jsonl.run" / "images-00000-of-00001.jsonl"
-        n_calls, n_looked = len(calls_of(tmp_path)), len(index.read_text().splitlines())
-        # both have the same
-        assert run("rewrite", path, url) == 0 and len(index.read_text().splitlines()) == n_looked == 1
+        for _ in range(2):  # both samples have the same images
+            assert run("rewrite", path, url) == 0 and len(images.read_text().splitlines()) == 1
+        n_calls = len(calls_of(tmp_path))
         picture("b.png", color="green")
-        assert run("rewrite", path, url) == 0
+        assert run("rewrite", path, url) == 0 and len(images.read_text().splitlines()) == 2
+    # the stub's captions depend on the question alone, so that no refinement changes
     again = calls_of(tmp_path)[n_calls:]
-    assert len(index.read_text().splitlines()) == 2 and all("cut out of a larger" in call["text"]
-                                                            for call in again)
-    # the caption of the stub depends on the question alone: refinements are the old ones
-    assert len(again) == 2
+    assert len(again) == 2 and all("cut out of a larger" in call["text"] for call in again)
 
 
 @pytest.mark.parametrize("text", ["1", "3/3", "a/2", "-1/2", "1/", "0/0"])
@@ -166,3 +157,30 @@ def test_extra_body_is_an_object():
     for text in ("[1]", "{"):
         with pytest.raises(ArgumentTypeError):
             parse_object(text)
+
+
+def test_prompts_of_a_file_replace_those_of_their_names(tmp_path):
+    path, prompts = tmp_path / "prompts.json", {"ZOOM": "long", "SYSTEM": "s"}
+    path.write_text('{"ZOOM": "short"}')
+    assert load_prompts(str(path), prompts) == {"ZOOM": "short", "SYSTEM": "s"}
+    assert load_prompts(None, prompts) == prompts
+    for text, match in [('{"zoom": "x"}', "no prompt is called zoom; expected ZOOM, SYSTEM"),
+                        ("[]", "one JSON object of strings"), ('{"ZOOM": 1}', "one JSON object of strings"),
+                        ("{", "no JSON object of prompts")]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=match):
+            load_prompts(str(path), prompts)
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "from env")
+    assert read_api_key(None) == "from env"
+    (tmp_path / "key").write_text("from file\n")
+    assert read_api_key(str(tmp_path / "key")) == "from file"
+    (tmp_path / "key").write_text("\n")
+    for path in (tmp_path / "key", tmp_path / "none"):
+        for flag in ("--api_key_file", "--judge_key_file"):
+            with pytest.raises(DataError, match=flag):
+                read_api_key(str(path), flag)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert read_api_key(None) is None
