@@ -86,7 +86,7 @@ def make_target(args: argparse.Namespace) -> Target:
 
 
 def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
-    """Return what the run will do, extrapolated from its first epoch: steps, lengths, balance, operations."""
+    """Return the size of the run, extrapolated from its first epoch."""
     first = [train.work(step) for step in range(train.per_epoch)]
     n_steps = args.max_steps or args.epochs * train.per_epoch
     flops = sum(work.flops for work in first) / len(first) * n_steps
@@ -100,7 +100,7 @@ def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
 
 
 def describe_lengths(examples: list[Example]) -> dict[str, int]:
-    """Return quantiles of the rows' lengths, and the numbers of tokens and images."""
+    """Return quantiles of the rows' lengths, and counts of tokens and images."""
     lengths = sorted(example.n_tokens for example in examples)
     quantiles = (("median", 0.5), ("p95", 0.95), ("max", 1.0))
     return {**{name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in quantiles},
@@ -110,7 +110,7 @@ def describe_lengths(examples: list[Example]) -> dict[str, int]:
 
 def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
               args: argparse.Namespace) -> None:
-    """Log the first rows, the plan, and the memory that a device needs, before any weight is loaded."""
+    """Log the first rows, the plan and the memory per device, before any weight is loaded."""
     from utils.train.batching import device_memory, estimate_memory, memory_lines
     from utils.train.examples import marked
     from utils.train.model import CHUNK
@@ -127,7 +127,7 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
 
 
 def check_files(examples: list[Example]) -> list[str]:
-    """Open every image of all rows completely; return one line per image that cannot be read."""
+    """Decode every image; return one line per image that cannot be read."""
     paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
 
     def fault(path: Path) -> str | None:
@@ -142,7 +142,7 @@ def check_files(examples: list[Example]) -> list[str]:
 
 
 def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
-    """Check every image and print the plan; return 0, or 2 if an image cannot be read."""
+    """Check every image and print the plan; return the exit code, 2 if an image cannot be read."""
     faults = check_files(train.examples + (held_out.examples if held_out else []))
     log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in faults[:20]))
     print(json.dumps({**plan, "unreadable_images": len(faults)}))
@@ -230,8 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latent_size", type=parse_count, default=None,
                         help="latents per image (default: the family's)")
     parser.add_argument("--align_weight", type=float, default=10.0,
-                        help="weight of the alignment relative to the cross-entropy (Mirage: 10 in stage 1, "
-                             "0 in stage 2)")
+                        help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
                         help="cosine (Mirage) or mse (LVR)")
     parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
@@ -240,8 +239,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--global_batch", type=parse_count, default=128,
                         help="rows per optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=parse_count, default=8192,
-                        help="tokens per forward pass on one device, visual ones included: rows are packed "
-                             "up to it")
+                        help="tokens of a pack of rows, which a device runs at once, visual ones included")
     parser.add_argument("--batch_size", type=parse_count, default=1,
                         help="--imagination latent: rows per forward pass, padded")
     parser.add_argument("--learning_rate", type=float, default=1e-5, help="peak, reached after the warm-up")
@@ -252,17 +250,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="AdamW weight decay, on matrices only")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--spike", type=float, default=2.0,
-                        help="stop if the loss is this many nats above the median of the last 50 steps; 0: "
-                             "never")
+                        help="stop if a loss is so many nats above the median of 50 steps; 0: never")
     parser.add_argument("--train_vision", action="store_true",
                         help="also train the vision tower (the paper freezes it)")
     parser.add_argument("--lora_rank", type=int, default=0,
-                        help="train adapters of this rank instead of all weights, merged into the result "
-                             "(needs peft; use --learning_rate 1e-4)")
+                        help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
     parser.add_argument("--recompute", choices=RECOMPUTED, default=None,
-                        help="activations of the language model to recompute in the backward pass: mlps "
-                             "takes less time and more memory than layers (default: layers on a GPU, mlps "
-                             "with latents, none on a CPU)")
+                        help="activations that the backward pass recomputes; mlps is faster than layers and"
+                             " takes more memory (default: layers on a GPU, there mlps with latents)")
     parser.add_argument("--image_tokens", type=int, default=2000,
                         help="visual tokens per row above which its images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280,
@@ -277,10 +272,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep_best", type=parse_count, default=1,
                         help="exports kept, of the lowest held-out losses, in <output>.run/best-N")
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto",
-                        help="auto: resume from the last complete checkpoint if there is one; must: fail "
-                             "without one; never: fail with one")
+                        help="from the last complete checkpoint; must: fail without one; never: fail with "
+                             "one")
     parser.add_argument("--report_to", default="none",
-                        help="also log to a tracker that accelerate knows: tensorboard, wandb")
+                        help="also log to tensorboard, wandb or another tracker of accelerate")
     parser.add_argument("--num_workers", type=int, default=2,
                         help="processes that prepare batches; 0: the training process")
     parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")

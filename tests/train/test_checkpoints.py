@@ -37,8 +37,8 @@ def write(folder, step, world=1):
     model, optimizer = trained_model()
     for rank in range(world):  # rank 0 waits for the others, so that it comes last here
         saver = Saver(world - 1 - rank, world)
-        saver.checkpoint(folder / f"step-{step}", snapshot(model, optimizer, 0), {"step": step},
-                         after=lambda: None)
+        saver.submit(saver.checkpoint, folder / f"step-{step}", snapshot(model, optimizer, 0),
+                     {"step": step}, lambda: None)
         saver.close()
 
 
@@ -76,14 +76,14 @@ def test_shards_of_ranks_are_one_tensor_again(tmp_path):
 def test_a_checkpoint_of_several_ranks_appears_when_the_last_part_is_there(tmp_path):
     model, optimizer = trained_model()
     first, done = Saver(0, 2), threading.Event()
-    first.checkpoint(tmp_path / "step-2", snapshot(model, optimizer, 0), {"step": 2}, after=done.set)
+    first.submit(first.checkpoint, tmp_path / "step-2", snapshot(model, optimizer, 0), {"step": 2}, done.set)
     assert not done.wait(0.3) and (tmp_path / "step-2.part").is_dir() and not (tmp_path / "step-2").exists()
     second = Saver(1, 2)
-    second.checkpoint(tmp_path / "step-2", snapshot(model, optimizer, 1), {}, after=lambda: None)
+    second.submit(second.checkpoint, tmp_path / "step-2", snapshot(model, optimizer, 1), {}, lambda: None)
     second.close(), first.close()
     assert done.is_set() and newest_checkpoint(tmp_path)[1] == {"step": 2}
     alone = Saver(0, 2)
-    alone.checkpoint(tmp_path / "step-3", {}, {"step": 3}, after=done.set)
+    alone.submit(alone.checkpoint, tmp_path / "step-3", {}, {"step": 3}, done.set)
     alone.abandon()  # the other rank died: this one does not wait for it
     assert newest_checkpoint(tmp_path)[0].name == "step-2"
 
@@ -108,7 +108,7 @@ def test_the_last_complete_one_is_found(tmp_path, damage, capsys):
 def test_an_error_of_the_disk_reaches_the_training(tmp_path):
     (tmp_path / "step-1.part").write_text("a file where the folder should be")
     saver = Saver(0, 1)
-    saver.checkpoint(tmp_path / "step-1", {}, {}, after=lambda: None)
+    saver.submit(saver.checkpoint, tmp_path / "step-1", {}, {}, lambda: None)
     with pytest.raises(DataError, match="could not be written: .*step-1.part.*last complete one is kept"):
         saver.close()
 

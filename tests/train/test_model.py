@@ -100,7 +100,8 @@ def rank_main(rank, world, folder, checkpoint, data, more, expected):
         # once per pack with an image, without gradients
         assert tower_runs == [False] * sum("pixel_values" in batch for batch in batches)
     saver = Saver(rank, world)
-    saver.checkpoint(folder / "step-3", snapshot(model, optimizer, rank), {"step": 3}, after=lambda: None)
+    saver.submit(saver.checkpoint, folder / "step-3", snapshot(model, optimizer, rank), {"step": 3},
+                 lambda: None)
     saver.close()
     dist.barrier()
     onward, _ = run(steps, objective, optimizer, args, 3, 5)

@@ -1,10 +1,8 @@
-"""The rows of an optimizer step: which they are, how micro-batches hold them, and how much work and memory
-they take.
+"""The rows of an optimizer step, as micro-batches on every device; their operations and memory.
 
-Model operations: a multiplication and an addition are two. Activations computed a second time do not count,
-nor does a frozen tower's backward pass, nor the last layer's MLP at positions that predict nothing. MFU =
-model operations / (seconds x devices x peak). Memory is estimated from the configuration alone, by the usual
-count for AdamW with float32 master weights.
+Model operations: a multiplication and an addition are two. Recomputed activations do not count, nor does a
+frozen tower's backward pass, nor the last layer's MLP at positions that predict nothing. MFU = model
+operations / (seconds x devices x peak). Memory is estimated from the configuration alone.
 """
 import math
 import random
@@ -45,10 +43,9 @@ class Batching:
 
 @dataclass
 class Work:
-    """The size of one optimizer step over all ranks, computed from the plan so that ranks need not ask each
-    other.
+    """The size of one optimizer step over all ranks, known from the plan.
 
-    `balance` is the share of the devices' time that is not spent waiting for the slowest rank, by tokens.
+    `balance` is the share of the devices' time not spent waiting for the slowest rank, by tokens.
     """
 
     micro_steps: int
@@ -124,8 +121,7 @@ class Steps(torch.utils.data.Dataset):
             balance=sum(lengths) / sum(self.world * max(rank_loads) for rank_loads in loads))
 
     def ahead(self, first: int, last: int) -> Iterator[dict]:
-        """Return an iterator over all micro-batches of steps first to last - 1, made by `num_workers`
-        processes."""
+        """Return the micro-batches of steps first to last - 1, made by `num_workers` processes."""
         places = ((step, k) for step in range(first, last) for k in range(len(self.plan(step))))
         workers = self.batching.num_workers
         return iter(torch.utils.data.DataLoader(
@@ -163,14 +159,13 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return a device's dense bfloat16 operations per second by its name; None for a name not in PEAKS."""
+    """Return the dense bfloat16 operations per second of a device in PEAKS."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 # ---------------------------------------------------------------- memory
 def count_parameters(config) -> dict[str, int]:
-    """Return the numbers of weights in the language model's layers, in the vision tower, and in "root" (the
-    rest)."""
+    """Return the numbers of weights: the language model's layers, the vision tower, "root" (the rest)."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
@@ -182,8 +177,8 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
                     train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
 
-    `sharded`: computed in bfloat16 and sharded over the devices (a GPU run); otherwise float32 and whole (a
-    CPU). `n_targets`: predictions whose logits are held at once. `recompute`: as the flag of train_sft.py.
+    `sharded`: bfloat16, sharded over the devices (a GPU run); otherwise float32 and whole (a CPU).
+    `n_targets`: predictions whose logits are held at once.
     """
     text, counts = config.text_config, count_parameters(config)
     n_bytes = 2 if sharded else 4
@@ -208,10 +203,8 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
 
 
 def memory_lines(parts: dict[str, float], available: float, smaller: str) -> list[str]:
-    """Return the estimate as lines for people, with advice if it does not fit into `available` bytes.
-
-    `smaller` is the advice where activations take too much.
-    """
+    """Return the estimate as text, with advice (`smaller`, if activations are too many) if it does not
+    fit."""
     lines = [f"  {name:<32}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'of the device':<32}{available / 2**30:9.2f} GiB")
     if parts["total"] <= 0.95 * available:

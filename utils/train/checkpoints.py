@@ -144,9 +144,10 @@ class Saver:
         self.rank, self.world, self.stop = rank, world, Event()
         self.thread, self.pending = ThreadPoolExecutor(1), []
 
-    def submit(self, write: Callable[[], None]) -> None:
+    def submit(self, write: Callable, *arguments) -> None:
+        """Have `write(*arguments)` called in the background."""
         self.check()
-        self.pending.append(self.thread.submit(write))
+        self.pending.append(self.thread.submit(write, *arguments))
 
     def check(self) -> None:
         """Raise DataError if a write failed."""
@@ -163,12 +164,7 @@ class Saver:
 
     def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
                    after: Callable[[], None]) -> None:
-        """Have this rank's part of checkpoint `folder` written; `after` is called once all parts are."""
-        self.submit(lambda: self.write(folder, tensors, state, after))
-
-    def write(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
-              after: Callable[[], None]) -> None:
-        """Write this rank's part; the first rank waits for all parts, then renames the folder."""
+        """Write this rank's part of a checkpoint; rank 0 waits for all parts, renames, and calls `after`."""
         part = folder.with_name(folder.name + ".part")
         part.mkdir(exist_ok=True)
         path = part / rank_file(self.rank, self.world)

@@ -28,10 +28,8 @@ RECENT = 50  # steps whose median loss a spike is measured from
 
 
 def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
-    """Return the learning rate: a linear warm-up over `warmup` steps, then `schedule`.
-
-    "linear" decays to 0 at `n_steps` (the Trainer's schedule and Monet's choice), "constant" does not decay.
-    """
+    """Return the rate after a linear warm-up: "linear" decay to 0 at `n_steps` (as Monet has it) or
+    "constant"."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
@@ -71,8 +69,9 @@ class Trainer:
         if self.acc.is_main_process:
             keep_lines(self.folder / "log.jsonl", run.step)
         batches = TimedIterator(train.ahead(run.step, n_steps))
-        with tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
-                  disable=not self.acc.is_main_process) as bar:
+        bar = tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
+                   disable=not self.acc.is_main_process)
+        with bar, nullcontext() if train.target.spec else use_packed_attention(self.qwen.model):
             while run.step < n_steps:
                 record, is_stopping = self.timed_step(train, batches, n_steps)
                 is_last = run.step == n_steps
@@ -98,8 +97,7 @@ class Trainer:
         rate = learning_rate_at(self.run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with nullcontext() if train.target.spec else use_packed_attention(self.qwen.model):
-            record, is_stopping = self.step(islice(batches, work.micro_steps), work)
+        record, is_stopping = self.step(islice(batches, work.micro_steps), work)
         self.run.step += 1
         seconds = time.perf_counter() - begun
         peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
@@ -112,11 +110,10 @@ class Trainer:
                 "mfu": peak and round(work.flops / (seconds * acc.num_processes * peak), 4)}, is_stopping
 
     def step(self, batches: Iterable[dict], work: Work) -> tuple[dict, bool]:
-        """Run one optimizer step, whose loss is the mean over the trained tokens of the step on all ranks
-        together.
+        """Minimize the mean loss over the trained tokens of a step, on all ranks together.
 
-        Returns its record, and whether `stop` is set on any rank. DataError, before anything is updated, for
-        a loss that is not finite or jumps.
+        Returns the step's record, and whether `stop` is set on any rank. DataError, before anything is
+        updated, for a loss that is not finite or jumps.
         """
         args, acc = self.args, self.acc
         # the dropout of adapters depends on seed and step alone
@@ -148,8 +145,7 @@ class Trainer:
                 "grad_norm": norm, **counts}, n_stopping > 0
 
     def check_loss(self, loss: float, norm: float, by_row: list[tuple]) -> None:
-        """Raise DataError with the rows of the highest loss if loss or gradient is not finite, or the loss
-        jumps."""
+        """Raise DataError with the worst rows if loss or gradient is not finite, or the loss jumps."""
         recent, spike = self.run.recent, self.args.spike
         median = statistics.median(recent) if recent else math.inf
         if math.isfinite(loss) and math.isfinite(norm) and not (spike and loss > median + spike):
@@ -173,29 +169,26 @@ class Trainer:
         """Return the mean negative log-likelihood per trained token of the held-out rows."""
         self.objective.eval()
         sums = torch.zeros(2, device=self.acc.device)
-        with nullcontext() if held_out.target.spec else use_packed_attention(self.qwen.model):
-            for batch in held_out.ahead(0, held_out.per_epoch):
-                losses, _, _ = self.objective(to_device(batch, self.acc.device))
-                sums += torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * batch["weight"]
+        for batch in held_out.ahead(0, held_out.per_epoch):
+            losses, _, _ = self.objective(to_device(batch, self.acc.device))
+            sums += torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * batch["weight"]
         self.objective.train()
         nll, n_tokens = self.acc.reduce(sums, "sum").tolist()
         return nll / n_tokens
 
     def export(self) -> None:
-        """Gather the weights and have them written in the released layout, in their original type, as
-        best-N."""
+        """Gather the weights and have them written as best-N: released layout, original type."""
         qwen, is_main = self.qwen, self.acc.is_main_process
         state = whole_state(qwen.model, qwen.saved_dtype, keep=is_main)
         if is_main:
             folder = self.folder / f"best-{self.run.step}"
-            self.saver.submit(lambda: publish(folder, lambda to: save(qwen, to, state)))
+            self.saver.submit(publish, folder, lambda to: save(qwen, to, state))
 
     def save(self, exports: set[int]) -> None:
-        """Have a checkpoint written, and old ones removed after it, and all exports but those of the steps
-        `exports`."""
+        """Have a checkpoint written, then older ones removed and all exports but those of steps `exports`."""
         tensors = snapshot(self.qwen.model, self.optimizer, self.acc.process_index)
-        self.saver.checkpoint(self.folder / f"step-{self.run.step}", tensors, asdict(self.run),
-                              after=lambda: prune(self.folder, self.args.keep, exports))
+        self.saver.submit(self.saver.checkpoint, self.folder / f"step-{self.run.step}", tensors,
+                          asdict(self.run), lambda: prune(self.folder, self.args.keep, exports))
 
     def write_record(self, record: dict) -> None:
         """Append a step's record to log.jsonl, and give it to the trackers."""
@@ -208,7 +201,7 @@ class Trainer:
 
 
 class TimedIterator:
-    """An iterator that adds up the seconds spent waiting for items."""
+    """Adds up the seconds spent waiting for items."""
 
     def __init__(self, source: Iterator):
         self.source, self.seconds = source, 0.0
@@ -231,7 +224,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def status(record: dict) -> str:
-    """Return a step's record in one line for the progress bar."""
+    """Return a step's record as one line for the progress bar."""
     text = (f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {record['lr']:.1e} "
             f"{record['tokens_per_s']} tok/s {record['images_per_s']} img/s, wait {record['data_wait']:.0%}, "
             f"balance {record['balance']:.2f}, {record['peak_gib']:.1f} GiB")

@@ -1,10 +1,8 @@
-"""The model in training: objective, trained weights, adapters, sharding over devices (FSDP2), and whole
-weights again.
+"""The model in training: objective, trained weights, adapters, sharding over devices (FSDP2), whole weights.
 
-`fully_shard` is torch's own and not accelerate's plugin: accelerate wires FSDP for accelerators alone, so
-that its path could not run on CPU ranks, and its default policy rounds the loss to bfloat16. Every decoder
-layer is sharded; embedding, last norm and head are one root group, gathered once per pass. The vision tower
-is replicated, so that a rank whose rows have no image waits for nobody.
+torch's `fully_shard` in place of accelerate's plugin, which does not run on CPU ranks and whose default
+policy rounds the loss to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root
+group, gathered once per pass. The vision tower is replicated, so that a rank without images does not wait.
 """
 import argparse
 import re
@@ -33,9 +31,9 @@ ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj
 
 
 class Objective(torch.nn.Module):
-    """Losses of a micro-batch token by token, so that the caller divides once by the count of the whole step.
+    """Losses of a micro-batch, for the caller to divide by the counts of the whole step.
 
-    Returns the negative log-likelihood [n] of each trained token, whether each was the likeliest [n], and the
+    Returns the negative log-likelihood [n] of each trained token, whether it was the likeliest [n], and the
     alignment summed over latent segments.
     """
 
@@ -60,8 +58,7 @@ class Objective(torch.nn.Module):
             return *self.predict(hidden, batch["labels"]), aligned
 
     def predict(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return losses and hits, CHUNK rows of logits at a time; above, they are recomputed in the backward
-        pass."""
+        """Return losses and hits, CHUNK rows of logits at a time, recomputed in the backward pass."""
         def losses(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = self.model.lm_head(hidden).float()
             return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
@@ -75,8 +72,7 @@ class Objective(torch.nn.Module):
 
 def make_model(device: torch.device, world: int, target: Target,
                args: argparse.Namespace) -> tuple[Qwen, Objective]:
-    """Load, freeze, adapt and shard the model: bfloat16 computation on GPUs, float32 on CPUs, sharded over
-    several."""
+    """Load, freeze, adapt and shard the model; it computes in bfloat16 on GPUs and in float32 on CPUs."""
     on_gpu = device.type == "cuda"
     torch.manual_seed(args.seed)  # every rank makes the same new embedding rows and adapters
     qwen = load(args.model, dtype="bfloat16" if on_gpu else "float32", device=str(device))
@@ -95,8 +91,7 @@ def make_model(device: torch.device, world: int, target: Target,
 
 
 def add_adapters(model: torch.nn.Module, rank: int) -> None:
-    """Freeze all weights and add LoRA to the language model's linear layers: alpha twice the rank, dropout
-    0.05."""
+    """Freeze all weights and add LoRA to the language model: alpha twice the rank, dropout 0.05."""
     try:
         from peft import LoraConfig, inject_adapter_in_model  # optional: only --lora_rank needs it
     except ImportError as error:
@@ -107,8 +102,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> None:
 
 def make_optimizer(model: torch.nn.Module, learning_rate: float,
                    weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW with decay on matrices only, as the Trainer has it; a trained tower, not sharded, has its
-    own groups."""
+    """Return AdamW with decay on matrices only; a trained tower, which is not sharded, has its own groups."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -119,12 +113,10 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float,
 
 @contextmanager
 def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
-    """Inside the block, have the backward pass recompute the activations of "layers", "mlps" or "none" of
-    them.
+    """Inside the block, have the backward pass recompute activations: of "layers", "mlps" or "none".
 
-    The MLPs hold most activations (7 tenths in the 7B model) and, unlike whole layers, use no cache. Only the
-    language model is recomputed: with checkpoints on the whole model a frozen tower would run twice, and
-    backwards once.
+    The MLPs hold most (7 tenths in the 7B model) and, unlike whole layers, use no cache. Checkpoints outside
+    the language model would run a frozen tower twice, and backwards.
     """
     def forward(mlp: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -148,12 +140,11 @@ def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------- sharding
 def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
-    """Shard `model`'s language part over all ranks; `objective`, whose forward runs the model, becomes the
-    root.
+    """Shard the language model over all ranks, with `objective`, whose forward runs it, as the root.
 
     Trained weights become float32 (master weights) layer by layer, so that they are never all here at once.
-    With `low_precision` they are gathered and computed with as bfloat16; gradients are reduced in float32,
-    and what the objective returns keeps its type.
+    With `low_precision` they are gathered and used as bfloat16; gradients are reduced in float32, and losses
+    keep their type.
     """
     if not dist.is_initialized():  # one process, not started by torchrun
         dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo", store=dist.HashStore(),
@@ -168,8 +159,8 @@ def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: boo
 
 
 def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
-    """Average over ranks the gradients of weights that are not sharded (a trained tower); a rank without
-    images gives 0."""
+    """Average the gradients of weights that are not sharded (a trained tower) over ranks, missing ones as
+    0."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
@@ -179,11 +170,8 @@ def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU by name, with adapters merged; every rank must call, only `keep` ranks
-    get them.
-
-    Tied weights appear once.
-    """
+    """Return all weights on the CPU, adapters merged, tied ones once; all ranks call, `keep` ones get
+    them."""
     state = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()

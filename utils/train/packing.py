@@ -26,10 +26,9 @@ NAME = "packed_flash"  # with "flash" in the name the vision tower passes all wi
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
     """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k.
 
-    A pure function of its arguments, so that all ranks make the same plan without communication. The longest
-    rows go first, each into the least loaded of world * K bins, where K is the smallest number that keeps
-    bins within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty. ValueError for a
-    row longer than `max_tokens`.
+    Longest first, each row goes into the least loaded of world * K bins, where K is the smallest number that
+    keeps bins within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty. ValueError
+    for a row longer than `max_tokens`.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
@@ -50,10 +49,9 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0) -> dict:
     """Concatenate rows into one sequence of L tokens, without padding.
 
-    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw if
-    there is an image, cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where the trained tokens
-    are predicted), labels [n], row [n] (each label's row in the pack), row_ids, and `weight`: 1, or 0 for a
-    pack that does not count.
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw of
+    all images, cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where trained tokens are
+    predicted), labels [n], row [n] (each label's row in the pack), row_ids, and `weight` (0: does not count).
     """
     with ThreadPoolExecutor(THREADS) as pool:
         images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
@@ -151,9 +149,8 @@ def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[N
     """Inside the block, have the last decoder layer compute only `positions` [n] after its attention: [1, n,
     hidden].
 
-    Nothing else of its output is read, and in visual CoT these positions are a seventh of all. This layer is
-    not checkpointed: the backward pass begins with it, so that its activations would be freed only for the
-    time that the head takes.
+    Nothing else of its output is read; in visual CoT these are a seventh of all. This layer is not
+    checkpointed: the backward pass begins with it, so that nothing would be freed for long.
     """
     layer = model.model.language_model.layers[-1]
 
