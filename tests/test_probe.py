@@ -1,4 +1,4 @@
-"""Probing, capture and figures on models whose truth is known.    pytest tests/test_probe.py"""
+"""Probing, capture and figures on models whose truth is known."""
 import csv
 
 import benchmark_fixtures as made
@@ -16,20 +16,18 @@ from utils.items import chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
-from utils.probe.capture import find_steps
 from utils.probe.figures import draw_heatmaps
-from utils.probe.input_edits import EDITS
-from utils.probe.questions import TURN, Prober
-from utils.probe.questions import conditions as ways
-from utils.probe.questions import derange, rotations, score
+from utils.probe.questions import TURN, Prober, derange, list_conditions, rotations, score
 from utils.probe.similarity import cosine_matrix
-from utils.probe.states import States
+from utils.probe.states import States, find_steps
 from utils.qwen import add_tokens, encode, load, save
 from utils.spans import CLOSE
 
 pytestmark = pytest.mark.numeric
 
 MIRAGE = PRESETS["mirage"]
+PROBE = ("question", "options", "answer")
+BOX = " It is \\boxed{"
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +36,23 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("items")
     path, items = write_items(folder, 16)
     write_rows(folder / "probe.jsonl",
-               [{"id": f"probe/{i}", "source": item["id"], "question": item["question"],
-                                         "options": item["options"], "answer": item["answer"]} for i,
-                                         item in enumerate(items)])
+               [{"id": f"probe/{i}", "source": item["id"], **{name: item[name] for name in PROBE}}
+                for i, item in enumerate(items)])
     return path
 
 
 def run(data, model, output, *more):
     assert probe.main(["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model",
-                       str(model),
-                       "--output", str(output), "--max_new_tokens", "40", *more]) == 0
+                       str(model), "--output", str(output), "--max_new_tokens", "40", *more]) == 0
     return load_object(output / "metrics.json")
+
+
+def prober_of(model, spec, data, store):
+    """A Prober with the model's own flags, and its items by id."""
+    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
+    args = probe.parse_args(["--model", str(model), "--items", str(data), "--output", "o", "--max_new_tokens",
+                             "40"])
+    return Prober(load(str(model), "float32", "cpu"), spec, items, States(store), args), items
 
 
 # ------------------------------------------------------------------------------------------- whole runs
@@ -58,14 +62,13 @@ def latent_run(trained, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("latent")
     (folder / "model").symlink_to(trained("latent", True))
     return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text",
-                       "--stem", " It is \\boxed{",
-                       "--variants", "tokens_only", "cut", "--crossed", "4", "2")
+                       "--stem", BOX, "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
 
 def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_run):
     folder, metrics = latent_run
     found = metrics["probing"]["conditions"]
-    assert metrics["emission"]["k"] == metrics["emission"]["n"] == 8  # one instance a picture
+    assert metrics["emission"]["k"] == metrics["emission"]["n"] == 8  # one instance per picture
     assert found["image"]["accuracy"] > 0.9  # by R0 it was never trained to answer without imagining first
     for readout in (lambda name: found[name]["accuracy"], lambda name: found[name]["r0"]["accuracy"]):
         assert readout("image_own") > 0.9 and readout("own") > 0.9
@@ -73,7 +76,7 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
     difference = metrics["probing"]["own_minus_other"]
     assert difference["ci"][0] > 0 and difference["r0_nats"]["delta"] > 0.5
     rows = read_rows(folder / "out" / "answers.jsonl", {"condition": str})
-    assert len(rows) == 16 * len(ways(MIRAGE, ["tokens_only", "cut"])) == 160
+    assert len(rows) == 16 * len(list_conditions(MIRAGE, ["tokens_only", "cut"])) == 160
     assert all(row["rule"] != "not_asked" and row["r0"] for row in rows)
 
 
@@ -81,17 +84,15 @@ def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
     """Two pictures of one size: the same question is answered alike without the latents, and differently with
     them."""
     folder, _ = latent_run
-    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
-    args = probe.parse_args(["--model", str(folder / "model"), "--items", str(data), "--output", "o",
-                             "--max_new_tokens", "40"])
-    qwen = load(str(folder / "model"), "float32", "cpu")
-    prober = Prober(qwen, MIRAGE, items, States(folder / "out" / "states"), args)
-    asked, gap = [items["item/1"]] * 2, {}
+    prober, items = prober_of(folder / "model", MIRAGE, data, folder / "out" / "states")
+    questions, gap = [items["item/1"]] * 2, {}
     for name in ("cut", "cut_none"):
-        state, before, able = prober.cut(asked, ["item/0", "item/2"], name)
-        one, two = score_options(qwen, state, asked, ["It is \\boxed{"] * 2, before, "text")
+        asked = prober.cut(questions, ["item/0", "item/2"], name)
+        assert asked.places == [0, 1]
+        one, two = score_options(prober.qwen, asked.state, questions, ["It is \\boxed{"] * 2,
+                                 asked.forced_ids, "text")
         gap[name] = max(abs(one[letter] - two[letter]) for letter in one)
-    assert able == [0, 1] and gap["cut_none"] < 1e-4 and gap["cut"] > 1e-2
+    assert gap["cut_none"] < 1e-4 and gap["cut"] > 1e-2
 
 
 def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
@@ -101,15 +102,15 @@ def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
     assert len(NAMES) == 4 and found["imagination"]["inter_raw"] < 0.5
     assert {"imagination", "text", "image", "start", "dummy_pad"} <= set(found)
     split = metrics["crossed"]["steps"][0]
-    assert split["image"] > 0.9 and split["image"] + split["question"] + split[
-        "interaction"] == pytest.approx(1)
+    assert split["image"] > 0.9
+    assert split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
     rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str})
     assert {row["layer"] for row in rows if row["kind"] == "inner"} == {0, 1}
     first = [row for row in rows if (row["kind"], row["measure"]) == ("imagination", "spectrum")][0]
-    assert 2.5 < first["participation_ratio"] < 3.2  # four codes: three directions beside their mean
+    assert 2.5 < first["participation_ratio"] < 3.2  # four codes: three directions around their mean
 
 
-def test_every_figure_stands_beside_its_numbers(latent_run):
+def test_every_figure_has_its_numbers(latent_run):
     folder, _ = latent_run
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (folder / "out" / f"{name}.png").stat().st_size > 10_000
@@ -123,12 +124,11 @@ def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_r
     again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse",
                 "--options", "text")
     assert (folder / "out" / "probes.jsonl").read_bytes() == before and again["probing"] == metrics["probing"]
+    flags = [data, folder / "model", folder / "out", "--latent", "mirage", "--stage"]
     with pytest.raises(DataError, match="other settings"):
-        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "capture", "--suffix",
-            "Think.")
+        run(*flags, "capture", "--suffix", "Think.")
     with pytest.raises(DataError, match="no states of 6 of"):
-        run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse", "--crossed",
-            "3", "4")
+        run(*flags, "analyse", "--crossed", "3", "4")
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):
@@ -141,16 +141,14 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
     row = generate(qwen, inputs, 40, MIRAGE, capture=True)[0]
     steps, after, _ = find_steps(qwen, MIRAGE, row)
     for kind, wanted in (("latent", row.states[steps]), ("text", row.states[after[:4]]),
-                         ("start", row.states[[steps[0] - 1]]),
-                         ("fed", row.fed)):
+                         ("start", row.states[[steps[0] - 1]]), ("fed", row.fed)):
         assert np.allclose(store.load(item["id"], kind), wanted.numpy(), atol=1e-4), kind
     inner, pads = store.load(item["id"], "inner"), store.load(item["id"], "dummy_pad")
     assert np.allclose(inner[:, 0], row.fed.numpy(), atol=1e-4)  # what the first layer reads is what is fed
     prompt = chat(qwen.tokenizer, question_text(item), 1) + MIRAGE.start + MIRAGE.pad * (MIRAGE.size - 1)
     with torch.no_grad():
-        written = qwen.model.model(**encode(qwen, [prompt],
-                                            [open_images(item, data.parent)])).last_hidden_state[
-                                                0, -MIRAGE.size:]
+        inputs = encode(qwen, [prompt], [open_images(item, data.parent)])
+        written = qwen.model.model(**inputs).last_hidden_state[0, -MIRAGE.size:]
     assert len(steps) == MIRAGE.size and np.allclose(pads, written.numpy(), atol=1e-4)
     assert not np.allclose(pads[1:], row.states[steps[1:]].numpy(), atol=1e-3)
 
@@ -163,44 +161,38 @@ def text_model(trained):
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
     metrics = run(data, text_model, tmp_path / "out", "--circular")
     assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
-    assert metrics["similarity"]["imagination"]["inter_raw"] is not None and "mean" not in metrics["probing"][
-        "conditions"]
-    conditions = metrics["probing"]["conditions"]
-    assert conditions["image"]["accuracy"] > 0.9 and conditions["own"]["accuracy"] > 0.9 and conditions[
-        "other"]["accuracy"] < 0.1
+    assert metrics["similarity"]["imagination"]["inter_raw"] is not None
+    accuracy = {name: entry["accuracy"] for name, entry in metrics["probing"]["conditions"].items()}
+    assert accuracy["image"] > 0.9 and accuracy["own"] > 0.9 and accuracy["other"] < 0.1
+    assert "mean" not in accuracy
 
 
-def test_a_text_imagination_that_is_cut_has_its_own_words_and_nothing_of_the_image(text_model, data,
-                                                                                   tmp_path):
-    """With the words hidden too, the scores are those of a prompt without image that has the question as far
-    off."""
-    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem",
-        " It is \\boxed{")
+def test_a_cut_text_imagination_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):
+    """With the words hidden too, the scores are those of a prompt that ends before the image, with the
+    question at the same distance."""
+    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", BOX)
     rows = read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})
-    assert [sum(row["condition"] == name for row in rows if row["r0"]) for name in ("cut", "cut_other",
-                                                                                    "cut_none")] == [16] * 3
-    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
-    args = probe.parse_args(["--model", str(text_model), "--items", str(data), "--output", "o",
-                             "--max_new_tokens", "40"])
-    prober = Prober(load(str(text_model), "float32", "cpu"), None, items, States(tmp_path / "out" / "states"),
-                    args)
-    qwen, asked, found = prober.qwen, items["item/1"], {}
-    turn = chat(qwen.tokenizer, question_text(asked), 0)
+    assert [sum(row["condition"] == name for row in rows if row["r0"])
+            for name in ("cut", "cut_other", "cut_none")] == [16] * 3
+    prober, items = prober_of(text_model, None, data, tmp_path / "out" / "states")
+    qwen, question, found = prober.qwen, items["item/1"], {}
+    turn = chat(qwen.tokenizer, question_text(question), 0)
     block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(TURN):])
              for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
     for source in ("item/0", "item/3"):
         for name in ("cut", "cut_none"):
-            state, before, able = prober.cut([asked], [source], name)
-            found[name] = score_options(qwen, state, [asked], [" It is \\boxed{"], before, "text")[0]
+            asked = prober.cut([question], [source], name)
+            assert asked.places == [0]
+            found[name] = score_options(qwen, asked.state, [question], [BOX], asked.forced_ids, "text")[0]
         inputs = encode(qwen, [chat(qwen.tokenizer, "", 1)], [open_images(items[source], data.parent)])
         first = int(prefill(qwen, inputs).is_image[0].nonzero()[0])
-        alone = prefill(qwen, {name: inputs[name][..., :first] for name in ("input_ids", "attention_mask",
-                                                                            "position_ids")})
-        alone.positions = state.positions - len(block)
+        alone = prefill(qwen, {name: inputs[name][..., :first]
+                               for name in ("input_ids", "attention_mask", "position_ids")})
+        alone.positions = asked.state.positions - len(block)
         alone = prefill_blocks(qwen, alone, [block])[1]
-        assert torch.equal(alone.positions, state.positions)
-        wanted = score_options(qwen, alone, [asked], [" It is \\boxed{"], [[]], "text")[0]
-        assert able == [0] and found["cut_none"] == pytest.approx(wanted, abs=1e-3)
+        assert torch.equal(alone.positions, asked.state.positions)
+        wanted = score_options(qwen, alone, [question], [BOX], [[]], "text")[0]
+        assert found["cut_none"] == pytest.approx(wanted, abs=1e-3)
         assert max(abs(found["cut"][letter] - wanted[letter]) for letter in wanted) > 1e-2
 
 
@@ -208,8 +200,8 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
     """Scores of a random reader against the same prompts put together by hand."""
     metrics = run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint))
     assert metrics["reader"] == str(tiny_checkpoint) and metrics["emission"]["k"] == 8
-    rows = {(r["id"], r["condition"]): r for r in read_rows(tmp_path / "out" / "answers.jsonl",
-                                                            {"condition": str})}
+    rows = {(row["id"], row["condition"]): row
+            for row in read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})}
     assert {name for _, name in rows} == {"image", "image_own", "text_only", "own", "other"}
     store, reader = States(tmp_path / "out" / "states"), load(str(tiny_checkpoint), "float32", "cpu")
     for i, item in enumerate(read_items(data)[:3]):
@@ -238,8 +230,8 @@ def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_ch
         save(qwen, str(tmp_path / name))
     with pytest.raises(DataError, match="states of 64 numbers, but the latents of .* have 32"):
         run(data, folder / "model", tmp_path / "wide_out", *asked, "--reader", str(tmp_path / "wider"))
-    found = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader",
-                str(tmp_path / "same"))["probing"]
+    metrics = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader", str(tmp_path / "same"))
+    found = metrics["probing"]
     assert found["conditions"]["own"]["asked"] == found["n"] == 16 and "random" in found["conditions"]
 
 
@@ -251,11 +243,11 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
         item["region"], item["question"] = [0, 0, 20, 56], f"{item['question']}{' Now?' * (n % 2)}"
     write_rows(data.parent / "regions.jsonl", items)
     flags = ["--items", str(data.parent / "regions.jsonl"), "--model", str(folder / "model"), "--output",
-             str(tmp_path / "out"),
-             "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
+             str(tmp_path / "out"), "--latent", "mirage", "--max_new_tokens", "40", "--edits", "all"]
     assert probe.main(flags) == 0
     found = load_object(tmp_path / "out" / "metrics.json")["edits"]
-    assert set(found) == {*EDITS, "selectivity"} and all(found[name]["asked"] == 8 for name in EDITS)
+    assert set(found) == {*probe.EDITS, "selectivity"}
+    assert all(found[name]["asked"] == 8 for name in probe.EDITS)
     # batch by batch the same
     assert found["identity"]["change"] == 0.0 and found["identity"]["sensitivity"] is None
     assert found["image_swap"]["change"] > 4 * found["question_swap"]["change"] > 0
@@ -263,8 +255,8 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
     assert {row["measure"] for row in rows if "edit" in row} == {"change", "sensitivity", "selectivity"}
     before = (tmp_path / "out" / "probes.jsonl").read_bytes()
-    assert probe.main([*flags, "--stage", "analyse"]) == 0 and (tmp_path / "out"
-                                                                / "probes.jsonl").read_bytes() == before
+    assert probe.main([*flags, "--stage", "analyse"]) == 0
+    assert (tmp_path / "out" / "probes.jsonl").read_bytes() == before
 
 
 def write_five(folder, monkeypatch):
@@ -272,12 +264,11 @@ def write_five(folder, monkeypatch):
     monkeypatch.setattr(made, "VSTAR", made.VSTAR * 5)
     monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
     monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
-    monkeypatch.setattr(made, "MME", [(f"Is there {what} in the picture? Please answer yes or no.", gold, n)
-                                      for n in range(20) for what,
-                                      gold in (("a dog", "Yes"), ("a cat", "No"))])
+    monkeypatch.setattr(made, "MME", [
+        (f"Is there {thing} in the picture? Please answer yes or no.", gold, n)
+        for n in range(20) for thing, gold in (("a dog", "Yes"), ("a cat", "No"))])
     ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en",
-            "answers": ["Stop"],
-            "image": made.struct(made.picture(n))} for n in range(20)]
+            "answers": ["Stop"], "image": made.struct(made.picture(n))} for n in range(20)]
     sources = {"vstar": made.write_vstar, "mme": made.write_mme, "mme_realworld_lite": made.write_realworld,
                "ocrbench_v2": lambda place: (made.write_parquet(place / "ocr.parquet", ocr), {}),
                "tablevqa/vwtq": made.write_tablevqa}
@@ -320,8 +311,8 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, 
                                                                         for row in rows)
 
 
-def test_an_id_stands_in_one_file_only(data):
-    with pytest.raises(DataError, match="stands already in"):
+def test_an_id_is_in_one_file_only(data):
+    with pytest.raises(DataError, match="duplicate id"):
         probe.main(["--items", str(data), str(data), "--model", "m", "--output", "o"])
 
 
@@ -339,7 +330,7 @@ def test_a_probe_of_no_item_is_named(tiny_checkpoint, data, tmp_path):
     write_rows(tmp_path / "probe.jsonl",
                [{"id": "p", "source": "nobody", "question": "?", "options": [["A", "a"], ["B", "b"]],
                                            "answer": {"type": "letter", "value": "A"}}])
-    with pytest.raises(DataError, match="source 'nobody' is no item"):
+    with pytest.raises(DataError, match="source 'nobody' is not in"):
         probe.main(["--items", str(data), "--probe_items", str(tmp_path / "probe.jsonl"), "--model",
                     str(tiny_checkpoint),
                     "--output", str(tmp_path / "o")])

@@ -105,21 +105,23 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
     return prompts | changes
 
 
-def open_backend(args: argparse.Namespace) -> object:
-    """Return the backend of the flags, not loaded yet."""
-    if args.backend == "local":
+def open_backend(args: argparse.Namespace, backend: str | None = None, model: str | None = None,
+                 base_url: str | None = None) -> object:
+    """Return the backend of the flags, or of those given, not loaded yet."""
+    if (backend or args.backend) == "local":
         if args.temperature or args.extra_body:
             raise DataError(
                 "--temperature and --extra_body are for --backend openai; the local one decodes greedily")
-        return LocalBackend(args.model, args.max_pixels, args.batch_size, args.batch_tokens)
-    return open_server(args, args.max_pixels)
+        return LocalBackend(model or args.model, args.max_pixels, args.batch_size, args.batch_tokens)
+    return open_server(args, args.max_pixels, model, base_url)
 
 
-def open_server(args: argparse.Namespace, max_pixels: int) -> object:
+def open_server(args: argparse.Namespace, max_pixels: int, model: str | None = None,
+                base_url: str | None = None) -> object:
     from utils.openai_backend import HttpBackend  # here: the local backend needs no HTTP client
-    return HttpBackend(args.model, args.base_url, max_pixels, args.image_factor, args.concurrency,
-                       args.timeout,
-                       args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
+    return HttpBackend(model or args.model, base_url or args.base_url, max_pixels, args.image_factor,
+                       args.concurrency, args.timeout, args.server_wait, args.temperature, args.extra_body,
+                       read_api_key(args.api_key_file))
 
 
 @contextmanager

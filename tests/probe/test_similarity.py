@@ -1,19 +1,22 @@
-"""Similarity measures against explicit loops, planted truths and known expectations.    pytest
-tests/test_similarity.py"""
+"""Similarity measures against explicit loops, planted truths and known expectations."""
 import numpy as np
 import pytest
 
-from utils.probe.geometry import cka, retrieval, spectrum, variance_split
-from utils.probe.similarity import (FORMS, Bootstrap, Cell, Measure, PairBootstrap, adjust, apply, calibrate,
-                                    correct, cosine_matrix, draw_halves, pair_masks)
+from utils.probe.analysis import retrieval
+from utils.probe.similarity import (FORMS, Bootstrap, Cell, CellSimilarity, PairBootstrap, apply_form,
+                                    calibrate, correct, cosine_matrix, draw_halves, pair_masks)
 
 
-def measure(states, tasks=None, **more):
+def measure_cells(cells, halves, tasks, n_boot=50):
+    similarity = CellSimilarity(halves, tasks, n_boot=n_boot)
+    return [row for cell in cells for row in similarity.measure(cell)]
+
+
+def measure(states, tasks=None):
     """Rows of [n, steps, d] by (step, measure, form, pairs)."""
     n = len(states)
-    halves = draw_halves(n, 0)
     cells = [Cell(-1, t, np.arange(n), states[:, t]) for t in range(states.shape[1])]
-    rows = Measure(halves, np.zeros(n) if tasks is None else tasks, n_boot=200, **more).run(cells)
+    rows = measure_cells(cells, draw_halves(n, 0), np.zeros(n) if tasks is None else tasks, 200)
     return {(row["step"], row["measure"], row["form"], row["pairs"]): row for row in rows}
 
 
@@ -82,7 +85,7 @@ def test_own_mean_biases_the_cosine_and_a_held_out_mean_does_not():
         matrix = cosine_matrix(states - states.mean(0))
         own.append(matrix[~np.eye(n, dtype=bool)].mean())
         fitted = calibrate(rng.normal(size=(4000, 40)) + 3)
-        held_out.append(cosine_matrix(apply(fitted, states, "centred"))[~np.eye(n, dtype=bool)].mean())
+        held_out.append(cosine_matrix(apply_form(fitted, states, "centred"))[~np.eye(n, dtype=bool)].mean())
     assert np.mean(own) == pytest.approx(-1 / (n - 1), abs=0.001)
     assert abs(np.mean(held_out)) < 0.003
 
@@ -103,19 +106,12 @@ def test_whitening_equals_the_inverse_root_of_the_shrunk_covariance():
     cov = np.cov(fit.T)
     values, vectors = np.linalg.eigh(0.7 * cov + 0.3 * np.trace(cov) / 9 * np.eye(9))
     wanted = (states - fit.mean(0)) @ (vectors / np.sqrt(values)) @ vectors.T
-    assert np.allclose(apply(calibrate(fit, 0.3), states, "whitened"), wanted)
-
-
-def test_adjusting_maps_the_cosine_of_ordinary_tokens_to_zero():
-    row = adjust({"value": 0.6, "low": 0.2, "high": 1.0, "form": "raw"}, 0.2)
-    assert (row["value"], row["low"], row["high"], row["form"]) == (pytest.approx(0.5), 0, 1, "adjusted")
-    with pytest.raises(ValueError, match="c0 is 1"):
-        adjust(row, 1.0)
+    assert np.allclose(apply_form(calibrate(fit, 0.3), states, "whitened"), wanted)
 
 
 def test_few_or_missing_instances_give_no_number():
     cells = [Cell(-1, 0, np.arange(6), np.eye(6)), Cell(-1, 1, np.array([0, 2, 5]), np.eye(6)[:3])]
-    rows = list(Measure(draw_halves(6, 0), np.zeros(6), n_boot=50).run(cells))
+    rows = measure_cells(cells, draw_halves(6, 0), np.zeros(6))
     assert {row["step"] for row in rows} == {0}
 
 
@@ -123,7 +119,7 @@ def test_instances_that_lack_a_step_are_matched_by_who_they_are():
     rng = np.random.default_rng(5)
     codes = rng.normal(size=(8, 30))
     cells = [Cell(-1, 0, np.arange(8), codes), Cell(-1, 1, np.array([7, 1, 3, 5, 6]), codes[[7, 1, 3, 5, 6]])]
-    rows = list(Measure(np.arange(8) % 2, np.zeros(8), n_boot=50).run(cells))
+    rows = measure_cells(cells, np.arange(8) % 2, np.zeros(8))
     [adjacent] = [row for row in rows if row["measure"] == "adjacent" and row["form"] == "raw"]
     assert adjacent["value"] == pytest.approx(1) and adjacent["n"] == 5
 
@@ -153,80 +149,6 @@ def test_intervals_of_spread_mean_and_ratio_cover():
                                             (boot.ratio(x, y), 0.5))):
             covered[k] += entry["low"] < truth < entry["high"]
     assert (covered >= 166).all() and (covered <= 194).all(), covered
-
-
-# ----------------------------------------------------------------------------------- spectrum, CKA, retrieval
-def test_the_spectrum_of_equal_directions_counts_them():
-    states = np.vstack([np.eye(12)[:8], -np.eye(12)[:8]]) + 100
-    found = spectrum(states)
-    assert found["participation_ratio"] == pytest.approx(8) and found["effective_rank"] == pytest.approx(8)
-    assert (found["rank90"], found["rank95"], found["rank99"], found["top1"]) == (8, 8, 8,
-                                                                                  pytest.approx(1 / 8))
-    assert spectrum(np.ones((5, 3)))["participation_ratio"] is None
-
-
-def test_biased_cka_of_independent_sets_is_near_one_and_debiased_near_none():
-    """The published values at n = 100, d = 3584: 0.973 and -0.003."""
-    rng = np.random.default_rng(8)
-    one, two = rng.normal(size=(2, 100, 3584)).astype(np.float32)
-    assert cka(one, two, debiased=False) == pytest.approx(0.973, abs=0.004)
-    assert cka(one, two) == pytest.approx(0, abs=0.02)
-    turn = np.linalg.qr(rng.normal(size=(50, 50)))[0]
-    # rotations, scales and shifts do not matter
-    assert cka(one[:, :50], 3 * one[:, :50] @ turn + 1) == pytest.approx(1)
-
-
-def test_debiased_hsic_equals_its_definition_over_distinct_quadruples():
-    rng = np.random.default_rng(9)
-    x, y, n = rng.normal(size=(6, 2)), rng.normal(size=(6, 3)), 6
-
-    def hsic(k, l):
-        total, count = 0.0, 0
-        for i in range(n):
-            for j in range(n):
-                for q in range(n):
-                    for r in range(n):
-                        if len({i, j, q, r}) == 4:
-                            total += k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q])
-                            count += 1
-        return total / count
-    k, l = x @ x.T, y @ y.T
-    assert cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
-
-
-def test_retrieval_of_same_unrelated_and_constant_states():
-    rng = np.random.default_rng(10)
-    one, two = rng.normal(size=(2, 50, 200))
-    same, unrelated, constant = retrieval(one, one), retrieval(one, two), retrieval(one, np.ones((50, 200)))
-    assert same["top1"] == same["mrr"] == 1 and unrelated["top1"] < 0.15
-    assert constant["top1"] == pytest.approx(1 / 50) and constant["mrr"] == pytest.approx(
-        constant["mrr_chance"])
-
-
-# -------------------------------------------------------------------------------------- variance, sensitivity
-def test_the_variance_split_recovers_planted_shares_whatever_is_common():
-    rng = np.random.default_rng(11)
-    images, questions, d = 30, 20, 400
-    for shares in ((0.6, 0.3, 0.1), (0.1, 0.7, 0.2)):
-        parts = (rng.normal(size=(images, 1, d)), rng.normal(size=(1, questions, d)),
-                 rng.normal(size=(images, questions, d)))
-        states = 50 + sum(np.sqrt(share) * part for share, part in zip(shares, parts))
-        found = variance_split(states, 99)
-        # of the last part, 1 / questions shows as images and 1 / images as questions
-        assert found["image"] == pytest.approx(shares[0] + shares[2] / questions, abs=0.03)
-        assert found["question"] == pytest.approx(shares[1] + shares[2] / images, abs=0.03)
-        assert found["image_p"] == found["question_p"] == 0.01
-        assert found["image"] + found["question"] + found["interaction"] == pytest.approx(1)
-
-
-def test_without_an_effect_of_images_the_share_is_chance_and_the_p_uniform():
-    rng, p, shares = np.random.default_rng(12), [], []
-    for seed in range(100):
-        found = variance_split(rng.normal(size=(5, 4, 6)) + rng.normal(size=(1, 4, 6)), 59, seed)
-        p.append(found["image_p"])
-        shares.append(variance_split(rng.normal(size=(5, 4, 6)), 1, seed)["image"])
-    assert 0.02 <= np.mean(np.array(p) <= 0.1) <= 0.2 and abs(np.mean(p) - 0.5) < 0.1
-    assert np.mean(shares) == pytest.approx(4 / 19, abs=0.015)
 
 
 def test_a_ratio_of_means_is_computed_in_double_precision():

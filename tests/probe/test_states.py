@@ -1,5 +1,4 @@
-"""The store of states: resuming, damage, and cells against what was written.    pytest tests/test_states.py
-"""
+"""The store of states: resuming, damage, and cells against what was written."""
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def test_cells_are_what_was_written_at_any_budget(tmp_path, budget):
         for cell in cells:
             wanted = {i: made[key][kind] for i, key in enumerate(keys)
                       if len(made[key].get(kind, ())) > cell.step}
-            assert cell.rows.tolist() == list(wanted) and cell.states.dtype == np.float32
+            assert cell.instances.tolist() == list(wanted) and cell.states.dtype == np.float32
             own = [x[cell.step] if cell.layer < 0 else x[cell.step, cell.layer] for x in wanted.values()]
             assert np.array_equal(cell.states, np.array(own, dtype=np.float32))
     assert len(list(store.cells("latent", keys, n_steps=2))) == 2 and not list(store.cells("fed", keys))
@@ -66,7 +65,8 @@ def test_a_kill_at_any_moment_leaves_whole_samples(tmp_path):
             "with StateWriter(sys.argv[1]) as writer:\n"
             "    print('begun', flush=True)\n"
             "    for i in range(100000):\n"
-            "        if f's/{i}' not in writer: writer.add(f's/{i}', {'latent': np.full((4, 500), i, dtype=np.float32)})\n")
+            "        if f's/{i}' not in writer:\n"
+            "            writer.add(f's/{i}', {'latent': np.full((4, 500), i, dtype=np.float32)})\n")
     for wait in (0.05, 0.2):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT,
                                    stdout=subprocess.PIPE)

@@ -1,91 +1,92 @@
-"""do(X): the same item asked with one thing changed, and how far that moves the imagination and the text
-after it.
+"""do(X): ask an item with one thing changed; measure how far that moves the imagination and the text after.
 
-    identity         nothing: the floor, 0 but for rounding where batches differ
-    image_swap       the images of another item               question_swap    the question and options of
-    another item
-    mask_relevant    the item's region greyed                 mask_irrelevant  a box of its size elsewhere
-    greyed
-    brightness       all images darker by a fifth             crop             5 % cut off each side, then
-    resized back
+    identity         nothing: 0 except for rounding where batches differ
+    image_swap       the images of another item
+    question_swap    the question and options of another item
+    mask_relevant    the region of the item in grey
+    mask_irrelevant  a box of the same size elsewhere in grey
+    brightness       all images darker by a fifth
+    crop             5 % cut off each side, then resized back
 
-Masks need a "region" ([left, top, right, bottom] in pixels of the first image) that leaves room for its like.
-The other way to ask about X is to cross images with questions. E|Z(x) - Z(x')| / E|h(x) - h(x')| is the
-sensitivity, h being the states of the text after the imagination at the same offset; that of the relevant
-over that of the irrelevant mask is the selectivity, given for Z and for h.
+Masks need a "region" ([left, top, right, bottom] in pixels of the first image) that leaves space for a second
+box. The sensitivity is E|Z(x) - Z(x')| / E|h(x) - h(x')|, where h are the states of the text after the
+imagination at the same offset. The selectivity is the ratio of what the two masks move, for Z and for h. The
+other way to vary X is to cross images with questions.
 """
-import argparse
 import random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from utils.images import MASK_GREY
 from utils.items import open_images, region_in
-from utils.probe.geometry import variance_split
-from utils.probe.similarity import N_BOOT, Bootstrap
+from utils.probe.similarity import Bootstrap
 from utils.probe.states import States
 
-EDITS = ("identity", "image_swap", "question_swap", "mask_relevant", "mask_irrelevant", "brightness", "crop")
-DARKER = 0.8  # of every value
+ASKED = ("question", "options", "metric", "hint", "answer")
+DARKER = 0.8  # factor of every value
 CUT_OFF = 0.05  # of each side
 
 
 # ------------------------------------------------------------------------------------ edited items
-def edited(name: str, items: list[dict], seed: int) -> list[dict]:
-    """Return the items that can be edited so, as items of their own: id "<id>#<name>", "from" the id of the
-    unedited."""
-    made = []
+def edit_items(name: str, items: list[dict], seed: int) -> list[dict]:
+    """Return edited copies of the items that allow the edit: id "<id>#<name>", "from" the original id."""
+    edited = []
     for place, item in enumerate(items):
         changes = edit_of(name, place, items, seed)
         if changes is not None:
-            made.append({**item, **changes, "id": f"{item['id']}#{name}", "from": item["id"]})
-    return made
+            edited.append({**item, **changes, "id": f"{item['id']}#{name}", "from": item["id"]})
+    return edited
 
 
 def edit_of(name: str, place: int, items: list[dict], seed: int) -> dict | None:
-    """Return the fields that an edit changes of the item at `place`, or None if it cannot be made."""
+    """Return the fields that an edit changes in the item at `place`, or None if the edit is impossible."""
     item, others = items[place], items[place + 1:] + items[:place]
     if name == "image_swap":
-        other = next((o for o in others if len(o["images"]) == len(item["images"])
-                      and (o["root"], o["images"]) != (item["root"], item["images"])), None)
-        return other and {"images": other["images"], "root": other["root"]}
+        for other in others:
+            differs = (other["root"], other["images"]) != (item["root"], item["images"])
+            if differs and len(other["images"]) == len(item["images"]):
+                return {"images": other["images"], "root": other["root"]}
+        return None
     if name == "question_swap":
-        other = next((o for o in others if o["question"] != item["question"]), None)
-        return other and {field: other.get(field) for field in ("question", "options", "metric", "hint",
-                                                                "answer")}
+        for other in others:
+            if other["question"] != item["question"]:
+                return {field: other.get(field) for field in ASKED}
+        return None
     if not name.startswith("mask"):
         return {"edit": {"name": name}}
     if not item.get("region"):
         return None
     size = open_images(item, item["root"])[0].size
     box = region_in(item, size)
-    # None: then neither mask is made, so that they are of one set
     elsewhere = other_box(box, size, f"{seed}/{item['id']}")
-    return elsewhere and {"edit": {"name": name, "box": box if name == "mask_relevant" else elsewhere}}
+    if elsewhere is None:  # then neither mask is made: both are compared on the same items
+        return None
+    return {"edit": {"name": name, "box": box if name == "mask_relevant" else elsewhere}}
 
 
 def other_box(box: list[int], size: tuple[int, int], seed: str) -> list[int] | None:
-    """Return a box of the same sides that does not touch `box`, drawn evenly from all places; None if there
-    is none."""
+    """Return a box of the same sides that does not touch `box`, drawn uniformly, or None if nothing fits."""
     (left, top, right, bottom), (width, height) = box, size
     w, h = right - left, bottom - top
-    clear_x = [*range(left - w + 1), *range(right, width - w + 1)]  # beside it at every height
+    clear_x = [*range(left - w + 1), *range(right, width - w + 1)]  # to its left or right, at any height
     clear_y = [*range(top - h + 1), *range(bottom, height - h + 1)]
-    n_beside = len(clear_x) * (height - h + 1)
+    n_sideways = len(clear_x) * (height - h + 1)
     over_x = range(max(left - w + 1, 0), min(right, width - w + 1))  # above or below it
-    if not n_beside + len(over_x) * len(clear_y):
+    n_places = n_sideways + len(over_x) * len(clear_y)
+    if not n_places:
         return None
-    n = random.Random(seed).randrange(n_beside + len(over_x) * len(clear_y))
-    if n < n_beside:
+    n = random.Random(seed).randrange(n_places)
+    if n < n_sideways:
         x, y = clear_x[n % len(clear_x)], n // len(clear_x)
     else:
-        x, y = over_x[(n - n_beside) % len(over_x)], clear_y[(n - n_beside) // len(over_x)]
+        x, y = over_x[(n - n_sideways) % len(over_x)], clear_y[(n - n_sideways) // len(over_x)]
     return [x, y, x + w, y + h]
 
 
-def open_shown(item: dict) -> list[Image.Image]:
-    """Open the images of an item with a "root", as its edit shows them."""
+def open_edited(item: dict) -> list[Image.Image]:
+    """Open the images of an item with a "root", with its edit applied."""
     images, edit = open_images(item, item["root"]), item.get("edit") or {"name": "identity"}
     if edit["name"].startswith("mask"):
         images[0].paste(MASK_GREY, tuple(edit["box"]))
@@ -98,96 +99,123 @@ def open_shown(item: dict) -> list[Image.Image]:
     return images
 
 
-# ------------------------------------------------------------------------------------ what an edit moves
-def moves(store: States, kind: str, key: str, other: str) -> np.ndarray:
-    """Return |a - b| of the states of two samples, step by step as far as both go (of latents: in the first
-    segment)."""
-    name = store.find(kind)
-    pair = [store.load(each, name) for each in (key, other)]
-    if pair[0] is None or pair[1] is None:
-        return np.zeros(0)
-    ends = [store.records[each]["segments"][0] if name == "latent" else len(x) for each,
-            x in zip((key, other), pair)]
-    n = min(ends)
-    return np.linalg.norm(pair[0][:n].astype(np.float64) - pair[1][:n], axis=1)
+# ------------------------------------------------------------------------------------ how far an edit moves
+class Moved(NamedTuple):
+    """Distances between the states of an item and of its edited copy, by step."""
+
+    imagination: np.ndarray
+    text: np.ndarray
 
 
-def measure_edits(store: States, sets: dict[str, list[dict]], args: argparse.Namespace) -> tuple[list[dict],
-                                                                                                 dict]:
-    """Return rows for probes.jsonl, a step each, and a summary of the edited items in `sets` (name -> items).
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # two series by step per sample
+
+
+def distances(store: States, kind: str, key: str, other: str) -> np.ndarray:
+    """Return |a - b| of the states of two samples over the steps of both (latents: of the first segment)."""
+    name, states = store.find(kind), []
+    for sample in (key, other):
+        x = store.load(sample, name)
+        if x is None:
+            return np.zeros(0)
+        states.append(x[:store.records[sample]["segments"][0]] if name == "latent" else x)
+    n = min(map(len, states))
+    return np.linalg.norm(states[0][:n].astype(np.float64) - states[1][:n], axis=1)
+
+
+def common_steps(pairs: Pairs) -> int:
+    return max((min(map(len, pair)) for pair in pairs), default=0)
+
+
+def at_step(pairs: Pairs, step: int) -> np.ndarray:
+    """Return the values [m, 2] of the samples that have the step in both series."""
+    return np.array([(a[step], b[step]) for a, b in pairs if min(len(a), len(b)) > step])
+
+
+def mean_over_steps(pairs: Pairs) -> np.ndarray:
+    """Return the means [m, 2] over the steps that both series have, of samples with at least one."""
+    n_steps = [min(map(len, pair)) for pair in pairs]
+    return np.array([[series[:n].mean() for series in pair] for pair, n in zip(pairs, n_steps) if n])
+
+
+def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> dict | None:
+    """Return the ratio of two means with its interval over samples, or None if the lower is 0."""
+    return Bootstrap(len(above), seed=seed).ratio(above, below) if below.sum() > 0 else None
+
+
+def measure_edits(store: States, sets: dict[str, list[dict]], seed: int) -> tuple[list[dict], dict]:
+    """Return the rows of probes.jsonl, by step, and a summary of the edited items in `sets` (by edit).
 
     "change" is E|Z(x) - Z(x')|, "sensitivity" its ratio to that of the text at the same offset (null where
-    the text does not move at all), "selectivity" the ratio of the two masks. In the summary a sample counts
-    by its mean over the steps.
+    the text does not move), "selectivity" the ratio of the two masks. In the summary each sample counts with
+    its mean over the steps.
     """
     rows, summary, moved = [], {}, {}
     for name, items in sets.items():
-        both = [item for item in items if all(store.records[key]["emitted"] for key in (item["from"],
-                                                                                        item["id"]))]
-        moved[name] = {item["from"]: (moves(store, "imagination", item["from"], item["id"]),
-                                      moves(store, "text", item["from"], item["id"])) for item in both}
-        base = sum(store.records[item["from"]]["emitted"] for item in items)
-        summary[name] = {"asked": len(items), "emitted": base, "emitted_too": len(both), "sensitivity": None}
-        z, h = ([x[k] for x in moved[name].values() if min(map(len, x))] for k in (0, 1))
-        if len(z) >= 2:
-            n_steps = [min(len(a), len(b)) for a, b in zip(z, h)]
-            means = [np.array([x[:n].mean() for x, n in zip(side, n_steps)]) for side in (z, h)]
-            summary[name] |= {"change": float(means[0].mean()), "sensitivity": ratio(*means, args)}
-        for step in range(max(map(len, z), default=0)):
-            place = {"layer": -1, "step": step, "form": "raw", "pairs": "all", "edit": name}
-            at = np.array([(a[step], b[step]) for a, b in zip(z, h) if min(len(a), len(b)) > step])
-            if len(at) >= 2:
-                boot = Bootstrap(len(at), args.level, N_BOOT, args.seed)
-                rows += [{"kind": kind, **place, "measure": "change", **boot.mean(x)}
-                         for kind, x in zip(("imagination", "text"), at.T)]
-                rows.append({"kind": "imagination", **place, "measure": "sensitivity", **(
-                    ratio(*at.T, args) or {"value": None, "low": None, "high": None, "n": len(at)})})
+        emitted = [item for item in items if store.records[item["from"]]["emitted"]]
+        both = [item for item in emitted if store.records[item["id"]]["emitted"]]
+        moved[name] = {item["from"]: Moved(*(distances(store, kind, item["from"], item["id"])
+                                             for kind in Moved._fields)) for item in both}
+        pairs = list(moved[name].values())
+        summary[name] = {"asked": len(items), "emitted": len(emitted), "emitted_too": len(both),
+                         "sensitivity": None}
+        means = mean_over_steps(pairs)
+        if len(means) >= 2:
+            summary[name] |= {"change": float(means[:, 0].mean()), "sensitivity": ratio(*means.T, seed)}
+        rows += change_rows(name, pairs, seed)
     if {"mask_relevant", "mask_irrelevant"} <= set(moved):
-        more, summary["selectivity"] = selectivity(moved["mask_relevant"], moved["mask_irrelevant"], args)
+        more, summary["selectivity"] = selectivity(moved["mask_relevant"], moved["mask_irrelevant"], seed)
         rows += more
     return rows, summary
 
 
-def selectivity(relevant: dict, irrelevant: dict, args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """Return rows a step and {kind: ratio over all steps} of what two masks move of the same samples."""
+def change_rows(name: str, pairs: Pairs, seed: int) -> list[dict]:
+    """Return change and sensitivity at every step that two samples or more have."""
+    rows = []
+    for step in range(common_steps(pairs)):
+        at = at_step(pairs, step)
+        if len(at) < 2:
+            continue
+        place = {"layer": -1, "step": step, "form": "raw", "pairs": "all", "edit": name}
+        boot = Bootstrap(len(at), seed=seed)
+        rows += [{"kind": kind, **place, "measure": "change", **boot.mean(x)}
+                 for kind, x in zip(Moved._fields, at.T)]
+        missing = {"value": None, "low": None, "high": None, "n": len(at)}
+        rows.append({"kind": "imagination", **place, "measure": "sensitivity",
+                     **(ratio(*at.T, seed) or missing)})
+    return rows
+
+
+def selectivity(relevant: dict[str, Moved], irrelevant: dict[str, Moved],
+                seed: int) -> tuple[list[dict], dict]:
+    """Return rows by step, and {kind: ratio over all steps}, of what two masks move in the same samples."""
     rows, summary = [], {}
-    names = [name for name in relevant if name in irrelevant]
-    for k, kind in enumerate(("imagination", "text")):
-        pairs = [(relevant[name][k], irrelevant[name][k]) for name in names]
-        n_steps = [min(map(len, pair)) for pair in pairs]
-        means = np.array([[x[:n].mean() for x in pair] for pair, n in zip(pairs, n_steps) if n])
-        summary[kind] = ratio(*means.T, args) if len(means) >= 2 else None
-        for step in range(max(n_steps, default=0)):
-            at = np.array([(a[step], b[step]) for (a, b), n in zip(pairs, n_steps) if n > step])
-            found = ratio(*at.T, args) if len(at) >= 2 else None
-            if found:
+    for k, kind in enumerate(Moved._fields):
+        pairs = [(relevant[name][k], irrelevant[name][k]) for name in relevant if name in irrelevant]
+        means = mean_over_steps(pairs)
+        summary[kind] = ratio(*means.T, seed) if len(means) >= 2 else None
+        for step in range(common_steps(pairs)):
+            at = at_step(pairs, step)
+            if len(at) >= 2 and (entry := ratio(*at.T, seed)):
                 rows.append({"kind": kind, "layer": -1, "step": step, "form": "raw", "pairs": "all",
-                             "edit": "mask",
-                             "measure": "selectivity", **found})
+                             "edit": "mask", "measure": "selectivity", **entry})
     return rows, summary
 
 
-def ratio(above: np.ndarray, below: np.ndarray, args: argparse.Namespace) -> dict | None:
-    """Return the ratio of two means with its interval over samples, or None if the lower is 0."""
-    return Bootstrap(len(above), args.level, N_BOOT, args.seed).ratio(above,
-                                                                      below) if below.sum() > 0 else None
-
-
-# ------------------------------------------------------------------------------ images crossed with questions
-def crossed_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
-    """Return the first images x questions as items, all with as many images as the first has."""
+# ------------------------------------------------------------------------------------ images x questions
+def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
+    """Return the first images x questions as items, all with as many images as the first one."""
     able = [item for item in items if len(item["images"]) == len(items[0]["images"])]
     return [[{**asked, "id": f"{shown['id']}@{asked['id']}", "group_id": shown["id"],
               "images": shown["images"], "root": shown["root"]}
              for asked in able[:n_questions]] for shown in able[:n_images]]
 
 
-def split_crossed(store: States, grid: list[list[dict]], args: argparse.Namespace) -> dict:
-    """Return for each step the variance split over the images that imagined something at every question, and
-    how much an exchange of images and of questions moves the imagination beside the first text state."""
+def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
+    """Return for each step the variance split over the images that always imagined something, and how far
+    swapping images and swapping questions moves the imagination relative to the first text state."""
     name = store.find("imagination")
-    whole = [row for row in grid if all(name in store.records[item["id"]]["tensors"] and "text" in
-                                        store.records[item["id"]]["tensors"] for item in row)]
+    whole = [row for row in grid
+             if all({name, "text"} <= set(store.records[item["id"]]["tensors"]) for item in row)]
     result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": []}
     if len(whole) < 2 or len(grid[0]) < 2:
         return result
@@ -195,9 +223,40 @@ def split_crossed(store: States, grid: list[list[dict]], args: argparse.Namespac
     text = np.array([[store.load(item["id"], "text")[0] for item in row] for row in whole])
     for step in range(min(len(x) for row in states for x in row)):
         at = np.array([[x[step] for x in row] for row in states])
-        entry = {"step": step + 1, **variance_split(at, seed=args.seed)}
+        entry = {"step": step + 1, **variance_split(at, seed=seed)}
         for kind, axis in (("image", 0), ("question", 1)):
             moved, reference = (np.linalg.norm(x - np.roll(x, 1, axis), axis=2).mean(1) for x in (at, text))
-            entry[f"{kind}_swap"] = ratio(moved, reference, args)
+            entry[f"{kind}_swap"] = ratio(moved, reference, seed)
         result["steps"].append(entry)
     return result
+
+
+def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dict:
+    """Split the variance of states [images, questions, d], one run of each pair, into images, questions and
+    their interaction.
+
+    The shares sum to 1, and a direction common to all runs does not matter. By chance alone the expected
+    share of images is (A - 1) / (AB - 1), "image_chance". "image_p" permutes images within every question,
+    "question_p" questions within every image: (1 + k) / (1 + n_perm).
+    """
+    n_images, n_questions, d = states.shape
+    if min(n_images, n_questions) < 2:
+        raise ValueError(f"variance_split: {n_images} images and {n_questions} questions, expected two of "
+                         "each or more")
+    flat = states.reshape(-1, d) - states.reshape(-1, d).mean(0, dtype=np.float64)
+    gram, places = flat @ flat.T, np.arange(len(flat)).reshape(n_images, n_questions)
+    total, size = float(np.trace(gram)), len(flat)
+    if total <= 1e-24 * float((states.astype(np.float64) ** 2).sum()):
+        raise ValueError("variance_split: the states do not vary at all, so there are no shares")
+
+    def between_rows(index: np.ndarray) -> float:
+        """Return the sum of squares of the row means, for an index [rows, columns]."""
+        return float(gram[index[:, :, None], index[:, None, :]].sum() / index.shape[1])
+
+    rng, result = np.random.default_rng(seed), {"images": n_images, "questions": n_questions}
+    for name, index in (("image", places), ("question", places.T)):
+        own = between_rows(index)
+        k = sum(between_rows(rng.permuted(index, axis=0)) >= own * (1 - 1e-12) for _ in range(n_perm))
+        result |= {name: own / total, f"{name}_chance": (len(index) - 1) / (size - 1),
+                   f"{name}_p": (1 + k) / (1 + n_perm)}
+    return result | {"interaction": 1 - result["image"] - result["question"]}

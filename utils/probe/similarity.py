@@ -1,49 +1,46 @@
-"""How alike states are between instances and from step to step: raw, and corrected for what all of them
-share. numpy only.
+"""How alike states are between instances and from step to step: raw, and corrected for what all share.
 
-Raw cosine is ruled by what states have in common: states with one large common direction lie at 0.98 however
-well they tell instances apart. Every correction is fitted on instances other than those it is applied to
-(`draw_halves`, `correct`): a mean of one's own set would put the cosine of unrelated states at -1 / (n - 1).
-Pairs of corrected states are taken within halves.
+Raw cosine is dominated by what states have in common: states with one large common direction have a cosine of
+0.98 however well they tell instances apart. Every correction is fitted on other instances than those it is
+applied to (`draw_halves`, `correct`): subtracting the mean of the same set would put the cosine of unrelated
+states at -1 / (n - 1). Pairs of corrected states are taken within halves.
 
     raw            cos(z, z')
     centred        after subtracting the mean of the calibration half
-    standardised   after that, divided by its standard deviation in each dimension (outlier coordinates)
-    whitened       after that, multiplied by (1 - rho) S + rho tr(S) / d I to the power -1/2, S its covariance
-    adjusted       (c - c0) / (1 - c0), c0 the raw cosine of ordinary tokens (Ethayarajh 2019, "How Contextual
-    ...")
+    standardised   then divided by its standard deviation in each dimension (outlier coordinates)
+    whitened       centred, then multiplied by ((1 - rho) S + rho tr(S) / d I)^(-1/2), S its covariance
+    adjusted       (c - c0) / (1 - c0), c0 the raw cosine of ordinary tokens (Ethayarajh 2019)
 
-Intervals draw instances, not pairs: the n - 1 pairs of one instance are not independent. A cell is the states
-of all instances at one step and one layer; `measure_cells` holds three cells at a time, whatever their
-number.
+Intervals resample instances, not pairs: the n - 1 pairs of one instance are not independent. A cell is the
+states of all instances at one step and one layer; three cells are in memory at a time. numpy only.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 FORMS = ("raw", "centred", "standardised", "whitened")
+LEVEL = 0.95  # of all intervals
 N_BOOT = 2000  # resamples of instances
-# rho of `whitened`: bounds what directions without variance in the calibration half can weigh
-SHRINKAGE = 0.1
+SHRINKAGE = 0.1  # rho of `whitened`: bounds the weight of directions without variance in the calibration half
 LEAST_SHARE = 1e-6  # of the largest variance: directions below are rounding in float32
 
 
 class Cell(NamedTuple):
-    """States [n, d] of the instances `rows` [n] (places in a list of instances) at one layer (-1: after the
-    final norm) and one step."""
+    """States [n, d] of the instances [n] (indices of a list) at one step and one layer (-1: after the final
+    norm)."""
 
     layer: int
     step: int
-    rows: np.ndarray
+    instances: np.ndarray
     states: np.ndarray
 
 
 # ------------------------------------------------------------------------------------ corrections
 @dataclass(frozen=True)
 class Calibration:
-    """What other instances tell: mean and scale [d]; orthonormal directions of variance [r, d] with the
+    """Statistics of other instances: mean and scale [d]; orthonormal directions of variance [r, d] with the
     factor that whitens each [r], and the factor of every direction outside them."""
 
     mean: np.ndarray
@@ -54,12 +51,13 @@ class Calibration:
 
 
 def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
-    """Fit the corrections to states [n, d], n >= 2; no [d, d] matrix where n <= d. A dimension that never
-    varies keeps scale 1."""
+    """Fit the corrections to states [n, d], n >= 2, without a [d, d] matrix where n <= d.
+
+    A dimension that never varies keeps scale 1.
+    """
     if len(states) < 2 or not 0 < shrinkage <= 1:
-        raise ValueError(
-            f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or more and "
-                         "0 < shrinkage <= 1")
+        raise ValueError(f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or "
+                         "more and 0 < shrinkage <= 1")
     mean = states.mean(0, dtype=np.float64)
     offsets = (states - mean).astype(states.dtype)
     scale = offsets.std(0, ddof=1)
@@ -78,7 +76,7 @@ def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
     return Calibration(mean, np.where(scale > 0, scale, 1), directions, factors, float(floor ** -0.5))
 
 
-def apply(calibration: Calibration, states: np.ndarray, form: str) -> np.ndarray:
+def apply_form(calibration: Calibration, states: np.ndarray, form: str) -> np.ndarray:
     """Return states [n, d] in one of FORMS."""
     if form == "raw":
         return states
@@ -89,28 +87,26 @@ def apply(calibration: Calibration, states: np.ndarray, form: str) -> np.ndarray
         return offsets / calibration.scale
     if form != "whitened":
         raise ValueError(f"form {form!r}, expected one of {', '.join(FORMS)}")
-    inside = (offsets @ calibration.directions.T) * (calibration.factors
-                                                     - calibration.outside).astype(states.dtype)
+    factors = (calibration.factors - calibration.outside).astype(states.dtype)
+    inside = (offsets @ calibration.directions.T) * factors
     return (calibration.outside * offsets + inside @ calibration.directions).astype(states.dtype)
 
 
 def draw_halves(n: int, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each of n instances, as many of each; drawn, since a file's order may have a period
-    of its own."""
+    """Return 0 or 1 for each of n instances, as many of each, drawn: the order of a file may be periodic."""
     return np.random.default_rng(seed).permutation(n) % 2
 
 
-def correct(states: np.ndarray, halves: np.ndarray, forms: Iterable[str] = FORMS) -> dict[str,
-                                                                                          np.ndarray] | None:
-    """Return {form: [n, d]}, each half corrected by what the other tells; None if a half has fewer than two
-    states."""
+def correct(states: np.ndarray, halves: np.ndarray,
+            forms: Iterable[str] = FORMS) -> dict[str, np.ndarray] | None:
+    """Return {form: [n, d]}, each half corrected by the other; None if a half has fewer than two states."""
     if min((halves == half).sum() for half in (0, 1)) < 2:
         return None
     result = {form: np.empty_like(states) for form in forms}
     for half in (0, 1):
         calibration = calibrate(states[halves != half])
         for form in result:
-            result[form][halves == half] = apply(calibration, states[halves == half], form)
+            result[form][halves == half] = apply_form(calibration, states[halves == half], form)
     return result
 
 
@@ -129,64 +125,60 @@ def cosine_matrix(states: np.ndarray) -> np.ndarray:
 class Bootstrap:
     """Resamples of n instances, the same for every measure of a run, so that differences are paired."""
 
-    def __init__(self, n: int, level: float = 0.95, n_boot: int = N_BOOT, seed: int = 0):
+    def __init__(self, n: int, level: float = LEVEL, n_boot: int = N_BOOT, seed: int = 0):
         self.n, self.level = n, level
         self.drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n),
                                                              size=n_boot).astype(np.float32)
 
-    def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """Return the percentile interval of resampled values; those that are no number (an empty resample)
-        are left out."""
-        low, high = np.quantile(values[np.isfinite(values)], [(1 - self.level) / 2, (1 + self.level) / 2])
-        return float(low), float(high)
+    def entry(self, value: float, resampled: np.ndarray) -> dict:
+        """Return the value with its percentile interval; empty resamples (NaN) are left out."""
+        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
+        low, high = np.quantile(resampled[np.isfinite(resampled)], ends)
+        return {"value": value, "low": float(low), "high": float(high), "n": self.n}
 
     def mean(self, values: np.ndarray) -> dict:
         """Return {"value", "low", "high", "n"} of the mean over instances [n]."""
-        return self._entry(float(values.mean()), self.drawn @ values.astype(np.float64) / self.n)
+        return self.entry(float(values.mean()), self.drawn @ values.astype(np.float64) / self.n)
 
     def ratio(self, above: np.ndarray, below: np.ndarray) -> dict:
-        """Return the same of sum(above) / sum(below), both [n]: instances of nothing weigh nothing."""
+        """Return the same of sum(above) / sum(below), both [n]."""
         above, below = (values.astype(np.float64) for values in (above, below))
         if not below.sum() > 0:
             raise ValueError(f"ratio of means: the lower sum is {below.sum()}, expected above 0")
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self._entry(float(above.sum() / below.sum()), (self.drawn @ above) / (self.drawn @ below))
+            return self.entry(float(above.sum() / below.sum()), (self.drawn @ above) / (self.drawn @ below))
 
     def spread(self, states: np.ndarray) -> dict:
-        """Return the same of the relative spread E|z - mu|^2 / |mu|^2 of states [n, d], an unbiased variance
-        above."""
+        """Return the same of the relative spread E|z - mu|^2 / |mu|^2 of states [n, d], with an unbiased
+        variance."""
         mean = states.mean(0, dtype=np.float64)
         offsets = (states - mean).astype(states.dtype)  # from the mean: small spreads keep their digits
         squares, along = (offsets ** 2).sum(1), (offsets @ mean.astype(states.dtype)).astype(np.float64)
         gram = offsets @ offsets.T
 
-        def of(weights: np.ndarray) -> np.ndarray:
+        def spread_of(weights: np.ndarray) -> np.ndarray:
             shift = ((weights @ gram) * weights).sum(1) / self.n**2  # |mean of the resample - mean|^2
             length = mean @ mean + 2 * weights @ along / self.n + shift
             return (weights @ squares / self.n - shift) * self.n / (self.n - 1) / length
-        return self._entry(float(of(np.ones((1, self.n), dtype=np.float32))[0]), of(self.drawn))
-
-    def _entry(self, value: float, resampled: np.ndarray) -> dict:
-        low, high = self.interval(resampled)
-        return {"value": value, "low": low, "high": high, "n": self.n}
+        return self.entry(float(spread_of(np.ones((1, self.n), dtype=np.float32))[0]), spread_of(self.drawn))
 
 
 class PairBootstrap:
     """Means of an [n, n] matrix over pairs of distinct instances, by mask: {"all": bool [n, n], ...}.
 
     A pair counts as often as both its instances were drawn together. With masks "within" and "between" there
-    is a "difference". A mask without pairs is left out. The weights of the masks are made once for all
-    matrices.
+    is also a "difference". A mask without pairs is left out. The weights are computed once for all matrices.
     """
 
-    def __init__(self, masks: dict[str, np.ndarray], level: float = 0.95, n_boot: int = N_BOOT,
+    def __init__(self, masks: dict[str, np.ndarray], level: float = LEVEL, n_boot: int = N_BOOT,
                  seed: int = 0):
         n = len(next(iter(masks.values())))
-        self.boot, off = Bootstrap(n, level, n_boot, seed), ~np.eye(n, dtype=bool)
-        self.masks = {name: (mask & off) for name, mask in masks.items() if (mask & off).any()}
-        self.counts = {name: self._sums(mask.astype(np.float32)) for name, mask in self.masks.items()}
+        self.boot, distinct = Bootstrap(n, level, n_boot, seed), ~np.eye(n, dtype=bool)
+        self.masks = {name: mask & distinct for name, mask in masks.items() if (mask & distinct).any()}
+        self.counts = {name: self.sums(mask.astype(np.float32)) for name, mask in self.masks.items()}
 
-    def _sums(self, matrix: np.ndarray) -> np.ndarray:
+    def sums(self, matrix: np.ndarray) -> np.ndarray:
+        """Return the sum over all pairs of each resample."""
         drawn = self.boot.drawn
         return ((drawn @ matrix) * drawn).sum(1, dtype=np.float64)
 
@@ -195,97 +187,99 @@ class PairBootstrap:
         result, resampled = {}, {}
         for name, mask in self.masks.items():
             with np.errstate(divide="ignore", invalid="ignore"):
-                resampled[name] = self._sums(np.where(mask, matrix, 0).astype(np.float32)) / self.counts[name]
-            result[name] = self.boot._entry(float(matrix[mask].mean(dtype=np.float64)), resampled[name]) | {
-                "n_pairs": int(mask.sum()) // 2}
+                resampled[name] = self.sums(np.where(mask, matrix, 0).astype(np.float32)) / self.counts[name]
+            entry = self.boot.entry(float(matrix[mask].mean(dtype=np.float64)), resampled[name])
+            result[name] = entry | {"n_pairs": int(mask.sum()) // 2}
         if {"within", "between"} <= set(result):
             value = result["within"]["value"] - result["between"]["value"]
-            result["difference"] = self.boot._entry(value, resampled["within"] - resampled["between"])
+            result["difference"] = self.boot.entry(value, resampled["within"] - resampled["between"])
         return result
 
 
-# ------------------------------------------------------------------------------------ cell by cell
 def pair_masks(halves: np.ndarray | None, tasks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the masks of `PairBootstrap`: all pairs (within halves, if given), of one task, and of two."""
+    """Return the masks of `PairBootstrap`: all pairs (within halves, if given), of one task, of two."""
     together = np.ones((len(tasks),) * 2, dtype=bool) if halves is None else halves[:, None] == halves
     same = tasks[:, None] == tasks
     masks = {"all": together}
     return masks if same.all() else masks | {"within": together & same, "between": together & ~same}
 
 
-class Measure:
-    """Runs over cells in the order layer by layer, step by step, and yields rows of numbers.
+# ------------------------------------------------------------------------------------ cell by cell
+class Corrected(NamedTuple):
+    """A cell and its states in every form."""
 
-    halves and tasks [n] of all instances. `seen(cell, form, matrix)` is called with every inter-instance
-    matrix.
+    cell: Cell
+    forms: dict[str, np.ndarray]
+
+
+class CellSimilarity:
+    """Measures cells that come layer by layer, step by step. halves and tasks [n] are of all instances.
+
+    `matrices` holds the cosines between the instances of the last cell, by form.
     """
 
-    def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = 0.95, n_boot: int = N_BOOT,
-                 seed: int = 0,
-                 forms: tuple[str, ...] = FORMS, seen=None):
+    def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = LEVEL, n_boot: int = N_BOOT,
+                 seed: int = 0):
         self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (level, n_boot, seed)
-        self.forms, self.seen = forms, seen or (lambda cell, form, matrix: None)
-        self.rows: tuple[int, ...] | None = None
+        self.instances: tuple[int, ...] | None = None
+        self.first: Corrected | None = None  # of this layer: step 0, and the step before
+        self.before: Corrected | None = None
+        self.matrices: dict[str, np.ndarray] = {}
 
-    def prepare(self, rows: np.ndarray) -> None:
-        """Make the resamples of these instances, unless the last cell had the same."""
-        if tuple(rows) != self.rows:
-            self.rows, halves, tasks = tuple(rows), self.halves[rows], self.tasks[rows]
-            self.pairs = {True: PairBootstrap(pair_masks(None, tasks), *self.settings),
-                          False: PairBootstrap(pair_masks(halves, tasks), *self.settings)}
+    def resample(self, instances: np.ndarray) -> None:
+        """Draw the resamples of these instances, unless the last cell had the same."""
+        if tuple(instances) != self.instances:
+            self.instances, tasks = tuple(instances), self.tasks[instances]
+            self.all_pairs = PairBootstrap(pair_masks(None, tasks), *self.settings)
+            self.within_halves = PairBootstrap(pair_masks(self.halves[instances], tasks), *self.settings)
 
-    def run(self, cells: Iterable[Cell]) -> Iterator[dict]:
-        """Yield {"layer", "step", "measure", "form", "pairs", "value", "low", "high", "n"}; steps count from
-        0.
+    def measure(self, cell: Cell) -> list[dict]:
+        """Return rows {"layer", "step", "measure", "form", "pairs", "value", "low", "high", "n"}.
 
         inter: pairs of instances at the step; adjacent: this step and the one before; first: this step and
-        step 0, of one instance; drift: |z_t - z_(t-1)| / |z_(t-1)|; spread: relative spread. Below four
-        instances nothing is yielded.
+        step 0, of one instance; drift: |z_t - z_(t-1)| / |z_(t-1)|; spread: relative spread. Fewer than four
+        instances give no rows. Steps count from 0.
         """
-        first = before = None
-        for cell in cells:
-            if first is None or cell.layer != first[0].layer:
-                first = before = None
-            if len(cell.rows) < 4:
-                continue
-            self.prepare(cell.rows)
-            place = {"layer": cell.layer, "step": cell.step}
-            forms = correct(cell.states, self.halves[cell.rows], self.forms) or {"raw": cell.states}
-            for form, states in forms.items():
-                matrix = cosine_matrix(states)
-                self.seen(cell, form, matrix)
-                for name, entry in self.pairs[form == "raw"].summary(matrix).items():
-                    yield {**place, "measure": "inter", "form": form, "pairs": name, **entry}
-            yield {**place, "measure": "spread", "form": "raw", "pairs": "all",
-                   **self.pairs[True].boot.spread(cell.states)}
-            for name, other in (("adjacent", before), ("first", first)):
-                if other is not None and (name == "first" or other[0].step + 1 == cell.step):
-                    yield from ({**place, **row} for row in self.between(name, other, (cell, forms)))
-            before = cell, forms
-            first = first or (before if cell.step == 0 else None)
+        self.matrices = {}
+        if self.first is None or cell.layer != self.first.cell.layer:
+            self.first = self.before = None
+        if len(cell.instances) < 4:
+            return []
+        self.resample(cell.instances)
+        place, rows = {"layer": cell.layer, "step": cell.step}, []
+        forms = correct(cell.states, self.halves[cell.instances]) or {"raw": cell.states}
+        for form, states in forms.items():
+            self.matrices[form] = cosine_matrix(states)
+            pairs = self.all_pairs if form == "raw" else self.within_halves
+            rows += [{**place, "measure": "inter", "form": form, "pairs": name, **entry}
+                     for name, entry in pairs.summary(self.matrices[form]).items()]
+        rows.append({**place, "measure": "spread", "form": "raw", "pairs": "all",
+                     **self.all_pairs.boot.spread(cell.states)})
+        current = Corrected(cell, forms)
+        if self.before is not None and self.before.cell.step + 1 == cell.step:
+            rows += [{**place, **row} for row in self.compare_steps("adjacent", self.before, current)]
+        if self.first is not None:
+            rows += [{**place, **row} for row in self.compare_steps("first", self.first, current)]
+        self.before = current
+        if cell.step == 0:
+            self.first = current
+        return rows
 
-    def between(self, name: str, earlier: tuple[Cell, dict], later: tuple[Cell, dict]) -> Iterator[dict]:
-        """Yield the rows of two steps of the instances that have both."""
-        _, mine, its = np.intersect1d(later[0].rows, earlier[0].rows, return_indices=True)
-        if len(mine) < 2:
-            return
-        boot = self.pairs[True].boot if len(mine) == len(self.rows) else Bootstrap(len(mine), *self.settings)
-        for form in later[1]:
-            if form in earlier[1]:
-                one, two = earlier[1][form][its], later[1][form][mine]
-                yield {"measure": name, "form": form, "pairs": "all",
-                       **boot.mean((unit(one) * unit(two)).sum(1))}
+    def compare_steps(self, name: str, earlier: Corrected, later: Corrected) -> list[dict]:
+        """Return the rows of two steps, over the instances that have both."""
+        _, in_later, in_earlier = np.intersect1d(later.cell.instances, earlier.cell.instances,
+                                                 return_indices=True)
+        n, rows = len(in_later), []
+        if n < 2:
+            return rows
+        boot = self.all_pairs.boot if n == len(self.instances) else Bootstrap(n, *self.settings)
+        for form in later.forms:
+            if form in earlier.forms:
+                one, two = earlier.forms[form][in_earlier], later.forms[form][in_later]
+                rows.append({"measure": name, "form": form, "pairs": "all",
+                             **boot.mean((unit(one) * unit(two)).sum(1))})
         if name == "adjacent":
-            one, two = earlier[0].states[its], later[0].states[mine]
-            steps = np.linalg.norm(two - one, axis=1) / np.maximum(np.linalg.norm(one, axis=1), 1e-30)
-            yield {"measure": "drift", "form": "raw", "pairs": "all", **boot.mean(steps)}
-
-
-def adjust(row: dict, c0: float) -> dict:
-    """Return a raw row as "adjusted" for anisotropy: c0 is the raw cosine of ordinary tokens at the same
-    layer, below 1."""
-    if not c0 < 1:
-        raise ValueError(
-            f"c0 is {c0}, expected below 1: ordinary tokens that are all alike leave nothing to adjust to")
-    return {**row, "form": "adjusted", **{end: (row[end] - c0) / (1 - c0) for end in ("value", "low",
-                                                                                      "high")}}
+            one, two = earlier.cell.states[in_earlier], later.cell.states[in_later]
+            lengths = np.linalg.norm(two - one, axis=1) / np.maximum(np.linalg.norm(one, axis=1), 1e-30)
+            rows.append({"measure": "drift", "form": "raw", "pairs": "all", **boot.mean(lengths)})
+        return rows

@@ -1,49 +1,60 @@
-"""A store of captured states: one safetensors file a sample, one JSONL line that says it is whole. No torch
-here.
+"""Capture states and store them: per sample one safetensors file, and one JSONL line that marks it complete.
 
-    folder/meta.json                       what all samples share (model, family, prompt settings): must not
-    change
+    folder/meta.json                       what all samples share and may not change: model, family, prompts
     folder/states-<shard>-of-<n>.jsonl     {"key", "file", "tensors": {name: shape}, ...facts}; append-only
     folder/<aa>/<sha256 of the key>.safetensors
 
 Tensors are [steps, d] or, for "inner", [steps, layers, d], by kind:
 
-    latent     raw latents: states after the final norm, as a latent step feeds them (all segments one after
-    another)
-    fed        what was fed in their place, after any edit          dummy_pad  states where pads' own
-    embeddings were fed
-    imagined   states of the tokens of the first text imagination   start      the state that chose to imagine
-    [1, d]
-    text       ordinary steps after the first imagination           image      visual tokens as they enter the
-    language model
+    latent     raw latents: states after the final norm, as a latent step feeds them, of all segments
+    fed        what was fed at the latents, after any edit
+    dummy_pad  states where the pad's own embedding was fed instead
+    imagined   states of the tokens of the first text imagination
+    start      the state that chose to imagine [1, d]
+    text       ordinary steps after the first imagination
+    image      visual tokens as they enter the language model
     inner      inputs of every decoder layer at the latent positions
 
-A sample is written aside and renamed, then its line is appended: killed anywhere, a sample is there or is
-done again.
+A sample is written to a temporary file and renamed, then its line is appended: after a kill it is either
+complete or captured again.
 """
+import argparse
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save as to_bytes
+from tqdm import tqdm
 
+from utils.decode import State, decode, prefill
+from utils.items import prompt_of
 from utils.journal import Journal, read_settings
 from utils.jsonl import DataError, replace_file
+from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids
 from utils.probe.similarity import Cell
+from utils.qwen import Qwen, encode, image_features
+from utils.spans import CLOSE, find_spans
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
+# analysed kind -> kinds in the store, of which a store has one
 STORED = {"imagination": ("latent", "imagined"), "text": ("text",), "image": ("image",), "start": ("start",),
-          # kind that is analysed -> kinds in the store, whichever is there
           "dummy_pad": ("dummy_pad",), "inner": ("inner",)}
 NAME = "states"
 BUDGET = 1 << 30  # bytes of states held at once by `States.cells`
 
 
+def batched(rows: list[dict], size: int, desc: str) -> tqdm:
+    return tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc=desc)
+
+
 def text_hash(text: str) -> str:
-    """Return the sha256 of a prompt, so that states of other prompts are told apart."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -52,8 +63,9 @@ def file_name(key: str) -> str:
     return f"{digest[:2]}/{digest}.safetensors"
 
 
+# ------------------------------------------------------------------------------------ the store
 class StateWriter:
-    """Appends samples to a store; `key in writer` tells what is there already. Use as a context manager."""
+    """Appends samples to a store; `key in writer` is whether it has one. Use as a context manager."""
 
     def __init__(self, folder: str | Path, settings: dict | None = None):
         self.folder, self.journal = Path(folder), Journal(folder, settings, NAME)
@@ -68,56 +80,41 @@ class StateWriter:
         return key in self.journal
 
     def add(self, key: str, tensors: dict[str, np.ndarray], **facts) -> None:
-        """Write the states of a sample, float32, and its line. ValueError for an unknown kind or a state that
-        is no number."""
+        """Write the states of a sample as float32, then its line."""
         for name, states in tensors.items():
             if name not in KINDS or states.ndim not in (2, 3) or not np.isfinite(states).all():
-                raise ValueError(
-                    f"{key}: {name} {states.shape}: expected finite [steps, d] or [steps, layers, d] of one of "
-                                 f"{', '.join(KINDS)}")
-        data = save({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
+                raise ValueError(f"{key}: {name} {states.shape}: expected finite [steps, d] or "
+                                 f"[steps, layers, d] of one of {', '.join(KINDS)}")
+        data = to_bytes({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
         replace_file(self.folder / file_name(key), lambda file: file.write(data), "wb")
-        self.journal.append({"key": key, "file": file_name(key), "tensors": {n: list(x.shape) for n,
-                                                                             x in tensors.items()},
-                             **facts})
+        shapes = {name: list(x.shape) for name, x in tensors.items()}
+        self.journal.append({"key": key, "file": file_name(key), "tensors": shapes, **facts})
 
 
 class States:
-    """Reads a store, whoever writes to it: `records` by key, in the order written; of two lines of one key
-    the later."""
+    """Reads a store: `records` by key, in the order written; the last line of a key counts."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.records = Path(folder), {}
         self.settings = read_settings(folder)
         paths = sorted(self.folder.glob(f"{NAME}-*.jsonl"))
         if not paths:
-            raise DataError(f"{folder}: no {NAME}-*.jsonl; expected a store as probe.py captures it")
+            raise DataError(f"{folder}: no {NAME}-*.jsonl; expected a store written by probe.py")
         for path in paths:
             with open(path, "rb") as file:
                 for n, line in enumerate(file, 1):
                     if not line.endswith(b"\n"):
                         break  # being written, or torn by a kill
-                    self.note(f"{path}:{n}", line)
-
-    def note(self, where: str, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-            if record["file"] != file_name(record["key"]):
-                raise ValueError("a file of another name")
-            if not all(kind in KINDS and len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)
-                       for kind, shape in record["tensors"].items()):
-                raise ValueError("shapes that are none")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{where}: damaged line {line[:40]!r}; remove it to capture its sample again") from error
-        self.records[record["key"]] = record
+                    record = read_record(f"{path}:{n}", line)
+                    self.records[record["key"]] = record
 
     def find(self, kind: str) -> str | None:
-        """Return the name in the store of a kind that is analysed, or None if no sample has it."""
+        """Return the name in the store of an analysed kind, or None if no sample has it."""
         return next((name for name in STORED[kind]
                      if any(name in r["tensors"] for r in self.records.values())), None)
 
-    def open(self, key: str) -> safe_open:
+    def open_sample(self, key: str) -> safe_open:
+        """Open the file of a sample, checked against its line."""
         path = self.folder / self.records[key]["file"]
         try:
             file = safe_open(path, framework="numpy")
@@ -126,61 +123,169 @@ class States:
                     raise OSError(f"{kind} of another shape than {shape}")
             return file
         except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture them "
-                            "again") from error
+            raise DataError(f"{path}: states of {key!r} cannot be read ({error}); remove its line to capture "
+                            "them again") from error
 
     def load(self, key: str, kind: str) -> np.ndarray | None:
-        """Return the states of one kind, or None if the sample has none of it."""
+        """Return the states of one kind, or None if the sample has none."""
         if kind not in self.records[key]["tensors"]:
             return None
-        with self.open(key) as file:
+        with self.open_sample(key) as file:
             return file.get_tensor(kind)
 
     def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET,
               at_most: dict[str, int] | None = None) -> Iterator[Cell]:
-        """Yield the cells of a kind, layer by layer, step by step: all of `keys` that have the step, as their
-        places in it.
+        """Yield the cells of a kind, layer by layer, step by step, over those of `keys` that have the step.
 
-        `at_most`: steps of a sample that count, by key (of latents: those of its first segment).
-
-        Samples are opened once for as many cells as fit `budget` bytes: n samples x 10 steps x 28 layers x
-        3,584 need not fit in memory. The layer of kinds without layers is -1.
+        `at_most`: how many steps of a sample count, by key (for latents: those of the first segment). The
+        layer of kinds without layers is -1. Samples are opened once for as many cells as fit `budget` bytes:
+        n samples x 10 steps x 28 layers x 3,584 need not fit in memory.
         """
-        shapes = {i: self.records[key]["tensors"][kind] for i, key in enumerate(keys)
+        shapes = {i: list(self.records[key]["tensors"][kind]) for i, key in enumerate(keys)
                   if kind in self.records[key]["tensors"]}
         if not shapes:
             return
         for i, shape in shapes.items():
-            shapes[i] = [min(shape[0], (at_most or {}).get(keys[i], shape[0])), *shape[1:]]
-        of_a_step = {tuple(shape[1:]) for shape in shapes.values()}
-        if len(of_a_step) != 1:
-            raise DataError(
-                f"{self.folder}: {kind} of {len(of_a_step)} shapes {sorted(of_a_step)}, expected one; were two "
-                            "models mixed?")
-        *n_layers, width = of_a_step.pop()
+            shape[0] = min(shape[0], (at_most or {}).get(keys[i], shape[0]))
+        step_shapes = {tuple(shape[1:]) for shape in shapes.values()}
+        if len(step_shapes) != 1:
+            raise DataError(f"{self.folder}: {kind} of {len(step_shapes)} shapes {sorted(step_shapes)}, "
+                            "expected one; were two models mixed?")
+        *n_layers, width = step_shapes.pop()
         longest = max(shape[0] for shape in shapes.values())
         steps = range(min(longest, n_steps or longest))
         places = [(layer, step) for layer in (range(*n_layers) if n_layers else [-1]) for step in steps]
         at_once = max(1, budget // (4 * width * len(shapes)))
+        n_of_sample = {i: shape[0] for i, shape in shapes.items()}
         for first in range(0, len(places), at_once):
-            yield from self.sweep(kind, keys, shapes, places[first:first + at_once])
+            yield from self.read_cells(kind, keys, n_of_sample, width, places[first:first + at_once])
 
-    def sweep(self, kind: str, keys: list[str], shapes: dict[int, list[int]],
-              places: list[tuple[int, int]]) -> Iterator[Cell]:
-        """Read some cells with one opening of every sample."""
-        having = {step: np.array([i for i, shape in shapes.items() if shape[0] > step]) for _, step in places}
-        width = next(iter(shapes.values()))[-1]
-        blocks = [np.empty((len(having[step]), width), dtype=np.float32) for _, step in places]
+    def read_cells(self, kind: str, keys: list[str], n_steps: dict[int, int], width: int,
+                   places: list[tuple[int, int]]) -> Iterator[Cell]:
+        """Yield the cells at some (layer, step), opening every sample once; `n_steps` by index of `keys`."""
+        instances = {step: np.array([i for i, n in n_steps.items() if n > step]) for _, step in places}
+        blocks = [np.empty((len(instances[step]), width), dtype=np.float32) for _, step in places]
         filled = [0] * len(places)
-        for i, shape in shapes.items():
-            with self.open(keys[i]) as file:
-                part = file.get_slice(kind)
-                for n, (layer, step) in enumerate(places):
-                    if shape[0] > step:
-                        read = part[step:step + 1] if layer < 0 else part[step:step + 1, layer:layer + 1]
-                        blocks[n][filled[n]] = read.reshape(-1)
-                        filled[n] += 1
-        for n, (layer, step) in enumerate(places):
-            yield Cell(layer, step, having[step], blocks[n])
-            blocks[n] = None  # a cell that was used need not be kept
+        for i, n in n_steps.items():
+            with self.open_sample(keys[i]) as file:
+                tensor = file.get_slice(kind)
+                for k, (layer, step) in enumerate(places):
+                    if n > step:
+                        part = tensor[step:step + 1] if layer < 0 else tensor[step:step + 1, layer:layer + 1]
+                        blocks[k][filled[k]] = part.reshape(-1)
+                        filled[k] += 1
+        for k, (layer, step) in enumerate(places):
+            yield Cell(layer, step, instances[step], blocks[k])
+            blocks[k] = None  # a used cell need not stay in memory
+
+
+def read_record(where: str, line: bytes) -> dict:
+    """Return the record of a line; DataError if it is damaged."""
+    try:
+        record = json.loads(line)
+        if record["file"] != file_name(record["key"]):
+            raise ValueError("file and key differ")
+        for kind, shape in record["tensors"].items():
+            sizes_fit = len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)
+            if kind not in KINDS or not sizes_fit:
+                raise ValueError(f"tensor {kind!r} of shape {shape}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where}: damaged line {line[:40]!r} ({error}); remove it to capture its sample "
+                        "again") from error
+    return record
+
+
+# ------------------------------------------------------------------------------------ capture
+def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], images: list[list[Image.Image]],
+            n_steps: int, args: argparse.Namespace, writer: StateWriter, whole: bool = True) -> None:
+    """Decode a batch of items and add their states; `whole`: also inner states and those with pads fed.
+
+    `args` are the flags of probe.py. A batch that a kill left half done is decoded again as a whole: the last
+    bits of a state depend on it. Every item gets a line, whether it imagined anything or not.
+    """
+    prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args.system, args.suffix)
+               for item, pictures in zip(batch, images)]
+    inputs = encode(qwen, prompts, images)
+    with torch.no_grad():
+        features = iter(image_features(qwen, inputs))
+    begun = prefill(qwen, inputs)
+    rows, _ = decode(qwen, begun.select(list(range(len(batch)))), args.max_new_tokens, spec, capture=True,
+                     with_slots=whole and spec is not None)
+    pad_runs = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
+    for item, row, pictures, prompt, pad_run in zip(batch, rows, images, prompts, pad_runs):
+        visual = [next(features) for _ in pictures][0]
+        if item["id"] not in writer:
+            tensors, facts = collect_states(qwen, spec, row, visual, n_steps, pad_run)
+            writer.add(item["id"], {kind: x.float().cpu().numpy() for kind, x in tensors.items()},
+                       prompt_sha=text_hash(prompt), n_ids=len(row.ids), finish=row.finish, **facts)
+
+
+def collect_states(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.Tensor, n_steps: int,
+                   pad_run: Generation | None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the states of one run by kind, and the facts of its line."""
+    found = find_steps(qwen, spec, row)
+    segments = [segment.size for segment in row.segments if segment.size]
+    if found is None:
+        return {}, {"emitted": False, "segments": segments, "imagination": None}
+    # a small image has fewer tokens: none is taken twice, which would look like a constant state
+    n = min(n_steps, len(visual))
+    places = ((np.arange(n) + 0.5) / n * len(visual)).astype(int)
+    tensors = {"image": visual[places], "text": row.states[found.after[:n_steps]],
+               "start": row.states[[max(found.steps[0] - 1, 0)]]}
+    if spec is None:
+        tensors["imagined"] = row.states[found.steps[:n_steps]]
+    else:
+        latents = [j for s in row.segments for j in range(s.start, s.start + s.size)]
+        tensors |= {"latent": row.states[latents], "fed": row.fed}
+        if row.slots:
+            tensors["inner"] = torch.stack(row.slots)
+        if pad_run is not None:
+            first = next(s for s in pad_run.segments if s.size)
+            tensors["dummy_pad"] = pad_run.states[first.start:first.start + first.size]
+    tensors = {kind: x for kind, x in tensors.items() if len(x)}
+    return tensors, {"emitted": True, "segments": segments, "imagination": found.text}
+
+
+def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]) -> list[Generation | None]:
+    """Decode again up to the end of the first segment with the pad's own embedding fed at every latent step:
+    the control without feedback. None for rows without latents."""
+    ends = [next((s.start + s.size for s in row.segments if s.size), 0) for row in rows]
+    if not any(ends):
+        return [None] * len(rows)
+    pad = qwen.model.get_input_embeddings().weight[latent_ids(qwen.tokenizer, spec)[1]].detach()
+    feed_pad = Intervention(feed=lambda z, segment, step: pad)
+    again, _ = decode(qwen, begun, max(ends), spec, [feed_pad] * len(rows), capture=True)
+    return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
+
+
+class Imagined(NamedTuple):
+    """The steps of the first imagination of a reply, the ordinary steps after it, and its text."""
+
+    steps: list[int]
+    after: list[int]
+    text: str | None
+
+
+def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> Imagined | None:
+    """Return where a reply imagines, or None if it does not."""
+    end_of_text = len(row.ids) - (row.finish == "stop")
+    if spec is not None:
+        first = next((s for s in row.segments if s.size), None)  # an end right after the start: no latents
+        if first is None:
+            return None
+        latents = {j for s in row.segments for j in range(s.start, s.start + s.size)}
+        last = first.start + first.size
+        after = [j for j in range(last + spec.force_end, end_of_text) if j not in latents]
+        return Imagined(list(range(first.start, last)), after, None)
+    text = qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
+    spans = find_spans(text)
+    if not spans:
+        return None
+
+    def n_tokens(n_characters: int) -> int:
+        return bisect_left(range(len(row.ids)), n_characters,
+                           key=lambda n: len(qwen.tokenizer.decode(row.ids[:n], skip_special_tokens=True)))
+
+    start, end = spans[0]
+    return Imagined(list(range(n_tokens(start), n_tokens(end))),
+                    list(range(n_tokens(end + len(CLOSE)), end_of_text)), text[start:end])
