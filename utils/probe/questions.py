@@ -154,8 +154,8 @@ class Prober:
         if name not in ("image", "text_only"):
             if spec:
                 latents = [self.given(name, probe, source) for probe, source in zip(batch, sources)]
-                if not spec.force_end:
-                    forced_ids = [[latent_ids(self.qwen.tokenizer, spec)[2]] for _ in batch]
+                end = [] if spec.force_end else [latent_ids(self.qwen.tokenizer, spec)[2]]
+                forced_ids = [end] * len(batch)
             for i, source in enumerate(sources):
                 text = self.store.records[source]["imagination"]
                 prompts[i] += beginning(spec, text, len(latents[i]) if spec else 0)
@@ -185,10 +185,8 @@ class Prober:
                               for t in range(max(map(len, latents)))])
 
     def cut(self, batch: list[dict], sources: list[str], name: str) -> Asked:
-        """Read and decode the sources' own prompts, hide what has seen the image, and ask the question.
-
-        Sources that imagine nothing this time are left out.
-        """
+        """Decode the sources' own prompts, hide what has seen the image, and ask the question where something
+        was imagined."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
         prompts = [self.prompt(item, len(pictures)) for item, pictures in zip(items, images)]
