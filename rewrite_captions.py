@@ -39,7 +39,7 @@ from utils.journal import Journal
 from utils.jsonl import check_output, check_unique, located_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.row_rules import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop
-from utils.spans import CLOSE, OPEN, split_final
+from utils.spans import mark, split_final
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
@@ -222,7 +222,7 @@ def make_segments(steps: list[dict]) -> tuple[list[Segment], str]:
 
 def join_chain(segments: list[Segment], final: str) -> str:
     """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
-    pieces = [f"{OPEN}{text}{CLOSE}" if kind == "observation" else text for kind, text in segments]
+    pieces = [mark(text) if kind == "observation" else text for kind, text in segments]
     return " ".join([*pieces, final])
 
 

@@ -1,5 +1,4 @@
-"""Inputs that several test files share: a row of our own form, a Monet-SFT sample, the shortest path on a
-board."""
+"""Inputs that several test files share: a row of our form, a Monet-SFT sample, a shortest path, a span."""
 import re
 from collections import deque
 
@@ -15,21 +14,20 @@ def row(name: str = "s/1", caption: str = "The hull shows a white 42.", **change
 
 
 def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "What number is on the boat?",
-          answer: str = "42",
-          images: tuple[str, str] = ("a.png", "b.png"), assistant: list | None = None,
+          answer: str = "42", images: tuple[str, str] = ("a.png", "b.png"), assistant: list | None = None,
           user: list | None = None) -> dict:
-    default = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]),
-               ("text", f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}.")]
-    user = user or [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
-    turns = ("system", [("text", "You are a helpful assistant.")]), ("user", user), ("assistant", assistant
-                                                                                     or default)
+    final = f"<observation>The hull shows {answer}.</observation> The answer is \\boxed{{{answer}}}."
+    chain = [("text", f"I look closer at the boat. {PAIR}"), ("image", images[1]), ("text", final)]
+    asked = [("image", images[0]), ("text", question + "\nPut your final answer within \\boxed{}.")]
+    turns = [("system", [("text", "You are a helpful assistant.")]), ("user", user or asked),
+             ("assistant", assistant or chain)]
     return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
             "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
                      for role, content in turns]}
 
 
 def shortest_path(board):
-    """Breadth-first search, the second way to know what leads to the goal; None if nothing does."""
+    """Breadth-first search, an independent way to the goal; None if there is no way."""
     cells = {(r, c): value for r, row in enumerate(board) for c, value in enumerate(row)}
     start = next(cell for cell, value in cells.items() if value == 1)
     queue, seen = deque([(start, "")]), {start}
@@ -47,6 +45,6 @@ def shortest_path(board):
 
 def before_conclusion(text: str) -> list[tuple[int, int]]:
     """Return the span of a real reply, which has no marks: everything before its first concluding words."""
-    found = re.search(r"(?i)therefore|thus|hence|answer|option|choice|\\boxed", text)
-    end = len(text[:found and found.start()].rstrip())
+    conclusion = re.search(r"(?i)therefore|thus|hence|answer|option|choice|\\boxed", text)
+    end = len(text[:conclusion and conclusion.start()].rstrip())
     return [(0, end)] if end else []

@@ -59,8 +59,8 @@ def test_monets_discard_rules(assistant, reason):
 
 
 @pytest.mark.parametrize("subset, keeps", [
-    ("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False), ("Zebra_CoT_visual_search", True),
-    ("Zebra_CoT_count", True)])
+    ("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False),
+    ("Zebra_CoT_visual_search", True), ("Zebra_CoT_count", True)])
 def test_the_suffix_goes_except_where_monet_keeps_it(subset, keeps):
     assert converted(monet(subset=subset)).row["question"].endswith("\\boxed{}.") is keeps
 
@@ -113,7 +113,8 @@ def test_operation_of_a_subset(subset, operation):
 @pytest.mark.parametrize("before, final", [
     ("The hull shows 42.", "The answer is \\boxed{42}."), ("", "The answer is \\boxed{42}."),
     ("", "So 3.5 is \\boxed{3.5}"), ("It shows.", "So \\fbox{1}."),
-    ("First \\boxed{1}. Then", "so \\boxed{2}. Done."), ("<think> Go on </think>", "The answer is \\boxed{A}.")])
+    ("First \\boxed{1}. Then", "so \\boxed{2}. Done."),
+    ("<think> Go on </think>", "The answer is \\boxed{A}.")])
 def test_split_final(before, final):
     for between in ("\n", "" if before.endswith(">") else "  " if before.endswith(".") else "\n\n"):
         assert split_final(f"{before}{between}{final}") == (before, final)
@@ -128,8 +129,9 @@ def test_chain_of_segments():
     segments, final = make_segments(STEPS)
     assert segments == [("text", "I look closer at the boat."), ("observation", OBSERVED),
                         ("text", "So the number is clear.")]
-    assert join_chain(segments, final) == (f"I look closer at the boat. <think_image>{OBSERVED}</think_image> "
-                                           "So the number is clear. The answer is \\boxed{42}.")
+    assert join_chain(segments, final) == (
+        f"I look closer at the boat. <think_image>{OBSERVED}</think_image> So the number is clear. "
+        "The answer is \\boxed{42}.")
 
 
 @pytest.mark.parametrize("texts, fault", [
@@ -197,7 +199,8 @@ class Captioner(StandIn):
         parts = re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)
         spoil = any("spoil" in part for _, part in parts)
         return json.dumps({"segments": [
-            {"id": int(n), "text": part.replace("42", "x") if spoil else f"Well, {part}"} for n, part in parts]})
+            {"id": int(n), "text": part.replace("42", "x") if spoil else f"Well, {part}"}
+            for n, part in parts]})
 
 
 @pytest.fixture
@@ -253,8 +256,8 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
         "Visual_CoT/12": "answer", "Visual_CoT/13": "tag_missing"}
     assert set(rejected.values()) <= set(REASONS)
     assert rows["Visual_CoT/0"] == {
-        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?", "answer": "42",
-        "steps": [{"text": "I look closer at the boat."},
+        "id": "Visual_CoT/0", "subset": "Visual_CoT", "images": ["a.png"], "question": "plain?",
+        "answer": "42", "steps": [{"text": "I look closer at the boat."},
                   {"image": "b.png", "operation": "zoom", "caption": "The hull shows 42."},
                   {"text": "The hull shows 42. The answer is \\boxed{42}."}],
         "chain": "Well, I look closer at the boat. <think_image>Well, The hull shows 42.</think_image> "
@@ -306,7 +309,7 @@ def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chai
     path = world([monet(1), monet(2, "CogCoM", question="drawn?")])
     assert main(flags(path, "--with_original", "--no_refine")) == 0
     assert [names(request) for request in captioner.asked] == [["a.png", "b.png"]] * 2
-    assert captioner.asked[0].text.startswith("The first image is the original. The second image is a region of")
+    assert "The second image is a region of it, cut out" in captioner.asked[0].text
     assert not any(row["refined"] for row in result(path)[0].values())
 
 
@@ -397,7 +400,7 @@ def test_a_sample_of_no_known_form_is_reported(value, match):
 
 def test_a_duplicate_id_is_reported_with_both_places(world, captioner):
     path = world([monet()])
-    with pytest.raises(DataError, match=r"b\.json:1: duplicate id 'Visual_CoT/7', first seen at .*in\.json:1"):
+    with pytest.raises(DataError, match=r"b\.json:1: duplicate id 'Visual_CoT/7', first seen at .*in\.json"):
         main([*flags(path), "--input", str(path), str(world([monet()], "b.json"))])
 
 

@@ -18,6 +18,7 @@ from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about,
                        observation, opening, prompt_text, zoom_in)
 from utils.chain_formats import Sample
 from utils.model_calls import fill
+from utils.spans import mark
 
 Lesson = tuple[list[Image.Image], str, str]
 PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").read_text(encoding="utf-8"))
@@ -74,7 +75,7 @@ def read(rng: random.Random) -> Lesson:
     """Answer from an imagination, without a picture."""
     scene = make_scene(rng)
     question = ask(rng, scene, rng.choice(("zoom", "draw")))
-    seen = f"{opening(question)} <think_image>{question.thing.caption(question.operation)}</think_image>"
+    seen = f"{opening(question)} {mark(question.thing.caption(question.operation))}"
     reply = f"{observation(question)} The answer is \\boxed{{{question.answer}}}."
     return [], f"{prompt_text(question)}{seen}", reply
 

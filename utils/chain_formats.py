@@ -42,7 +42,8 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str],
         forms = " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
         nearest = min(INPUTS, key=lambda name: len(INPUTS[name].keys() - value.keys()) / len(INPUTS[name]))
         missing = [key for key in INPUTS[nearest] if key not in value]
-        lacks = f"; for {nearest} it lacks {', '.join(missing)}" if len(missing) < len(INPUTS[nearest]) else ""
+        some = len(missing) < len(INPUTS[nearest])
+        lacks = f"; for {nearest} it lacks {', '.join(missing)}" if some else ""
         raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; "
                         f"expected those of {forms}{lacks}")
     check_fields(where, value, INPUTS[form])

@@ -1,4 +1,7 @@
-"""Find, read and replace the text imaginations of a reply or a chain: the spans between OPEN and CLOSE."""
+"""Find, read and replace the text imaginations of a reply or a chain: the spans between OPEN and CLOSE.
+
+    I look closer. <think_image>The hull shows a white 42.</think_image> The answer is \\boxed{42}.
+"""
 import re
 from collections.abc import Sequence
 
@@ -8,6 +11,11 @@ OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 # Each alternative starts with a literal character: four times as fast as a character class.
 SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
+
+
+def mark(text: str) -> str:
+    """Return a text as an imagination."""
+    return f"{OPEN}{text}{CLOSE}"
 
 
 def find_spans(text: str) -> list[tuple[int, int]]:
