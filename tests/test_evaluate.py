@@ -1,14 +1,15 @@
-"""Answering and scoring items.    pytest tests/test_evaluate.py"""
+"""Answering and scoring items."""
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
-import benchmark_fixtures as B
 import pytest
+from benchmark_fixtures import EXPECTED, FILES
 from fault_server import calls_of, serving
 from processes import command, rank_of
 from samples import shortest_path
@@ -26,7 +27,7 @@ def items(tmp_path, picture):
     rows = []
     for n in range(9):
         picture(f"{n // 3}.png", color=("red", "blue", "green")[n // 3])
-        rows.append({"id": f"t/{n}", "category": ("a", "b")[n % 2], "group_id": f"t/{n // 3}",
+        rows.append({"id": f"t/{n}", "category": "ab"[n % 2], "group_id": f"t/{n // 3}",
                      "question": "What is it?" * (n % 4 + 1),
                      "options": [["A", "red"], ["B", "blue"], ["C", "green"]], "metric": "mcq",
                      "answer": {"type": "letter", "value": "ABC"[n // 3]},
@@ -37,24 +38,35 @@ def items(tmp_path, picture):
 
 def flags(items, checkpoint, *more, output="out.jsonl"):
     return ["--items", str(items), "--model", str(checkpoint), "--output", str(items.parent / output),
-            "--max_new_tokens", "6",
-            "--batch_size", "2", "--protocol", "plain", *more]
+            "--max_new_tokens", "6", "--batch_size", "2", "--protocol", "plain", *more]
 
 
 def rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_a_run_writes_a_record_an_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
+def results_of(items):
+    return rows(items.parent / "out.jsonl")
+
+
+def metrics_of(items):
+    return load_object(items.parent / "out.jsonl.metrics.json")
+
+
+def change(items, **changes):
+    """Change fields of items: {name: function of the number and the item}."""
+    write_rows(items, [item | {name: make(n, item) for name, make in changes.items()}
+                       for n, item in enumerate(rows(items))])
+
+
+def test_a_run_writes_one_record_per_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed == load_object(items.parent / "out.jsonl.metrics.json")
-    results = rows(items.parent / "out.jsonl")
-    assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and printed["n"] == 9
-    assert sum(printed[v] for v in ("correct", "incorrect",
-                                    "unresolved")) == 9 and "ci95_clustered" in printed
+    metrics, results = json.loads(capsys.readouterr().out.splitlines()[-1]), results_of(items)
+    assert metrics == metrics_of(items)
+    assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and metrics["n"] == 9
+    assert sum(metrics[verdict] for verdict in ("correct", "incorrect", "unresolved")) == 9
+    assert "ci95_clustered" in metrics and sum(part["n"] for part in metrics["categories"].values()) == 9
     assert all(r["image_grids"] == [[1, 6, 4]] and 0 < r["n_tokens"] <= 6 for r in results)
-    assert sum(part["n"] for part in printed["categories"].values()) == 9
     before = (items.parent / "out.jsonl").read_bytes()
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0  # all from the journal
     assert (items.parent / "out.jsonl").read_bytes() == before
@@ -72,54 +84,52 @@ def latent_checkpoint(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-def test_latents_are_counted(latent_checkpoint, items):
-    assert evaluate.main(flags(items, latent_checkpoint, "--latent", "mirage")) == 0
-    metrics = load_object(items.parent / "out.jsonl.metrics.json")
-    assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == 4
+@pytest.mark.parametrize("more, size", [([], 4), (["--latent_size", "2"], 2)])
+def test_latents_are_counted(latent_checkpoint, items, more, size):
+    assert evaluate.main(flags(items, latent_checkpoint, "--latent", "mirage", *more)) == 0
+    metrics = metrics_of(items)
+    assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == size
     assert (metrics["protocol"]["method"], metrics["protocol"]["protocol"]) == ("latent", "plain")
 
 
-def test_a_missing_and_a_truncated_image_and_one_outside_are_counted_errors(tiny_checkpoint, items):
-    data = rows(items)
+def test_images_that_are_missing_truncated_or_outside_are_counted_errors(tiny_checkpoint, items):
     (items.parent / "cut.png").write_bytes((items.parent / "0.png").read_bytes()[:60])
-    for n, name in ((0, "gone.png"), (4, "cut.png"), (5, "../items.jsonl")):
-        data[n]["images"] = [{"path": name}]
-    write_rows(items, data)
+    wrong = {0: "gone.png", 4: "cut.png", 5: "../items.jsonl"}
+    change(items, images=lambda n, item: [{"path": wrong[n]}] if n in wrong else item["images"])
     assert evaluate.main(flags(items, tiny_checkpoint)) == 3
-    results = rows(items.parent / "out.jsonl")
-    assert [r["verdict"] == "error" for r in results] == [n in (0, 4, 5) for n in range(9)]
-    assert {r["error"] for r in results if "error" in r} == {"image_missing", "image_unreadable",
-                                                             "image_outside_root"}
-    metrics = load_object(items.parent / "out.jsonl.metrics.json")
+    results, metrics = results_of(items), metrics_of(items)
+    assert [r["verdict"] == "error" for r in results] == [n in wrong for n in range(9)]
+    assert [r["error"] for r in results if "error" in r] == [
+        "image_missing", "image_unreadable", "image_outside_root"]
+    assert results[0]["extraction"] == {"value": None, "rule": "image_missing"}
+    assert results[0]["n_tokens"] == 0
     assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
 
 
-def test_a_mended_image_is_asked_again(tiny_checkpoint, items, picture):
+def test_only_errors_have_no_accuracy(tiny_checkpoint, items, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main(flags(items, tiny_checkpoint, "--image_root", str(tmp_path / "empty"))) == 3
+    metrics = metrics_of(items)
+    assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
+
+
+def test_a_repaired_or_changed_image_is_asked_again(tiny_checkpoint, items, picture):
     (items.parent / "0.png").rename(items.parent / "away.png")
     assert evaluate.main(flags(items, tiny_checkpoint)) == 3
     (items.parent / "away.png").rename(items.parent / "0.png")
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
     picture("0.png", size=(112, 112), color="black")
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    assert [r["image_grids"] for r in rows(items.parent / "out.jsonl")[2:4]] == [[[1, 8, 8]], [[1, 6, 4]]]
+    assert [r["image_grids"] for r in results_of(items)[2:4]] == [[[1, 8, 8]], [[1, 6, 4]]]
 
 
-def test_an_error_has_every_field_and_nothing_but_errors_has_no_accuracy(tiny_checkpoint, items, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert evaluate.main(flags(items, tiny_checkpoint, "--image_root", str(tmp_path / "empty"))) == 3
-    result = rows(items.parent / "out.jsonl")[0]
-    assert result["extraction"] == {"value": None, "rule": "image_missing"} and result["n_tokens"] == 0
-    metrics = load_object(items.parent / "out.jsonl.metrics.json")
-    assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
-
-
-def test_a_changed_gold_is_scored_anew_without_the_model(tiny_checkpoint, items):
+def test_a_changed_gold_is_scored_again_without_the_model(tiny_checkpoint, items):
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
     journal = next((items.parent / "out.jsonl.run").glob("calls-*"))
     write_rows(journal, [record | {"clean_output": "\\boxed{B}"} for record in rows(journal)])
-    write_rows(items, [item | {"answer": {"type": "letter", "value": "B"}} for item in rows(items)])
+    change(items, answer=lambda n, item: {"type": "letter", "value": "B"})
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    assert {r["verdict"] for r in rows(items.parent / "out.jsonl")} == {"correct"}
+    assert {r["verdict"] for r in results_of(items)} == {"correct"}
 
 
 def test_other_weights_under_the_same_name_are_refused(tiny_checkpoint, items, tmp_path):
@@ -134,74 +144,57 @@ def test_other_weights_under_the_same_name_are_refused(tiny_checkpoint, items, t
         evaluate.main(flags(items, tmp_path / "named"))
 
 
-@pytest.mark.parametrize("change, match", [
+@pytest.mark.parametrize("changes, match", [
     ({"question": "<image> or <image>?"}, "'t/3': 2 <image> markers for 1 images"),
     ({"category": 3}, "'t/3': field 'category'"),
-    ({"metric": "vsp_path", "answer": {"type": "path_map", "value": [[1, 0], [0, 0]]}},
-     "'t/3': answer has not one start")])
-def test_an_item_that_cannot_be_asked_is_named(tiny_checkpoint, items, change, match):
-    write_rows(items, [item | (change if item["id"] == "t/3" else {}) for item in rows(items)])
+    ({"metric": "vsp_path", "answer": {"type": "path_map", "value": [[1, 0], [0, 0]]}}, "'t/3': answer"),
+    (None, "no items")])
+def test_items_that_cannot_be_asked_are_named(tiny_checkpoint, items, changes, match):
+    data = rows(items)
+    write_rows(items, [] if changes is None else [*data[:3], data[3] | changes, *data[4:]])
     with pytest.raises(DataError, match=match):
         evaluate.main(flags(items, tiny_checkpoint))
 
 
-def test_no_items_are_an_error(tiny_checkpoint, items):
-    items.write_text("")
-    with pytest.raises(DataError, match="no items"):
-        evaluate.main(flags(items, tiny_checkpoint))
-
-
-def test_all_real_vsp_problems_become_items(shared_data, tmp_path, capsys):
+def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data, tmp_path, capsys):
     source = shared_data / "vsp" / "test.jsonl"
-    assert evaluate.main(["--benchmark", "vsp", "--source", str(source), "--prepare", "--output",
-                          str(tmp_path / "v")]) == 0
-    assert json.loads(capsys.readouterr().out) == {"items": 400,
-                                                   "categories": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
-    assert (evaluate.find_items(evaluate.parse_args(["--items", str(tmp_path / "v.items.jsonl"), "--model",
-                                                     "m",
-                                                     "--output", "o"]))[0][0]["question"].count(
-                                                         "<image>")) == 1
-
-
-def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, shared_data, tmp_path):
-    source = str(shared_data / "vsp" / "test.jsonl")
-    assert evaluate.main(["--benchmark", "vsp", "--source", source, "--prepare", "--output",
-                          str(tmp_path / "v"), "--limit", "2"]) == 0
-    arguments = ["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint),
-                 "--max_new_tokens", "3", "--protocol", "plain"]
-    assert evaluate.main([*arguments, "--output", str(tmp_path / "o.jsonl"), "--max_pixels", "50176"]) == 0
-    assert (tmp_path / rows(tmp_path / "v.items.jsonl")[0]["images"][0]["path"]).read_bytes() == \
-        (shared_data / "vsp" / "img" / "level3" / "31.png").read_bytes()
+    prepare = ["--benchmark", "vsp", "--source", str(source), "--prepare", "--output", str(tmp_path / "v")]
+    assert evaluate.main(prepare) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "items": 400, "categories": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
+    assert evaluate.main([*prepare, "--limit", "2"]) == 0
+    made = rows(tmp_path / "v.items.jsonl")
+    assert len(made) == 2 and made[0]["question"].count("<image>") == 1
+    assert evaluate.main(["--items", str(tmp_path / "v.items.jsonl"), "--model", str(tiny_checkpoint),
+                          "--max_new_tokens", "3", "--protocol", "plain", "--output",
+                          str(tmp_path / "o.jsonl"), "--max_pixels", "50176"]) == 0
+    assert (tmp_path / made[0]["images"][0]["path"]).read_bytes() == (
+        source.parent / "img" / "level3" / "31.png").read_bytes()
 
 
 @pytest.mark.slow
 def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_checkpoint, shared_data, tmp_path):
-    """All 400 from the published file to the score; then a solution of each is put into the journal in the
-    reply's place."""
+    """All 400 from the published file to the score; then the journal gets a solution of each as its reply."""
+    output = tmp_path / "v.jsonl"
     arguments = ["--benchmark", "vsp", "--source", str(shared_data / "vsp" / "test.jsonl"), "--model",
-                 str(tiny_checkpoint),
-                 "--output", str(tmp_path / "v.jsonl"), "--max_new_tokens", "8", "--protocol", "plain",
-                 "--max_pixels", "50176"]
+                 str(tiny_checkpoint), "--output", str(output), "--max_new_tokens", "8", "--protocol",
+                 "plain", "--max_pixels", "50176"]
     assert evaluate.main(arguments) == 0
-    metrics = load_object(tmp_path / "v.jsonl.metrics.json")
-    assert (metrics["n"], metrics["error"],
-            metrics["correct"]) == (400, 0, 0) and len(rows(tmp_path / "v.jsonl")) == 400
-    assert {name: part["n"] for name, part in metrics["categories"].items()} == {f"level_{n}": 100
-                                                                                 for n in (3, 4, 5, 6)}
-    boards = {r["id"]: r["gold"] for r in rows(tmp_path / "v.jsonl")}
+    metrics, results = load_object(f"{output}.metrics.json"), rows(output)
+    assert (metrics["n"], metrics["error"], metrics["correct"], len(results)) == (400, 0, 0, 400)
+    assert {name: part["n"] for name, part in metrics["categories"].items()} == {
+        f"level_{n}": 100 for n in (3, 4, 5, 6)}
+    paths = {r["id"]: ",".join(shortest_path(r["gold"])) for r in results}
+    args = evaluate.parse_args([*arguments, "--image_root", str(tmp_path)])
+    conversations = evaluate.open_conversations(rows(f"{output}.items.jsonl"),
+                                                evaluate.PROTOCOLS["plain"], args)
+    system = Local(load(str(tiny_checkpoint), device="cpu", max_pixels=50176), None, 8, 8, 65536)
+    solutions = {conversation.ask(system): paths[conversation.item["id"]] for conversation in conversations}
     journal = next((tmp_path / "v.jsonl.run").glob("calls-*"))
-    conversations = evaluate.open_conversations(rows(tmp_path / "v.jsonl.items.jsonl"),
-                                                evaluate.PROTOCOLS["plain"],
-                                                evaluate.parse_args([*arguments, "--image_root",
-                                                                     str(tmp_path)]))
-    tokenizer = load(str(tiny_checkpoint), device="cpu", max_pixels=50176)
-    system = Local(tokenizer, None, 8, 8, 65536)
-    ids = {conversation.ask(system): conversation.item["id"] for conversation in conversations}
-    write_rows(journal,
-               [record | {"clean_output": f"\\boxed{{{','.join(shortest_path(boards[ids[record['key']]]))}}}"}
+    write_rows(journal, [record | {"clean_output": f"\\boxed{{{solutions[record['key']]}}}"}
                          for record in rows(journal)])
     assert evaluate.main(arguments) == 0
-    metrics = load_object(tmp_path / "v.jsonl.metrics.json")
+    metrics = load_object(f"{output}.metrics.json")
     assert (metrics["correct"], metrics["accuracy"]) == (400, 1.0)
 
 
@@ -225,49 +218,29 @@ def test_one_two_and_three_real_processes_write_the_same_bytes(tiny_checkpoint, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are told by /proc")
-def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(tiny_checkpoint, items):
-    """Killed in the middle of its share: torchrun stops the rest, no result is written, and 3 processes
-    finish what 2 began."""
-    arguments = flags(items, tiny_checkpoint, "--max_new_tokens", "400", "--batch_size", "1", "--dtype",
-                      "float32", output="cut.jsonl")
-    run = torchrun(2, arguments)
-    share = items.parent / "cut.jsonl.run" / "calls-00001-of-00002.jsonl"
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are read from /proc")
+def test_a_killed_rank_ends_the_run_and_the_same_command_resumes(tiny_checkpoint, items):
+    """Killed in the middle of its share: torchrun stops the rest, no result is written, and three processes
+    finish what two began."""
+    more = ["--max_new_tokens", "400", "--batch_size", "1", "--dtype", "float32"]
+    arguments = flags(items, tiny_checkpoint, *more, output="cut.jsonl")
+    run, journal = torchrun(2, arguments), items.parent / "cut.jsonl.run"
+    share = journal / "calls-00001-of-00002.jsonl"
     while run.poll() is None and not (share.exists() and share.read_bytes().count(b"\n")):
         time.sleep(0.005)
     os.kill(rank_of(run.pid, 1), signal.SIGKILL)
     _, err = run.communicate(timeout=60)
-    assert run.returncode not in (0,
-                                  None) and "the same command goes on" in err and "evaluate.py\", line" not in err, err
+    assert run.returncode not in (0, None) and "same command" in err and 'evaluate.py", line' not in err, err
     assert not (items.parent / "cut.jsonl").exists()
-    done = sum(path.read_bytes().count(b"\n") for path in (items.parent / "cut.jsonl.run").glob("calls-*"))
-    assert 1 <= done < 9
+    assert 1 <= sum(path.read_bytes().count(b"\n") for path in journal.glob("calls-*")) < 9
     again = torchrun(3, arguments)
     _, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
-    assert evaluate.main(flags(items, tiny_checkpoint, "--max_new_tokens", "400", "--batch_size", "1",
-                               "--dtype", "float32",
-                               output="whole.jsonl")) == 0
+    assert evaluate.main(flags(items, tiny_checkpoint, *more, output="whole.jsonl")) == 0
     assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
 
 
 # ------------------------------------------------------------------------------ every benchmark, every method
-def write_vsp(folder):
-    (folder / "map.png").write_bytes(B.picture(1, "PNG"))
-    rows = [{"text_input": "Here is <image>. Which way?", "image_input": "map.png", "map_id": str(n),
-             "map_desc": [[1, 2], [0, -1]]}
-            for n in range(2)]
-    return B.write_jsonl(folder / "vsp.jsonl", rows), {f"vsp/level_2/{n}": {} for n in range(2)}
-
-
-WRITERS = {"vstar": B.write_vstar, "vstar_inline": B.write_vstar_inline, "hrbench_4k": B.write_hrbench,
-           "hrbench_8k": B.write_hrbench, "mme_realworld_lite": B.write_realworld,
-           "blink/Jigsaw": B.write_blink,
-           "tablevqa/vwtq": B.write_tablevqa,
-           "tablevqa/vtabfact": lambda folder: B.write_tablevqa_tsv(folder), "mme": B.write_mme,
-           "vsp": write_vsp}
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with serving(tmp_path_factory.mktemp("server"), latency=0.0) as (_, url):
@@ -275,85 +248,75 @@ def server(tmp_path_factory):
 
 
 def run(folder, name, source, *more):
-    """Evaluate a benchmark's fixture; return (exit code, results, metrics)."""
+    """Evaluate a benchmark of tests/evaluate/files; return (exit code, results, metrics)."""
     output = folder / "out" / f"{len(list(folder.glob('out/*.meta.json')))}.jsonl"
-    code = evaluate.main(["--benchmark", name, "--source", str(source), "--output", str(output), "--limit",
-                          "50", *more])
+    code = evaluate.main(["--benchmark", name, "--source", str(FILES / source), "--output", str(output),
+                          "--limit", "50", *more])
     return code, rows(output), load_object(f"{output}.metrics.json")
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_benchmark_runs_by_every_method_that_applies(name, tiny_checkpoint, latent_checkpoint, server,
-                                                           tmp_path):
-    source, expected = WRITERS[name](tmp_path)
-    local = ["--max_new_tokens", "4", "--protocol", "plain", "--model"]
+@pytest.mark.parametrize("name, source", [
+    ("vstar", "vstar.tsv"), ("hrbench_4k", "hrbench.tsv"), ("hrbench_8k", "hrbench.tsv"),
+    ("mme_realworld_lite", "realworld.tsv"), ("blink/Jigsaw", "BLINK"), ("tablevqa/vwtq", "tables"),
+    ("tablevqa/vtabfact", "tables.tsv"), ("mme", "mme.parquet"), ("vsp", "vsp.jsonl")])
+def test_every_benchmark_runs_by_every_method_that_applies(name, source, tiny_checkpoint, latent_checkpoint,
+                                                           server, tmp_path):
+    plain = ["--max_new_tokens", "4", "--protocol", "plain", "--model", str(tiny_checkpoint)]
     remote = ["--backend", "openai", "--base_url", server, "--model", "m", "--method"]
-    runs = [run(tmp_path, name, source, *local, str(tiny_checkpoint), "--method", "direct"),
-            run(tmp_path, name, source, *local, str(latent_checkpoint), "--latent", "mirage"),
-            run(tmp_path, name, source, *remote, "text"), run(tmp_path, name, source, *remote, "tool"),
-            run(tmp_path, name, source, *local, str(tiny_checkpoint), "--max_pixels", "50176", "--method",
-                "text"),
-            run(tmp_path, name, source, *local, str(tiny_checkpoint), "--max_pixels", "50176", "--protocol",
-                "deepeyes", "--method", "tool"),
-            run(tmp_path, name, source, "--system", "Be brief.", *remote, "direct")]
-    for (code, results, metrics), method in zip(runs, ("direct", "latent", "text", "tool", "text", "tool",
-                                                       "direct")):
-        assert code == 0 and sorted(r["id"] for r in results) == sorted(expected if name != "hrbench_8k"
-                                                                        else [
-            i.replace("4k", "8k") for i in expected])
-        assert {(r["method"], r["benchmark"]) for r in results} == {(method, name)} and all(r["prompt"]
-                                                                                            for r in results)
+    runs = [("direct", [*plain, "--method", "direct"]),
+            ("latent", [*plain[:-1], str(latent_checkpoint), "--latent", "mirage"]),
+            ("text", [*remote, "text"]), ("tool", [*remote, "tool"]),
+            ("text", [*plain, "--max_pixels", "50176", "--method", "text"]),
+            ("tool", [*plain, "--max_pixels", "50176", "--protocol", "deepeyes", "--method", "tool"]),
+            ("direct", ["--system", "Be brief.", *remote, "direct"])]
+    expected = EXPECTED[name.replace("8k", "4k"), source]
+    runs = [(method, *run(tmp_path, name, source, *more)) for method, more in runs]
+    for method, code, results, metrics in runs:
+        assert code == 0 and {r["id"].replace("8k", "4k") for r in results} == set(expected)
+        assert {(r["method"], r["benchmark"]) for r in results} == {(method, name)}
+        assert all(r["prompt"] for r in results)
         assert metrics["protocol"]["line"].startswith(f"protocol={results[0]['protocol']} method={method} ")
-        assert sum(metrics[v] for v in ("correct", "incorrect", "unresolved")) == len(results) and metrics[
-            "headline"] is not None
-        assert (metrics["efficiency"]["tokens"] > 0) and (metrics["chance"] is None) == (
-            name in ("vsp", "tablevqa/vwtq"))
-    assert runs[2][1][0]["protocol"] == "vlmevalkit" and all(r["ended_by"] == "answer" for r in runs[3][1])
-    if name == "vstar":  # this server always says <answer>A</answer>: one of the four golds
-        assert runs[3][2]["accuracy"] == 0.5 == sum(item["answer"]["value"] == "A"
-                                                    for item in expected.values()) / 4
+        assert sum(metrics[v] for v in ("correct", "incorrect", "unresolved")) == len(results)
+        assert metrics["headline"] is not None and metrics["efficiency"]["tokens"] > 0
+        assert (metrics["chance"] is None) == (name in ("vsp", "tablevqa/vwtq"))
+    _, _, by_text, text_metrics = runs[2]
+    _, _, by_tool, tool_metrics = runs[3]
+    assert by_text[0]["protocol"] == "vlmevalkit" and all(r["ended_by"] == "answer" for r in by_tool)
+    if name == "vstar":  # this server always replies <answer>A</answer>
+        golds = Counter(item["answer"]["value"] for item in expected.values())
+        assert tool_metrics["accuracy"] == 0.5 == golds["A"] / 4
     if name.startswith("hrbench"):
-        assert runs[2][2]["own_scores"][name]["all"] == {"average": 0.25,
-                                                         "by_rotation": runs[2][2]["own_scores"][name]["all"][
-            "by_rotation"], "all_right": 0.0, "complete": 2}
+        scores = text_metrics["own_scores"][name]["all"]
+        assert (scores["average"], scores["all_right"], scores["complete"]) == (0.25, 0.0, 2)
 
 
-def test_options_are_scored_by_their_likelihood_without_a_reply(tiny_checkpoint, tmp_path):
-    source, expected = B.write_vstar_original(tmp_path)
-    code, results, metrics = run(tmp_path, "vstar_likelihood", source, "--model", str(tiny_checkpoint),
-                                 "--protocol", "plain")
-    assert code == 0 and {r["extraction"]["rule"] for r in results} == {"likelihood"} and metrics[
-        "unresolved"] == 0
-    again = run(tmp_path, "vstar_likelihood", source, "--model", str(tiny_checkpoint), "--protocol", "plain")
-    assert again[:2] == (code, results)  # from the journal
-    assert all(len(r["scores"]) == r["n_options"] == 2 and r["n_tokens"] == 0
-               for r in results) and len(results) == len(expected)
-    with pytest.raises(DataError, match="2 items are scored by the likelihood"):
-        run(tmp_path, "vstar_likelihood", source, "--model", "m", "--backend", "openai", "--method", "text")
-
-
-def test_items_without_a_scorer_are_refused_before_anything_is_asked(tmp_path):
-    with pytest.raises(DataError, match="'ocrbench_v2/0' and 1 more: metric 'unscored' has no scorer"):
-        run(tmp_path, "ocrbench_v2", B.write_ocrbench(tmp_path)[0], "--model", "nowhere", "--method",
-            "direct")
+@pytest.mark.parametrize("name, source, first", [("ocrbench_v2", "ocr.parquet", "ocrbench_v2/0"),
+                                                 ("vstar_regions", "vstar_bench", "vstar_regions/direct")])
+def test_items_without_a_scorer_are_refused_before_anything_is_asked(tmp_path, name, source, first):
+    with pytest.raises(DataError, match=f"'{first}.*' and 1 more: metric 'unscored' has no scorer"):
+        run(tmp_path, name, source, "--model", "nowhere", "--method", "direct")
 
 
 def test_several_benchmarks_of_one_source_are_one_run(server, tmp_path):
-    source, _ = B.write_tablevqa_tsv(tmp_path)
-    code = evaluate.main(["--benchmark", "tablevqa/vwtq", "tablevqa/vtabfact", "--source", str(source),
-                          "--limit", "50", "--model",
-                          "m", "--backend", "openai", "--base_url", server, "--output",
-                          str(tmp_path / "t.jsonl")])
-    metrics = load_object(tmp_path / "t.jsonl.metrics.json")
-    assert code == 0 and metrics["own_scores"]["tablevqa"]["splits"] == 2 and metrics["n"] == 5
+    output = tmp_path / "t.jsonl"
+    assert evaluate.main(["--benchmark", "tablevqa/vwtq", "tablevqa/vtabfact", "--source",
+                          str(FILES / "tables.tsv"), "--limit", "50", "--model", "m", "--backend", "openai",
+                          "--base_url", server, "--output", str(output)]) == 0
+    metrics = load_object(f"{output}.metrics.json")
+    assert metrics["own_scores"]["tablevqa"]["splits"] == 2 and metrics["n"] == 5
     assert "tablevqabench" in metrics["compat"] and metrics["numeric"]["correct"] == 0
+
+
+def test_the_hub_is_asked_for_the_revision_of_the_flag(tmp_path):
+    with pytest.raises(DataError, match="BLINK: revision 'main', expected a commit of 40 hex digits"):
+        evaluate.main(["--benchmark", "blink/Jigsaw", "--revision", "main", "--prepare", "--output",
+                       str(tmp_path / "b")])
 
 
 # ------------------------------------------------------------------------------------------- server and judge
 def remote(items, url, *more, output="out.jsonl"):
     return ["--items", str(items), "--model", "m", "--backend", "openai", "--base_url", url, "--server_wait",
-            "4", "--output",
-            str(items.parent / output), *more]
+            "4", "--output", str(items.parent / output), *more]
 
 
 def judged_by(url, kind="map"):
@@ -361,88 +324,83 @@ def judged_by(url, kind="map"):
             "20"]
 
 
-def test_a_judge_reads_what_no_rule_does_and_the_rest_stands(items, tmp_path):
-    """A third of the replies is vague ("something not unlike blue"): wrong when strict, and read by either
-    judge."""
-    write_rows(items,
-               [item | {"question": "vague?" if n % 3 == 0 else "What?", "options": item["options"][:2],
-                               "answer": {"type": "letter", "value": "B" if n % 3 == 0 else "A"}}
-                       for n, item in enumerate(rows(items))])
+def test_a_judge_reads_what_no_rule_does_and_changes_nothing_else(items, tmp_path):
+    """A third of the replies is vague ("something not unlike blue"): wrong by rules, read by the judge."""
+    change(items, question=lambda n, item: "What?" if n % 3 else "vague?",
+           options=lambda n, item: item["options"][:2],
+           answer=lambda n, item: {"type": "letter", "value": "A" if n % 3 else "B"})
     with serving(tmp_path, name="m.jsonl") as (_, model), serving(tmp_path, name="j.jsonl") as (_, judge):
         assert evaluate.main(remote(items, model)) == 0
-        strict = load_object(tmp_path / "out.jsonl.metrics.json")
+        strict = metrics_of(items)
         assert (strict["correct"], strict["unresolved"], strict["headline"]) == (6, 3, 6 / 9)
         for kind in ("map", "grade"):
             assert evaluate.main([*remote(items, model), *judged_by(judge, kind)]) == 0
-            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
-            assert (metrics["accuracy"], metrics["with_judge"]["accuracy"], metrics["headline"]) == (6 / 9,
-                                                                                                     1.0, 1.0)
-            assert metrics["protocol"]["judge"] == f"{kind}:j" and metrics["with_judge"]["judged"] == 3
-            theirs = metrics["compat"].get("vlmevalkit_0bac5c0+judge", {}).get("accuracy")
-            # its rules read none of these replies, its judge all
+            metrics = metrics_of(items)
+            with_judge = metrics["with_judge"]
+            assert (metrics["accuracy"], with_judge["accuracy"], metrics["headline"]) == (6 / 9, 1.0, 1.0)
+            assert metrics["protocol"]["judge"] == f"{kind}:j" and with_judge["judged"] == 3
+            theirs = metrics["compat"].get("vlmevalkit_e8e78f0+judge", {}).get("accuracy")
+            # VLMEvalKit's rules read none of these replies, the judge that matches options reads all
             assert theirs == (1.0 if kind == "map" else None)
         assert len(calls_of(tmp_path, "m.jsonl")) == 9  # answered once, whoever judges
-    assert [r["judged"] for r in rows(tmp_path / "out.jsonl")] == ["correct"] * 9
+    assert [r["judged"] for r in results_of(items)] == ["correct"] * 9
 
 
-def test_no_judge_no_start_and_a_judge_that_fails_leaves_no_headline_until_it_is_mended(items, tmp_path):
-    write_rows(items, [item | {"question": "vague? " + ("fault:prose" if n == 0 else "")} for n,
-                       item in enumerate(rows(items))])
+def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_path):
+    change(items, question=lambda n, item: "vague? " + ("" if n else "fault:prose"))
     with serving(tmp_path, name="m.jsonl", sound=True) as (_, model):
         with serving(tmp_path, name="j.jsonl") as (process, judge):
             process.kill()
             process.wait()
-            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 4 and not calls_of(tmp_path,
-                                                                                                   "m.jsonl")
+            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 4
+            assert not calls_of(tmp_path, "m.jsonl")  # no judge, no start
         with serving(tmp_path, name="k.jsonl") as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 3
-            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
+            metrics = metrics_of(items)
             assert (metrics["with_judge"]["judge_errors"], metrics["headline"]) == (1, None)
-            assert rows(tmp_path / "out.jsonl")[0]["judged"] == "judge_error"
+            assert results_of(items)[0]["judged"] == "judge_error"
             assert evaluate.main([*remote(items, model), *judged_by(judge), "--allow_incomplete"]) == 3
-            metrics = load_object(tmp_path / "out.jsonl.metrics.json")
-            assert metrics["headline"] == metrics["with_judge"]["accuracy"] and metrics["with_judge"][
-                "judge_errors"] == 1
+            metrics = metrics_of(items)
+            assert metrics["headline"] == metrics["with_judge"]["accuracy"]
+            assert metrics["with_judge"]["judge_errors"] == 1
         with serving(tmp_path, name="l.jsonl", sound=True) as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
             assert len(calls_of(tmp_path, "l.jsonl")) == 2  # the preflight, and the one that had failed
-    assert load_object(tmp_path / "out.jsonl.metrics.json")["headline"] is not None
+    assert metrics_of(items)["headline"] is not None
 
 
-def test_a_server_that_fails_on_an_item_or_is_gone_says_so(items, tmp_path):
-    write_rows(items, [item | {"question": "fault:400" if n == 2 else "What?"} for n,
-                       item in enumerate(rows(items))])
+def test_a_server_that_fails_on_an_item_or_is_gone_is_reported(items, tmp_path):
+    change(items, question=lambda n, item: "fault:400" if n == 2 else "What?")
     with serving(tmp_path, name="m.jsonl") as (_, model):
         assert evaluate.main(remote(items, model)) == 3
-    metrics = load_object(tmp_path / "out.jsonl.metrics.json")
+    metrics = metrics_of(items)
     assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
-    assert "status 400" in rows(tmp_path / "out.jsonl")[2]["error"]
+    assert "status 400" in results_of(items)[2]["error"]
     with serving(tmp_path, name="n.jsonl", sound=True) as (_, model):
         assert evaluate.main(remote(items, model)) == 3 and not calls_of(tmp_path, "n.jsonl")
-        assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0 and len(calls_of(tmp_path,
-                                                                                              "n.jsonl")) == 1
+        assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0
+        assert len(calls_of(tmp_path, "n.jsonl")) == 1
     assert evaluate.main(remote(items, model, "--server_wait", "1", output="new.jsonl")) == 4
 
 
 # ------------------------------------------------------------------------------------ results of several runs
 def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
-    data = [item | {"benchmark": "vstar"} for item in rows(items)]
-    write_rows(items, data)
+    change(items, benchmark=lambda n, item: "vstar")
     assert evaluate.main(remote(items, server, output="a.jsonl")) == 0
     assert evaluate.main(remote(items, server, "--method", "tool", output="b.jsonl")) == 0
-    one, two = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
-    assert evaluate.main(["--compare", one, two, "--output", str(tmp_path / "c.json")]) == 0
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    assert evaluate.main(["--compare", a, b, "--output", str(tmp_path / "c.json")]) == 0
     result = load_object(tmp_path / "c.json")
-    assert (result["n"], result["difference"], result["test"], result["other_prompts"]) == (9, 0.0,
-                                                                                            "sign_flip", 9)
-    assert evaluate.main(["--table", f"CapImagine={one}", two, "--output", str(tmp_path / "t.md")]) == 0
+    assert (result["n"], result["difference"], result["test"]) == (9, 0.0, "sign_flip")
+    assert result["other_prompts"] == 9
+    assert evaluate.main(["--table", f"CapImagine={a}", b, "--output", str(tmp_path / "t.md")]) == 0
     table = (tmp_path / "t.md").read_text()
     assert "| CapImagine | 33.3 (85.9) | not run (74.1) |" in table and "| m (tool) | 33.3 | - |" in table
 
 
 @pytest.mark.parametrize("more, match", [
-    (["--method", "latent"], "latents need both"), (["--latent", "mirage", "--method", "text"],
-                                                    "latents need both"),
+    (["--method", "latent"], "latents need both"),
+    (["--latent", "mirage", "--method", "text"], "latents need both"),
     (["--latent", "mirage", "--backend", "openai"], "do not feed latents"),
     (["--method", "tool", "--protocol", "monet"], "deepeyes"),
     (["--judge", "map"], "needs --judge_model"), (["--compare", "a", "b"], "expected one of"),
@@ -457,10 +415,11 @@ def test_a_protocol_decides_words_and_resolution_unless_a_flag_does(tiny_checkpo
     assert evaluate.main(flags(items, tiny_checkpoint, "--protocol", "monet", "--dry_run")) == 0
     shown = capsys.readouterr()
     assert "Put your final answer in \\boxed{}." in shown.err and json.loads(shown.out)["items"] == 9
-    args = evaluate.parse_args(flags(items, "m", "--protocol", "monet_paper", "--max_pixels", "50176",
-                                     "--suffix", "!", "--system", "S"))
-    protocol = evaluate.find_protocol(args)
-    assert (protocol.min_pixels, protocol.max_pixels, protocol.suffix, protocol.system) == (200704, 50176,
-                                                                                            "!", "S")
+    monet = evaluate.find_protocol(evaluate.parse_args(flags(items, "m", "--protocol", "monet")))
+    assert monet == evaluate.PROTOCOLS["monet"]
+    changed = evaluate.find_protocol(evaluate.parse_args(flags(
+        items, "m", "--protocol", "monet", "--min_pixels", "784", "--max_pixels", "50176", "--suffix", "!",
+        "--system", "")))
+    assert (changed.min_pixels, changed.max_pixels, changed.suffix, changed.system) == (784, 50176, "!", "")
     with pytest.raises(DataError, match="expected --max_pixels"):
         evaluate.main(flags(items, "m", "--backend", "openai"))

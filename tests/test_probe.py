@@ -259,26 +259,26 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
     assert (tmp_path / "out" / "probes.jsonl").read_bytes() == before
 
 
-def write_five(folder, monkeypatch):
-    """Twenty instances of each of the paper's five benchmarks in their own columns; paths of the items."""
-    monkeypatch.setattr(made, "VSTAR", made.VSTAR * 5)
-    monkeypatch.setattr(made, "REALWORLD", made.REALWORLD * 10)
-    monkeypatch.setitem(made.TABLES, "vwtq", (made.TABLES["vwtq"] * 7)[:20])
-    monkeypatch.setattr(made, "MME", [
-        (f"Is there {thing} in the picture? Please answer yes or no.", gold, n)
-        for n in range(20) for thing, gold in (("a dog", "Yes"), ("a cat", "No"))])
-    ocr = [{"id": n, "dataset_name": "x", "question": "What is written?", "type": "text recognition en",
-            "answers": ["Stop"], "image": made.struct(made.picture(n))} for n in range(20)]
-    sources = {"vstar": made.write_vstar, "mme": made.write_mme, "mme_realworld_lite": made.write_realworld,
-               "ocrbench_v2": lambda place: (made.write_parquet(place / "ocr.parquet", ocr), {}),
-               "tablevqa/vwtq": made.write_tablevqa}
+def write_five(folder):
+    """Prepare 20 pictures of each of the paper's five benchmarks; return the paths of the items."""
+    def repeated(rows):
+        rows = (rows * 20)[:20]
+        return [row | {"index": n, "image": made.text_of(made.picture(n))} for n, row in enumerate(rows)]
+
+    mme = [{"index": 2 * n + k, "image": made.text_of(made.picture(n)), "answer": gold, "category": "count",
+            "question": f"Is there {thing} in the picture? Please answer yes or no."}
+           for n in range(20) for k, (thing, gold) in enumerate((("a dog", "Yes"), ("a cat", "No")))]
+    vwtq = [row for row in made.read_rows("tables.tsv") if row["split"] == "vwtq"]
+    sources = {"vstar": repeated(made.read_rows("vstar.tsv")), "mme": mme,
+               "mme_realworld_lite": repeated(made.read_rows("realworld.tsv")),
+               "ocrbench_v2": repeated(made.read_rows("ocr.tsv")), "tablevqa/vwtq": repeated(vwtq)}
     files = []
-    for n, (name, write) in enumerate(sources.items()):
-        place = folder / str(n)  # every benchmark's pictures lie beside its own items
+    for name, rows in sources.items():
+        place = folder / name.replace("/", "_")
         place.mkdir()
-        assert evaluate.main(["--benchmark", name, "--source", str(write(place)[0]), "--limit", "40",
-                              "--prepare", "--output",
-                              str(place / "b")]) == 0
+        source = made.write_tsv(place / "source.tsv", rows)
+        assert evaluate.main(["--benchmark", name, "--source", str(source), "--limit", "40", "--prepare",
+                              "--output", str(place / "b")]) == 0
         files.append(str(place / "b.items.jsonl"))
     return files
 
@@ -287,7 +287,7 @@ def write_five(folder, monkeypatch):
 def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path, monkeypatch):
     """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the
     model, which is trained on their questions with pictures of its own, imagines at all of them."""
-    files = write_five(tmp_path, monkeypatch)
+    files = write_five(tmp_path)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
     model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", ask=lambda rng: rng.choice(asked))
     write_rows(tmp_path / "probe.jsonl",

@@ -8,11 +8,10 @@ from utils.images import open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
-# metric -> type of the gold answer. likelihood: the option that is likeliest as a reply, without letters;
-# wtq, tabfact: TableVQABench; yesno_pair: MME, two questions per picture; unscored: items for their latents
-# only
-ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "likelihood": "letter", "wtq": "values",
-                "tabfact": "bool", "yesno_pair": "yesno", "unscored": "values"}
+# metric -> type of the gold answer. wtq, tabfact: TableVQABench; yesno_pair: MME, two questions per picture;
+# unscored: items for their latents only
+ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "wtq": "values", "tabfact": "bool",
+                "yesno_pair": "yesno", "unscored": "values"}
 TEXTS = ("benchmark", "category", "group_id", "hint")  # each a string, null or absent
 FAR = 1 << 20  # pixels; beyond any picture
 SCORED = ("mcq", "vsp_path")  # the metrics that a script accepts by default

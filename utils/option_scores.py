@@ -73,20 +73,6 @@ def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str],
             for item, of_row in zip(items, scores)]
 
 
-def score_replies(qwen: Qwen, state: State, replies: list[list[str]]) -> list[list[dict]]:
-    """Return {"logp": sum over the tokens in nats, "n": tokens, the end among them} of each row's replies.
-
-    As V* is scored by its authors (penghao-wu/vstar, vstar_bench_eval.py, multiple_choices_inference, commit
-    7539bcc8): an option is the whole reply with its end, and the one of the least mean loss a token is
-    chosen. `state` stands at the end of the prompts and is not used up.
-    """
-    end = qwen.tokenizer.eos_token_id  # of a turn, in Qwen's chats
-    blocks = [[qwen.tokenizer(plain(text), add_special_tokens=False).input_ids + [end] for text in texts]
-              for texts in replies]
-    return [[{"logp": logp, "n": len(block)} for logp, block in zip(scores, its)]
-            for scores, its in zip(score_blocks(qwen, state, blocks, [0] * len(blocks)), blocks)]
-
-
 def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None],
              before: list[list[int]], by: str) -> list[dict]:
     """Return {"r0", "r1"} of each row: the options after `stem`, and after the clean run's words there (None

@@ -1,7 +1,7 @@
 """Benchmark items: checked on reading, asked in fixed words.    pytest tests/test_items.py"""
 import pytest
 
-from utils.items import ANSWER_TYPES, item_fault, question_text, read_items
+from utils.items import ANSWER_TYPES, question_text, read_items
 from utils.jsonl import DataError, write_rows
 
 ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], ["B", "blue"]],
@@ -48,13 +48,6 @@ def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, 
         write_rows(tmp_path / "items.jsonl", [item | {"answer": {"type": kind, "value": value}}])
         with pytest.raises(DataError, match="'a/1': gold .*expected"):
             read_items(tmp_path / "items.jsonl", metrics=known)
-
-
-def test_options_that_are_compared_by_likelihood_are_checked_like_letters():
-    item = ITEM | {"metric": "likelihood"}
-    assert item_fault(item, ("likelihood",)) is None
-    assert "expected the gold among" in item_fault(item | {"answer": {"type": "letter", "value": "C"}},
-                                                   ("likelihood",))
 
 
 def test_good_items_come_back_as_they_are(tmp_path):

@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 from decoding import batch_of
-from PIL import Image
 
 from utils import qwen as Q
 from utils.decode import embed_prompt, prefill
-from utils.items import chat
-from utils.option_scores import describe_scores, kl, option_blocks, score_options, score_replies
+from utils.option_scores import describe_scores, kl, option_blocks, score_options
 
 ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]},
          {"options": [["A", "7"], ["B", "red"]]},
@@ -51,25 +49,3 @@ def test_shares_margins_and_divergence():
     assert kl({"A": 0.5, "B": 0.5}, {"A": 0.25, "B": 0.75}) == pytest.approx(0.5 * math.log(2) + 0.5
                                                                              * math.log(2 / 3))
     assert kl(found["pi"], found["pi"]) == 0
-
-
-def test_scores_are_those_of_one_forward_pass_over_prompt_and_reply(tiny_checkpoint):
-    """The oracle: each reply appended to its own prompt, one row, no cache, token by token."""
-    qwen = Q.load(str(tiny_checkpoint), "float32", "cpu")
-    images = [[Image.new("RGB", (56, 84), "red")], [Image.new("RGB", (84, 56), "blue")]]
-    prompts = [chat(qwen.tokenizer, text, 1) for text in ("What is it?",
-                                                            "What digit is on the red circle over there?")]
-    replies = [["a red circle", "The answer is 7."], ["blue", "a blue square", "It is blue."]]
-    state = prefill(qwen, Q.encode(qwen, prompts, images))
-    before = state.mask.clone()
-    found = score_replies(qwen, state, replies)
-    assert torch.equal(state.mask, before) and found == score_replies(qwen, state, replies)  # not used up
-    for prompt, shown, texts, scores in zip(prompts, images, replies, found, strict=True):
-        for text, score in zip(texts, scores, strict=True):
-            own = qwen.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
-            inputs = Q.encode(qwen, [prompt + text + "<|im_end|>"], [shown])
-            with torch.no_grad():
-                logits = qwen.model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}).logits[0]
-            logits = logits.log_softmax(-1)
-            expected = sum(float(logits[-len(own) - 1 + k, token]) for k, token in enumerate(own))
-            assert math.isclose(score["logp"], expected, rel_tol=1e-4) and score["n"] == len(own)

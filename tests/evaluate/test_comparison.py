@@ -1,9 +1,14 @@
-"""Comparing result files.    pytest tests/test_comparison.py"""
+"""Comparing result files, and the paper's table with ours."""
+import re
+from pathlib import Path
+
 import pytest
 
-from utils.evaluate.comparison import compare, compare_all, describe
-from utils.jsonl import DataError, write_rows
+from utils.evaluate.comparison import COLUMNS, PAPER, compare, compare_all, describe, make_table
+from utils.jsonl import DataError, write_json, write_rows
 from utils.stats import holm, mcnemar_exact, paired_interval, tango_ci
+
+PAPER_PAGE = Path(__file__).parents[3] / "shared" / "reference" / "paper.md"
 
 
 @pytest.fixture
@@ -11,9 +16,9 @@ def files(tmp_path):
     """Return write(first verdicts, second verdicts, fields of the nth row) -> two paths."""
     def write(*sides, name="f", **fields):
         for side, verdicts in enumerate(sides):
-            write_rows(tmp_path / f"{name}{side}",
-                       [{"id": str(n), "verdict": v, **{key: make(n) for key, make in fields.items()}}
-                                                    for n, v in enumerate(verdicts)])
+            write_rows(tmp_path / f"{name}{side}", [
+                {"id": str(n), "verdict": verdict, **{key: make(n) for key, make in fields.items()}}
+                for n, verdict in enumerate(verdicts)])
         return [str(tmp_path / f"{name}{side}") for side in range(len(sides))]
     return write
 
@@ -21,23 +26,21 @@ def files(tmp_path):
 def test_two_results_of_independent_items(files):
     result = compare(files(["correct", "unresolved", "correct", "incorrect"],
                            ["incorrect", "correct", "correct", "correct"]))
-    assert (result["n"], result["difference"], result["mcnemar_p"], result["p"],
-            result["test"]) == (4, 0.25, 1.0, 1.0, "mcnemar")
+    assert (result["n"], result["difference"], result["test"]) == (4, 0.25, "mcnemar")
+    assert result["mcnemar_p"] == result["p"] == 1.0
     assert (result["right_to_wrong"], result["wrong_to_right"]) == (["0"], ["1", "3"])
     assert result["ci95"] == tango_ci(1, 2, 4, 0.95) and "+25.0 points" in describe(result)
 
 
 def test_the_papers_gain_over_monet_cannot_be_shown_by_its_size(files):
     """164 against 159 of 191 on V*: even five questions gained and none lost is p 0.0625."""
-    before, after = ["correct"] * 159 + ["incorrect"] * 32, ["correct"] * 164 + ["incorrect"] * 27
-    result = compare(files(before, after))
+    result = compare(files(["correct"] * 159 + ["incorrect"] * 32, ["correct"] * 164 + ["incorrect"] * 27))
     assert (result["p"], round(100 * result["difference"], 1)) == (0.0625, 2.6)
 
 
 def test_groups_are_flipped_whole_and_errors_counted(files):
-    paths = files(["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2,
-                  group_id=lambda n: str(n // 2))
-    result = compare(paths)
+    result = compare(files(["error"] + ["correct"] * 4, ["correct"] * 3 + ["incorrect"] * 2,
+                           group_id=lambda n: str(n // 2)))
     assert (result["n"], result["errors"], result["incomplete"], result["difference"]) == (4, 1, True, -0.5)
     # two groups change, both down: 2 of 4 flips
     assert (result["test"], result["p"], result["groups"]) == ("sign_flip", 0.5, 3)
@@ -46,41 +49,111 @@ def test_groups_are_flipped_whole_and_errors_counted(files):
     assert low <= -0.5 <= high
 
 
-def test_one_group_tells_nothing_of_others(files):
+def test_items_of_a_single_group_give_no_p(files):
     result = compare(files(["correct"] * 3, ["incorrect"] * 3, group_id=lambda n: "g"))
     assert (result["p"], result["ci95"]) == (None, (-1.0, 1.0)) and "p -" in describe(result)
 
 
 def test_several_benchmarks_and_several_pairs_are_adjusted_by_holm(files):
-    one = files(["correct"] * 10 + ["incorrect"] * 10, ["correct"] * 4 + ["incorrect"] * 6 + ["correct"] * 10,
-                benchmark=lambda n: ("a", "b")[n // 10])
-    parts = compare(one)["benchmarks"]
-    p = [mcnemar_exact(6, 0), mcnemar_exact(0, 10)]
-    assert [parts[name]["p"] for name in "ab"] == p and [parts[name]["p_holm"] for name in "ab"] == holm(p)
-    two = files(["correct"] * 4, ["incorrect"] * 4, name="g")
-    both = compare_all([*one, *two])["comparisons"]
-    assert [part["p_holm"] for part in both] == holm([part["p"] for part in both]) and both[1] == compare(
-        two) | {
-        "p_holm": both[1]["p_holm"]}
+    first = files(["correct"] * 10 + ["incorrect"] * 10,
+                  ["correct"] * 4 + ["incorrect"] * 6 + ["correct"] * 10, benchmark=lambda n: "ab"[n // 10])
+    parts, p = compare(first)["benchmarks"], [mcnemar_exact(6, 0), mcnemar_exact(0, 10)]
+    assert [parts[name]["p"] for name in "ab"] == p
+    assert [parts[name]["p_holm"] for name in "ab"] == holm(p)
+    second = files(["correct"] * 4, ["incorrect"] * 4, name="g")
+    both = compare_all([*first, *second])["comparisons"]
+    assert [part["p_holm"] for part in both] == holm([part["p"] for part in both])
+    assert both[1] == compare(second) | {"p_holm": both[1]["p_holm"]}
     with pytest.raises(DataError, match="3 files, expected pairs"):
-        compare_all([*one, two[0]])
+        compare_all([*first, second[0]])
 
 
-@pytest.mark.parametrize("sides, gold, match", [
-    ((["error"], ["correct"]), "AA", "no item is answered in both"), ((["correct"], ["correct"]), "AB",
-                                                                      "another gold"),
-    ((["correct"], ["correct"] * 4), "AA", "3 items stand in one file only")])
-def test_results_that_cannot_be_compared(files, tmp_path, sides, gold, match):
-    paths = files(*sides)
-    for side, (verdicts, letter) in enumerate(zip(sides, gold)):
-        write_rows(paths[side], [{"id": str(n), "verdict": v, "gold": letter} for n,
-                                 v in enumerate(verdicts)])
+@pytest.mark.parametrize("sides, golds, match", [
+    ((["error"], ["correct"]), "AA", "no item is answered in both"),
+    ((["correct"], ["correct"]), "AB", "another gold"),
+    ((["correct"], ["correct"] * 4), "AA", "3 items are in one file only"),
+    ((["correct"], ["right"]), "AA", "id '0': verdict 'right', expected one of correct")])
+def test_results_that_cannot_be_compared(files, sides, golds, match):
+    paths = [files(verdicts, name=f"s{n}", gold=lambda _, gold=gold: gold)[0]
+             for n, (verdicts, gold) in enumerate(zip(sides, golds))]
     with pytest.raises(DataError, match=match):
         compare(paths)
 
 
 def test_other_prompts_are_counted(files):
-    paths = files(["correct"] * 2, ["correct"] * 2, prompt_sha=lambda n: "x")
-    write_rows(paths[1], [{"id": "0", "verdict": "correct", "prompt_sha": "x"},
-                          {"id": "1", "verdict": "correct", "prompt_sha": "y"}])
-    assert compare(paths)["other_prompts"] == 1
+    before = files(["correct"] * 2, prompt_sha=lambda n: "x")
+    after = files(["correct"] * 2, name="g", prompt_sha=lambda n: "xy"[n])
+    assert compare([*before, *after])["other_prompts"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ the table
+@pytest.fixture
+def result(tmp_path):
+    """Return write(name, verdicts by benchmark, model) -> path of a result file with its metrics."""
+    def write(name, verdicts, model="runs/mine", **more):
+        rows = [{"id": f"{benchmark}/{n}", "benchmark": benchmark, "verdict": verdict}
+                for benchmark, row in verdicts.items() for n, verdict in enumerate(row)]
+        write_rows(tmp_path / name, rows)
+        write_json(f"{tmp_path / name}.metrics.json", {
+            "n": len(rows), "ci95": [0.5, 0.75], "chance": 0.36,
+            "efficiency": {"seconds_per_item": 1.5, "tokens_per_item": 80.0},
+            "protocol": {"model": model, "method": "text", "line": "protocol=monet"}, **more})
+        return str(tmp_path / name)
+    return write
+
+
+def row_of(table, name):
+    line = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_our_numbers_are_next_to_the_papers_and_missing_ones_are_marked(result):
+    path = result("v.jsonl", {"vstar": ["correct"] * 164 + ["incorrect"] * 27})
+    table = make_table([f"CapImagine={path}", path])
+    cells = row_of(table, "CapImagine")
+    assert cells[:3] == ["85.9 (85.9)", "not run (74.1)", "not run (70.7)"] and cells[-1] == "not run (70.7)"
+    assert row_of(table, "mine (text)") == ["85.9", *["-"] * 9]
+    assert row_of(table, "DeepEyes")[0] == "not run (90.0)" and row_of(table, "DeepEyes")[4] == "-"
+    assert "| CapImagine | vstar | 191 | 50.0 to 75.0 | 36.0 | 1.5 | 80.0 | protocol=monet |" in table
+
+
+def test_tables_overall_needs_all_three_splits_and_failures_give_no_number(result):
+    two = result("two.jsonl", {"tablevqa/vwtq": ["correct"] + ["incorrect"] * 3,
+                               "tablevqa/vwtq_syn": ["correct", "incorrect"]})
+    assert row_of(make_table([f"Monet={two}"]), "Monet")[6:] == [
+        "25.0 (55.3)", "50.0 (60.4)", "not run (78.8)", "not run (64.8)"]
+    third = result("third.jsonl", {"tablevqa/vtabfact": ["correct"] * 4})
+    # (25 + 50 + 100) / 3
+    assert row_of(make_table([f"Monet={two}", f"Monet={third}"]), "Monet")[-1] == "58.3 (64.8)"
+    failed = result("failed.jsonl", {"vstar": ["correct", "error"]})
+    assert row_of(make_table([f"Monet={failed}"]), "Monet")[0] == "incomplete (1 of 2 failed) (83.3)"
+
+
+def test_files_that_cannot_be_tabulated(result, tmp_path):
+    path = result("v.jsonl", {"vstar": ["correct"]})
+    with pytest.raises(DataError, match="vstar is already in row 'mine"):
+        make_table([path, path])
+    (tmp_path / "alone.jsonl").write_text("")
+    with pytest.raises(DataError, match="expected a result file with its metrics"):
+        make_table([str(tmp_path / "alone.jsonl")])
+    for field in ({"ci95": "wide"}, {"ci95": [0.5]}, {"chance": "a third"}, {"protocol": {"model": "m"}},
+                  {"efficiency": None}):
+        with pytest.raises(DataError, match="damaged, or not of one run with .*metrics.json"):
+            make_table([result("v.jsonl", {"vstar": ["correct"]}, **field)])
+    with pytest.raises(DataError, match="'vstar/0' has no verdict 'judged'"):
+        make_table([result("v.jsonl", {"vstar": ["correct"]}, with_judge={"ci95": None})])
+
+
+@pytest.mark.skipif(not PAPER_PAGE.is_file(), reason=f"no notes on the paper at {PAPER_PAGE}")
+def test_the_papers_numbers_are_those_of_its_page():
+    page = PAPER_PAGE.read_text()
+    assert len(COLUMNS) + 1 == 10
+    for name, numbers in PAPER.items():
+        line = re.search(rf"^\| {re.escape(name)} \| (?:closed|base|tool|latent|text) \| (.*) \|$", page,
+                         re.MULTILINE)[1]
+        assert [None if cell == "-" else float(cell) for cell in line.split(" | ")] == list(numbers[:6])
+        if numbers[6] is None:
+            assert numbers[6:] == (None,) * 4
+        else:
+            tables = re.search(rf"{name} ([\d.]+) / ([\d.]+) / ([\d.]+) / ([\d.]+)\b", " ".join(page.split()))
+            assert [float(cell) for cell in tables.groups()] == list(numbers[6:])

@@ -121,13 +121,12 @@ def test_a_verdict_of_ours_is_never_overruled_and_empty_replies_are_not_asked_ab
                 result("", "unresolved"), result(None, "error"), result("fault:prose", "unresolved")]
 
     with serving(tmp_path) as (_, url):
-        some, every = results(), results()
-        add_verdicts(open_judge("map", url), [ITEM] * 6, some, False)
+        some, fewer = results(), results()
+        add_verdicts(open_judge("map", url), [ITEM] * 6, some)
         assert [r["judged"] for r in some] == ["correct", "correct", "incorrect", "unresolved", "error",
                                                "judge_error"]
         # the third: for VLMEvalKit
         assert [r["judge"] is not None for r in some] == [True, False, True, False, False, True]
-        add_verdicts(open_judge("grade", url), [ITEM] * 6, every, True)
-        assert [r["judge"] and r["judge"]["right"] for r in every] == [True, False, True, None, None, None]
-        assert [r["judged"] for r in every] == ["correct", "correct", "incorrect", "unresolved", "error",
-                                                "judge_error"]
+        add_verdicts(open_judge("grade", url), [ITEM] * 6, fewer)
+        assert [r["judge"] is not None for r in fewer] == [True, False, False, False, False, True]
+        assert [r["judged"] for r in fewer] == [r["judged"] for r in some]

@@ -1,4 +1,4 @@
-"""Other harnesses' verdicts, against what their own code answered.    pytest tests/test_compat.py"""
+"""Other harnesses' verdicts, against what their own code answered."""
 import json
 import time
 
@@ -6,42 +6,39 @@ import pytest
 from harness_table import OPTIONS, REPLIES
 from samples import shortest_path
 
-from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_0bac5c0, vlmevalkit_e8e78f0,
+from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,
                                               vtabfact, vwtq, walk_vsp, without_label)
 
 COL = OPTIONS["COL"]
 
 
-@pytest.mark.parametrize("name, gold, reply, head, older, mme, letter, rule", REPLIES)
-def test_frozen_columns(name, gold, reply, head, older, mme, letter, rule):
+@pytest.mark.parametrize("name, gold, reply, letter, older, mme, ours, rule", REPLIES)
+def test_frozen_columns(name, gold, reply, letter, older, mme, ours, rule):
     options = OPTIONS[name]
     before = dict(options)
-    assert vlmevalkit_e8e78f0(reply, options) == head
-    assert vlmevalkit_0bac5c0(reply, options) == older
-    assert mme_realworld(reply) == mme_realworld(reply, repaired=True) == mme
+    assert (vlmevalkit_e8e78f0(reply, options), mme_realworld(reply)) == (letter, mme)
     assert options == before  # theirs lower-cases the texts in place
 
 
-@pytest.mark.parametrize("column, totals", [(3, (19, 20, 9)), (4, (20, 23, 5)), (5, (19, 16, 13))])
+@pytest.mark.parametrize("column, totals", [(3, (19, 20, 9)), (5, (19, 16, 13))])
 def test_columns_add_up(column, totals):
-    """Right, nothing and wrong letters as counted when the harnesses ran."""
-    right, nothing = sum(row[column] == row[1] for row in REPLIES), sum(row[column] is None
-                                                                        for row in REPLIES)
-    assert (right, nothing, 48 - right - nothing) == totals
+    """Letters right, missing and wrong as counted when the harnesses ran."""
+    right = sum(row[column] == row[1] for row in REPLIES)
+    missing = sum(row[column] is None for row in REPLIES)
+    assert (right, missing, 48 - right - missing) == totals
 
 
-@pytest.mark.parametrize("reply, older, head", [
-    ("B one two three", "B", "B"), ("B one two three four", None, None),  # among the last four words
-    ("B one two three four five B", None, None), ("A or B", None, None), ("Z", "Z", "Z"), ("A Z", "A", "A"),
-    ("The correct answer is B. Here is why: a white cup would be A.", None, "B"),
-    ("the ANSWER  IS **d", None, "D"), ("The answer is E.", None, None),
-    ("Failed to obtain answer via API B", None, None), ("I can't process this file. B", "Z", "Z"),
-    ("Failed to obtain answer via API: answer is B", None, None),
-    ("-B-", None, None), ("<B>", None, None), ("{B}", "B", "B"), ("infrared", "B", "B"), ("Red", "B", "B"),
-    ("x" * 31 + " red", None, None), ("x" * 30 + " red", "B", "B"), ("red or blue", None, None)])
-def test_vlmevalkits_rules(reply, older, head):
+@pytest.mark.parametrize("reply, letter", [
+    ("B one two three", "B"), ("B one two three four", None),  # among the last four words
+    ("B one two three four five B", None), ("A or B", None), ("Z", "Z"), ("A Z", "A"),
+    ("The correct answer is B. Here is why: a white cup would be A.", "B"), ("the ANSWER  IS **d", "D"),
+    ("The answer is E.", None), ("Failed to obtain answer via API B", None),
+    ("I can't process this file. B", "Z"), ("Failed to obtain answer via API: answer is B", None),
+    ("-B-", None), ("<B>", None), ("{B}", "B"), ("infrared", "B"), ("Red", "B"), ("x" * 31 + " red", None),
+    ("x" * 30 + " red", "B"), ("red or blue", None)])
+def test_vlmevalkits_rules(reply, letter):
     """The four texts of COL sum to 17 characters, so a text counts in up to 34."""
-    assert (vlmevalkit_0bac5c0(reply, COL), vlmevalkit_e8e78f0(reply, COL)) == (older, head)
+    assert vlmevalkit_e8e78f0(reply, COL) == letter
 
 
 def test_only_letters_that_are_options_are_inferred():
@@ -50,18 +47,12 @@ def test_only_letters_that_are_options_are_inferred():
     assert vlmevalkit_e8e78f0("The answer is below, on this side of the river, as I told", options) == "B"
 
 
-@pytest.mark.parametrize("reply, official, bare, repaired", [
-    ("", "A", "A", "A"), ("c", "A", "C", "C"), ("blue", "C", None, None), ("red", "B", None, None),
-    ("The best", None, None, None), ("Best answer: C", "B", "B", "C"), ("Best answer:Best option: C", "C",
-                                                                        "C", "C"),
-    ("The best option is C", "C", "C", "C"),
-    ("Based on it, D", "B", "B", "B"), ("one two three four five six seven eight nine ten blue", None, None,
-                                        None)])
-def test_mme_realworlds_states(reply, official, bare, repaired):
-    """`c` is looked for in "(A) black" first: the script that gets the options reads it as A."""
-    options = {"A": "black", "B": "red", "C": "blue"}
-    assert mme_realworld(reply, options) == official
-    assert (mme_realworld(reply), mme_realworld(reply, repaired=True)) == (bare, repaired)
+@pytest.mark.parametrize("reply, letter", [
+    ("", "A"), ("c", "C"), ("blue", None), ("The best", None), ("Best answer: C", "C"),
+    ("Best answer:Best option: C", "C"), ("The best option is C", "C"), ("Based on it, D", "B"),
+    ("one two three four five six seven eight nine ten blue", None)])
+def test_mme_realworlds_rules(reply, letter):
+    assert mme_realworld(reply) == letter
 
 
 @pytest.mark.parametrize("output, gold, same", [
@@ -90,8 +81,8 @@ def test_escapes_are_undone_in_order():
     assert unescape(r"a\nb\pc\\d") == "a\nb|c\\d"
 
 
-def test_a_gold_without_end_is_refused():
-    with pytest.raises(ValueError, match="without end"):
+def test_an_infinite_gold_is_refused():
+    with pytest.raises(ValueError, match="infinite"):
         vwtq("5", "inf")
 
 
@@ -125,7 +116,7 @@ def test_a_gold_of_another_type_is_refused(gold):
 @pytest.mark.parametrize("reply, right", [
     ("\\boxed{D,D,R}", True), ("\\boxed{ddr}", True),
     ("\\boxed{U,L,D,D,R}", True),  # moves off the map are ignored
-    ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),  # hole; short; left again
+    ("\\boxed{R,D,D}", False), ("\\boxed{D,D}", False), ("\\boxed{D,D,R,L}", False),  # hole, short, past it
     ("\\boxed{D} no, \\boxed{D,D,R}", True), ("D,D,R", False), ("", False),
     ("\\boxed{D,D,R", False), ("\\boxed{D,D,R} or \\boxed{R", False),  # the last box counts only if it closes
     ("\\fbox{D,D,R}", False), ("\\boxed{D,D,\\rightarrow}", True)])  # three moves right

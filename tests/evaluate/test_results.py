@@ -1,62 +1,66 @@
-"""Scores of sets of results, by hand and by published numbers.    pytest tests/test_summary.py"""
+"""Scores of sets of results, by hand, against counts behind the published numbers."""
 import random
 
 import pytest
 
-from utils.evaluate.results import headline, is_right, mme_scores, own_scores, share, summarize, widest
-from utils.stats import wilson
+from utils.evaluate.results import (headline, is_right, macro, micro, mme_scores, own_scores, rotations,
+                                    share, summarize, widest)
+from utils.stats import chance, wilson
 
 BASE = {"group_id": "g", "category": "c", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4,
-        "extraction": {"rule": "phrase"},
-        "n_options": 4, "compat": {}}
+        "extraction": {"rule": "phrase"}, "n_options": 4, "compat": {}}
 
 
-def results(*verdicts, **more):
-    return [BASE | {"id": str(n), "verdict": verdict} | more for n, verdict in enumerate(verdicts)]
+def hits(k, n):
+    return [True] * k + [False] * (n - k)
+
+
+def counted(k, n, **more):
+    """n results, the first k of them right."""
+    return [BASE | {"verdict": "correct" if hit else "incorrect", "group_id": str(i)} | more
+            for i, hit in enumerate(hits(k, n))]
 
 
 def test_unresolved_counts_as_wrong_and_errors_are_left_out():
-    records = results("correct", "incorrect", "unresolved") + [{"verdict": "error", "group_id": "g"}]
-    found = summarize(records, lambda record: record["n_latent"] > 0)
-    assert (found["n"], found["accuracy"], found["incomplete"], found["ci95"]) == (3, 1 / 3, True,
-                                                                                   wilson(1, 3))
-    assert found["chance"] == 0.25 and found["emission"]["share"] == 1
-    assert headline(found, False) is None and headline(found, True) == 1 / 3
+    records = [BASE | {"verdict": verdict} for verdict in ("correct", "incorrect", "unresolved")]
+    error = {"verdict": "error", "group_id": "g"}
+    scores = summarize([*records, error], lambda record: record["n_latent"] > 0)
+    assert (scores["n"], scores["accuracy"], scores["incomplete"]) == (3, 1 / 3, True)
+    assert scores["ci95"] == wilson(1, 3)
+    assert scores["chance"] == 0.25 and scores["emission"]["share"] == 1
+    assert headline(scores, False) is None and headline(scores, True) == 1 / 3
 
 
-def test_the_papers_numbers_come_out_of_the_counts_that_they_imply():
-    """V* 85.9 of CapImagine: 101 of 115 and 63 of 76; one decimal of each of the three (arXiv 2602.22766)."""
-    counts = {"direct_attributes": (101, 115), "relative_position": (63, 76)}
-    records = [BASE | {"verdict": "correct" if k < right else "incorrect", "category": name,
-                       "group_id": f"{name}{k}"}
-               for name, (right, n) in counts.items() for k in range(n)]
-    assert round(100 * summarize(records)["accuracy"], 1) == 85.9
-    parts = {name: summarize([r for r in records if r["category"] == name])["accuracy"] for name in counts}
-    assert {name: round(100 * part, 1) for name, part in parts.items()} == {"direct_attributes": 87.8,
-                                                                            "relative_position": 82.9}
-    assert 1 < 100 * (summarize(records)["ci95"][1] - 0.859) < 5  # half the width is about 4.9 points
+def test_v_star_85_9_comes_out_of_the_counts_of_its_categories():
+    """CapImagine: 101 of 115 and 63 of 76 give the three published decimals (arXiv 2602.22766)."""
+    parts = {"direct": counted(101, 115), "relative": counted(63, 76)}
+    records = [record | {"group_id": f"{name}{record['group_id']}"}
+               for name, part in parts.items() for record in part]
+    scores = summarize(records)
+    shown = [round(100 * summarize(part)["accuracy"], 1) for part in (*parts.values(), records)]
+    assert shown == [87.8, 82.9, 85.9]
+    assert 1 < 100 * (scores["ci95"][1] - 0.859) < 5  # half the width is about 4.9 points
 
 
 def test_groups_widen_the_interval():
-    records = [BASE | {"verdict": "correct" if n < 20 else "incorrect", "group_id": str(n // 4)}
-               for n in range(40)]
-    found = share(records, is_right)
-    (low, high), (clustered_low, clustered_high) = found["ci95"], found["ci95_clustered"]
+    records = [record | {"group_id": str(n // 4)} for n, record in enumerate(counted(20, 40))]
+    scores = share(records, is_right)
+    (low, high), (clustered_low, clustered_high) = scores["ci95"], scores["ci95_clustered"]
     assert clustered_high - clustered_low > 1.5 * (high - low)
     alike = share([BASE | {"verdict": ("correct", "incorrect")[n % 2], "group_id": str(n // 2)}
                    for n in range(20)], is_right)
-    # never printed of no width
+    # what is printed always has a width
     assert alike["ci95_clustered"] == (0.5, 0.5) and widest(alike) == tuple(alike["ci95"])
-    assert "ci95_clustered" not in share([r | {"group_id": str(n)} for n, r in enumerate(records)], is_right)
+    assert "ci95_clustered" not in share(counted(20, 40), is_right)
 
 
-def test_other_rules_stand_beside_ours_each_over_the_results_it_applies_to():
+def test_other_rules_are_scored_over_the_results_they_apply_to():
     records = [BASE | {"verdict": verdict, "gold": "A", "compat": compat} for verdict, compat in (
         ("correct", {"one": "A", "two": None}), ("unresolved", {"one": "A", "two": "B"}),
         ("incorrect", {"one": "Z"}))]
-    found = summarize(records)["compat"]
-    assert (found["one"]["n"], found["one"]["correct"], found["one"]["no_verdict"]) == (3, 2, 0)
-    assert (found["two"]["n"], found["two"]["correct"], found["two"]["no_verdict"]) == (2, 0, 1)
+    scores = summarize(records)["compat"]
+    counts = {name: (part["n"], part["correct"], part["no_verdict"]) for name, part in scores.items()}
+    assert counts == {"one": (3, 2, 0), "two": (2, 0, 1)}
 
 
 def judged(verdict, after, parsed, error=None):
@@ -69,53 +73,129 @@ def test_a_judge_decides_what_is_unresolved_and_its_failures_block_the_headline(
                judged("incorrect", "incorrect", "A"),
                BASE | {"verdict": "correct", "judged": "correct", "judge": None, "gold": "A",
                        "compat": {"vk": "A"}}]
-    found = summarize(records)
-    assert (found["accuracy"], found["with_judge"]["accuracy"], headline(found, False)) == (0.5, 0.75, 0.75)
-    part = found["with_judge"]
-    assert (part["asked"], part["judged"], part["rules_right_judge_wrong"],
-            part["rules_wrong_judge_right"]) == (3, 1, 1, 1)
-    assert (found["compat"]["vk"]["correct"], found["compat"]["vk+judge"]["correct"]) == (1, 3)
-    found = summarize([*records, judged("unresolved", "judge_error", None, "no usable reply")])
-    assert found["with_judge"]["judge_errors"] == 1 and headline(found, False) is None and headline(
-        found, True) == 0.6
-    assert "vk+judge" not in found["compat"]
+    scores = summarize(records)
+    part = scores["with_judge"]
+    assert (scores["accuracy"], part["accuracy"], headline(scores, False)) == (0.5, 0.75, 0.75)
+    assert (part["asked"], part["judged"]) == (3, 1)
+    assert (part["rules_right_judge_wrong"], part["rules_wrong_judge_right"]) == (1, 1)
+    assert (scores["compat"]["vk"]["correct"], scores["compat"]["vk+judge"]["correct"]) == (1, 3)
+    scores = summarize([*records, judged("unresolved", "judge_error", None, "no usable reply")])
+    assert scores["with_judge"]["judge_errors"] == 1 and "vk+judge" not in scores["compat"]
+    assert headline(scores, False) is None and headline(scores, True) == 0.6
 
 
-def test_hrbench_is_the_mean_over_rotations_and_counts_what_is_right_in_all_four():
+def test_hrbench_is_averaged_over_rotations_in_total_and_by_category():
     rng = random.Random(0)
     records = [BASE | {"verdict": rng.choice(("correct", "incorrect")), "benchmark": "hrbench_4k",
-                       "group_id": f"q{n}",
-                       "rotation": cycle, "category": ("single", "cross")[n % 2]} for n in range(40)
-                       for cycle in range(4)]
-    found = own_scores(records)["hrbench_4k"]
-    for name, its in (("all", records), ("single", [r for r in records if r["category"] == "single"])):
-        cycles = [[is_right(r) for r in its if r["rotation"] == cycle] for cycle in range(4)]
-        assert found[name]["average"] == pytest.approx(sum(sum(hits) / len(hits) for hits in cycles) / 4)
-        assert found[name]["all_right"] == sum(map(all, zip(*cycles))) / len(cycles[0])
+                       "group_id": f"q{n}", "rotation": cycle, "category": ("single", "cross")[n % 2]}
+               for n in range(40) for cycle in range(4)]
+    scores = own_scores(records)["hrbench_4k"]
+    for name, part in (("all", records), ("single", [r for r in records if r["category"] == "single"])):
+        cycles = [[is_right(r) for r in part if r["rotation"] == cycle] for cycle in range(4)]
+        assert scores[name]["average"] == pytest.approx(sum(sum(hits) / len(hits) for hits in cycles) / 4)
+        assert scores[name]["all_right"] == sum(map(all, zip(*cycles))) / len(cycles[0])
 
 
 def test_mme_adds_accuracy_and_accuracy_plus():
-    """VLMEvalKit's formula: a subtask of four pictures, three of them right on both questions, is 87.5 + 75.
-    """
+    """VLMEvalKit's formula: a subtask of four pictures, three of them right on both questions: 87.5 + 75."""
     records = [BASE | {"verdict": "correct" if (picture, k) != (0, 1) else "unresolved", "category": "count",
-                       "benchmark": "mme",
-                       "group_id": f"p{picture}"} for picture in range(4) for k in range(2)]
-    found = mme_scores(records)
-    assert found["tasks"]["count"] == {"accuracy": 0.875, "accuracy_plus": 0.75, "score": 162.5}
-    assert (found["perception"], found["reasoning"], own_scores(records)["mme"]) == (None, None, found)
+                       "benchmark": "mme", "group_id": f"p{picture}"}
+               for picture in range(4) for k in range(2)]
+    scores = mme_scores(records)
+    assert scores["tasks"]["count"] == {"accuracy": 0.875, "accuracy_plus": 0.75, "score": 162.5}
+    assert (scores["perception"], scores["reasoning"]) == (None, None)
+    assert own_scores(records)["mme"] == scores
 
 
 def test_tables_are_averaged_both_ways_and_realworld_by_kind():
-    """Monet's TableVQABench in the paper: 415 of 750, 151 of 250, 197 of 250 are 64.8 by splits and 61.0 by
-    items."""
-    records = [BASE | {"verdict": "correct" if k < right else "incorrect", "benchmark": f"tablevqa/{name}",
-                       "group_id": str(k)}
-               for name, right, n in (("vwtq", 415, 750), ("vwtq_syn", 151, 250), ("vtabfact", 197, 250))
-               for k in range(n)]
-    found = own_scores(records)["tablevqa"]
-    assert (round(100 * found["macro"], 1), round(100 * found["micro"], 1), found["splits"]) == (64.8, 61.0,
-                                                                                                 3)
+    """Monet's TableVQABench: 415 of 750, 151 of 250, 197 of 250 are 64.8 by splits and 61.0 by items."""
+    records = [record for name, k, n in (("vwtq", 415, 750), ("vwtq_syn", 151, 250), ("vtabfact", 197, 250))
+               for record in counted(k, n, benchmark=f"tablevqa/{name}")]
+    scores = own_scores(records)["tablevqa"]
+    shown = round(100 * scores["macro"], 1), round(100 * scores["micro"], 1), scores["splits"]
+    assert shown == (64.8, 61.0, 3)
     records = [BASE | {"verdict": "correct", "benchmark": "mme_realworld_lite", "category": f"{kind}/x"}
                for kind in ("Perception", "Perception", "Reasoning")]
-    found = own_scores(records)["mme_realworld_lite"]
-    assert (found["Perception"]["correct"], found["Reasoning"]["correct"]) == (2, 1)
+    scores = own_scores(records)["mme_realworld_lite"]
+    assert (scores["Perception"]["correct"], scores["Reasoning"]["correct"]) == (2, 1)
+
+
+# ------------------------------------------------------------------------------------------------ averages
+# Every percentage of the paper's tables with the count that it implies: n, {percent: count}
+PUBLISHED = [(n, percent, count) for n, counts in (
+    (191, {67.5: 129, 76.4: 146, 80.6: 154, 90.0: 172, 81.7: 156, 83.3: 159, 85.9: 164, 82.7: 158, 79.6: 152,
+           22.5: 43}),  # V*
+    (115, {77.4: 89, 87.8: 101, 20.0: 23}), (76, {75.0: 57, 82.9: 63, 26.3: 20}),  # its categories
+    (800, {59.0: 472, 68.0: 544, 72.9: 583, 75.1: 601, 70.8: 566, 71.0: 568, 74.1: 593, 72.5: 580, 24.0: 192,
+           71.1: 569, 70.1: 561, 70.7: 566}),  # HR-Bench 4K
+    (800, {55.5: 444, 63.8: 510, 66.9: 535, 72.6: 581, 63.0: 504, 68.0: 544, 70.7: 566, 69.8: 558, 69.3: 554,
+           67.9: 543}),  # HR-Bench 8K
+    (400, {80.3: 321, 55.8: 223, 88.5: 354, 59.8: 239, 20.0: 80, 28.0: 112}),  # FSP and FCP
+    (1919, {52.0: 998, 45.8: 879, 53.2: 1021, 50.6: 971, 46.9: 900, 54.8: 1052, 49.7: 954, 46.2: 887}),
+    (150, {55.3: 83, 62.7: 94, 52.0: 78, 50.0: 75, 64.7: 97}),  # BLINK Jigsaw
+    (133, {59.4: 79, 42.9: 57, 46.6: 62, 47.4: 63, 49.6: 66}),  # BLINK Multi-view
+    (750, {55.3: 415, 60.9: 457}), (250, {60.4: 151, 78.8: 197, 68.0: 170, 83.2: 208}),  # TableVQABench
+    (400, {64.2: 257, 77.0: 308})) for percent, count in counts.items()]
+
+
+def test_published_percentages_come_from_whole_counts():
+    for n, percent, count in PUBLISHED:
+        assert 100 * micro({"all": hits(count, n)}) == pytest.approx(percent, abs=0.055)
+
+
+@pytest.mark.parametrize("direct, spatial, whole", [
+    ((89, 115), (57, 76), 76.4), ((101, 115), (63, 76), 85.9), ((23, 115), (20, 76), 22.5)])
+def test_v_star_overall_weights_its_categories_by_items(direct, spatial, whole):
+    parts = {"direct": hits(*direct), "spatial": hits(*spatial)}
+    assert round(100 * micro(parts), 1) == whole != round(100 * macro(parts), 1)
+
+
+@pytest.mark.parametrize("counts, mean, by_items", [((415, 151, 197), 64.8, 61.0),
+                                                    ((457, 170, 208), 70.7, 66.8)])
+def test_table_vqa_overall_is_the_mean_of_three_splits(counts, mean, by_items):
+    """Monet's and CapImagine's rows: the published 64.8 and 70.7 are the macro mean."""
+    parts = {n: hits(k, size) for n, (k, size) in enumerate(zip(counts, (750, 250, 250)))}
+    assert (round(100 * macro(parts), 1), round(100 * micro(parts), 1)) == (mean, by_items)
+
+
+@pytest.mark.parametrize("single, cross, whole", [(321, 223, 68.0), (354, 239, 74.1), (80, 112, 24.0)])
+def test_hr_bench_is_the_mean_over_rotations(single, cross, whole):
+    """100 single and 100 cross questions in four rotations: the whole is the plain mean, (FSP + FCP) / 2."""
+    answers = hits(single, 400) + hits(cross, 400)
+    rows = [(row // 4, row % 4, right) for row, right in enumerate(answers)]
+    random.Random(0).shuffle(rows)
+    average = rotations(rows)["average"]
+    assert average == pytest.approx(sum(answers) / 800) and 100 * average == pytest.approx(whole, abs=0.05)
+
+
+def test_missing_rows_move_the_mean_over_rotations_off_the_plain_mean():
+    """Rotation 0: 1 of 4 right; rotation 1: 1 of 2 right."""
+    rows = [(question, 0, question == 0) for question in range(4)] + [(0, 1, True), (1, 1, False)]
+    assert rotations(rows) == {"average": 0.375, "by_rotation": {0: 0.25, 1: 0.5}, "all_right": None,
+                               "complete": 0}
+
+
+def test_a_question_counts_as_all_right_only_with_all_four():
+    rows = [(question, rotation, (question, rotation) != (1, 3)) for question in range(3)
+            for rotation in range(4)]
+    scores = rotations(rows[:-1])  # question 2 lacks a rotation
+    assert (scores["all_right"], scores["complete"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize("rows", [[(1, 4, True)], [(1, "0", True)], [(1, 0, True), (1, 0, True)], []])
+def test_rotations_are_checked(rows):
+    with pytest.raises(ValueError):
+        rotations(rows)
+
+
+@pytest.mark.parametrize("score", [
+    lambda: micro({"a": []}), lambda: macro({"a": [True], "b": []}), lambda: macro({}), lambda: chance([]),
+    lambda: chance([4, 0])])
+def test_nothing_has_no_score(score):
+    with pytest.raises(ValueError):
+        score()
+
+
+def test_chance_is_one_in_the_options_of_each_item():
+    assert round(100 * chance([4] * 107 + [2] * 84), 1) == 36.0  # V*
+    assert chance([2] * 150) == 0.5 and chance([5] * 1919) == pytest.approx(0.2)

@@ -1,9 +1,10 @@
-"""What a reply is worth, by our rules and by those of others.    pytest tests/test_scoring.py"""
+"""What a reply is worth, by our rules and by other harnesses' rules."""
 import pytest
 
 from utils.evaluate import reference_scorers
-from utils.evaluate.scoring import (check_scorable, compat_right, gold_text, likeliest, n_options,
-                                    read_yes_no, score)
+from utils.evaluate.reference_scorers import vwtq
+from utils.evaluate.scoring import (check_scorable, compat_right, gold_text, n_options, read_truth,
+                                    read_value, read_yes_no, score, vwtq_numeric)
 from utils.jsonl import DataError
 
 LETTERS = [["A", "red"], ["B", "blue"], ["C", "green"]]
@@ -11,8 +12,8 @@ MCQ = {"id": "1", "metric": "mcq", "options": LETTERS, "answer": {"type": "lette
 WTQ = {"id": "2", "metric": "wtq", "options": [], "answer": {"type": "values", "value": ["1234", "a|b"]}}
 FACT = {"id": "3", "metric": "tabfact", "options": [], "answer": {"type": "bool", "value": False}}
 YES = {"id": "4", "metric": "yesno_pair", "options": [], "answer": {"type": "yesno", "value": "yes"}}
-PATH = {"id": "5", "metric": "vsp_path", "options": [], "answer": {"type": "path_map",
-                                                                   "value": [[1, 2], [0, 0]]}}
+PATH = {"id": "5", "metric": "vsp_path", "options": [],
+        "answer": {"type": "path_map", "value": [[1, 2], [0, 0]]}}
 
 
 def said(text, finish="stop"):
@@ -25,61 +26,50 @@ def said(text, finish="stop"):
     (PATH, "\\boxed{R}", "correct"), (PATH, "\\boxed{L}", "incorrect"), (PATH, "R", "unresolved"),
     (WTQ, "\\boxed{a\\p b||1234}", "incorrect"), (WTQ, "a\\pb||1234.0", "correct"), (WTQ, "", "unresolved"),
     (WTQ, "The years are 1234 and so on", "incorrect"),
-    (FACT, "\\boxed{False}", "correct"), (FACT, "True", "incorrect"), (FACT, "Is it true or false?",
-                                                                       "unresolved"),
+    (FACT, "\\boxed{False}", "correct"), (FACT, "True", "incorrect"),
+    (FACT, "Is it true or false?", "unresolved"),
     (YES, "Yes, a dog.", "correct"), (YES, "\\boxed{no}", "incorrect"),
     (YES, "There is no cat.", "unresolved")])
 def test_strict_verdicts(item, text, verdict):
     assert score(item, said(text))["verdict"] == verdict
 
 
-def test_what_no_rule_resolves_is_never_an_option_and_no_other_rule_fills_it():
-    """VLMEvalKit reads "red" in "blurred", since 2026 a B, and MME-RealWorld's script an A in nothing: beside
-    the verdict."""
-    found = score(MCQ, said("The answer is blurred"))
-    assert found["verdict"] == "unresolved" and found["extraction"]["value"] is None
-    assert found["compat"] == {"vlmevalkit_0bac5c0": "A", "vlmevalkit_e8e78f0": "B"}
-    found = score(MCQ | {"benchmark": "mme_realworld_lite"}, said(""))
-    assert (found["verdict"], found["compat"]["mme_realworld"]) == ("unresolved", "A")
+def test_a_reply_that_no_rule_reads_is_unresolved_whatever_other_rules_make_of_it():
+    """VLMEvalKit reads "answer is blurred" as B, and MME-RealWorld's function an empty reply as A."""
+    result = score(MCQ, said("The answer is blurred"))
+    assert result["verdict"] == "unresolved" and result["extraction"]["value"] is None
+    assert result["compat"] == {"vlmevalkit_e8e78f0": "B"}
+    result = score(MCQ | {"benchmark": "mme_realworld_lite"}, said(""))
+    assert (result["verdict"], result["compat"]) == ("unresolved", {"vlmevalkit_e8e78f0": "A"})
 
 
 def test_a_cut_off_reply_is_not_read_by_its_last_sentence():
     assert score(MCQ, said("I see that it is blue"))["verdict"] == "correct"
-    assert score(MCQ, said("I look and then. I see it may be the blue one",
-                           "length"))["verdict"] == "unresolved"
+    cut = said("I look and then. I see it may be the blue one", "length")
+    assert score(MCQ, cut)["verdict"] == "unresolved"
 
 
 def test_numbers_with_marks_are_right_by_our_column_alone():
-    found = score(WTQ | {"answer": {"type": "values", "value": ["1234"]}}, said("\\boxed{1,234}"))
-    assert (found["verdict"], found["numeric"], found["compat"]) == ("incorrect", True,
-                                                                     {"tablevqabench": False})
+    result = score(WTQ | {"answer": {"type": "values", "value": ["1234"]}}, said("\\boxed{1,234}"))
+    assert (result["verdict"], result["numeric"]) == ("incorrect", True)
+    assert result["compat"] == {"tablevqabench": False}
 
 
-def test_a_box_is_ours_and_the_benchmarks_own_script_does_not_see_it():
-    found = score(FACT, said("At first it looks true. \\boxed{False}"))
-    assert (found["verdict"], found["compat"]["tablevqabench"]) == ("correct", None)
-    assert not compat_right({"gold": False, **found}, "tablevqabench")
+def test_a_box_is_read_by_us_and_not_by_the_benchmarks_own_script():
+    result = score(FACT, said("At first it looks true. \\boxed{False}"))
+    assert (result["verdict"], result["compat"]["tablevqabench"]) == ("correct", None)
+    assert not compat_right({"gold": False, **result}, "tablevqabench")
 
 
 def test_gold_values_survive_the_benchmarks_own_unescaping():
     for values in (["a|b", "c"], ["line\nend"], ["back\\slash"], ["x"]):
-        assert sorted(value for _, _, value in reference_scorers._values(gold_text(values))) == [
-            " ".join(v.split()) for v in sorted(values)]
-
-
-def test_the_likeliest_option_a_token_and_in_all():
-    scores = [{"logp": -4.0, "n": 2}, {"logp": -6.0, "n": 6}, {"logp": -9.0, "n": 3}]
-    assert (likeliest(LETTERS, scores), likeliest(LETTERS, scores, "sum")) == ("B", "A")
-    assert likeliest(LETTERS, [{"logp": -2.0, "n": 1}] * 3) == "A"  # of equal ones the first
-    found = score(MCQ | {"metric": "likelihood"}, said("") | {"scores": scores})
-    assert (found["verdict"], found["compat"], found["scores"]) == ("correct", {"likelihood_sum": "A"},
-                                                                    scores)
+        read = reference_scorers.read_values(gold_text(values))
+        assert sorted(value.text for value in read) == [" ".join(text.split()) for text in sorted(values)]
 
 
 def test_an_error_has_its_reason_and_no_other_verdict():
-    assert score(MCQ, {"error": "image_missing"}) == {"extraction": {"value": None, "rule": "image_missing"},
-                                                      "verdict": "error",
-                                                      "compat": {}}
+    assert score(MCQ, {"error": "image_missing"}) == {
+        "extraction": {"value": None, "rule": "image_missing"}, "verdict": "error", "compat": {}}
 
 
 def test_items_without_a_scorer_are_refused_and_chance_is_known():
@@ -88,19 +78,61 @@ def test_items_without_a_scorer_are_refused_and_chance_is_known():
     assert [n_options(item) for item in (MCQ, WTQ, FACT, YES, PATH)] == [3, 0, 2, 2, 0]
 
 
+# ------------------------------------------------------------------------------------------------ readings
+@pytest.mark.parametrize("output, value, rule", [
+    ("2004", "2004", "whole"), ("Answer: 2004", "2004", "whole"), ("answer:2004", "2004", "whole"),
+    ("It was won in 2000, then \\boxed{2004}", "2004", "boxed"),
+    ("\\boxed{1} \\boxed{\\text{Apple}||Pear}", "Apple||Pear", "boxed"),
+    ("<think>2000?</think><answer>2004</answer>", "2004", "tag"), ("So \\boxed{2004", "2004", "boxed_open"),
+    ("The year is 2004", "The year is 2004", "whole"), ("", None, "empty"), ("\\boxed{}", None, "empty"),
+    ("<|latent_start|> 7 <|latent_end|>", None, "empty"), ("\\boxed{50\\%}", "50%", "boxed")])
+def test_values(output, value, rule):
+    assert read_value(output) == (value, rule)
+
+
+@pytest.mark.parametrize("output, value, rule", [
+    ("True", "1", "whole_truth"), ("False.", "0", "whole_truth"), ("Answer: false", "0", "whole_truth"),
+    ("Yes", "1", "whole_truth"),
+    ("\\boxed{\\text{False}}", "0", "boxed_truth"), ("At first true. \\boxed{0}", "0", "boxed_truth"),
+    ("\\boxed{The statement is true}", "1", "boxed_truth"), ("<answer>true</answer> false", "1", "tag_truth"),
+    ("\\boxed{true", "1", "boxed_open_truth"), ("True? \\boxed{maybe}", None, "boxed_unresolved"),
+    ("\\boxed{not true}", None, "boxed_unresolved"), ("\\boxed{true or false}", None, "boxed_unresolved"),
+    ("It is not false, so True", "1", "truth_word"),
+    ("The statement is true. The table shows 6.", "1", "truth_word"),
+    ("It says true, which it is not. So false!", "0", "truth_word"), ("", None, "empty"),
+    *((text, None, "unresolved") for text in (
+        "The statement is not true.", "Is it true or false?", "I cannot say whether it is true.",
+        "Either true or false", "Both true and false rows", "Neither true nor false.", "It is untrue",
+        "The answer is no, as 5 is less"))])
+def test_truth(output, value, rule):
+    assert read_truth(output) == (value, rule)
+
+
 @pytest.mark.parametrize("text, value, rule, theirs", [
     ("Yes", "yes", "first_word", "yes"), ("No, the picture shows a cat.", "no", "first_word", "no"),
     ("**Yes**, it does", "yes", "first_word", None), ("\\boxed{Yes}", "yes", "boxed_yesno", "yes"),
     ("<answer>no</answer>", "no", "tag_yesno", "no"), ("\\boxed{yes or no}", None, "boxed_unresolved", None),
-    ("The answer is no", "no", "phrase", "no"), ("Yes, but wait. The answer is no.", None, "unresolved",
-                                                 None),
-    ("No dog is there.", None, "unresolved", "no"), ("There is no dog.", None, "unresolved", "no"),
-    ("", None, "empty", None),
+    ("The answer is no", "no", "phrase", "no"), ("No dog is there.", None, "unresolved", "no"),
+    ("Yes, but wait. The answer is no.", None, "unresolved", None),
+    ("There is no dog.", None, "unresolved", "no"), ("", None, "empty", None),
     ("Nothing", None, "unresolved", None), ("Is the answer yes or no?", None, "unresolved", None)])
 def test_yes_and_no(text, value, rule, theirs):
     assert (*read_yes_no(text), reference_scorers.yes_or_no(text)) == (value, rule, theirs)
 
 
-def test_a_first_word_that_was_cut_off_decides_nothing():
-    assert read_yes_no("Yes, I see the", "length").value is None and read_yes_no("So \\boxed{yes}",
-                                                                                 "length").value == "yes"
+def test_a_word_before_the_token_limit_decides_nothing_unless_it_is_the_whole_answer():
+    assert read_truth("If the first row is true, then", "length") == (None, "unresolved")
+    assert read_truth("True", "length") == ("1", "whole_truth")
+    assert read_truth("\\boxed{true}", "length").value == "1"
+    assert read_yes_no("Yes, I see the", "length").value is None
+    assert read_yes_no("So \\boxed{yes}", "length").value == "yes"
+
+
+@pytest.mark.parametrize("value, gold, official, numeric", [
+    ("1,234", "1234", False, True), ("$5", "5", False, True), ("50%", "50", False, True),
+    ("-1,234.5", "-1234.5", False, True), ("1,234||$5", "5|1234", False, True),
+    ("3 goals", "3", False, False), ("1,23", "123", False, False), ("5", "6", False, False),
+    ("Smith, 1,234", "Smith 1234", False, False), ("2004", "2004", True, True), ("$", "", False, False),
+    ("-$5", "-5", False, True)])
+def test_numbers_with_and_without_their_marks(value, gold, official, numeric):
+    assert (vwtq(value, gold), vwtq_numeric(value, gold)) == (official, numeric)

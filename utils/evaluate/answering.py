@@ -27,11 +27,8 @@ from utils.items import plain, user_content
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 from utils.latent_families import Generation, LatentSpec, clean_text
-from utils.option_scores import score_replies
 from utils.qwen import Qwen, encode
 
-# what stands between question and answer: nothing, words, latents, crops
-METHODS = ("direct", "text", "latent", "tool")
 NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0,
             "image_grids": []}
 
@@ -94,8 +91,7 @@ class Conversation:
     def result(self) -> dict:
         """Return the fields of a result that come from what was said; all tokens and pictures of all turns.
         """
-        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error",
-                                                                                  "scores")}
+        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
         sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
         found = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
                  **NO_REPLY, **last, **sums}
@@ -142,15 +138,11 @@ class Local:
         return render(self.qwen.tokenizer, messages)
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
-        """Return this process's batches, the longest prompts first; likelihoods are apart from replies."""
-        scored, asked, batches = [], [], []
-        for conversation in conversations:
-            its = scored if conversation.item["metric"] == "likelihood" else asked
-            its.append((self.length(conversation) + self.max_new_tokens, conversation))
-        for its in (asked, scored):
-            its.sort(key=lambda pair: (-pair[0], pair[1].item["id"]))
-            batches += fill_batches(its, self)
-        return batches[rank::world]
+        """Return this process's batches, the longest prompts first."""
+        sized = [(self.length(conversation) + self.max_new_tokens, conversation)
+                 for conversation in conversations]
+        sized.sort(key=lambda pair: (-pair[0], pair[1].item["id"]))
+        return list(fill_batches(sized, self))[rank::world]
 
     def length(self, conversation: Conversation) -> int:
         """Return about how many tokens a prompt has: visual ones from the headers, and a quarter of the
@@ -207,13 +199,7 @@ class Local:
         if state.hidden.is_cuda:
             torch.cuda.synchronize(state.hidden.device)
         read = time.monotonic()
-        if ready[0].item["metric"] == "likelihood":
-            scores = score_replies(self.qwen, state, [[text for _, text in c.item["options"]] for c in ready])
-            said = [{"raw_output": "", "clean_output": "", "finish_reason": "stop", "n_tokens": 0,
-                     "n_latent": 0, "scores": its}
-                    for its in scores]
-        else:
-            said = [self.describe(row) for row in decode(self.qwen, state, self.max_new_tokens, self.spec)[0]]
+        said = [self.describe(row) for row in decode(self.qwen, state, self.max_new_tokens, self.spec)[0]]
         seconds, prefill_seconds = ((until - began) / len(ready) for until in (time.monotonic(), read))
         grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
         return [{"key": c.key, **its, "image_grids": [next(grids) for _ in c.pictures],
@@ -296,9 +282,7 @@ def is_turn(record: dict) -> bool:
             and all(type(record[name]) is int for name in ("n_tokens", "n_latent"))
             and all(isinstance(record.get(name, 0.0), (int, float)) for name in ("seconds",
                                                                                  "prefill_seconds"))
-            and type(record["image_grids"]) is list
-            and all(isinstance(score["logp"], float) and type(score["n"]) is int
-                    for score in record.get("scores", ())))
+            and type(record["image_grids"]) is list)
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,

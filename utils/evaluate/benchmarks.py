@@ -1,13 +1,12 @@
-"""Benchmarks by name: where they lie, what they must hold, and their rows turned into items with pictures
-beside them.
+"""Benchmarks by name: their sources, their published sizes, and their rows turned into items with pictures.
 
     items = prepare(TABLE["vstar"], folder=Path("bench.images"), source="VStarBench.tsv")
 
-A new benchmark is a function in utils/evaluate/layouts.py and a line of TABLE.
+A new benchmark is a function in utils/evaluate/layouts.py and an entry of TABLE.
 """
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +27,11 @@ SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of a benchmark. `layouts`: (a column that only this layout has, its function in
-    utils/evaluate/layouts.py).
+    """A benchmark's facts. `layouts`: (a column that only this layout has, its function in layouts.py).
 
-    n, counts (category -> n) and n_images (pictures an item) are asserted; None and {} are not known. `group`
-    names what an item is clustered by in the statistics (None: nothing); `check` says in words what is wrong
-    with all items together. `digests`: file name -> the MD5 or SHA-256 that it may have.
+    n, counts (category -> n) and n_images (pictures per item) are asserted; None and {} are unknown. `group`
+    names what an item is clustered by in the statistics (None: nothing). `check` returns what is wrong with
+    all items together. `digests`: file name -> the MD5 or SHA-256 digests that it may have.
     """
 
     name: str
@@ -50,11 +48,9 @@ class Benchmark:
 
 # ------------------------------------------------------------------------------------------------ clusters
 def by_question(item: dict) -> str:
-    """One group for the rotations of a question: same picture, words, option texts and right text, in any
-    order."""
-    gold = dict(item["options"]).get(item["answer"]["value"])
+    """One group for all rotations of a question: same picture, words, right text, and set of option texts."""
     key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
-                   gold=gold,
+                   gold=dict(item["options"]).get(item["answer"]["value"]),
                    texts=sorted(text for _, text in item["options"]))
     return f"{item['benchmark']}/{key[:16]}"
 
@@ -64,64 +60,64 @@ def by_image(item: dict) -> str:
     return f"{item['benchmark']}/{item['category']}/{item['images'][0]['sha256'][:16]}"
 
 
-def rotations_fault(items: list[dict]) -> str | None:
-    """HR-Bench: each question stands four times, once in each of the rotations 0 to 3 of its options."""
-    cycles = {}
+def values_by_group(items: list[dict], value: Callable[[dict], str]) -> dict[str, list[str]]:
+    groups = defaultdict(list)
     for item in items:
-        cycles.setdefault(item["group_id"], []).append(str(item["raw"]["cycle_category"]))
-    odd = [group for group, found in cycles.items() if sorted(found) != ["0", "1", "2", "3"]]
-    if not odd:
+        groups[item["group_id"]].append(value(item))
+    return groups
+
+
+def rotations_fault(items: list[dict]) -> str | None:
+    """HR-Bench: each question occurs four times, once in each of the rotations 0 to 3 of its options."""
+    cycles = values_by_group(items, lambda item: str(item["raw"]["cycle_category"]))
+    wrong = [group for group, cycle in cycles.items() if sorted(cycle) != ["0", "1", "2", "3"]]
+    if not wrong:
         return None
-    first = next(item["id"] for item in items if item["group_id"] == odd[0])
-    return (f"{len(odd)} of {len(cycles)} questions do not stand there in four rotations, first {first} with "
-            f"{sorted(cycles[odd[0]])}; expected the rotations 0, 1, 2, 3 of the same picture, words and options")
+    first = next(item["id"] for item in items if item["group_id"] == wrong[0])
+    return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
+            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of the same picture, words and "
+            "options")
 
 
 def pairs_fault(items: list[dict]) -> str | None:
     """MME: as many questions answered yes as no about each picture."""
-    golds = {}
-    for item in items:
-        golds.setdefault(item["group_id"], []).append(item["answer"]["value"])
-    odd = [group for group, found in golds.items() if found.count("yes") != found.count("no")]
-    return f"{len(odd)} of {len(golds)} pictures have no pair, first {odd[0]} with {golds[odd[0]]}; " \
-           "expected as many golds 'yes' as 'no'" if odd else None
+    golds = values_by_group(items, lambda item: item["answer"]["value"])
+    wrong = [group for group, answers in golds.items() if answers.count("yes") != answers.count("no")]
+    if not wrong:
+        return None
+    return (f"{len(wrong)} of {len(golds)} pictures have no pair, first {wrong[0]} with {golds[wrong[0]]}; "
+            "expected as many golds 'yes' as 'no'")
 
 
 # ------------------------------------------------------------------------------------------------ the table
 # Digests: VLMEvalKit vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite, BLINK), image_vqa.py
 # (TableVQABench, OCRBench-v2) and image_yorn.py (MME). Sizes: the data cards; V*'s from its 191 rows,
 # OCRBench-v2's from arXiv 2501.00321, VSP's from UMass-Embodied-AGI/Mirage. A hub entry without a revision
-# has none that is known here.
+# needs --revision.
+VSTAR = {"n": 191, "counts": {"direct_attributes": 115, "relative_position": 76}}
 HRBENCH = {"layouts": (("cycle_category", layouts.hrbench),), "n": 800,
-           "counts": {"single": 400, "cross": 400},
-           "group": by_question, "check": rotations_fault}
+           "counts": {"single": 400, "cross": 400}, "group": by_question, "check": rotations_fault}
 HRBENCH_HUB = Hub("DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c",
                   config="hrbench_version_split")
-VSTAR_COUNTS = {"direct_attributes": 115, "relative_position": 76}
 # VLMEvalKit's file since 2026-05-11 and before it: only labels of Relative_Reflectance differ
 BLINK_DIGESTS = {"BLINK.tsv": ("d5e8af148b10ac69f535ff7b23f3f989", "3b6649b6a662184ea046908e5506260e")}
-# items, pictures each; of the others not known here
-BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}
+BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}  # items, pictures each; others unknown
 BLINK_SUBTASKS = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
-                  "Jigsaw",
-                  "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
-                  "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity")
+                  "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
+                  "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
+                  "Visual_Correspondence", "Visual_Similarity")
 TABLEVQA_SIZES = {"vwtq": 750, "vwtq_syn": 250, "vtabfact": 250}  # the paper leaves fintabnetqa out
 
 TABLE = {bench.name: bench for bench in (
-    Benchmark("vstar", (("index", layouts.choices_tsv),), n=191, counts=VSTAR_COUNTS,
+    Benchmark("vstar", (("index", layouts.choices_tsv),), **VSTAR,
               hub=Hub("xjtupanda/VStar_Bench", "b1312e6fbf89ace5a50cc5b0214010aeb0f69bdc",
                       file="VStarBench.tsv"),
-              digests={"VStarBench.tsv": ("9826a55e0e0992a59a91b28c991f07e0ac75be9f183ed3802151985425f4002e",
-                                          )}),
-    Benchmark("vstar_inline", (("label", layouts.vstar_inline),), Hub("lmms-lab/vstar-bench", split="test"),
-              191,
-              VSTAR_COUNTS),
-    Benchmark("vstar_likelihood", (("test_type", layouts.vstar_original),), Hub("craigwu/vstar_bench"), 191,
-              VSTAR_COUNTS),
+              digests={"VStarBench.tsv": (
+                  "9826a55e0e0992a59a91b28c991f07e0ac75be9f183ed3802151985425f4002e",)}),
+    Benchmark("vstar_regions", (("test_type", layouts.vstar_original),), Hub("craigwu/vstar_bench"), **VSTAR),
     Benchmark("hrbench_4k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_4k"),
-              digests={"hr_bench_4k.tsv": ("a2147a5525fd6c7246e1891b738e1987d16d6ce2df2ee0c4f96946a959e76e18",
-                                           )}),
+              digests={"hr_bench_4k.tsv": (
+                  "a2147a5525fd6c7246e1891b738e1987d16d6ce2df2ee0c4f96946a959e76e18",)}),
     Benchmark("hrbench_8k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_8k"),
               digests={"hr_bench_8k.tsv": ("274c9c7f89329b804a4723178a00219c",)}),
     Benchmark("mme_realworld_lite", (("multi-choice options", layouts.mme_realworld),), n=1919,
@@ -135,25 +131,23 @@ TABLE = {bench.name: bench for bench in (
       for task in BLINK_SUBTASKS),
     *(Benchmark(f"tablevqa/{split}", (("qa_id", layouts.tablevqa), ("split", layouts.tablevqa)),
                 Hub("terryoo/TableVQA-Bench", split=split), n, subset=split,
-                digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)}) for split,
-                n in TABLEVQA_SIZES.items()),
+                digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)})
+      for split, n in TABLEVQA_SIZES.items()),
     Benchmark("mme", (("question_id", layouts.mme), ("index", layouts.mme)),
-              Hub("lmms-lab/MME", split="test"), 2374,
-              group=by_image, check=pairs_fault, digests={"MME.tsv": ("b36b43c3f09801f5d368627fb92187c3",)}),
+              Hub("lmms-lab/MME", split="test"), 2374, group=by_image, check=pairs_fault,
+              digests={"MME.tsv": ("b36b43c3f09801f5d368627fb92187c3",)}),
     Benchmark("ocrbench_v2", (("id", layouts.ocrbench_v2), ("index", layouts.ocrbench_v2)),
               Hub("ling99/OCRBench_v2", split="test"), 10000,
               digests={"OCRBench_v2.tsv": ("65d04fe07b4d4ee33e73fc8e7d4d46b0",)}),
     Benchmark("vsp", (("map_desc", layouts.vsp),), n=400,
-              counts={f"level_{size}": 100 for size in (3, 4, 5, 6)}),
-)}
+              counts={f"level_{size}": 100 for size in (3, 4, 5, 6)}))}
 
 
 # ---------------------------------------------------------------------------------------------- rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
-    """Return the rows of a file, a folder or (without a source) the hub, and the folder below which picture
-    paths stand."""
+    """Return the rows of a file, a folder or (without a source) the hub, and the folder of its pictures."""
     if source is None and bench.hub is None:
-        raise DataError(f"{bench.name}: lies on no hub; expected its own file as the source")
+        raise DataError(f"{bench.name}: not on the hub; expected its own file as the source")
     if source is None and bench.hub.split:
         return dataset_rows(bench.hub.repo, bench.hub.config, bench.hub.split,
                             pinned(bench.hub, revision)), None
@@ -177,37 +171,19 @@ def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
     for column, read in bench.layouts:
         if column in row:
             return read(where, row, bench.name, bench.subset)
-    raise DataError(
-        f"{where}: columns {', '.join(row)} are no layout of {bench.name} that is known here; expected one with "
-                    + " or ".join(repr(column) for column, _ in bench.layouts))
+    raise DataError(f"{where}: columns {', '.join(row)} are not a known layout of {bench.name}; expected one "
+                    f"with {' or '.join(repr(column) for column, _ in bench.layouts)}")
 
 
-def store(where: str, data: bytes, folder: Path) -> dict:
-    """Write a picture's bytes, untouched, into `folder` under their hash; return {"path", "sha256"}, path
-    from its parent."""
-    try:
-        # the header alone: which format, and a picture at all
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            suffix = SUFFIXES[image.format]
-    except BROKEN as error:
-        raise ImageError("image_unreadable",
-                         f"{where}: {len(data)} bytes that are no picture ({error})") from error
-    digest = hashlib.sha256(data).hexdigest()
-    path = folder / f"{digest[:16]}{suffix}"
-    replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
-    return {"path": f"{folder.name}/{path.name}", "sha256": digest}
-
-
-def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None, image_root: str | Path
-            | None = None,
-            limit: int | None = None, revision: str | None = None) -> list[dict]:
-    """Return a benchmark's items (utils/items.py), checked; their pictures lie in `folder`, paths are from
-    its parent.
+def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None,
+            image_root: str | Path | None = None, limit: int | None = None,
+            revision: str | None = None) -> list[dict]:
+    """Return a benchmark's checked items (utils/items.py); their pictures are written to `folder`, and their
+    paths start at its parent.
 
     source: a .tsv, .parquet, .jsonl or .json file, a folder in the hub's layout, or None for the hub itself,
-    at `revision` (40 hex digits) or the commit that the table pins. image_root: where picture paths stand
-    (default: beside the source). limit: only the first items; the counts are then not checked. DataError for
-    what does not fit, where and how.
+    at `revision` (40 hex digits) or the commit that TABLE pins. image_root: where picture paths start
+    (default: next to the source). limit: only the first items, whose counts are not checked.
     """
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
@@ -221,15 +197,15 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
         if item is None:
             continue
         if item["id"] in seen:
-            raise DataError(
-                f"{where}: id {item['id']!r} stands already at {seen[item['id']]}; expected it once")
+            raise DataError(f"{where}: duplicate id {item['id']!r}, first seen at {seen[item['id']]}; "
+                            "expected each id once")
         seen[item["id"]] = where
         item["images"] = [store_any(where, image, root, folder) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
             stored[str(row.get("index"))] = item["images"]
         items.append(item)
     for item in items:
-        follow(item, stored)
+        resolve_same(item, stored)
         check_item(item, bench)
         item["group_id"] = bench.group(item) if bench.group else item["group_id"]
     if limit is None:
@@ -237,10 +213,10 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     return items
 
 
+# ------------------------------------------------------------------------------------------------ pictures
 def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
               folder: Path) -> dict | SameAs:
-    """Store a picture that is bytes or a path below `root`; the pictures of another row are looked up later.
-    """
+    """Store a picture given as bytes or as a path below `root`; those of another row are resolved later."""
     if isinstance(image, SameAs):
         return image
     if isinstance(image, bytes):
@@ -251,22 +227,35 @@ def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
     return store(where, read_bytes(resolve_image(root, image)), folder)
 
 
-def follow(item: dict, stored: dict[str, list[dict]]) -> None:
+def store(where: str, data: bytes, folder: Path) -> dict:
+    """Write a picture's unchanged bytes into `folder` under their hash; return {"path", "sha256"}, the path
+    starting at the parent of `folder`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+            suffix = SUFFIXES[image.format]
+    except BROKEN as error:
+        raise ImageError("image_unreadable",
+                         f"{where}: {len(data)} bytes are not a picture ({error})") from error
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder / f"{digest[:16]}{suffix}"
+    replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
+    return {"path": f"{folder.name}/{path.name}", "sha256": digest}
+
+
+def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
     """Give an item the pictures of the rows that its own row names, before or after it."""
-    found = []
+    images = []
     for image in item["images"]:
         if isinstance(image, SameAs) and image.index not in stored:
-            raise DataError(
-                f"{item['source']}: the picture is that of row {image.index!r}, which has none or was not read; "
-                            "expected a row with an encoded picture")
-        found += stored[image.index] if isinstance(image, SameAs) else [image]
-    item["images"] = [dict(image) for image in found]
+            raise DataError(f"{item['source']}: the picture is that of row {image.index!r}, which has none "
+                            "or was not read; expected a row with an encoded picture")
+        images += stored[image.index] if isinstance(image, SameAs) else [image]
+    item["images"] = [dict(image) for image in images]
 
 
 # ------------------------------------------------------------------------------------------------ checks
 def check_item(item: dict, bench: Benchmark) -> None:
-    """Raise DataError for an item that utils/items.py would not read, or with another number of pictures than
-    its kind."""
+    """Raise DataError for an item that utils/items.py would refuse, or with a wrong number of pictures."""
     if fault := item_fault(item, tuple(ANSWER_TYPES)):
         raise DataError(f"{item['source']}: item {item['id']!r}: {fault}")
     if bench.n_images not in (None, len(item["images"])) or not item["images"]:
@@ -276,9 +265,9 @@ def check_item(item: dict, bench: Benchmark) -> None:
 
 def check_all(items: list[dict], bench: Benchmark, source: object) -> None:
     """Raise DataError unless a whole benchmark has its size, its categories' sizes and its clusters."""
-    found = Counter(item["category"] for item in items)
-    if not items or bench.n not in (None, len(items)) or (bench.counts and found != bench.counts):
+    counts = Counter(item["category"] for item in items)
+    if not items or bench.n not in (None, len(items)) or (bench.counts and counts != bench.counts):
         expected = f"{bench.n or 'at least one'}{f', {bench.counts}' if bench.counts else ''}"
-        raise DataError(f"{source}: {len(items)} items, {dict(found)}; expected {expected} of {bench.name}")
+        raise DataError(f"{source}: {len(items)} items, {dict(counts)}; expected {expected} of {bench.name}")
     if bench.check and (fault := bench.check(items)):
         raise DataError(f"{source}: {fault}")

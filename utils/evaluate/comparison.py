@@ -1,17 +1,28 @@
-"""Two result files on the same items: difference, interval, test and the ids whose answer changed; several
-pairs, with Holm.
+"""Compare result files of evaluate.py: pairs with tests (--compare), and the paper's main table (--table).
 
-Items that are an error in either file are left out and counted; files with other items or other golds are
-refused.
+A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
+changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted;
+files with different items or golds are refused.
+
+The table shows our numbers with the paper's in brackets, and "not run" where there is none of ours:
+
+    --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl mine.jsonl
+
+A name puts a file into that row; a file without one gets a row named after its checkpoint and method.
 """
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.evaluate.results import macro, widest
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
-from utils.jsonl import DataError, read_rows
+from utils.jsonl import DataError, load_object, read_rows
+from utils.report import interval, percent, table_lines
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval, sign_flip
 
 
 def read_results(path: str) -> list[dict]:
-    """Read a result file of evaluate.py; DataError for a row whose verdict, benchmark or group is none."""
+    """Read a result file of evaluate.py; DataError for a row with a wrong verdict, benchmark or group."""
     rows = read_rows(path, {"id": str, "verdict": str}, hint="evaluate.py writes it")
     for row in rows:
         for name in ("benchmark", "group_id"):
@@ -19,66 +30,65 @@ def read_results(path: str) -> list[dict]:
                 raise DataError(
                     f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a string or null")
         if row["verdict"] not in VERDICTS:
-            raise DataError(
-                f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of {', '.join(VERDICTS)}")
+            raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of "
+                            f"{', '.join(VERDICTS)}")
     return rows
 
 
+# ------------------------------------------------------------------------------------------------ --compare
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
-    """Return the pairs of results that are no error, in the first file's order, and how many were left out.
-    """
-    where, sides = f"--compare {' '.join(paths)}", []
-    for path in paths:
-        sides.append({row["id"]: row for row in read_results(path)})
-    if set(sides[0]) != set(sides[1]):
-        odd = sorted(set(sides[0]) ^ set(sides[1]))
+    """Return the pairs of results without an error, in the first file's order, and how many were left out."""
+    where = f"--compare {' '.join(paths)}"
+    before, after = ({row["id"]: row for row in read_results(path)} for path in paths)
+    if set(before) != set(after):
+        unpaired = sorted(set(before) ^ set(after))
         raise DataError(
-            f"{where}: {len(odd)} items stand in one file only ({odd[0]}, ...); expected the same items")
-    pairs = [(row, sides[1][name]) for name, row in sides[0].items()]
-    if other := [one["id"] for one, two in pairs if one.get("gold") != two.get("gold")]:
+            f"{where}: {len(unpaired)} items are in one file only ({unpaired[0]}, ...); expected the same "
+            "items")
+    pairs = [(row, after[name]) for name, row in before.items()]
+    if changed := [a["id"] for a, b in pairs if a.get("gold") != b.get("gold")]:
         raise DataError(
-            f"{where}: {len(other)} items have another gold ({other[0]}, ...); expected the same items")
+            f"{where}: {len(changed)} items have another gold ({changed[0]}, ...); expected the same items")
     pairs = [pair for pair in pairs if "error" not in (pair[0]["verdict"], pair[1]["verdict"])]
     if not pairs:
         raise DataError(f"{where}: no item is answered in both; expected at least one")
-    return pairs, len(sides[0]) - len(pairs)
+    return pairs, len(before) - len(pairs)
 
 
 def difference(pairs: list[tuple[dict, dict]]) -> dict:
     """Return what changes from the first to the second of each pair; verdicts are the strict ones.
 
     "p" is exact McNemar's ("mcnemar") where every item is its own group, else that of a test that flips the
-    signs of whole groups ("sign_flip"); None for items that are all of one group. "ci95" is
+    signs of whole groups ("sign_flip"), and None if all items share one group. "ci95" is
     utils.stats.paired_interval.
     """
-    n, groups = len(pairs), [group_of(one) for one, _ in pairs]
+    n, groups = len(pairs), [group_of(row) for row, _ in pairs]
+    n_groups = len(set(groups))
     right = [[int(row["verdict"] == "correct") for row in side] for side in zip(*pairs)]
     changes = [after - before for before, after in zip(*right)]
-    lost, won = ([one["id"] for (one, _), change in zip(pairs, changes) if change == sign]
+    lost, won = ([row["id"] for (row, _), change in zip(pairs, changes) if change == sign]
                  for sign in (-1, 1))
-    grouped = len(set(groups)) < n
-    result = {"n": n, "groups": len(set(groups)), "accuracy": [sum(side) / n for side in right],
+    result = {"n": n, "groups": n_groups, "accuracy": [sum(side) / n for side in right],
               "difference": (len(won) - len(lost)) / n, "ci95": paired_interval(*right, groups, level=0.95),
-              "test": "sign_flip" if grouped else "mcnemar", "mcnemar_p": mcnemar_exact(len(lost), len(won)),
-              "right_to_wrong": lost, "wrong_to_right": won}
+              "test": "sign_flip" if n_groups < n else "mcnemar",
+              "mcnemar_p": mcnemar_exact(len(lost), len(won)), "right_to_wrong": lost, "wrong_to_right": won}
     result["p"] = result["mcnemar_p"]
-    if grouped:
-        result["p"] = sign_flip(changes, groups) if len(set(groups)) > 1 else None
-    if 1 < len(set(groups)) < n:
+    if n_groups < n:
+        result["p"] = sign_flip(changes, groups) if n_groups > 1 else None
+    if 1 < n_groups < n:
         result["ci95_clustered"] = cluster_bootstrap(changes, groups, level=0.95)
     return result
 
 
 def compare(paths: list[str]) -> dict:
-    """Return `difference` of two files, with "errors" left out, whether their prompts differ, and a part a
-    benchmark.
+    """Return `difference` of two files, with "errors" left out and how many prompts differ.
 
-    With several benchmarks, "benchmarks" holds each with Holm's adjusted p as "p_holm".
+    With several benchmarks, "benchmarks" holds each one's difference with Holm's adjusted p as "p_holm".
     """
     pairs, n_errors = read_pair(paths)
     result = {"files": list(paths), **difference(pairs), "errors": n_errors, "incomplete": n_errors > 0,
-              "other_prompts": sum(one.get("prompt_sha") != two.get("prompt_sha") for one, two in pairs)}
-    names = list(dict.fromkeys(one.get("benchmark") for one, _ in pairs))
+              "other_prompts": sum(a.get("prompt_sha") != b.get("prompt_sha") for a, b in pairs)}
+    names = list(dict.fromkeys(row.get("benchmark") for row, _ in pairs))
     if len(names) > 1:
         result["benchmarks"] = {name: difference([pair for pair in pairs if pair[0].get("benchmark") == name])
                                 for name in names}
@@ -87,22 +97,19 @@ def compare(paths: list[str]) -> dict:
 
 
 def compare_all(paths: list[str]) -> dict:
-    """Return `compare` of the two files, or {"comparisons": [...]} of the first and second, third and fourth,
-    and so on.
-
-    Several are claimed together, so that each has Holm's adjusted p.
-    """
+    """Return `compare` of two files, or {"comparisons": [...]} of the first and second, third and fourth, and
+    so on, each with Holm's adjusted p, because they are claimed together."""
     if len(paths) == 2:
         return compare(paths)
     if len(paths) % 2:
         raise DataError(f"--compare: {len(paths)} files, expected pairs of them (A B, or A1 B1 A2 B2 ...)")
-    found = [compare(paths[i:i + 2]) for i in range(0, len(paths), 2)]
-    adjust(found)
-    return {"comparisons": found}
+    comparisons = [compare(paths[i:i + 2]) for i in range(0, len(paths), 2)]
+    adjust(comparisons)
+    return {"comparisons": comparisons}
 
 
 def adjust(parts: list[dict]) -> None:
-    """Give each part with a p its Holm-adjusted "p_holm", in place."""
+    """Give each part that has a p its Holm-adjusted "p_holm", in place."""
     tested = [part for part in parts if part["p"] is not None]
     for part, p in zip(tested, holm([part["p"] for part in tested]) if tested else (), strict=True):
         part["p_holm"] = p
@@ -110,8 +117,116 @@ def adjust(parts: list[dict]) -> None:
 
 def describe(result: dict) -> str:
     """Return a comparison in one line for people."""
-    low, high = result["ci95"]
-    return (f"n {result['n']} | {result['accuracy'][0]:.1%} -> {result['accuracy'][1]:.1%} | "
-            f"{100 * result['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) | {result['test']} p "
-            f"{'-' if result['p'] is None else format(result['p'], '.4g')} | {len(result['right_to_wrong'])} lost, "
+    before, after = map(percent, result["accuracy"])
+    p = "-" if result["p"] is None else f"{result['p']:.4g}"
+    return (f"n {result['n']} | {before} -> {after} % | {100 * result['difference']:+.1f} points "
+            f"({interval(result['ci95'])}) | {result['test']} p {p} | {len(result['right_to_wrong'])} lost, "
             f"{len(result['wrong_to_right'])} won")
+
+
+# ------------------------------------------------------------------------------------------------ --table
+# benchmark -> heading, in the order of the paper's tables
+COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_realworld_lite": "MME-RW-Lite",
+           "blink/Jigsaw": "BLINK Jigsaw", "blink/Multi-view_Reasoning": "BLINK Multi-view",
+           "tablevqa/vwtq": "VWTQ", "tablevqa/vwtq_syn": "VWTQ-Syn", "tablevqa/vtabfact": "VTabFact"}
+TABLES = tuple(name for name in COLUMNS if name.startswith("tablevqa/"))
+OVERALL = "TableVQA"  # the paper's overall is the macro mean of the three
+DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds per item", "tokens per item",
+           "protocol"]
+# CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None: not reported
+_NONE = (None, None, None, None)
+PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
+         "Qwen2.5-VL-7B": (76.4, 68.0, 63.8, 45.8, 62.7, 42.9, *_NONE),
+         "PixelReasoner": (80.6, 72.9, 66.9, 49.7, None, None, *_NONE),
+         "DeepEyes": (90.0, 75.1, 72.6, 53.2, None, None, *_NONE),
+         "LVR": (81.7, 70.8, 63.0, 50.6, 52.0, 46.6, *_NONE),
+         "Monet": (83.3, 71.0, 68.0, 46.9, 50.0, 47.4, 55.3, 60.4, 78.8, 64.8),
+         "CapImagine": (85.9, 74.1, 70.7, 54.8, 64.7, 49.6, 60.9, 68.0, 83.2, 70.7)}
+
+
+@dataclass
+class Score:
+    """The score of one cell: answers (right or not) per part, and how many of them failed."""
+
+    parts: dict[str, list[bool]]
+    failed: int
+
+
+@dataclass
+class Result:
+    """A result file: its row of the table, its scores by benchmark, and its cells of DETAILS."""
+
+    path: str
+    row: str
+    scores: dict[str, Score]
+    details: list[str]
+
+
+def read_result(text: str) -> Result:
+    """Read NAME=FILE or FILE, a result file of evaluate.py with its metrics."""
+    name, _, path = text.rpartition("=")
+    metrics_path = Path(f"{path}.metrics.json")
+    if not metrics_path.is_file():
+        raise DataError(f"--table {text}: no {metrics_path}; expected a result file with its metrics")
+    metrics = load_object(metrics_path, "run evaluate.py again, its replies are kept")
+    rows, scores = read_results(path), {}
+    judged = "judged" if "with_judge" in metrics else "verdict"
+    if unjudged := [row["id"] for row in rows if not isinstance(row.get(judged), str)]:
+        raise DataError(f"{path}: id {unjudged[0]!r} has no verdict {judged!r}, but its metrics are those of "
+                        "a run with a judge; expected both of one run")
+    try:
+        for row in rows:
+            score = scores.setdefault(row.get("benchmark"), Score({row.get("benchmark"): []}, 0))
+            score.parts[row.get("benchmark")].append(row[judged] == "correct")
+            score.failed += row["verdict"] == "error" or row.get("judged") == "judge_error"
+        protocol, cost = metrics["protocol"], metrics["efficiency"]
+        row_name = name or f"{Path(protocol['model']).name} ({protocol['method']})"
+        scored = metrics.get("with_judge") or metrics
+        details = [row_name, ", ".join(map(str, scores)), str(metrics["n"]),
+                   interval(widest(scored) if scored["ci95"] else None), percent(metrics.get("chance")),
+                   str(cost["seconds_per_item"]), str(cost["tokens_per_item"]), protocol["line"]]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(f"{path}: damaged, or not of one run with {metrics_path} ({type(error).__name__}: "
+                        f"{error}); run evaluate.py again, its replies are kept") from error
+    return Result(path, row_name, scores, details)
+
+
+def make_table(texts: list[str]) -> str:
+    """Return the table, and what each of its rows was made of, as Markdown."""
+    results, rows = [read_result(text) for text in texts], {name: {} for name in PAPER}
+    for result in results:
+        row = rows.setdefault(result.row, {})
+        for benchmark, score in result.scores.items():
+            if benchmark in row:
+                raise DataError(f"--table {result.path}: {benchmark} is already in row {result.row!r}; "
+                                "expected it once, or another NAME=")
+            row[benchmark] = score
+    head = [*COLUMNS.values(), OVERALL]
+    lines = []
+    for name, scores in rows.items():
+        paper = PAPER.get(name, (None,) * len(head))
+        ours = [*map(scores.get, COLUMNS), overall(scores)]
+        lines.append([name, *map(cell, ours, paper)])
+    return "\n".join(["Accuracy in %, strict or with the judge named below; in brackets the paper's.", "",
+                      *table_lines(["model", *head], lines), "",
+                      *table_lines(DETAILS, [result.details for result in results])]) + "\n"
+
+
+def overall(scores: dict[str, Score]) -> Score | None:
+    """Return TableVQABench's three splits as one score; None unless all three were run."""
+    if not all(name in scores for name in TABLES):
+        return None
+    return Score({name: scores[name].parts[name] for name in TABLES},
+                 sum(scores[name].failed for name in TABLES))
+
+
+def cell(ours: Score | None, paper: float | None) -> str:
+    """Return a cell: our score (of several parts the macro mean), or why there is none, and the paper's in
+    brackets."""
+    if ours is None:
+        text = "not run" if paper is not None else "-"
+    elif ours.failed:
+        text = f"incomplete ({ours.failed} of {sum(map(len, ours.parts.values()))} failed)"
+    else:
+        text = percent(macro(ours.parts))
+    return text + (f" ({paper:.1f})" if paper is not None else "")

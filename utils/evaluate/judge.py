@@ -145,20 +145,19 @@ class Judge:
                 "error": outcome.detail or None, "right": None if parsed is None else parsed == wanted}
 
 
-def add_verdicts(judge: Judge, items: list[dict], results: list[dict], ask_all: bool) -> None:
+def add_verdicts(judge: Judge, items: list[dict], results: list[dict]) -> None:
     """Give results in place "judge" and "judged": the verdict with the judge's in the place of an unresolved
     one.
 
-    Asked is where our rules, or with map VLMEvalKit's, resolve nothing (its own score needs the judge too),
-    or everywhere with `ask_all`, which shows where judge and rules disagree; a verdict of ours is never
-    overruled. A failure is "judge_error".
+    The judge is asked where our rules, or with map VLMEvalKit's, resolve nothing (its own score needs the
+    judge too); a verdict of ours is never overruled. A failure is "judge_error".
     """
     def wants(result: dict) -> bool:
         # an empty reply means nothing: no need to ask
         if result["verdict"] == "error" or not result["clean_output"]:
             return False
         lacks = judge.kind == "map" and any(value is None for value in result["compat"].values())
-        return ask_all or lacks or result["verdict"] == "unresolved"
+        return lacks or result["verdict"] == "unresolved"
 
     asked = [(item, result) for item, result in zip(items, results, strict=True) if wants(result)]
     for result in results:

@@ -1,10 +1,10 @@
-"""One function a source layout: a published row -> a benchmark item.
+"""One function per source layout: a published row -> a benchmark item.
 
 Each takes (where, row, name of the benchmark, subset or None) and returns the item, or None for a row of
-another subset. Its "images" are still what the row holds: bytes, a path (str), or the `SameAs` of another
-row; utils/evaluate/benchmarks.py stores them. Texts and letters stay verbatim; "raw" keeps the whole row
-without its pictures, so it can be rebuilt. The columns: open-compass/VLMEvalKit vlmeval/dataset,
-EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
+another subset. The item's "images" are still as the row holds them: bytes, a path (str), or the `SameAs` of
+another row; utils/evaluate/benchmarks.py stores them. Texts and letters stay verbatim, and "raw" keeps the
+row without its pictures, so that it can be rebuilt. The columns are those of open-compass/VLMEvalKit
+vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
 """
 import ast
 import base64
@@ -21,8 +21,6 @@ from utils.jsonl import DataError, check_fields
 LETTERS = "ABCDE"
 # characters; a shorter cell names another row (VLMEvalKit vlmeval/dataset/image_base.py)
 SHORTEST_PICTURE = 65
-# what ends V*'s text, see vstar_inline
-BAKED = "\nAnswer with the option's letter from the given choices directly."
 YES_NO = {"Yes": "yes", "No": "no"}
 
 
@@ -40,30 +38,28 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
     raw = {column: value for column, value in row.items() if column not in pictures}
     try:
         json.dumps(raw)
-    except (TypeError, ValueError) as error:  # bytes or a date, of a parquet file
-        raise DataError(
-            f"{where}: a column cannot be kept as JSON ({error}); expected texts and numbers beside the "
-                        "pictures") from error
+    except (TypeError, ValueError) as error:  # bytes or a date in a parquet file
+        raise DataError(f"{where}: a column cannot be kept as JSON ({error}); expected texts and numbers "
+                        "next to the pictures") from error
     item = {"id": f"{name}/{key}", "benchmark": name, "category": category, "group_id": f"{name}/{key}",
-            "question": question, "options": options or [], "answer": {"type": ANSWER_TYPES[metric],
-                                                                       "value": answer},
-            "images": images, "metric": metric, "source": where, "raw": raw}
+            "question": question, "options": options or [],
+            "answer": {"type": ANSWER_TYPES[metric], "value": answer}, "images": images, "metric": metric,
+            "source": where, "raw": raw}
     return item | ({"hint": row["hint"]} if row.get("hint") else {})
 
 
 # --------------------------------------------------------------------------------------------- parts of a row
 def from_base64(where: str, text: str) -> bytes:
-    """Return the picture that a cell holds, byte for byte; DataError for a cell that is not base64."""
+    """Return the picture that a cell holds, byte for byte."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(
-            f"{where}: the picture {text[:20]!r}... is not base64 ({error}); expected the encoded file") from error
+        raise DataError(f"{where}: the picture {text[:20]!r}... is not base64 ({error}); expected the "
+                        "encoded file") from error
 
 
 def cell_pictures(where: str, row: dict) -> list:
-    """Return the pictures of a TSV's `image` cell: base64, a Python list of it, or the index of the row that
-    has them."""
+    """Return the pictures of a TSV's `image` cell: base64, a Python list of it, or another row's index."""
     check_fields(where, row, {"image": str})
     cell = row["image"]
     if cell.startswith("["):
@@ -75,7 +71,7 @@ def cell_pictures(where: str, row: dict) -> list:
 
 
 def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
-    """Return the picture of a hub data set's column: its bytes, or the path of the file that holds it."""
+    """Return the picture in a column of a data set on the hub: its bytes, or the path of its file."""
     value = row.get(column)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -86,14 +82,13 @@ def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
 
 
 def python_list(where: str, column: str, value: object) -> list[str]:
-    """Return a list of texts that may be written as a Python literal (never evaluated); DataError for
-    anything else."""
+    """Return a list of texts that may be written as a Python literal, which is parsed and never evaluated."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise DataError(
-                f"{where}: column {column!r} {str(value)[:40]!r} is no Python list ({error})") from error
+                f"{where}: column {column!r} {value[:40]!r} is not a Python list ({error})") from error
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
     return value
@@ -102,16 +97,16 @@ def python_list(where: str, column: str, value: object) -> list[str]:
 def column_options(where: str, row: dict) -> list[list[str]]:
     """Return [[letter, text]] of the columns A to E that are not empty."""
     options = [[letter, row[letter]] for letter in LETTERS if row.get(letter) not in (None, "")]
-    if odd := [text for _, text in options if not isinstance(text, str)]:
-        raise DataError(f"{where}: option {odd[0]!r} is {type(odd[0]).__name__}, expected text")
+    if wrong := [text for _, text in options if not isinstance(text, str)]:
+        raise DataError(f"{where}: option {wrong[0]!r} is {type(wrong[0]).__name__}, expected text")
     return options
 
 
 def bare_question(where: str, question: str, options: list[list[str]]) -> str:
-    """Return the question without options that repeat the columns; DataError for options in it that do not.
+    """Return a question without options that repeat the columns.
 
-    Some published copies of HR-Bench carry "\\n(A) ..." in the question beside the columns; asked as it
-    stands, the options would appear twice.
+    Some published copies of HR-Bench have "\\n(A) ..." in the question as well as in the columns; asked as
+    they are, the options would appear twice. DataError for options in the question that differ.
     """
     for mark in ("({}) {}", "{}. {}"):
         tail = "".join("\n" + mark.format(*option) for option in options)
@@ -125,10 +120,9 @@ def bare_question(where: str, question: str, options: list[list[str]]) -> str:
 
 # ------------------------------------------------------------------------------------------------ V*
 def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """VLMEvalKit's multiple choice: index, image, question (bare), A to D (empty where there are two),
-    answer, category.
+    """VLMEvalKit's multiple choice: V* and, with `subset` as its category, BLINK.
 
-    V* and, with `subset` as its category, BLINK.
+    Columns: index, image, question (bare), A to D (empty where there are two options), answer, category.
     """
     check_fields(where, row, {"index": str, "question": str, "answer": str, "category": str})
     if subset not in (None, row["category"]):
@@ -138,50 +132,24 @@ def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | 
                      images=cell_pictures(where, row))
 
 
-def vstar_inline(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """V* of lmms-lab, and of its authors' test_questions.jsonl: image, text, category, label, question_id.
-
-    The text has the options and an instruction in it:
-    "Stem\\n(A) rubber\\n(B) cotton\\nAnswer with the option's letter from the given choices directly."
-    """
-    check_fields(where, row, {"text": str, "label": str, "category": str, "question_id": (str, int)})
-    stem, *parts = re.split(r"\n\(([A-E])\) ", row["text"].removesuffix(BAKED))
-    options = [list(pair) for pair in zip(parts[::2], parts[1::2])]
-    if inline_text(stem, options) != row["text"] or len(options) < 2:
-        raise DataError(
-            f"{where}: text {row['text'][:80]!r}, expected a stem, a line an option ('(A) ...') and {BAKED!r}")
-    return make_item(name, where, row, row["question_id"], "mcq", row["label"], question=stem,
-                     options=options,
-                     category=row["category"], images=[stored_picture(where, row)])
-
-
-def inline_text(stem: str, options: list[list[str]]) -> str:
-    """Return V*'s text as lmms-lab stores it: the other way round of `vstar_inline`."""
-    return stem + "".join(f"\n({letter}) {text}" for letter, text in options) + BAKED
-
-
 def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """V* of its authors: question, options (whole sentences, the first one is right), target boxes.
+    """V* as its authors publish it: question, options (whole sentences, the first is right), target boxes.
 
-    They score each option by its likelihood as the reply to the bare question (vstar_bench_eval.py,
-    multiple_choices_inference). The metric says so: asked by letters, a model that says "A" would always be
-    right. The boxes are [left, top, width, height] (visual_search.py); the region is the box around all of
-    them.
+    This layout alone has regions. It is not scored: its right option is always the first one. The boxes are
+    [left, top, width, height] (penghao-wu/vstar, visual_search.py); the region encloses all of them.
     """
     check_fields(where, row, {"question": str, "options": list, "image_file": str, "test_type": str})
     key = row["image_file"].rsplit(".", 1)[0]
-    item = make_item(name, where, row, key, "likelihood", "A", question=row["question"],
-                     category=row["test_type"],
-                     options=[list(pair) for pair in zip(LETTERS, row["options"])],
-                     images=[row["image_file"]])
+    item = make_item(name, where, row, key, "unscored", row["options"][:1], question=row["question"],
+                     category=row["test_type"], images=[row["image_file"]])
     boxes = row.get("bbox") or []
     if not all(isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)
                for box in boxes):
         raise DataError(f"{where}: bbox {str(boxes)[:60]}, expected a list of [left, top, width, height]")
     if boxes:
-        x, y, w, h = zip(*boxes)
-        ends = max(map(sum, zip(x, w))), max(map(sum, zip(y, h)))
-        item["region"] = [int(min(x)), int(min(y)), math.ceil(ends[0]), math.ceil(ends[1])]
+        left, top, width, height = zip(*boxes)
+        right, bottom = max(map(sum, zip(left, width))), max(map(sum, zip(top, height)))
+        item["region"] = [int(min(left)), int(min(top)), math.ceil(right), math.ceil(bottom)]
     return item
 
 
@@ -193,33 +161,32 @@ def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
                               "cycle_category": (str, int)})
     options = column_options(where, row)
     return make_item(name, where, row, f"{row['index']}/{row['cycle_category']}", "mcq", row["answer"],
-                     options=options,
-                     category=row["category"], question=bare_question(where, row["question"], options),
-                     images=cell_pictures(where, row))
+                     options=options, category=row["category"], images=cell_pictures(where, row),
+                     question=bare_question(where, row["question"], options))
 
 
 def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
     """MME-RealWorld-Lite: index, image or bytes (base64), question, multi-choice options ("(A) ..." to "(E)
     ..."), answer, category ("Perception/OCR with Complex Context"), l2-category.
 
-    The options are a list or a Python list as text. VLMEvalKit cuts four characters from each; here one
-    without its bracketed letter is an error, because the cut would take a letter of its text (VLMEvalKit
+    The options are a list or a Python list as text. VLMEvalKit cuts four characters from each; an option
+    without its bracketed letter is an error here, because the cut would take a letter of its text (VLMEvalKit
     issue 491).
     """
     column = "multi-choice options"
     check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
                               column: (str, list)})
     texts = python_list(where, column, row[column])
-    found = [re.fullmatch(rf"\({letter}\) ?(.*)", text, re.DOTALL) for letter, text in zip(LETTERS, texts)]
-    if len(texts) != len(LETTERS) or not all(found):
+    matches = [re.fullmatch(rf"\({letter}\) ?(.*)", text, re.DOTALL) for letter, text in zip(LETTERS, texts)]
+    if len(texts) != len(LETTERS) or not all(matches):
         raise DataError(f"{where}: options {texts}, expected five, '(A) ...' to '(E) ...'")
-    images = [from_base64(where, row["bytes"])] if isinstance(row.get("bytes"), str) else cell_pictures(where,
-                                                                                                        row)
+    if isinstance(row.get("bytes"), str):
+        images = [from_base64(where, row["bytes"])]
+    else:
+        images = cell_pictures(where, row)
     return make_item(name, where, row, row["index"], "mcq", row["answer"], question=row["question"],
-                     images=images,
-                     options=[[letter, match[1]] for letter, match in zip(LETTERS, found)],
-                     category=row["category"],
-                     pictures=("image", "bytes"))
+                     images=images, category=row["category"], pictures=("image", "bytes"),
+                     options=[[letter, match[1]] for letter, match in zip(LETTERS, matches)])
 
 
 def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | None:
@@ -229,19 +196,18 @@ def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | No
                               "prompt": str})
     if subset not in (None, row["sub_task"]):
         return None
-    # their order carries the meaning
     columns = sorted(column for column in row if re.fullmatch(r"image_\d", column))
-    held = [column for column in columns if row[column] is not None]
-    if held != columns[:len(held)]:
+    filled = [column for column in columns if row[column] is not None]
+    if filled != columns[:len(filled)]:
         raise DataError(
-            f"{where}: pictures in {', '.join(held)}, expected them from image_1 on without a gap")
+            f"{where}: pictures in {', '.join(filled)}, expected them from image_1 on without a gap")
     gold = re.fullmatch(r"\(([A-E])\)", row["answer"])
     if not gold:
         raise DataError(f"{where}: answer {row['answer']!r}, expected a bracketed letter such as '(A)'")
     return make_item(name, where, row, row["idx"], "mcq", gold[1], question=row["question"],
-                     category=row["sub_task"],
-                     options=[list(pair) for pair in zip(LETTERS, row["choices"])], pictures=tuple(columns),
-                     images=[stored_picture(where, row, column) for column in held])
+                     category=row["sub_task"], pictures=tuple(columns),
+                     options=[list(pair) for pair in zip(LETTERS, row["choices"])],
+                     images=[stored_picture(where, row, column) for column in filled])
 
 
 def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | None:
@@ -278,35 +244,31 @@ def mme(where: str, row: dict, name: str, subset: str | None) -> dict:
         check_fields(where, row, {"index": str})
         key, images = row["index"], cell_pictures(where, row)
     return make_item(name, where, row, key, "yesno_pair", gold, question=row["question"],
-                     category=row["category"],
-                     images=images)
+                     category=row["category"], images=images)
 
 
 def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
     """OCRBench-v2: id (TSV: index), image, question, type (the task), answers (a list; in a TSV its text,
-    kept as one).
+    kept as a single value).
 
-    A source of latents alone: the scorers of its tasks are not here, so the metric is "unscored".
+    It is a source of latents alone: the scorers of its tasks are not here, so the metric is "unscored".
     """
     key, column = ("id" if "id" in row else "index"), ("answers" if "answers" in row else "answer")
     check_fields(where, row, {key: (str, int), "question": str, "type": str, column: (str, list)})
     values = [row[column]] if isinstance(row[column], str) else python_list(where, column, row[column])
     images = cell_pictures(where, row) if isinstance(row.get("image"), str) else [stored_picture(where, row)]
-    return make_item(name, where, row, row[key], "unscored", values,
-                     question=row["question"], category=row["type"], images=images)
+    return make_item(name, where, row, row[key], "unscored", values, question=row["question"],
+                     category=row["type"], images=images)
 
 
 def vsp(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """VSP spatial planning as Mirage evaluates it: the text verbatim, its <image> marker says where the map
-    stands.
+    """VSP spatial planning as Mirage evaluates it: the text verbatim, with an <image> marker for the map.
 
-    The gold is the map itself: 1 start, 2 goal, -1 hole, 0 safe; a reply is right if its path walks to the
-    goal.
+    The gold is the map: 1 start, 2 goal, -1 hole, 0 safe; a reply is right if its path reaches the goal.
     """
     check_fields(where, row, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list})
     if fault := board_fault(row["map_desc"]):
         raise DataError(f"{where}: map_desc {fault}")
     level = f"level_{len(row['map_desc'])}"
     return make_item(name, where, row, f"{level}/{row['map_id']}", "vsp_path", row["map_desc"],
-                     question=row["text_input"],
-                     category=level, images=[row["image_input"]])
+                     question=row["text_input"], category=level, images=[row["image_input"]])

@@ -1,12 +1,10 @@
-"""Verdicts of other harnesses on the same replies, their faults included, to set beside ours. Never used to
-score for us.
+"""Verdicts of other harnesses on the same replies, their faults included.
 
-    vlmevalkit_0bac5c0, vlmevalkit_e8e78f0   multiple choice: V*, HR-Bench, BLINK (rules only, before any
-    judge)
-    mme_realworld                            MME-RealWorld: the benchmark's own script, VLMEvalKit and
-    lmms-eval
-    vwtq, vtabfact                           TableVQABench: denotation accuracy; true or false
-    yes_or_no                                MME: VLMEvalKit's rules, before any judge
+    vlmevalkit_e8e78f0   multiple choice: V*, HR-Bench, BLINK (rules only, before any judge)
+    mme_realworld        MME-RealWorld: VLMEvalKit and lmms-eval
+    vwtq, vtabfact       TableVQABench: denotation accuracy; true or false
+    yes_or_no            MME: VLMEvalKit's rules, before any judge
+    walk_vsp             VSP: Mirage's walk over the map; it is our score too
 
 A letter is an option's, "Z" is VLMEvalKit's name for "none of these", None is no verdict. VLMEvalKit's
 environment variable VERBOSE, which changes its verdicts, is taken as unset.
@@ -14,6 +12,7 @@ environment variable VERBOSE, which changes its verdicts, is taken as unset.
 import math
 import re
 import unicodedata
+from typing import NamedTuple
 
 from utils.answers import closing_braces
 
@@ -23,85 +22,67 @@ REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process t
 NO_REPLY = "Failed to obtain answer via API"
 # marks that separate words there; \ $ < > " ' - do not
 SPACED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-NEAR_END = 4  # words from the end among which a lone letter counts, since commit c3371551
+NEAR_END = 4  # a lone letter counts among this many last words (since commit c3371551)
 # no boundary on the right: "answer is blue" is B
 ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 
 
-def vlmevalkit_0bac5c0(output: str, options: dict[str, str]) -> str | None:
-    """Return the verdict of `can_infer` (open-compass/VLMEvalKit, vlmeval/utils/matching_util.py, commit
-    0bac5c0 of 2026-02-25, the day CapImagine's weights were released): letter by itself near the end, else a
-    lone option's text."""
-    return _lone_letter(output, options) or _lone_text(output, options)
-
-
 def vlmevalkit_e8e78f0(output: str, options: dict[str, str]) -> str | None:
     """Return the verdict of `can_infer` (open-compass/VLMEvalKit, vlmeval/utils/matching_util.py, commit
-    e8e78f05 of 2026-08-18): as at 0bac5c0, with the first "answer is A" to "answer is D" tried between letter
-    and text (a67ace50)."""
-    letter = _lone_letter(output, options)
-    if letter is None and NO_REPLY not in output and (match := ANSWER_IS.search(output)) and match[1].upper(
-        ) in options:
-        letter = match[1].upper()
-    return letter or _lone_text(output, options)
+    e8e78f05 of 2026-08-18): a letter by itself near the end, else the first "answer is A" to "answer is D",
+    else the one option whose text occurs."""
+    letter = lone_letter(output, options)
+    if letter is None and NO_REPLY not in output:
+        match = ANSWER_IS.search(output)
+        if match and match[1].upper() in options:
+            letter = match[1].upper()
+    return letter or lone_text(output, options)
 
 
-def _lone_letter(output: str, options: dict[str, str]) -> str | None:
-    """Return the one option letter that stands as a word of its own, if first met near the end; Z for a
-    refusal."""
+def lone_letter(output: str, options: dict[str, str]) -> str | None:
+    """Return the one option letter that is a word of its own, if first met near the end; Z for a refusal."""
     if NO_REPLY in output:
         return None
     if any(refusal in output for refusal in REFUSALS):
         return "Z"
     words = output.translate(SPACED).split()
-    found = [letter for letter in options if letter in words]
-    if len(found) == 1 and words.index(found[0]) >= len(words) - NEAR_END:
-        return found[0]
-    return "Z" if not found and "Z" in words else None
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - NEAR_END:
+        return letters[0]
+    return "Z" if not letters and "Z" in words else None
 
 
-def _lone_text(output: str, options: dict[str, str]) -> str | None:
+def lone_text(output: str, options: dict[str, str]) -> str | None:
     """Return the one option whose text is anywhere in a short output, inside words too."""
     output = output.lower()
     if len(output) > 2 * sum(map(len, options.values())):
         return None
-    found = [letter for letter, text in options.items() if text.lower() in output]
-    return found[0] if len(found) == 1 else None
+    letters = [letter for letter, text in options.items() if text.lower() in output]
+    return letters[0] if len(letters) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------- MME-RealWorld
-LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The answer")
-# Commas are missing between these in the script, so only the joined strings are removed there.
-JOINED = ("The best option isThe correct option is", "Best answer:Best option:")
-REPAIRED = ("The best option is", "The correct option is", "Best answer:", "Best option:")
+LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The answer",
+            "The best option is", "The correct option is", "Best answer:", "Best option:")
 LETTERS = "ABCDE"
 
 
-def mme_realworld(output: str, options: dict[str, str] | None = None, repaired: bool = False) -> str | None:
+def mme_realworld(output: str) -> str | None:
     """Return the verdict of `extract_characters_regex`: the first capital A to E anywhere, inside words too.
 
-    Without a capital, the first option that holds the whole output, so an empty output is A. Three states are
-      in use: options given, not repaired: the benchmark's own script (yfzhang114/MME-RealWorld,
-      evaluation/eval_your_results.py,
-                                   commit 11af66f2), which looks in "(A) text"
-      no options, not repaired:    VLMEvalKit up to commit 1445ec4f
-                                   (vlmeval/dataset/utils/multiple_choice.py), which
-                                   looks in the bare "(A)" to "(E)"
-      no options, repaired:        lmms-eval 0.7.2 (commit 75571cfe, lmms_eval/tasks/mme_realworld/utils.py),
-                                   and
-                                   VLMEvalKit's list of lead-ins since 1445ec4f
+    Without a capital, the first of "(A)" to "(E)" that holds the whole output, so an empty output is A.
+    VLMEvalKit since commit 1445ec4f (vlmeval/dataset/utils/multiple_choice.py) and lmms-eval 0.7.2 (commit
+    75571cfe, lmms_eval/tasks/mme_realworld/utils.py).
     """
     text = output.strip()
-    for lead_in in LEAD_INS + (REPAIRED if repaired else JOINED):
+    for lead_in in LEAD_INS:
         text = text.replace(lead_in, "")
     capitals = [character for character in text if character in LETTERS]
     if capitals:
         return capitals[0]
     if len(text.split()) > 10:
         return None
-    places = [f"({letter}) {option}" for letter, option in options.items()] if options else [f"({c})"
-                                                                                             for c in LETTERS]
-    return next((place[1] for place in places if text.lower() in place.lower()), None)
+    return next((letter for letter in LETTERS if text.lower() in f"({letter})".lower()), None)
 
 
 # ---------------------------------------------------------------------------------------------- TableVQABench
@@ -115,20 +96,29 @@ DETAILS = re.compile(r"(?<!^)(?: \([^)]*\))*$")
 QUOTED = re.compile(r'^"([^"]*)"$')
 
 
+class Value(NamedTuple):
+    """A value of WikiTableQuestions: its kind ("number", "date" or "string"), its amount or (year, month,
+    day), and its normalised text."""
+
+    kind: str
+    key: object
+    text: str
+
+
 def vwtq(output: str, gold: str) -> bool:
     """Return whether an output has the gold's denotation, for VWTQ and VWTQ-Syn.
 
     `evaluate_wtq` (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py, commit 88d0514e; the same in
     open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05, after `without_label`).
     The rules are WikiTableQuestions': both sides are sets of values joined by bars, equally many, and each of
-    the gold's is met. A number beyond all floats ("inf", 400 digits) in the output stops those scripts; here
-    it is a wrong answer. Infinity in the gold is a ValueError.
+    the gold's is met. An infinite number in the output ("inf", 400 digits) stops those scripts and is a wrong
+    answer here; in the gold it is a ValueError.
     """
-    targets = _values(gold)
+    targets = read_values(gold)
     try:
-        found = _values(output.replace("||", "|"))
-        return len(targets) == len(found) and all(any(_same(target, value) for value in found)
-                                                  for target in targets)
+        values = read_values(output.replace("||", "|"))
+        return len(targets) == len(values) and all(any(same_value(target, value) for value in values)
+                                                   for target in targets)
     except (ValueError, OverflowError):
         return False
 
@@ -140,20 +130,18 @@ def without_label(output: str) -> str:
 
 
 def vtabfact(output: str, gold: str) -> bool | None:
-    """Return whether an output says what the gold ("1" or "0") says; None, which counts as wrong, if it says
-    both words.
+    """Return whether an output means the gold ("1" or "0"); None (wrong) if it has both words.
 
     `evaluate_tabfact` (open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05;
-    naver-ai's own script differs in the gold's type alone). The words count inside others, so "untrue" is
-    true.
+    naver-ai's own script differs in the gold's type alone). Words count inside others: "untrue" is true.
     """
     if gold not in ("0", "1"):
         raise ValueError(
             f'gold {gold!r}, expected the string "0" or "1"; another type would make every answer wrong')
-    says_true, says_false = ("true" in output.lower()), ("false" in output.lower())
-    if says_true and says_false:
+    has_true, has_false = "true" in output.lower(), "false" in output.lower()
+    if has_true and has_false:
         return None
-    return says_true if gold == "1" else says_false
+    return has_true if gold == "1" else has_false
 
 
 def unescape(text: str) -> str:
@@ -161,22 +149,20 @@ def unescape(text: str) -> str:
     return text.replace(r"\n", "\n").replace(r"\p", "|").replace("\\\\", "\\")
 
 
-def _values(text: str) -> list[tuple]:
-    """Return the distinct values (kind, what it equals by, normalised text), the first of equal ones."""
+def read_values(text: str) -> list[Value]:
+    """Return the distinct values of a text, the first of equal ones."""
     values = {}
     for part in map(unescape, text.split("|")):
-        kind, key = _kind(part)
-        normal = _normal(part)
-        values.setdefault((kind, normal if kind == "string" else key), (kind, key, normal))
+        value = Value(*parse_value(part), normal_text(part))
+        values.setdefault((value.kind, value.text if value.kind == "string" else value.key), value)
     return list(values.values())
 
 
-def _kind(text: str) -> tuple[str, object]:
-    """Return ("number", amount), ("date", (year, month, day)) or ("string", None); ValueError for a number
-    without end."""
-    amount = _number(text)
+def parse_value(text: str) -> tuple[str, object]:
+    """Return ("number", amount), ("date", (year, month, day)) or ("string", None); ValueError for inf."""
+    amount = parse_number(text)
     if amount is not None:
-        # int() cuts off, so 2.9999999 is 2 and not 3: theirs
+        # int() truncates, so 2.9999999 is 2 and not 3: theirs
         return "number", int(amount) if abs(amount - round(amount)) < CLOSE else amount
     parts = text.lower().split("-")
     if len(parts) != 3:
@@ -186,14 +172,14 @@ def _kind(text: str) -> tuple[str, object]:
                             for part, blanks in zip(parts, (("xx", "xxxx"), ("xx",), ("xx",))))
     except ValueError:
         return "string", None
-    if not (month == -1 or 1 <= month <= 12) or not (day == -1 or 1 <= day
-                                                     <= 31) or year == month == day == -1:
+    in_range = (month == -1 or 1 <= month <= 12) and (day == -1 or 1 <= day <= 31)
+    if not in_range or year == month == day == -1:
         return "string", None
     return ("number", year) if month == day == -1 else ("date", (year, month, day))
 
 
-def _number(text: str) -> int | float | None:
-    """Return what Python reads as an integer or a float; ValueError for infinity and for "nan"."""
+def parse_number(text: str) -> int | float | None:
+    """Return the integer or float that Python reads; ValueError for infinity and "nan"."""
     try:
         return int(text)
     except ValueError:
@@ -203,22 +189,22 @@ def _number(text: str) -> int | float | None:
     except ValueError:
         return None
     if not math.isfinite(amount):
-        raise ValueError(f"{text[:40]!r} is a number without end, which cannot be compared")
+        raise ValueError(f"{text[:40]!r} is infinite or not a number, which cannot be compared")
     return amount
 
 
-def _same(target: tuple, value: tuple) -> bool:
-    """Return whether two values are one: by text, or two numbers or two dates by what they stand for."""
-    if target[2] == value[2]:
+def same_value(target: Value, value: Value) -> bool:
+    """Return whether two values are equal: by text, or as two numbers or two dates."""
+    if target.text == value.text:
         return True
-    if target[0] != value[0] or target[0] == "string":
+    if target.kind != value.kind or target.kind == "string":
         return False
-    return target[1] == value[1] if target[0] == "date" else abs(target[1] - value[1]) < CLOSE
+    return target.key == value.key if target.kind == "date" else abs(target.key - value.key) < CLOSE
 
 
-def _normal(text: str) -> str:
-    """Return text as WikiTableQuestions compares it: no accents, footnotes, trailing brackets, outer quotes,
-    last period."""
+def normal_text(text: str) -> str:
+    """Return text as WikiTableQuestions compares it: without accents, footnotes, trailing brackets, outer
+    quotes and last period."""
     text = "".join(c for c in unicodedata.normalize("NFKD", text)
                    if unicodedata.category(c) != "Mn").translate(QUOTES)
     previous = None
@@ -231,20 +217,17 @@ def _normal(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ MME
-PUNCTUATION = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",",
-               "?", "!")
-# "(?!<=" is theirs: no look-behind, so only the digit after it counts
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# "(?!<=" is theirs: not a look-behind, so only the digit after it counts
 LONE_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 
 
 def yes_or_no(output: str) -> str | None:
-    """Return "yes" or "no" if it is the only one of the two among an output's words, as YOrN_Extraction has
-    it (open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py, and the clean-up of its vqa_eval.py,
-    process_punctuation).
+    """Return "yes" or "no" if only one of the two is among an output's words, as in YOrN_Extraction
+    (open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py, after process_punctuation of its vqa_eval.py).
 
     A mark that touches a space anywhere, or a number with a comma anywhere, lets marks vanish instead of
-    becoming spaces; of the lone periods only the first 32 are removed, because a flag stands there in the
-    place of the count.
+    becoming spaces. Only the first 32 lone periods are removed, because a flag is passed as the count.
     """
     text = output.lower()
     before, has_thousands = text, re.search(r"(\d)(,)(\d)", text) is not None
@@ -252,8 +235,8 @@ def yes_or_no(output: str) -> str | None:
         vanishes = mark + " " in before or " " + mark in before or has_thousands
         text = text.replace(mark, "" if vanishes else " ")
     words = LONE_PERIOD.sub("", text, count=int(re.UNICODE)).split()
-    found = {"yes", "no"} & set(words)
-    return found.pop() if len(found) == 1 else None
+    answers = {"yes", "no"} & set(words)
+    return answers.pop() if len(answers) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------ Mirage

@@ -1,7 +1,7 @@
 """Rows of a benchmark as it is published: a TSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader yields (where, row), a row at a time: the largest of these files holds 4.6 GB. Pictures stay as
-they are stored (base64 text, {"bytes", "path"}, or a path); nothing here decodes or re-encodes one.
+Every reader yields (where, row), one row at a time: the largest of these files has 4.6 GB. Pictures stay as
+they are stored (base64 text, {"bytes", "path"}, or a path) and are never decoded or re-encoded here.
 """
 import csv
 import hashlib
@@ -15,17 +15,15 @@ from tempfile import TemporaryDirectory
 from utils.jsonl import DataError, load_object, located_rows
 
 Rows = Iterator[tuple[str, dict]]
-MAX_CELL = 2**31 - 1  # characters: a picture of HR-Bench 8K is a cell of many MB, csv's own limit is 131,072
-# penghao-wu/vstar vstar_bench_eval.py; the others are unused
-VSTAR_FOLDERS = ("direct_attributes", "relative_position")
+MAX_CELL = 2**31 - 1  # characters: a picture of HR-Bench 8K takes many MB, csv's own limit is 131,072
+VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # those that vstar_bench_eval.py reads
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a benchmark lies on the Hugging Face hub: one `file`, or a data set's `config` and `split`.
+    """A benchmark's place on the Hugging Face hub: one `file`, or a data set's `config` and `split`.
 
-    `revision` is a commit of 40 hex digits; where none is known the caller must name one, since a branch may
-    move.
+    `revision` is a commit of 40 hex digits; the caller must name one where it is None.
     """
 
     repo: str
@@ -37,7 +35,7 @@ class Hub:
 
 # ------------------------------------------------------------------------------------------------ files
 def file_rows(path: Path) -> Rows:
-    """Yield the rows of a .tsv, .parquet, .jsonl or .json file; DataError for anything else."""
+    """Yield the rows of a .tsv, .parquet, .jsonl or .json file."""
     readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
         raise DataError(
@@ -46,16 +44,15 @@ def file_rows(path: Path) -> Rows:
 
 
 def json_rows(path: Path) -> Rows:
-    """Yield the rows of JSONL or of a JSON list; they may hold pictures, and so be long."""
+    """Yield the rows of JSONL or of a JSON list; lines may be long, since they may hold pictures."""
     return located_rows(path, longest=MAX_CELL)
 
 
 def tsv_rows(path: Path) -> Rows:
-    """Yield a TSV's rows, quoted as pandas writes them, every cell as text; `where` names the row's last
-    line.
+    """Yield a TSV's rows, quoted as pandas writes them, every cell as text; `where` is the row's last line.
 
-    No cell is taken for a number or for missing: pandas' own reading, which VLMEvalKit uses, turns the option
-    "None" or "NA" into no option and the gold "1" into an integer.
+    pandas' own reader, which VLMEvalKit uses, turns the option "None" or "NA" into a missing value and the
+    gold "1" into an integer.
     """
     before = csv.field_size_limit(MAX_CELL)
     try:
@@ -64,7 +61,7 @@ def tsv_rows(path: Path) -> Rows:
             names = next(reader, [])
             if len(set(names)) < max(2, len(names)):
                 raise DataError(
-                    f"{path}:1: columns {str(names)[:80]}, expected at least two unlike names divided by tabs")
+                    f"{path}:1: columns {str(names)[:80]}, expected two or more different names between tabs")
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(names):
@@ -74,7 +71,7 @@ def tsv_rows(path: Path) -> Rows:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a TSV in UTF-8 ({error}); is it whole?") from error
+        raise DataError(f"{path}: not a TSV in UTF-8 ({error}); fetch the file again") from error
     finally:
         csv.field_size_limit(before)
 
@@ -89,14 +86,14 @@ def parquet_rows(path: Path) -> Rows:
             rows = (row for batch in file.iter_batches(batch_size=16) for row in batch.to_pylist())
             yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows))
     except (OSError, UnicodeDecodeError, OverflowError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a parquet file ({error}); is it whole?") from error
+        raise DataError(f"{path}: not a parquet file ({error}); fetch the file again") from error
 
 
 def vstar_folder_rows(root: Path) -> Rows:
-    """Yield V* as its authors publish it: a JSON file beside each picture, both named alike, in two folders.
+    """Yield V* as its authors publish it: two folders of pictures, each with a JSON file of the same name.
 
-    `image_file` (path below `root`) and `test_type` (the folder) are added, as vstar_bench_eval.py names
-    them.
+    `image_file` (path below `root`) and `test_type` (the folder) are added, named as in penghao-wu/vstar
+    vstar_bench_eval.py.
     """
     for folder in VSTAR_FOLDERS:
         notes = sorted(Path(root, folder).glob("*.json"))
@@ -114,30 +111,27 @@ def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
     """Raise DataError unless the file has one of these digests (hex; 32 digits are MD5, 64 are SHA-256)."""
     for kind in {"md5" if len(digest) == 32 else "sha256" for digest in accepted}:
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, kind).hexdigest()
-        if found in accepted:
+            actual = hashlib.file_digest(file, kind).hexdigest()
+        if actual in accepted:
             return
-    raise DataError(f"{path}: {kind} {found}, expected {' or '.join(accepted)}; fetch the file again, "
-                    "or rename one that you changed on purpose")
+    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch the file again, or "
+                    "rename it if you changed it on purpose")
 
 
 # ------------------------------------------------------------------------------------------------ hub
-def dataset_rows(place: str | Path, config: str | None, split: str | None, revision: str
-                 | None = None) -> Rows:
-    """Yield the rows of a data set on the hub, or of a folder in the same layout, its pictures' bytes
-    untouched."""
+def dataset_rows(place: str | Path, config: str | None, split: str | None,
+                 revision: str | None = None) -> Rows:
+    """Yield the rows of a data set on the hub, or of a folder in the same layout, pictures as stored."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    # of a folder the library's cache knows the name alone: it would give the rows of another of that name, or
-    # older ones
+    # The library caches a folder by its name alone and would return rows of another folder, or older ones.
     with nullcontext() if revision else TemporaryDirectory(prefix="datasets-") as cache:
         try:
             table = load_dataset(str(place), name=config, split=split, revision=revision, cache_dir=cache)
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(
-                f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be loaded "
-                            f"({error})") from error
+            raise DataError(f"{place}: config {config!r}, split {split!r}, revision {revision} cannot be "
+                            f"loaded ({error})") from error
         for name, feature in table.features.items():
             if isinstance(feature, Image):
                 table = table.cast_column(name, Image(decode=False))
@@ -145,12 +139,11 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None, revis
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
-    """Return the commit to read: the caller's, or the one that is known; DataError for none and for a
-    branch's name."""
+    """Return the commit to read: the caller's, or the pinned one; DataError for a branch, which may move."""
     chosen = revision or hub.revision
     if chosen is None:
         raise DataError(
-            f"{hub.repo}: no revision is pinned here; name the commit to read (40 hex digits, from its page)")
+            f"{hub.repo}: no revision is pinned; pass --revision, a commit of 40 hex digits from its page")
     if not re.fullmatch("[0-9a-f]{40}", chosen):
         raise DataError(
             f"{hub.repo}: revision {chosen!r}, expected a commit of 40 hex digits; a branch may move")
@@ -158,8 +151,7 @@ def pinned(hub: Hub, revision: str | None) -> str:
 
 
 def download(hub: Hub, revision: str | None) -> Path:
-    """Return the local copy of a file on the hub, or of V*'s two folders where the entry names neither file
-    nor split."""
+    """Return the local copy of a file on the hub, or of V*'s two folders if the entry names no file."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -167,7 +159,7 @@ def download(hub: Hub, revision: str | None) -> Path:
     try:
         if hub.file:
             return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=commit))
-        # into a folder of its own: in the cache's, pictures are links that lead out of it
+        # into a separate folder: in the cache, pictures are links that lead out of it
         return Path(snapshot_download(hub.repo, repo_type="dataset", revision=commit,
                                       local_dir=Path(constants.HF_HUB_CACHE,
                                                      f"{hub.repo.replace('/', '--')}-{commit}"),

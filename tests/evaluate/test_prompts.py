@@ -1,0 +1,140 @@
+"""Prompts against text written by hand from the harnesses' sources, and the zoom tool."""
+import base64
+import hashlib
+import io
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from benchmark_fixtures import FILES
+from PIL import Image
+
+from utils.evaluate.benchmarks import TABLE, prepare
+from utils.evaluate.prompts import EXAMPLE, PROTOCOLS, TOOL_SYSTEM, read_turn, user_text
+from utils.images import ImageError, Picture, open_picture, picture_url
+from utils.items import question_text
+
+MCQ = {"id": "x/1", "benchmark": "vstar", "metric": "mcq", "question": "What is the material of the glove?",
+       "options": [["A", "rubber"], ["B", "cotton"]], "answer": {"type": "letter", "value": "A"}}
+REALWORLD = MCQ | {"benchmark": "mme_realworld_lite", "question": "What colour is it?",
+                   "options": [["A", "Red"], ["B", "Green"], ["C", "Blue"], ["D", "Grey"],
+                               ["E", "The image does not show it"]]}
+WTQ = {"id": "x/2", "benchmark": "tablevqa/vwtq", "metric": "wtq", "question": "who won?", "options": []}
+TABFACT = {"id": "x/3", "benchmark": "tablevqa/vtabfact", "metric": "tabfact", "question": "the bucks win",
+           "options": []}
+MME = {"id": "x/4", "benchmark": "mme", "metric": "yesno_pair", "options": [],
+       "question": "Is it a dog? Please answer yes or no."}
+OCR = {"id": "x/5", "benchmark": "ocrbench_v2", "metric": "unscored", "question": " What is written? ",
+       "options": []}
+VSP = {"id": "x/6", "benchmark": "vsp", "metric": "vsp_path", "question": "Find <image> a path",
+       "options": []}
+GLOVE = ("Question: What is the material of the glove?\nOptions:\nA. rubber\nB. cotton\n"
+         "Please select the correct answer from the options above. \n")
+VLMEVALKIT = [
+    (MCQ, GLOVE), (MCQ | {"hint": "Look."}, f"Hint: Look.\n{GLOVE}"),
+    (REALWORLD, "What colour is it? The choices are listed below:\n(A) Red\n(B) Green\n(C) Blue\n(D) Grey\n"
+                "(E) The image does not show it\n"
+                "Select the best answer to the above multiple-choice question based on the image. Respond "
+                "with only the letter (A, B, C, D, or E) of the correct option. \nThe best answer is:"),
+    (WTQ, "You are asked to answer questions asked on an image.\n"
+          "You should answer the question with a single word.\nExample: \n"
+          "Question: what was the only year mr. wu competed in the olympic games?\nAnswer: 2004\n"
+          "Question: which township in pope county, arkansas has the least amount of water area?\n"
+          "Answer: Freeman\n"
+          "If you have multiple answers, please separate them with || marks. Example: Apple||Banana||Tomato\n"
+          "\nQuestion: who won?\nAnswer:"),
+    (TABFACT, "You are asked to answer whether the statement is True or False based on given image\n"
+              "You should only answer True or False.\nExample: \n"
+              "Statement: the milwaukee buck win 6 game in the 2010 - 11 season\nAnswer: True\n"
+              "Statement: only the top team score above the average of 8.8\nAnswer: False\n\n"
+              "Statement: the bucks win\nAnswer:"),
+    (MME, "Is it a dog? Please answer yes or no."), (OCR, " What is written? "), (VSP, "Find <image> a path")]
+
+
+@pytest.mark.parametrize("item, expected", VLMEVALKIT)
+def test_vlmevalkit_s_words(item, expected):
+    assert all(user_text(item, PROTOCOLS[name]) == expected for name in ("vlmevalkit", "monet", "plain"))
+    assert user_text(item, replace(PROTOCOLS["vlmevalkit"], suffix="\nThink.")) == expected + "\nThink."
+
+
+@pytest.mark.parametrize("name, source", [("vstar", "vstar.tsv"), ("hrbench_4k", "hrbench.tsv"),
+                                          ("blink/Jigsaw", "blink.tsv")])
+def test_prepared_multiple_choice_is_question_text_byte_for_byte(tmp_path, name, source):
+    for item in prepare(replace(TABLE[name], n=None, counts={}), tmp_path / "images", FILES / source):
+        assert user_text(item, PROTOCOLS["vlmevalkit"]).encode() == question_text(item).encode()
+
+
+def test_an_item_of_an_unknown_benchmark_and_without_a_metric_is_asked_as_multiple_choice():
+    item = {name: part for name, part in MCQ.items() if name not in ("metric", "benchmark")}
+    assert user_text(item, PROTOCOLS["vlmevalkit"]) == question_text(item) == GLOVE
+
+
+def test_system_prompts_and_pixel_limits():
+    monet = ("You are a helpful multimodal assistant. You are required to answer the question based on the "
+             "image provided. Put your final answer in \\boxed{}.")
+    assert {name: (p.system, p.min_pixels, p.max_pixels) for name, p in PROTOCOLS.items()} == {
+        "vlmevalkit": (None, 1_003_520, 12_845_056), "monet": (monet, 1_003_520, 12_845_056),
+        "deepeyes": (TOOL_SYSTEM, 3_136, 12_845_056), "plain": (None, None, None)}
+    assert all(not protocol.suffix for protocol in PROTOCOLS.values())
+    with pytest.raises(FrozenInstanceError):
+        PROTOCOLS["plain"].system = "other"
+
+
+# ------------------------------------------------------------------------------------------------ zoom tool
+def call(box, name="image_zoom_in_tool"):
+    arguments = json.dumps({"name": name, "arguments": {"bbox_2d": box}})
+    return f"<think>Closer.</think><tool_call>{arguments}</tool_call>"
+
+
+BOX = [10, 20, 60, 70]
+
+
+@pytest.mark.parametrize("reply, box, ended_by", [
+    (call(BOX), (10, 20, 60, 70), None), (call([10.9, 20, 60, 70.2]), (10, 20, 60, 70), None),
+    (call([-5, 20, 600, 70]), (0, 20, 100, 70), None),  # clipped to the picture
+    (call(BOX).replace("</tool_call>", ""), (10, 20, 60, 70), None),
+    (call([0, 0, 9, 9]) + call([50, 50, 60, 60]), (0, 0, 9, 9), None),  # the first call
+    *((call(box), None, "bad_call") for box in (
+        [60, 20, 10, 70], [10, 20, 10, 70], [10, 20, 60], [10, 20, 60, 70, 80], [200, 20, 300, 70],
+        ["a", 20, 60, 70], [float("nan"), 20, 60, 70])),
+    (call(BOX, "rotate"), None, "bad_call"), ("<tool_call>__import__('os')</tool_call>", None, "bad_call"),
+    ("<tool_call>[1]</tool_call>", None, "bad_call"), ("I see a boat.", None, "no_call"),
+    ("<answer>A</answer>", None, "answer"), (call(BOX) + "<answer>A</answer>", None, "answer")])
+def test_what_a_reply_asks_for(reply, box, ended_by):
+    assert read_turn(reply, (100, 80)) == (box, ended_by)
+
+
+def test_a_region_thinner_than_any_picture_is_refused():
+    assert read_turn(call([0, 0, 1000, 4]), (1000, 80)).ended_by == "bad_call"
+    assert read_turn(call([0, 0, 1000, 5]), (1000, 80)).box == (0, 0, 1000, 5)
+
+
+def test_the_system_prompt_is_that_of_the_script():
+    """The digest of the text of eval/eval_vstar.py, commit cc3ff4d6, of 1,166 characters."""
+    digest = hashlib.sha256(TOOL_SYSTEM.encode()).hexdigest()
+    assert digest == "1fc5b8b5ebdc9b24d6a9281071222872c8542dd65a4a4be1e70d9760c3a7f99f"
+    assert TOOL_SYSTEM.count("\n") == 18 and json.dumps(EXAMPLE) in TOOL_SYSTEM
+
+
+def test_a_region_is_cut_out_and_enlarged_to_whole_tokens(tmp_path):
+    image = Image.new("RGB", (200, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    image.save(tmp_path / "a.png")
+    shown = open_picture(Picture(str(tmp_path / "a.png"), (110, 10, 190, 70)))
+    assert shown.size == (84, 56)  # 80 x 60 in multiples of 28
+    assert shown.getextrema() == ((0, 0), (0, 0), (255, 255))
+    assert open_picture(Picture(str(tmp_path / "a.png"), (0, 0, 8, 8))).size == (56, 56)  # four tokens
+    assert open_picture(Picture(str(tmp_path / "a.png"))).size == (200, 100)
+    Image.new("RGB", (999, 30)).save(tmp_path / "wide.png")
+    with pytest.raises(ImageError, match="aspect"):
+        open_picture(Picture(str(tmp_path / "wide.png"), (0, 0, 999, 1)))
+
+
+def test_a_region_is_sent_without_loss_and_a_file_as_it_is(tmp_path):
+    path, box = tmp_path / "a.png", (5, 5, 61, 61)
+    Image.effect_noise((90, 60), 80).convert("RGB").save(path)
+    region = Picture(str(path), box)
+    sent = Image.open(io.BytesIO(base64.b64decode(picture_url(region, 28 * 28, 28).partition(",")[2])))
+    assert sent.tobytes() == open_picture(region).tobytes() == Image.open(path).crop(box).tobytes()
+    whole = picture_url(Picture(str(path)), 12_845_056, 28)
+    assert base64.b64decode(whole.partition(",")[2]) == path.read_bytes()
