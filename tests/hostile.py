@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 
 from conftest import TEXTS, TINY, TINY_VISION  # noqa: E402
 from PIL import Image  # noqa: E402
-from samples import monet, row  # noqa: E402
+from samples import monet, png, row  # noqa: E402
 from standin import StandIn  # noqa: E402
 
 from toy.make_model import make_model  # noqa: E402
@@ -229,15 +229,6 @@ def damage(rng: random.Random, path: Path) -> None:
         for _ in range(rng.choice((1, 2, 5, 30))):
             data[rng.randrange(min(len(data), rng.choice((40, 200, len(data)))))] = rng.randrange(256)
     path.write_bytes(data)
-
-
-def png(width: int, height: int, depth: int, colour: int, n_bytes: int, *extra: tuple[bytes, bytes]) -> bytes:
-    """Return a PNG whose pixel data are `n_bytes` zeros, with further chunks before them."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return (b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*pair) for pair in extra)
-            + chunk(b"IDAT", zlib.compress(bytes(n_bytes), 1)) + chunk(b"IEND", b""))
 
 
 def pictures(n: int, seed: int, bombs: bool) -> Iterator[tuple[str, bytes]]:

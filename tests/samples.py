@@ -1,5 +1,7 @@
 """Inputs that several test files share: a row of our form, a Monet-SFT sample, a shortest path, a span."""
 import re
+import struct
+import zlib
 from collections import deque
 
 PAIR = "<abs_vis_token></abs_vis_token>"
@@ -48,3 +50,12 @@ def before_conclusion(text: str) -> list[tuple[int, int]]:
     conclusion = re.search(r"(?i)therefore|thus|hence|answer|option|choice|\\boxed", text)
     end = len(text[:conclusion and conclusion.start()].rstrip())
     return [(0, end)] if end else []
+
+
+def png(width: int, height: int, depth: int, colour: int, n_bytes: int, *extra: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG whose pixel data are `n_bytes` zeros, with further chunks before them."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return (b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*pair) for pair in extra)
+            + chunk(b"IDAT", zlib.compress(bytes(n_bytes), 1)) + chunk(b"IEND", b""))
