@@ -1,4 +1,4 @@
-"""Interventions on models whose truth is known by training.    pytest tests/test_intervene.py"""
+"""Interventions on models whose truth is known by training."""
 import csv
 import json
 from pathlib import Path
@@ -13,13 +13,10 @@ from utils.intervene.latent_conditions import CONDITIONS
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Generation
 
-MIRAGE = PRESETS["mirage"]
-
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("items")
-    return write_items(folder, 40)[0]
+    return write_items(tmp_path_factory.mktemp("items"), 40)[0]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
@@ -34,24 +31,31 @@ def latent_model(request, trained):
 
 def flags(items, model, output):
     return ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
-            "--min_emitters",
-            "8", "--calibration", "8", "--options", "text", "--stem", " It is \\boxed{"]
+            "--min_emitters", "8", "--calibration", "8", "--options", "text", "--stem", " It is \\boxed{"]
 
 
 def run(items, model, output, *more):
+    """Return (metrics, records)."""
     assert intervene.main([*flags(items, model, output), *more]) == 0
     metrics = json.loads(Path(f"{output}.metrics.json").read_text())
     return metrics, [json.loads(line) for line in Path(output).read_text().splitlines()]
 
 
+def by_condition(records):
+    """Return {item id: {condition: record}}."""
+    result = {}
+    for record in records:
+        result.setdefault(record["id"], {})[record["condition"]] = record
+    return result
+
+
 def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, items, tmp_path):
     model, follows = text_model
     metrics, records = run(items, model, tmp_path / "r.jsonl")
-    directed, sham = metrics["conditions"]["directed"], metrics["conditions"]["sham"]["effect"]
+    directed, sham = metrics["conditions"]["directed"], metrics["conditions"]["sham"]
     assert metrics["emission"]["share"] == 1 and metrics["acc_clean_all"]["share"] > 0.9
-    assert sham["same_answer"] == 1 and sham["b"] == sham["c"] == 0
-    assert metrics["conditions"]["sham"]["r0"]["verdict"] == "equivalent"
-    assert directed["coverage"]["share"] > 0.9
+    assert sham["effect"]["same_answer"] == 1 and sham["effect"]["b"] == sham["effect"]["c"] == 0
+    assert sham["r0"]["verdict"] == "equivalent" and directed["coverage"]["share"] > 0.9
     if follows:
         assert directed["follow"]["share"] > 0.9 and directed["effect"]["acc_int"] < 0.1
         assert directed["effect"]["verdict"] == "effect"
@@ -60,9 +64,9 @@ def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, i
     assert len(records) == 40 * 3
     assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("accuracy", "effects"))
     with open(tmp_path / "r.jsonl.effects.csv", newline="") as file:
-        shown = [row for row in csv.DictReader(file) if row["condition"] == "directed" and row["readout"]
-                 == "R2"]
-    assert float(shown[0]["change"]) == pytest.approx(directed["effect"]["delta"])
+        shown, = (row for row in csv.DictReader(file)
+                  if row["condition"] == "directed" and row["readout"] == "R2")
+    assert float(shown["change"]) == pytest.approx(directed["effect"]["delta"])
     for record in records:
         if record["condition"] == "directed" and record["edit"]:
             assert record["edit"]["before"] != record["edit"]["after"]
@@ -86,127 +90,118 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
         assert (record["rel_change"] > 0) == (record["condition"] not in ("clean", "identity"))
 
 
-def test_items_that_emit_nothing_are_left_out_and_the_emission_is_told(tiny_checkpoint, items, tmp_path):
+def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(tiny_checkpoint, items, tmp_path):
     model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", emitting=("red", "blue"))
-    metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau")
-    assert metrics["emission"]["share"] == 0.5 and metrics["conditions"]["tau"]["effect"]["n"] == 16
-    assert metrics["conditions"]["tau"]["effect"]["delta_all"] == pytest.approx(
-        0.5 * metrics["conditions"]["tau"]["effect"]["delta"])
-    few, _ = run(items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau",
-                 "--min_emitters", "17")
-    assert few["conditions"]["tau"]["effect"] is None and "fewer than --min_emitters 17" in few["conditions"][
-        "tau"]["reason"]
+    asked = items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau"
+    metrics, _ = run(*asked)
+    effect = metrics["conditions"]["tau"]["effect"]
+    assert metrics["emission"]["share"] == 0.5 and effect["n"] == 16
+    assert effect["delta_all"] == pytest.approx(0.5 * effect["delta"])
+    few = run(*asked, "--min_emitters", "17")[0]["conditions"]["tau"]
+    assert few["effect"] is None and "fewer than --min_emitters 17" in few["reason"]
 
 
-# ----------------------------------------------------------------------------------- three sites, one reading
+# ------------------------------------------------------------------------------------ three sites
 MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x",
-        "slot_swap_random",
-        "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent", "cut_image_after",
-        "cut_both", "markers_only",
-        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2",
-        "top_random:2", "keep_first:2"]
+        "slot_swap_random", "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent",
+        "cut_image_after", "cut_both", "markers_only", "x_counterfactual", "slot_swap_at:0-3/0-1",
+        "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2", "top_random:2", "keep_first:2"]
 
 
 @pytest.fixture(scope="module")
 def many(latent_model, items, tmp_path_factory):
+    """(whether the model follows its latents, model, metrics, records) of many conditions in one run."""
     model, follows = latent_model
-    folder = tmp_path_factory.mktemp("many")
-    return follows, model, *run(items, model, folder / "r.jsonl", "--latent", "mirage", "--dtype", "float32",
+    output = tmp_path_factory.mktemp("many") / "r.jsonl"
+    return follows, model, *run(items, model, output, "--latent", "mirage", "--dtype", "float32",
                                 "--conditions", *MANY)
 
 
-def test_sites_tell_who_uses_latents(many):
+def test_sites_show_who_uses_latents(many):
     """The model that follows its latents gives the donor's answer from either site and needs no image after
-    them; the one that looks again does neither."""
+    them; the model that looks again does neither."""
     follows, _, metrics, records = many
-    by = {(record["id"], record["condition"]): record for record in records}
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
-    donors = [record for record in records if record["condition"] in ("swap_counterfactual",
-                                                                      "slot_swap_counterfactual")]
+    donors = [record for record in records
+              if record["condition"] in ("swap_counterfactual", "slot_swap_counterfactual")]
     share = sum(record["pred"] == record["donor"]["gold"] for record in donors) / len(donors)
     assert len(donors) == 64 and (share > 0.9 if follows else share < 0.1)
-    assert (effects["cut_latent"]["acc_int"] < 0.6) == follows and (
-        effects["cut_image_after"]["acc_int"] > 0.9) == follows
+    assert (effects["cut_latent"]["acc_int"] < 0.6) == follows
+    assert (effects["cut_image_after"]["acc_int"] > 0.9) == follows
     # the positive controls move the score of either
-    assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0 and effects["x_counterfactual"][
-        "acc_int"] < 0.1
-    lift = metrics["donor_lift"]["r0"]["fed"]["difference"]["mean"]
-    assert (lift > 0.5) == follows
+    assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0
+    assert effects["x_counterfactual"]["acc_int"] < 0.1
     for site in ("fed", "slot"):
-        found = metrics["mediation"][site]["r0"]
-        value = found["proportion_mediated"]["value"]
+        parts = metrics["mediation"][site]["r0"]
+        value = parts["proportion_mediated"]["value"]
         assert value > 0.9 if follows else abs(value) < 0.2
-        assert found["TE"]["mean"] == pytest.approx(found["NIE"]["mean"] + found["NDE"]["mean"])
-    for item in {record["id"] for record in records}:
-        clean, replay = by[item, "clean"], by[item, "replay"]
-        assert replay["changed"] is False and replay["r0"]["nll"] == pytest.approx(clean["r0"]["nll"],
-                                                                                   abs=1e-4)
-        assert by[item, "markers_only"]["n_fed"] == 0 and by[item, "slot_swap_random"]["rel_change"] == 0
-        assert by[item, "slot_swap_random"]["reach"] > 0
+        assert parts["TE"]["mean"] == pytest.approx(parts["NIE"]["mean"] + parts["NDE"]["mean"])
+    for by in by_condition(records).values():
+        assert by["replay"]["changed"] is False
+        assert by["replay"]["r0"]["nll"] == pytest.approx(by["clean"]["r0"]["nll"], abs=1e-4)
+        assert by["markers_only"]["n_fed"] == by["slot_swap_random"]["rel_change"] == 0
+        assert by["slot_swap_random"]["reach"] > 0
 
 
 def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_one(many):
     follows, _, metrics, records = many
-    by = {(record["id"], record["condition"]): record for record in records}
-    for item in {record["id"] for record in records}:
+    for by in by_condition(records).values():
         for place, whole in (("slot_swap_at:0-3/0-1", "slot_swap_random"),
                              ("slot_swap_at:0-3/0", "swap_random")):
-            mine, its = by[item, place], by[item, whole]
-            assert mine["text"] == its["text"] and mine["r0"]["nll"] == pytest.approx(its["r0"]["nll"],
-                                                                                      abs=1e-4)
-        look = by[item, "clean"]["attention"]
-        assert len(look["imagined"]) == 4 and sum(look["mass"][name][1]
-                                                  for name in look["mass"]) == pytest.approx(1, abs=1e-4)
+            assert by[place]["text"] == by[whole]["text"]
+            assert by[place]["r0"]["nll"] == pytest.approx(by[whole]["r0"]["nll"], abs=1e-4)
+        look = by["clean"]["attention"]
+        assert len(look["imagined"]) == 4
+        assert sum(layers[1] for layers in look["mass"].values()) == pytest.approx(1, abs=1e-4)
         # it may begin another segment
-        assert {segment["k"] for segment in by[item, "keep_first:2"]["segments"]} == {2}
-    moved = {name: metrics["conditions"][name]["r0"]["delta_nll"] for name in ("slot_swap_at:0-3/0-1",
-                                                                               "slot_swap_at:0/1")}
-    assert (moved["slot_swap_at:0-3/0-1"] > 0.5) == follows
-    assert not follows or moved["slot_swap_at:0/1"] < moved["slot_swap_at:0-3/0-1"]
+        assert {segment["k"] for segment in by["keep_first:2"]["segments"]} == {2}
+    everywhere, one_place = (metrics["conditions"][name]["r0"]["delta_nll"]
+                             for name in ("slot_swap_at:0-3/0-1", "slot_swap_at:0/1"))
+    assert (everywhere > 0.5) == follows and (not follows or one_place < everywhere)
     assert metrics["attention"]["n"] == 32
     assert "holm_p" not in metrics["conditions"]["slot_swap_at:0/1"]["effect"]  # explored, not tested
     assert "holm_p" in metrics["conditions"]["swap_random"]["effect"]
 
 
 def test_conditions_together_equal_each_alone(many, items, tmp_path):
-    """One reading of the prompt for all conditions gives what separate runs give: the same words, scores to
-    rounding."""
-    _, model, _, together = many
+    """One reading of the prompt for all conditions gives the results of separate runs: the same words, scores
+    to rounding."""
+    _, model, _, records = many
+    together = by_condition(records)
     for name in ("swap_counterfactual", "slot_swap_blank", "cut_both"):
         _, alone = run(items, model, tmp_path / f"{name}.jsonl", "--latent", "mirage", "--dtype", "float32",
                        "--conditions", name)
-        for one in alone:
-            other = next(r for r in together if (r["id"], r["condition"]) == (one["id"], one["condition"]))
-            assert one["text"] == other["text"] and one["segments"] == other["segments"]
-            assert one["r0"]["nll"] == pytest.approx(other["r0"]["nll"], abs=1e-4)
+        for record in alone:
+            same = together[record["id"]][record["condition"]]
+            assert record["text"] == same["text"] and record["segments"] == same["segments"]
+            assert record["r0"]["nll"] == pytest.approx(same["r0"]["nll"], abs=1e-4)
 
 
-def test_image_off_and_worlds_of_the_text_arm(text_model, items, tmp_path):
+def test_image_off_and_the_worlds_of_text(text_model, items, tmp_path):
     model, follows = text_model
     metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "sham", "directed",
-                           "swap_blank", "blank_x", "blank",
-                           "image_off", "x_counterfactual")
+                           "swap_blank", "blank_x", "blank", "image_off", "x_counterfactual")
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
     assert (effects["blank_x"]["acc_int"] > 0.9) == follows
-    # else: the question's words, read before, keep some image
+    # otherwise the question's words, read before, keep some of the image
     assert not follows or effects["image_off"]["acc_int"] > 0.9
-    found = metrics["mediation"]["text"]["r0"]
-    assert (found["proportion_mediated"]["value"] > 0.9) == follows
-    assert all(record["r0"] and record["r1"] for record in records if record["condition"] in ("clean", "sham",
-                                                                                              "blank_x"))
+    assert (metrics["mediation"]["text"]["r0"]["proportion_mediated"]["value"] > 0.9) == follows
+    assert all(record["r0"] and record["r1"] for record in records
+               if record["condition"] in ("clean", "sham", "blank_x"))
 
 
-def test_who_follows_the_text_settles_with_it(text_model, items, tmp_path):
+def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_path):
     model, follows = text_model
     metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "maps")
-    found = metrics["early_answering"]
-    assert [point["kept"] for point in found["r0"]["curve"]] == [0, 0.25, 0.5, 0.75, 1] and found["n"] == 40
-    assert (found["r0"]["curve"][0]["same"] < 0.7) == follows and (found["r2"]["aoc"] > 0.2) == follows
+    early = metrics["early_answering"]
+    assert [point["kept"] for point in early["r0"]["curve"]] == [0, 0.25, 0.5, 0.75, 1] and early["n"] == 40
+    assert (early["r0"]["curve"][0]["same"] < 0.7) == follows and (early["r2"]["aoc"] > 0.2) == follows
     assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("early", "attention"))
     assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records
                if record["condition"] == "clean")
 
 
+# ------------------------------------------------------------------------------------ guards and errors
 @pytest.mark.parametrize("condition, change, match", [
     ("identity", {"first_diff": 3}, "identity changed id 3"),
     ("tau", {"first_diff": 1}, "before the latents"),
@@ -214,28 +209,26 @@ def test_who_follows_the_text_settles_with_it(text_model, items, tmp_path):
     ("tau", {"reach": 0.0}, "left every layer's input")])
 def test_guards_name_the_item_and_the_fault(condition, change, match):
     clean = {"segments": [{"start": 2, "k": 4, "closed_by": "limit"}]}
-    sound = {"first_diff": None, "rel_change": 0.5, "n_fed": 4, "reach": 0.1}
-    intervene.check_guards("item/1", condition, clean, sound, exact=True)
+    valid = {"first_diff": None, "rel_change": 0.5, "n_fed": 4, "reach": 0.1}
+    intervene.check_guards("item/1", condition, clean, valid, exact=True)
     with pytest.raises(DataError, match=f"item/1.*{match}"):
-        intervene.check_guards("item/1", condition, clean, sound | change, exact=True)
-    with pytest.raises(DataError, match="no latents in the clean run"):
-        intervene.check_guards("item/1", condition, {"segments": []}, sound | {"first_diff": 4}, exact=False)
-
-
-# ------------------------------------------------------------------------------------ conditions and verdicts
-def case(name):
-    return Case({"id": name}, Generation(), MIRAGE, torch.zeros(8), 1, seed=0)
+        intervene.check_guards("item/1", condition, clean, valid | change, exact=True)
+    with pytest.raises(DataError, match="the clean run has no latents"):
+        intervene.check_guards("item/1", condition, {"segments": []}, valid | {"first_diff": 4}, exact=False)
 
 
 def test_noise_depends_on_seed_item_segment_and_step_alone():
-    z = torch.ones(8)
-    one, again, other = (CONDITIONS["norm_noise"].make(case(name), None).feed for name in "aab")
-    assert torch.equal(one(z, 0, 2), again(z, 0, 2))
-    assert not any(torch.equal(one(z, 0, 2), odd) for odd in (one(z, 0, 3), one(z, 1, 2), other(z, 0, 2)))
-    assert one(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
+    def noise(name):
+        case = Case({"id": name}, Generation(), PRESETS["mirage"], torch.zeros(8), 1, seed=0)
+        return CONDITIONS["norm_noise"].make(case, None).feed
+
+    z, feed = torch.ones(8), noise("a")
+    assert torch.equal(feed(z, 0, 2), noise("a")(z, 0, 2))
+    for other in (feed(z, 0, 3), feed(z, 1, 2), noise("b")(z, 0, 2)):
+        assert not torch.equal(feed(z, 0, 2), other)
+    assert feed(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- errors
 def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items, tmp_path):
     model, _ = text_model
     run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--conditions", "sham")

@@ -17,10 +17,10 @@ from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO
                              run_interventions)
 from utils import qwen as Q
 from utils.decode import decode, prefill
-from utils.intervene.effects import summarize
+from utils.intervene.effects import Limits, summarize
 from utils.intervene.latent_batch import LatentBatch
-from utils.intervene.latent_case import Known
-from utils.intervene.prompts import Asking
+from utils.intervene.latent_case import Calibration
+from utils.intervene.prompts import Settings
 from utils.items import prompt_of
 from utils.latent_families import PRESETS, Intervention
 
@@ -208,15 +208,14 @@ def test_effects_are_of_items_that_emit_in_their_clean_run():
         after = {"emitted": then, "pred": "B" if emits else "A", "correct": not emits, "degenerate": False,
                  "changed": emits}
         records[item["id"]] = {"clean": clean, "tau": after}
-    found = summarize(items, records, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05, 2)
+    found = summarize(items, records, {"tau": "fed"}, Limits(0.05, 0.05, 2))
     effect = found["conditions"]["tau"]["effect"]
     assert found["emission"]["k"] == 8 and (effect["n"], effect["b"], effect["c"]) == (8, 8, 0)
     assert effect["delta"] == -1 and effect["delta_all"] == pytest.approx(-8 / 12) and effect[
         "emitted_int"] == 0.5
     swapped = {name: {"clean": {**its["clean"], "emitted": its["tau"]["emitted"]}, "tau": its["tau"]}
                for name, its in records.items()}
-    wrong = summarize(items, swapped, ["tau"], {"tau": "fed"}, set(), 0.05, 0.05,
-                      2)["conditions"]["tau"]["effect"]
+    wrong = summarize(items, swapped, {"tau": "fed"}, Limits(0.05, 0.05, 2))["conditions"]["tau"]["effect"]
     assert (wrong["n"], wrong["delta"]) == (8, -0.5)
 
 
@@ -288,14 +287,14 @@ def follower(trained, tmp_path_factory):
 
 def test_every_site_through_the_batch_of_the_product(follower):
     qwen, items, images = follower
-    asking = Asking(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
+    settings = Settings(None, "", 24, "The answer is \\boxed{", "text", 0, 16)
     prompts = Q.encode(qwen, [prompt_of(qwen.tokenizer, item, 1, None, "") for item in items], images)
-    known = Known.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True,
+    known = Calibration.from_runs(decode(qwen, prefill(qwen, prompts), 24, MIRAGE, capture=True,
                                    with_slots=True)[0])
     names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t",
              "slot_swap_random", "slot_swap_blank",
              "slot_blank_x", "cut_latent", "cut_both"]
-    batch = LatentBatch(qwen, MIRAGE, known, asking, items, images, [None] * len(items))
+    batch = LatentBatch(qwen, MIRAGE, known, settings, items, images, [None] * len(items))
     records = batch.records(names)
     assert len(batch.emitters) == len(items)
     for item, record in zip(items, records):

@@ -31,7 +31,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from utils.cli import cli, log
 from utils.decode import layer_inputs
-from utils.intervene.latent_case import Case, Known
+from utils.intervene.latent_case import Calibration, Case
 from utils.intervene.latent_conditions import find_condition
 from utils.intervene.mediation import mediate
 from utils.latent_families import PRESETS, Generation, Intervention, Segment
@@ -312,7 +312,7 @@ def check_masks(seed: int = 0) -> dict:
 
 
 # ------------------------------------------------------------------------------------ trained toys
-def make_interventions(name: str, runs: Run, donors: Run, known: Known | None) -> list[Intervention]:
+def make_interventions(name: str, runs: Run, donors: Run, known: Calibration | None) -> list[Intervention]:
     """Return a condition of the catalogue for each item, the donor being the same row of another run."""
     condition, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
@@ -331,7 +331,7 @@ def measure(toy: Toy, n: int) -> dict:
     # eight colours in turn: never the same
     other, gold, donor_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)
     with torch.no_grad():
-        known = Known.from_runs(run(toy, calibration).rows())
+        known = Calibration.from_runs(run(toy, calibration).rows())
         clean, donor = run(toy, pixels), run(toy, other)
     runs = {name: run_interventions(toy, pixels, make_interventions(name, clean, donor, known))
             for name in CONDITIONS}
@@ -366,7 +366,7 @@ def measure(toy: Toy, n: int) -> dict:
     return {"n": n, "columns": columns, "verdicts": verdicts, "found": found, "mediation": mediation}
 
 
-def likeness(fed: torch.Tensor, known: Known) -> dict[str, float]:
+def likeness(fed: torch.Tensor, known: Calibration) -> dict[str, float]:
     """Return the mean cosine of two items' latents, raw and centred, and the participation ratio of the
     variance at the first position."""
     cosines, n = {}, len(fed)

@@ -1,10 +1,10 @@
-"""Attention of the stem's rows against the library's own full maps.    pytest tests/test_attention.py"""
+"""Attention of the stem's rows against the library's own full maps."""
 import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
 
 from utils.decode import decode, embed_prompt, prefill, prefill_more, truncate_cache
-from utils.intervene.latent_batch import GROUPS, NAME, stem_attention, watched, weigh
+from utils.intervene.latent_batch import GROUPS, WATCHED, attention_weights, stem_attention, watched
 
 pytestmark = pytest.mark.numeric
 
@@ -42,7 +42,8 @@ def test_rows_equal_the_librarys_own_maps(qwen):
     state = prefill(qwen, batch)
     columns, steps = torch.arange(ids.shape[1]), torch.arange(len(block))[:, None]
     allowed = mask[:, None].bool() & (columns <= batch["input_ids"].shape[1] + steps)
-    with watched(qwen.model, lambda query, key, scaling: seen.append(weigh(query, key, allowed, scaling))):
+    with watched(qwen.model, lambda query, key, scaling:
+                 seen.append(attention_weights(query, key, allowed, scaling))):
         prefill_more(qwen, state, [block] * 3)
     assert torch.allclose(torch.stack(seen), expected, atol=1e-5) and len(seen) == 2
     # the same in groups, counted one column after the other
@@ -82,6 +83,6 @@ def test_watching_changes_nothing_and_is_taken_away(qwen):
     with watched(qwen.model, lambda *parts: None):
         assert torch.equal(prefill_more(qwen, state, blocks).hidden, alone)
     with pytest.raises(RuntimeError), watched(qwen.model, lambda *parts: None):
-        assert qwen.model.config.text_config._attn_implementation == NAME
+        assert qwen.model.config.text_config._attn_implementation == WATCHED
         raise RuntimeError
     assert qwen.model.config.text_config._attn_implementation == "sdpa"

@@ -1,56 +1,47 @@
-"""Which prompts and donors the arms take, and what the text arm does without marks.    pytest
-tests/test_arms.py"""
-import pytest
+"""Prompts and donors of a batch."""
 from PIL import Image
 
 from utils.images import MASK_GREY
 from utils.intervene.prompts import other_prompt, pick_donor
-from utils.intervene.text_batch import TEXT_CONDITIONS, TEXT_PRESETS
 
 
 def item(n, question="q", image="a", gold="A", group=None):
     return {"id": str(n), "group_id": group or str(n), "question": question,
-            "options": [["A", "x"], ["B", "y"]],
-            "images": [{"path": image}], "answer": {"type": "letter", "value": gold}}
+            "options": [["A", "x"], ["B", "y"]], "images": [{"path": image}],
+            "answer": {"type": "letter", "value": gold}}
 
 
 ITEMS = [item(0), item(1, gold="A", group="0"), item(2), item(3, image="b", gold="B"),
-         item(4, question="other"),
-         item(5, question="other", image="c", gold="B")]
+         item(4, question="other"), item(5, question="other", image="c", gold="B")]
 PICTURES = [[Image.new("RGB", (28 + n, 56), (n, 0, 0))] for n in range(6)]
 
 
 def test_donors_are_of_another_group_and_another_gold_where_there_is_one():
     assert pick_donor("random", 0, ITEMS, [0, 1, 2, 3]) == 3  # 1 is of its group, 2 has its gold
     assert pick_donor("random", 0, ITEMS, [0, 1, 2]) == 2 and pick_donor("random", 0, ITEMS, [0, 1]) is None
-    assert pick_donor("question", 0, ITEMS, list(range(6))) == 3 and pick_donor("image", 0, ITEMS,
-                                                                                list(range(6))) == 4
-    assert all(pick_donor(kind, n, ITEMS, list(range(6))) != n for kind in ("random", "question", "image")
-               for n in range(6))
+    everyone = list(range(6))
+    assert pick_donor("question", 0, ITEMS, everyone) == 3 and pick_donor("image", 0, ITEMS, everyone) == 4
+    assert all(pick_donor(kind, n, ITEMS, everyone) != n for kind in ("random", "question", "image")
+               for n in everyone)
 
 
 def test_an_item_without_a_group_is_its_own():
-    alone = [{**one, "group_id": None} for one in ITEMS]
+    alone = [{**member, "group_id": None} for member in ITEMS]
     assert pick_donor("random", 0, alone, [0, 1, 2, 3]) == 3 and pick_donor("random", 0, alone, [0, 1]) == 1
 
 
 def test_other_prompts_keep_what_they_should():
     edits = [None] * 5 + [({**ITEMS[5], "id": "5#edit"}, PICTURES[0])]
     own, images = other_prompt("blank", 0, ITEMS, PICTURES, edits)
-    assert own is ITEMS[0] and images[0].size == PICTURES[0][0].size and images[0].getcolors() == [(28 * 56,
-                                                                                                    MASK_GREY)]
+    assert own is ITEMS[0] and images[0].size == PICTURES[0][0].size
+    assert images[0].getcolors() == [(28 * 56, MASK_GREY)]
     assert other_prompt("counterfactual", 0, ITEMS, PICTURES, edits) is None
     assert other_prompt("counterfactual", 5, ITEMS, PICTURES, edits)[0]["id"] == "5#edit"
     assert other_prompt("other_image", 0, ITEMS, PICTURES, edits) == (ITEMS[0], PICTURES[3])
     asked, images = other_prompt("other_question", 0, ITEMS, PICTURES, edits)
     assert asked["question"] == "other" and asked["id"] == "0" and images is PICTURES[0]
     assert other_prompt("masked", 0, ITEMS, PICTURES, edits) is None
-    masked = other_prompt("masked", 0, [{**ITEMS[0], "region": [0, 0, 10, 10]}, *ITEMS[1:]], PICTURES,
-                          edits)[1][0]
-    assert masked.getpixel((9, 9)) == MASK_GREY and masked.getpixel((10, 10)) == (0, 0, 0) == PICTURES[0][
-        0].getpixel((0, 0))
-
-
-@pytest.mark.parametrize("preset", sorted(TEXT_PRESETS))
-def test_presets_name_conditions_that_there_are(preset):
-    assert set(TEXT_PRESETS[preset]) <= set(TEXT_CONDITIONS)
+    regions = [{**ITEMS[0], "region": [0, 0, 10, 10]}, *ITEMS[1:]]
+    masked = other_prompt("masked", 0, regions, PICTURES, edits)[1][0]
+    assert masked.getpixel((9, 9)) == MASK_GREY
+    assert masked.getpixel((10, 10)) == (0, 0, 0) == PICTURES[0][0].getpixel((0, 0))

@@ -1,4 +1,4 @@
-"""The ladder of text interventions and its measures: hand-written cases.    pytest tests/test_ladder.py"""
+"""The conditions on text imaginations: hand-written cases."""
 import json
 import random
 import re
@@ -9,16 +9,15 @@ import pytest
 from samples import before_conclusion
 
 from utils.answers import NUMBERS
-from utils.intervene.effects import early_answering
-from utils.intervene.text_conditions import CONSTANT, LADDER, Context, until_last_span
+from utils.intervene.text_conditions import (CONSTANT, EDITS, TEXT_CONDITIONS, TEXT_PRESETS, Context,
+                                             until_last_span)
 from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, word_distance
 from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, reworded, survivors
 from utils.spans import SPAN, find_spans
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_dev.jsonl"
-ITEM = {"id": "i", "question": "What color is the cup?", "options": [["A", "red"], ["B", "blue"],
-                                                                     ["C", "green"]],
-        "answer": {"type": "letter", "value": "A"}}
+ITEM = {"id": "i", "question": "What color is the cup?", "answer": {"type": "letter", "value": "A"},
+        "options": [["A", "red"], ["B", "blue"], ["C", "green"]]}
 TEXT = ("I look. <think_image>The image shows a red cup on a wooden table, 2 lids.</think_image> More: "
         "<think_image>a red lid</think_image> So it is \\boxed{A}.")
 SPANS = ["The image shows a red cup on a wooden table, 2 lids.", "a red lid"]
@@ -27,11 +26,11 @@ SPANS = ["The image shows a red cup on a wooden table, 2 lids.", "a red lid"]
 def run(condition, spans=SPANS, item=ITEM, text=None, **context):
     """Apply a condition; check what every edit must keep, and return (text, edit)."""
     if text is None:
-        text = " ".join(f"word {n} <think_image>{span}</think_image>" for n,
-                        span in enumerate(spans)) + " The end."
+        marked = [f"word {n} <think_image>{span}</think_image>" for n, span in enumerate(spans)]
+        text = " ".join(marked) + " The end."
     places = find_spans(text)
     before = until_last_span(text, places)
-    after, edit = LADDER[condition](before, places, item, Context(**{"target": "B", **context}))
+    after, edit = EDITS[condition](before, places, item, Context(**{"target": "B", **context}))
     assert {"editor", "target", "before", "after", "word_distance"} <= set(edit) and edit["target"] == "B"
     assert edit["before"] == [text[a:b] for a, b in places]
     assert edit["word_distance"] == sum(map(word_distance, edit["before"], edit["after"]))
@@ -52,7 +51,7 @@ def test_the_text_is_cut_after_the_last_mark():
     assert until_last_span(TEXT, find_spans(TEXT)).endswith("a red lid</think_image>")
 
 
-# ------------------------------------------------------------------------------------ one test a condition
+# ------------------------------------------------------------------------------------ one test per condition
 @pytest.mark.parametrize("condition, after", [
     ("sham", SPANS), ("removal", ["", ""]), ("constant", [CONSTANT, CONSTANT]),
     ("something", ["The image shows a something cup on a wooden table, 2 lids.", "a something lid"]),
@@ -62,7 +61,7 @@ def test_the_text_is_cut_after_the_last_mark():
     ("truncate_0", ["", ""]), ("truncate_25", ["The image shows a", ""]),
     ("truncate_50", ["The image shows a red cup on a", ""]),
     ("truncate_75", [SPANS[0].removesuffix(" lids."), ""])])
-def test_what_each_condition_leaves(condition, after):
+def test_each_condition(condition, after):
     text, edit = run(condition)
     assert edit["after"] == after
     if condition == "sham":
@@ -95,8 +94,8 @@ def test_something_removes_every_form_and_only_where_it_counts():
     side = {**ITEM, "question": "Where is the dog?", "options": [["A", "left"], ["B", "right"]]}
     assert run("something", spans=["A man is left. The dog is left."], item=side)[1]["after"] == [
         "A man is left. The dog is something."]
-    told = {**ITEM, "question": "Is the cup red?", "options": [["A", "Yes"], ["B", "No"]]}
-    assert refused("something", spans=["The cup is red"], item=told) == "no_slot_value"
+    yes = {**ITEM, "question": "Is the cup red?", "options": [["A", "Yes"], ["B", "No"]]}
+    assert refused("something", spans=["The cup is red"], item=yes) == "no_slot_value"
 
 
 def test_foreign_takes_the_donors_spans_first_for_first():
@@ -105,12 +104,16 @@ def test_foreign_takes_the_donors_spans_first_for_first():
     assert refused("foreign", donor=SPANS) == "unchanged"
 
 
-def test_what_changes_nothing_is_no_edit():
+def test_an_edit_that_changes_nothing_is_refused():
     assert refused("removal", spans=[""]) == refused("filler", spans=[""]) == "unchanged"
     assert refused("constant", spans=[CONSTANT]) == "unchanged"
-    assert refused("directed",
-                   spans=["a green cup"]) == refused("irrelevant",
-                                                     spans=["a green cup"]) == "gold_not_mentioned"
+    for name in ("directed", "irrelevant"):
+        assert refused(name, spans=["a green cup"]) == "gold_not_mentioned"
+
+
+@pytest.mark.parametrize("preset", sorted(TEXT_PRESETS))
+def test_presets_name_known_conditions(preset):
+    assert set(TEXT_PRESETS[preset]) <= set(TEXT_CONDITIONS)
 
 
 # ------------------------------------------------------------------------------------ paraphrase
@@ -123,7 +126,7 @@ def test_paraphrases(span, after):
     assert run("paraphrase", spans=[span])[1]["after"] == [after]
 
 
-def test_a_paraphrase_leaves_alone_what_an_option_says():
+def test_a_paraphrase_keeps_the_words_of_options():
     item = {**ITEM, "options": [["A", "next to the area"], ["B", "beside the shows"]]}
     span = "The image shows it next to the area"
     assert run("paraphrase", spans=[span], item=item)[1]["after"] == ["The picture shows it next to the area"]
@@ -132,10 +135,10 @@ def test_a_paraphrase_leaves_alone_what_an_option_says():
 
 def test_survivors_see_a_lost_value_or_number():
     base = survivors(["two red cups, 3.5 m"], ITEM)
-    assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM) == {"red": 1, "number 2": 1,
-                                                                       "number 3.5": 1}
-    assert all(base != survivors([other], ITEM) for other in ("two cups, 3.5 m", "red cups, 3.5 m",
-                                                              "two red cups, 3.6 m"))
+    assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM)
+    assert base == {"red": 1, "number 2": 1, "number 3.5": 1}
+    for changed in ("two cups, 3.5 m", "red cups, 3.5 m", "two red cups, 3.6 m"):
+        assert base != survivors([changed], ITEM)
 
 
 def test_a_paraphrase_that_loses_a_value_is_refused(monkeypatch):
@@ -153,8 +156,8 @@ def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
         edit = run("irrelevant", spans=spans, seed=seed)[1]
         assert edit["directed_distance"] == 1 and edit["word_distance"] == 1
         old, new = edit["from"][0], edit["to"][0]
-        assert old in ("black", "wooden", "table", "two") and new not in ("red", "blue", "green", "cup",
-                                                                          *spans[0].split())
+        assert old in ("black", "wooden", "table", "two")
+        assert new not in ("red", "blue", "green", "cup", *spans[0].split())
         assert any({old, new} <= set(words) for words in CLASSES)
     assert len({run("irrelevant", spans=spans, seed=seed)[1]["from"][0] for seed in range(20)}) == 4
     assert run("irrelevant", spans=spans, seed=3) == run("irrelevant", spans=spans, seed=3)
@@ -165,7 +168,7 @@ def test_more_words_are_changed_for_a_larger_edit():
     edit = run("irrelevant", spans=spans)[1]
     assert edit["directed_distance"] == edit["word_distance"] == 2 and len(edit["from"]) == 2
     few = run("irrelevant", spans=["red red red table"])[1]
-    assert few["directed_distance"] == 3 and few["word_distance"] == 1  # words ran out, and the record tells
+    assert few["directed_distance"] == 3 and few["word_distance"] == 1  # words ran out
 
 
 def test_nothing_to_change_is_a_reason():
@@ -186,28 +189,11 @@ def test_tables_hold_what_they_claim():
     assert option_words(ITEM) == {"red", "blue", "green"}
 
 
-# ------------------------------------------------------------------------------------ measures
-@pytest.mark.parametrize("curve, area", [
-    ([(0, 1), (1, 1)], 0.0), ([(0, 0), (1, 1)], 0.5), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
-    ([(0, 0), (0.25, 0.5), (0.5, 1), (1, 1)], 0.25), ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)])
-def test_the_area_over_the_curve(curve, area):
-    """Triangles and rectangles counted by hand: the last is .75 * .5 + .25 * .2."""
-    assert early_answering(curve) == pytest.approx(area, abs=1e-12)
-
-
-@pytest.mark.parametrize("curve", [[], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)],
-                                   [(0, 1), (0, 0), (1, 1)],
-                                   [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]])
-def test_a_curve_that_is_none_is_refused(curve):
-    with pytest.raises(ValueError, match="expected"):
-        early_answering(curve)
-
-
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of every third real reply that says something before it concludes: what has no condition says why, and most conditions lose
-    none."""
+    """Every third real reply with words before its conclusion: a condition that does not apply gives the
+    reason, and most conditions lose no reply."""
     n, covered = 0, Counter()
     for row in map(json.loads, REAL.read_text().splitlines()[::3]):
         text = row["output"].split("<ltnt")[0]  # a fork's log, behind the reply
@@ -216,13 +202,12 @@ def test_coverage_on_real_replies():
             continue
         n += 1
         target = next(letter for letter in row["options"] if letter != row["gold"])
-        for name, condition in LADDER.items():
+        for name, condition in EDITS.items():
             try:
                 condition(until_last_span(text, spans), spans, item,
                           Context(target, ["The donor looks elsewhere."]))
                 covered[name] += 1
             except NotEditable as fault:
                 assert str(fault) in NOT_EDITABLE
-    assert n > 80 and all(covered[name] == n for name in LADDER if name not in ("irrelevant", "directed",
-                                                                                "something"))
+    assert n > 80 and {covered[name] for name in set(EDITS) - {"irrelevant", "directed", "something"}} == {n}
     assert covered["directed"] == covered["something"] > 0.6 * n > covered["irrelevant"] > 0.1 * n

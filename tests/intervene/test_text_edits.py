@@ -1,4 +1,4 @@
-"""The directed edit, by rules and by an LLM: hand-written cases.    pytest tests/test_edits.py"""
+"""The directed edit, by rules and by an LLM: hand-written cases."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -198,8 +198,8 @@ def test_the_verifier(after, reason):
 # ------------------------------------------------------------------------------------ real replies
 @pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
 def test_coverage_on_real_replies():
-    """Of 304 replies without marks, most say something before they conclude; where it names the right option, it can be
-    edited."""
+    """Most of 304 replies without marks have words before their conclusion; where these name the right
+    option, they can be edited."""
     n_spans = n_done = n_named = 0
     for row in map(json.loads, REAL.read_text().splitlines()):
         item = {"question": row["question"], "options": list(map(list, row["options"].items())),

@@ -1,60 +1,72 @@
-"""Figures of an intervention run, each with the CSV behind it (causal.md, F3, F6 and F7).
+"""Figures of an intervention run, each with a CSV of its numbers.
 
-accuracy   clean against intervened accuracy of every condition, follow rate beside it          (the paper's
-Fig. 2c, left)
-effects    forest of the changes in accuracy and in R0, margins as bands, verdicts as words     (new)
-mediation  TE and its parts at every site, both orders                                          (new)
+accuracy   clean and intervened accuracy by condition, with the follow rate (the paper's Fig. 2(c), left)
+effects    forest plot of the changes in accuracy and in R0, with margins as bands and verdicts
+mediation  the total effect and its parts at every site, in both orders
+attention  where the answer's stem attends, layer by layer, next to uniform attention
+early      share of answers that equal the whole reply's, by how much of the imagination is kept
+
+Sweeps have figures of their own (`utils.intervene.sweeps`).
 """
 from pathlib import Path
 
-from utils.plots import BAND, BLUE, GREEN, GREY, ORANGE, SKY, YELLOW, legend, new_figure, tidy, write_figure
+from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
+                         draw_estimate, draw_line, legend, new_figure, tidy, write_figure)
 from utils.report import swept
 from utils.stats import wilson
 
-MARKS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN), "effect": ("o", BLUE),
-         "inconclusive": ("o", GREY)}
+VERDICTS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN),
+            "effect": ("o", BLUE), "inconclusive": ("o", GREY)}
 PARTS = {"TE": ("TE", GREY), "NIE": ("NIE (necessity)", BLUE), "NDE": ("NDE = TE - NIE", ORANGE),
          "NIE0": ("NIE0 (sufficiency)", SKY), "NDE1": ("NDE1 = TE - NIE0", YELLOW)}
+COLUMNS = {"imagination": LineStyle("imagination", BLUE), "image": LineStyle("image", GREEN, "^"),
+           "question": LineStyle("question, template", ORANGE, "s"),
+           "said": LineStyle("other words of the reply", PINK, "D"),
+           "first": LineStyle("first token", GREY, "x")}
+EARLY = {"r2": LineStyle("reply, parsed", BLUE, size=10),  # large below small: both show where they meet
+         "r0": LineStyle("likeliest option (R0)", ORANGE, "s")}
 
 
-def draw_all(metrics: dict, output: str) -> None:
-    """Write <output>.<figure>.png and .csv; a figure without anything to show is not written. Points of
-    sweeps are left to `utils.intervene.sweeps`."""
-    few = set(metrics["conditions"]) - swept(metrics["conditions"])
-    shown = {name: entry for name, entry in metrics["conditions"].items() if entry["effect"] and name in few}
+def draw_effects(metrics: dict, output: str) -> None:
+    """Write <output>.<figure>.png and .csv for every figure that has something to show."""
+    points = swept(metrics["conditions"])
+    shown = {name: entry for name, entry in metrics["conditions"].items()
+             if entry["effect"] and name not in points}
+    figures = {"attention": attention_figure(metrics), "early": early_figure(metrics)}
     if shown:
-        save({name: draw(metrics, shown) for name, draw in (("accuracy", accuracy), ("effects", effects),
-                                                            ("mediation", mediation))}, output)
+        figures |= {"accuracy": accuracy_figure(metrics, shown), "effects": forest_figure(metrics, shown),
+                    "mediation": mediation_figure(metrics)}
+    write_figures(figures, output)
 
 
-def save(figures: dict[str, tuple], output: str) -> None:
-    """Write each (figure, rows of its CSV) that there is."""
+def write_figures(figures: dict[str, tuple], output: str) -> None:
+    """Write each (figure, rows of its CSV); (None, []) is left out."""
     for name, (figure, rows) in figures.items():
         if figure is not None:
             write_figure(figure, rows, f"{output}.{name}.png")
 
 
-def title(metrics: dict) -> str:
+def title_of(metrics: dict) -> str:
     emission = metrics["emission"]
-    return (f"{Path(metrics['model']).name}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items imagined "
-            "something")
+    return (f"{Path(metrics['model']).name}: {metrics['arm']} imagination; "
+            f"{emission['k']} of {emission['n']} items imagined something")
 
 
 def height_of(shown: dict) -> float:
-    """Return the inches that so many conditions take, a line each: a page shrinks what is wide, not what is
-    long."""
+    """Return the inches for one line per condition: a page scales a figure by its width, never its height."""
     return 1.8 + 0.36 * len(shown)
 
 
-def a_line_each(axes, shown: dict, named: bool = True) -> None:
-    """Give every condition a line, the first at the top; `named`: with its name and site on the left."""
+def label_lines(axes, shown: dict, named: bool = True) -> None:
+    """Give every condition one line, the first at the top; `named`: with its name and site on the left."""
     names = [f"{name} ({entry['site']})" if named else "" for name, entry in shown.items()]
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     tidy(axes)
 
 
-def accuracy(metrics: dict, shown: dict) -> tuple:
+# ------------------------------------------------------------------------------------ one function per figure
+def accuracy_figure(metrics: dict, shown: dict) -> tuple:
     figure, [[axes]] = new_figure(8, height_of(shown))
     rows = []
     for y, (name, entry) in enumerate(shown.items()):
@@ -64,76 +76,121 @@ def accuracy(metrics: dict, shown: dict) -> tuple:
             bars.append(("follows the edit", entry["follow"]["share"], ORANGE))
         for j, (label, share, color) in enumerate(bars):
             low, high = wilson(round(share * effect["n"]), effect["n"])
-            axes.barh(y + 0.27 * (j - (len(bars) - 1) / 2), 100 * share, 0.25, color=color, label=label,
-                      capsize=2,
-                      xerr=[[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]],
-                      error_kw={"linewidth": 1})
+            draw_bars(axes, [y + 0.27 * (j - (len(bars) - 1) / 2)], [100 * share], [(100 * low, 100 * high)],
+                      0.25, horizontal=True, color=color, label=label)
             rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label,
-                         "share": share,
-                         "ci95_low": low, "ci95_high": high})
+                         "share": share, "ci95_low": low, "ci95_high": high})
     legend(figure, [axes])
-    a_line_each(axes, shown)
+    label_lines(axes, shown)
     axes.set(xlim=(0, 105), xlabel="share of items, %")
-    axes.set_title(f"{title(metrics)}\nbars with 95 % intervals", fontsize=10)
+    axes.set_title(f"{title_of(metrics)}\nbars with 95 % intervals", fontsize=10)
     return figure, rows
 
 
-def effects(metrics: dict, shown: dict) -> tuple:
-    """Forest: 90 % intervals thick (the equivalence test's), 95 % thin; the margin is the band."""
-    figure, [both] = new_figure(11, height_of(shown), 1, 2)
+def forest_figure(metrics: dict, shown: dict) -> tuple:
+    """Return the forest plot: 90 % intervals (of the equivalence test) thick, 95 % thin, margins as bands."""
+    figure, [panels] = new_figure(11, height_of(shown), 1, 2)
     rows = []
-    panels = (("change in accuracy, points", 100, metrics["margin"], lambda entry: entry["effect"], "delta"),
-              ("change in R0 negative log-likelihood, nats", 1, metrics["margin_nll"],
-               lambda entry: entry["r0"], "delta_nll"))
-    for axes, (label, unit, margin, part, value) in zip(both, panels):
+    for axes, readout, label, part, value, unit, margin in (
+            (panels[0], "R2", "change in accuracy, points", "effect", "delta", 100, metrics["margin"]),
+            (panels[1], "R0", "change in R0 negative log-likelihood, nats", "r0", "delta_nll", 1,
+             metrics["margin_nll"])):
         axes.axvspan(-unit * margin, unit * margin, color=BAND, zorder=0)
         axes.axvline(0, color="black", linewidth=0.8)
         for y, (name, entry) in enumerate(shown.items()):
-            if not (found := part(entry)):
+            effect = entry[part]
+            if not effect:
                 continue
-            mark, color = MARKS[found["verdict"]]
-            axes.plot([unit * end for end in found["ci95"]], [y, y], color=color, linewidth=1)
-            axes.plot([unit * end for end in found["ci90"]], [y, y], color=color, linewidth=3)
-            axes.plot(unit * found[value], y, mark, color=color, markersize=6)
-            axes.annotate(found["verdict"].replace(" inside the margin", ""), (1.01, y),
-                          xycoords=("axes fraction", "data"),
-                          fontsize=7, va="center")
-            rows.append({"condition": name, "site": entry["site"], "readout": "R2" if unit == 100 else "R0",
-                         "n": found["n"],
-                         "change": found[value], "ci90_low": found["ci90"][0], "ci90_high": found["ci90"][1],
-                         "ci95_low": found["ci95"][0], "ci95_high": found["ci95"][1], "margin": margin,
-                         "verdict": found["verdict"]})
-        a_line_each(axes, shown, named=axes is both[0])
+            mark, color = VERDICTS[effect["verdict"]]
+            draw_estimate(axes, y, unit * effect[value], [unit * end for end in effect["ci90"]],
+                          [unit * end for end in effect["ci95"]], LineStyle("", color, mark, 6),
+                          effect["verdict"].replace(" inside the margin", ""))
+            rows.append({"condition": name, "site": entry["site"], "readout": readout, "n": effect["n"],
+                         "change": effect[value], "ci90_low": effect["ci90"][0],
+                         "ci90_high": effect["ci90"][1], "ci95_low": effect["ci95"][0],
+                         "ci95_high": effect["ci95"][1], "margin": margin, "verdict": effect["verdict"]})
+        label_lines(axes, shown, named=axes is panels[0])
         axes.set_xlabel(label)
-    figure.suptitle(f"{title(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
+    figure.suptitle(f"{title_of(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
                     fontsize=10)
     return figure, rows
 
 
-def mediation(metrics: dict, shown: dict) -> tuple:
-    sites = {site: parts["r0"] for site, parts in metrics["mediation"].items() if parts["r0"]}
+def mediation_figure(metrics: dict) -> tuple:
+    sites = {site: readouts["r0"] for site, readouts in metrics["mediation"].items() if readouts["r0"]}
     if not sites:
         return None, []
     figure, [[axes]] = new_figure(8, 4.5)
-    rows, width = [], 0.8 / 5
-    for x, (site, found) in enumerate(sites.items()):
-        for j, (name, (label, color)) in enumerate(PARTS.items()):
-            effect = found[name]
-            low, high = effect["ci95"]
-            axes.bar(x + width * (j - 2), effect["mean"], 0.9 * width, color=color, edgecolor="black",
-                     linewidth=0.5, capsize=2,
-                     yerr=[[effect["mean"] - low], [high - effect["mean"]]], error_kw={"linewidth": 1},
-                     label=label)
-            rows.append({"site": site, "effect": name, "n": found["n"], "mean": effect["mean"],
-                         "ci95_low": low,
-                         "ci95_high": high})
+    rows, width = [], 0.8 / len(PARTS)
+    for j, (name, (label, color)) in enumerate(PARTS.items()):
+        parts = [effects[name] for effects in sites.values()]
+        draw_bars(axes, [x + width * (j - 2) for x in range(len(sites))], [part["mean"] for part in parts],
+                  [part["ci95"] for part in parts], 0.9 * width, color=color, edgecolor="black",
+                  linewidth=0.5, label=label)
+    for site, effects in sites.items():
+        rows += [{"site": site, "effect": name, "n": effects["n"], "mean": effects[name]["mean"],
+                  "ci95_low": effects[name]["ci95"][0], "ci95_high": effects[name]["ci95"][1]}
+                 for name in PARTS]
     legend(figure, [axes], fontsize=8)
-    shares = {site: found["proportion_mediated"] for site, found in sites.items()}
-    axes.set_xticks(range(len(sites)),
-                    [f"site {site}\nmediated: {'-' if s['value'] is None else format(s['value'], '.0%')}"
-                                        for site, s in shares.items()])
+    shares = [effects["proportion_mediated"]["value"] for effects in sites.values()]
+    axes.set_xticks(range(len(sites)), [f"site {site}\nmediated: {'-' if share is None else f'{share:.0%}'}"
+                                        for site, share in zip(sites, shares)])
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("log-probability of the right option, nats")
-    axes.set_title(f"{title(metrics)}\nagainst a blank image, 95 % intervals", fontsize=10)
+    axes.set_title(f"{title_of(metrics)}\nagainst a blank image, 95 % intervals", fontsize=10)
     tidy(axes)
+    return figure, rows
+
+
+def attention_figure(metrics: dict) -> tuple:
+    attention = metrics["attention"]
+    if not attention:
+        return None, []
+    figure, [[shares, ratios]] = new_figure(11, 4.4, 1, 2)
+    rows = []
+    for name, style in COLUMNS.items():
+        means, ends = zip(*((at["mean"], at["ci95"]) for at in attention["mass"][name]))
+        layers, uniform = range(1, len(means) + 1), attention["uniform"][name]
+        draw_line(shares, layers, means, ends, style)
+        shares.axhline(uniform, color=style.color, linestyle=":", linewidth=1)
+        if uniform:
+            draw_line(ratios, layers, [mean / uniform for mean in means], None, style)
+        rows += [{"layer": layer, "columns": name, "n": attention["n"], "mass": mean, "ci95_low": low,
+                  "ci95_high": high, "uniform": uniform}
+                 for layer, mean, (low, high) in zip(layers, means, ends)]
+    shares.set(xlabel="layer", ylabel="share of attention", ylim=(0, None))
+    ratios.axhline(1, color="black", linestyle=":", linewidth=1)
+    low, high = ratios.get_ylim()
+    ratios.set(xlabel="layer", ylabel="relative to uniform attention", yscale="log",
+               ylim=(min(0.45, max(low, 1e-3)), max(high, 2.2)))
+    ratios.yaxis.set_major_formatter("{x:g}")
+    ratios.yaxis.set_minor_formatter("{x:g}")
+    for axes in (shares, ratios):
+        tidy(axes, whole=True)
+    legend(figure, [shares])
+    figure.suptitle(f"{title_of(metrics)}\nattention of the answer's stem (mass is not use); 95 % intervals; "
+                    "dotted: uniform attention", fontsize=10)
+    return figure, rows
+
+
+def early_figure(metrics: dict) -> tuple:
+    early = metrics["early_answering"]
+    if not early:
+        return None, []
+    figure, [[axes]] = new_figure(6.5, 4.4)
+    rows = []
+    for readout, style in EARLY.items():
+        area, points = early[readout]["aoc"], early[readout]["curve"]
+        low, high = early[readout]["ci95"]
+        label = f"{style.label}; area over the curve {area:.2f} [{low:.2f}, {high:.2f}]"
+        draw_line(axes, [100 * point["kept"] for point in points], [100 * point["same"] for point in points],
+                  [[100 * end for end in point["ci95"]] for point in points], style._replace(label=label),
+                  whiskers=True)
+        rows += [{"readout": readout, "n": early["n"], "kept": point["kept"], "same": point["same"],
+                  "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": area}
+                 for point in points]
+    axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.set_title(f"{title_of(metrics)}\n{early['n']} items, 95 % intervals", fontsize=9)
     return figure, rows

@@ -1,55 +1,57 @@
-"""How much the rows of an answer's stem attend to what, layer by layer, without a matrix of all tokens by all
-tokens.
+"""A batch of items, clean and under every condition on its latents, from one reading of each prompt.
 
-The model is given an attention function that calls the library's own and looks at the queries and keys it is
-handed, after their rotary embedding; only the rows just read are weighed, [rows, columns] a head. Mass is not
-use: a model may attend to latents that no intervention on them can move (causal.md, 2.4).
-
-A batch of items, clean and under every condition on its latents, from one reading of each prompt.
-
-The clean run captures what it feeds and what its layers read; donors' runs say the item's own words up to the
-latents; then all conditions of all items decode side by side from copies of the prompts' caches
+The clean run captures what it feeds and what its layers read. Donors' runs force the item's own words up to
+the latents. Then all conditions of all items decode side by side from copies of the prompts' caches
 (`State.select`).
+
+The attention of the answer's stem is read without a matrix of all tokens by all tokens: the model is given an
+attention function that calls the library's own and sees the queries and keys after their rotary embedding.
+Mass is not use: a model may attend to latents that no intervention on them can move.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from utils.decode import State, decode, prefill_blocks, truncate_cache
-from utils.intervene.latent_case import Case, Known, NotPossible, likeliest, why_no_prompt
-from utils.intervene.latent_conditions import Condition, find_condition, forced_prefix
-from utils.intervene.prompts import Asking, Prompts, answer_fields, first_difference, pick_donor, stem_of
+from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix, likeliest,
+                                         why_no_prompt)
+from utils.intervene.latent_conditions import find_condition
+from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, first_difference, pick_donor,
+                                     stem_of)
+from utils.items import open_images
+from utils.jsonl import DataError, replace_file
 from utils.latent_families import Generation, Intervention, LatentSpec, clean_text, last_latent, latent_ids
 from utils.option_scores import read_out
 from utils.qwen import Qwen
 
-NAME = "sdpa_watched"
-# columns by what stands there; "said" is the rest of the reply
-GROUPS = ("first", "image", "question", "imagination", "said")
+WATCHED = "sdpa_watched"
+GROUPS = ("first", "image", "question", "imagination", "said")  # of columns; "said": the rest of the reply
 
 
-def weigh(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
+# ------------------------------------------------------------------------------------ attention of the stem
+def attention_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor,
+                      scaling: float) -> torch.Tensor:
     """Return attention weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups
     of heads, C, d]; `allowed` is bool [B, R, C]."""
-    # the heads that share a key: keys are not repeated
-    grouped = query.float().unflatten(1, (key.shape[1], -1))
+    grouped = query.float().unflatten(1, (key.shape[1], -1))  # heads that share a key: keys are not repeated
     scores = torch.einsum("bkgrd,bkcd->bkgrc", grouped, key.float()).flatten(1, 2) * scaling
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
 
 
 @contextmanager
-def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[
-    None]:
-    """Call note(query, key, scaling) for every decoder layer inside the block; what the model computes stays
-    as it is.
-
-    The function is set on the language model's configuration (sdpa) and taken off again; nothing is patched.
-    """
+def watched(model: torch.nn.Module,
+            note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[None]:
+    """Call note(query, key, scaling) for every decoder layer inside the block; results stay the same."""
     config = model.config.text_config
     before = config._attn_implementation
     if before != "sdpa":
@@ -60,9 +62,9 @@ def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, 
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
                                                **kwargs)
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config._attn_implementation = NAME
+    AttentionInterface.register(WATCHED, attend)
+    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    config._attn_implementation = WATCHED
     try:
         yield
     finally:
@@ -72,36 +74,33 @@ def watched(model: torch.nn.Module, note: Callable[[torch.Tensor, torch.Tensor, 
 @torch.no_grad()
 def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
                    imagined: list[list[int]]) -> list[dict]:
-    """Return where the tokens of `stem`, read after the ids `before`, look in each row of `state`, which is
-    not used up.
+    """Return where the tokens of `stem`, read after the ids `before`, attend in each row of `state` (kept).
 
-    `imagined[row]` are the cache's columns of the imagination. For each row {"mass": {group: [share a
-    layer]}, "uniform": {group: its share of the columns that may be seen}, "imagined": [mass of each of its
-    columns, mean over the layers]}; means over the heads and the stem's tokens, the groups' shares add up to
-    1.
+    `imagined[row]` are the cache's columns of the imagination. For each row {"mass": {group: [share per
+    layer]}, "uniform": {group: its share of the visible columns}, "imagined": [mass of each of its columns,
+    mean over the layers]}. Means over heads and the stem's tokens; the groups' shares add up to 1.
     """
     block = before + qwen.tokenizer(stem, add_special_tokens=False).input_ids
     (n, n_before), rows = state.mask.shape, slice(len(before), len(block))
     mask = torch.cat([state.mask, state.mask.new_ones(n, len(block))], dim=1).bool()
+    columns = torch.arange(mask.shape[1], device=mask.device)
     steps = torch.arange(len(block), device=mask.device)
-    allowed = (mask[:, None] & (torch.arange(mask.shape[1], device=mask.device) <= n_before
-                                + steps[:, None]))[:, rows]
+    allowed = (mask[:, None] & (columns <= n_before + steps[:, None]))[:, rows]
     layers: list[torch.Tensor] = []  # [B, C] each
     with watched(qwen.model, lambda query, key, scaling: layers.append(
-            weigh(query[:, :, rows], key, allowed, scaling).mean((1, 2)))):
+            attention_weights(query[:, :, rows], key, allowed, scaling).mean((1, 2)))):
         prefill_blocks(qwen, state.select(list(range(n))), [block] * n)
-    member = columns_of(state, mask, imagined)
+    member = column_groups(state, mask, imagined)
     mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
     uniform = torch.einsum("brc,bgc->bg", allowed / allowed.sum(-1, keepdim=True), member) / allowed.shape[1]
     each = torch.stack(layers).mean(0)
     return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
              "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])}
-             for i in range(n)]
+            for i in range(n)]
 
 
-def columns_of(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
-    """Return [B, groups, C] of 0 and 1: which group each column belongs to; the first token that is seen is
-    one by itself."""
+def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
+    """Return [B, groups, C] of 0 and 1: the group of each column; the first visible token has its own."""
     group = torch.full(mask.shape, GROUPS.index("said"), device=mask.device)
     n_prompt = state.is_image.shape[1]
     group[:, :n_prompt] = torch.where(state.is_image, GROUPS.index("image"), GROUPS.index("question"))
@@ -115,153 +114,185 @@ def rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-# ------------------------------------------------------------ latent_arm
+# ------------------------------------------------------------------------------------ calibration
+def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, items: list[dict],
+              image_root: str, batch_size: int) -> Calibration | None:
+    """Return the statistics of these items' latents, kept at `path`; None if they emit no latents."""
+    if not path.exists():
+        rows = []
+        for first in tqdm(range(0, len(items), batch_size), desc="calibration"):
+            batch = items[first:first + batch_size]
+            images = [open_images(item, image_root) for item in batch]
+            prompts = Prompts(qwen, settings, batch, images, [None] * len(batch))
+            state = prompts.select("own", list(range(len(batch))))
+            rows += decode(qwen, state, settings.max_new_tokens, spec, capture=True, with_slots=True)[0]
+        calibration = Calibration.from_runs(rows)
+        tensors = {name: torch.as_tensor(value).contiguous()
+                   for name, value in (vars(calibration) if calibration else {}).items()}
+        data = save(tensors)
+        replace_file(path, lambda file: file.write(data), "wb")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove it, and it is computed again") from error
+    return Calibration(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
+
+
+# ------------------------------------------------------------------------------------ a batch
+class Decoded(NamedTuple):
+    """A run and how the options score behind its last segment (None without a segment)."""
+
+    row: Generation
+    scores: dict | None
+
+
+class Planned(NamedTuple):
+    """A condition that applies to the item at `place`, and what it does there."""
+
+    name: str
+    condition: Condition
+    place: int
+    intervention: Intervention
 
 
 class LatentBatch:
-    """The runs of one batch; `records()` gives {condition: record} for each item."""
+    """The runs of one batch; `records()` returns {condition: record} for each item."""
 
-    def __init__(self, qwen: Qwen, spec: LatentSpec, known: Known | None, asking: Asking, items: list[dict],
-                 images: list[list[Image.Image]], edits: list[tuple[dict, list[Image.Image]] | None]):
-        self.qwen, self.spec, self.known, self.asking = qwen, spec, known, asking
+    def __init__(self, qwen: Qwen, spec: LatentSpec, calibration: Calibration | None, settings: Settings,
+                 items: list[dict], images: list[list[Image.Image]], edits: list[Prompt | None]):
+        self.qwen, self.spec, self.calibration, self.settings = qwen, spec, calibration, settings
         self.items, self.edits = items, edits
         self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
-        self.prompts = Prompts(qwen, asking, items, images, edits)
+        self.prompts = Prompts(qwen, settings, items, images, edits)
+        # place -> kind -> (the donor's item, its run)
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
-        self.donor_runs: dict[str, dict[int, Generation]] = {}
-        self.clean: list[tuple[Generation, dict | None]] = []
+        self.other_worlds: dict[str, dict[int, Generation]] = {}  # kind of prompt -> place -> run
+        self.clean: list[Decoded] = []
         self.clean = self.decode("own", list(range(len(items))), [Intervention()] * len(items))
         self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
 
-    def decode(self, kind: str, places: list[int], arms: list[Intervention],
-               at_most: int | None = None) -> list[tuple[Generation, dict | None]]:
-        """Decode arms of items at `places`, at most `rows` side by side; return each run with its R0 scores
-        (None without a segment). `at_most`: no more new ids than this, and no scores."""
-        state, having = self.prompts[kind]
+    def decode(self, kind: str, places: list[int], interventions: list[Intervention],
+               at_most: int | None = None) -> list[Decoded]:
+        """Decode interventions on the items at `places`. `at_most`: no more new ids than this, no scores."""
         done = []
-        for some in self.asking.pieces(list(zip(places, arms))):
-            its = [i for i, _ in some]
-            begun = state.select([having.index(i) for i in its])
-            their = [self.asking.arm(self.items[i], arm) for i, arm in some]
-            rows, end = decode(self.qwen, begun, at_most or self.asking.max_new_tokens, self.spec, their,
-                               capture=True,
-                               with_slots=True)
-            done += zip(rows, self.read(begun, end, rows, its) if at_most is None else [None] * len(rows))
+        for piece in self.settings.pieces(list(zip(places, interventions))):
+            here = [place for place, _ in piece]
+            begun = self.prompts.select(kind, here)
+            sampled = [self.settings.sampled(self.items[place], own) for place, own in piece]
+            rows, end = decode(self.qwen, begun, at_most or self.settings.max_new_tokens, self.spec, sampled,
+                               capture=True, with_slots=True)
+            scores = self.read(begun, end, rows, here) if at_most is None else [None] * len(rows)
+            done += map(Decoded, rows, scores)
         return done
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
         """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1.
-        Of the clean run also where R0's stem looks."""
+        The clean run's scores include the attention of R0's stem."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
-        having = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
-        found = [None] * len(rows)
-        if not having:
-            return found
-        back = truncate_cache(end, begun, [last_latent(row) if k in having else 0 for k,
-                                   row in enumerate(rows)]).select(having)
-        items = [self.items[places[k]] for k in having]
-        stems = [self.clean_stem(places[k], rows[k]) for k in having]
-        scores = read_out(self.qwen, back, items, self.asking.stem, stems, [[self.end_id]] * len(having),
-                          self.asking.options)
+        scored = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
+        result: list[dict | None] = [None] * len(rows)
+        if not scored:
+            return result
+        kept = [last_latent(row) if k in scored else 0 for k, row in enumerate(rows)]
+        state = truncate_cache(end, begun, kept).select(scored)
+        stems = [self.clean_stem(places[k], rows[k]) for k in scored]
+        items = [self.items[places[k]] for k in scored]
+        scores = read_out(self.qwen, state, items, self.settings.stem, stems,
+                          [[self.end_id]] * len(scored), self.settings.options)
         if not self.clean:
             n_prompt = begun.mask.shape[1]
             latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)]
-                       for k in having]
-            looks = stem_attention(self.qwen, back, [self.end_id], self.asking.stem, latents)
-            scores = [its | {"attention": look} for its, look in zip(scores, looks)]
-        for k, its in zip(having, scores):
-            found[k] = its
-        return found
+                       for k in scored]
+            attention = stem_attention(self.qwen, state, [self.end_id], self.settings.stem, latents)
+            scores = [row | {"attention": look} for row, look in zip(scores, attention)]
+        for k, row_scores in zip(scored, scores):
+            result[k] = row_scores
+        return result
 
     def clean_stem(self, place: int, row: Generation) -> str | None:
-        """Return what the item's clean run, `row` itself while there is none, said between its latents and
-        its box."""
-        clean = self.clean[place][0] if self.clean else row
+        """Return the words between the clean run's latents and its box; `row` is the clean run itself while
+        it is being read."""
+        clean = self.clean[place].row if self.clean else row
         return stem_of(clean_text(self.qwen.tokenizer, clean.ids[last_latent(clean):], self.spec))
 
-    # -------------------------------------------------------------------------------- conditions
+    # ------------------------------------------------------------------------------------ conditions
     def case(self, place: int, needs: set[str]) -> Case:
-        self.donors[place] = {kind: found for kind in needs if (found := self.donor(kind, place))}
-        donors = {kind: run for kind, (_, run) in self.donors[place].items()}
+        self.donors[place] = {kind: donor for kind in needs if (donor := self.donor(kind, place))}
+        runs = {kind: run for kind, (_, run) in self.donors[place].items()}
+        item, (clean, scores) = self.items[place], self.clean[place]
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
-        clean, scores = self.clean[place]
-        return Case(self.items[place], clean, self.spec, pad, self.start_id, self.asking.seed, self.known,
-                    donors,
-                    self.asking.pick(self.items[place]), scores and scores["attention"]["imagined"])
+        return Case(item, clean, self.spec, pad, self.start_id, self.settings.seed, self.calibration, runs,
+                    self.settings.pick(item), scores and scores["attention"]["imagined"])
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
-        """Return the donor of a kind (None: the item itself, under a blank image) and its run; None if there
-        is no donor."""
+        """Return the item (None: this one, under a blank image) and the run of a donor of this kind."""
         if kind in ("blank", "counterfactual"):
-            run = self.worlds(kind).get(place)
+            run = self.other_world(kind).get(place)
             return run and (self.edits[place][0] if kind == "counterfactual" else None, run)
         j = pick_donor(kind, place, self.items, self.emitters)
-        return None if j is None else (self.items[j], self.clean[j][0])
+        return None if j is None else (self.items[j], self.clean[j].row)
 
-    def worlds(self, kind: str) -> dict[int, Generation]:
-        """Return the run of each emitter under another prompt, its own words said before the latents: Z(x').
-        """
-        if kind not in self.donor_runs:
-            places = [i for i in self.prompts[kind][1] if i in self.emitters]
-            # read the last latent too
-            longest = max((last_latent(self.clean[i][0]) for i in places), default=0) + 1
-            arms = [forced_prefix(self.clean[i][0], likeliest) for i in places]
-            runs = self.decode(kind, places, arms, longest) if places else []
-            self.donor_runs[kind] = {i: row for i, (row, _) in zip(places, runs)}
-        return self.donor_runs[kind]
+    def other_world(self, kind: str) -> dict[int, Generation]:
+        """Return Z(x'), each emitter's run under another prompt after its own words before the latents."""
+        if kind not in self.other_worlds:
+            places = [i for i in self.prompts.places(kind) if i in self.emitters]
+            forced = [forced_prefix(self.clean[i].row, likeliest) for i in places]
+            longest = max((last_latent(self.clean[i].row) for i in places), default=0) + 1  # reads the last
+            runs = self.decode(kind, places, forced, longest) if places else []
+            self.other_worlds[kind] = {i: run.row for i, run in zip(places, runs)}
+        return self.other_worlds[kind]
 
     def records(self, names: list[str]) -> list[dict[str, dict]]:
-        """Return {condition: record} for each item, "clean" among them."""
-        result = [{"clean": self.describe(i, *self.clean[i], None)} for i in range(len(self.items))]
-        found = {name: find_condition(name) for name in names}
-        needs = {kind for one, _ in found.values() for kind in one.needs}
-        cases, todo = {i: self.case(i, needs) for i in self.emitters}, {}
-        for name, (one, number) in found.items():
+        """Return {condition: record} for each item, including "clean"."""
+        result = [{"clean": self.describe(i, run, None)} for i, run in enumerate(self.clean)]
+        conditions = {name: find_condition(name) for name in names}
+        needs = {kind for condition, _ in conditions.values() for kind in condition.needs}
+        cases = {i: self.case(i, needs) for i in self.emitters}
+        todo: dict[str, list[Planned]] = {}  # by kind of prompt
+        for name, (condition, number) in conditions.items():
             for i in range(len(self.items)):
-                if i not in cases and one.prompt == "own":  # nothing is fed, so nothing can change
+                if i not in cases and condition.prompt == "own":  # without latents nothing can change
                     result[i][name] = {**result[i]["clean"], "changed": False, "first_diff": None}
                     continue
                 try:
                     if i not in cases:
                         raise NotPossible("no_latents")
-                    if i not in self.prompts[one.prompt][1]:
-                        raise NotPossible(why_no_prompt(one.prompt))
-                    todo.setdefault(one.prompt, []).append((name, one, i, one.make(cases[i], number)))
+                    if i not in self.prompts.places(condition.prompt):
+                        raise NotPossible(why_no_prompt(condition.prompt))
+                    intervention = condition.make(cases[i], number)
+                    todo.setdefault(condition.prompt, []).append(Planned(name, condition, i, intervention))
                 except NotPossible as fault:
                     result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,
                                        "reason": str(fault)}
-        for kind, its in todo.items():
-            runs = self.decode(kind, [i for _, _, i, _ in its], [arm for *_, arm in its])
-            for (name, one, i, _), (row, scores) in zip(its, runs):
-                result[i][name] = self.describe(i, row, scores, one)
+        for kind, plans in todo.items():
+            runs = self.decode(kind, [plan.place for plan in plans], [plan.intervention for plan in plans])
+            for plan, run in zip(plans, runs):
+                result[plan.place][plan.name] = self.describe(plan.place, run, plan.condition)
         return result
 
-    def describe(self, place: int, row: Generation, scores: dict | None, one: Condition | None) -> dict:
-        """Return the record of one run: what was fed and read, the answer after the last segment, how it
-        differs from clean."""
-        item, clean, tokenizer = self.items[place], self.clean[place][0], self.qwen.tokenizer
-        places = [j for s in row.segments for j in range(s.start, s.start + s.size)]
-        raw, fed = row.states[places].float(), row.fed.float()
-        record = {"emitted": bool(places),
+    def describe(self, place: int, run: Decoded, condition: Condition | None) -> dict:
+        """Return the record of one run: the latents, the answer after them, and how it differs from clean."""
+        (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
+        at = [j for s in row.segments for j in range(s.start, s.start + s.size)]
+        raw, fed = row.states[at].float(), row.fed.float()
+        record = {"emitted": bool(at),
                   "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
                                for s in row.segments],
-                  "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if places else None,
-                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if places
-                  else None,
-                  **answer_fields(item, clean_text(tokenizer, row.ids, self.spec),
+                  "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if at else None,
+                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if at else None,
+                  **answer_fields(self.items[place], clean_text(tokenizer, row.ids, self.spec),
                                   clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids,
                                   row.finish),
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
-        if one is None:
-            record["attention"] = scores and scores["attention"]
-        else:
-            both = min(len(row.slots), len(clean.slots))
-            mine, its = (torch.stack(slots[:both]).float()[:, 1:] if both else torch.zeros(1)
-                         for slots in (row.slots, clean.slots))
-            first = first_difference(clean.ids, row.ids)
-            record |= {"first_diff": first, "changed": first is not None,
-                       "reach": float((mine - its).abs().max())}
-            for kind in one.needs:
-                donor = self.donors[place][kind][0]
-                record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}
+        if condition is None:
+            return record | {"attention": scores and scores["attention"]}
+        first, both = first_difference(clean.ids, row.ids), min(len(row.slots), len(clean.slots))
+        reach = 0.0
+        if both:
+            reach = float((torch.stack(row.slots[:both]).float()[:, 1:]
+                           - torch.stack(clean.slots[:both]).float()[:, 1:]).abs().max())
+        record |= {"first_diff": first, "changed": first is not None, "reach": reach}
+        for kind in condition.needs:
+            donor = self.donors[place][kind][0]
+            record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}
         return record

@@ -1,27 +1,41 @@
-"""What interventions on latents know: calibration items, one item with its clean run and donors, ids sampled
-alike.
+"""What an intervention on latents works with: calibration statistics, one item with its clean run and donors,
+and the building blocks that turn them into an Intervention.
 
-`utils.intervene.latent_conditions` makes of a Case what is done to its item.
+A donor is another run whose latents are put in place of the item's own. The conditions are in
+`utils.intervene.latent_conditions` and `utils.intervene.sweeps`. torch is imported where it is needed, so
+that conditions can be listed and checked without it.
 """
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from utils.jsonl import call_key
-from utils.latent_families import Generation, LatentSpec
+from utils.latent_families import Generation, Intervention, LatentSpec, last_latent
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NotPossible(ValueError):
-    """An item that a condition cannot be applied to: no_latents, no_donor, no_calibration, no_counterfactual,
+    """A condition that does not apply to an item: no_latents, no_donor, no_calibration, no_counterfactual,
     no_region, one_latent, no_such_position, no_attention."""
 
 
+def why_no_prompt(kind: str) -> str:
+    """Return the reason why an item has no prompt of a kind."""
+    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
+
+
 @dataclass(frozen=True)
-class Known:
-    """What calibration items tell of latents, all float32: their mean `mu` and the latent nearest to it,
-    `tau`, the first of all, `first` (all [hidden]), mean and standard deviation by position in a segment,
-    `mu_t` and `sigma_t` [K, hidden], and the mean layer inputs by position, `slots_t` [K, layers, hidden]."""
+class Calibration:
+    """Statistics of the calibration items' latents, in float32.
+
+    `mu` is their mean, `tau` the latent nearest to it, `first` the first of all (each [hidden]). By position
+    in a segment: mean `mu_t` and standard deviation `sigma_t` [K, hidden], and the mean layer inputs
+    `slots_t` [K, layers, hidden].
+    """
 
     n_latents: int
     mu: torch.Tensor
@@ -32,16 +46,16 @@ class Known:
     slots_t: torch.Tensor
 
     @classmethod
-    def from_runs(cls, runs: list[Generation]) -> "Known | None":
-        """Return what captured runs tell (with fed vectors and slots); None if no latent was read in any of
-        them."""
+    def from_runs(cls, runs: list[Generation]) -> Calibration | None:
+        """Return the statistics of captured runs; None if no latent was read in any of them."""
+        import torch
         fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
         places = torch.tensor([step for row, vectors in zip(runs, fed)
                                for step in steps_of(row)[:len(vectors)]])
         if not len(places):
             return None
-        latents, slots = torch.cat(fed), torch.stack([slot.float().cpu() for row in runs
-                                                      for slot in row.slots])
+        latents = torch.cat(fed)
+        slots = torch.stack([slot.float().cpu() for row in runs for slot in row.slots])
         mu = latents.double().mean(0).float()
         at = [places == step for step in range(int(places.max()) + 1)]
         return cls(len(latents), mu, latents[(latents - mu).norm(dim=1).argmin()], latents[0],
@@ -50,24 +64,30 @@ class Known:
                    torch.stack([slots[here].mean(0) for here in at]))
 
 
-# -------------------------------------------------------------------------------- where a run's latents stand
+# ------------------------------------------------------------------------------- latents of a run
 def steps_of(row: Generation) -> list[int]:
     """Return the position within its segment of each latent of a run."""
     return [step for segment in row.segments for step in range(segment.size)]
 
 
-def within(row: Generation, segment: int, step: int) -> bool:
+def has_latent(row: Generation, segment: int, step: int) -> bool:
     return segment < len(row.segments) and step < row.segments[segment].size
 
 
-def latent(row: Generation, segment: int, step: int) -> torch.Tensor:
+def latent_index(row: Generation, segment: int, step: int) -> int:
+    """Return the index of a latent among all latents of a run."""
+    return sum(s.size for s in row.segments[:segment]) + step
+
+
+def latent_at(row: Generation, segment: int, step: int) -> torch.Tensor:
     """Return a latent of a captured run, [hidden]."""
-    return row.fed[sum(s.size for s in row.segments[:segment]) + step].float().cpu()
+    return row.fed[latent_index(row, segment, step)].float().cpu()
 
 
-# ------------------------------------------------------------------------------------ chance
+# ------------------------------------------------------------------------------------ random numbers
 def seeded(*where) -> torch.Generator:
-    """Return a generator of numbers that depend on `where` alone."""
+    """Return a generator whose numbers depend on `where` alone."""
+    import torch
     return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
 
 
@@ -76,16 +96,17 @@ def likeliest(logits: torch.Tensor, n: int) -> int:
 
 
 def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
-    """Return pick(logits [vocab], n), which samples the nth id of a reply with numbers that depend on `where`
-    and n alone.
+    """Return pick(logits [vocab], n), which samples the nth id of a reply; its random numbers depend on
+    `where` and n alone.
 
-    By the Gumbel trick, argmax of logits / temperature + noise: every condition on an item meets the same
-    noise (common random numbers), so that replies part only where their logits do. Temperature 0 is greedy.
+    The Gumbel trick: argmax of logits / temperature + noise. Every condition on an item gets the same noise
+    (common random numbers), so that replies differ only where their logits do. Temperature 0 is greedy.
     """
     if not temperature:
         return likeliest
 
     def pick(logits: torch.Tensor, n: int) -> int:
+        import torch
         uniform = torch.rand(len(logits), generator=seeded("sample", *where, n)).clamp(1e-20, 1 - 1e-7)
         return int((logits.float().cpu() / temperature - (-uniform.log()).log()).argmax())
     return pick
@@ -94,12 +115,12 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 # ------------------------------------------------------------------------------------ an item
 @dataclass
 class Case:
-    """An item and its clean run, and what conditions may take from elsewhere.
+    """An item, its clean run and what a condition may draw on.
 
     `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the
-    embedding of the latent pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` the nth
-    id of a reply; `attention` how much the answer's stem attends to each of the clean run's latents, in order
-    (None where that was not read).
+    embedding of the latent pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` returns
+    the nth id of a reply; `attention` is the attention of the answer's stem to each latent of the clean run,
+    None where it was not read.
     """
 
     item: dict
@@ -108,24 +129,23 @@ class Case:
     pad: torch.Tensor
     start_id: int
     seed: int
-    known: Known | None = None
+    calibration: Calibration | None = None
     donors: dict[str, Generation] = field(default_factory=dict)
     pick: Callable[[torch.Tensor, int], int] = likeliest
     attention: list[float] | None = None
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
-        """Return n standard normal numbers that depend on seed, item, segment and step alone: not on batch or
-        device."""
+        """Return n standard normal numbers that depend on seed, item, segment and step alone."""
+        import torch
         return torch.randn(n, generator=seeded(self.seed, self.item["id"], segment, step))
 
-    def calibrated(self) -> Known:
-        if self.known is None:
+    def calibrated(self) -> Calibration:
+        if self.calibration is None:
             raise NotPossible("no_calibration")
-        return self.known
+        return self.calibration
 
-    def means(self) -> Callable[[int], torch.Tensor]:
-        """Return what gives the mean calibration latent of a position, [hidden]; NotPossible now, not while
-        decoding."""
+    def mean_at(self) -> Callable[[int], torch.Tensor]:
+        """Return mean(step) -> the mean calibration latent of a position, [hidden]."""
         mu_t = self.calibrated().mu_t
         return lambda step: mu_t[min(step, len(mu_t) - 1)]
 
@@ -135,14 +155,77 @@ class Case:
             raise NotPossible("no_such_position")
 
     def donor(self, kind: str) -> Generation:
-        """Return a donor with a latent for each of this item's."""
+        """Return a donor that has a latent for each of this item's."""
         row = self.donors.get(kind)
         if row is None or len(row.segments) < len(self.clean.segments) or any(
-                its.size < mine.size for its, mine in zip(row.segments, self.clean.segments)):
+                theirs.size < ours.size for theirs, ours in zip(row.segments, self.clean.segments)):
             raise NotPossible("no_counterfactual" if kind == "counterfactual" and row is None else "no_donor")
         return row
 
 
-def why_no_prompt(kind: str) -> str:
-    """Return the reason why an item has no prompt of a kind."""
-    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
+# ------------------------------------------------------------------------------------ declaring a condition
+@dataclass(frozen=True)
+class Condition:
+    """A named intervention.
+
+    `build(case)` or, where the condition takes a number, `build(case, number)` returns the Intervention or
+    raises NotPossible. `default` is that number unless the name gives another, read by `parse` (ValueError).
+    `prompt` is the kind of prompt, `needs` the kinds of donors.
+    """
+
+    name: str
+    site: str
+    build: Callable[..., Intervention]
+    default: object = None
+    prompt: str = "own"
+    needs: tuple[str, ...] = ()
+    parse: Callable[[str], object] = float
+
+    def make(self, case: Case, number: object) -> Intervention:
+        return self.build(case) if self.default is None else self.build(case, number)
+
+
+def declare(table: dict[str, Condition], site: str, **more) -> Callable:
+    """Return a decorator that adds a function to a table of conditions, under its own name."""
+    def register(build: Callable) -> Callable:
+        table[build.__name__] = Condition(build.__name__, site, build, **more)
+        return build
+    return register
+
+
+# ------------------------------------------------------------------------------------ building blocks
+def feed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Intervention:
+    """Feed vector(z, segment, step), computed in float32 on the CPU, in place of each latent z."""
+    def computed(z: torch.Tensor, segment: int, step: int) -> torch.Tensor:
+        return vector(z.float().cpu(), segment, step).to(z.device, z.dtype)
+    return Intervention(feed=computed)
+
+
+def feed_constant(vector: torch.Tensor) -> Intervention:
+    return feed(lambda z, segment, step: vector)
+
+
+def feed_run(row: Generation) -> Intervention:
+    """Feed a captured run's latents at the same positions, as far as it has them."""
+    return feed(lambda z, segment, step:
+                latent_at(row, segment, step) if has_latent(row, segment, step) else z)
+
+
+def put_slots(row: Generation) -> Intervention:
+    """Put a captured run's layer inputs at the same latent positions, as far as they were read."""
+    def states(segment: int, step: int) -> torch.Tensor | None:
+        index = latent_index(row, segment, step)
+        return row.slots[index] if has_latent(row, segment, step) and index < len(row.slots) else None
+    return Intervention(slot=states)
+
+
+def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],
+                  intervention: Intervention = Intervention()) -> Intervention:
+    """Return the intervention with the clean run's ids forced up to the end of its last segment; `pick`
+    chooses the ids after that.
+
+    Where the clean run itself ended the segment before its K latents, that end is forced too.
+    """
+    ended = bool(clean.segments) and clean.segments[-1].closed_by == "end"
+    ids = clean.ids[:last_latent(clean) + ended]
+    return replace(intervention, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))

@@ -1,8 +1,7 @@
-"""How items are put to a model in both arms of the interventions, and what a reply says, as fields of a
-record.
+"""Prompts of both kinds of intervention, and the fields that a record takes from a reply.
 
 A prompt of a kind ("own", "blank", "counterfactual", "other_image", "other_question", "masked";
-`utils.intervene.latent_conditions`) is read once a batch and kept.
+`utils.intervene.latent_conditions`) is read once per batch and kept.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,13 +18,14 @@ from utils.latent_families import Intervention
 from utils.qwen import Qwen, encode
 
 BOX = "\\boxed{"
+Prompt = tuple[dict, list[Image.Image]]  # an item and its images
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How items are put to the model, the same in all arms: system prompt, what follows the question, length
-    of a reply, the stem that options are scored behind and what stands in its box ("letter" or "text"), seed,
-    rows decoded at once, temperature (0 is greedy)."""
+class Settings:
+    """How all items are prompted and decoded: system prompt, text after the question, length of a reply, the
+    stem that options are scored behind and what is in its box ("letter" or "text"), seed, rows decoded at
+    once, temperature (0 is greedy)."""
 
     system: str | None
     suffix: str
@@ -39,49 +39,48 @@ class Asking:
     def pick(self, item: dict) -> Callable[[torch.Tensor, int], int]:
         return sampler(self.temperature, self.seed, item["id"])
 
-    def arm(self, item: dict, arm: Intervention = Intervention()) -> Intervention:
-        """Return the arm, its ids sampled where it does not choose them itself."""
-        return replace(arm, choose=self.pick(item)) if self.temperature and arm.choose is None else arm
+    def sampled(self, item: dict, intervention: Intervention = Intervention()) -> Intervention:
+        """Return the intervention, with ids sampled where it does not choose them itself."""
+        if not self.temperature or intervention.choose is not None:
+            return intervention
+        return replace(intervention, choose=self.pick(item))
 
     def pieces(self, todo: list) -> list[list]:
-        """Return what is to be done in pieces of at most `rows`, each decoded side by side."""
+        """Return `todo` in pieces of at most `rows`, each decoded side by side."""
         return [todo[first:first + self.rows] for first in range(0, len(todo), self.rows)]
 
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None]) -> tuple[dict, list[Image.Image]] | None:
-    """Return (item, images) of the prompt `kind` for the item at `place` of a batch; None if there is no such
-    prompt."""
-    item, mine = items[place], images[place]
+                 edits: list[Prompt | None]) -> Prompt | None:
+    """Return the prompt of a kind for the item at `place` of a batch; None if the batch has none."""
+    item, own = items[place], images[place]
     if kind == "own":
-        return item, mine
+        return item, own
     if kind == "blank":
-        return item, [Image.new("RGB", image.size, MASK_GREY) for image in mine]
+        return item, [Image.new("RGB", image.size, MASK_GREY) for image in own]
     if kind == "counterfactual":
         return edits[place]
     if kind == "masked":
         if not item.get("region"):
             return None
-        first = mine[0].copy()
+        first = own[0].copy()
         first.paste(MASK_GREY, tuple(item["region"]))
-        return item, [first, *mine[1:]]
+        return item, [first, *own[1:]]
     n = len(items)
-    others = [(place + k) % n for k in range(1, n)]
-    if kind == "other_image":
-        found = next((j for j in others if len(images[j]) == len(mine)
-                      and items[j]["images"] != item["images"]), None)
-        return None if found is None else (item, images[found])
-    found = next((j for j in others if items[j]["question"] != item["question"]), None)
-    return None if found is None else ({**item, "question": items[found]["question"],
-                                        "options": items[found]["options"]}, mine)
+    for j in ((place + k) % n for k in range(1, n)):
+        other = items[j]
+        if kind == "other_image" and len(images[j]) == len(own) and other["images"] != item["images"]:
+            return item, images[j]
+        if kind == "other_question" and other["question"] != item["question"]:
+            return {**item, "question": other["question"], "options": other["options"]}, own
+    return None
 
 
 def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int | None:
-    """Return the place of a donor in the batch among those `able`, never the item itself; None if there is
-    none.
+    """Return the place in the batch of a donor for the item at `place`, among those `able`.
 
-    "random" is of another group and, where there is one, with another gold; "question" and "image" share just
-    that.
+    A "random" donor is of another group and has another right answer if possible; a "question" or "image"
+    donor shares only that.
     """
     item, n = items[place], len(items)
     order = [j for j in ((place + k) % n for k in range(1, n)) if j in able]
@@ -97,37 +96,39 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
 
 
 class Prompts:
-    """The prompts of a batch of items, by kind; `edits` are (item, images) of the items' counterfactuals,
-    None without."""
+    """The prompts of a batch of items, by kind; `edits` are the items' counterfactuals, None without."""
 
-    def __init__(self, qwen: Qwen, asking: Asking, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[tuple[dict, list[Image.Image]] | None]):
-        self.qwen, self.asking, self.items, self.images, self.edits = qwen, asking, items, images, edits
-        self.read: dict[str, tuple[State | None, list[int]]] = {}
+    def __init__(self, qwen: Qwen, settings: Settings, items: list[dict], images: list[list[Image.Image]],
+                 edits: list[Prompt | None]):
+        self.qwen, self.settings, self.items, self.images, self.edits = qwen, settings, items, images, edits
+        self.read: dict[str, tuple[State | None, list[int]]] = {}  # state and places of the items, by kind
 
-    def __getitem__(self, kind: str) -> tuple[State | None, list[int]]:
-        """Return the state of every prompt of a kind, read once, and the places of the items that have one.
-        """
+    def places(self, kind: str) -> list[int]:
+        """Return the places of the items that have a prompt of this kind, after reading all of them."""
         if kind not in self.read:
-            found = {i: other for i in range(len(self.items))
-                     if (other := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
-            texts = [prompt_of(self.qwen.tokenizer, item, len(images), self.asking.system,
-                               self.asking.suffix) for item,
-                     images in found.values()]
-            state = prefill(self.qwen,
-                            encode(self.qwen, texts,
-                                   [images for _, images in found.values()])) if found else None
-            self.read[kind] = state, list(found)
-        return self.read[kind]
+            prompts = {i: prompt for i in range(len(self.items))
+                       if (prompt := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
+            system, suffix = self.settings.system, self.settings.suffix
+            texts = [prompt_of(self.qwen.tokenizer, item, len(images), system, suffix)
+                     for item, images in prompts.values()]
+            images = [images for _, images in prompts.values()]
+            state = prefill(self.qwen, encode(self.qwen, texts, images)) if prompts else None
+            self.read[kind] = state, list(prompts)
+        return self.read[kind][1]
+
+    def select(self, kind: str, places: list[int]) -> State:
+        """Return the state after the prompts of the items at `places`, each as often as it is named."""
+        read = self.places(kind)
+        return self.read[kind][0].select([read.index(place) for place in places])
 
 
-# ------------------------------------------------------------------------------------ what a reply says
+# ------------------------------------------------------------------------------------ fields of a record
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
-    """Return the fields that come from a reply's words; the answer is looked for in `last_words`, after all
+    """Return the fields that depend on a reply; the answer is extracted from `last_words`, after all
     imagination."""
-    found = extract_choice(last_words.strip(), dict(item["options"]), finish)
-    return {"text": text, "finish": finish, "n_new": len(ids), "pred": found.letter, "rule": found.rule,
-            "correct": found.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
+    answer = extract_choice(last_words.strip(), dict(item["options"]), finish)
+    return {"text": text, "finish": finish, "n_new": len(ids), "pred": answer.letter, "rule": answer.rule,
+            "correct": answer.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
 
 
 def is_degenerate(ids: list[int], finish: str) -> bool:
@@ -141,13 +142,13 @@ def is_degenerate(ids: list[int], finish: str) -> bool:
     return finish == "length" and bool(grams) and len(set(grams)) < len(grams) / 2
 
 
-def first_difference(one: list[int], other: list[int]) -> int | None:
+def first_difference(a: list[int], b: list[int]) -> int | None:
     """Return the first index at which two lists differ, None if they are equal."""
-    both = min(len(one), len(other))
-    return next((j for j in range(both) if one[j] != other[j]), None if len(one) == len(other) else both)
+    both = min(len(a), len(b))
+    return next((j for j in range(both) if a[j] != b[j]), None if len(a) == len(b) else both)
 
 
 def stem_of(words: str) -> str | None:
-    """Return a reply's last words up to and including the opening of its last box; None without one."""
+    """Return a reply's last words up to and including the opening of its last box; None without a box."""
     place = words.rfind(BOX)
     return None if place < 0 else " " + words[:place].lstrip() + BOX

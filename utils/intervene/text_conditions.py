@@ -1,39 +1,33 @@
-"""The ladder of text interventions: from a reply left as it is to one whose imaginations speak for another
-option.
+"""The conditions on text imaginations, from a reply left as it is to one that supports another option.
 
-    condition      each imagination becomes                                       what it isolates
-    sham           itself                                                         tokens made anew, a forced
-    beginning
-    paraphrase     other words; all values of options and numbers kept            the surface
-    irrelevant     another word of its class for what is no option, about as      any disturbance of that size
-                   many words as the directed edit changes
-    removal        nothing between its marks                                      whether its content is
-    needed
-    something      "something" for the right option's value
-    filler         as many "..." as it has words
-    no_span        nothing, the marks gone too
-    bare           one <think_image>, the placeholder of training
-    constant       one fixed passage, the same for all samples                    the paper's latent arm, in
-    text
-    foreign        those of another sample of the batch                           a mismatch of the usual kind
-    directed       the right option's value exchanged for a wrong one's           whether the answer follows
-    the content
-    truncate_N     the first N % of its words                                     when the answer is settled
+    condition           each imagination becomes                            what it isolates
+    sham                itself                                              new tokens, a forced beginning
+    paraphrase          other words; values of options and numbers kept     the surface
+    irrelevant          other words of their class, unrelated to the        a disturbance of that size
+                        options, about as many as the directed edit changes
+    removal             nothing between its marks                           whether its content is needed
+    something           "something" for the right option's value
+    filler              as many "..." as it has words
+    no_span             nothing, the marks removed too
+    bare                one <think_image>, the placeholder of training
+    constant            one fixed passage, the same for all items           the paper's condition, as text
+    foreign             those of another item of the batch                  a mismatch of the usual kind
+    directed            a wrong option's value for the right one's          whether the answer follows
+    directed_llm        the same edit, made by an LLM
+    truncate_N          the first N % of its words                          when the answer is settled
+    image_off, image_off_directed       as sham and directed, with the image hidden from what follows (the
+                                        positive control)
+    swap_blank, blank_x, blank          worlds of the mediation: what a blank image yields, the item's own
+                                        imagination with a blank image, and both blank
 
-One function a condition, f(text, spans, item, context) -> (new text, edit). `text` is the reply up to its
-last imagination (`until_last_span`), `spans` what utils.spans.find_spans found there, `item` a
-multiple-choice item. The edit is a dict with "editor", "target", "before" and "after" (lists of spans),
-"word_distance" (Levenshtein, over words) and, where one thing stands for another, "from" and "to".
-NotEditable, with a reason of NOT_EDITABLE, says why a sample has no such edit. A truncation may leave a short
-imagination whole, so that a curve over N keeps all its samples. No torch here.
+An edit is one function, f(text, spans, item, context) -> (new text, edit). `text` is the reply up to its last
+imagination (`until_last_span`), `spans` the result of utils.spans.find_spans, `item` a multiple-choice item.
+The edit is a dict with "editor", "target", "before" and "after" (lists of spans), "word_distance" and, where
+one value replaces another, "from" and "to". NotEditable gives the reason why an item has no such edit. A
+truncation may leave a short imagination whole, so that a curve over N keeps all its items.
 
-The directed edit by an LLM: what `utils.intervene.text_edits.direct` does by rules, asked of a model and held
-to the same verifier.
-
-Any backend of utils.backends or utils.openai_backend serves; decode at temperature 0 (LocalBackend is greedy,
-HttpBackend's default is 0). The replies are in a journal, so that a second run makes no call. A failure is a
-NotEditable with a reason of NOT_EDITABLE, and never an edit by rules in its place: compare the two editors on
-what both could edit. No torch here.
+The LLM's edit is held to the rules of `utils.intervene.text_edits.verify_directed`. A failure is a
+NotEditable, never an edit by rules instead: compare the two editors on what both could edit.
 """
 import json
 import random
@@ -43,7 +37,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from utils.backends import object_schema
-from utils.intervene.text_edits import NotEditable, count, direct, distance, pick_slot, swap, verify_directed
+from utils.intervene.latent_conditions import DO_X
+from utils.intervene.text_edits import (NotEditable, count_mentions, direct, pick_slot, swap, total_distance,
+                                        verify_directed)
 from utils.intervene.word_forms import SOMETHING, others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key
@@ -52,12 +48,12 @@ from utils.spans import OPEN, after_marks, passages, put_spans
 
 CONSTANT = "A closer view of the part of the image that matters."  # names no attribute and no place
 Spans = list[tuple[int, int]]
+Edited = tuple[str, dict]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a condition needs beside the sample: the letter of a wrong option, the imaginations of the donor
-    or None, and the seed of what is drawn."""
+    """What an edit needs besides the reply: the letter of a wrong option, a donor's imaginations, a seed."""
 
     target: str
     donor: Sequence[str] | None = None
@@ -65,47 +61,44 @@ class Context:
 
 
 def until_last_span(text: str, spans: Spans) -> str:
-    """Return a reply up to and including its last imagination and its mark: what is edited, and then
-    continued."""
+    """Return a reply up to and including its last imagination and its mark: the part that is edited."""
     return text[:after_marks(text, spans[-1][1])]
 
 
-def done(text: str, spans: Spans, after: list[str], context: Context, **more) -> tuple[str, dict]:
-    """Return the text with its spans replaced, and the edit; NotEditable("unchanged") if it is no edit."""
+def replaced(text: str, spans: Spans, after: list[str], context: Context, **more) -> Edited:
+    """Return the text with its spans replaced, and the edit; NotEditable("unchanged") if nothing changes."""
     before = passages(text, spans)
     if after == before:
         raise NotEditable("unchanged", "the edit changes nothing")
-    return put_spans(text, spans, after), describe(before, after, context, **more)
+    return put_spans(text, spans, after), edit_fields(before, after, context, **more)
 
 
-def describe(before: list[str], after: list[str], context: Context, **more) -> dict:
-    return {"editor": "rule", "target": context.target, **more, "word_distance": distance(before, after),
-            "before": before, "after": after}
+def edit_fields(before: list[str], after: list[str], context: Context, **more) -> dict:
+    return {"editor": "rule", "target": context.target, **more,
+            "word_distance": total_distance(before, after), "before": before, "after": after}
 
 
-# ----------------------------------------------------------------------------------- one function a condition
-def sham(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
+# ------------------------------------------------------------------------------------ edits by rules
+def sham(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     before = passages(text, spans)
-    return text, describe(before, before, context)
+    return text, edit_fields(before, before, context)
 
 
-def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
+def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Say the same in other words; NotEditable("value_changed") if a value of an option or a number did not
     survive."""
     before = passages(text, spans)
     after = [reworded(span, item) for span in before]
     if survivors(before, item) != survivors(after, item):
         raise NotEditable("value_changed", "an option's value or a number did not survive")
-    return done(text, spans, after, context)
+    return replaced(text, spans, after, context)
 
 
-def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Replace words that are no option's and not the question's, until as many words differ as after
-    `direct`.
+def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Replace words that neither options nor question hold, until as many words differ as after `direct`.
 
-    Where `direct` finds nothing to edit there is no size to match: its reason stands here too. Words may run
-    out before the size is reached, and an article may exceed it by one: "directed_distance" tells the size
-    aimed at.
+    Where `direct` cannot edit there is no size to match, and its reason is given. Words may run out before
+    the size is reached, and an article may exceed it by one: "directed_distance" is the size aimed at.
     """
     aim = direct(text, spans, item, context.target)[1]["word_distance"]
     before = passages(text, spans)
@@ -113,79 +106,77 @@ def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> tuple[s
     for old, new in others(before, item, random.Random(f"{context.seed}/irrelevant/{item['id']}")):
         table[old] = new
         after = [replace_values(span, table)[0] for span in before]
-        if distance(before, after) >= aim:
+        if total_distance(before, after) >= aim:
             break
     if not table:
-        raise NotEditable("no_irrelevant_word",
-                          "no word of utils.intervene.word_forms.CLASSES that options and question leave free")
-    kept = survivors(before, item), survivors(after, item)
-    if any(kept[0][word] != kept[1][word] for word in (kept[0] | kept[1]) if not word.startswith("number ")):
+        raise NotEditable("no_irrelevant_word", "options and question hold all words of the classes")
+    was, now = survivors(before, item), survivors(after, item)
+    if any(was[word] != now[word] for word in was | now if not word.startswith("number ")):
         raise NotEditable("value_changed", "an option's value did not survive")
-    return done(text, spans, after, context, **{"from": list(table), "to": list(table.values()),
-                                                "directed_distance": aim})
+    return replaced(text, spans, after, context, directed_distance=aim,
+                    **{"from": list(table), "to": list(table.values())})
 
 
-def removal(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    return done(text, spans, [""] * len(spans), context)
+def removal(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    return replaced(text, spans, [""] * len(spans), context)
 
 
-def something(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Put "something" for the right option's value; a yes or no has no value to remove."""
+def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Put "something" for the right option's value; yes and no have no value to remove."""
     before = passages(text, spans)
     slot = pick_slot(before, item, context.target)
     if slot.kind == "polarity":
         raise NotEditable("no_slot_value", "yes and no have no value that could be removed")
     after = [swap(span, slot, SOMETHING)[0] for span in before]
-    if count(after, slot)["gold"]:
+    if count_mentions(after, slot)["gold"]:
         raise NotEditable("residual_gold", f"{slot.old!r} is still mentioned")
-    return done(text, spans, after, context, **{"from": slot.old, "to": SOMETHING,
-                                                "n_replaced": count(before, slot)["gold"]})
+    return replaced(text, spans, after, context, **{"from": slot.old, "to": SOMETHING,
+                                                "n_replaced": count_mentions(before, slot)["gold"]})
 
 
-def filler(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    return done(text, spans, [" ".join(["..."] * len(span.split())) for span in passages(text, spans)],
-                context)
+def filler(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    after = [" ".join(["..."] * len(span.split())) for span in passages(text, spans)]
+    return replaced(text, spans, after, context)
 
 
-def no_span(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
+def no_span(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Delete the imaginations with their marks and the space before them."""
-    return around(text, spans, ""), describe(passages(text, spans), [""] * len(spans), context)
+    return around(text, spans, ""), edit_fields(passages(text, spans), [""] * len(spans), context)
 
 
-def bare(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Put the mark alone for each imagination with its marks, as in training with --imagination placeholder.
-    """
-    return around(text, spans, OPEN), describe(passages(text, spans), [""] * len(spans), context)
+def bare(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Put one opening mark for each imagination and its marks, as training with --imagination placeholder
+    does."""
+    return around(text, spans, OPEN), edit_fields(passages(text, spans), [""] * len(spans), context)
 
 
 def around(text: str, spans: Spans, new: str) -> str:
-    """Return the text with `new` for each span and its marks; nothing new takes the space before it away as
-    well."""
+    """Return the text with `new` for each span and its marks; an empty `new` also removes the space before
+    them."""
     for start, end in reversed(spans):
         head = text[:start].removesuffix(OPEN)
         text = (head if new else head.rstrip()) + new + text[after_marks(text, end):]
     return text
 
 
-def constant(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    return done(text, spans, [CONSTANT] * len(spans), context)
+def constant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    return replaced(text, spans, [CONSTANT] * len(spans), context)
 
 
-def foreign(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
-    """Put the donor's imaginations, first for first; a donor with fewer is no donor."""
+def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Put the donor's imaginations, in their order; the donor needs at least as many."""
     if context.donor is None or len(context.donor) < len(spans):
         raise NotEditable("no_donor",
                           f"{len(context.donor or ())} imaginations to take, expected {len(spans)}")
-    return done(text, spans, list(context.donor[:len(spans)]), context)
+    return replaced(text, spans, list(context.donor[:len(spans)]), context)
 
 
-def directed(text: str, spans: Spans, item: dict, context: Context) -> tuple[str, dict]:
+def directed(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     return direct(text, spans, item, context.target)
 
 
-def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> tuple[str, dict]:
-    """Keep the first `percent` of the words of all imaginations together, rounded half up; later ones are
-    emptied."""
+def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> Edited:
+    """Keep the first `percent` of the words of all imaginations together, rounded half up."""
     before = passages(text, spans)
     left, after = (percent * sum(len(span.split()) for span in before) + 50) // 100, []
     for span in before:
@@ -193,24 +184,46 @@ def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int
         keep = min(left, len(ends) - 1)
         after.append(span if keep == len(ends) - 1 else span[:ends[keep]])
         left -= keep
-    return put_spans(text, spans, after), describe(before, after, context, percent=percent)
+    return put_spans(text, spans, after), edit_fields(before, after, context, percent=percent)
 
 
-LADDER: dict[str, Callable] = {
+EDITS: dict[str, Callable[..., Edited]] = {
     "sham": sham, "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": removal,
-    "something": something,
-    "filler": filler, "no_span": no_span, "bare": bare, "constant": constant, "foreign": foreign,
-    "directed": directed,
+    "something": something, "filler": filler, "no_span": no_span, "bare": bare, "constant": constant,
+    "foreign": foreign, "directed": directed,
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
 
-# ------------------------------------------------------------ editor_llm
+# ------------------------------------------------------------------------------------ conditions
+@dataclass(frozen=True)
+class TextCondition:
+    """The edit that makes the beginning of a reply (None: the reply is generated again from `prompt`), the
+    kind of prompt, and whether what follows the beginning sees the image."""
+
+    edit: str | None
+    prompt: str = "own"
+    sees_image: bool = True
 
 
+TEXT_CONDITIONS = {
+    **{name: TextCondition(name) for name in (*EDITS, "directed_llm")},
+    "image_off": TextCondition("sham", sees_image=False),
+    "image_off_directed": TextCondition("directed", sees_image=False),
+    "swap_blank": TextCondition("swap_blank"), "blank_x": TextCondition("sham", "blank"),
+    "blank": TextCondition("swap_blank", "blank"),
+    **{name: TextCondition(None, kind) for name, kind in DO_X.items()}}
+TEXT_PRESETS = {"paper": ["sham", "directed"],
+                "maps": ["sham", *(name for name in EDITS if name.startswith("truncate"))],
+                "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
+TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
+
+
+# ------------------------------------------------------------------------------------ the LLM's edit
 PROMPTS = {
-    "SYSTEM": "You make small, exact edits to descriptions of images. You reply with one JSON object and nothing else.",
-    "EDIT": """Someone was asked a question about an image and described what they saw in the passages below. Edit the \
-passages so that they describe an image for which another answer is right.
+    "SYSTEM": "You make small, exact edits to descriptions of images. You reply with one JSON object and "
+              "nothing else.",
+    "EDIT": """Someone was asked a question about an image and described what they saw in the passages \
+below. Edit the passages so that they describe an image for which another answer is right.
 
 Question: {question}
 From: {old}
@@ -218,7 +231,8 @@ To: {new}
 Passages: {passages}
 
 Rules:
-- Turn every statement that supports "{old}" into one that supports "{new}", in all its forms (plural, digits or words).
+- Turn every statement that supports "{old}" into one that supports "{new}", in all its forms (plural, \
+digits or words).
 - Where "{new}" stands already, put "{old}" there: the two change places.
 - Change nothing else but what grammar asks for. Keep the length, the style and the order.
 - Name no letter of an option, give no final answer, and add no remark about the edit.
@@ -226,36 +240,35 @@ Rules:
 
 Reply with {"edited": [passages], "changed_phrases": [each phrase as it reads now]}.""",
     "RETRY": "An earlier reply could not be used: {fault}. Reply again with the whole JSON object."}
-VERSION = call_key(**PROMPTS)[:16]  # what the records name the prompts by
+VERSION = call_key(**PROMPTS)[:16]  # of the prompts, in the records
 MAX_NEW_TOKENS = 1024
-RETRIES = 3  # after the first reply, each told what was wrong with the one before
+RETRIES = 3  # after the first reply, each with the fault of the reply before
 SCHEMA = object_schema(edited={"type": "array", "items": {"type": "string"}},
                        changed_phrases={"type": "array", "items": {"type": "string"}})
-Sample = tuple[str, list[tuple[int, int]], dict, str]  # text, spans, item, letter of a wrong option
+Sample = tuple[str, Spans, dict, str]  # text, spans, item, letter of a wrong option
 
 
 def make_caller(backend: object, journal: Journal) -> Caller:
-    """Return what `direct_all` asks through: prompts and model are in every key, so that a journal answers
-    only for them."""
+    """Return the caller for `direct_all`: prompts and model are in every key, so that a journal answers only
+    for them."""
     return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS,
                   guarded=False)
 
 
-def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] | NotEditable]:
-    """Return for each sample what utils.intervene.text_edits.direct returns, the edit made by the model, or
-    the NotEditable in its place.
+def direct_all(caller: Caller, samples: list[Sample]) -> list[Edited | NotEditable]:
+    """Return for each sample the model's directed edit, as utils.intervene.text_edits.direct returns it, or a
+    NotEditable.
 
-    What the rules cannot verify (no slot, gold not mentioned, a letter in a span) is not asked. The edit has
-    "editor": "llm", "prompt" (VERSION), "model" and "changed_phrases" beside the fields of `verify_directed`.
-    Raises as utils.model_calls.ask does.
+    Samples that cannot be verified (no slot, gold not mentioned, a letter in a span) are not sent. The edit
+    has "editor": "llm", "prompt" (VERSION), "model", "changed_phrases" and the fields of `verify_directed`.
     """
-    found: list = [None] * len(samples)
+    results: list = [None] * len(samples)
     calls: dict[int, Call] = {}
     for i, (text, spans, item, target) in enumerate(samples):
         try:
             calls[i] = make_call(str(i), passages(text, spans), item, target)
         except NotEditable as fault:
-            found[i] = fault
+            results[i] = fault
 
     def check(call: Call, value: dict) -> tuple[str, str] | None:
         text, spans, item, target = samples[int(call.id)]
@@ -269,18 +282,18 @@ def direct_all(caller: Caller, samples: list[Sample]) -> list[tuple[str, dict] |
     for i, outcome in zip(calls, outcomes):
         text, spans, item, target = samples[i]
         if outcome.value is None:
-            found[i] = NotEditable(outcome.reason, outcome.detail)
+            results[i] = NotEditable(outcome.reason, outcome.detail)
             continue
         after = outcome.value["edited"]
         edit = verify_directed(passages(text, spans), after, item, target)
-        found[i] = put_spans(text, spans, after), {
+        results[i] = put_spans(text, spans, after), {
             "editor": "llm", "prompt": VERSION, "model": caller.identity.get("model"), **edit,
             "changed_phrases": outcome.value["changed_phrases"]}
-    return found
+    return results
 
 
 def make_call(name: str, before: list[str], item: dict, target: str) -> Call:
-    """Return the call that asks for an edit of these passages; NotEditable for what could not be verified."""
+    """Return the call for an edit of these passages; NotEditable where the edit could not be verified."""
     slot = pick_slot(before, item, target)
     text = fill(PROMPTS["EDIT"], question=item.get("question", ""), old=slot.old, new=slot.new,
                 passages=json.dumps(before, ensure_ascii=False))

@@ -1,14 +1,9 @@
-"""The words by which two options differ, and where in a text an edit may exchange them. No torch here.
+"""The directed edit by rules: rewrite imaginations so that they support another option.
 
-`slots` finds them in the options themselves, or else in TABLES; `swap` exchanges them: a value anywhere, a
-side only in clauses about the question, yes and no by turning round the statement that the question asks
-about.
-
-Find the imaginations in a reply, and rewrite them by rules so that they speak for another option.
-
-The editor that stands in for an LLM's: every mention of the right option's value becomes a wrong option's. It
-refuses what it cannot do cleanly, with a reason of NOT_EDITABLE. `verify_directed` holds this editor and an
-LLM (utils.intervene.text_conditions) to the same rules. No torch here.
+`slots` finds the words by which two options differ, in the options themselves or in TABLES. `swap` exchanges
+them: a value anywhere, a side only in clauses about the question, yes and no by negating the statement that
+the question asks about. `verify_directed` holds the rules and an LLM (utils.intervene.text_conditions) to the
+same conditions. An edit that is not clean is refused with a reason of NOT_EDITABLE.
 """
 import re
 from collections import Counter
@@ -19,27 +14,24 @@ from utils.answers import LETTER, strip_label
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
 from utils.spans import CLOSE, OPEN, passages, put_spans
 
-# any
-NOT_EDITABLE = ("no_span", "unresolved", "no_slot_value", "letter_in_span", "gold_not_mentioned",
-                "residual_gold",
-                "marks_in_span", "span_count", "unchanged",  # of an edit that came from a model
-                # of a rung of utils.intervene.text_conditions
-                "no_irrelevant_word", "value_changed", "no_donor",
-                # of an LLM that did not answer (utils.model_calls)
-                "cut_off", "bad_json", "bad_schema", "backend_error")
-# say nothing in another text
+NOT_EDITABLE = (
+    "no_span", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",
+    "marks_in_span", "span_count", "unchanged",  # of an edit that came from a model
+    "no_irrelevant_word", "value_changed", "no_donor",  # of one text condition
+    "cut_off", "bad_json", "bad_schema", "backend_error")  # of an LLM that did not answer
+# words of options that mean nothing in another text
 NO_SLOT = set("an the yes no true false is are not it in on at of to and or with".split())
 YES, NO = ("yes", "true"), ("no", "false")
+STRUCTURE = (OPEN, CLOSE, "\\boxed")  # would end a span, or answer
 VERB = re.compile(r"\b(is|are|was|were|does|do|did|has|have|had)(\s+not?\b|n['’]t\b)?", re.IGNORECASE)
 JOIN = r"\s+(?:and|but|while|whereas|which|where|because|so)\b"
 CLAUSE = re.compile(rf"[.!?;:,\n]+(?:{JOIN})?|{JOIN}", re.IGNORECASE)
-PRONOUN = re.compile(
-    r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?(?:it|its|he|she|his|her|they|their|which)\b",
-                     re.IGNORECASE)
+PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?"
+                     r"(?:it|its|he|she|his|her|they|their|which)\b", re.IGNORECASE)
 
 
 class NotEditable(ValueError):
-    """An imagination that cannot be edited; the message is one of NOT_EDITABLE, `detail` says it in words."""
+    """An imagination that cannot be edited; the message is one of NOT_EDITABLE, `detail` explains it."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -47,9 +39,9 @@ class NotEditable(ValueError):
 
 
 class Slot(NamedTuple):
-    """What an edit exchanges: `old` for `new`. `kind` is "value" (anywhere in the text), "side" (only in
-    clauses that name one of `referents`, lower-case words of the question) or "polarity" (only in clauses
-    that name them all)."""
+    """The words that an edit exchanges, `old` and `new`. `kind` is "value" (anywhere in the text), "side"
+    (only in clauses that name one of `referents`, lower-case words of the question) or "polarity" (only in
+    clauses that name all of them)."""
 
     kind: str
     old: str
@@ -57,20 +49,19 @@ class Slot(NamedTuple):
     referents: frozenset[str] = frozenset()
 
 
-# --------------------------------------------------------------------------------- from the options to a slot
+# ------------------------------------------------------------------------------------ slots of two options
 def slots(item: dict, target: str) -> list[Slot]:
-    """Return what could make option `target` of the right one, best first; NotEditable("no_slot_value") for
-    nothing.
+    """Return the exchanges that turn the right option into option `target`, best first; NotEditable if none.
 
-    First what the two options do not share, then the words of one table that they hold. Yes against no turns
-    a statement round, and needs a question that says which.
+    First the words that the two options do not share, then the words of one table that they hold. Yes against
+    no negates a statement, and needs a question that identifies the statement.
     """
     options, gold = dict(item["options"]), item["answer"]["value"]
     referents = frozenset(stems(item.get("question", "")))
     answers = [re.sub(r"\W", "", strip_label(options[letter])).lower() for letter in (gold, target)]
     if referents and (answers[0] in YES and answers[1] in NO or answers[0] in NO and answers[1] in YES):
         return [Slot("polarity", *("yes" if answer in YES else "no" for answer in answers), referents)]
-    found = []
+    result = []
     for find_pair in (slot_values, table_values):
         try:
             pair = find_pair(options[gold], options[target])
@@ -78,16 +69,15 @@ def slots(item: dict, target: str) -> list[Slot]:
             continue
         side = any(value.lower() in TABLES["side"] for value in pair)
         new = Slot("side", *pair, referents.difference(*map(stems, pair))) if side else Slot("value", *pair)
-        if new not in found:
-            found.append(new)
-    if not found:
+        if new not in result:
+            result.append(new)
+    if not result:
         raise NotEditable("no_slot_value", f"options {options[gold]!r} and {options[target]!r}")
-    return found
+    return result
 
 
 def slot_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words by which two options differ: what is left without label, common beginning and common
-    end."""
+    """Return the words by which two options differ, without label, common beginning and common end."""
     pair = [strip_label(text).split() for text in (gold, target)]
     same = [[word.strip(".,;:!?\"'").lower() for word in words] for words in pair]
     n = min(map(len, pair))
@@ -95,15 +85,14 @@ def slot_values(gold: str, target: str) -> tuple[str, str]:
     last = next((i for i in range(n - first) if same[0][-1 - i] != same[1][-1 - i]), n - first)
     values = [" ".join(words[first:len(words) - last]).strip(".,;:!?\"'") for words in pair]
     values = [re.sub(r"^(?:an?|the)\s+", "", value, flags=re.IGNORECASE) for value in values]
-    if not all(values) or values[0].lower() == values[1].lower() or NO_SLOT & {value.lower()
-                                                                               for value in values}:
+    lower = {value.lower() for value in values}
+    if not all(values) or len(lower) == 1 or NO_SLOT & lower:
         raise NotEditable("no_slot_value")
     return values[0], values[1]
 
 
 def table_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words of the first of TABLES that has just one word in each option, and not the same in
-    both."""
+    """Return the words of the first of TABLES that has exactly one word in each option, a different one."""
     for words in TABLES.values():
         pair = [set(replace_values(text, {word: word for word in words})[1]) for text in (gold, target)]
         if len(pair[0]) == len(pair[1]) == 1 and pair[0] != pair[1]:
@@ -113,9 +102,9 @@ def table_values(gold: str, target: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------------------------------ a slot in a text
 def clauses(text: str) -> list[tuple[str, set[str]]]:
-    """Return the clauses of a text, which join to it again, each with the things it names (`stems`).
+    """Return the clauses of a text, each with the things that it names (`stems`).
 
-    A clause that begins with a pronoun also names what the clause before it names.
+    The clauses join to the text. One that begins with a pronoun also names the things of the clause before.
     """
     cuts = [0, *(match.start() for match in CLAUSE.finditer(text)), len(text)]
     parts, named = [], set()
@@ -127,30 +116,30 @@ def clauses(text: str) -> list[tuple[str, set[str]]]:
 
 
 def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter]:
-    """Exchange the sides of a slot where its kind allows, or put `filler` for the old one; count "gold" and
-    "target"."""
+    """Exchange the words of a slot where its kind allows, or put `filler` for the old one; count the mentions
+    of "gold" and "target"."""
     def put(part: str) -> tuple[str, Counter]:
         if slot.kind == "polarity":
-            return turn_round(part, slot.old)
+            return negate(part, slot.old)
         if filler is None:
             return exchange(part, slot.old, slot.new)
-        part, found = replace_values(part, {slot.old: filler})
-        return part, Counter(gold=found[slot.old])
+        part, mentions = replace_values(part, {slot.old: filler})
+        return part, Counter(gold=mentions[slot.old])
 
     if slot.kind == "value" or not slot.referents:
         return put(text)
     parts, total = [], Counter()
     for part, named in clauses(text):
         if slot.referents <= named or slot.kind == "side" and slot.referents & named:
-            part, found = put(part)
-            total += found
+            part, mentions = put(part)
+            total += mentions
         parts.append(part)
     return "".join(parts), total
 
 
-def turn_round(clause: str, gold: str) -> tuple[str, Counter]:
-    """Negate the first verb of a clause, or take its negation away; it counts as gold if it said what `gold`
-    says."""
+def negate(clause: str, gold: str) -> tuple[str, Counter]:
+    """Negate the first verb of a clause, or remove its negation; a clause that agreed with `gold` counts as
+    gold."""
     match = VERB.search(clause)
     if not match:
         return clause, Counter()
@@ -160,16 +149,9 @@ def turn_round(clause: str, gold: str) -> tuple[str, Counter]:
     return clause[:match.end(1)] + new + rest, Counter(["gold" if says == gold else "target"])
 
 
-# ------------------------------------------------------------ edits
-
-
-STRUCTURE = (OPEN, CLOSE, "\\boxed")  # in a span they would end it, or answer
-
-
 # ------------------------------------------------------------------------------------ the directed edit
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
-    """Rewrite the imaginations in `text` so that they speak for option `target`; return the text and what was
-    done."""
+    """Rewrite the imaginations in `text` so that they support option `target`; return (text, edit)."""
     before = passages(text, spans)
     slot = pick_slot(before, item, target)
     after = [swap(span, slot)[0] for span in before]
@@ -178,70 +160,70 @@ def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> 
 
 
 def pick_slot(spans: list[str], item: dict, target: str) -> Slot:
-    """Return the slot whose gold value the spans mention; NotEditable if none is, or if a span names an
-    option's letter."""
-    found = slots(item, target)
-    if any(LETTER.search(span) for span in spans):
-        raise NotEditable("letter_in_span", "a letter of an option stands in it")
-    for slot in found:
-        if count(spans, slot)["gold"]:
+    """Return the slot whose gold value the spans mention; NotEditable if they mention none of them, or if a
+    span names the letter of an option."""
+    candidates = slots(item, target)
+    check_no_letter(spans)
+    for slot in candidates:
+        if count_mentions(spans, slot)["gold"]:
             return slot
-    raise NotEditable("gold_not_mentioned", f"no mention of {found[0].old!r}")
+    raise NotEditable("gold_not_mentioned", f"no mention of {candidates[0].old!r}")
 
 
-def count(spans: list[str], slot: Slot) -> Counter:
-    """Return how often the spans mention the sides of a slot, as "gold" and "target"."""
+def check_no_letter(spans: list[str]) -> None:
+    if any(LETTER.search(span) for span in spans):
+        raise NotEditable("letter_in_span", "it names the letter of an option")
+
+
+def count_mentions(spans: list[str], slot: Slot) -> Counter:
+    """Return how often the spans mention the two words of a slot, as "gold" and "target"."""
     return sum((swap(span, slot)[1] for span in spans), Counter())
 
 
 def verify_directed(before: list[str], after: list[str], item: dict, target: str) -> dict:
-    """Hold a directed edit, by rule or by an LLM, to its rules; return what it did as the fields of a record.
+    """Check a directed edit, by rules or by an LLM; return the fields of its record, or raise NotEditable.
 
-    `before` and `after` are the spans alone: put back with `put_spans`, nothing outside them can change.
-    Required are a mention of gold; every mention of gold turned into one of the target, and no gold left but
-    where target stood; no letter of an option, no mark and no box in a span. NotEditable otherwise. `n_other`
-    counts words changed beside the values and their articles: 0 from the rules, more from an LLM that
-    rewrote.
+    `before` and `after` are the spans alone. Required: a mention of gold; every mention of gold turned into
+    one of the target, and gold left only where the target was; no letter of an option, no mark and no box in
+    a span. `n_other` counts words changed in addition to the values and their articles: 0 from the rules,
+    more from an LLM that rewrote.
     """
     slot = pick_slot(before, item, target)
     if len(after) != len(before):
         raise NotEditable("span_count", f"{len(after)} passages came back, expected {len(before)}")
     if odd := next((mark for span in after for mark in STRUCTURE if mark in span), None):
-        raise NotEditable("marks_in_span", f"{odd} stands in a passage; expected plain words")
-    if any(LETTER.search(span) for span in after):
-        raise NotEditable("letter_in_span", "a letter of an option stands in it")
+        raise NotEditable("marks_in_span", f"{odd} in a passage; expected plain words")
+    check_no_letter(after)
     if after == before:
         raise NotEditable("unchanged", "nothing was changed")
-    there, left = count(before, slot), count(after, slot)
-    if left["gold"] > there["target"] or left["target"] < there["gold"]:
+    was, now = count_mentions(before, slot), count_mentions(after, slot)
+    if now["gold"] > was["target"] or now["target"] < was["gold"]:
         raise NotEditable("residual_gold",
-                          f"{slot.old!r} is mentioned {left['gold']} times where at most {there['target']} "
-                          f"were expected, {slot.new!r} {left['target']} times where {there['gold']} were expected")
-    return {"kind": slot.kind, "from": slot.old, "to": slot.new, "target": target,
-            "n_replaced": there["gold"],
-            "n_exchanged": there["target"], "residual_gold": 0, "word_distance": distance(before, after),
-            "n_other": distance([mask(span, slot) for span in before], [mask(span, slot) for span in after]),
-            "before": before, "after": after}
+                          f"{slot.old!r} is mentioned {now['gold']} times where at most {was['target']} were "
+                          f"expected, {slot.new!r} {now['target']} times where {was['gold']} were expected")
+    masked = [[mask_slot(span, slot) for span in side] for side in (before, after)]
+    return {"kind": slot.kind, "from": slot.old, "to": slot.new, "target": target, "n_replaced": was["gold"],
+            "n_exchanged": was["target"], "residual_gold": 0, "word_distance": total_distance(before, after),
+            "n_other": total_distance(*masked), "before": before, "after": after}
 
 
-def mask(span: str, slot: Slot) -> str:
-    """Return a span in which both sides of a slot read the same."""
+def mask_slot(span: str, slot: Slot) -> str:
+    """Return a span in which the two words of a slot read the same."""
     if slot.kind == "polarity":
         return VERB.sub(r"\1", span.lower())
     return replace_values(span.lower(), {slot.old: SOMETHING, slot.new: SOMETHING})[0]
 
 
-def distance(before: Sequence[str], after: Sequence[str]) -> int:
-    """Return the summed word distance of spans in pairs."""
-    return sum(word_distance(one, other) for one, other in zip(before, after, strict=True))
+def total_distance(before: Sequence[str], after: Sequence[str]) -> int:
+    """Return the sum of the word distances of spans in pairs."""
+    return sum(word_distance(old, new) for old, new in zip(before, after, strict=True))
 
 
-def word_distance(one: str, other: str) -> int:
-    """Return the Levenshtein distance over words: the fewest insertions, deletions and replacements of words.
-    """
-    words = other.split()
+def word_distance(before: str, after: str) -> int:
+    """Return the Levenshtein distance over words."""
+    words = after.split()
     row = list(range(len(words) + 1))
-    for i, word in enumerate(one.split(), 1):
+    for i, word in enumerate(before.split(), 1):
         above, row = row, [i]
         for j, new in enumerate(words, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != new)))
