@@ -37,8 +37,8 @@ def test_means_over_pairs_and_steps_equal_explicit_loops():
             row = rows[t, "inter", "raw", name]
             assert row["value"] == pytest.approx(np.mean(wanted), abs=1e-6) and row["pairs"] == name
             assert row["low"] < np.mean(wanted) < row["high"]
-        assert rows[t, "inter", "raw", "difference"]["value"] == pytest.approx(np.mean(within)
-                                                                               - np.mean(between), abs=1e-6)
+        difference = rows[t, "inter", "raw", "difference"]["value"]
+        assert difference == pytest.approx(np.mean(within) - np.mean(between), abs=1e-6)
         mean = states[:, t].mean(0)
         assert rows[t, "spread", "raw", "all"]["value"] == pytest.approx(
             ((states[:, t] - mean) ** 2).sum() / 8 / (mean @ mean), rel=1e-5)
@@ -53,8 +53,7 @@ def test_means_over_pairs_and_steps_equal_explicit_loops():
 
 
 def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else():
-    """Two sets of raw cosine above 0.97: one tells every instance, the other is one vector and noise that
-    says nothing."""
+    """Two sets of raw cosine above 0.97: one identifies every instance, the other is one vector and noise."""
     rng = np.random.default_rng(1)
     n, d = 60, 256
     common = 7 * rng.normal(size=d)
@@ -70,8 +69,8 @@ def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else
         found[name] = {form: rows[1, "adjacent", form, "all"]["value"] for form in FORMS[1:]}
         # held-out cosines of different instances: only the error of the mean of 30 is common, 1 / (30 + 1)
         assert all(abs(rows[t, "inter", "centred", "all"]["value"] - 1 / 31) < 0.02 for t in (0, 1))
-        found[name]["top1"] = retrieval(*(correct(x, halves, ["centred"])["centred"] for x in (one, two)))[
-            "top1"]
+        centred = (correct(x, halves, ["centred"])["centred"] for x in (one, two))
+        found[name]["top1"] = retrieval(*centred)["top1"]
     assert found["told"]["top1"] == 1 and found["mute"]["top1"] < 0.1
     for form in FORMS[1:]:
         assert found["told"][form] > 0.9 and found["mute"][form] < 0.15, form
@@ -109,19 +108,14 @@ def test_whitening_equals_the_inverse_root_of_the_shrunk_covariance():
     assert np.allclose(apply_form(calibrate(fit, 0.3), states, "whitened"), wanted)
 
 
-def test_few_or_missing_instances_give_no_number():
-    cells = [Cell(-1, 0, np.arange(6), np.eye(6)), Cell(-1, 1, np.array([0, 2, 5]), np.eye(6)[:3])]
-    rows = measure_cells(cells, draw_halves(6, 0), np.zeros(6))
-    assert {row["step"] for row in rows} == {0}
-
-
-def test_instances_that_lack_a_step_are_matched_by_who_they_are():
-    rng = np.random.default_rng(5)
-    codes = rng.normal(size=(8, 30))
-    cells = [Cell(-1, 0, np.arange(8), codes), Cell(-1, 1, np.array([7, 1, 3, 5, 6]), codes[[7, 1, 3, 5, 6]])]
+def test_instances_that_lack_a_step_are_matched_and_few_give_no_number():
+    codes, some = np.random.default_rng(5).normal(size=(8, 30)), np.array([7, 1, 3, 5, 6])
+    cells = [Cell(-1, 0, np.arange(8), codes), Cell(-1, 1, some, codes[some]),
+             Cell(-1, 2, some[:3], codes[some[:3]])]
     rows = measure_cells(cells, np.arange(8) % 2, np.zeros(8))
     [adjacent] = [row for row in rows if row["measure"] == "adjacent" and row["form"] == "raw"]
     assert adjacent["value"] == pytest.approx(1) and adjacent["n"] == 5
+    assert {row["step"] for row in rows} == {0, 1}
 
 
 # ------------------------------------------------------------------------------------------- intervals
@@ -152,12 +146,8 @@ def test_intervals_of_spread_mean_and_ratio_cover():
 
 
 def test_a_ratio_of_means_is_computed_in_double_precision():
-    rng = np.random.default_rng(0)
-    above, below = rng.random((2, 50)).astype(np.float32)
+    above, below = np.random.default_rng(0).random((2, 50)).astype(np.float32)
     assert Bootstrap(50).ratio(above, below) == Bootstrap(50).ratio(above.astype(float), below.astype(float))
-
-
-def test_sensitivity_is_the_ratio_of_mean_changes():
     found = Bootstrap(3).ratio(np.array([1.0, 3.0, 2.0]), np.array([4.0, 4.0, 4.0]))
     assert found["value"] == pytest.approx(0.5) and found["low"] >= 0.25 and found["high"] <= 0.75
     with pytest.raises(ValueError, match="lower sum is 0"):
