@@ -353,8 +353,8 @@ def main(argv: list[str] | None = None) -> int:
         log(f"stopped: {error}")
         return 4
     if answers is None:
-        print(f"process {rank_world()[0]}: its share is done; the last one to finish writes {args.output}. If "
-              "one is lost before that, re-run the same command to resume", file=sys.stderr)
+        print(f"process {rank_world()[0]}: its share is done; the last one to finish writes {args.output}. "
+              "If one is lost before that, re-run the same command to resume", file=sys.stderr)
         return 0
     write_rows(args.output, answers.results)
     metrics = measure(answers, describe_protocol(answers, protocol, spec, path, args), args)

@@ -6,10 +6,13 @@ import base64
 import csv
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
+
+from utils.evaluate.benchmarks import TABLE, prepare
 
 FILES = Path(__file__).parent / "evaluate" / "files"
 EXPECTED = defaultdict(dict)  # (benchmark, source) -> {id: fields}
@@ -59,3 +62,14 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     from pyarrow import parquet
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
+
+
+def sized(name, source):
+    """The benchmark with the size of its file in tests/evaluate/files."""
+    counts = Counter(item["category"] for item in EXPECTED[name, source].values())
+    return replace(TABLE[name], n=counts.total(), counts=dict(counts))
+
+
+def prepared(tmp_path, name, source):
+    """The items of a file in tests/evaluate/files, with pictures in tmp_path / "out.images"."""
+    return prepare(sized(name, source), tmp_path / "out.images", FILES / source)

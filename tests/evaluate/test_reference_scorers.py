@@ -6,8 +6,8 @@ import pytest
 from harness_table import OPTIONS, REPLIES
 from samples import shortest_path
 
-from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,
-                                              vtabfact, vwtq, walk_vsp, without_label)
+from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0, vtabfact, vwtq,
+                                              walk_vsp, without_label)
 
 COL = OPTIONS["COL"]
 
