@@ -5,12 +5,11 @@
 import base64
 import io
 import random
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from samples import png
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from utils.images import (IMAGE_REASONS, ImageError, budget_sizes, check_images, data_url, image_size,
@@ -68,16 +67,6 @@ def test_palette_transparency_exif_and_animation(tmp_path):
     check_halves(open_image(tmp_path / "moving.gif"), RED, BLUE)
 
 
-def unfilled(side: int) -> bytes:
-    """Return a PNG of `side` x `side` pixels whose data end after 64 bytes."""
-    data = b"\x89PNG\r\n\x1a\n"
-    for kind, content in ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-                          (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b"")):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        data += struct.pack(">I", len(content)) + kind + content + checksum
-    return data
-
-
 def saved(size: tuple[int, int] = (80, 80), ending: str = "png", kept: float = 1.0) -> bytes:
     """Return the first share of the bytes of a picture of noise."""
     buffer = io.BytesIO()
@@ -88,8 +77,9 @@ def saved(size: tuple[int, int] = (80, 80), ending: str = "png", kept: float = 1
 
 @pytest.mark.parametrize("name, data, reason", [
     ("empty.png", b"", "image_empty"), ("text.png", b"no picture at all", "image_unreadable"),
-    ("huge.png", unfilled(60_000), "image_too_large"), ("large.png", unfilled(13_400), "image_too_large"),
-    ("short.png", unfilled(300), "image_unreadable"),
+    ("huge.png", png(60_000, 60_000, 8, 2, 64), "image_too_large"),
+    ("large.png", png(13_400, 13_400, 8, 2, 64), "image_too_large"),
+    ("short.png", png(300, 300, 8, 2, 64), "image_unreadable"),
     *((f"cut.{ending}", saved(ending=ending, kept=0.5), "image_unreadable")
       for ending in ("png", "jpg", "webp", "gif")),
     ("dot.png", saved((1, 1)), "image_too_small"), ("low.png", saved((27, 500)), "image_too_small"),
