@@ -46,7 +46,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.backends import ErrorRateError
+from utils.backends import ErrorRateError, LocalBackend, render
 from utils.call_flags import add_server_flags, open_server
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
 from utils.evaluate.benchmarks import TABLE, prepare
@@ -57,8 +57,8 @@ from utils.evaluate.results import headline, own_scores, parts_of, protocol_line
 from utils.evaluate.scoring import check_scorable, n_options, score
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
-from utils.jsonl import (DataError, call_key, check_output, find_checkpoint, model_identity, replace_file,
-                         sha256_file, write_json, write_meta, write_rows)
+from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
+                         write_rows)
 from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.model_calls import REPLY_FIELDS
 from utils.spans import OPEN
@@ -106,7 +106,6 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
                 spec: LatentSpec | None) -> tuple[Local | Served, dict]:
     """Return the model that answers and its identity: other weights under the same name are another model."""
     from utils.evaluate.answering import Local, Served
-    from utils.qwen import load_with
 
     if args.backend == "openai":
         if protocol.max_pixels is None:
@@ -117,9 +116,9 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
                 "decides how far a small picture is enlarged: check its --mm-processor-kwargs (vLLM)")
         backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
-    qwen = load_with(spec, args.model, args.dtype, protocol.min_pixels, protocol.max_pixels)
-    return (Local(qwen, spec, args.max_new_tokens, args.batch_size, args.batch_tokens),
-            {"weights": model_identity(find_checkpoint(args.model))})
+    backend = LocalBackend(args.model, protocol.max_pixels, args.batch_size, args.batch_tokens, spec,
+                           protocol.min_pixels, args.dtype)
+    return Local(backend, args.max_new_tokens), {"weights": backend.identity["model"]}
 
 
 def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
@@ -157,7 +156,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
     rank, world, _ = rank_world()
     fixed = ("model", "backend", "method", "protocol", "system", "suffix", "min_pixels", "max_pixels",
              "max_new_tokens", "latent", "latent_size", "dtype")
-    settings = {name: getattr(args, name) for name in fixed} | identity
+    # drop_format_hints: of a flag that is gone, so that the journals of earlier versions stay valid
+    settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
     with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
           Journal(f"{args.output}.run", name="judge", is_valid=REPLY_FIELDS.issubset) as verdicts):
         for key in list(journal):
@@ -319,7 +319,7 @@ def tabulate_files(args: argparse.Namespace) -> dict:
 
 def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> dict:
     """Show the first prompt and return the length of the longest (--dry_run)."""
-    from utils.evaluate.answering import render, show_messages
+    from utils.evaluate.answering import show_messages
     from utils.qwen import load_processors
 
     tokenizer = None if args.backend == "openai" else load_processors(args.model)[0]

@@ -15,6 +15,7 @@ from processes import command, rank_of
 from samples import shortest_path
 
 import evaluate
+from utils.backends import LocalBackend
 from utils.evaluate.answering import Local
 from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
@@ -188,7 +189,7 @@ def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_check
     args = evaluate.parse_args([*arguments, "--image_root", str(tmp_path)])
     conversations = evaluate.open_conversations(rows(f"{output}.items.jsonl"),
                                                 evaluate.PROTOCOLS["plain"], args)
-    system = Local(load(str(tiny_checkpoint), device="cpu", max_pixels=50176), None, 8, 8, 65536)
+    system = Local(LocalBackend(str(tiny_checkpoint), 50176, 8, 65536), 8)
     solutions = {conversation.ask(system): paths[conversation.item["id"]] for conversation in conversations}
     journal = next((tmp_path / "v.jsonl.run").glob("calls-*"))
     write_rows(journal, [record | {"clean_output": f"\\boxed{{{solutions[record['key']]}}}"}
