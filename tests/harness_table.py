@@ -8,7 +8,8 @@ OPTIONS = {name: dict(zip("ABCDE", texts)) for name, texts in {
     "SNOW": ("red", "white", "blue", "green"), "JIG": ("the second image", "the third image"),
     "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color")}.items()}
 IMAGINED = ("Suppose the image had been zoomed in on the lower left region, so that the cup next to the "
-            "laptop is enlarged. In this imagined view the cup shows a matte surface whose colour is clearly red.")
+            "laptop is enlarged. In this imagined view the cup shows a matte surface whose colour is clearly "
+            "red.")
 MARKED = "Suppose a rectangle had been drawn around the cup. A closer look shows the surface is red."
 # Options, gold, reply, VLMEvalKit e8e78f0, MME-RealWorld on bare letters, ours, our rule
 REPLIES = [(name, gold, reply.replace("{RA}", MARKED).replace("{R}", IMAGINED), *verdicts)

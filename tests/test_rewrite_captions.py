@@ -272,10 +272,6 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
 
 
-def test_rejections_by_rules_are_not_errors(world, captioner):
-    assert main(flags(world([monet(1), monet(2, question="refuse?")]))) == 0
-
-
 def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
     sample = monet(1)
     sample["data"][2]["content"][0]["text"] = f"I spoil it. {PAIR}"
@@ -340,10 +336,6 @@ def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, caption
     before = written(path)
     assert main(flags(path, "--batch_size", "3")) == 0 and written(path) == before
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
-    path = world([monet(n, question=f"{q}?") for n, q in enumerate(("refuse", "other", "plain"))])
-    captioner.asked.clear()
-    assert main(flags(path)) == 0 and len(captioner.asked) == 1  # two moved, one edited
-    assert list(result(path)[0]) == ["Visual_CoT/1", "Visual_CoT/2"]
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(world, captioner, tmp_path):

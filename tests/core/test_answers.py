@@ -61,7 +61,8 @@ def test_other_wordings(name, reply, letter, rule):
 
 @pytest.mark.parametrize("reply, options, letter", [
     ("No, there is no dog.", {"A": "yes", "B": "no"}, "B"), ("杯子是红色的。", {"A": "红色", "B": "蓝色"}, "A"),
-    ("It is dark red.", {"A": "red", "B": "dark red"}, "B"), ("It is red.", {"A": "red", "B": "dark red"}, "A"),
+    ("It is dark red.", {"A": "red", "B": "dark red"}, "B"),
+    ("It is red.", {"A": "red", "B": "dark red"}, "A"),
     ("It is vitamin C.", {"A": "vitamin C", "B": "iron", "C": "zinc"}, "A"),
     ("It is zinc, B.", {"A": "vitamin C", "B": "iron", "C": "zinc"}, None),
     ("<|latent_start|> A A <|latent_end|> It is red.", OPTIONS["COL"], "B"),  # latents are not parsed
@@ -74,7 +75,7 @@ def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
     reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
     assert extract_choice(reply, OPTIONS["COL"]).rule == "tail_text"
     assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
-    opening = "A closer look shows that the cup is white in the lower part of"  # an article, though A is white
+    opening = "A closer look shows that the cup is white in the lower part of"  # "A" is an article
     assert extract_choice(opening, OPTIONS["COL"], "length").rule == "unresolved"
 
 

@@ -31,7 +31,8 @@ def test_has_loop(text, loops):
                       "A boat, to answer the question."]),
     ("caption_loop", ["red red red red red red red red red red"]),
     ("caption_markup", ["A boat <|im_end|> with 42.", "A boat </think_image> with 42.",
-                        "A <box>1,2</box> boat", "The number is \\boxed{42}", "See [IMG 1] here", "```json a boat```", "x <image> y"]),
+                        "A <box>1,2</box> boat", "The number is \\boxed{42}", "See [IMG 1] here",
+                        "```json a boat```", "x <image> y"]),
     ("caption_leak", ["The boat shows 42, so the answer is 42.", "Answer: B", "Option B is correct here."])])
 def test_caption_fault(reason, texts):
     assert {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
