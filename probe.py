@@ -320,6 +320,7 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: argparse.Namespace) -
 
 def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Namespace) -> dict:
     """Do the stages of --stage, write the metrics and return them."""
+    from utils.probe.similarity import LEVEL
     began, output, qwen = time.monotonic(), Path(args.output), None
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -328,7 +329,7 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
         qwen = fill_store(folder, inputs, spec, n_steps, args)
     store = open_store(folder, inputs)
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent,
-               "steps": n_steps, "level": 0.95, "similarity": None, "probing": None}
+               "steps": n_steps, "level": LEVEL, "similarity": None, "probing": None}
     if args.stage != "all" and path.is_file():  # the other stages of an earlier run
         metrics |= read_settings(output, path.name)
     if args.stage in ("all", "analyse"):
@@ -357,8 +358,8 @@ def show(metrics: dict) -> None:
                                       for name, mean in means.items()))
     for name, entry in metrics.get("edits", {}).items():
         if name == "selectivity":
-            log("selectivity of masks: " + ", ".join(f"{kind} {show_ratio(found)}"
-                                                     for kind, found in entry.items()))
+            log("selectivity of masks: " + ", ".join(f"{kind} {show_ratio(ratio)}"
+                                                     for kind, ratio in entry.items()))
         else:
             log(f"{name:<16}{entry['emitted_too']} of {entry['emitted']} imagined again, moved relative to "
                 f"the text {show_ratio(entry['sensitivity'])}")

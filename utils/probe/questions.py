@@ -33,7 +33,7 @@ from utils.jsonl import DataError
 from utils.latent_families import Generation, LatentSpec, clean_text, last_latent, latent_ids
 from utils.option_scores import describe_scores, score_options
 from utils.probe.similarity import LEVEL
-from utils.probe.states import States, batched, find_steps
+from utils.probe.states import States, batched, find_steps, latent_steps
 from utils.qwen import Qwen, encode
 from utils.spans import CLOSE, OPEN, conclusion
 from utils.stats import chance, mcnemar_exact, paired_interval, robust_mean, wilson
@@ -211,9 +211,9 @@ class Prober:
     def imagined_steps(self, reply: Generation) -> list[int]:
         """Return the steps of all latents of a reply, or of its first text imagination; [] without any."""
         if self.spec:
-            return [step for s in reply.segments for step in range(s.start, s.start + s.size)]
-        found = find_steps(self.qwen, None, reply)
-        return found.steps if found else []
+            return latent_steps(reply)
+        imagined = find_steps(self.qwen, None, reply)
+        return imagined.steps if imagined else []
 
     def question_ids(self, probe: dict) -> list[int]:
         """Return the ids that close an imagination and ask a question as a new turn."""
@@ -245,7 +245,7 @@ class Prober:
 
 
 # ------------------------------------------------------------------------------------ scores
-def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: float = LEVEL) -> dict:
+def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
     """Return accuracy by condition, parsed and by R0, letters, chance, and the gain of the own imagination.
 
     `groups`: the image of every probe id; intervals let the questions of one image vary together.
@@ -255,45 +255,45 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str], level: f
         by_condition.setdefault(row["condition"], []).append(row)
     letters = Counter(p["answer"]["value"] for p in probes)
     result = {"n": n, "chance": chance([len(p["options"]) for p in probes]), "gold_letters": letters,
-              "conditions": {name: score_condition(own, n, level) for name, own in by_condition.items()}}
+              "conditions": {name: score_condition(own, n) for name, own in by_condition.items()}}
     for name, against in COMPARED:
         if name in by_condition and against in by_condition:
             result[f"{name}_minus_{against}"] = compare_conditions(by_condition[name], by_condition[against],
-                                                                   groups, level)
+                                                                   groups)
     return result
 
 
-def score_condition(rows: list[dict], n: int, level: float) -> dict:
+def score_condition(rows: list[dict], n: int) -> dict:
     """Return the accuracy of one condition; questions that could not be asked count as wrong."""
     correct, asked = sum(row["correct"] for row in rows), [row for row in rows if row["r0"]]
-    entry = {"correct": correct, "accuracy": correct / n, "ci": wilson(correct, n, level),
+    entry = {"correct": correct, "accuracy": correct / n, "ci": wilson(correct, n, LEVEL),
              "parsed": sum(row["pred"] is not None for row in rows) / n,
              "letters": Counter(row["pred"] for row in rows if row["pred"]), "asked": len(asked), "r0": None}
     if asked:
         k = sum(row["r0"]["pred"] == row["gold"] for row in asked)
-        entry["r0"] = {"accuracy": k / len(asked), "ci": wilson(k, len(asked), level),
+        entry["r0"] = {"accuracy": k / len(asked), "ci": wilson(k, len(asked), LEVEL),
                        "letters": Counter(row["r0"]["pred"] for row in asked),
                        "nll": sum(row["r0"]["nll"] for row in asked) / len(asked)}
     return entry
 
 
-def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, str], level: float) -> dict:
+def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, str]) -> dict:
     """Return the paired difference of two conditions: parsed, by R0, and of the R0 log-likelihood of the
     right option (nats)."""
     result = paired_change([r["correct"] for r in rows], [r["correct"] for r in against],
-                           [groups[r["id"]] for r in rows], level)
+                           [groups[r["id"]] for r in rows])
     both = [(x, y) for x, y in zip(rows, against) if x["r0"] and y["r0"]]
     names = [groups[x["id"]] for x, _ in both]
     if len(set(names)) > 1:
         right = [[r["r0"]["pred"] == r["gold"] for r in side] for side in zip(*both)]
-        gain, low, high = robust_mean([y["r0"]["nll"] - x["r0"]["nll"] for x, y in both], names, level)
-        result |= {"r0": paired_change(*right, names, level), "r0_nats": {"delta": gain, "ci": (low, high)}}
+        gain, low, high = robust_mean([y["r0"]["nll"] - x["r0"]["nll"] for x, y in both], names, LEVEL)
+        result |= {"r0": paired_change(*right, names), "r0_nats": {"delta": gain, "ci": (low, high)}}
     return result
 
 
-def paired_change(right: list[bool], right_against: list[bool], names: list[str], level: float) -> dict:
+def paired_change(right: list[bool], right_against: list[bool], names: list[str]) -> dict:
     """Return the difference of two accuracies on the same questions, with its interval and McNemar's p."""
     pairs = list(zip(right, right_against))
     b, c = sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
-    return {"delta": (c - b) / len(right), "ci": paired_interval(right_against, right, names, level), "b": b,
+    return {"delta": (c - b) / len(right), "ci": paired_interval(right_against, right, names, LEVEL), "b": b,
             "c": c, "mcnemar_p": mcnemar_exact(b, c)}

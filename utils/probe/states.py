@@ -223,27 +223,26 @@ def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], images: list
 def collect_states(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual: torch.Tensor, n_steps: int,
                    pad_run: Generation | None) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the states of one run by kind, and the facts of its line."""
-    found = find_steps(qwen, spec, row)
+    imagined = find_steps(qwen, spec, row)
     segments = [segment.size for segment in row.segments if segment.size]
-    if found is None:
+    if imagined is None:
         return {}, {"emitted": False, "segments": segments, "imagination": None}
     # a small image has fewer tokens: none is taken twice, which would look like a constant state
     n = min(n_steps, len(visual))
     places = ((np.arange(n) + 0.5) / n * len(visual)).astype(int)
-    tensors = {"image": visual[places], "text": row.states[found.after[:n_steps]],
-               "start": row.states[[max(found.steps[0] - 1, 0)]]}
+    tensors = {"image": visual[places], "text": row.states[imagined.after[:n_steps]],
+               "start": row.states[[max(imagined.steps[0] - 1, 0)]]}
     if spec is None:
-        tensors["imagined"] = row.states[found.steps[:n_steps]]
+        tensors["imagined"] = row.states[imagined.steps[:n_steps]]
     else:
-        latents = [j for s in row.segments for j in range(s.start, s.start + s.size)]
-        tensors |= {"latent": row.states[latents], "fed": row.fed}
+        tensors |= {"latent": row.states[latent_steps(row)], "fed": row.fed}
         if row.slots:
             tensors["inner"] = torch.stack(row.slots)
         if pad_run is not None:
             first = next(s for s in pad_run.segments if s.size)
             tensors["dummy_pad"] = pad_run.states[first.start:first.start + first.size]
     tensors = {kind: x for kind, x in tensors.items() if len(x)}
-    return tensors, {"emitted": True, "segments": segments, "imagination": found.text}
+    return tensors, {"emitted": True, "segments": segments, "imagination": imagined.text}
 
 
 def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]) -> list[Generation | None]:
@@ -256,6 +255,11 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]
     feed_pad = Intervention(feed=lambda z, segment, step: pad)
     again, _ = decode(qwen, begun, max(ends), spec, [feed_pad] * len(rows), capture=True)
     return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
+
+
+def latent_steps(row: Generation) -> list[int]:
+    """Return the steps of all latents of a reply."""
+    return [step for segment in row.segments for step in range(segment.start, segment.start + segment.size)]
 
 
 class Imagined(NamedTuple):
@@ -273,7 +277,7 @@ def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> Imagined
         first = next((s for s in row.segments if s.size), None)  # an end right after the start: no latents
         if first is None:
             return None
-        latents = {j for s in row.segments for j in range(s.start, s.start + s.size)}
+        latents = set(latent_steps(row))
         last = first.start + first.size
         after = [j for j in range(last + spec.force_end, end_of_text) if j not in latents]
         return Imagined(list(range(first.start, last)), after, None)
