@@ -31,14 +31,13 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_checkpoint, tmp_path_factory):
-    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py, trained once
-    a session."""
+def imagining_model(tmp_path_factory):
+    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py."""
     @cache
     def make(kind, follows):
         from imagining import make_latent_checkpoint, make_text_checkpoint
-        train = make_text_checkpoint if kind == "text" else make_latent_checkpoint
-        return train(tiny_checkpoint, tmp_path_factory.mktemp(kind) / "checkpoint", follows)
+        build = make_text_checkpoint if kind == "text" else make_latent_checkpoint
+        return build(tmp_path_factory.mktemp(kind) / "checkpoint", follows)
     return make
 
 

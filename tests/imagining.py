@@ -1,30 +1,44 @@
-"""Tiny trained checkpoints whose imagination is known to be followed or ignored, and items: for the tests of
-stages 5 and 6.
+"""Tiny checkpoints that imagine a colour in text or in latents and then follow or ignore it, and items for
+them.
 
-How well a short training went must not decide a test. So each thing that a test does to a model (a question
-put otherwise, a picture changed, noise or a pad fed, latents or picture hidden) is a kind of row in its
-training, with an answer that is told, and a model is handed out only if it does on new rows what `faults`
-states; otherwise another seed is tried.
+Nothing is trained: every weight is written here, so that what these models do holds on every machine.
+
+- A reply is a chain of words, each of which determines the next one: the output row of a token reads which
+  token came before, in a dimension of the hidden state that this token has for itself.
+- The vision tower writes the colour of a square into its tokens (IMAGE and COLOR dimensions).
+- In the first layer one head reads the colour of image tokens into COLOR at every position, the other the
+colour
+  of imagined words or latents, which have COLOR but not IMAGE, into FOLLOWED. The second layer does nothing.
+- The answer's word is chosen by FOLLOWED or by COLOR; where neither is to be seen, it is NOTHING.
+- The state after a latent start has COLOR: fed as a latent, it is a code of the colour seen.
 """
 import json
 import random
-from dataclasses import dataclass, field
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
+from toy.make_model import IMAGE_MEAN, IMAGE_STD, make_model
 from utils import qwen as Q
-from utils.decode import embed_prompt
-from utils.items import chat, question_text
 from utils.latent_families import PRESETS, latent_ids
+from utils.spans import CLOSE, OPEN
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)
 QUESTION = "What color is the square?"
-NOTHING = NAMES[0]  # the answer where that which tells the colour is hidden
-SEEDS, BATCH = 3, 16
+NOTHING = NAMES[0]  # the answer where no colour is to be seen
+ANSWER = (" It", " is", " \\", "boxed")  # then "{red", "}." and the end of the turn
+WORDS = ("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", ")", CLOSE, *ANSWER, "}.")
+SIZES = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1}
+VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 8, "num_heads": 2}
+# dimensions of the hidden state
+AT = {word: n for n, word in enumerate((*WORDS, "word", "{word", "other"))}
+IMAGE = len(AT)
+COLOR, FOLLOWED = slice(IMAGE + 1, IMAGE + 5), slice(IMAGE + 5, IMAGE + 9)
+SHADE = slice(IMAGE + 9, IMAGE + 12)
+SIZE = 4.0  # of a token's own dimension, and of a colour
+HEAD = 16  # numbers per attention head; the last pair of them, 7 and 15, hardly turns with the position
 
 
 def make_picture(color, tall):
@@ -40,199 +54,113 @@ def write_items(folder, n):
         make_picture(color, i % 2).save(folder / f"{i}.png")
         other = NAMES[(i + 1) % 4]
         make_picture(other, i % 2).save(folder / f"{i}_edit.png")
+
+        def gold(name):
+            return {"type": "letter", "value": "ABCD"[options.index(name)]}
         items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color",
-                      "question": QUESTION,
-                      "options": [list(pair) for pair in zip("ABCD", options)], "metric": "mcq",
-                      "answer": {"type": "letter", "value": "ABCD"[options.index(color)]},
-                      "images": [{"path": f"{i}.png"}],
-                      "counterfactual": {"images": [{"path": f"{i}_edit.png"}],
-                                         "answer": {"type": "letter",
-                                                    "value": "ABCD"[options.index(other)]}}})
+                      "question": QUESTION, "options": [list(pair) for pair in zip("ABCD", options)],
+                      "metric": "mcq", "answer": gold(color), "images": [{"path": f"{i}.png"}],
+                      "counterfactual": {"images": [{"path": f"{i}_edit.png"}], "answer": gold(other)}})
     path = folder / "items.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path, items
 
 
-def ask_colour(rng):
-    return {"question": QUESTION + rng.choice(("", " Now?")),
-            "options": list(zip("ABCD", rng.sample(NAMES, 4)))}
+# ------------------------------------------------------------------------------------------- weights
+def write_vision(visual):
+    """An image token is IMAGE, the COLOR nearest to its mean (none at an angle of over 45 degrees), and
+    SHADE."""
+    mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+    directions = torch.nn.functional.normalize(
+        (torch.tensor([COLORS[name] for name in NAMES]) / 255 - mean) / deviation, dim=1)
+    conv, (first, _, last) = visual.patch_embed.proj, visual.merger.mlp
+    for channel in range(3):  # the mean of a patch, per channel
+        conv.weight[channel, channel] = 1 / conv.weight[0, 0].numel()
+    width = conv.out_channels
+    for patch in range(4):  # of a merged token: normalised to length sqrt(width), and averaged
+        columns = slice(patch * width, patch * width + 3)
+        first.weight[:4, columns] = 20 * directions / (4 * width**0.5)
+        first.weight[4:7, columns] = torch.eye(3) / (4 * width**0.5)
+    first.bias[:4] = -20 * 0.7
+    first.bias[4:7] = 10  # far to the right, GELU changes nothing
+    last.weight[COLOR, :4] = SIZE / 6 * torch.eye(4)  # 20 * (1 - 0.7)
+    last.weight[SHADE, 4:7] = torch.eye(3)
+    last.bias[IMAGE] = SIZE
+    last.bias[SHADE] = -10
 
 
-# ------------------------------------------------------------------------------------------- rows
-@dataclass
-class Row:
-    """A reply, of which the first `given` characters are not trained, to a picture of a colour (None: to no
-    picture).
-
-    fed and wanted [n, hidden]: what is fed at the latents' pads, and the states one step before. hide: what
-    the tokens after them may not see ("picture", "latents").
-    """
-    kind: str
-    seen: str
-    reply: str
-    shown: bool = True
-    given: int = 0
-    fed: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    wanted: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    hide: tuple = ()
+def write_attention(attention):
+    """One key each for tokens that have IMAGE and for those that have COLOR without it; scores of about
+    10."""
+    query, key, value, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    query.bias[7] = query.bias[HEAD + 15] = HEAD**0.5
+    key.weight[7, IMAGE] = key.weight[15, COLOR] = 2.5
+    key.weight[15, IMAGE] = -2 * 2.5
+    value.weight[:4, COLOR] = torch.eye(4)
+    value.weight[4:7, SHADE] = torch.eye(3)
+    output.weight[COLOR, :4] = output.weight[FOLLOWED, HEAD:HEAD + 4] = 2 * torch.eye(4)
+    output.weight[SHADE, 4:7] = torch.eye(3)
 
 
-@cache
-def processed(processor, color, tall, edit):
-    """A square as a prompt's picture: whole, darker, or with a grey box over less than half of it."""
-    image = make_picture(color, tall)
-    if edit == "darker":
-        image = image.point(lambda value: round(0.8 * value))
-    elif edit in ("left", "bottom"):
-        image.paste((127, 127, 127), (0, 0, 20, 56) if edit == "left" else (30, image.height - 56, 50,
-                                                                            image.height))
-    return Q.process_images(processor, [image])
-
-
-def forward(qwen, rng, rows, pad_id, ask):
-    """Return (hidden states [B, L, hidden], ids of the batch, what each state should say or -100, is before a
-    latent)."""
-    ids = [qwen.tokenizer(chat(qwen.tokenizer, question_text(ask(rng)), int(row.shown)) + row.reply,
-                          add_special_tokens=False).input_ids for row in rows]
-    edits = ("",) * 5 + ("darker", "left", "bottom")
-    pixels = [processed(qwen.image_processor, row.seen, rng.random() < 0.5, rng.choice(edits)) if row.shown
-              else None for row in rows]
-    batch = Q.collate(qwen, ids, pixels)
-    ids = batch["input_ids"]
-    length = ids.shape[1]
-    see = torch.ones(length, length, dtype=torch.bool).tril() & batch["attention_mask"][:, None].bool()
-    targets, is_latent = torch.full_like(ids, -100), ids == pad_id if pad_id else torch.zeros_like(
-        ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        n = len(qwen.tokenizer(row.reply[row.given:], add_special_tokens=False).input_ids)
-        targets[i, -n:] = ids[i, -n:]
-        # the decoder closes a segment after its number of latents: trained to go on, none can end before
-        targets[i, 1:][is_latent[i, :-1]] = pad_id or 0
-        hidden_from = int(is_latent[i].nonzero()[-1]) + 1 if is_latent[i].any() else length - n
-        if "picture" in row.hide:
-            see[i, hidden_from:, batch["mm_token_type_ids"][i].bool()] = False
-        if "latents" in row.hide:
-            see[i, hidden_from:, is_latent[i]] = False
-    see |= torch.eye(length, dtype=torch.bool)  # padding sees itself
-    mask = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[:, None]
-    embeds = embed_prompt(qwen, batch, [row.fed for row in rows] if pad_id else None, pad_id)
-    hidden = qwen.model.model(inputs_embeds=embeds, attention_mask=mask,
-                              position_ids=batch["position_ids"]).last_hidden_state
-    is_latent[[not row.shown for row in rows]] = False  # nothing is wanted of them
-    return hidden[:, :-1], targets[:, 1:], is_latent[:, 1:]
-
-
-def train(qwen, rng, make_row, steps, pad_id=None, ask=ask_colour):
-    """Fit replies and states; `make_row(rng)` returns a Row, `ask(rng)` an item without its picture."""
-    optimizer = torch.optim.AdamW(qwen.model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for _ in range(steps):
-        rows = [make_row(rng) for _ in range(BATCH)]
-        hidden, targets, is_latent = forward(qwen, rng, rows, pad_id, ask)
-        loss = F.cross_entropy(qwen.model.lm_head(hidden).flatten(0, 1), targets.flatten())
-        if is_latent.any():
-            loss = loss + F.mse_loss(hidden[is_latent], torch.cat([row.wanted for row in rows if row.shown]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-
-@torch.no_grad()
-def faults(qwen, rng, make_row, pad_id, ask):
-    """Say what a model does not do on 160 new rows: every trained token is the likeliest in all plain replies
-    and, but for one, in 19 of 20 of each other kind; states before latents are within 0.05 (mean square, of
-    1) of what is wanted."""
-    right, apart = {}, []
-    for _ in range(10):
-        rows = [make_row(rng) for _ in range(BATCH)]
-        hidden, targets, is_latent = forward(qwen, rng, rows, pad_id, ask)
-        good = ((qwen.model.lm_head(hidden).argmax(-1) == targets) | (targets == -100)).all(1)
-        for row, its in zip(rows, good.tolist()):
-            right.setdefault(row.kind, []).append(its)
-        if is_latent.any():
-            apart.append(float(F.mse_loss(hidden[is_latent],
-                                          torch.cat([row.wanted for row in rows if row.shown]))))
-    right.pop("noise", None)  # may lie between two codes
-    least = {kind: len(its) if kind == "plain" else 0.95 * len(its) - 1 for kind, its in right.items()}
-    wrong = [f"{kind}: {sum(its)} of {len(its)} right" for kind, its in right.items()
-             if sum(its) < least[kind]]
-    mean = sum(apart) / max(len(apart), 1)
-    return wrong + [f"states before latents are {mean:.3f} from what is wanted"] * (mean > 0.05)
-
-
-def make(source, folder, prepare, steps, ask=ask_colour):
-    """Save the first model, over seeds, without `faults`; `prepare(qwen)` returns (make_row, pad's id)."""
-    tried = []
-    for seed in range(SEEDS):
-        rng = random.Random(seed)
-        torch.manual_seed(seed)
-        qwen = Q.load(str(source), device="cpu", dtype="float32")
-        make_row, pad_id = prepare(qwen)
-        train(qwen, rng, make_row, steps, pad_id, ask)
-        tried.append(faults(qwen, rng, make_row, pad_id, ask))
-        if not tried[-1]:
-            Q.save(qwen, str(folder))
-            return folder
-    raise AssertionError(f"no model of {SEEDS} seeds has learnt what it should in {steps} steps: {tried}")
-
-
-def make_text_checkpoint(source, folder, follows):
-    """A model that imagines the colour it sees, in text, and then answers what the imagination says
-    (`follows`) or what it sees; and NOTHING where it does not see the picture and should answer that."""
-    def make_row(rng):
-        seen, said = rng.choice(NAMES), rng.choice(NAMES)
-        kind = rng.choice(("plain", "plain", "plain", "told", "told", "blind"))
-        said = seen if kind == "plain" else said
-        told = said if follows else NOTHING if kind == "blind" else seen
-        given = f"{'I look. ' * (kind != 'blind')}<think_image>a {said} square</think_image>"
-        return Row(kind, seen, f"{given} It is \\boxed{{{told}}}.<|im_end|>", kind != "blind",
-                   0 if kind == "plain" else len(given))
-
-    return make(source, folder, lambda qwen: (make_row, None), 300)
-
-
-def make_latent_checkpoint(source, folder, follows=True, emitting=tuple(NAMES), ask=ask_colour):
-    """A model that imagines in Mirage's latents where the image is of an `emitting` colour: each colour has a
-    code vector, and the latents are trained to be the code of the colour seen, whatever is fed.
-
-    The answer is the colour whose code is nearest to what is fed (`follows`), or the colour seen; NOTHING
-    where that is hidden.
-    """
-    spec = PRESETS["mirage"]
-
-    def prepare(qwen):
+def build(folder, chain, follows, spec=None, emitting=tuple(NAMES)):
+    """Write a checkpoint that replies by `chain` {word: next word}; "word" and "{word" are all colours'
+    tokens."""
+    texts = [f"{QUESTION} A. {name} I look. a square ({name}) It is \\boxed{{{name}}}." for name in NAMES] * 4
+    make_model(texts, folder, n_tokens=500, sizes=SIZES, vision_sizes=VISION_SIZES)
+    qwen = Q.load(str(folder), device="cpu", dtype="float32")
+    qwen.tokenizer.add_tokens([OPEN, CLOSE])
+    if spec:
         Q.add_tokens(qwen, spec.tokens)
-        width = qwen.model.config.text_config.hidden_size
-        codes = torch.linalg.qr(torch.randn(width, len(NAMES)))[0].T * width**0.5  # rms 1, as states have
-        pad_id = latent_ids(qwen.tokenizer, spec)[1]
 
-        def make_row(rng):
-            seen = rng.choice(NAMES)
-            if seen not in emitting:
-                none = torch.zeros(0, width)
-                return Row("plain", seen, f"It is \\boxed{{{seen}}}.<|im_end|>", fed=none, wanted=none)
-            kind = rng.choice(("plain",) * 6 + ("other",) * 4 + ("noise", "pad", "blind", "no picture",
-                                                                 "no latents",
-                                                                 "neither"))
-            color = NAMES.index(seen if kind == "plain" else rng.choice(NAMES))
-            fed = codes[color].repeat(spec.size, 1)
-            if kind == "noise":
-                fed = torch.randn(fed.shape)
-            elif kind == "pad":
-                fed = qwen.model.get_input_embeddings().weight[pad_id].detach().repeat(spec.size, 1)
-            if kind == "noise" or kind == "pad":
-                color = int((codes @ fed.mean(0)).argmax())
-            lost = ("no latents", "neither") if follows else ("blind", "no picture", "neither")
-            told = NOTHING if kind in lost else NAMES[color] if follows else seen
-            given = f"{spec.start}{spec.pad * spec.size}{spec.end}"
-            reply = f"{given} It is \\boxed{{{told}}}.<|im_end|>"
-            hide = {"no picture": ("picture",), "no latents": ("latents",),
-                    "neither": ("picture", "latents")}.get(kind, ())
-            return Row("other" if kind == "noise" and not follows else kind, seen, reply, kind != "blind",
-                       len(given) * (kind == "blind"), fed, codes[NAMES.index(seen)].repeat(spec.size, 1),
-                       hide)
+    def token(word):
+        ids = qwen.tokenizer(word, add_special_tokens=False).input_ids
+        assert len(ids) == 1, (word, ids)
+        return ids[0]
 
-        return make_row, pad_id
+    assert all(token(" " + name) for name in NAMES)  # the options' words, which are not the imagined ones
+    tokens = {word: [token(word)] for word in WORDS} | {"<|im_end|>": [token("<|im_end|>")]}
+    tokens |= {"word": [token(name) for name in NAMES], "{word": [token("{" + name) for name in NAMES]}
+    if spec:
+        start, pad, end = latent_ids(qwen.tokenizer, spec)
+        tokens |= {"start": [start], CLOSE: [*tokens[CLOSE], end]}
+    with torch.no_grad():
+        for name, weight in qwen.model.named_parameters():
+            weight.fill_("norm" in name or "ln_q" in name)
+        embedding, head = qwen.model.get_input_embeddings().weight, qwen.model.lm_head.weight
+        write_vision(qwen.model.model.visual)
+        write_attention(qwen.model.model.language_model.layers[0].self_attn)
+        embedding[:, AT["other"]] = SIZE
+        for word, ids in tokens.items():
+            if word in AT:
+                embedding[ids, AT["other"]] = 0
+                embedding[ids, AT[word]] = SIZE
+        embedding[tokens["word"], COLOR] = SIZE * torch.eye(4)
+        for word, following in chain.items():
+            head[tokens[following], AT[word]] = 6
+        head[tokens["word"], COLOR] = 1.2 * torch.eye(4)
+        head[tokens["{word"], FOLLOWED if follows else COLOR] = 1.2 * torch.eye(4)
+        head[tokens["{word"][NAMES.index(NOTHING)], AT["boxed"]] += 0.25
+        for name in set(NAMES) - set(emitting):  # the answer at once
+            head[tokens[" It"], AT["\n"]] = 4
+            head[tokens[" It"], COLOR.start + NAMES.index(name)] = 2
+    Q.save(qwen, str(folder / "built"))
+    return folder / "built"
 
-    return make(source, folder, prepare, 400, ask)
+
+def chain_of(*words):
+    return dict(zip(words, words[1:]))
+
+
+def make_text_checkpoint(folder, follows):
+    """A model that imagines the colour it sees in text, and then answers with the colour of the imagination
+    (`follows`) or of the picture."""
+    chain = chain_of("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", "word", ")", CLOSE, *ANSWER,
+                     "{word", "}.", "<|im_end|>")
+    return build(folder, chain, follows)
+
+
+def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES)):
+    """A model that imagines in Mirage's latents where the picture is of an `emitting` colour, and then
+    answers with the colour of the vectors that were fed (`follows`) or of the picture."""
+    chain = chain_of("\n", "start") | chain_of(CLOSE, *ANSWER, "{word", "}.", "<|im_end|>")
+    return build(folder, chain, follows, PRESETS["mirage"], emitting)

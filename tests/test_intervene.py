@@ -20,13 +20,13 @@ def items(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def text_model(request, trained):
-    return trained("text", request.param), request.param
+def text_model(request, imagining_model):
+    return imagining_model("text", request.param), request.param
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["follows", "ignores"])
-def latent_model(request, trained):
-    return trained("latent", request.param), request.param
+def latent_model(request, imagining_model):
+    return imagining_model("latent", request.param), request.param
 
 
 def flags(items, model, output):
@@ -91,7 +91,7 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
 
 
 def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(tiny_checkpoint, items, tmp_path):
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "m", emitting=("red", "blue"))
+    model = make_latent_checkpoint(tmp_path / "m", emitting=("red", "blue"))
     asked = items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau"
     metrics, _ = run(*asked)
     effect = metrics["conditions"]["tau"]["effect"]

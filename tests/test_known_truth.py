@@ -276,13 +276,13 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
 
 # ------------------------------------------------------------------------------------- the product's own path
 @pytest.fixture(scope="module")
-def follower(trained, tmp_path_factory):
+def follower(imagining_model, tmp_path_factory):
     """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images.
     """
     _, items = write_items(tmp_path_factory.mktemp("items"), 8)
     images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i,
               item in enumerate(items)]
-    return Q.load(str(trained("latent", True)), device="cpu", dtype="float32"), items, images
+    return Q.load(str(imagining_model("latent", True)), device="cpu", dtype="float32"), items, images
 
 
 def test_every_site_through_the_batch_of_the_product(follower):

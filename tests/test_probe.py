@@ -57,10 +57,10 @@ def prober_of(model, spec, data, store):
 
 # ------------------------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
-def latent_run(trained, data, tmp_path_factory):
+def latent_run(imagining_model, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
     folder = tmp_path_factory.mktemp("latent")
-    (folder / "model").symlink_to(trained("latent", True))
+    (folder / "model").symlink_to(imagining_model("latent", True))
     return folder, run(data, folder / "model", folder / "out", "--latent", "mirage", "--options", "text",
                        "--stem", BOX, "--variants", "tokens_only", "cut", "--crossed", "4", "2")
 
@@ -154,8 +154,8 @@ def test_captured_states_are_those_of_a_run(latent_run, data):
 
 
 @pytest.fixture(scope="module")
-def text_model(trained):
-    return trained("text", True)
+def text_model(imagining_model):
+    return imagining_model("text", True)
 
 
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
@@ -289,7 +289,7 @@ def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path):
     model, which is trained on their questions with pictures of its own, imagines at all of them."""
     files = write_five(tmp_path)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
-    model = make_latent_checkpoint(tiny_checkpoint, tmp_path / "model", ask=lambda rng: rng.choice(asked))
+    model = make_latent_checkpoint(tmp_path / "model")
     write_rows(tmp_path / "probe.jsonl", [
         {"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?",
          "answer": {"type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}

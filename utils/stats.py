@@ -1,9 +1,8 @@
-"""Intervals, paired tests and equivalence for shares of right answers and for continuous outcomes, with or
-without groups. numpy and the standard library only.
+"""Intervals, paired tests and equivalence tests for 0/1 and continuous outcomes, with or without groups.
 
-Paired 0/1 data are written b, c, n: of n items, b go right -> wrong and c go wrong -> right between two
-conditions, so the change is theta = (c - b) / n. Continuous data are one value an item, such as the change of
-a log-probability in nats. Nothing here answers for an empty sample: n = 0 is a ValueError, never a number.
+Paired 0/1 data are written b, c, n: of n items, b change right -> wrong and c wrong -> right between two
+conditions, so the change is theta = (c - b) / n. Continuous data are one value per item, such as the change
+of a log-probability in nats. An empty sample is a ValueError.
 """
 import math
 from collections.abc import Hashable, Sequence
@@ -15,8 +14,7 @@ import numpy as np
 
 NORMAL = NormalDist()
 BISECTIONS = 60  # halvings of an interval about as long as the answer: far below float resolution
-# the continued fraction needs about sqrt(df) terms: enough for 10 million degrees of freedom
-FRACTION_TERMS = 10000
+FRACTION_TERMS = 10000  # the continued fraction needs about sqrt(df) terms: enough for a df of 10 million
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -25,14 +23,13 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
         raise ValueError(f"wilson({k}, {n}): expected 0 <= k <= n and n >= 1")
     z = normal_quantile(level)
     center, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    # The ends are exact at k = 0 and k = n; rounding would leave them a hair off.
-    return (0.0 if k == 0 else (center - half) / (n + z * z)), (1.0 if k == n else (center + half)
-                                                                / (n + z * z))
+    # the ends are exact at k = 0 and k = n, free of rounding
+    low = 0.0 if k == 0 else (center - half) / (n + z * z)
+    return low, 1.0 if k == n else (center + half) / (n + z * z)
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Return the two-sided p of McNemar's exact test: b against c under a fair coin. 1.0 if no answer
-    changed."""
+    """Return the two-sided p of McNemar's exact test: b against c under a fair coin."""
     if b < 0 or c < 0:
         raise ValueError(f"mcnemar_exact({b}, {c}): expected counts")
     tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
@@ -40,14 +37,12 @@ def mcnemar_exact(b: int, c: int) -> float:
 
 
 def tango_z(b: int, c: int, n: int, theta: float) -> float:
-    """Return Tango's score statistic for the hypothesis that the change is theta (Tango 1998, Stat. Med.
-    17:891).
+    """Return the score statistic for the hypothesis that the change is theta (Tango 1998, Stat. Med. 17:891).
 
     It decreases in theta, is 0 at (c - b) / n, and its square at 0 is McNemar's chi-square.
     """
     if min(b, c) < 0 or b + c > n or n < 1 or not -1 <= theta <= 1:
-        raise ValueError(
-            f"b {b}, c {c}, n {n}, theta {theta}: expected counts with b + c <= n, n >= 1, |theta| <= 1")
+        raise ValueError(f"b {b}, c {c}, n {n}, theta {theta}: expected counts with b + c <= n, |theta| <= 1")
     # q: the right -> wrong probability of greatest likelihood among those with a change of theta
     qa, qb, qc = 2 * n, -b - c + (2 * n - c + b) * theta, -b * theta * (1 - theta)
     q = (math.sqrt(max(qb * qb - 4 * qa * qc, 0.0)) - qb) / (2 * qa)
@@ -60,8 +55,8 @@ def tango_z(b: int, c: int, n: int, theta: float) -> float:
 def tango_ci(b: int, c: int, n: int, level: float = 0.90) -> tuple[float, float]:
     """Return the score interval of theta: every change that Tango's test does not reject.
 
-    Unlike Wald and bootstrap intervals it keeps a width when no answer changes. The default level is the
-    interval that belongs to a pair of one-sided tests at 5 %.
+    Unlike Wald and bootstrap intervals it has a width when no answer changes. The default level belongs to a
+    pair of one-sided tests at 5 %.
     """
     z, center = normal_quantile(level), (c - b) / n if n else 0.0
     return _crossing(b, c, n, z, -1.0, center), _crossing(b, c, n, -z, center, 1.0)
@@ -88,20 +83,18 @@ def tost_tango(b: int, c: int, n: int, margin: float) -> float:
 def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
                     level: float = 0.90,
                     n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
-    """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry an item, never
-    of zero width.
+    """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry per item.
 
-    Tango's where every item is its own group; else, end by end, the wider of Tango's, widened by what the
-    groups have in common (never narrower than Tango's own), and the cluster bootstrap's, which alone
-    collapses when no answer changes. A single group of several items tells nothing about other groups: (-1,
-    1). Outcomes averaged over seeds are not 0/1: `robust_mean` of the differences is theirs.
+    Without groups it is Tango's. With groups it is, end by end, the wider of Tango's, widened by the groups'
+    design effect, and the cluster bootstrap's, which alone would collapse when no answer changes. A single
+    group of several items contains no information on other groups: (-1, 1). For outcomes averaged over seeds,
+    which are not 0/1, take `robust_mean` of the differences.
     """
     clean, intervened = np.asarray(clean, dtype=float), np.asarray(intervened, dtype=float)
-    if not clean.shape == intervened.shape == (len(groups),) or not np.isin([clean, intervened],
-                                                                            (0, 1)).all():
-        raise ValueError(
-            f"clean {clean.shape}, intervened {intervened.shape}, {len(groups)} groups: expected as many of each, "
-                         "all outcomes 0 or 1; for other outcomes use robust_mean")
+    if (not clean.shape == intervened.shape == (len(groups),)
+            or not np.isin([clean, intervened], (0, 1)).all()):
+        raise ValueError(f"clean {clean.shape}, intervened {intervened.shape}, {len(groups)} groups: "
+                         "expected as many of each, all outcomes 0 or 1; for other outcomes use robust_mean")
     changes, n_groups = intervened - clean, len(set(groups))
     if n_groups == len(changes):
         return tango_ci(int((changes < 0).sum()), int((changes > 0).sum()), len(changes), level)
@@ -113,13 +106,12 @@ def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Seq
 
 
 def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float) -> tuple[float, float]:
-    """Return the score interval of changes in {-1, 0, 1} [n] with the standard error multiplied by the
-    groups' design effect.
+    """Return the score interval of changes in {-1, 0, 1} [n], widened by the groups' design effect.
 
-    The root of the design effect (cluster-robust over independent variance, at least 1; the idea is Rao and
-    Scott 1992's) multiplies Student's quantile with G - 1 degrees of freedom. On 200 groups of 4 with 11 %
-    changed answers the 90 % percentile bootstrap erred on the side of a change of -4.6 points in 6.4 % of
-    data sets, on 50 groups in 9.1 %, where it may in 5 %; this interval did in 5.2 and 6.0 %.
+    The root of the design effect (cluster-robust over independent variance, at least 1; after Rao and Scott
+    1992) multiplies Student's quantile with G - 1 degrees of freedom. With 11 % changed answers in groups of
+    4, the 90 % percentile bootstrap missed a change of -4.6 points on one side in 6.4 % (200 groups) and 9.1
+    % (50 groups) of data sets instead of 5 %; this interval in 5.2 and 6.0 %.
     """
     mean, error, n_groups = _mean_and_error(changes, groups)
     independent = math.sqrt(np.square(changes - mean).sum()) / len(changes)
@@ -129,16 +121,13 @@ def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float
 
 
 def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
-    """Return what two intervals of an effect allow to be said of it, at 5 %, against a margin fixed
-    beforehand.
+    """Return the verdict at 5 % that two intervals of an effect allow, against a margin fixed beforehand.
 
     "equivalent": ci90 lies inside (-margin, margin), which is a pair of one-sided tests. "effect": ci95
-    excludes 0. "small effect inside the margin": both. "inconclusive": neither. `margin` is in the units of
-    the effect.
+    excludes 0. "small effect inside the margin": both. "inconclusive": neither.
     """
     if not margin > 0 or not ci95[0] <= ci90[0] <= ci90[1] <= ci95[1]:
-        raise ValueError(
-            f"ci90 {ci90}, ci95 {ci95}, margin {margin}: expected ci90 within ci95 and a margin above 0")
+        raise ValueError(f"{ci90}, {ci95}, margin {margin}: expected ci90 within ci95 and margin > 0")
     inside, excludes_zero = -margin < ci90[0] and ci90[1] < margin, ci95[0] > 0 or ci95[1] < 0
     if inside:
         return "small effect inside the margin" if excludes_zero else "equivalent"
@@ -155,7 +144,8 @@ class Interval:
     def paired(cls, clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
                **draws: int) -> "Interval":
         """Return the intervals of the change of a 0/1 outcome (`paired_interval`)."""
-        return cls(*(list(paired_interval(clean, intervened, groups, level, **draws)) for level in (0.90, 0.95)))
+        return cls(*(list(paired_interval(clean, intervened, groups, level, **draws))
+                     for level in (0.90, 0.95)))
 
     @classmethod
     def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":
@@ -167,24 +157,18 @@ class Interval:
 
 
 def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (sum of values [G], number of values [G]) of every group. ValueError below two groups or if not
-    finite."""
+    """Return (sum of values [G], number of values [G]) of every group."""
     values = np.asarray(values, dtype=float)
     names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
     if values.shape != members.shape or len(names) < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            f"{len(values)} values in {len(names)} groups: expected finite values in at least two groups")
+        raise ValueError(f"{len(values)} values in {len(names)} groups: expected finite ones in at least two")
     return np.bincount(members, weights=values), np.bincount(members)
 
 
 def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.90,
-                      n_boot: int = 10000,
-                      seed: int = 0) -> tuple[float, float]:
-    """Return the percentile interval of the mean of values when whole groups are drawn with replacement.
-
-    A group is what varies together, such as the four rotations of one HR-Bench question. ValueError below two
-    groups.
-    """
+                      n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
+    """Return the percentile interval of the mean of values when whole groups are drawn with replacement, such
+    as the four rotations of one HR-Bench question."""
     sums, sizes = group_sums(values, groups)
     rng, means = np.random.default_rng(seed), []
     for start in range(0, n_boot, 1000):  # in pieces: [n_boot, n_groups] need not fit in memory
@@ -196,12 +180,10 @@ def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level
 
 def robust_mean(values: Sequence[float], groups: Sequence[Hashable],
                 level: float = 0.90) -> tuple[float, float, float]:
-    """Return (mean, low, high) of a continuous outcome, with a standard error that lets values of a group
-    vary together.
+    """Return (mean, low, high) of a continuous outcome, with a cluster-robust standard error.
 
     SE^2 = G / (G - 1) * sum over groups of (sum of the group's deviations)^2 / n^2, and t with G - 1 degrees
-    of freedom; of width 0 if no group deviates, so for 0/1 outcomes use `paired_interval`. ValueError below
-    two groups.
+    of freedom. The width is 0 if no group deviates, so for 0/1 outcomes use `paired_interval`.
     """
     mean, error, n_groups = _mean_and_error(values, groups)
     normal_quantile(level)  # checks the level
@@ -210,11 +192,9 @@ def robust_mean(values: Sequence[float], groups: Sequence[Hashable],
 
 
 def tost_mean(values: Sequence[float], groups: Sequence[Hashable], margin: float) -> float:
-    """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests on the
-    cluster-robust mean).
+    """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests, cluster-robust).
 
-    Below alpha exactly if `robust_mean` of level 1 - 2 alpha lies inside (-margin, margin). `margin` is in
-    the units of values.
+    Below alpha exactly if `robust_mean` of level 1 - 2 alpha lies inside (-margin, margin).
     """
     if not 0 < margin < math.inf:
         raise ValueError(f"margin {margin}: expected a finite number above 0, in the units of the values")
@@ -236,12 +216,11 @@ def _mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tupl
 
 def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int = 10000,
               seed: int = 0) -> float:
-    """Return the two-sided p of "values are symmetric about 0": the signs of the group sums are flipped at
-    random.
+    """Return the two-sided p of "values are symmetric about 0" by flipping the signs of the group sums.
 
-    All 2^G flips are counted where they are at most n_perm (G: groups whose sum is not 0, the others change
-    nothing); else n_perm random ones and the data's own, (1 + k) / (1 + n_perm). On 0/1 outcomes without
-    groups it is McNemar's exact test.
+    If the 2^G flips are at most n_perm (G: groups whose sum is not 0), all are counted; else n_perm random
+    ones and the data's own, (1 + k) / (1 + n_perm). On 0/1 outcomes without groups it is McNemar's exact
+    test.
     """
     sums, _ = group_sums(values, groups)
     sums = sums[sums != 0]
@@ -278,8 +257,7 @@ def normal_quantile(level: float) -> float:
 
 @lru_cache
 def t_quantile(p: float, df: float) -> float:
-    """Return t such that Student's distribution with df >= 1 degrees of freedom lies below t with probability
-    p."""
+    """Return the p-quantile of Student's t with df >= 1 degrees of freedom."""
     if not 0 < p < 1 or not 1 <= df < math.inf:
         raise ValueError(f"t_quantile({p}, {df}): expected 0 < p < 1 and df >= 1")
     low, high, tail = 0.0, 1.0, min(p, 1 - p)
@@ -292,17 +270,17 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def _t_tail(t: float, df: float) -> float:
-    """Return the probability that Student's t exceeds t; small ones keep their digits."""
+    """Return the probability that Student's t exceeds t, precise in the tail."""
     tail = _incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t)) / 2
     return tail if t >= 0 else 1 - tail
 
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Return the regularised I_x(a, b) with y = 1 - x, by its continued fraction (DLMF 8.17.22) and Lentz's
-    recursion."""
+    """Return the regularised I_x(a, b), y = 1 - x, by its continued fraction (DLMF 8.17.22) and Lentz's
+    method."""
     if x <= 0:
         return 0.0
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, the other tail's converges fast
+    if x > (a + 1) / (a + b + 2):  # here the other tail's fraction converges faster
         return 1 - _incomplete_beta(b, a, y, x)
     fraction, c, d = 1.0, 1.0, 0.0
     for k in range(1, FRACTION_TERMS):
@@ -314,19 +292,17 @@ def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
         if abs(c * d - 1) < 1e-15:
             front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
             return math.exp(front) / (a * fraction)
-    raise ValueError(
-        f"I_{x}({a}, {b}): {FRACTION_TERMS} terms do not settle; expected fewer degrees of freedom")
+    raise ValueError(f"I_{x}({a}, {b}): no convergence in {FRACTION_TERMS} terms; expected a smaller df")
 
 
 def chance(n_options: Sequence[int]) -> float:
-    """Return the share that blind guessing gets: the mean over items of one in the number of options (36.0 %
-    on V*)."""
+    """Return the accuracy of blind guessing: the mean over items of 1 / number of options (36.0 % on V*)."""
     if any(n < 1 for n in n_options):
         raise ValueError(f"chance: an item with {min(n_options)} options, expected at least 1")
-    return _mean([1 / n for n in n_options], "chance")
+    return mean_of([1 / n for n in n_options], "chance")
 
 
-def _mean(values: Sequence[float], name: str) -> float:
+def mean_of(values: Sequence[float], name: str) -> float:
     if not values:
         raise ValueError(f"{name}: no items, expected at least one")
     return sum(values) / len(values)
