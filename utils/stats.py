@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 NORMAL = NormalDist()
-BISECTIONS = 60  # halvings of an interval about as long as the answer: far below float resolution
+BISECTIONS = 60  # of an interval about as long as the answer: far below float resolution
 FRACTION_TERMS = 10000  # the continued fraction needs about sqrt(df) terms: enough for a df of 10 million
 
 
@@ -81,8 +81,7 @@ def tost_tango(b: int, c: int, n: int, margin: float) -> float:
 
 
 def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
-                    level: float = 0.90,
-                    n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
+                    level: float = 0.90, n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
     """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry per item.
 
     Without groups it is Tango's. With groups it is, end by end, the wider of Tango's, widened by the groups'
@@ -136,7 +135,8 @@ def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
 
 @dataclass(frozen=True)
 class Interval:
-    """The 90 % and the 95 % interval of one effect, the two that `verdict` takes."""
+    """The 90 % and the 95 % interval of one effect, which `verdict` takes."""
+
     ci90: list[float]
     ci95: list[float]
 
@@ -219,8 +219,7 @@ def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int =
     """Return the two-sided p of "values are symmetric about 0" by flipping the signs of the group sums.
 
     If the 2^G flips are at most n_perm (G: groups whose sum is not 0), all are counted; else n_perm random
-    ones and the data's own, (1 + k) / (1 + n_perm). On 0/1 outcomes without groups it is McNemar's exact
-    test.
+    ones and the data's own, (1 + k) / (1 + n_perm). On ungrouped 0/1 outcomes it is McNemar's exact test.
     """
     sums, _ = group_sums(values, groups)
     sums = sums[sums != 0]
@@ -276,8 +275,7 @@ def _t_tail(t: float, df: float) -> float:
 
 
 def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Return the regularised I_x(a, b), y = 1 - x, by its continued fraction (DLMF 8.17.22) and Lentz's
-    method."""
+    """Return the regularised I_x(a, b), y = 1 - x, by the continued fraction of DLMF 8.17.22 (Lentz)."""
     if x <= 0:
         return 0.0
     if x > (a + 1) / (a + b + 2):  # here the other tail's fraction converges faster
@@ -297,12 +295,6 @@ def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
 
 def chance(n_options: Sequence[int]) -> float:
     """Return the accuracy of blind guessing: the mean over items of 1 / number of options (36.0 % on V*)."""
-    if any(n < 1 for n in n_options):
-        raise ValueError(f"chance: an item with {min(n_options)} options, expected at least 1")
-    return mean_of([1 / n for n in n_options], "chance")
-
-
-def mean_of(values: Sequence[float], name: str) -> float:
-    if not values:
-        raise ValueError(f"{name}: no items, expected at least one")
-    return sum(values) / len(values)
+    if min(n_options, default=0) < 1:
+        raise ValueError(f"chance of items with {list(n_options)[:9]} options: expected at least one each")
+    return sum(1 / n for n in n_options) / len(n_options)
