@@ -1,8 +1,4 @@
-"""Models whose truth is known by their masks: identities, the mutations that break them, verdicts.
-
-    pytest tests/test_known_truth.py                the masks and the three quick toys
-    pytest tests/test_known_truth.py -m slow        all six toys
-"""
+"""Models whose truth is known by their masks: identities, the mutations that break them, verdicts."""
 import json
 from dataclasses import replace
 
@@ -77,20 +73,25 @@ def test_steps_over_the_cache_equal_one_pass_with_the_whole_mask(worlds, mask):
         assert torch.allclose(mine.logits, whole(toy, pixels, clean.fed, allowed(mask, cut)), atol=EXACT)
 
 
-@torch.no_grad()
-def whole(toy, pixels, fed, see):
-    model, ids = toy.model, torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pixels))
-    embeds = model.get_input_embeddings()(ids)
-    grid = torch.tensor([[1, GRID, GRID]] * len(pixels))
-    embeds[ids == VOCABULARY["I"]] = torch.cat(list(model.model.get_image_features(
+def embed(toy, pixels, fed):
+    """The embeddings of the whole prompt with these latents, the ids, and the grids of the pictures."""
+    ids = torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pixels))
+    embeds, grid = toy.model.get_input_embeddings()(ids), torch.tensor([[1, GRID, GRID]] * len(pixels))
+    embeds[ids == VOCABULARY["I"]] = torch.cat(list(toy.model.model.get_image_features(
         pixels.flatten(0, 1), grid, return_dict=True).pooler_output))
     embeds[:, LATENTS] = fed
-    types = (ids == VOCABULARY["I"]).int()
-    places = model.model.get_rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0]
+    return embeds, ids, grid
+
+
+@torch.no_grad()
+def whole(toy, pixels, fed, see):
+    embeds, ids, grid = embed(toy, pixels, fed)
+    places = toy.model.model.get_rope_index(ids, mm_token_type_ids=(ids == VOCABULARY["I"]).int(),
+                                            image_grid_thw=grid)[0]
     assert torch.equal(places, positions(len(pixels)))
-    hidden = model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places,
-                         use_cache=False).last_hidden_state
-    return model.lm_head(hidden[:, END])[:, :len(COLORS)]
+    hidden = toy.model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places,
+                             use_cache=False).last_hidden_state
+    return toy.model.lm_head(hidden[:, END])[:, :len(COLORS)]
 
 
 def test_pictures_are_flat_and_laid_out_as_the_image_processor_does(tiny_checkpoint):
@@ -163,21 +164,16 @@ def at_end(toy, pixels, clean, other, donor, shift):
     see = allowed(toy.mask)
 
     def read(pictures, vectors, moved):
-        ids = torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pictures))
-        embeds = toy.model.get_input_embeddings()(ids)
-        embeds[ids == VOCABULARY["I"]] = torch.cat(list(toy.model.model.get_image_features(
-            pictures.flatten(0, 1), torch.tensor([[1, GRID, GRID]] * len(pictures)),
-            return_dict=True).pooler_output))
-        embeds[:, LATENTS] = vectors
+        embeds = embed(toy, pictures, vectors)[0]
         return embeds, toy.model.model(inputs_embeds=embeds[:, :END],
                                        attention_mask=additive(see[:END, :END]),
                                        position_ids=positions(len(pictures), moved)[..., :END],
                                        use_cache=True).past_key_values
 
     embeds, cache = read(pixels, clean.fed, 0)
-    for mine, its in zip(cache.layers, read(other, donor.fed, shift)[1].layers):
-        mine.keys[:, :, LATENTS], mine.values[:, :, LATENTS] = its.keys[:, :, LATENTS], its.values[:, :,
-                                                                                                   LATENTS]
+    for layer, donors in zip(cache.layers, read(other, donor.fed, shift)[1].layers):
+        layer.keys[:, :, LATENTS] = donors.keys[:, :, LATENTS]
+        layer.values[:, :, LATENTS] = donors.values[:, :, LATENTS]
     out = toy.model.model(inputs_embeds=embeds[:, END:], attention_mask=additive(see[END:]),
                           past_key_values=cache,
                           position_ids=positions(len(pixels))[..., END:], use_cache=True)
@@ -277,8 +273,7 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
 # ------------------------------------------------------------------------------------- the product's own path
 @pytest.fixture(scope="module")
 def follower(imagining_model, tmp_path_factory):
-    """A trained checkpoint whose answer is the colour whose code is fed, and eight items with their images.
-    """
+    """A checkpoint whose answer is the colour whose code is fed, and eight items with their images."""
     _, items = write_items(tmp_path_factory.mktemp("items"), 8)
     images = [[make_picture(dict(item["options"])[item["answer"]["value"]], i % 2)] for i,
               item in enumerate(items)]
