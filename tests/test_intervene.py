@@ -90,7 +90,7 @@ def test_latents_move_the_answer_of_the_model_that_uses_them_and_only_of_it(late
         assert (record["rel_change"] > 0) == (record["condition"] not in ("clean", "identity"))
 
 
-def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(tiny_checkpoint, items, tmp_path):
+def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(items, tmp_path):
     model = make_latent_checkpoint(tmp_path / "m", emitting=("red", "blue"))
     asked = items, model, tmp_path / "r.jsonl", "--latent", "mirage", "--conditions", "tau"
     metrics, _ = run(*asked)

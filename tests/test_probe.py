@@ -284,9 +284,9 @@ def write_five(folder):
 
 
 @pytest.mark.slow
-def test_five_benchmarks_are_compared_by_one_command(tiny_checkpoint, tmp_path):
+def test_five_benchmarks_are_compared_by_one_command(tmp_path):
     """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the
-    model, which is trained on their questions with pictures of its own, imagines at all of them."""
+    model imagines whatever it is asked."""
     files = write_five(tmp_path)
     asked = [item for path in files for item in read_rows(path, {"id": str})]
     model = make_latent_checkpoint(tmp_path / "model")
