@@ -60,7 +60,7 @@ from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
                          write_rows)
 from utils.latent_families import PRESETS, LatentSpec, spec_of
-from utils.model_calls import REPLY_FIELDS
+from utils.model_calls import is_reply
 from utils.spans import OPEN
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
     # drop_format_hints: of a flag that is gone, so that the journals of earlier versions stay valid
     settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
     with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
-          Journal(f"{args.output}.run", name="judge", is_valid=REPLY_FIELDS.issubset) as verdicts):
+          Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts):
         for key in list(journal):
             if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
                 journal.forget(key)

@@ -13,7 +13,7 @@ from utils.cli import log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, write_json, write_meta
-from utils.model_calls import REPLY_FIELDS, Call, Caller, IncompleteError
+from utils.model_calls import Call, Caller, IncompleteError, is_reply
 from utils.row_rules import is_inspection
 
 
@@ -153,7 +153,7 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
             gc.disable()
             stack.callback(gc.enable)
         journal = stack.enter_context(Journal(folder, settings | identity, shard=shard,
-                                              is_valid=REPLY_FIELDS.issubset))
+                                              is_valid=is_reply))
         images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_inspection))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)

@@ -21,8 +21,9 @@ from utils.jsonl import call_key
 
 # the model failed; a reply that a stage's own rule rejects is not among them
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
-# of a journal's record, those that are read here
-REPLY_FIELDS = frozenset(("key", "text", "finish_reason", "n_prompt", "n_new", "seconds", "error"))
+# of a journal's record, the fields that are read here and their types
+REPLY_FIELDS = {"key": str, "text": str, "finish_reason": str, "n_prompt": int, "n_new": int,
+                "seconds": (int, float), "error": (str, type(None))}
 # the guard stops a run whose first 20 calls all failed, or 20 % of the last 500
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2
 MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take for more than text
@@ -59,6 +60,12 @@ class Outcome(NamedTuple):
 
 # of a value: (closed reason, the fault in words), or None
 Check = Callable[[Call, dict], tuple[str, str] | None]
+
+
+def is_reply(record: dict) -> bool:
+    """Return whether a record of the journal has the fields of a reply, of their types."""
+    return all(name in record and isinstance(record[name], kind) and not isinstance(record[name], bool)
+               for name, kind in REPLY_FIELDS.items())
 
 
 class IncompleteError(RuntimeError):
