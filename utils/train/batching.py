@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from utils.qwen import Qwen
-from utils.train.examples import Example, Target
-from utils.train.latent_batches import make_batch
+from utils.train.examples import Example, Target, make_batch
 from utils.train.packing import make_pack, plan_packs
 
 # dense bfloat16 operations per second, from NVIDIA's data sheets

@@ -1,4 +1,4 @@
-"""Rows as tokens: the four training targets, and which of their tokens are trained.
+"""Rows as tokens: the four training targets, which of their tokens are trained, and batches with latents.
 
 All four come from the same rows: `text` is the chain, `placeholder` the steps with each image as one bare
 <think_image> (the paper's "without rewriting"), `latent` the steps with each image as start + K latents +
@@ -7,13 +7,15 @@ end, `direct` the boxed answer alone.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
 from utils.items import chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
-from utils.qwen import Qwen
+from utils.patches import process_images
+from utils.qwen import Qwen, collate
 
 PLACEHOLDER = "<think_image>"  # one bare marker per image
 END_OF_TURN = "<|im_end|>"
@@ -151,3 +153,91 @@ def marked(qwen: Qwen, example: Example) -> str:
         text += ">>" if is_trained and not before else "<<" if before and not is_trained else ""
         text, before = text + qwen.tokenizer.decode([token]), is_trained
     return text + ("<<" if before else "")
+
+
+# ---------------------------------------------------------------- batches with latents
+def lay_out(lengths: list[list[int]], n_latents: int,
+            n_blocks: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Place the tokens of every row so that latent segments share columns over the batch.
+
+    Text pieces are padded on the left to the longest of their block. Three rows of text t and latents z, with
+    lengths [[3, 2], [1, 4], [2]], n_latents 2 and n_blocks 2; `.` is padding:
+
+        column   0 1 2  3 4  5 6 7 8
+        row 0    t t t  z z  . . t t
+        row 1    . . t  z z  t t t t
+        row 2    . t t  . .  . . . .
+
+    A block that no row has is one column wide. Returns the column of each token of each row, and the column
+    ranges (first, last + 1) of the text blocks, here [(0, 3), (5, 9)].
+    """
+    blocks, offset = [], 0
+    for block in range(n_blocks):
+        width = max((pieces[block] for pieces in lengths if len(pieces) > block), default=1)
+        blocks.append((offset, offset + width))
+        offset += width + n_latents
+    columns = []
+    for pieces in lengths:
+        places = []
+        for block, length in enumerate(pieces):
+            end = blocks[block][1]
+            places += range(end - length, end)
+            places += range(end, end + n_latents) if block + 1 < len(pieces) else []
+        columns.append(places)
+    return columns, blocks
+
+
+def piece_lengths(ids: list[int], pad_id: int, n_latents: int) -> list[int]:
+    """Return the lengths of the text pieces between runs of `n_latents` latent pads."""
+    lengths, run = [0], 0
+    for token in ids:
+        if token == pad_id:
+            run += 1
+            if run == n_latents:
+                lengths.append(0)
+                run = 0
+        else:
+            lengths[-1] += 1
+    return lengths
+
+
+def make_batch(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0,
+               n_blocks: int | None = None) -> dict:
+    """Collate examples: the tensors of `utils.qwen.collate` in the columns of `lay_out`, and the labels.
+
+    `logit_positions` [n] are flat indices into [B, L]; `labels` [n], `row` [n], `row_ids` and `weight` are as
+    in a pack. `latents` are (row, segment) of every imagined image, whose pixels are `step_pixel_values` and
+    `step_image_grid_thw`. `n_blocks`: text blocks to run if other ranks need more (all must run the same
+    number).
+    """
+    spec = target.spec
+    pixels = [process_images(qwen.image_processor, load_images(e.images, target, qwen.factor))
+              for e in examples]
+    batch = collate(qwen, [e.ids for e in examples], pixels)
+    ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    pieces = [piece_lengths(row, latent_ids(qwen.tokenizer, spec)[1], spec.size) for row in ids]
+    columns, blocks = lay_out(pieces, spec.size, n_blocks or max(map(len, pieces)))
+    shape = len(ids), blocks[-1][1]
+    laid = {"input_ids": torch.full(shape, qwen.tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "position_ids": torch.zeros(3, *shape, dtype=torch.long)}
+    logit_positions, labels, rows = [], [], []
+    for i, (example, row, places) in enumerate(zip(examples, ids, columns)):
+        laid["input_ids"][i, places] = torch.tensor(row)
+        laid["attention_mask"][i, places] = 1
+        laid["position_ids"][:, i, places] = batch["position_ids"][:, i, batch["attention_mask"][i].bool()]
+        first = len(row) - len(example.trained)  # images were expanded, all before the first trained token
+        trained = [first + j for j, is_trained in enumerate(example.trained) if is_trained]
+        logit_positions += [i * shape[1] + places[j - 1] for j in trained]
+        labels += [row[j] for j in trained]
+        rows += [i] * len(trained)
+    imagined = [image for e in examples for image in load_images(e.steps, target, qwen.factor)]
+    steps = process_images(qwen.image_processor, imagined)
+    return {**batch, **laid, "blocks": blocks,
+            "logit_positions": torch.tensor(logit_positions),
+            "labels": torch.tensor(labels),
+            "row": torch.tensor(rows),
+            "row_ids": [e.id for e in examples],
+            "weight": weight,
+            "latents": [(i, s) for i, e in enumerate(examples) for s in range(len(e.steps))],
+            **{f"step_{name}": tensor for name, tensor in (steps or {}).items()}}

@@ -1,4 +1,5 @@
-"""The model in training: objective, trained weights, adapters, sharding over devices (FSDP2), whole weights.
+"""The model in training: objective, latent recurrence, adapters, sharding over devices (FSDP2), whole
+weights.
 
 torch's `fully_shard` in place of accelerate's plugin, which does not run on CPU ranks and whose default
 policy rounds the loss to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root
@@ -20,9 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec
-from utils.qwen import Qwen, add_tokens, load
+from utils.qwen import Qwen, add_tokens, image_features, load, multiplied_patches
 from utils.train.examples import Target
-from utils.train.latent_batches import align, run_latents
 from utils.train.packing import run_packed
 
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
@@ -70,6 +70,57 @@ class Objective(torch.nn.Module):
         return torch.cat([nll for nll, _ in parts]), torch.cat([right for _, right in parts])
 
 
+def run_latents(model: torch.nn.Module, batch: dict,
+                spec: LatentSpec) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """Run text blocks and latent steps in turn, each latent fed the last hidden state before it.
+
+    Returns the states [B, L, hidden] and the K latents [B, hidden] of each segment, with gradients: the
+    vectors that `utils.decode` feeds.
+    """
+    states, latents, past = [], [], None
+
+    def step(start: int, end: int, **inputs) -> torch.Tensor:
+        nonlocal past
+        with multiplied_patches(model):
+            out = model.model(attention_mask=batch["attention_mask"][:, :end],
+                              position_ids=batch["position_ids"][:, :, start:end],
+                              use_cache=True, past_key_values=past, **inputs)
+        past = out.past_key_values
+        states.append(out.last_hidden_state)
+        return out.last_hidden_state[:, -1]
+
+    images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+    for block, (start, end) in enumerate(batch["blocks"]):
+        last = step(start, end, input_ids=batch["input_ids"][:, start:end], **(images if block == 0 else {}))
+        if block + 1 < len(batch["blocks"]):
+            latents.append([])
+            for k in range(spec.size):
+                latents[-1].append(last)
+                last = step(end + k, end + k + 1, inputs_embeds=last[:, None])
+    return torch.cat(states, dim=1), latents
+
+
+def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str) -> torch.Tensor:
+    """Return the sum over segments of the mean distance from K latents to the image's features, pooled to K.
+
+    Pooling is Mirage's: K groups of consecutive merged features, the remainder dropped. `loss` is "cosine"
+    (Mirage) or "mse" (LVR).
+    """
+    with torch.no_grad():
+        features = image_features(qwen, {"pixel_values": batch["step_pixel_values"],
+                                         "image_grid_thw": batch["step_image_grid_thw"]})
+    total = latents[0][0].new_zeros((), dtype=torch.float32)
+    for (row, segment), feature in zip(batch["latents"], features, strict=True):
+        states, size = torch.stack([step[row] for step in latents[segment]]).float(), len(latents[segment])
+        pooled = feature[:len(feature) // size * size].unflatten(0, (size, -1)).mean(1).float()
+        if loss == "cosine":
+            distance = 1 - F.cosine_similarity(states, pooled)
+        else:
+            distance = (states - pooled).square().mean(-1)
+        total = total + distance.mean()
+    return total * batch["weight"]
+
+
 def make_model(device: torch.device, world: int, target: Target,
                args: argparse.Namespace) -> tuple[Qwen, Objective]:
     """Load, freeze, adapt and shard the model; it computes in bfloat16 on GPUs and in float32 on CPUs."""
@@ -115,27 +166,23 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float,
 def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
     """Inside the block, have the backward pass recompute activations: of "layers", "mlps" or "none".
 
-    The MLPs hold most (7 tenths in the 7B model) and, unlike whole layers, use no cache. Checkpoints outside
-    the language model would run a frozen tower twice, and backwards.
+    The MLPs hold most (7 tenths in the 7B model) and, unlike whole layers, use no cache. The last layer is
+    not recomputed as a whole: the backward pass begins with it, so that nothing would be freed for long.
     """
-    def forward(mlp: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return type(mlp).forward(mlp, hidden)
-        return checkpoint(type(mlp).forward, mlp, hidden, use_reentrant=False)
+            return type(module).forward(module, *args, **kwargs)
+        return checkpoint(type(module).forward, module, *args, use_reentrant=False, **kwargs)
 
-    language_model = model.model.language_model
-    mlps = [layer.mlp for layer in language_model.layers] if which == "mlps" else []
-    if which == "layers":
-        language_model.activation_checkpointing_enable()
-    for mlp in mlps:
-        mlp.forward = MethodType(forward, mlp)
+    layers = list(model.model.language_model.layers)
+    modules = {"layers": layers[:-1], "mlps": [layer.mlp for layer in layers], "none": []}[which]
+    for module in modules:
+        module.forward = MethodType(forward, module)
     try:
         yield
     finally:
-        if which == "layers":
-            language_model.activation_checkpointing_disable()
-        for mlp in mlps:
-            del mlp.forward
+        for module in modules:
+            del module.forward
 
 
 # ------------------------------------------------------------------------------------------- sharding

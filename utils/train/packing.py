@@ -149,8 +149,7 @@ def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[N
     """Inside the block, have the last decoder layer compute only `positions` [n] after its attention: [1, n,
     hidden].
 
-    Nothing else of its output is read; in visual CoT these are a seventh of all. This layer is not
-    checkpointed: the backward pass begins with it, so that nothing would be freed for long.
+    Nothing else of its output is read; in visual CoT these are a seventh of all.
     """
     layer = model.model.language_model.layers[-1]
 

@@ -1,6 +1,6 @@
 """Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment.
 
-    python -m pytest tests/train/test_latent_batches.py
+    python -m pytest tests/train/test_latents.py
 """
 import pytest
 import torch
@@ -9,9 +9,8 @@ from training import gradient, load_examples
 from utils import qwen as Q
 from utils.decode import generate
 from utils.latent_families import PRESETS, special_id
-from utils.train.examples import load_images
-from utils.train.latent_batches import align, lay_out, make_batch, piece_lengths, run_latents
-from utils.train.model import Objective, recompute_activations
+from utils.train.examples import lay_out, load_images, make_batch, piece_lengths
+from utils.train.model import Objective, align, recompute_activations, run_latents
 
 pytestmark = pytest.mark.numeric
 
