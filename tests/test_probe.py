@@ -1,5 +1,6 @@
 """Probing, capture and figures on models whose truth is known."""
 import csv
+import json
 
 import benchmark_fixtures as made
 import numpy as np
@@ -306,6 +307,17 @@ def test_five_benchmarks_are_compared_by_one_command(tmp_path):
     pairs = {row["pairs"] for row in rows if row["measure"] == "inter"}
     assert {"within", "between", "difference", "all"} <= pairs
     assert {"decode_task", "sensitivity"} <= {row["measure"] for row in rows}
+
+
+def test_a_dry_run_shows_a_prompt_and_counts_decodings(tiny_checkpoint, data, tmp_path, capsys):
+    flags = ["--items", str(data), "--probe_items", str(data.parent / "probe.jsonl"), "--model",
+             str(tiny_checkpoint), "--output", str(tmp_path / "out"), "--image_root", str(data.parent),
+             "--system", "Be brief.", "--suffix", "Think.", "--dtype", "float32", "--circular", "--dry_run"]
+    assert probe.main(flags) == 0
+    out, err = capsys.readouterr()
+    assert "Be brief." in err and "Think." in err and not (tmp_path / "out").exists()
+    # 8 instances and 8 other sources; 16 questions in 4 rotations and 5 ways
+    assert json.loads(out) == {"instances": 8, "probe_items": 16, "decodings_at_most": 16 + 16 * 4 * 5}
 
 
 def test_an_id_is_in_one_file_only(data):
