@@ -1,34 +1,36 @@
 #!/usr/bin/env bash
-# The reference run: every stage and table of the paper, on one node of 8 GPUs with 80 GB each. Not run anywhere yet: minutes
-# are estimates (8 A800, 40 % of their peak in training, vLLM at 60 requests/s), and so is the disk.
+# The reference run: every stage and table of the paper, on one node of 8 GPUs with 80 GB each. Not run yet:
+# minutes (8 A800, 40 % of their peak in training, vLLM at 60 requests/s) and disk are estimates.
 #
-#     bash reproduce.sh --dry_run [folder]     every command, its flags checked, GPUs, disk, hours; does nothing
-#     bash reproduce.sh [folder]               (default: reproduction) the run; the last line is report.html's path
+#     bash reproduce.sh --dry_run [folder]     checks all flags; prints every command, GPUs, disk, hours
+#     bash reproduce.sh [folder]               (default: reproduction) runs; the last line is the report's path
 #
-# A stage whose output exists is skipped, a killed one goes on where it stopped: give the same command again. Comments behind
-# a stage are how the last line of its stdout (<folder>/logs/NAME.out) begins. The names of models and data on the hub are
-# those of their authors; another copy, or a local folder, is given as MONET=/models/monet bash reproduce.sh.
+# A stage whose output exists is skipped, and a killed stage resumes: run the same command again. A comment
+# after a stage shows how the last line of its stdout (<folder>/logs/NAME.out) begins. Models and data have
+# their authors' names on the hub; set another copy or a local folder by MONET=/models/monet bash reproduce.sh.
 set -euo pipefail
 cd "$(dirname "$0")"
 dry=
 if [ "${1:-}" = --dry_run ]; then dry=1; shift; fi
 work=${1:-reproduction}
-n_gpus=8 gib_needed=750 # models 190, checkpoints of five trainings 90 and of one under way 190, data 120, items 30, journals, spare
+# models 190, checkpoints of five finished trainings 90 and of one running 190, data 120, items 30, journals, spare
+n_gpus=8 gib_needed=750
 BASE=${BASE:-Qwen/Qwen2.5-VL-7B-Instruct}
 CAPTIONER=${CAPTIONER:-Qwen/Qwen3-VL-4B-Instruct}
-EDITOR_LLM=${EDITOR_LLM:-Qwen/Qwen3-32B} # alters imaginations, and says which option an unclear reply means
+EDITOR_LLM=${EDITOR_LLM:-Qwen/Qwen3-32B} # edits imaginations, and maps an unclear reply to an option
 MONET=${MONET:-NOVAglow646/Monet-7B}
 LVR=${LVR:-vincentleebang/LVR-7B}
 DEEPEYES=${DEEPEYES:-ChenShawn/DeepEyes-7B}
 RELEASED=${RELEASED:-Michael4933/CapImagine-7B}
 DATA=${DATA:-NOVAglow646/Monet-SFT-125K}
-MIRAGE=${MIRAGE:-} MIRAGE_VSP=${MIRAGE_VSP:-} # a checkpoint and test.jsonl of Mirage; without them its rows are left out
+MIRAGE=${MIRAGE:-} MIRAGE_VSP=${MIRAGE_VSP:-} # a checkpoint and test.jsonl of Mirage; without them no such rows
 data=$work/data bench=$work/bench minutes=0 server='' planned=() table=()
-declare -A cost=([vstar]=6 [hr4k]=20 [hr8k]=30 [realworld]=45 [Jigsaw]=5 [Multi-view_Reasoning]=5 [vwtq]=15 [vwtq_syn]=5 [vtabfact]=5 [vsp]=10)
+declare -A cost=([vstar]=6 [hr4k]=20 [hr8k]=30 [realworld]=45 [Jigsaw]=5 [Multi-view_Reasoning]=5 [vwtq]=15
+  [vwtq_syn]=5 [vtabfact]=5 [vsp]=10)
 
 die() { echo "reproduce.sh: $*" >&2; exit 2; }
 
-# stage NAME MINUTES OUTPUT COMMAND...: run the command unless OUTPUT exists. Exit 3 is "complete, with errors of samples".
+# stage NAME MINUTES OUTPUT COMMAND...: run the command unless OUTPUT exists. Exit 3: complete with sample errors.
 stage() {
   local name=$1 expected=$2 output=$3 begun=$SECONDS status=0
   shift 3
@@ -37,11 +39,11 @@ stage() {
   if [ -e "$output" ]; then echo "== $name: $output exists" >&2; return; fi
   echo "== $name, about $expected minutes" >&2
   "$@" > "$work/logs/$name.out" || status=$?
-  [ "$status" -eq 0 ] || [ "$status" -eq 3 ] || die "$name failed with exit code $status; $work/logs/$name.out has its output"
+  [ "$status" -eq 0 ] || [ "$status" -eq 3 ] || die "$name failed with exit code $status; see $work/logs/$name.out"
   echo "== $name took $(((SECONDS - begun) / 60)) min: $(tail -n 1 "$work/logs/$name.out" | cut -c 1-200)" >&2
 }
 
-# serve PORT UNTIL MODEL FLAGS...: start a vLLM server unless all that needs it (the file UNTIL) is there, and wait for it.
+# serve PORT UNTIL MODEL FLAGS...: start a vLLM server, unless the file UNTIL exists, and wait for it.
 serve() {
   local port=$1 until=$2 tries=0
   shift 2
@@ -56,9 +58,16 @@ serve() {
     sleep 10
   done
 }
-stop_server() { if [ -n "$server" ]; then kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; server=''; fi; }
+stop_server() {
+  if [ -n "$server" ]; then kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; fi
+  server=''
+}
 trap stop_server EXIT
-unpack() { local zip; for zip in "$data"/monet/*/images.zip; do unzip -qn "$zip" -d "${zip%/*}"; done; touch "$data/unpacked"; }
+unpack() {
+  local zip
+  for zip in "$data"/monet/*/images.zip; do unzip -qn "$zip" -d "${zip%/*}"; done
+  touch "$data/unpacked"
+}
 export -f unpack
 export data
 
@@ -66,21 +75,24 @@ found=0
 if command -v nvidia-smi > /dev/null; then found=$(nvidia-smi -L | wc -l); fi
 free=$(df -Pk "$(dirname "$work")" | awk 'NR == 2 {print int($4 / 1048576)}')
 if [ -z "$dry" ]; then
-  [ "$found" -ge "$n_gpus" ] || die "$found GPUs found (nvidia-smi), expected $n_gpus; --dry_run shows the commands, toy/run.sh runs on a CPU"
+  [ "$found" -ge "$n_gpus" ] ||
+    die "$found GPUs found (nvidia-smi), expected $n_gpus; --dry_run shows the commands, toy/run.sh runs on a CPU"
   [ "$free" -ge "$gib_needed" ] || [ -d "$work" ] || die "$free GiB free for $work, expected $gib_needed"
-  for tool in hf unzip curl torchrun; do command -v "$tool" > /dev/null || die "no $tool; pip install -r requirements.txt, apt install unzip curl"; done
+  for tool in hf unzip curl torchrun; do
+    command -v "$tool" > /dev/null || die "no $tool; pip install -r requirements.txt, apt install unzip curl"
+  done
   mkdir -p "$work/logs" "$bench"
 fi
 many=(torchrun --standalone --nproc_per_node "$n_gpus")
 
-# Data, and an environment of the server's own
+# Data, and a separate environment for the server
 stage venv 10 "$work/vllm/bin/vllm" bash -c "python -m venv '$work/vllm' && '$work/vllm/bin/pip' install vllm"
 stage data 60 "$data/monet" hf download "$DATA" --repo-type dataset --local-dir "$data/monet"
 stage unpack 20 "$data/unpacked" bash -c unpack
 stage blink 5 "$data/blink" hf download BLINK-Benchmark/BLINK --repo-type dataset --local-dir "$data/blink"
 stage tablevqa 2 "$data/tablevqa" hf download terryoo/TableVQA-Bench --repo-type dataset --local-dir "$data/tablevqa"
 
-# Stages 1 and 2: 125,000 chains to captions, some 17,000 of them kept
+# Stages 1 and 2: captions for 125,000 chains, of which about 17,000 are kept
 serve 8000 "$work/sft.jsonl" "$CAPTIONER" --data-parallel-size $n_gpus --max-model-len 8192 --generation-config vllm \
   --limit-mm-per-prompt '{"image": 4, "video": 0}' --mm-processor-kwargs '{"size": {"shortest_edge": 65536, "longest_edge": 1003520}}'
 calls=(--image_root "$data/monet" --model "$CAPTIONER" --backend openai --base_url http://127.0.0.1:8000/v1 --concurrency 256)
@@ -91,7 +103,7 @@ stage rewrite 90 "$work/rewritten.jsonl" python rewrite_captions.py --input "$m/
 stage filter 45 "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.jsonl" "${calls[@]}" --output "$work/sft.jsonl"   # {"read":
 stop_server
 
-# Stage 3: the text model, its ablations, and the other targets from the same rows
+# Stage 3: the text model, its ablations, and the other targets, from the same rows
 train() {  # train NAME MINUTES ROWS IMAGINATION
   stage "train_$1" "$2" "$work/$1" "${many[@]}" train_sft.py --data "$work/$3.jsonl" --image_root "$data/monet" --model "$BASE" \
     --output "$work/$1" --imagination "$4" --validation_rows 200   # {"imagination": "text", "rows":
@@ -102,7 +114,7 @@ train unfiltered 950 rewritten text
 train latent 300 sft latent
 train direct 120 sft direct
 
-# Stage 4: items once, then every model; unclear replies are shown to a judge, which is not told the gold
+# Stage 4: prepare items once, then every model; a judge maps unclear replies to options without the answer
 prepare() {  # prepare NAME MINUTES BENCHMARK [--source FOLDER]
   stage "prepare_$1" "$2" "$bench/$1.items.jsonl" python evaluate.py --prepare --output "$bench/$1" --benchmark "${@:3}"   # {"items": 191
 }
@@ -117,8 +129,9 @@ judge=(--judge map --judge_model "$EDITOR_LLM" --judge_base_url http://127.0.0.1
 evaluate() {  # evaluate NAME ROW MODEL BENCHMARKS FLAGS...
   local one
   for one in $4; do
-    stage "evaluate_$1_$one" "${cost[$one]}" "$work/results/$1.$one.jsonl" "${many[@]}" evaluate.py --items "$bench/$one.items.jsonl" --model "$3" \
-      "${judge[@]}" --output "$work/results/$1.$one.jsonl" "${@:5}"   # {"n": 191, "correct":
+    stage "evaluate_$1_$one" "${cost[$one]}" "$work/results/$1.$one.jsonl" "${many[@]}" evaluate.py \
+      --items "$bench/$one.items.jsonl" --model "$3" "${judge[@]}" --output "$work/results/$1.$one.jsonl" \
+      "${@:5}"   # {"n": 191, "correct":
     table+=("$2=$work/results/$1.$one.jsonl")
   done
 }
@@ -175,7 +188,7 @@ stage table 1 "$work/table.md" python evaluate.py --output "$work/table.md" --ta
 stage report 2 "$work/report.html" python probe.py report "$work"
 
 if [ -z "$dry" ]; then echo "$work/report.html"; exit; fi
-# Flags: by each script's own parser. Paths below the folder: made by an earlier stage, or there.
+# Check flags by each script's own parser, and that paths in the folder exist or are made by an earlier stage.
 printf '%s\n' "${planned[@]}" | python -c '
 import importlib, pathlib, shlex, sys
 lines, made = sys.stdin.read().splitlines(), []
@@ -187,9 +200,11 @@ for output, words in zip(lines[::2], map(shlex.split, lines[1::2])):
             value = getattr(args, name, None) or []
             for path in [value] if isinstance(value, str) else value:
                 path = path.split("=")[-1]
-                known = not path.startswith(sys.argv[1] + "/") or any(f"{a}/".startswith(f"{b}/") for one in made for a, b in ((path, one), (one, path)))
-                if not known and not pathlib.Path(path).exists():
+                pairs = [pair for output in made for pair in ((path, output), (output, path))]
+                known = any(f"{inner}/".startswith(f"{outer}/") for inner, outer in pairs)
+                if path.startswith(sys.argv[1] + "/") and not known and not pathlib.Path(path).exists():
                     sys.exit(f"reproduce.sh: --{name} {path}: no stage before makes it")
     made.append(output)
 ' "$work"
-echo "GPUs $found of $n_gpus | free $free of $gib_needed GiB in $(dirname "$work") | estimated $((minutes / 60)) h $((minutes % 60)) min" >&2
+echo "GPUs $found of $n_gpus | free $free of $gib_needed GiB in $(dirname "$work")" \
+  "| estimated $((minutes / 60)) h $((minutes % 60)) min" >&2

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The whole pipeline in the reference order, on a drawn world and a tiny Qwen2.5-VL: 13 to 27 minutes on 2 CPU cores.
+# All six stages on a drawn world and a tiny Qwen2.5-VL: 15 to 40 minutes on 2 CPU cores.
 #
 #     bash toy/run.sh [folder]        (default: toy/work)
 #
-# Every stage is skipped if its output exists, and goes on where it stopped if it was killed. The last line of stdout is
-# one JSON object; report.html in the folder shows the same with the figures.
+# A stage is skipped if its output exists; a killed stage resumes. The last line of stdout is one JSON object;
+# report.html in the folder shows the same with the figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-toy/work}
 mkdir -p "$work"
 
-# stage NAME OUTPUT COMMAND...: run the command unless its output exists; its stdout goes to NAME.json. Exit 3 means
-# "complete, with errors on some samples", which a captioner this small may well have.
+# stage NAME OUTPUT COMMAND...: run the command unless its output exists; its stdout goes to NAME.out. Exit 3,
+# "complete with errors on some samples", is normal for a captioner this small.
 stage() {
   local name=$1 output=$2 begun=$SECONDS status=0
   shift 2
@@ -29,7 +29,7 @@ asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batc
 changed="--conditions full --options text --rows 400"
 calls="--image_root $world --backend local --model $work/base --batch_size 50 --max_new_tokens 120 --no_guard"
 
-# The world, and a base model that can see, find and read (the stand-in for Qwen2.5-VL's pretraining)
+# The world, and a base model that can see, find and read (in place of Qwen2.5-VL's pretraining)
 stage world "$world/base.jsonl" python -m toy.make_world --output "$world"
 stage random "$work/random/generation_config.json" python -m toy.make_model \
   --texts "$world/see.jsonl" "$world/find.jsonl" "$world/base.jsonl" --output "$work/random"
