@@ -1,5 +1,7 @@
 """The toy: its world, its lessons, and (slow) the whole run.    pytest tests/test_toy.py"""
+import importlib
 import json
+import os
 import random
 import subprocess
 from dataclasses import replace
@@ -116,6 +118,21 @@ def test_replies_of_the_lessons_are_what_the_stages_accept(world):
                                 (lessons.judgement_call, (FILTER_SCHEMAS["judge"],))):
             reply = json.loads(lesson(random.Random(n))[2])
             assert any(schema_fault(reply, schema) is None for schema in schemas)
+
+
+def test_every_command_of_the_run_is_understood(tmp_path):
+    """run.sh with a `python` that only notes its arguments."""
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/commands\n')
+    stub.chmod(0o755)
+    subprocess.run(["bash", "toy/run.sh", str(tmp_path / "work")], cwd=ROOT, check=True, capture_output=True,
+                   env=os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"})
+    commands = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
+    scripts = [words for words in commands if words[0].endswith(".py")]
+    for words in scripts:
+        importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
+    assert len(scripts) == 14 and commands[-1][:2] == ["-m", "toy.report"]
 
 
 @pytest.mark.slow
