@@ -65,20 +65,19 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
     decoder, line, counted = json.JSONDecoder(), 1, 0
     try:
         text = Path(path).read_bytes().removeprefix(BOM).decode("utf-8")
-        place, separator = text.index("["), "["
-        while separator != "]":
+        place = text.index("[")
+        while text[place] != "]":  # at the opening bracket or at a comma
             begin = SPACE.match(text, place + 1).end()
-            if separator == "[" and text.startswith("]", begin):
+            if text[place] == "[" and text.startswith("]", begin):
                 place = begin
-                break
+                continue
             line, counted = line + text.count("\n", counted, begin), begin
             value, end = decoder.raw_decode(text, begin)
             check_surrogates(text[begin:end], value)
             check_length(path, line, end - begin, longest)
             yield line, value
             place = SPACE.match(text, end).end()
-            separator = text[place:place + 1]
-            if separator not in (",", "]"):
+            if text[place:place + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         place = SPACE.match(text, place + 1).end()
         if place < len(text):

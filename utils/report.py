@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from utils.jsonl import DataError, check_fields, load_object, replace_file
+from utils.jsonl import DataError, load_object, replace_file
 
 STAGES = ("evaluate", "intervene", "probe")
 EARLIER_FIELDS = ("kept", "imagination")  # mark the metrics of stages 1 to 3, which are not shown
@@ -190,9 +190,8 @@ def settings_block(path: Path) -> Block:
     """Return the flags that were set, versions, inputs, time and hardware, from <output>.meta.json."""
     if not path.is_file():
         return Text(f"{path.name}: not there.")
-    meta = load_object(path, AGAIN)
-    check_fields(str(path), meta, {"flags": dict, "versions": dict, "inputs": dict, "hardware": dict,
-                                   "seconds": (int, float)}, AGAIN)
+    meta = load_object(path, AGAIN, {"flags": dict, "versions": dict, "inputs": dict, "hardware": dict,
+                                     "seconds": (int, float)})
     rows = [[f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)]
             for name, value in meta["flags"].items() if value or value == 0 and value is not False]
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())])
