@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_server import calls_of, serving
 from imagining import make_latent_checkpoint, write_items
 
 import intervene
@@ -201,6 +202,15 @@ def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_pa
                if record["condition"] == "clean")
 
 
+def test_an_llm_writes_the_directed_edit_at_its_server(trained, items, tmp_path):
+    with serving(tmp_path) as (_, url):
+        metrics, records = run(items, trained("text", True), tmp_path / "r.jsonl", "--limit", "8",
+                               "--conditions", "directed_llm", "--editor_model", "m", "--editor_url", url)
+    edits = [record["edit"] for record in records if record["condition"] == "directed_llm"]
+    assert metrics["conditions"]["directed_llm"]["follow"]["k"] == len(edits) == len(calls_of(tmp_path)) == 8
+    assert all(edit["editor"] == "llm" and edit["before"] != edit["after"] for edit in edits)
+
+
 # ------------------------------------------------------------------------------------ guards and errors
 @pytest.mark.parametrize("condition, change, match", [
     ("identity", {"first_diff": 3}, "identity changed id 3"),
@@ -234,8 +244,10 @@ def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items
     run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--conditions", "sham")
     with pytest.raises(DataError, match="max_new_tokens"):
         run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--max_new_tokens", "41")
-    with pytest.raises(SystemExit):
-        run(items, model, tmp_path / "o.jsonl", "--conditions", "tau")
+    for wrong in (["--conditions", "tau"], ["--conditions", "directed_llm"], ["--margin", "1"],
+                  ["--margin_nll", "0"], ["--latent", "mirage", "--conditions", "tau:1"]):
+        with pytest.raises(SystemExit):
+            run(items, model, tmp_path / "o.jsonl", *wrong)
 
 
 def test_processes_do_not_race_to_move_a_run_aside(items, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
-"""Prompts and donors of a batch."""
+"""Prompts and donors of a batch, and the parts of a reply that text conditions cut."""
+from decoding import MIRAGE, load_with
 from PIL import Image
 
 from utils.images import MASK_GREY
-from utils.intervene.prompts import other_prompt, pick_donor
+from utils.intervene.prompts import Settings, other_prompt, pick_donor
+from utils.intervene.text_batch import Prefix, TextBatch
 
 
 def item(n, question="q", image="a", gold="A", group=None):
@@ -45,3 +47,18 @@ def test_other_prompts_keep_what_they_should():
     masked = other_prompt("masked", 0, regions, PICTURES, edits)[1][0]
     assert masked.getpixel((9, 9)) == MASK_GREY
     assert masked.getpixel((10, 10)) == (0, 0, 0) == PICTURES[0][0].getpixel((0, 0))
+
+
+def test_a_reply_is_cut_before_its_first_imagination_and_its_columns_are_those_of_the_words(tiny_checkpoint):
+    qwen = load_with(tiny_checkpoint, MIRAGE)
+    batch = TextBatch(qwen, Settings(None, "", 4, " It is \\boxed{", "letter", 0, 8), ITEMS[:1], PICTURES[:1],
+                      [None])
+    reply = "I look closer. <think_image>a blue square</think_image> It is blue."
+    ids = qwen.tokenizer(reply, add_special_tokens=False).input_ids
+    batch.clean[0].ids, batch.texts[0] = ids, reply
+    batch.spans[0] = [(reply.index("a blue"), reply.index("</think_image>"))]
+    head = batch.head(0)  # a token may reach over the mark
+    assert head == ids[:len(head)] and "<think_image" in batch.text_of(head)
+    assert len(batch.text_of(head)) <= batch.spans[0][0][0] < len(batch.text_of(ids[:len(head) + 1]))
+    words = batch.text_of([ids[column - 10] for column in batch.columns(10, Prefix("sham", 0, reply))])
+    assert "a blue square" in words and words.strip("<>") == "a blue square"

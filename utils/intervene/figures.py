@@ -160,11 +160,8 @@ def attention_figure(metrics: dict) -> tuple:
                  for layer, mean, (low, high) in zip(layers, means, ends)]
     shares.set(xlabel="layer", ylabel="share of attention", ylim=(0, None))
     ratios.axhline(1, color="black", linestyle=":", linewidth=1)
-    low, high = ratios.get_ylim()
-    ratios.set(xlabel="layer", ylabel="relative to uniform attention", yscale="log",
-               ylim=(min(0.45, max(low, 1e-3)), max(high, 2.2)))
+    ratios.set(xlabel="layer", ylabel="relative to uniform attention", yscale="log")
     ratios.yaxis.set_major_formatter("{x:g}")
-    ratios.yaxis.set_minor_formatter("{x:g}")
     for axes in (shares, ratios):
         tidy(axes, whole=True)
     legend(figure, [shares])
