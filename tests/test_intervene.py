@@ -202,12 +202,13 @@ def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_pa
                if record["condition"] == "clean")
 
 
-def test_an_llm_writes_the_directed_edit_at_its_server(trained, items, tmp_path):
+def test_an_llm_writes_the_directed_edit_at_its_server(imagining_model, items, tmp_path):
     with serving(tmp_path) as (_, url):
-        metrics, records = run(items, trained("text", True), tmp_path / "r.jsonl", "--limit", "8",
+        metrics, records = run(items, imagining_model("text", True), tmp_path / "r.jsonl", "--limit", "8",
                                "--conditions", "directed_llm", "--editor_model", "m", "--editor_url", url)
     edits = [record["edit"] for record in records if record["condition"] == "directed_llm"]
-    assert metrics["conditions"]["directed_llm"]["follow"]["k"] == len(edits) == len(calls_of(tmp_path)) == 8
+    assert metrics["conditions"]["directed_llm"]["follow"]["k"] == len(edits) == 8
+    assert 0 < len(calls_of(tmp_path)) <= 8  # equal calls are made once
     assert all(edit["editor"] == "llm" and edit["before"] != edit["after"] for edit in edits)
 
 
