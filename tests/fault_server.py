@@ -1,11 +1,10 @@
-"""A real OpenAI-compatible server process that misbehaves where a prompt says so: "fault:NAME" in its text.
+"""A real OpenAI-compatible server process that misbehaves if a prompt asks for it: "fault:NAME" in its text.
 
-    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05] [--sound]
+    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05] [--no_faults]
 
-Without a fault, or mended (--sound), it answers by rule from the request alone: the same request, the same
-bytes. Without a schema it is a model that is shown items, or a judge of its replies. Prints its port. Every
-POST is a line in --log: {"text", "fault", "n" (how often this text came), "images" (sha256), "key"
-(Authorization)}.
+Otherwise it answers by rule from the request alone: the same request, the same bytes. Without a schema it is
+a model that is shown items, or a judge of its replies. Prints its port. Every POST is a line in --log:
+{"text", "fault", "n" (how often this text came), "images" (sha256), "key" (Authorization), "model", ...}.
 """
 import argparse
 import base64
@@ -23,18 +22,18 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-STATUSES = {"408": 408, "429": 429, "502": 502, "503": 503, "504": 504}  # twice, then an answer
-ALWAYS = {"400": 400, "413": 413, "422": 422, "418": 418, "500": 500, "401": 401, "403": 403, "404": 404,
-          "302": 302}
+TWICE = ("408", "429", "502", "503", "504")  # statuses that are followed by an answer; all others stay
+TEXTS = {"empty": "", "null": None, "prose": "I would rather talk about the weather.",
+         "wrongschema": '{"caption": 7}'}
 
 
 @contextmanager
-def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02, sound: bool = False
+def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02, faults: bool = True
             ) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run this server in a process of its own; yield it and its base URL."""
-    process = subprocess.Popen([sys.executable, __file__, "--log", str(folder / name),
-                                "--port", str(port), "--latency", str(latency),
-                                *(["--sound"] if sound else [])], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--log", str(folder / name), "--port", str(port), "--latency",
+               str(latency), *([] if faults else ["--no_faults"])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -45,26 +44,26 @@ def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: flo
 
 def calls_of(folder: Path, name: str = "calls.jsonl") -> list[dict]:
     """Return what a server was asked so far."""
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()] if (folder / name).exists(
-        ) else []
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, port: int, log: str, latency: float, sound: bool):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.log, self.latency = open(log, "a", encoding="utf-8"), latency
-        self.lock, self.counts, self.sound = threading.Lock(), {}, sound
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(("127.0.0.1", args.port), Handler)
+        self.log, self.latency = open(args.log, "a", encoding="utf-8"), args.latency
+        self.lock, self.counts, self.faults = threading.Lock(), {}, not args.no_faults
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no news."""
+        """Be silent about clients that were killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet an answer
+    wbufsize = -1  # one packet per answer
 
     def log_message(self, *args) -> None:
         pass
@@ -88,38 +87,38 @@ class Handler(BaseHTTPRequestHandler):
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts
                   if part["type"] == "image_url"]
-        fault = match[1] if (match := re.search(r"fault:(\w+)", text)) and not self.server.sound else None
+        match = re.search(r"fault:(\w+)", text)
+        fault = match[1] if match and self.server.faults else None
         with self.server.lock:
             n = self.server.counts[text] = self.server.counts.get(text, 0) + 1
-            line = {"text": text, "fault": fault, "n": n, "images": [hashlib.sha256(image).hexdigest()
-                                                                     for image in images],
-                    "key": self.headers.get("Authorization"), "model": data["model"], "seed": data["seed"],
-                    "max_tokens": data["max_tokens"], "temperature": data["temperature"]}
+            line = {"text": text, "fault": fault, "n": n, "key": self.headers.get("Authorization"),
+                    "images": [hashlib.sha256(image).hexdigest() for image in images],
+                    **{name: data[name] for name in ("model", "seed", "max_tokens", "temperature")}}
             self.server.log.write(json.dumps(line) + "\n")
             self.server.log.flush()
         time.sleep(self.server.latency)
-        self.misbehave(fault, n) or self.complete(reply(data, text) if "response_format" in data
-                                                  else say(data, text))
+        if not self.misbehave(fault, n):
+            self.complete(reply(data, text) if "response_format" in data else say(data, text))
 
     def complete(self, content: str | None, finish: str = "stop") -> None:
-        body = {"model": "served", "system_fingerprint": "stub-1", "usage": {"prompt_tokens": 20,
-                                                                             "completion_tokens": 9},
+        body = {"model": "served", "system_fingerprint": "stub-1",
+                "usage": {"prompt_tokens": 20, "completion_tokens": 9},
                 "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
         self.answer(200, json.dumps(body).encode())
 
     def misbehave(self, fault: str | None, n: int) -> bool:
-        """Do what a fault says; return whether it was an answer (or the end of the connection)."""
-        if fault in STATUSES and n <= 2:
-            self.answer(STATUSES[fault], b'{"error": "busy"}',
-                        **({"Retry_After": "1"} if fault in ("429", "503") else {}))
-        elif fault in ALWAYS or fault == "500once" and n == 1:
-            self.answer(ALWAYS.get(fault, 500),
-                        f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'.encode())
+        """Do what a fault asks for; return whether it was an answer (or the end of the connection)."""
+        if fault in TWICE and n <= 2:
+            headers = {"Retry_After": "1"} if fault in ("429", "503") else {}
+            self.answer(int(fault), b'{"error": "busy"}', **headers)
+        elif fault and fault.isdigit() and fault not in TWICE or fault == "500once" and n == 1:
+            body = f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'
+            self.answer(int(fault[:3]), body.encode())
         elif fault == "kill":
             os._exit(1)
         elif fault == "hang" and n <= 2:
             time.sleep(60)
-        elif fault in ("reset", "reset_always") and (n <= 2 or fault == "reset_always"):
+        elif fault == "reset_always" or fault == "reset" and n <= 2:
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         elif fault == "half" and n <= 2:
@@ -133,24 +132,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, b"hello" if fault == "notjson" else b'{"choices": []}')
         elif fault == "length":
             self.complete('{"caption": "never', "length")
-        elif fault in ("empty", "null"):
-            self.complete("" if fault == "empty" else None)
-        elif fault == "prose":
-            self.complete("I would rather talk about the weather.")
+        elif fault in TEXTS:
+            self.complete(TEXTS[fault])
         elif fault == "late" and n == 1:  # a text that comes a second time is answered
             self.complete("Not yet.")
-        elif fault == "wrongschema":
-            self.complete('{"caption": 7}')
         else:
             return False
         return True
 
 
 def reply(data: dict, text: str) -> str:
-    """Return what a good model would say, by the schema that was asked for."""
+    """Return the reply of a good model, by the schema that was asked for."""
     asked = set(data["response_format"]["json_schema"]["schema"]["properties"])
-    mark = "".join("abcdefghij"[int(digit, 16) % 10]
-                   for digit in hashlib.sha256(text.encode()).hexdigest()[:6])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    mark = "".join("abcdefghij"[int(digit, 16) % 10] for digit in digest[:6])
     if "fault:control" in text:
         mark += "\n\t and a tab"
     if "caption" in asked:
@@ -160,7 +155,7 @@ def reply(data: dict, text: str) -> str:
     elif "segments" in asked:
         value = {"segments": [{"id": int(n), "text": f"Well, {part}"}
                               for n, part in re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)]}
-    elif "edited" in asked:  # the passages in another order of words, from the values that the prompt names
+    elif "edited" in asked:  # the passages with the new value in place of the old one
         old, new = re.search(r"^From: (.*)\nTo: (.*)$", text, re.MULTILINE).groups()
         spans = [span if "fault:residual" in text else span.replace(old, new)
                  for span in json.loads(re.search(r"^Passages: (\[.*\])$", text, re.MULTILINE)[1])]
@@ -175,21 +170,20 @@ def reply(data: dict, text: str) -> str:
         value = {"letter": choose_letter(text)}
     else:
         value = {"answer": "42" if "42" in text else "unknown"}
-    if "fault:fenced" in text:  # the schema ignored, and a raw control character inside a string
+    if "fault:fenced" in text:  # the schema ignored
         return f"Sure!\n```json\n{json.dumps(value, indent=1)}\n```\nDone."
-    return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")  # as xgrammar lets them pass
+    # control characters unescaped inside strings, as xgrammar lets them pass
+    return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")
 
 
 DEFECTS = [  # of a written question, and the reason that it must be given
     ({"question": " "}, "empty"), ({"wrong": ["blue", "green <image>", "red"]}, "markup"),
-    ({"wrong": ["blue", "red"]}, "options"),
-    ({"wrong": ["blue", "Blue.", "red"]}, "options"), ({"wrong": ["blue", "red", "none of these"]},
-                                                       "catch_all"),
-    ({"wrong": ["blue", "B. red", "green"]}, "letter"), ({"question": "Is the lid seen white or what?"},
-                                                         "gold_in_stem"),
+    ({"wrong": ["blue", "red"]}, "options"), ({"wrong": ["blue", "Blue.", "red"]}, "options"),
+    ({"wrong": ["blue", "red", "none of these"]}, "catch_all"),
+    ({"wrong": ["blue", "B. red", "green"]}, "letter"),
+    ({"question": "Is the lid seen white or what?"}, "gold_in_stem"),
     ({"question": "SOURCE"}, "source_question"),
-    ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"},
-                                                  "source_answer"),
+    ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"}, "source_answer"),
     ({"question": "What colour has the lid, which is misread?"}, "image_wrong"),
     ({"question": "What colour has the lid, which is unclear?"}, "image_none"),
     ({"question": "What colour has the lid, which is guessable?"}, "blind_right"),
@@ -197,34 +191,32 @@ DEFECTS = [  # of a written question, and the reason that it must be given
 
 
 def write_questions(text: str, mark: str) -> list[dict]:
-    """Return as many questions as are asked for, or one of each of DEFECTS; the right option says that it is
-    seen."""
+    """Return as many questions as are asked for, or one per DEFECT; the right option says "seen"."""
     source = re.search(r"^Someone was asked this about it:\n(.*)$", text, re.MULTILINE)[1]
-    sound = {"attribute": "colour", "question": "", "answer": "seen white", "wrong": ["blue", "green", "red"]}
+    good = {"attribute": "colour", "question": "Which colour has the rim?", "answer": "seen white",
+            "wrong": ["blue", "green", "red"]}
     if "fault:rules" in text:
-        return [{**sound, "question": "Which colour has the rim?", **changes,
-                 **({"question": source} if changes.get("question") == "SOURCE" else {})} for changes,
-                 _ in DEFECTS]
+        copied = {"question": source}
+        return [good | changes | (copied if changes.get("question") == "SOURCE" else {})
+                for changes, _ in DEFECTS]
     n = int(re.search(r"Write (\d+) other", text)[1]) - ("fault:few" in text)
-    return [{**sound, "question": f"What {name} has thing {mark}?", "attribute": name}
+    return [good | {"question": f"What {name} has thing {mark}?", "attribute": name}
             for name in ("colour", "material", "shape", "size", "count", "text", "position", "pattern",
                          "part", "state")[:n]]
 
 
 def choose_letter(text: str) -> str:
-    """Return the option that says that it is seen where the picture is there, and a wrong one where it is
-    not."""
+    """Return the letter of the option that says "seen" if the picture is there, else of a wrong one."""
     options = dict(re.findall(r"^([A-D])\. (.*)$", text, re.MULTILINE))
     seen = next(letter for letter, option in options.items() if option.startswith("seen"))
     if "unclear" in text:
         return "none"
-    blind = "cannot see" in text
-    return seen if ("guessable" in text if blind else "misread" not in text) else next(x for x in options
-                                                                                       if x != seen)
+    is_right = "guessable" in text if "cannot see" in text else "misread" not in text
+    return seen if is_right else next(letter for letter in options if letter != seen)
 
 
 def say(data: dict, text: str) -> str:
-    """Return what a model says to an item, with the zoom tool if it has one, or a judge to a reply."""
+    """Return a model's reply to an item, with the zoom tool if it has one, or a judge's to a reply."""
     judged = text.partition("\nReply: ")[2].partition("\n\nAnswer with one ")[0]
     if "Answer with one letter" in text:
         options = re.findall(r"^([A-Z])\. (.*)$", text.partition("\nReply: ")[0], re.MULTILINE)
@@ -248,9 +240,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", required=True)
     parser.add_argument("--latency", type=float, default=0.0)
-    parser.add_argument("--sound", action="store_true")
-    args = parser.parse_args()
-    server = Server(args.port, args.log, args.latency, args.sound)
+    parser.add_argument("--no_faults", action="store_true")
+    server = Server(parser.parse_args())
     print(server.server_address[1], flush=True)
     try:
         server.serve_forever()

@@ -349,7 +349,7 @@ def test_a_judge_reads_what_no_rule_does_and_changes_nothing_else(items, tmp_pat
 
 def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_path):
     change(items, question=lambda n, item: "vague? " + ("" if n else "fault:prose"))
-    with serving(tmp_path, name="m.jsonl", sound=True) as (_, model):
+    with serving(tmp_path, name="m.jsonl", faults=False) as (_, model):
         with serving(tmp_path, name="j.jsonl") as (process, judge):
             process.kill()
             process.wait()
@@ -364,7 +364,7 @@ def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_p
             metrics = metrics_of(items)
             assert metrics["headline"] == metrics["with_judge"]["accuracy"]
             assert metrics["with_judge"]["judge_errors"] == 1
-        with serving(tmp_path, name="l.jsonl", sound=True) as (_, judge):
+        with serving(tmp_path, name="l.jsonl", faults=False) as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
             assert len(calls_of(tmp_path, "l.jsonl")) == 2  # the preflight, and the one that had failed
     assert metrics_of(items)["headline"] is not None
@@ -377,7 +377,7 @@ def test_a_server_that_fails_on_an_item_or_is_gone_is_reported(items, tmp_path):
     metrics = metrics_of(items)
     assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
     assert "status 400" in results_of(items)[2]["error"]
-    with serving(tmp_path, name="n.jsonl", sound=True) as (_, model):
+    with serving(tmp_path, name="n.jsonl", faults=False) as (_, model):
         assert evaluate.main(remote(items, model)) == 3 and not calls_of(tmp_path, "n.jsonl")
         assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0
         assert len(calls_of(tmp_path, "n.jsonl")) == 1

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 as wholes, against a server: shards, changed input, export without calls, settings; flags."""
+"""Stages 1 and 2 as wholes, against a server: shards, changed input, export, settings; flags."""
 import json
 from argparse import ArgumentTypeError
 from pathlib import Path

@@ -67,8 +67,8 @@ def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
         "p50_s": 0.5, "p95_s": 0.5, "json_as_asked": 0.5}  # of good, better, wrong and big
     record = json.loads((tmp_path / "calls-00000-of-00001.jsonl").read_text().splitlines()[0])
     assert set(record) == {
-        "key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds", "error",
-        "attempts", "transient", "served", "prompts", "time"}
+        "key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds",
+        "error", "attempts", "transient", "served", "prompts", "time"}
 
 
 def test_a_second_run_asks_nothing_and_returns_the_same(tmp_path):

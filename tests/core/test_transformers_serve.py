@@ -1,11 +1,9 @@
-"""Both generating stages against `transformers serve`: a real server, which ignores schemas, with a real VLM
-on the CPU.
+"""Both generating stages against `transformers serve`, which ignores schemas, with a real model on the CPU.
 
-    pip install -r requirements-test.txt && python -m pytest tests/test_transformers_serve.py
+    pip install -r requirements-test.txt && python -m pytest tests/core/test_transformers_serve.py
 
-The VLM is a random LLaVA of 100,000 parameters: of the small ones it is the one whose processor needs no
-torchvision. It never writes JSON, so that every sample must end as a clean error, twice asked, and exit code
-3.
+The model is a random LLaVA of 100,000 parameters: of the small ones, its processor alone needs no torchvision.
+It never writes JSON, so that every sample must end as a clean error, asked twice, and the exit code is 3.
 """
 import json
 import os
@@ -19,18 +17,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import command
 from samples import monet, row
 
+from utils.backends import Request
 from utils.jsonl import read_rows, write_rows
-from utils.openai_backend import httpx
+from utils.openai_backend import HttpBackend, httpx
 
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason="pip install -r requirements-test.txt")
-ROOT = Path(__file__).parents[2]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-            "{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}\n"
-            "{% endfor %}assistant:")
+TEMPLATE = ("{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+            "{% for c in m.content %}{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}"
+            "{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:")
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +69,11 @@ def serving(folder: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+    program = ("import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; "
+               "main()")
     process = subprocess.Popen([sys.executable, "-c", program, "serve", str(folder), "--host", "127.0.0.1",
-                                "--port",
-                                str(port), "--device", "cpu", "--dtype", "float32"], env=os.environ
-                                | {"HF_HUB_OFFLINE": "1"})
+                                "--port", str(port), "--device", "cpu", "--dtype", "float32"],
+                               env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
         for _ in range(600):
             assert process.poll() is None, "transformers serve ended"
@@ -91,13 +89,10 @@ def serving(folder: Path):
 
 
 def run(script: str, folder: Path, url: str, model: Path, *more: str) -> dict:
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--input", str(folder / "in.jsonl"),
-                           "--image_root",
-                           str(folder), "--output", str(folder / f"{script}.jsonl"), "--backend", "openai",
-                           "--base_url", url,
-                           "--model", str(model), "--max_new_tokens", "12", "--concurrency", "4",
-                           "--no_guard", *more],
-                          capture_output=True, text=True, timeout=600)
+    flags = ["--input", str(folder / "in.jsonl"), "--image_root", str(folder), "--output",
+             str(folder / f"{script}.jsonl"), "--backend", "openai", "--base_url", url, "--model", str(model),
+             "--max_new_tokens", "12", "--concurrency", "4", "--no_guard", *more]
+    done = subprocess.run(command(script, flags), capture_output=True, text=True, timeout=600)
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -118,11 +113,10 @@ def test_both_stages_end_with_clean_errors(tmp_path, picture, llava):
         rejected = read_rows(tmp_path / "rewrite_captions.jsonl.run" / "rejected.jsonl", {"reason": str})
         reasons = Counter(row["reason"] for row in rejected)
         assert reasons.pop("image_missing") == 1 and set(reasons) <= {"cut_off", "bad_json"}
-        write_rows(tmp_path / "in.jsonl",
-                   [row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"],
-                                               steps=[{"image": f"{(n + 1) % 4}.png", "operation": "zoom",
-                                                       "caption": "x"},
-                                                      {"text": "\\boxed{42}"}]) for n in range(6)])
+        write_rows(tmp_path / "in.jsonl", [
+            row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"], steps=[
+                {"image": f"{(n + 1) % 4}.png", "operation": "zoom", "caption": "x"},
+                {"text": "\\boxed{42}"}]) for n in range(6)])
         out = run("filter_data", tmp_path, url, llava)
         assert (out["read"], out["kept"], out["errors"], out["n_calls"]) == (6, 0, 6, 12)
         out = run("filter_data", tmp_path, url, llava, "--export_only")
@@ -131,8 +125,6 @@ def test_both_stages_end_with_clean_errors(tmp_path, picture, llava):
 
 def test_a_corrupt_image_fails_alone(tmp_path, picture, llava):
     """The server answers 500 to it; it ends after three tries, and its neighbour is answered."""
-    from utils.backends import Request
-    from utils.openai_backend import HttpBackend
     good = picture("a.png")
     Image.effect_noise((300, 200), 50).save(tmp_path / "bad.jpg")
     data = (tmp_path / "bad.jpg").read_bytes()
