@@ -2,8 +2,8 @@
 
     pip install -r requirements-test.txt && python -m pytest tests/core/test_transformers_serve.py
 
-The model is a random LLaVA of 100,000 parameters: of the small ones, its processor alone needs no torchvision.
-It never writes JSON, so that every sample must end as a clean error, asked twice, and the exit code is 3.
+The model is a random LLaVA of 100,000 parameters: of the small ones, its processor alone needs no
+torchvision. It never writes JSON: every sample must end as a clean error, asked twice, with exit code 3.
 """
 import json
 import os
