@@ -241,12 +241,13 @@ def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, da
     ("1e30", "2", "loss (nan|inf)|gradient norm (nan|inf)|had a median"), ("0.3", "0.01", "had a median of")])
 def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path, rate, spike, message):
     more = ["--learning_rate", rate, "--warmup_steps", "0", "--schedule", "constant", "--epochs", "10",
-            "--save_every", "1", "--spike", spike]
+            "--save_every", "1", "--keep", "3", "--spike", spike]
     with pytest.raises(DataError, match=message) as caught:
         train("o", *more)
     step = int(re.match(r"step (\d+): ", str(caught.value))[1])
     assert "nothing was updated. Rows of the highest loss: t/" in str(caught.value)
     assert len(losses(tmp_path / "o")) == step - 1 and (tmp_path / "o.run" / f"step-{step - 1}").is_dir()
+    assert len(list((tmp_path / "o.run").glob("step-*"))) == min(3, step - 1)
     if rate == "0.3":  # the user may resume anyway
         assert len(train("o", *more, "--spike", "0", "--resume", "must")) == 20
 
