@@ -74,12 +74,12 @@ def data(tmp_path, picture):
         picture(f"{n}_1.png", (56, 84), "green")
         words = " ".join(["closer"] * rng.randint(1, 12))
         steps = [{"text": f"I look {words}."}]
-        steps += [{"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}] if n % 3 else [
-            ]
+        if n % 3:
+            steps.append({"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"})
         steps += [{"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
         rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [],
-                     "question": f"What is {words}?",
-                     "answer": str(n), "steps": steps,
-                     "chain": f"I look {words}. <think_image>a thing</think_image> The answer is \\boxed{{{n}}}."})
+                     "question": f"What is {words}?", "answer": str(n), "steps": steps,
+                     "chain": f"I look {words}. <think_image>a thing</think_image> "
+                              f"The answer is \\boxed{{{n}}}."})
     write_rows(tmp_path / "rows.jsonl", rows)
     return tmp_path / "rows.jsonl"

@@ -121,7 +121,8 @@ def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_wer
     with pytest.raises(ValueError, match="expected one of open bypass in slot"):
         make_toy("closed")
     with pytest.raises(ValueError, match="nor hide the latents in a part of the rows"):
-        run_interventions(toy, draw_items(2, torch.Generator()), [Intervention(), Intervention(hide=("latents",))])
+        run_interventions(toy, draw_items(2, torch.Generator()),
+                          [Intervention(), Intervention(hide=("latents",))])
 
 
 # ------------------------------------------------------------------------------------------- mutations
@@ -187,7 +188,8 @@ def test_the_positive_control_fails_where_a_hook_does_not_reach(worlds):
     toy, pixels, _, clean, donor = worlds["in"]
     arms = make_interventions("swap_random", clean, donor, None)
     assert largest(run_interventions(toy, pixels, arms), donor) == 0
-    assert largest(run_interventions(toy, pixels, [replace(arm, feed=None) for arm in arms]), donor) > NON_ZERO
+    broken = [replace(arm, feed=None) for arm in arms]
+    assert largest(run_interventions(toy, pixels, broken), donor) > NON_ZERO
 
 
 def test_effects_are_of_items_that_emit_in_their_clean_run():

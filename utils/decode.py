@@ -2,11 +2,11 @@
 
 A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the
 final norm: position +1, one key-value slot. The differences between families are in `utils.latent_families`.
-With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, in a batch of up to
-PREFILL_TOKENS (in larger batches it equals that of each row).
+With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for a batch of up to
+PREFILL_TOKENS (for larger ones, row by row).
 
-A prompt is read once (`prefill`), and `State.select` repeats its rows: an `Intervention` is what is done to
-one row, so that a batch may hold a clean run and every intervention next to it.
+A prompt is read once (`prefill`) and its rows are repeated (`State.select`), so that one batch holds the
+clean run and every `Intervention`.
 """
 import copy
 from collections.abc import Iterator, Sequence
@@ -71,14 +71,10 @@ class Trace:
         row.slots = self.slots if with_slots else None
 
 
-# ------------------------------------------------------------------------------------ reading prompts
 def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
                  pad_id: int | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden]: text, image features, and given vectors at latent pads.
-
-    `prompt_latents` holds per row [n, hidden] vectors for the row's n latent pads in order; DataError on
-    another n.
-    """
+    """Return the prompt's embeddings [B, L, hidden]: text, image features, and `prompt_latents` (per row [n,
+    hidden]) at the row's n latent pads, in order."""
     embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
     if "pixel_values" in inputs:
         features = torch.cat(image_features(qwen, inputs)).to(embeds)
@@ -125,8 +121,8 @@ def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
 
 
 def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
-    """Yield (index of the first row, part) for every `size` rows of a batch, without columns that are padding
-    in all rows of the part."""
+    """Yield (index of the first row, part) for every `size` rows of a batch, without columns of only
+    padding."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
     n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
     grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
@@ -183,8 +179,7 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
     """Return `after`, which decoding from `before` led to, as it was when each row had read `kept[row]` new
     ids.
 
-    Later columns are hidden, which equals removing them up to rounding. The state has no `hidden` until more
-    is read.
+    Later columns are hidden, which equals removing them up to rounding. The result has no `hidden`.
     """
     mask, first = after.mask.clone(), before.mask.shape[1]
     for row, n in enumerate(kept):
@@ -195,7 +190,6 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
                  after.is_image)
 
 
-# ------------------------------------------------------------------------------------ decoding
 @torch.no_grad()
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
            arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
@@ -274,12 +268,10 @@ def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | N
 @contextmanager
 def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:
-    """Site `slot`: during one-token steps, replace the inputs of the decoder's layers in some rows, and
-    record the inputs of all rows.
+    """Site `slot`: replace and record the inputs of the decoder's layers in one-token steps.
 
-    `put[row][n]` [hidden] goes into layer n at the last position of `row`, None leaves the input as it is;
-    `seen` receives [B, hidden] per layer, in order, after replacement. Layer inputs give the position a
-    donor's keys and values; cached keys would not, because they are rotated by their own position.
+    `put[row][n]` [hidden] goes into layer n at `row` (None: no change); `seen` receives [B, hidden] per
+    layer, as read. Cached keys of a donor would be wrong, because they are rotated by their own position.
     """
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():

@@ -9,7 +9,8 @@ ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], 
 
 
 def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
-    words = "Question: What color is it?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
+    words = "Question: What color is it?\nOptions:\nA. red\nB. blue\n"
+    words += "Please select the correct answer from the options above. \n"
     assert question_text(ITEM) == words
     assert question_text(ITEM | {"hint": "Look."}, "\nBox it.") == f"Hint: Look.\n{words}\nBox it."
     assert question_text(ITEM | {"metric": "vsp_path",

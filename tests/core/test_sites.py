@@ -22,8 +22,8 @@ def test_own_slots_change_nothing_and_a_donors_make_its_keys(tiny_checkpoint):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     clean, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
-    other, its_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [Intervention(feed=lambda z, *place: z.flip(0))] * 2,
-                            with_slots=True)
+    flipped = Intervention(feed=lambda z, *place: z.flip(0))
+    other, its_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [flipped] * 2, with_slots=True)
     same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
                      capture=True)
     assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
@@ -55,8 +55,8 @@ def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
     state = prefill(qwen, batch_of(qwen))
     rows = [0, 0]
     clean, clean_end = decode(qwen, state.select(rows), 9, MIRAGE, capture=True)
-    none, _ = decode(qwen, state.select(rows), 9, MIRAGE, [Intervention(slot=lambda *place: [None, None])] * 2,
-                     capture=True)
+    nothing = Intervention(slot=lambda *place: [None, None])
+    none, _ = decode(qwen, state.select(rows), 9, MIRAGE, [nothing] * 2, capture=True)
     assert torch.equal(none[0].states, clean[0].states)
     one = Intervention(slot=lambda *place: [None, torch.ones(32)])
     _, end = decode(qwen, state.select(rows), 9, MIRAGE, [one, Intervention()], capture=True)

@@ -217,7 +217,7 @@ def test_a_change_as_large_as_the_margin_is_called_equivalent_in_at_most_5_perce
     counts = list(trinomial(n, (discordance + margin) / 2, (discordance - margin) / 2))
     assert sum(p for *_, p in counts) == pytest.approx(1, abs=1e-6)
     size = sum(p for b, c, p in counts if tost_tango(b, c, n, margin) < 0.05)
-    print(f"n {n}, discordance {discordance}, change = margin = {margin}: called equivalent in {100 * size:.2f} %")
+    print(f"n {n}, discordance {discordance}, change = margin = {margin}: equivalent in {100 * size:.2f} %")
     assert 0.01 < size <= 0.05
 
 
