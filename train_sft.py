@@ -59,8 +59,7 @@ FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "ma
 
 # ---------------------------------------------------------------------------------------------- rows and plan
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Read the rows of all --data files; return (training rows, held-out rows), the latter drawn by
-    --seed."""
+    """Read the rows of all --data files; return (training rows, held-out rows), drawn by --seed."""
     rows = []
     for path in args.data:
         for row in read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py writes it"):

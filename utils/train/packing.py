@@ -146,8 +146,7 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
 
 @contextmanager
 def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Inside the block, have the last decoder layer compute only `positions` [n] after its attention: [1, n,
-    hidden].
+    """Inside the block, have the last decoder layer compute `positions` [n] alone after its attention.
 
     Nothing else of its output is read; in visual CoT these are a seventh of all.
     """
