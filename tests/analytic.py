@@ -16,8 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AnalyticModel:
-    """`redraw` is the probability that an intervened run draws its noise anew: changes of answers without any
-    effect."""
+    """`redraw` is the probability that intervened runs draw new noise: answers change without an effect."""
     share: float
     scale: float = 3.0
     kappa: float = 1.0
@@ -43,8 +42,8 @@ class AnalyticModel:
         """Return the logits [n, n_options] of the image (None: blank), latents forced to a value, and noise.
         """
         image = np.zeros_like(latents) if attributes is None else self.embedding[attributes]
-        return self.scale * (self.share * (latents - self.mu0) + (1 - self.share)
-                             * image) @ self.embedding.T + noise
+        mixed = self.share * (latents - self.mu0) + (1 - self.share) * image
+        return self.scale * mixed @ self.embedding.T + noise
 
     def worlds(self, attributes: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return the logits of the four worlds of items; the clean world keeps the items' own noise."""
@@ -52,8 +51,8 @@ class AnalyticModel:
         own, z, z0 = rng.gumbel(size=(n, self.n_options)), self.latents(attributes, n), self.latents(None, n)
         worlds = {"y_xz": self.logits(attributes, z, own)}
         for name, image, latents in (("y_xz0", attributes, z0), ("y_x0z", None, z), ("y_x0z0", None, z0)):
-            anew = rng.random((n, 1)) < self.redraw
-            worlds[name] = self.logits(image, latents, np.where(anew, rng.gumbel(size=own.shape), own))
+            redrawn = rng.random((n, 1)) < self.redraw
+            worlds[name] = self.logits(image, latents, np.where(redrawn, rng.gumbel(size=own.shape), own))
         return worlds
 
     def accuracy(self, image: bool, latent: bool) -> float:
@@ -63,15 +62,13 @@ class AnalyticModel:
 
     def accuracy_under_tau(self) -> float:
         """Return the probability of a right answer when every item is given the latents of one attribute."""
-        direct, lie, others = self.scale * (1
-                                            - self.share), self.scale * self.share * self.kappa, self.n_options - 1
-        same = self.accuracy(True, True)
-        return (same + others * math.exp(direct) / (math.exp(direct) + math.exp(lie) + others
-                                                    - 1)) / self.n_options
+        others = self.n_options - 1
+        direct, lie = math.exp(self.scale * (1 - self.share)), math.exp(self.scale * self.share * self.kappa)
+        return (self.accuracy(True, True) + others * direct / (direct + lie + others - 1)) / self.n_options
 
 
 def outcomes(worlds: dict[str, np.ndarray], attributes: np.ndarray, binary: bool) -> dict[str, np.ndarray]:
-    """Return an outcome an item in each world: the gold logit, or whether the likeliest answer is right."""
+    """Return one outcome per item in each world: the gold logit, or whether the likeliest answer is right."""
     if binary:
         return {name: (logits.argmax(axis=1) == attributes).astype(float) for name, logits in worlds.items()}
     return {name: logits[np.arange(len(attributes)), attributes] for name, logits in worlds.items()}
@@ -94,9 +91,8 @@ def trinomial(n: int, p_b: float, p_c: float) -> Iterator[tuple[int, int, float]
     or not."""
     logs = [math.lgamma(i + 1) for i in range(n + 1)]
     for b, c in itertools.product(range(n + 1), repeat=2):
-        if abs(b - n * p_b) < 8 * math.sqrt(n * p_b) + 8 and abs(c - n * p_c) < 8 * math.sqrt(
-            n * p_c) + 8 and b + c <= n:
-            rest = n - b - c
-            yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b) + c
-                                 * math.log(p_c)
-                                 + rest * math.log(1 - p_b - p_c))
+        near = abs(b - n * p_b) < 8 * math.sqrt(n * p_b) + 8 and abs(c - n * p_c) < 8 * math.sqrt(n * p_c) + 8
+        rest = n - b - c
+        if near and rest >= 0:
+            yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b)
+                                 + c * math.log(p_c) + rest * math.log(1 - p_b - p_c))
