@@ -1,4 +1,4 @@
-"""What stages 1 and 2 have in common around their calls: flags, how a run is opened, its preview."""
+"""What the stages with model calls share: flags, opening the journals, running, showing a preview."""
 import argparse
 import gc
 import json
@@ -37,15 +37,13 @@ def parse_object(text: str) -> dict:
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the flags that every stage with model calls has."""
     parser.add_argument("--output", required=True,
-                        help="JSONL to write; <output>.run/ beside it holds the journal")
+                        help="JSONL to write; <output>.run/ next to it holds the journal")
     parser.add_argument("--image_root", required=True,
                         help="folder that image paths are relative to and may not leave")
     parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct",
-                        help="folder, hub name (the paper's) or, with "
-                        "--backend openai, the name that the server gives it")
+                        help="folder or hub name; with --backend openai, the server's name for it")
     parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
-                        help="a reply; a longer one is asked "
-                        "again with twice as many, then cut_off")
+                        help="length of a reply; a longer one is asked for again with twice as many")
     parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28,
                         help="area to which an image is shrunk")
     parser.add_argument("--prompts", help="JSON object of prompts by name, in place of those of this script")
@@ -56,18 +54,18 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--export_only", action="store_true",
                         help="write the output from the journal, without calls")
     parser.add_argument("--fresh", action="store_true",
-                        help="move an earlier <output>.run aside and begin anew")
+                        help="move an earlier <output>.run aside and start again")
     parser.add_argument("--no_guard", action="store_true",
-                        help="go on however many calls fail (a weak model)")
+                        help="continue however many calls fail (a weak model)")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N",
-                        help="every Nth sample from the Ith on, in place of "
-                        "torchrun's rank; the last shard to finish, or --export_only, writes the output")
+                        help="every Nth sample from the Ith on, in place of torchrun's rank; the last shard "
+                        "to finish, or --export_only, writes the output")
     parser.add_argument("--backend", choices=("local", "openai"), default="local",
                         help="local: transformers in this process; openai: any OpenAI-compatible server")
     local = parser.add_argument_group("--backend local (free to change between restarts)")
-    local.add_argument("--batch_size", type=parse_count, default=16, help="calls a batch, at most")
+    local.add_argument("--batch_size", type=parse_count, default=16, help="calls per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=32768,
-                       help="tokens a batch, at most, replies at full length")
+                       help="tokens per batch, at most, replies at full length")
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
 
 
@@ -81,10 +79,10 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
     server.add_argument("--server_wait", type=float, default=1800.0,
                         help="seconds without any reply until exit 4")
     server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
-    server.add_argument("--temperature", type=float, default=0.0, help="seeds come from the calls' contents")
+    server.add_argument("--temperature", type=float, default=0.0,
+                        help="seeds come from the content of each call")
     server.add_argument("--image_factor", type=parse_count, default=image_factor,
-                        help="pixels a side of a visual token: 28 "
-                        "for Qwen2.5-VL, 32 for Qwen3-VL")
+                        help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
                         help="more fields of every request")
 
@@ -226,19 +224,18 @@ def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list
 
 
 def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:
-    """Show one whole prompt of each kind on stderr; return the calls and an estimate of their tokens
-    (--dry_run).
+    """Log one whole prompt of each kind; return the calls and an estimate of their tokens (--dry_run).
 
-    Four characters of text are taken for a token, and 28 x 28 pixels (image headers, shrunk to --max_pixels).
+    Four characters count as one token, and 28 x 28 pixels (image headers, shrunk to --max_pixels).
     """
     counts = {}
     for kind in dict.fromkeys(call.kind for call in calls):
-        mine = [call for call in calls if call.kind == kind]
-        pictures = "".join(f"[image {path}]\n" for path in mine[0].images)
-        log(f"--- {kind}, sample {mine[0].id}\nsystem: {system}\nuser: {pictures}{mine[0].text}\n---")
-        n_tokens = sum((len(system) + len(call.text)) // 4 + sum(visual_tokens(path, args.max_pixels)
-                                                                 for path in call.images)
-                       for call in mine)
-        counts[kind] = {"calls": len(mine), "prompt_tokens": n_tokens, "new_tokens_at_most": len(mine)
-                        * args.max_new_tokens}
+        of_kind = [call for call in calls if call.kind == kind]
+        first = of_kind[0]
+        pictures = "".join(f"[image {path}]\n" for path in first.images)
+        log(f"--- {kind}, sample {first.id}\nsystem: {system}\nuser: {pictures}{first.text}\n---")
+        n_text = sum((len(system) + len(call.text)) // 4 for call in of_kind)
+        n_visual = sum(visual_tokens(path, args.max_pixels) for call in of_kind for path in call.images)
+        counts[kind] = {"calls": len(of_kind), "prompt_tokens": n_text + n_visual,
+                        "new_tokens_at_most": len(of_kind) * args.max_new_tokens}
     return counts
