@@ -34,8 +34,6 @@ the same command to resume. Exit codes: 0 complete; 3 complete with errors of it
 settings or damage; 4 no server answers; 130 interrupted. Under torchrun each process answers its share, and
 the last one to finish writes the same bytes as a single process.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -44,11 +42,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from utils.backends import ErrorRateError, LocalBackend, render
 from utils.call_flags import add_server_flags, open_server
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
+from utils.evaluate.answering import Conversation, Local, Served, answer_all, is_turn, show_messages
 from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.comparison import compare_all, describe, make_table
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
@@ -61,10 +59,8 @@ from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256
                          write_rows)
 from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.model_calls import is_reply
+from utils.openai_backend import HttpBackend
 from utils.spans import OPEN
-
-if TYPE_CHECKING:
-    from utils.evaluate.answering import Conversation, Local, Served
 
 METHODS = ("direct", "text", "latent", "tool")  # before the answer: nothing, words, latents, crops
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)
@@ -105,8 +101,6 @@ def find_protocol(args: argparse.Namespace) -> Protocol:
 def open_system(args: argparse.Namespace, protocol: Protocol,
                 spec: LatentSpec | None) -> tuple[Local | Served, dict]:
     """Return the model that answers and its identity: other weights under the same name are another model."""
-    from utils.evaluate.answering import Local, Served
-
     if args.backend == "openai":
         if protocol.max_pixels is None:
             raise DataError(f"--protocol {args.protocol} leaves the resolution to the checkpoint, which a "
@@ -123,16 +117,12 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
 
 def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
     """Return the judge of the flags; it reads text alone, at temperature 0."""
-    from utils.openai_backend import HttpBackend
-
     backend = HttpBackend(args.judge_model, args.judge_base_url, 1, 28, args.concurrency, args.timeout,
                           args.judge_wait, api_key=read_api_key(args.judge_key_file, "--judge_key_file"))
     return Judge(args.judge, backend, journal, JUDGE_MAX_TOKENS)
 
 
 def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> list[Conversation]:
-    from utils.evaluate.answering import Conversation
-
     hashes = {}
     return [Conversation(item, protocol, args.image_root, args.method, hashes) for item in items]
 
@@ -149,8 +139,6 @@ class Answers:
 def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
                      args: argparse.Namespace) -> Answers | None:
     """Answer, score and judge all items; None if other processes have not finished their share."""
-    from utils.evaluate.answering import answer_all, is_turn
-
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
@@ -319,7 +307,6 @@ def tabulate_files(args: argparse.Namespace) -> dict:
 
 def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> dict:
     """Show the first prompt and return the length of the longest (--dry_run)."""
-    from utils.evaluate.answering import show_messages
     from utils.qwen import load_processors
 
     tokenizer = None if args.backend == "openai" else load_processors(args.model)[0]
