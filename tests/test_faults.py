@@ -1,14 +1,7 @@
-"""Real faults: full and read-only disks, clocks that go back, two processes on one output, ranks that die,
-files cut off.
+"""Real faults: full and read-only disks, wrong clocks, two processes, dead ranks, truncated files.
 
-    python -m pytest tests/test_faults.py            # each fault, in this process
-    python -m pytest tests/test_faults.py -m slow    # ranks that die, two processes, a disk that fills up \
-      at many places
-
-Elsewhere: kills (test_kills.py), damaged checkpoints of a run, a save that fails (test_checkpoints.py), a
-loss that is not finite (test_train_sft.py), damaged journals, torn ends, a journal that meets a full disk
-(test_rows.py), damaged states (test_states.py), damaged rows of stages 1 and 2 (test_rewrite_captions.py,
-test_filter_data.py), servers (test_server.py, test_backends.py).
+    pytest tests/test_faults.py            # each fault, in this process
+    pytest tests/test_faults.py -m slow    # dead ranks, two processes, disks full at many places
 """
 import json
 import os
@@ -37,8 +30,7 @@ DISK = "No space left on device|File too large|I/O error"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Inputs and checkpoints, the cases of them, and what undisturbed runs write: whole(script) -> path of
-    the output."""
+    """Return the cases of tests/kills.py, and whole(script) -> output of an undisturbed run."""
     folder = tmp_path_factory.mktemp("world")
     kills.make_world(folder, 0)
     cases, done = kills.cases(folder, 0), {}
@@ -52,7 +44,7 @@ def world(tmp_path_factory):
 
 
 def run(case, output: Path, *more: str) -> int:
-    """Run a script in this process as its last lines do; return the exit code."""
+    """Run a script in this process as a command would; return the exit code."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         return cli(lambda: MAINS[case.script]([*case.flags, "--output", str(output), *more]))
@@ -63,14 +55,14 @@ def run(case, output: Path, *more: str) -> int:
 
 
 def refused(capsys, case, output: Path, match: str, *more: str) -> None:
-    """Assert that a run ends with exit code 2 and one line that says why."""
+    """Assert that a run ends with exit code 2 and one line with the reason."""
     capsys.readouterr()
     code, err = run(case, output, *more), capsys.readouterr().err
     last = [line for line in err.splitlines() if line.strip()][-1]
     assert code == 2 and re.match(f"error: .*({match})", last) and "Traceback" not in err, err[-2000:]
 
 
-# ------------------------------------------------------------------------------------------------ disks
+# ------------------------------------------------------------------------------------ disks
 @contextmanager
 def disk(folder: Path, options: str):
     """Mount a small disk at `folder`, if this user may; yield whether it is there."""
@@ -86,8 +78,7 @@ def disk(folder: Path, options: str):
 
 @contextmanager
 def small_disk(folder: Path, size: int):
-    """Yield a function that gives the disk at `folder` room; until then it holds `size` bytes, or files may
-    be no larger."""
+    """Yield a function that enlarges the disk at `folder`, which holds `size` bytes until then."""
     with disk(folder, f"size={size}") as mounted:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if not mounted:
@@ -109,10 +100,10 @@ def size_of(folder: Path) -> int:
 
 
 def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share: float) -> bool:
-    """Run on a disk that holds `share` of what is written, then with room; return whether it was full.
+    """Run on a disk that holds `share` of the output, then on a larger one; return whether it was full.
 
-    Before the second run all files are dated into the future or the past, and in it the clock goes back at
-    every look: what goes on from the first must not depend on either.
+    Before the second run all files get dates in the future or the past, and during it the clock goes back at
+    every call: a resumed run must not depend on either.
     """
     cases, whole = world
     case, expected = cases[script], final_files(cases[script], whole(script))
@@ -134,7 +125,7 @@ def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share
             assert run(case, folder / "out") == case.code
         assert final_files(case, folder / "out") == expected
         found, records = case.records(folder / "out"), case.records(whole(script))
-        assert sorted(map(str, found)) == sorted(map(str, records))  # none lost, none twice
+        assert sorted(map(str, found)) == sorted(map(str, records))  # none lost, none doubled
     return True
 
 
@@ -147,8 +138,8 @@ def test_a_full_disk_and_then_a_clock_that_goes_back(world, capsys, monkeypatch,
 @each_script
 def test_a_disk_that_is_full_at_many_places(world, capsys, monkeypatch, tmp_path, script):
     shares = [0.001, *(n / 12 for n in range(1, 12)), 0.97]
-    full = [check_full_disk(world, capsys, monkeypatch, tmp_path / f"disk{n}", script, share) for n,
-            share in enumerate(shares)]
+    full = [check_full_disk(world, capsys, monkeypatch, tmp_path / f"disk{n}", script, share)
+            for n, share in enumerate(shares)]
     assert sum(full) >= 8
 
 
@@ -162,7 +153,7 @@ def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
     assert (tmp_path / "file").read_text() == ""
 
 
-# ---------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 def lock_of(case, output: Path) -> tuple[Path, str]:
     """Return the file that a run of a script locks, and the call that locks it."""
     if case.script == "train_sft":
@@ -174,19 +165,19 @@ def lock_of(case, output: Path) -> tuple[Path, str]:
 
 @each_script
 def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, script):
-    """The other one holds its lock and does nothing; it finds its files as they were."""
+    """The other process only holds the lock; its files stay as they were."""
     case, output = world[0][script], tmp_path / "out"
     path, call = lock_of(case, output)
     path.parent.mkdir(parents=True)
-    code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); print(flush=True); "
-            "time.sleep(60)")
+    code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); "
+            "print(flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        (path.parent / "step-4.part").mkdir()  # that another one writes, and no one clears away
+        part = path.parent / "step-4.part"
+        part.mkdir()  # as if the other process were saving
         refused(capsys, case, output, "another process")
-        assert sorted(path.parent.iterdir()) == sorted([path, path.parent
-                                                        / "step-4.part"]) and path.read_bytes() == b""
+        assert sorted(path.parent.iterdir()) == sorted([path, part]) and path.read_bytes() == b""
     finally:
         other.kill()
         other.wait()
@@ -203,7 +194,7 @@ def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
 
 def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
-        assert process.poll() is None, "it ended before anything was seen"
+        assert process.poll() is None, "the process ended too early"
         time.sleep(0.005)
 
 
@@ -215,25 +206,24 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
     first = start(case, output)
     wait_for(lambda: lock_of(case, output)[0].exists(), first)
     time.sleep(0.02)  # from the file to its lock
-    first.send_signal(signal.SIGSTOP)  # so that it is still at work when the second one has been loaded
+    first.send_signal(signal.SIGSTOP)  # it must still run when the second has been loaded
     second = subprocess.run(command(script, [*case.flags, "--output", str(output)]), capture_output=True,
                             text=True)
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and "another process" in second.stderr.splitlines()[-1], second.stderr[
-        -2000:]
+    last = second.stderr.splitlines()[-1]
+    assert second.returncode == 2 and "another process" in last, second.stderr[-2000:]
     assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code
     alone = start(case, tmp_path / "alone" / "out")
     assert alone.wait(timeout=300) == case.code
     assert final_files(case, output) == final_files(case, tmp_path / "alone" / "out")
 
 
-# --------------------------------------------------------------------------------------------- ranks that die
+# ------------------------------------------------------------------------------------ dead ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # which is one process
-def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(world, tmp_path, script, rank):
+@pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # probe.py is one process
+def test_a_dead_rank_stops_the_others_and_the_run_resumes(world, tmp_path, script, rank):
     case = world[0][script]
-    # torchrun's own
     together, output, code = tmp_path / "whole" / "out", tmp_path / "cut" / "out", int(case.code > 0)
     assert start(case, together, 2).wait(timeout=300) == code
     launcher = start(case, output, 2)
@@ -246,12 +236,12 @@ def test_a_rank_that_dies_stops_the_others_and_the_run_goes_on(world, tmp_path, 
     others = [rank_of(launcher.pid, n) for n in (0, 1) if n != rank]
     os.kill(pid, signal.SIGKILL)
     assert launcher.wait(timeout=120) != 0
-    assert not any(other and Path(f"/proc/{other}").exists() for other in others)  # nobody waits for the dead
+    assert not any(other and Path(f"/proc/{other}").exists() for other in others)
     assert start(case, output, 2).wait(timeout=300) == code
     assert final_files(case, output) == final_files(case, together)
 
 
-# ---------------------------------------------------------------------------------------------- files cut off
+# ------------------------------------------------------------------------------------ truncated files
 def truncate(name: str):
     def damage(folder: Path) -> None:
         path = folder / name
@@ -260,7 +250,7 @@ def truncate(name: str):
 
 
 def split_shards(folder: Path) -> None:
-    """Put the weights into three files with an index, as large checkpoints have them."""
+    """Split the weights into three files with an index, as in large checkpoints."""
     from safetensors.torch import load_file, save_file
     weights = load_file(folder / "model.safetensors")
     names = {key: f"model-{n % 3 + 1:05d}-of-00003.safetensors" for n, key in enumerate(sorted(weights))}
@@ -293,11 +283,10 @@ DAMAGES = {"cut weights": truncate("model.safetensors"),
            "cut generation config": truncate("generation_config.json")}
 
 
-@pytest.mark.parametrize("script, damage", [*((name, "cut weights") for name in LOCAL if name != "evaluate"),
-                                            *(("evaluate", name) for name in DAMAGES
-                                              if name != "cut tokenizer"),
-                                            # train_sft.py writes one, releases may not
-                                            ("intervene", "cut tokenizer")])
+@pytest.mark.parametrize("script, damage", [
+    *((name, "cut weights") for name in LOCAL if name != "evaluate"),
+    *(("evaluate", name) for name in DAMAGES if name != "cut tokenizer"),
+    ("intervene", "cut tokenizer")])  # train_sft.py writes tokenizer.json, a release may not
 def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage):
     case = world[0][script]
     place, copy = case.flags.index("--model") + 1, tmp_path / "copy"
@@ -309,16 +298,16 @@ def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage
 
 
 def cut_line(path: Path, line: int) -> None:
-    """Take the second half of a line away, not its end."""
+    """Remove the second half of a line, but not the newline."""
     lines = path.read_bytes().splitlines(keepends=True)
     lines[line - 1] = lines[line - 1][:len(lines[line - 1]) // 2] + b"\n"
     path.write_bytes(b"".join(lines))
 
 
 @pytest.mark.parametrize("script, flag", [("train_sft", "--data"), ("evaluate", "--items"),
-                                          ("intervene", "--items"),
-                                          ("probe", "--items"), ("probe", "--probe_items")])
-def test_rows_cut_off_in_the_middle_are_told_with_their_line(world, capsys, tmp_path, script, flag):
+                                          ("intervene", "--items"), ("probe", "--items"),
+                                          ("probe", "--probe_items")])
+def test_a_truncated_row_is_named_with_its_line(world, capsys, tmp_path, script, flag):
     case = world[0][script]
     place = case.flags.index(flag) + 1
     copy = tmp_path / "copy.jsonl"
@@ -329,8 +318,8 @@ def test_rows_cut_off_in_the_middle_are_told_with_their_line(world, capsys, tmp_
 
 
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "train_sft"])
-def test_a_journal_cut_off_in_the_middle_is_told_and_without_that_line_its_work_is_done_again(
-    world, capsys, tmp_path, script):
+def test_a_truncated_journal_line_is_named_and_without_it_the_work_is_repeated(world, capsys, tmp_path,
+                                                                             script):
     cases, whole = world
     case, output = cases[script], tmp_path / "out"
     for path in whole(script).parent.glob("out*"):
@@ -344,7 +333,7 @@ def test_a_journal_cut_off_in_the_middle_is_told_and_without_that_line_its_work_
     assert final_files(case, output) == final_files(case, whole(script))
 
 
-def test_settings_of_a_training_cut_off(world, capsys, tmp_path):
+def test_truncated_settings_of_a_training_are_refused(world, capsys, tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "settings.json").write_text('{"data": ')
     refused(capsys, world[0]["train_sft"], tmp_path / "out", "settings.json: damaged")
