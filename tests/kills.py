@@ -147,8 +147,8 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
             name, f"{flags}.many.jsonl --backend openai --model m --concurrency {CONCURRENCY}".split(), size,
             lambda output: fields(calls(output), "key"), files, server=folder)
     train = training_flags(folder / "train_sft.jsonl", folder / "tiny", "", "--max_tokens", "2000",
-                           "--max_steps", str(6 + 6 * n), "--save_every", "2", "--validation_rows", "2",
-                           "--eval_every", "10")
+                           "--max_steps", str(6 + 6 * n), "--save_every", "2", "--keep", "1",
+                           "--validation_rows", "2", "--eval_every", "10")
     place = train.index("--output")
     made["train_sft"] = Case("train_sft", train[:place] + train[place + 2:], step,
                              lambda output: fields(Path(f"{output}.run/log.jsonl"), "step"),
