@@ -150,7 +150,8 @@ def test_rotations_are_checked_before_any_answer():
 
 @pytest.mark.parametrize("metrics, message", [
     ("{", "damaged"), ("[]", "expected an object"), ("{}", "damaged, .*KeyError"),
-    (json.dumps(hostile.METRICS | {"with_judge": {"ci95": [1, "x"]}}), "damaged, .*ValueError")])
+    (json.dumps(hostile.METRICS | {"with_judge": {"ci95": [1, "x"]}}), "damaged, .*ValueError"),
+    (json.dumps(hostile.METRICS | {"protocol": {"model": "m", "method": "text", "line": 3.5}}), "not text")])
 def test_damaged_metrics_are_named(tmp_path, metrics, message):
     (tmp_path / "r.jsonl").write_text(json.dumps(hostile.result()) + "\n")
     (tmp_path / "r.jsonl.metrics.json").write_text(metrics)

@@ -182,6 +182,8 @@ def read_result(text: str) -> Result:
         protocol, cost = metrics["protocol"], metrics["efficiency"]
         row_name = name or f"{Path(protocol['model']).name} ({protocol['method']})"
         scored = metrics.get("with_judge") or metrics
+        if not isinstance(protocol["line"], str):
+            raise TypeError("protocol.line is not text")
         details = [row_name, ", ".join(map(str, scores)), str(metrics["n"]),
                    interval(widest(scored) if scored["ci95"] else None), percent(metrics.get("chance")),
                    str(cost["seconds_per_item"]), str(cost["tokens_per_item"]), protocol["line"]]
