@@ -1,4 +1,4 @@
-"""The decoding loop against generate, replay and scripted tokens.    pytest tests/test_decode.py"""
+"""The decoding loop against generate, replay and scripted tokens.    pytest tests/core/test_decode.py"""
 import shutil
 from collections import OrderedDict
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Benchmark items: checked on reading, asked in fixed words.    pytest tests/test_items.py"""
+"""Benchmark items: checked on reading, asked in fixed words.    pytest tests/core/test_items.py"""
 import pytest
 
 from utils.items import ANSWER_TYPES, question_text, read_items

@@ -1,4 +1,4 @@
-"""Patches equal those of the library's image processor, to the bit.    pytest tests/test_patches.py"""
+"""Patches equal those of the library's image processor, to the bit.    pytest tests/core/test_patches.py"""
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loading checkpoints and turning chats into tensors.    pytest tests/test_qwen.py"""
+"""Loading checkpoints and turning chats into tensors.    pytest tests/core/test_qwen.py"""
 import json
 import shutil
 

@@ -1,4 +1,4 @@
-"""The slot site: what the layers read at latent positions, noted and replaced.    pytest tests/test_sites.py
+"""The slot site: what the layers read at latent positions, noted and replaced.    pytest tests/core/test_sites.py
 """
 import pytest
 import torch

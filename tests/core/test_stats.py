@@ -1,4 +1,4 @@
-"""Intervals and tests against published values and second computations.    pytest tests/test_stats.py"""
+"""Intervals and tests against published values and second computations.    pytest tests/core/test_stats.py"""
 import itertools
 import math
 from statistics import NormalDist
