@@ -1,5 +1,5 @@
 """Options scored behind a stem or as whole replies, against a pass over each whole sequence.    pytest
-tests/test_readouts.py"""
+tests/core/test_option_scores.py"""
 import math
 
 import pytest
