@@ -10,7 +10,7 @@ import pytest
 from benchmark_fixtures import EXPECTED, FILES, prepared, sized, write_tsv
 
 from utils.evaluate.benchmarks import TABLE, prepare
-from utils.evaluate.sources import Hub, dataset_rows, file_rows, pinned, tsv_rows
+from utils.evaluate.sources import dataset_rows, file_rows, tsv_rows
 from utils.jsonl import DataError
 
 
@@ -21,8 +21,7 @@ def test_a_picture_cell_of_ten_megabytes_is_read(tmp_path):
     assert csv.field_size_limit() == before
 
 
-# ------------------------------------------------------------------------------------------------ clusters
-def test_rotations_share_a_group_and_different_questions_do_not(tmp_path):
+def test_rotations_and_questions_about_one_picture_share_a_group_and_other_items_have_their_own(tmp_path):
     groups = {}
     for item in prepared(tmp_path, "hrbench_4k", "hrbench.tsv"):
         groups.setdefault(item["group_id"], []).append(item)
@@ -30,15 +29,9 @@ def test_rotations_share_a_group_and_different_questions_do_not(tmp_path):
     for items in groups.values():
         assert len({item["question"] for item in items}) == 1
         assert len({dict(item["options"])[item["answer"]["value"]] for item in items}) == 1
-
-
-@pytest.mark.parametrize("source", ["mme.parquet", "mme.tsv"])
-def test_questions_about_one_picture_share_a_group(tmp_path, source):
-    groups = [item["group_id"] for item in prepared(tmp_path, "mme", source)]
-    assert groups[0] == groups[1] and len(set(groups)) == 2
-
-
-def test_elsewhere_an_item_is_its_own_group(tmp_path):
+    for source in ("mme.parquet", "mme.tsv"):
+        groups = [item["group_id"] for item in prepared(tmp_path, "mme", source)]
+        assert groups[0] == groups[1] and len(set(groups)) == 2
     assert all(item["group_id"] == item["id"] for item in prepared(tmp_path, "vstar", "vstar.tsv"))
 
 
@@ -51,7 +44,6 @@ def test_the_size_of_a_benchmark_is_checked_unless_limited(tmp_path, name, sourc
     assert [item["id"] for item in items] == list(EXPECTED[name, source])[:2]
 
 
-# ------------------------------------------------------------------------------------------ files and the hub
 def test_a_file_of_the_published_name_must_have_the_published_digest(tmp_path):
     path = shutil.copy(FILES / "vstar.tsv", tmp_path / "VStarBench.tsv")
     bench, data = sized("vstar", "vstar.tsv"), path.read_bytes()
@@ -98,25 +90,19 @@ def test_the_hub_is_read_at_a_pinned_commit_and_nothing_else(tmp_path, monkeypat
         "repo_type": "dataset", "revision": "b1312e6fbf89ace5a50cc5b0214010aeb0f69bdc"})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer_with(FILES / "vstar_bench"))
     assert len(prepare(sized("vstar_regions", "vstar_bench"), images, revision=commit)) == 2
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"craigwu--vstar_bench-{commit}")  # holds no links
     assert calls[-1] == (("craigwu/vstar_bench",), {
-        "repo_type": "dataset", "revision": commit,
-        "allow_patterns": ["direct_attributes/*", "relative_position/*"],
-        # not the cache, which holds links
-        "local_dir": Path(huggingface_hub.constants.HF_HUB_CACHE, f"craigwu--vstar_bench-{commit}")})
+        "repo_type": "dataset", "revision": commit, "local_dir": folder,
+        "allow_patterns": ["direct_attributes/*", "relative_position/*"]})
 
 
-def test_a_branch_and_a_missing_revision_are_refused(tmp_path):
-    with pytest.raises(DataError, match="revision 'main', expected a commit of 40 hex digits"):
-        pinned(Hub("a/b", "c" * 40), "main")
+def test_sources_that_cannot_be_read_are_named(tmp_path):
     for name, source, match in (
             ("blink/Jigsaw", None, "BLINK-Benchmark/BLINK: no revision is pinned"),
             ("vsp", None, "vsp: not on the hub"), ("vstar", tmp_path / "none.tsv", "no such file or folder"),
             ("vstar", tmp_path, "a folder; expected VStarBench.tsv")):
         with pytest.raises(DataError, match=match):
             prepare(TABLE[name], tmp_path / "images", source)
-
-
-def test_a_split_that_is_not_there_is_named():
     with pytest.raises(DataError, match="split 'hrbench_8k'"):
         list(dataset_rows(FILES / "HR-Bench", "hrbench_version_split", "hrbench_8k"))
 
@@ -131,20 +117,16 @@ def test_a_folder_is_read_as_it_is_now(tmp_path):
         assert len(prepare(TABLE["tablevqa/vwtq"], tmp_path / "images", folder, limit=20)) == n
 
 
-# ------------------------------------------------------------------------------------------------ the table
 def test_the_table_holds_the_published_sizes():
     assert {name: bench.n for name, bench in TABLE.items() if bench.n} == {
         "vstar": 191, "vstar_regions": 191, "hrbench_4k": 800, "hrbench_8k": 800, "mme_realworld_lite": 1919,
         "blink/Jigsaw": 150, "blink/Multi-view_Reasoning": 133, "tablevqa/vwtq": 750,
         "tablevqa/vwtq_syn": 250, "tablevqa/vtabfact": 250, "mme": 2374, "ocrbench_v2": 10000, "vsp": 400}
-    counts = {name: bench.counts for name, bench in TABLE.items() if bench.counts}
-    assert counts.pop("vsp") == dict.fromkeys(("level_3", "level_4", "level_5", "level_6"), 100)
     vstar, hrbench = {"direct_attributes": 115, "relative_position": 76}, {"single": 400, "cross": 400}
-    assert counts == {"vstar": vstar, "vstar_regions": vstar, "hrbench_4k": hrbench, "hrbench_8k": hrbench}
-    assert len(TABLE) == 25
+    assert {name: bench.counts for name, bench in TABLE.items() if bench.counts} == {
+        "vstar": vstar, "vstar_regions": vstar, "hrbench_4k": hrbench, "hrbench_8k": hrbench,
+        "vsp": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
     assert (TABLE["blink/Jigsaw"].n_images, TABLE["blink/Multi-view_Reasoning"].n_images) == (3, 2)
-    assert all(len(digest) in (32, 64) for bench in TABLE.values() for names in bench.digests.values()
-               for digest in names)
 
 
 def test_real_vsp_problems_come_out_word_for_word_with_their_pictures(shared_data, tmp_path):

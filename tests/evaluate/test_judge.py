@@ -16,7 +16,7 @@ ITEM = {"id": "1", "metric": "mcq", "question": "What colour?", "options": [["A"
 
 @pytest.fixture
 def open_judge(tmp_path):
-    """Return open(kind, url, ...) -> (judge, its journal), whose journal lies in one folder."""
+    """Return open(kind, url, ...) -> judge; all journals lie in one folder."""
     journals = []
 
     def opened(kind, url, model="judge", wait=2.0, timeout=20.0):
@@ -29,20 +29,16 @@ def open_judge(tmp_path):
 
 
 @pytest.mark.parametrize("kind, text, parsed", [
-    ("map", "B", "B"), ("map", " (b). ", "B"), ("map", "**B**", "B"), ("map", "Z", "Z"),
-    ("map", "<think>A? No.</think>\nB", "B"),
+    ("map", " (b). ", "B"), ("map", "**B**", "B"), ("map", "Z", "Z"), ("map", "<think>A?</think>\nB", "B"),
     ("map", "(B) red", None), ("map", "The answer is blue.", None), ("map", "C", None), ("map", "", None),
-    ("map", "A or B", None),
-    ("grade", "yes", "yes"), ("grade", "No.", "no"), ("grade", "Yes, it is right", "yes"),
-    ("grade", "I do not know", None), ("grade", "yes and no", None), ("grade", "", None),
-    ("grade", "Nothing", None)])
+    ("map", "A or B", None), ("grade", "No.", "no"), ("grade", "Yes, it is right", "yes"),
+    ("grade", "I do not know", None), ("grade", "yes and no", None), ("grade", "Nothing", None)])
 def test_which_replies_of_a_judge_count(kind, text, parsed):
     """VLMEvalKit's own parser reads "The answer is blue." as B, Monet's reads "I do not know" as no."""
     assert parse(kind, ITEM, text) == parsed
 
 
 def test_map_never_sees_the_gold_answer_and_grade_does():
-    """With another gold the question of map is the same to the letter."""
     other = ITEM | {"answer": {"type": "letter", "value": "A"}}
     assert question_for("map", ITEM, "it") == question_for("map", other, "it")
     assert "Right answer: B. blue" in question_for("grade", ITEM, "it")
@@ -68,11 +64,10 @@ def test_a_good_judge_is_asked_once_per_question_and_never_again(open_judge, tmp
 
 def test_a_journal_of_an_earlier_version_is_read(open_judge):
     judge = open_judge("map", "http://127.0.0.1:9/v1", wait=0.1)
-    prompt = question_for("map", ITEM, "blue")
-    key = call_key(judge=judge.caller.identity, prompt=prompt, attempt=1, max_tokens=64)
-    judge.caller.journal.append(asdict(Reply(key, "A", "stop", 9, 1, 0.1)))
-    first = call_key(judge=judge.caller.identity, prompt=prompt, attempt=0, max_tokens=64)
-    judge.caller.journal.append(asdict(Reply(first, "Well.", "stop", 9, 1, 0.1)))
+    for attempt, reply in ((1, "A"), (0, "Well.")):
+        key = call_key(judge=judge.caller.identity, prompt=question_for("map", ITEM, "blue"), attempt=attempt,
+                       max_tokens=64)
+        judge.caller.journal.append(asdict(Reply(key, reply, "stop", 9, 1, 0.1)))
     verdict = judge.decide([(ITEM, "blue")])[0]
     assert (verdict["reply"], verdict["parsed"], verdict["attempts"]) == ("A", "A", 2)
 
@@ -101,40 +96,33 @@ def test_a_judge_that_goes_away_leaves_failures_and_one_that_is_slow_is_waited_f
         assert open_judge("map", url).decide([(ITEM, "fault:kill blue")])[0]["parsed"] == "B"
 
 
-def test_preflight_stops_before_hours_of_answering(open_judge, tmp_path):
+def test_preflight_stops_where_a_plain_case_is_wrong_or_no_server_answers(open_judge, tmp_path, monkeypatch):
     with serving(tmp_path) as (process, url):
         for kind in ("map", "grade"):
             open_judge(kind, url).preflight()
+        monkeypatch.setattr("utils.evaluate.judge.TEST_REPLY", "fault:prose It is blue.")
+        with pytest.raises(DataError, match="--judge map judge: asked .* it said 'I would rather talk"):
+            open_judge("map", url).preflight()
         process.kill()
         process.wait()
         with pytest.raises(ErrorRateError, match="no server has answered"):
             open_judge("map", url, wait=0.5).preflight()
 
 
-def test_a_judge_that_gets_a_plain_case_wrong_is_refused(open_judge, tmp_path, monkeypatch):
-    with serving(tmp_path) as (_, url):
-        monkeypatch.setattr("utils.evaluate.judge.TEST_REPLY", "fault:prose It is blue.")
-        with pytest.raises(DataError, match="--judge map judge: asked .* it said 'I would rather talk"):
-            open_judge("map", url).preflight()
-
-
-def result(text, verdict, compat=None):
-    return {"clean_output": text, "verdict": verdict, "compat": {"vk": compat}}
-
-
 def test_a_verdict_of_ours_is_never_overruled_and_empty_replies_are_not_asked_about(open_judge, tmp_path):
     def results():
-        return [result("It could be blue", "unresolved"), result("red!", "correct", "A"),
-                result("blue?", "incorrect"),
-                result("", "unresolved"), result(None, "error"), result("fault:prose", "unresolved")]
+        return [{"clean_output": text, "verdict": verdict, "compat": {"vk": letter}}
+                for text, verdict, letter in (
+                    ("It could be blue", "unresolved", None), ("red!", "correct", "A"),
+                    ("blue?", "incorrect", None), ("", "unresolved", None), (None, "error", None),
+                    ("fault:prose", "unresolved", None))]
 
     with serving(tmp_path) as (_, url):
         some, fewer = results(), results()
         add_verdicts(open_judge("map", url), [ITEM] * 6, some)
         assert [r["judged"] for r in some] == ["correct", "correct", "incorrect", "unresolved", "error",
                                                "judge_error"]
-        # the third: for VLMEvalKit
-        assert [r["judge"] is not None for r in some] == [True, False, True, False, False, True]
+        assert [bool(r["judge"]) for r in some] == [True, False, True, False, False, True]  # third: compat
         add_verdicts(open_judge("grade", url), [ITEM] * 6, fewer)
         assert [r["judge"] is not None for r in fewer] == [True, False, False, False, False, True]
         assert [r["judged"] for r in fewer] == [r["judged"] for r in some]

@@ -21,10 +21,9 @@ def test_every_layout_comes_through_without_loss(tmp_path, name, source):
     for item, fields in zip(items, EXPECTED[name, source].values()):
         digests = [image["sha256"] for image in item["images"]]
         assert item["benchmark"] == name and item | fields == item | {"sha256": digests}
-        assert [hashlib.sha256((tmp_path / image["path"]).read_bytes()).hexdigest()
-                for image in item["images"]] == digests
-        assert all(re.fullmatch(r"out\.images/[0-9a-f]{16}\.(jpg|png)", image["path"])
-                   for image in item["images"])
+        for image, digest in zip(item["images"], digests):
+            assert hashlib.sha256((tmp_path / image["path"]).read_bytes()).hexdigest() == digest
+            assert re.fullmatch(r"out\.images/[0-9a-f]{16}\.(jpg|png)", image["path"])
     write_rows(tmp_path / "out.jsonl", items)
     assert read_items(tmp_path / "out.jsonl", metrics=tuple(ANSWER_TYPES)) == items
 
@@ -44,15 +43,13 @@ def test_options_can_be_joined_again_as_the_source_has_them(tmp_path):
         assert joined == item["raw"]["multi-choice options"]
 
 
-# ------------------------------------------------------------------------------------------------ faults
 def broken(tmp_path, rows, change):
     """Write a TSV whose second row is changed, or left out (None)."""
-    first, second, *rest = rows
-    second = [] if change is None else [second | change]
-    return write_tsv(tmp_path / "broken.tsv", [first, *second, *rest])
+    second = [] if change is None else [rows[1] | change]
+    return write_tsv(tmp_path / "broken.tsv", [rows[0], *second, *rows[2:]])
 
 
-VSTAR_FAULTS = [
+FAULTS = {"vstar": [
     (None, r"broken.tsv: 3 items, .*expected 4, .*direct_attributes"),
     ({"category": "relative_position"},
      r"4 items, \{'direct_attributes': 1, 'relative_position': 3\}; expected 4"),
@@ -65,29 +62,26 @@ VSTAR_FAULTS = [
     ({"image": text_of(b"no picture at all" * 8)}, "broken.tsv:3: 136 bytes are not a picture"),
     ({"image": "77"}, "broken.tsv:3: the picture is that of row '77', which has none"),
     ({"image": repr([text_of(picture(n)) for n in (1, 2)])},
-     "broken.tsv:3: item 'vstar/1': 2 pictures, expected 1")]
-HRBENCH_FAULTS = [
+     "broken.tsv:3: item 'vstar/1': 2 pictures, expected 1")], "hrbench": [
     ({"question": "Another?"},
      r"2 of 3 questions do not occur in four rotations.*expected the rotations 0, 1, 2, 3"),
     ({"cycle_category": "1"}, r"1 of 2 questions do not .* with \['1', '1', '2', '3'\]"),
     ({"image": text_of(picture(9))}, "2 of 3 questions do not"),
     ({"answer": "A"}, "2 of 3 questions do not"),  # a rotation whose gold is another text
-    ({"question": "Which?\n(A) this\n(B) that"}, "options that differ from the columns")]
-REALWORLD_FAULTS = [
+    ({"question": "Which?\n(A) this\n(B) that"}, "options that differ from the columns")], "realworld": [
     ({"multi-choice options": "['(A) a', '(B b', '(C) c', '(D) d', '(E) e']"},
      r"options .*expected five, '\(A\) ...'"),
     ({"multi-choice options": "['(A) a', '(B) b', '(C) c', '(D) d']"}, "expected five"),
-    ({"multi-choice options": "__import__('os').getcwd()"}, "is not a Python list")]
+    ({"multi-choice options": "__import__('os').getcwd()"}, "is not a Python list")]}
 
 
-@pytest.mark.parametrize("name, source, change, match", [
-    (name, source, *fault) for name, source, faults in (
-        ("vstar", "vstar.tsv", VSTAR_FAULTS), ("hrbench_4k", "hrbench.tsv", HRBENCH_FAULTS),
-        ("mme_realworld_lite", "realworld.tsv", REALWORLD_FAULTS)) for fault in faults])
-def test_a_broken_file_is_named(tmp_path, name, source, change, match):
-    path = broken(tmp_path, read_rows(source), change)
+@pytest.mark.parametrize("source, change, match", [(source, *fault) for source in FAULTS
+                                                   for fault in FAULTS[source]])
+def test_a_broken_file_is_named(tmp_path, source, change, match):
+    name = {"vstar": "vstar", "hrbench": "hrbench_4k", "realworld": "mme_realworld_lite"}[source]
+    path = broken(tmp_path, read_rows(f"{source}.tsv"), change)
     with pytest.raises(DataError, match=match):
-        prepare(sized(name, source), tmp_path / "images", path)
+        prepare(sized(name, f"{source}.tsv"), tmp_path / "images", path)
 
 
 @pytest.mark.parametrize("name, row, change, match", [
@@ -104,15 +98,14 @@ def test_broken_rows_are_named(tmp_path, name, row, change, match):
         prepare(TABLE[name], tmp_path / "images", broken(tmp_path, [row, row], change))
 
 
-def test_an_integer_gold_of_vtabfact_and_an_unpaired_picture_are_named(tmp_path):
-    image = {"image": struct(picture(1)), "question": "q"}
-    path = write_parquet(tmp_path / "t.parquet", [image | {"qa_id": "1", "text_markdown_table": "", "gt": 1}])
-    with pytest.raises(DataError, match="field 'gt' should be str, got int '1'"):
-        prepare(TABLE["tablevqa/vtabfact"], tmp_path / "images", path)
-    path = write_parquet(tmp_path / "m.parquet",
-                         [image | {"question_id": "a.jpg", "answer": "Yes", "category": "c"}])
-    with pytest.raises(DataError, match=r"1 of 1 pictures have no pair.*\['yes'\]; expected as many"):
-        prepare(replace(TABLE["mme"], n=1), tmp_path / "images", path)
+@pytest.mark.parametrize("name, fields, match", [
+    ("tablevqa/vtabfact", {"qa_id": "1", "text_markdown_table": "", "gt": 1}, "'gt' should be str, got int"),
+    ("mme", {"question_id": "a.jpg", "answer": "Yes", "category": "c"},
+     r"1 of 1 pictures have no pair.*\['yes'\]; expected as many")])
+def test_an_integer_gold_and_an_unpaired_picture_are_named(tmp_path, name, fields, match):
+    path = write_parquet(tmp_path / "t.parquet", [{"image": struct(picture(1)), "question": "q"} | fields])
+    with pytest.raises(DataError, match=match):
+        prepare(replace(TABLE[name], n=1), tmp_path / "images", path)
 
 
 @pytest.mark.parametrize("change, match", [

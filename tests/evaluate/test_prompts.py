@@ -20,14 +20,7 @@ REALWORLD = MCQ | {"benchmark": "mme_realworld_lite", "question": "What colour i
                    "options": [["A", "Red"], ["B", "Green"], ["C", "Blue"], ["D", "Grey"],
                                ["E", "The image does not show it"]]}
 WTQ = {"id": "x/2", "benchmark": "tablevqa/vwtq", "metric": "wtq", "question": "who won?", "options": []}
-TABFACT = {"id": "x/3", "benchmark": "tablevqa/vtabfact", "metric": "tabfact", "question": "the bucks win",
-           "options": []}
-MME = {"id": "x/4", "benchmark": "mme", "metric": "yesno_pair", "options": [],
-       "question": "Is it a dog? Please answer yes or no."}
-OCR = {"id": "x/5", "benchmark": "ocrbench_v2", "metric": "unscored", "question": " What is written? ",
-       "options": []}
-VSP = {"id": "x/6", "benchmark": "vsp", "metric": "vsp_path", "question": "Find <image> a path",
-       "options": []}
+TABFACT = WTQ | {"benchmark": "tablevqa/vtabfact", "metric": "tabfact", "question": "the bucks win"}
 GLOVE = ("Question: What is the material of the glove?\nOptions:\nA. rubber\nB. cotton\n"
          "Please select the correct answer from the options above. \n")
 VLMEVALKIT = [
@@ -48,7 +41,9 @@ VLMEVALKIT = [
               "Statement: the milwaukee buck win 6 game in the 2010 - 11 season\nAnswer: True\n"
               "Statement: only the top team score above the average of 8.8\nAnswer: False\n\n"
               "Statement: the bucks win\nAnswer:"),
-    (MME, "Is it a dog? Please answer yes or no."), (OCR, " What is written? "), (VSP, "Find <image> a path")]
+    *((WTQ | {"benchmark": name, "metric": metric, "question": text}, text) for name, metric, text in (
+        ("mme", "yesno_pair", "Is it a dog? Please answer yes or no."), ("vsp", "vsp_path", "Find <image>"),
+        ("ocrbench_v2", "unscored", " What is written? ")))]
 
 
 @pytest.mark.parametrize("item, expected", VLMEVALKIT)
@@ -60,13 +55,10 @@ def test_vlmevalkit_s_words(item, expected):
 @pytest.mark.parametrize("name, source", [("vstar", "vstar.tsv"), ("hrbench_4k", "hrbench.tsv"),
                                           ("blink/Jigsaw", "blink.tsv")])
 def test_prepared_multiple_choice_is_question_text_byte_for_byte(tmp_path, name, source):
-    for item in prepare(replace(TABLE[name], n=None, counts={}), tmp_path / "images", FILES / source):
+    bare = {name: part for name, part in MCQ.items() if name not in ("metric", "benchmark")}
+    items = prepare(replace(TABLE[name], n=None, counts={}), tmp_path / "images", FILES / source)
+    for item in [*items, bare]:
         assert user_text(item, PROTOCOLS["vlmevalkit"]).encode() == question_text(item).encode()
-
-
-def test_an_item_of_an_unknown_benchmark_and_without_a_metric_is_asked_as_multiple_choice():
-    item = {name: part for name, part in MCQ.items() if name not in ("metric", "benchmark")}
-    assert user_text(item, PROTOCOLS["vlmevalkit"]) == question_text(item) == GLOVE
 
 
 def test_system_prompts_and_pixel_limits():
@@ -78,9 +70,12 @@ def test_system_prompts_and_pixel_limits():
     assert all(not protocol.suffix for protocol in PROTOCOLS.values())
     with pytest.raises(FrozenInstanceError):
         PROTOCOLS["plain"].system = "other"
+    # the text of DeepEyes' eval/eval_vstar.py, commit cc3ff4d6
+    digest = hashlib.sha256(TOOL_SYSTEM.encode()).hexdigest()
+    assert digest == "1fc5b8b5ebdc9b24d6a9281071222872c8542dd65a4a4be1e70d9760c3a7f99f"
+    assert json.dumps(EXAMPLE) in TOOL_SYSTEM
 
 
-# ------------------------------------------------------------------------------------------------ zoom tool
 def call(box, name="image_zoom_in_tool"):
     arguments = json.dumps({"name": name, "arguments": {"bbox_2d": box}})
     return f"<think>Closer.</think><tool_call>{arguments}</tool_call>"
@@ -107,13 +102,6 @@ def test_what_a_reply_asks_for(reply, box, ended_by):
 def test_a_region_thinner_than_any_picture_is_refused():
     assert read_turn(call([0, 0, 1000, 4]), (1000, 80)).ended_by == "bad_call"
     assert read_turn(call([0, 0, 1000, 5]), (1000, 80)).box == (0, 0, 1000, 5)
-
-
-def test_the_system_prompt_is_that_of_the_script():
-    """The digest of the text of eval/eval_vstar.py, commit cc3ff4d6, of 1,166 characters."""
-    digest = hashlib.sha256(TOOL_SYSTEM.encode()).hexdigest()
-    assert digest == "1fc5b8b5ebdc9b24d6a9281071222872c8542dd65a4a4be1e70d9760c3a7f99f"
-    assert TOOL_SYSTEM.count("\n") == 18 and json.dumps(EXAMPLE) in TOOL_SYSTEM
 
 
 def test_a_region_is_cut_out_and_enlarged_to_whole_tokens(tmp_path):

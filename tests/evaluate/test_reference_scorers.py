@@ -20,14 +20,6 @@ def test_frozen_columns(name, gold, reply, letter, mme, ours, rule):
     assert options == before  # theirs lower-cases the texts in place
 
 
-@pytest.mark.parametrize("column, totals", [(3, (19, 20, 9)), (4, (19, 16, 13))])
-def test_columns_add_up(column, totals):
-    """Letters right, missing and wrong as counted when the harnesses ran."""
-    right = sum(row[column] == row[1] for row in REPLIES)
-    missing = sum(row[column] is None for row in REPLIES)
-    assert (right, missing, 48 - right - missing) == totals
-
-
 @pytest.mark.parametrize("reply, letter", [
     ("B one two three", "B"), ("B one two three four", None),  # among the last four words
     ("B one two three four five B", None), ("A or B", None), ("Z", "Z"), ("A Z", "A"),
@@ -42,9 +34,9 @@ def test_vlmevalkits_rules(reply, letter):
 
 
 def test_only_letters_that_are_options_are_inferred():
-    options = {"A": "left", "B": "right"}
-    assert vlmevalkit_e8e78f0("The answer is certainly on this side of the river, as told", options) is None
-    assert vlmevalkit_e8e78f0("The answer is below, on this side of the river, as I told", options) == "B"
+    for word, letter in (("certainly", None), ("below,", "B")):
+        reply = f"The answer is {word} on this side of the river, as I said"
+        assert vlmevalkit_e8e78f0(reply, {"A": "left", "B": "right"}) == letter
 
 
 @pytest.mark.parametrize("reply, letter", [
@@ -55,33 +47,25 @@ def test_mme_realworlds_rules(reply, letter):
     assert mme_realworld(reply) == letter
 
 
-@pytest.mark.parametrize("output, gold, same", [
-    ("2004.", "2004", True), ("2004.0", "2004", True), ("Freeman", "freeman", True), ("Café", "cafe", True),
-    ("United States (USA)", "United States", True), ("The year is 2004", "2004", False),
-    ("\\boxed{2004}", "2004", False),
-    ("1,234", "1234", False), ("$5", "5", False), ("50%", "50", False), ("3 goals", "3", False),
-    ("Apple, Banana", "Apple|Banana", False), ("Apple||Banana", "Banana|Apple", True),
-    ("Apple|Banana|apple", "Apple|Banana", True),
-    ("Apple", "Apple|Banana", False), ("Apple||Banana", "Apple", False), ("“Apple”", "apple", True),
-    ("a–b", "a-b", True),
-    ("Apple[1]", "Apple", True), ("Apple†", "Apple", True), ("[1]", "", True), ("[a]", "", False),
-    ("a  b\tc", "A B C", True),
-    ("2004-05-01", "2004-5-1", True), ("xx-05-01", "xxxx-5-1", True), ("2004-xx-xx", "2004", True),
-    ("2004-13-01", "2004-13-1", False), ("1e3", "1000", True), ("2.9999999", "2", True),
-    ("2.9999999", "3", False),
-    ("1.5000001", "1.5", True), ("1.51", "1.5", False),
-    ("a\\pb", "a\\pb", True), ("a|b", "a\\pb", False), ("a\\nb", "a b", True),
-    ("Answer: 2004", "2004", False), ("", "", True),
-    ("inf", "5", False), ("nan", "nan value", False), ("9" * 400, "1.5", False), ("9" * 5000, "5", False)])
-def test_denotations(output, gold, same):
-    assert vwtq(output, gold) is same
+@pytest.mark.parametrize("same, cases", [
+    (True, [("2004.", "2004"), ("2004.0", "2004"), ("Freeman", "freeman"), ("Café", "cafe"),
+            ("United States (USA)", "United States"), ("Apple||Banana", "Banana|Apple"), ("Apple†", "Apple"),
+            ("Apple|Banana|apple", "Apple|Banana"), ("“Apple”", "apple"), ("a–b", "a-b"),
+            ("Apple[1]", "Apple"), ("[1]", ""), ("a b\tc", "A B C"), ("2004-05-01", "2004-5-1"),
+            ("xx-05-01", "xxxx-5-1"), ("2004-xx-xx", "2004"), ("1e3", "1000"), ("2.9999999", "2"),
+            ("1.5000001", "1.5"), ("a\\pb", "a\\pb"), ("a\\nb", "a b"), ("", "")]),
+    (False, [("The year is 2004", "2004"), ("\\boxed{2004}", "2004"), ("1,234", "1234"), ("$5", "5"),
+             ("50%", "50"), ("3 goals", "3"), ("Apple, Banana", "Apple|Banana"), ("Apple", "Apple|Banana"),
+             ("Apple||Banana", "Apple"), ("[a]", ""), ("2004-13-01", "2004-13-1"), ("2.9999999", "3"),
+             ("1.51", "1.5"), ("a|b", "a\\pb"), ("Answer: 2004", "2004"), ("inf", "5"), ("nan", "nan value"),
+             ("9" * 400, "1.5"), ("9" * 5000, "5")])])
+def test_denotations(same, cases):
+    for output, gold in cases:
+        assert vwtq(output, gold) is same, (output, gold)
 
 
-def test_escapes_are_undone_in_order():
+def test_escapes_are_undone_in_order_and_an_infinite_gold_is_refused():
     assert unescape(r"a\nb\pc\\d") == "a\nb|c\\d"
-
-
-def test_an_infinite_gold_is_refused():
     with pytest.raises(ValueError, match="infinite"):
         vwtq("5", "inf")
 
@@ -100,17 +84,12 @@ def test_a_long_row_of_brackets_takes_no_time():
 
 @pytest.mark.parametrize("output, verdicts", [
     ("True", (True, False)), ("FALSE.", (False, True)), ("It is not false, so True", (None, None)),
-    ("untrue", (True, False)),
-    ("Yes", (False, False)), ("", (False, False)), ("The answer is true", (True, False)),
-    ("0", (False, False))])
+    ("untrue", (True, False)), ("", (False, False)), ("Is true", (True, False)), ("0", (False, False))])
 def test_true_or_false(output, verdicts):
     assert (vtabfact(output, "1"), vtabfact(output, "0")) == verdicts
-
-
-@pytest.mark.parametrize("gold", [1, True, "true", ""])
-def test_a_gold_of_another_type_is_refused(gold):
-    with pytest.raises(ValueError, match="gold"):
-        vtabfact("true", gold)
+    for gold in (1, True, "true", ""):
+        with pytest.raises(ValueError, match="gold"):
+            vtabfact(output, gold)
 
 
 @pytest.mark.parametrize("reply, right", [

@@ -22,14 +22,11 @@ def said(text, finish="stop"):
 
 @pytest.mark.parametrize("item, text, verdict", [
     (MCQ, "\\boxed{B}", "correct"), (MCQ, "\\boxed{red}", "incorrect"), (MCQ, "It is nice.", "unresolved"),
-    (MCQ, "", "unresolved"),
-    (PATH, "\\boxed{R}", "correct"), (PATH, "\\boxed{L}", "incorrect"), (PATH, "R", "unresolved"),
-    (WTQ, "\\boxed{a\\p b||1234}", "incorrect"), (WTQ, "a\\pb||1234.0", "correct"), (WTQ, "", "unresolved"),
-    (WTQ, "The years are 1234 and so on", "incorrect"),
-    (FACT, "\\boxed{False}", "correct"), (FACT, "True", "incorrect"),
-    (FACT, "Is it true or false?", "unresolved"),
-    (YES, "Yes, a dog.", "correct"), (YES, "\\boxed{no}", "incorrect"),
-    (YES, "There is no cat.", "unresolved")])
+    (MCQ, "", "unresolved"), (PATH, "\\boxed{R}", "correct"), (PATH, "\\boxed{L}", "incorrect"),
+    (PATH, "R", "unresolved"), (WTQ, "\\boxed{a\\p b||1234}", "incorrect"), (WTQ, "a\\pb||1234.0", "correct"),
+    (WTQ, "", "unresolved"), (FACT, "\\boxed{False}", "correct"), (FACT, "True", "incorrect"),
+    (FACT, "Is it true or false?", "unresolved"), (YES, "Yes, a dog.", "correct"),
+    (YES, "\\boxed{no}", "incorrect"), (YES, "There is no cat.", "unresolved")])
 def test_strict_verdicts(item, text, verdict):
     assert score(item, said(text))["verdict"] == verdict
 
@@ -41,24 +38,18 @@ def test_a_reply_that_no_rule_reads_is_unresolved_whatever_other_rules_make_of_i
     assert result["compat"] == {"vlmevalkit_e8e78f0": "B"}
     result = score(MCQ | {"benchmark": "mme_realworld_lite"}, said(""))
     assert (result["verdict"], result["compat"]) == ("unresolved", {"vlmevalkit_e8e78f0": "A"})
-
-
-def test_a_cut_off_reply_is_not_read_by_its_last_sentence():
     assert score(MCQ, said("I see that it is blue"))["verdict"] == "correct"
-    cut = said("I look and then. I see it may be the blue one", "length")
+    cut = said("I look and then. I see it may be the blue one", "length")  # its last sentence decides nothing
     assert score(MCQ, cut)["verdict"] == "unresolved"
 
 
-def test_numbers_with_marks_are_right_by_our_column_alone():
+def test_columns_of_other_rules_may_differ_from_ours():
     result = score(WTQ | {"answer": {"type": "values", "value": ["1234"]}}, said("\\boxed{1,234}"))
     assert (result["verdict"], result["numeric"]) == ("incorrect", True)
     assert result["compat"] == {"tablevqabench": False}
-
-
-def test_a_box_is_read_by_us_and_not_by_the_benchmarks_own_script():
     result = score(FACT, said("At first it looks true. \\boxed{False}"))
     assert (result["verdict"], result["compat"]["tablevqabench"]) == ("correct", None)
-    assert not compat_right({"gold": False, **result}, "tablevqabench")
+    assert not compat_right({"gold": False, **result}, "tablevqabench")  # it reads no box
 
 
 def test_gold_values_survive_the_benchmarks_own_unescaping():
@@ -67,18 +58,14 @@ def test_gold_values_survive_the_benchmarks_own_unescaping():
         assert sorted(value.text for value in read) == [" ".join(text.split()) for text in sorted(values)]
 
 
-def test_an_error_has_its_reason_and_no_other_verdict():
+def test_errors_and_items_without_a_scorer():
     assert score(MCQ, {"error": "image_missing"}) == {
         "extraction": {"value": None, "rule": "image_missing"}, "verdict": "error", "compat": {}}
-
-
-def test_items_without_a_scorer_are_refused_and_chance_is_known():
     with pytest.raises(DataError, match="'ocr/1' and 0 more: metric 'unscored' has no scorer"):
         check_scorable([MCQ, {"id": "ocr/1", "metric": "unscored"}])
     assert [n_options(item) for item in (MCQ, WTQ, FACT, YES, PATH)] == [3, 0, 2, 2, 0]
 
 
-# ------------------------------------------------------------------------------------------------ readings
 @pytest.mark.parametrize("output, value, rule", [
     ("2004", "2004", "whole"), ("Answer: 2004", "2004", "whole"), ("answer:2004", "2004", "whole"),
     ("It was won in 2000, then \\boxed{2004}", "2004", "boxed"),
@@ -91,19 +78,16 @@ def test_values(output, value, rule):
 
 
 @pytest.mark.parametrize("output, value, rule", [
-    ("True", "1", "whole_truth"), ("False.", "0", "whole_truth"), ("Answer: false", "0", "whole_truth"),
-    ("Yes", "1", "whole_truth"),
+    ("False.", "0", "whole_truth"), ("Answer: false", "0", "whole_truth"), ("Yes", "1", "whole_truth"),
     ("\\boxed{\\text{False}}", "0", "boxed_truth"), ("At first true. \\boxed{0}", "0", "boxed_truth"),
     ("\\boxed{The statement is true}", "1", "boxed_truth"), ("<answer>true</answer> false", "1", "tag_truth"),
     ("\\boxed{true", "1", "boxed_open_truth"), ("True? \\boxed{maybe}", None, "boxed_unresolved"),
     ("\\boxed{not true}", None, "boxed_unresolved"), ("\\boxed{true or false}", None, "boxed_unresolved"),
-    ("It is not false, so True", "1", "truth_word"),
-    ("The statement is true. The table shows 6.", "1", "truth_word"),
+    ("It is not false, so True", "1", "truth_word"), ("It is true. The table shows 6.", "1", "truth_word"),
     ("It says true, which it is not. So false!", "0", "truth_word"), ("", None, "empty"),
     *((text, None, "unresolved") for text in (
         "The statement is not true.", "Is it true or false?", "I cannot say whether it is true.",
-        "Either true or false", "Both true and false rows", "Neither true nor false.", "It is untrue",
-        "The answer is no, as 5 is less"))])
+        "Both true and false rows", "Neither true nor false.", "It is untrue", "The answer is no, as 5"))])
 def test_truth(output, value, rule):
     assert read_truth(output) == (value, rule)
 
