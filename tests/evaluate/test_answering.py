@@ -1,6 +1,7 @@
 """Who answers: batches, turns with a tool, servers, pictures that cannot be read."""
 import json
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,10 +33,8 @@ def items(tmp_path):
 
 @pytest.fixture
 def talk(tmp_path):
-    """Return open(items, method, protocol) -> conversations."""
-    def opened(items, method="direct", protocol="plain"):
-        return [Conversation(item, PROTOCOLS[protocol], str(tmp_path), method, {}) for item in items]
-    return opened
+    return lambda items, method="direct", protocol="plain": [
+        Conversation(item, PROTOCOLS[protocol], str(tmp_path), method, {}) for item in items]
 
 
 @pytest.fixture
@@ -47,9 +46,7 @@ def journal(tmp_path):
 @pytest.fixture
 def local(tiny_checkpoint):
     """Return make(batch_size, batch_tokens) -> the tiny checkpoint, up to ten new tokens."""
-    def make(batch_size=4, batch_tokens=10**6):
-        return Local(LocalBackend(str(tiny_checkpoint), None, batch_size, batch_tokens), 10)
-    return make
+    return lambda size=4, tokens=10**6: Local(LocalBackend(str(tiny_checkpoint), None, size, tokens), 10)
 
 
 def served(url):
@@ -89,7 +86,6 @@ def test_batches_are_bounded_sorted_and_the_same_for_any_number_of_processes(loc
 
 class Scripted:
     """A system that says the next of `replies` to every conversation; `asked` are the messages shown."""
-
     pixels, prepare = [None, None], None
 
     def __init__(self, *replies):
@@ -116,8 +112,10 @@ def test_a_conversation_with_the_tool_runs_until_it_ends(items, talk, journal, r
     system, conversation = Scripted(*replies), talk(items[:1], "tool", "deepeyes")[0]
     assert answer_all(system, [conversation], journal, 0, 1)
     assert len(journal) == n_turns == len(system.asked)  # every turn has a key of its own
-    again = talk(items[:1], "tool", "deepeyes")
+    again, more = talk(items[:1], "tool", "deepeyes"), talk(items[:2], "tool", "deepeyes")
     assert replay(system, again, journal) and again[0].result() == conversation.result()
+    assert not replay(system, more, journal)  # a record is missing: conversations stay as they were
+    assert [(c.ended_by, c.turns) for c in more] == [(None, [])] * 2
     result = conversation.result()
     assert (conversation.ended_by, result["ended_by"], len(result["turns"]), result["n_tokens"]) == (
         ended_by, ended_by, n_turns, 5 * n_turns)
@@ -128,14 +126,6 @@ def test_a_conversation_with_the_tool_runs_until_it_ends(items, talk, journal, r
         assert (user[0], user[1][0], user[1][2:]) == ("user", "<tool_response>", (ASKED, "</tool_response>"))
         boxes = [turn["box"] for turn in result["turns"]]
         assert user[1][1].box == (0, 0, 40, 30) and (boxes[0], boxes[-1]) == ([0, 0, 40, 30], None)
-
-
-def test_a_missing_record_leaves_conversations_as_they_were(items, talk, journal):
-    system = Scripted("hello")
-    assert answer_all(system, talk(items[:1]), journal, 0, 1)
-    fresh = talk(items[:2])
-    assert not replay(system, fresh, journal)
-    assert [(c.ended_by, c.turns) for c in fresh] == [(None, [])] * 2
 
 
 def test_a_checkpoint_takes_turns_with_the_tool_and_sees_the_region(local, items, talk, journal, monkeypatch):
@@ -176,11 +166,8 @@ def test_a_picture_that_is_gone_or_cut_off_fails_alone(local, items, talk, journ
 
 
 def test_an_item_that_does_not_fit_alone_is_named(local, items, talk, journal, monkeypatch):
-    def no_memory(*args):
-        raise torch.OutOfMemoryError("no memory")
-
-    system = local()
-    monkeypatch.setattr(system.backend, "compute", no_memory)
+    system, error = local(), torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(system.backend, "compute", Mock(side_effect=error))
     with pytest.raises(DataError, match="'t/4': out of memory with it alone"):
         answer_all(system, talk(items[4:5]), journal, 0, 1)
 
@@ -203,6 +190,7 @@ def test_the_next_batch_is_made_ready_while_one_is_computed(local, items, talk, 
             assert began.wait_for(lambda: len(opened) > min(len(computed), 4), timeout=30)
         return compute(prepared)
 
-    monkeypatch.setattr(system.backend, "prepare", note), monkeypatch.setattr(system.backend, "compute", wait)
+    monkeypatch.setattr(system.backend, "prepare", note)
+    monkeypatch.setattr(system.backend, "compute", wait)
     assert answer_all(system, talk(items), journal, 0, 1)
     assert len(opened) == len(computed) == 5 and threading.main_thread() not in opened

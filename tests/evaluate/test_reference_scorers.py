@@ -71,15 +71,14 @@ def test_escapes_are_undone_in_order_and_an_infinite_gold_is_refused():
 
 
 def test_only_a_label_in_front_is_removed():
-    assert without_label("Answer: 2004") == "2004" and vwtq(without_label("Answer: 2004"), "2004")
+    assert without_label("Answer: 2004") == "2004"
     assert all(without_label(text) == text for text in ("answer: 2", "The Answer: 2", "Answer:2"))
 
 
 def test_a_long_row_of_brackets_takes_no_time():
     """Two readings of each bracket would be 2 to the 200 ways to fail."""
     began = time.monotonic()
-    assert not vwtq("[1]" * 200 + " x", "y")
-    assert time.monotonic() - began < 5
+    assert not vwtq("[1]" * 200 + " x", "y") and time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("output, verdicts", [

@@ -115,29 +115,21 @@ def test_tables_are_averaged_both_ways_and_realworld_by_kind():
     assert (scores["Perception"]["correct"], scores["Reasoning"]["correct"]) == (2, 1)
 
 
-def test_missing_rows_move_the_mean_over_rotations_off_the_plain_mean():
-    """Rotation 0: 1 of 4 right; rotation 1: 1 of 2 right."""
+def test_rotations_with_missing_rows():
+    """Rotation 0: 1 of 4 right; rotation 1: 1 of 2 right. All right needs all four rotations."""
     rows = [(question, 0, question == 0) for question in range(4)] + [(0, 1, True), (1, 1, False)]
     assert rotations(rows) == {"average": 0.375, "by_rotation": {0: 0.25, 1: 0.5}, "all_right": None,
                                "complete": 0}
-
-
-def test_a_question_counts_as_all_right_only_with_all_four():
     rows = [(question, rotation, (question, rotation) != (1, 3)) for question in range(3)
             for rotation in range(4)]
     scores = rotations(rows[:-1])  # question 2 lacks a rotation
     assert (scores["all_right"], scores["complete"]) == (0.5, 2)
 
 
-@pytest.mark.parametrize("rows", [[(1, 4, True)], [(1, "0", True)], [(1, 0, True), (1, 0, True)], []])
-def test_rotations_are_checked(rows):
-    with pytest.raises(ValueError):
-        rotations(rows)
-
-
-@pytest.mark.parametrize("score, of", [(micro, {"a": []}), (macro, {"a": [True], "b": []}), (macro, {}),
-                                       (chance, []), (chance, [4, 0])])
-def test_nothing_has_no_score(score, of):
+@pytest.mark.parametrize("score, of", [
+    *((rotations, rows) for rows in ([(1, 4, True)], [(1, "0", True)], [(1, 0, True), (1, 0, True)], [])),
+    (micro, {"a": []}), (macro, {"a": [True], "b": []}), (macro, {}), (chance, []), (chance, [4, 0])])
+def test_what_has_no_score_is_refused(score, of):
     with pytest.raises(ValueError):
         score(of)
 

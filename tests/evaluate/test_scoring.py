@@ -53,7 +53,7 @@ def test_columns_of_other_rules_may_differ_from_ours():
 
 
 def test_gold_values_survive_the_benchmarks_own_unescaping():
-    for values in (["a|b", "c"], ["line\nend"], ["back\\slash"], ["x"]):
+    for values in (["a|b", "c"], ["line\nend"], ["back\\slash"]):
         read = reference_scorers.read_values(gold_text(values))
         assert sorted(value.text for value in read) == [" ".join(text.split()) for text in sorted(values)]
 
