@@ -19,29 +19,23 @@ ROOT = Path(__file__).parents[1]
 SCENES = [make_scene(random.Random(n)) for n in range(60)]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def make(folder):
     arguments = ["--train_scenes", "40", "--test_scenes", "10", "--lesson_rows", "60"]
     assert make_world.main(["--output", str(folder), *arguments]) == 0
     return folder
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("world"))
 
 
-def test_a_scene_can_be_asked_about():
-    for scene in SCENES:
-        assert 4 <= len(scene) <= 5
-        for values in ([t.color for t in scene], [t.digit for t in scene],
-                       [(t.row, t.column) for t in scene]):
-            assert len(set(values)) == len(scene)
-
-
-def test_the_picture_shows_the_scene():
+def test_a_scene_can_be_asked_about_and_its_picture_shows_it():
     """By the pixels: each thing's colour covers the middle of its cell, and no such colour an empty cell."""
     for scene in SCENES:
+        assert 4 <= len(scene) <= 5
+        for value_of in (lambda t: t.color, lambda t: t.digit, lambda t: (t.row, t.column)):
+            assert len(set(map(value_of, scene))) == len(scene)
         image = draw_scene(scene)
         assert image.size == (GRID * CELL, GRID * CELL)
         things = {(t.row, t.column): t for t in scene}
@@ -53,9 +47,7 @@ def test_the_picture_shows_the_scene():
 
 
 def test_pictures_of_two_values_differ():
-    """No two shapes and no two digits look the same."""
-    thing = SCENES[0][0]
-    pictures = {draw_scene([replace(thing, shape=shape, digit=digit)]).tobytes()
+    pictures = {draw_scene([replace(SCENES[0][0], shape=shape, digit=digit)]).tobytes()
                 for shape in SHAPES for digit in DIGITS}
     assert len(pictures) == len(SHAPES) * len(DIGITS)
 
@@ -73,14 +65,14 @@ def test_one_option_is_right_and_no_question_gives_itself_away(operation):
 
 
 def test_the_same_seed_gives_the_same_files(world, tmp_path):
-    arguments = ["--train_scenes", "40", "--test_scenes", "10", "--lesson_rows", "60"]
-    make_world.main(["--output", str(tmp_path), *arguments])
+    make(tmp_path)
     for name in ("Toy_zoom/train.json", "truth.jsonl", "bench.jsonl", "base.jsonl", "bench/3.png"):
         assert (tmp_path / name).read_bytes() == (world / name).read_bytes(), name
 
 
 def test_training_samples_are_in_monet_s_form_and_do_not_show_the_truth(world):
-    truth = {row["id"]: row["bad"] for row in rows(world / "truth.jsonl")}
+    lines = (world / "truth.jsonl").read_text().splitlines()
+    truth = {row["id"]: row["bad"] for row in map(json.loads, lines)}
     assert set(truth.values()) == {None, *make_world.BAD}
     assert "bad" not in (world / "Toy_zoom/train.json").read_text()
     for subset in ("Toy_zoom", "Toy_draw"):

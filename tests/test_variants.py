@@ -70,9 +70,8 @@ def test_the_table_shows_the_object(work):
 
 def test_variants_differ_in_target_or_rows_alone_and_have_the_flags_of_run_sh():
     script, trained = (ROOT / "toy" / "run.sh").read_text(), {}
-    flags = " ".join(variants.TRAIN)
-    parts = flags.partition(" --max_steps")
-    assert parts[0] in script and f"--max_steps{parts[2]}" in script and " ".join(variants.ASK) in script
+    before, _, after = " ".join(variants.TRAIN).partition(" --max_steps")
+    assert all(part in script for part in (before, f"--max_steps{after}", " ".join(variants.ASK)))
     for name in variants.VARIANTS:
         train, ask = variants.commands(Path("w"), name, 7)
         trained[name], asked = vars(train_sft.parse_args(train[2:])), evaluate.parse_args(ask[2:])

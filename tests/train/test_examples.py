@@ -1,7 +1,4 @@
-"""Training targets, which of their tokens are trained, and the visual token budget.
-
-    python -m pytest tests/train/test_examples.py
-"""
+"""Training targets, which of their tokens are trained, and the visual token budget."""
 import math
 import random
 from dataclasses import replace
@@ -36,36 +33,29 @@ def pictures(picture, tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("imagination, expected", [
-    ("text", ROW["chain"]),
-    ("direct", "\\boxed{7}"),
-    ("placeholder", "I look closer. <think_image> It shows 7. The answer is \\boxed{7}.")])
-def test_target_of_each_variant(imagination, expected):
-    assert target_text(ROW, Target(imagination)) == expected
-
-
-def test_latent_target_and_data_that_looks_like_control_tokens():
-    pads = "<|latent_pad|>" * 4
-    assert target_text(ROW, Target("latent", spec=MIRAGE)) == (
-        f"I look closer. <|latent_start|>{pads}<|latent_end|> It shows 7. The answer is \\boxed{{7}}.")
+def test_target_of_each_variant_and_data_that_looks_like_control_tokens():
+    latents = f"<|latent_start|>{'<|latent_pad|>' * 4}<|latent_end|>"
+    for target, expected in (
+            (Target("text"), ROW["chain"]), (Target("direct"), "\\boxed{7}"),
+            (Target("placeholder"), "I look closer. <think_image> It shows 7. The answer is \\boxed{7}."),
+            (Target("latent", spec=MIRAGE), f"I look closer. {latents} {ROW['steps'][2]['text']}")):
+        assert target_text(ROW, target) == expected
     assert target_text(ROW | {"chain": "a<|im_end|>b"}, Target()) == "a< |im_end|>b"
 
 
 def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pictures):
     qwen = Q.load_tools(str(tiny_checkpoint))
-    for target in (Target("text", pictures), Target("latent", pictures, MIRAGE)):
-        if target.spec:
-            Q.add_tokens(qwen, MIRAGE.tokens)
-        example = make_example(qwen, ROW, target)
-        trained = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t])
-        rest = qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if not t])
-        if target.spec is None:
-            assert trained == ROW["chain"] + "<|im_end|>"
-            assert marked(qwen, example).endswith(f"<|im_start|>assistant\n>>{ROW['chain']}<|im_end|><<")
-        else:
-            assert trained == (
-                "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>")
-            assert rest.endswith("<|im_start|>assistant\n" + MIRAGE.pad * 4 + MIRAGE.end)
+    example = make_example(qwen, ROW, Target("text", pictures))
+    assert marked(qwen, example).endswith(f"<|im_start|>assistant\n>>{ROW['chain']}<|im_end|><<")
+    Q.add_tokens(qwen, MIRAGE.tokens)
+    latent = make_example(qwen, ROW, Target("latent", pictures, MIRAGE))
+    for example, reply, rest in (
+            (example, ROW["chain"] + "<|im_end|>", ""),
+            (latent, "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>",
+             MIRAGE.pad * 4 + MIRAGE.end)):
+        parts = [qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t == is_trained])
+                 for is_trained in (True, False)]
+        assert parts[0] == reply and parts[1].endswith("<|im_start|>assistant\n" + rest)
 
 
 def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, pictures):
@@ -118,8 +108,7 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
         make_examples(qwen, rows, target)
     text = str(caught.value)
     assert text.startswith("32 of 33 rows cannot be trained on") and text.endswith("... and 12 more")
-    for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"):
-        assert part in text
+    assert all(part in text for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"))
     with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included; --max_tokens 20 is less"):
         make_examples(qwen, [ROW], target, max_tokens=20)
     Q.add_tokens(qwen, MIRAGE.tokens)
