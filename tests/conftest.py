@@ -64,6 +64,19 @@ def picture(tmp_path):
 
 
 @pytest.fixture
+def rows_file(tmp_path, picture):
+    """Return write(rows, name) -> path of a JSONL next to the pictures a.png, b.png and c.png."""
+    from utils.jsonl import write_rows
+    for name, color in (("a.png", "red"), ("b.png", "blue"), ("c.png", "green")):
+        picture(name, color=color)
+
+    def write(rows: list[dict], name: str = "in.jsonl") -> Path:
+        write_rows(tmp_path / name, rows)
+        return tmp_path / name
+    return write
+
+
+@pytest.fixture
 def data(tmp_path, picture):
     """Twelve rows of unequal length, every third without an imagined image and every fourth without any
     picture."""

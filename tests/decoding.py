@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from utils import qwen as Q
-from utils.decode import generate
+from utils.decode import embed_prompt, generate
 from utils.items import chat
 from utils.latent_families import PRESETS
 
@@ -26,3 +26,23 @@ def batch_of(qwen, rows=slice(None)):
     texts = ["What digit is on the red circle?", "I look closer.", "It is blue. The answer?"]
     prompts = [chat(qwen.tokenizer, text, len(row)) for text, row in zip(texts, images)]
     return Q.encode(qwen, prompts[rows], images[rows])
+
+
+def embedded(qwen, ids):
+    return qwen.model.get_input_embeddings()(torch.tensor([ids]))
+
+
+@torch.no_grad()
+def one_pass(qwen, single, tail, **options):
+    """Return the last states of a prompt of one row and the embeddings after it, computed without a cache."""
+    steps = single["position_ids"][..., -1:] + 1 + torch.arange(tail.shape[1])
+    return qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, single, None, None), tail], 1),
+                            use_cache=False, position_ids=torch.cat([single["position_ids"], steps], -1),
+                            **options).last_hidden_state[0]
+
+
+def library_generate(qwen, batch, n, **options):
+    """Return what the library's greedy decoding makes of a batch."""
+    return qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=n,
+                               do_sample=False, eos_token_id=qwen.eos_ids,
+                               pad_token_id=qwen.tokenizer.pad_token_id, **options)

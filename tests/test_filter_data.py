@@ -1,7 +1,4 @@
-"""Rules and decisions one by one, whole runs with a scripted judge.
-
-    python -m pytest tests/test_filter_data.py
-"""
+"""Rules and decisions one by one, whole runs with a scripted judge."""
 import json
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -12,14 +9,13 @@ from standin import StandIn, flags
 
 import filter_data
 from filter_data import JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
-from utils.jsonl import DataError, read_rows, write_rows
+from utils.jsonl import DataError, read_rows
 
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes",
           "chain_consistent": "yes", "problems": []}
 OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
-# ---------------------------------------------------------------------------------------- rules and decisions
 @pytest.mark.parametrize("changes, reason", [
     ({}, None), ({"images": []}, "structure"), ({"question": ""}, "question"), ({"answer": "43"}, "answer"),
     ("I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}.", "answer"),
@@ -75,7 +71,6 @@ def test_a_requirement_names_a_field_and_a_value(text):
         parse_require(text)
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
 class Judge(StandIn):
     """Judges by words in the caption."""
 
@@ -94,17 +89,6 @@ def judge(monkeypatch):
     return Judge.replace_backend(monkeypatch)
 
 
-@pytest.fixture
-def world(tmp_path, picture):
-    """Return write(rows) -> path of a JSONL next to the pictures a.png and b.png."""
-    picture("a.png"), picture("b.png", color="blue")
-
-    def write(rows: list) -> Path:
-        write_rows(tmp_path / "in.jsonl", rows)
-        return tmp_path / "in.jsonl"
-    return write
-
-
 def result(path: Path) -> tuple[list[str], dict]:
     verdicts = read_rows(path.parent / "out.jsonl.run" / "verdicts.jsonl", {"id": str})
     return ([line["id"] for line in read_rows(path.parent / "out.jsonl", {"id": str})],
@@ -116,12 +100,11 @@ ROWS = [row("z"), row("conflict", "A conflict of 42."), row("doubt", "A doubt of
         row("again", question="What number is on boat z?"), row("lost", images=["no.png"]),
         row("a", subset="t", refined=False, answer="Anna",
             steps=[{"image": "b.png", "operation": "zoom", "caption": "A red hull."},
-                   {"text": "\\boxed{Anna}"}],
-            chain="<think_image>A red hull.</think_image> \\boxed{Anna}")]
+                   {"text": "\\boxed{Anna}"}], chain="<think_image>A red hull.</think_image> \\boxed{Anna}")]
 
 
-def test_every_row_has_a_verdict_and_an_error_does_not_drop_it(world, judge, capsys):
-    path = world(ROWS)
+def test_every_row_has_a_verdict_and_an_error_does_not_drop_it(rows_file, judge, capsys):
+    path = rows_file(ROWS)
     assert main(flags(path)) == 3
     kept, verdicts = result(path)
     assert kept == ["z", "a"] and list(verdicts) == [line["id"] for line in ROWS]
@@ -149,8 +132,8 @@ def test_every_row_has_a_verdict_and_an_error_does_not_drop_it(world, judge, cap
     assert out["n_calls"] == 5 + 1 + 2  # none about rows that the rules rejected; faulty replies twice
 
 
-def test_other_thresholds_change_the_decision_without_new_calls(world, judge):
-    path = world(ROWS)
+def test_other_thresholds_change_the_decision_without_new_calls(rows_file, judge):
+    path = rows_file(ROWS)
     main(flags(path))
     judge.asked.clear()
     for more, kept in [(["--keep_unclear"], ["z", "doubt", "a"]),
@@ -162,16 +145,17 @@ def test_other_thresholds_change_the_decision_without_new_calls(world, judge):
     assert all("garbage" in request.text or "maybe" in request.text for request in judge.asked)
 
 
-def test_the_judge_sees_question_images_chain_and_answer(world, judge):
-    main(flags(world([row("z")])))
+def test_the_judge_sees_question_images_chain_and_answer(rows_file, judge):
+    main(flags(rows_file([row("z")])))
     request = judge.asked[0]
+    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "BLIND", "RETRY"}
     assert [Path(path).name for path in request.images] == ["a.png"] and "{question}" not in request.text
-    assert all(part in request.text
-               for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"))
+    for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"):
+        assert part in request.text
 
 
-def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(world, judge):
-    path = world([row("z"), row("vague", "A vague thing of 42."), row("conflict", "A conflict of 42.")])
+def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(rows_file, judge):
+    path = rows_file([row("z"), row("vague", "A vague thing of 42."), row("conflict", "A conflict of 42.")])
     assert main(flags(path, "--blind_answer")) == 0
     kept, verdicts = result(path)
     assert kept == ["z"] and verdicts["z"]["blind"] == "42."
@@ -184,15 +168,15 @@ def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(world, 
         main(flags(path))
 
 
-def test_rules_only_needs_no_model(world, judge, capsys):
-    path = world(ROWS)
+def test_rules_only_needs_no_model(rows_file, judge, capsys):
+    path = rows_file(ROWS)
     assert main([*flags(path, "--rules_only"), "--model", "/no/such"]) == 0
     assert result(path)[0] == ["z", "conflict", "doubt", "error", "schema", "a"] and judge.asked == []
     assert json.loads(capsys.readouterr().out)["rule_rejected"] == 3
 
 
-def test_dry_run_and_limit(world, judge, capsys, tmp_path):
-    path = world(ROWS)
+def test_dry_run_and_limit(rows_file, judge, capsys, tmp_path):
+    path = rows_file(ROWS)
     files = sorted(tmp_path.iterdir())
     assert main(flags(path, "--dry_run", "--blind_answer")) == 0 and sorted(tmp_path.iterdir()) == files
     captured = capsys.readouterr()
@@ -204,22 +188,13 @@ def test_dry_run_and_limit(world, judge, capsys, tmp_path):
     assert main(flags(path)) == 3 and len(judge.asked) == 4 + 2
 
 
-@pytest.mark.parametrize("rows, match", [
-    ([{"id": "a"}], r"in\.jsonl:1: no field 'subset'"),
-    ([row(steps=["text"])], r"in\.jsonl: id 's/1': step 1 should be"),
-    ([row(images=[1])], "field 'images' should be a list of paths")])
-def test_a_damaged_row_is_reported(world, judge, rows, match):
-    with pytest.raises(DataError, match=match):
-        main(flags(world(rows)))
-
-
-def test_a_missing_input_names_the_stage_before_and_an_empty_one_is_valid(world, judge):
-    path = world([])
+def test_a_damaged_or_missing_input_is_reported_and_an_empty_one_is_valid(rows_file, judge):
+    with pytest.raises(DataError, match=r"in\.jsonl: id 's/1': step 1 should be"):
+        main(flags(rows_file([row(steps=["text"])])))
+    with pytest.raises(DataError, match=r"in\.jsonl:1: no field 'subset'"):
+        main(flags(rows_file([{"id": "a"}])))
+    path = rows_file([])
     assert main(flags(path)) == 0 and result(path) == ([], {})
     path.unlink()
     with pytest.raises(DataError, match="in.jsonl: No such file or directory; rewrite_captions.py writes it"):
         main(flags(path))
-
-
-def test_prompts_have_their_names():
-    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "BLIND", "RETRY"}

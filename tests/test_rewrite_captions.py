@@ -1,7 +1,4 @@
-"""Conversion of Monet and Mirage samples, refinement checks, whole runs with a scripted model.
-
-    python -m pytest tests/test_rewrite_captions.py
-"""
+"""Conversion of Monet and Mirage samples, refinement checks, whole runs with a scripted model."""
 import json
 import re
 from pathlib import Path
@@ -11,8 +8,7 @@ from samples import PAIR, monet
 from standin import StandIn, flags
 
 import rewrite_captions
-from rewrite_captions import (REASONS, Segment, check_refined, join_chain, lost_facts, main, make_segments,
-                              parse_args)
+from rewrite_captions import REASONS, Segment, check_refined, lost_facts, main, make_segments, parse_args
 from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
 from utils.jsonl import DataError, read_rows
 from utils.spans import split_final
@@ -27,7 +23,6 @@ def converted(value: dict, index: int = 0) -> Sample:
     return convert("in.json:1", value, index, OPERATIONS)
 
 
-# ------------------------------------------------------------------------------------------------ conversion
 def test_monet_becomes_a_row():
     sample = converted(monet())
     assert sample.reason is None and sample.row == {
@@ -44,8 +39,7 @@ LOOK, SEEN = ("text", f"Look. {PAIR}"), ("text", "<observation>x</observation> \
 
 @pytest.mark.parametrize("assistant, reason", [
     ([LOOK, ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"), ("image", "c"),
-      ("text", "\\boxed{1}")], None),
-    ([("text", "Look."), ("image", "b"), SEEN], "tag_missing"),
+      ("text", "\\boxed{1}")], None), ([("text", "Look."), ("image", "b"), SEEN], "tag_missing"),
     ([LOOK, ("text", "more"), ("image", "b"), SEEN], "tag_missing"),
     ([("text", f"Look. {PAIR}{PAIR}"), ("image", "b"), SEEN], "tag_count"),
     ([LOOK, ("image", "b"), ("image", "c"), SEEN], "tag_count"),
@@ -95,8 +89,7 @@ def test_mirage_becomes_a_row(changes, texts, images, reason):
 
 def test_real_mirage_samples(shared_data, capsys):
     folder = shared_data / "mirage_examples"
-    assert main(["--input", str(folder / "sample.jsonl"), "--image_root", str(folder), "--output", "unused",
-                 "--dry_run"]) == 0
+    assert main(flags(folder / "sample.jsonl", "--dry_run")) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["read"] == 10 and out["rejected"] == {}
     assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"draw": 10, "refine": 10}
@@ -109,7 +102,6 @@ def test_operation_of_a_subset(subset, operation):
     assert operation_of("x", subset, OPERATIONS) == operation
 
 
-# ------------------------------------------------------------------------------------------------ refinement
 @pytest.mark.parametrize("before, final", [
     ("The hull shows 42.", "The answer is \\boxed{42}."), ("", "The answer is \\boxed{42}."),
     ("", "So 3.5 is \\boxed{3.5}"), ("It shows.", "So \\fbox{1}."),
@@ -123,15 +115,6 @@ def test_split_final(before, final):
 OBSERVED = 'A red hull with "Anna" and 42.'
 STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zoom", "caption": OBSERVED},
          {"text": "So the number is clear. The answer is \\boxed{42}."}]
-
-
-def test_chain_of_segments():
-    segments, final = make_segments(STEPS)
-    assert segments == [("text", "I look closer at the boat."), ("observation", OBSERVED),
-                        ("text", "So the number is clear.")]
-    assert join_chain(segments, final) == (
-        f"I look closer at the boat. <think_image>{OBSERVED}</think_image> So the number is clear. "
-        "The answer is \\boxed{42}.")
 
 
 @pytest.mark.parametrize("texts, fault", [
@@ -164,7 +147,7 @@ def test_check_refined(texts, fault):
     assert result is None if fault is None else result[0] == "refine" and fault in result[1], result
 
 
-def test_check_refined_wants_ids_in_order_and_allows_markup_that_was_there():
+def test_refined_ids_are_in_order_and_may_keep_markup_that_was_there():
     segments = [Segment("text", "<think> a few words </think>"), Segment("observation", "a red boat")]
     good = [{"id": n, "text": segment.text} for n, segment in enumerate(segments, 1)]
     assert check_refined(segments, {"segments": good}) is None
@@ -181,7 +164,6 @@ def test_a_short_caption_may_lose_no_word(caption, refined, lost):
     assert (lost_facts(caption, refined) is not None) is lost
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
 class Captioner(StandIn):
     """Captions and refines by rule, with faults for certain words in the question."""
 
@@ -198,25 +180,13 @@ class Captioner(StandIn):
                                "changed": "still" not in text})
         parts = re.findall(r"^\[(\d+)\] \w+: (.*)$", text, re.MULTILINE)
         spoil = any("spoil" in part for _, part in parts)
-        return json.dumps({"segments": [
-            {"id": int(n), "text": part.replace("42", "x") if spoil else f"Well, {part}"}
-            for n, part in parts]})
+        return json.dumps({"segments": [{"id": int(n), "text": part.replace("42", "x")
+                                         if spoil else f"Well, {part}"} for n, part in parts]})
 
 
 @pytest.fixture
 def captioner(monkeypatch):
     return Captioner.replace_backend(monkeypatch)
-
-
-@pytest.fixture
-def world(tmp_path, picture):
-    """Return write(samples, name) -> path of a JSON list next to the pictures a.png, b.png and c.png."""
-    picture("a.png"), picture("b.png", color="blue"), picture("c.png", color="green")
-
-    def write(samples: list, name: str = "in.json") -> Path:
-        (tmp_path / name).write_text(json.dumps(samples))
-        return tmp_path / name
-    return write
 
 
 def rejected_of(path: Path) -> dict[str, str]:
@@ -236,8 +206,8 @@ def names(request) -> list[str]:
     return [Path(path).name for path in request.images]
 
 
-def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
-    questions = ["plain", "stumble", "garbage", "refuse", "dark", "plain"]
+def test_every_sample_ends_once_with_its_reason(rows_file, captioner, capsys):
+    questions = ("plain", "stumble", "garbage", "refuse", "dark", "plain")
     samples = [monet(n, question=f"{q}?") for n, q in enumerate(questions)]
     untagged = [("text", "Look."), ("image", "b.png"), ("text", "\\boxed{1}")]
     samples += [monet(6, question="a?", images=("a.png", "no.png")),
@@ -245,7 +215,7 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
                 monet(8, question="c?", images=("a.png", "a.png")), monet(9, "CogCoM", question="drawn?"),
                 monet(10, "CogCoM", question="still?"), monet(11, question=" "),
                 monet(12, question="e?", answer=""), monet(13, question="f?", assistant=untagged)]
-    path = world(samples)
+    path = rows_file(samples)
     assert main(flags(path)) == 3
     rows, rejected = result(path)
     assert list(rows) == ["Visual_CoT/0", "Visual_CoT/1", "CogCoM/9"]
@@ -272,15 +242,14 @@ def test_every_sample_ends_once_with_its_reason(world, captioner, capsys):
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
 
 
-def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
+def test_a_refinement_that_fails_keeps_the_unrefined_chain(rows_file, captioner):
     sample = monet(1)
     sample["data"][2]["content"][0]["text"] = f"I spoil it. {PAIR}"
-    path = world([sample])
+    path = rows_file([sample])
     assert main(flags(path)) == 0
     row = result(path)[0]["Visual_CoT/1"]
-    assert row["refined"] is False and row["chain"] == (
-        "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. "
-        "The answer is \\boxed{42}.")
+    chain = "I spoil it. <think_image>The hull shows 42.</think_image> The hull shows 42. The answer is "
+    assert row["refined"] is False and row["chain"] == chain + "\\boxed{42}."
     refinements = [r.text for r in captioner.asked if "numbered segments" in r.text]
     assert len(refinements) == 2 and "segment 2 lost 42" in refinements[1]
     assert not any("The answer is" in text for text in refinements)  # the final sentence is not shown
@@ -288,11 +257,11 @@ def test_a_refinement_that_fails_keeps_the_unrefined_chain(world, captioner):
 
 @pytest.mark.parametrize("at_most, reasons",
                          [(3, {}), (2, {f"Visual_CoT/{n}": "caption_repeated" for n in range(4)})])
-def test_one_caption_for_many_images_is_rejected(world, captioner, picture, at_most, reasons):
+def test_one_caption_for_many_images_is_rejected(rows_file, captioner, picture, at_most, reasons):
     for n, color in enumerate(("blue", "green", "yellow")):
         picture(f"b{n}.png", color=color)
     samples = [monet(n, question=f"plain {n}?", images=("a.png", f"b{min(n, 2)}.png")) for n in range(4)]
-    path = world(samples + [monet(9, "CogCoM", question="drawn?")])  # images 2 and 3 are alike
+    path = rows_file(samples + [monet(9, "CogCoM", question="drawn?")])  # images 2 and 3 are alike
     assert main(flags(path, "--max_same_caption", str(at_most))) == 0
     rows, rejected = result(path)
     assert rejected == reasons and "CogCoM/9" in rows and len(rows) + len(rejected) == 5
@@ -301,25 +270,25 @@ def test_one_caption_for_many_images_is_rejected(world, captioner, picture, at_m
     assert len(captioner.asked) == n_asked
 
 
-def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chain(world, captioner):
-    path = world([monet(1), monet(2, "CogCoM", question="drawn?")])
+def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chain(rows_file, captioner):
+    path = rows_file([monet(1), monet(2, "CogCoM", question="drawn?")])
     assert main(flags(path, "--with_original", "--no_refine")) == 0
     assert [names(request) for request in captioner.asked] == [["a.png", "b.png"]] * 2
     assert "The second image is a region of it, cut out" in captioner.asked[0].text
     assert not any(row["refined"] for row in result(path)[0].values())
 
 
-def test_monets_own_flag_keeps_samples_without_observation(world, captioner):
-    path = world([monet(1, assistant=[LOOK, ("image", "b.png"), ("text", "It is 42. \\boxed{42}")])])
+def test_monets_own_flag_keeps_samples_without_observation(rows_file, captioner):
+    path = rows_file([monet(1, assistant=[LOOK, ("image", "b.png"), ("text", "It is 42. \\boxed{42}")])])
     assert main(flags(path)) == 0 and result(path) == ({}, {"Visual_CoT/1": "no_observation"})
     assert main(flags(path, "--allow_no_observation")) == 0 and list(result(path)[0]) == ["Visual_CoT/1"]
 
 
-def test_several_inputs_of_all_forms(world, captioner):
+def test_several_inputs_of_all_forms(rows_file, captioner):
     own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42",
            "refined": True, "chain": "old",
            "steps": [{"image": "c.png", "operation": "draw", "caption": "old"}, {"text": "\\boxed{42}"}]}
-    paths = [world([monet(1)]), world([mirage()], "mirage.json"), world([own], "own.json")]
+    paths = [rows_file([monet(1)]), rows_file([mirage()], "mirage.json"), rows_file([own], "own.json")]
     assert main([*flags(paths[0]), "--input", *map(str, paths)]) == 0
     rows, _ = result(paths[0])
     assert list(rows) == ["Visual_CoT/1", "mirage/0", "x/1"]
@@ -327,8 +296,8 @@ def test_several_inputs_of_all_forms(world, captioner):
     assert rows["mirage/0"]["question"] == "Map: <image>\nSafe?"
 
 
-def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, captioner, capsys):
-    path = world([monet(n, question=f"{q}?") for n, q in enumerate(("plain", "stumble", "refuse"))])
+def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(rows_file, captioner, capsys):
+    path = rows_file([monet(n, question=f"{q}?") for n, q in enumerate(("plain", "stumble", "refuse"))])
     assert main(flags(path, "--limit", "2")) == 0
     n_asked = len(captioner.asked)
     assert main(flags(path)) == 0
@@ -338,8 +307,8 @@ def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(world, caption
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
 
 
-def test_other_settings_are_refused_and_fresh_starts_over(world, captioner, tmp_path):
-    path, prompts = world([monet(1)]), tmp_path / "prompts.json"
+def test_other_settings_are_refused_and_fresh_starts_over(rows_file, captioner, tmp_path):
+    path, prompts = rows_file([monet(1)]), tmp_path / "prompts.json"
     prompts.write_text('{"ZOOM": "cut out of a larger image {question}"}')
     assert main(flags(path)) == 0
     for n, (more, match) in enumerate([(["--max_new_tokens", "100"], "max_new_tokens +512 +100"),
@@ -350,23 +319,22 @@ def test_other_settings_are_refused_and_fresh_starts_over(world, captioner, tmp_
         assert (tmp_path / f"out.jsonl.run.old-{n}" / "meta.json").is_file()
 
 
-def test_the_guard_stops_with_4(world, captioner, capsys):
-    path = world([monet(n, question=f"garbage {n}?") for n in range(25)])
+def test_the_guard_stops_with_4(rows_file, captioner, capsys):
+    path = rows_file([monet(n, question=f"garbage {n}?") for n in range(25)])
     assert main(flags(path)) == 4 and not (path.parent / "out.jsonl").exists()
     assert "stopped: 20 of the last 20 calls failed" in capsys.readouterr().err
     assert main(flags(path, "--no_guard")) == 3 and len(result(path)[1]) == 25
 
 
-def test_dry_run_shows_prompts_and_writes_nothing(world, captioner, capsys, tmp_path):
-    path = world([monet(1), monet(2, "ReFocus", question="Drawn <|im_end|>?"),
+def test_dry_run_shows_prompts_and_writes_nothing(rows_file, captioner, capsys, tmp_path):
+    path = rows_file([monet(1), monet(2, "ReFocus", question="Drawn <|im_end|>?"),
                   monet(3, images=("a.png", "no.png"))])
     files = sorted(tmp_path.iterdir())
     assert main(flags(path, "--dry_run")) == 0
     captured = capsys.readouterr()
     out = json.loads(captured.out)
     assert out["read"] == 3 and out["rejected"] == {"image_missing": 1}
-    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {
-        "zoom": 1, "draw": 1, "refine": 2}
+    assert {kind: n["calls"] for kind, n in out["calls"].items()} == {"zoom": 1, "draw": 1, "refine": 2}
     assert out["calls"]["refine"]["new_tokens_at_most"] == 2 * 512
     assert 100 < out["calls"]["zoom"]["prompt_tokens"] < 300
     assert all(f"--- {kind}, sample" in captured.err for kind in ("zoom", "draw", "refine"))
@@ -390,25 +358,26 @@ def test_a_sample_of_no_known_form_is_reported(value, match):
         converted(value)
 
 
-def test_a_duplicate_id_is_reported_with_both_places(world, captioner):
-    path = world([monet()])
+def test_a_duplicate_id_is_reported_with_both_places(rows_file, captioner):
+    path = rows_file([monet()])
     with pytest.raises(DataError, match=r"b\.json:1: duplicate id 'Visual_CoT/7', first seen at .*in\.json"):
-        main([*flags(path), "--input", str(path), str(world([monet()], "b.json"))])
+        main([*flags(path), "--input", str(path), str(rows_file([monet()], "b.json"))])
 
 
-def test_operation_flag(world, captioner, capsys):
-    path = world([monet(1, subset="New")])
+def test_operation_flag(rows_file, captioner, capsys):
+    path = rows_file([monet(1, subset="New")])
     assert main(flags(path, "--operation", "New=draw", "--operation", "Old=draw")) == 0
     assert result(path)[0]["New/1"]["steps"][1]["operation"] == "draw"
-    assert "--operation Old=draw: no sample read is of that subset" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_args(flags(path, "--operation", "New=cut"))
-    assert "expected SUBSET=zoom or SUBSET=draw" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--operation Old=draw: no sample read is of that subset" in err
+    assert "expected SUBSET=zoom or SUBSET=draw" in err
 
 
-def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypatch, capsys):
+def test_ranks_share_the_work_and_the_last_one_writes(rows_file, captioner, monkeypatch, capsys):
     questions = ["plain", "stumble", "refuse", "garbage", "plain"]
-    path = world([monet(n, question=f"{q} {n}?") for n, q in enumerate(questions)])
+    path = rows_file([monet(n, question=f"{q} {n}?") for n, q in enumerate(questions)])
     assert main(flags(path)) == 3
     alone = written(path)
     (path.parent / "out.jsonl").unlink()
@@ -424,7 +393,7 @@ def test_ranks_share_the_work_and_the_last_one_writes(world, captioner, monkeypa
         main(flags(path, "--fresh"))
 
 
-def test_every_prompt_fills(world, captioner):
+def test_every_prompt_fills(rows_file, captioner):
     assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "ORIGINAL", "DRAW", "REFINE", "RETRY"}
-    main(flags(world([monet(1), monet(2, "CogCoM"), monet(3, question="stumble?")])))
+    main(flags(rows_file([monet(1), monet(2, "CogCoM"), monet(3, question="stumble?")])))
     assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)

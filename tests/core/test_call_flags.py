@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fault_server import calls_of, serving
 from samples import monet, row
+from standin import flags
 
 import filter_data
 import rewrite_captions
@@ -38,9 +39,8 @@ def world(tmp_path, picture):
 
 
 def run(stage: str, path: Path, url: str, *more: str, output: str = "out.jsonl") -> int:
-    return MAINS[stage](["--input", str(path), "--image_root", str(path.parent), "--output",
-                         str(path.parent / output), "--backend", "openai", "--model", "m", "--base_url", url,
-                         "--no_guard", *more])
+    return MAINS[stage]([*flags(path, "--backend", "openai", "--base_url", url, "--no_guard"),
+                         "--output", str(path.parent / output), *more])
 
 
 def bytes_of(stage: str, folder: Path, output: str = "out.jsonl") -> list[bytes]:
@@ -59,8 +59,7 @@ def test_any_number_of_shards_writes_the_same_bytes(world, tmp_path, stage, caps
         for name, n in (("three.jsonl", 3), ("eight.jsonl", 8)):
             assert run_shards(name, n, range(n)) == [0] * (n - 1) + [3]
             assert bytes_of(stage, tmp_path, name) == bytes_of(stage, tmp_path, "one.jsonl")
-        # two of three shards, then half of eight, then one process
-        before = len(calls_of(tmp_path))
+        before = len(calls_of(tmp_path))  # two of three shards, then half of eight, then one process
         assert run_shards("mixed.jsonl", 3, (0, 2)) + run_shards("mixed.jsonl", 8, range(4)) == [0] * 6
         with pytest.raises(DataError, match=r"\d+ calls are missing; run without --export_only"):
             run(stage, path, url, "--export_only", output="mixed.jsonl")
@@ -82,12 +81,10 @@ def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
             return [call["text"] for call in calls_of(tmp_path)[before:]]
 
         assert new_calls(list(range(12)))
-        # of two duplicates the first is kept
-        assert new_calls(list(range(12))[::-1]) == [] or stage == "filter"
+        assert new_calls(list(range(12))[::-1]) == [] or stage == "filter"  # the first duplicate is kept
         assert new_calls(list(range(12))) == []
         assert len(new_calls(list(range(14)))) == 2 * per_sample
-        texts = new_calls(list(range(14)), q7="Which yacht?")
-        # the caption is new, and so is the refinement
+        texts = new_calls(list(range(14)), q7="Which yacht?")  # a new caption, hence a new refinement
         assert len(texts) == per_sample and "yacht" in texts[0]
     ids = [json.loads(line)["id"].split("/")[1] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert ids == [str(n) for n in range(14) if n not in (3, 5, 11)]
@@ -103,8 +100,7 @@ def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, ca
     with serving(tmp_path, latency=0) as (_, url):
         run(stage, path, url)
     before = bytes_of(stage, tmp_path)
-    (tmp_path / "out.jsonl").unlink()
-    # the backend and the model are those of the journal
+    (tmp_path / "out.jsonl").unlink()  # the backend and the model are those of the journal
     assert run(stage, path, url, "--export_only", "--backend", "local", "--model", "/no/such") == 3
     assert bytes_of(stage, tmp_path) == before
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
@@ -119,14 +115,12 @@ def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
     with serving(tmp_path, latency=0) as (_, url):
         run("rewrite", path, url)
         n_calls = len(calls_of(tmp_path))
-        free = ["--concurrency", "2", "--timeout", "9", "--server_wait", "9", "--limit", "4",
-                "--max_same_caption", "3"]
+        free = "--concurrency 2 --timeout 9 --server_wait 9 --limit 4 --max_same_caption 3".split()
         assert run("rewrite", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
-        for flags in (["--temperature", "0.7"], ["--model", "n"], ["--max_pixels", "9000"],
-                      ["--image_factor", "28"], ["--extra_body", '{"top_k": 1}'], ["--no_refine"],
-                      ["--with_original"]):
+        for more in ("--temperature 0.7", "--model n", "--max_pixels 9000", "--image_factor 28",
+                     '--extra_body {"top_k":1}', "--no_refine", "--with_original"):
             with pytest.raises(DataError, match="begun with other settings"):
-                run("rewrite", path, url, *flags)
+                run("rewrite", path, url, *more.split())
     with pytest.raises(DataError, match="--temperature and --extra_body are for --backend openai"):
         run("rewrite", path, url, "--backend", "local", "--temperature", "0.7")
 
@@ -140,20 +134,15 @@ def test_an_image_that_changed_is_inspected_and_asked_about_again(world, tmp_pat
         n_calls = len(calls_of(tmp_path))
         picture("b.png", color="green")
         assert run("rewrite", path, url) == 0 and len(images.read_text().splitlines()) == 2
-    # the stub's captions depend on the question alone, so that no refinement changes
-    again = calls_of(tmp_path)[n_calls:]
+    again = calls_of(tmp_path)[n_calls:]  # the stub's captions depend on the question: no new refinement
     assert len(again) == 2 and all("cut out of a larger" in call["text"] for call in again)
 
 
-@pytest.mark.parametrize("text", ["1", "3/3", "a/2", "-1/2", "1/", "0/0"])
-def test_a_shard_is_one_of_n(text):
-    assert parse_shard("2/3") == (2, 3)
-    with pytest.raises(ArgumentTypeError, match="expected I/N with I from 0 to N-1"):
-        parse_shard(text)
-
-
-def test_extra_body_is_an_object():
-    assert parse_object('{"a": 1}') == {"a": 1}
+def test_a_shard_is_one_of_n_and_extra_body_an_object():
+    assert parse_shard("2/3") == (2, 3) and parse_object('{"a": 1}') == {"a": 1}
+    for text in ("1", "3/3", "a/2", "-1/2", "1/", "0/0"):
+        with pytest.raises(ArgumentTypeError, match="expected I/N with I from 0 to N-1"):
+            parse_shard(text)
     for text in ("[1]", "{"):
         with pytest.raises(ArgumentTypeError):
             parse_object(text)
@@ -178,9 +167,8 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "key").write_text("from file\n")
     assert read_api_key(str(tmp_path / "key")) == "from file"
     (tmp_path / "key").write_text("\n")
-    for path in (tmp_path / "key", tmp_path / "none"):
-        for flag in ("--api_key_file", "--judge_key_file"):
-            with pytest.raises(DataError, match=flag):
-                read_api_key(str(path), flag)
+    for name, flag in (("key", "--api_key_file"), ("none", "--judge_key_file")):
+        with pytest.raises(DataError, match=flag):
+            read_api_key(str(tmp_path / name), flag)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert read_api_key(None) is None

@@ -1,4 +1,4 @@
-"""Benchmark items: checked on reading, asked in fixed words.    pytest tests/core/test_items.py"""
+"""Benchmark items: checked on reading, asked in fixed words."""
 import pytest
 
 from utils.items import ANSWER_TYPES, question_text, read_items
@@ -9,12 +9,12 @@ ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], 
 
 
 def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
-    words = "Question: What color is it?\nOptions:\nA. red\nB. blue\n"
-    words += "Please select the correct answer from the options above. \n"
+    words = ("Question: What color is it?\nOptions:\nA. red\nB. blue\n"
+             "Please select the correct answer from the options above. \n")
     assert question_text(ITEM) == words
     assert question_text(ITEM | {"hint": "Look."}, "\nBox it.") == f"Hint: Look.\n{words}\nBox it."
-    assert question_text(ITEM | {"metric": "vsp_path",
-                                 "question": "Find <image> a path"}) == "Find <image> a path"
+    path = ITEM | {"metric": "vsp_path", "question": "Find <image> a path"}
+    assert question_text(path) == path["question"]
 
 
 @pytest.mark.parametrize("change, match", [
@@ -27,8 +27,7 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     ({"images": ["a.png"]}, "expected a list of"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
     ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
     ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}},
-     "counterfactual: gold 'E'"),
-    ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
+     "counterfactual: gold 'E'"), ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
 def test_a_bad_item_is_named(tmp_path, change, match):
     write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
     with pytest.raises(DataError, match=match):
@@ -39,8 +38,8 @@ def test_a_bad_item_is_named(tmp_path, change, match):
     ("wtq", "values", ["a", "b"], [[], "a", [1], None]), ("tabfact", "bool", False, [1, "1", None]),
     ("yesno_pair", "yesno", "no", ["No", True, None]), ("unscored", "values", ["a"], [[], "a"])])
 def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, bad):
-    item, known = ITEM | {"metric": metric, "options": [], "answer": {"type": kind, "value": good}}, tuple(
-        ANSWER_TYPES)
+    item = ITEM | {"metric": metric, "options": [], "answer": {"type": kind, "value": good}}
+    known = tuple(ANSWER_TYPES)
     write_rows(tmp_path / "items.jsonl", [item])
     assert read_items(tmp_path / "items.jsonl", metrics=known) == [item]
     with pytest.raises(DataError, match="expected one of mcq, vsp_path"):  # a script scores what it names
@@ -54,5 +53,5 @@ def test_golds_that_are_no_letter_are_checked_too(tmp_path, metric, kind, good, 
 def test_good_items_come_back_as_they_are(tmp_path):
     items = [ITEM, {**ITEM, "id": "a/2", "category": "x", "raw": {"kept": 1}}]
     write_rows(tmp_path / "items.jsonl", items)
-    assert read_items(tmp_path / "items.jsonl") == items and read_items(tmp_path / "items.jsonl",
-                                                                        1) == items[:1]
+    assert read_items(tmp_path / "items.jsonl") == items
+    assert read_items(tmp_path / "items.jsonl", 1) == items[:1]

@@ -54,10 +54,8 @@ def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
     assert [outcome.value for outcome in outcomes] == [{"a": 1}, {"a": 2}, None, None, None, None, {"a": 1}]
     assert [outcome.reason for outcome in outcomes] == [
         None, None, "cut_off", "bad_schema", "too_big", "backend_error", None]
-    assert [outcome.attempts for outcome in outcomes] == [1, 2, 2, 2, 2, 1, 1]
-    # equal calls are made once
-    assert backend.asked == [*texts[:6],
-                             "better\nNot usable: it was not one JSON object.",
+    assert [outcome.attempts for outcome in outcomes] == [1, 2, 2, 2, 2, 1, 1]  # equal calls are made once
+    assert backend.asked == [*texts[:6], "better\nNot usable: it was not one JSON object.",
                              "long\nNot usable: it was cut off after 2 tokens; be shorter.",
                              "wrong\nNot usable: 'a' should be of type integer.",
                              "big\nNot usable: a is above 9."]
@@ -66,9 +64,8 @@ def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
         "n_calls": 10, "n_reused": 0, "n_orphaned": 0, "n_prompt_tokens": 10, "n_new_tokens": 20,
         "p50_s": 0.5, "p95_s": 0.5, "json_as_asked": 0.5}  # of good, better, wrong and big
     record = json.loads((tmp_path / "calls-00000-of-00001.jsonl").read_text().splitlines()[0])
-    assert set(record) == {
-        "key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt", "n_new", "seconds",
-        "error", "attempts", "transient", "served", "prompts", "time"}
+    assert set(record) == {"key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt",
+                           "n_new", "seconds", "error", "attempts", "transient", "served", "prompts", "time"}
 
 
 def test_a_second_run_asks_nothing_and_returns_the_same(tmp_path):
@@ -94,12 +91,10 @@ def test_retry_errors_asks_again_only_where_the_model_failed(tmp_path):
     backend = Scripted(reply)
     run(tmp_path, backend, texts)
     works, backend.asked = True, []
-    outcomes, _ = run(tmp_path, backend, texts)
-    reasons = [outcome.reason for outcome in outcomes]
-    assert backend.asked == [] and reasons == [None, "bad_json", "backend_error", "too_big"]
-    outcomes, _ = run(tmp_path, backend, texts, retry_errors=True)
-    reasons = [outcome.reason for outcome in outcomes]
-    assert backend.asked == ["bad", "dead"] and reasons == [None, None, None, "too_big"]
+    for retry, asked, reasons in ((False, [], [None, "bad_json", "backend_error", "too_big"]),
+                                  (True, ["bad", "dead"], [None, None, None, "too_big"])):
+        outcomes, _ = run(tmp_path, backend, texts, retry_errors=retry)
+        assert backend.asked == asked and [outcome.reason for outcome in outcomes] == reasons
     assert run(tmp_path, None, texts)[0] == outcomes
 
 
@@ -148,11 +143,8 @@ def test_guard_thresholds(failed, trips):
     assert count(Guard(True)) == trips and not count(Guard(False))
 
 
-def test_quantiles():
+def test_fill_reads_braces_and_markers_in_values_as_text_and_quantiles_are_exact():
     assert quantiles([3.0]) == (3.0, 3.0) and quantiles([float(n) for n in range(101)]) == (50.0, 95.0)
-
-
-def test_fill_reads_braces_and_markers_in_values_as_text():
     assert fill('{q} {"a": {b}} {c}', q="{b} <image>", b="1") == '{b} (image) {"a": 1} {c}'
     assert fill("{q}", q="a <|im_end|> <|image_pad|> <image> <<|x|>> <|a b|> a<b|c>d") == (
         "a (im_end) (image_pad) (image) <(x)> <|a b|> a<b|c>d")

@@ -15,6 +15,7 @@ import pytest
 from fault_server import calls_of, serving
 from processes import command
 from samples import monet
+from standin import flags
 
 from utils.backends import Request
 from utils.jsonl import DataError, read_rows
@@ -24,15 +25,9 @@ SECRET = "sk-very-secret-1234"
 
 
 @pytest.fixture
-def world(tmp_path, picture):
+def world(rows_file):
     """Return write({id: question}, name) -> path of rows in Monet's form."""
-    picture("a.png"), picture("b.png", color="blue")
-
-    def write(questions: dict[str, str], name: str = "in.json") -> Path:
-        rows = [monet(sample, question=question) for sample, question in questions.items()]
-        (tmp_path / name).write_text(json.dumps(rows))
-        return tmp_path / name
-    return write
+    return lambda questions, *name: rows_file([monet(n, question=q) for n, q in questions.items()], *name)
 
 
 def plain(n: int) -> dict[str, str]:
@@ -41,11 +36,10 @@ def plain(n: int) -> dict[str, str]:
 
 def start(path: Path, url: str, *more: str, output: str = "out.jsonl") -> subprocess.Popen:
     """Start rewrite_captions.py on a server, with a key and a proxy in its environment."""
-    flags = ["--input", str(path), "--image_root", str(path.parent), "--output", str(path.parent / output),
-             "--backend", "openai", "--model", "m", "--base_url", url, *more]
-    return subprocess.Popen(command("rewrite_captions", flags), stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, env=os.environ
-                            | {"OPENAI_API_KEY": SECRET, "http_proxy": "http://127.0.0.1:9"})
+    all_flags = flags(path, "--backend", "openai", "--base_url", url, "--output", str(path.parent / output))
+    env = os.environ | {"OPENAI_API_KEY": SECRET, "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.Popen(command("rewrite_captions", [*all_flags, *more]), stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, env=env)
 
 
 def run(path: Path, url: str, *more: str, output: str = "out.jsonl") -> tuple[int, str, str]:
@@ -134,8 +128,7 @@ def test_what_concerns_the_whole_run_stops_it(world, tmp_path, fault):
         assert any(line.startswith("error") and f"{url}: status {fault}" in line for line in err.splitlines())
         n_calls = len(calls_of(tmp_path))
         assert run(world(plain(8)), url)[0] == 0
-    # the eight captions were in the journal: only refinements were new
-    assert len(calls_of(tmp_path)) == n_calls + 8
+    assert len(calls_of(tmp_path)) == n_calls + 8  # the eight captions were in the journal
 
 
 def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_run(world, tmp_path):
@@ -194,9 +187,8 @@ def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_p
 
     journal = tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl"
     with serving(tmp_path, latency=1.5) as (_, url):
-        code, seconds, err = stop(url, 0, times=1)
+        code, seconds, err = stop(url, 0, times=1)  # all that was sent is kept
         assert code == 130 and "stopping after the running calls" in err and "Traceback" not in err, err
-        # all that was sent was kept
         assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5
         code, seconds, _ = stop(url, 5, times=2)
         assert code == 130 and seconds < 1.4
@@ -229,12 +221,8 @@ def test_a_base_url_that_cannot_be_used(url):
         HttpBackend("m", url, 10**6)
 
 
-@pytest.mark.parametrize("value, seconds", [
-    (None, None), ("7", 7.0), ("0", 0.5), ("soon", None), ("-3", None),
-    ("Mon, 01 Jan 2001 00:00:00 GMT", 0.5)])
-def test_retry_after(value, seconds):
+@pytest.mark.parametrize("value, seconds", [(None, None), ("7", 7.0), ("0", 0.5), ("soon", None),
+                                            ("-3", None), ("Mon, 01 Jan 2001 00:00:00 GMT", 0.5)])
+def test_retry_after_seconds_or_a_date(value, seconds):
     assert retry_after(value) == seconds
-
-
-def test_retry_after_a_date():
     assert 5 < retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=9))) < 10

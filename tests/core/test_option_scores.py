@@ -1,25 +1,22 @@
-"""Options scored behind a stem or as whole replies, against a pass over each whole sequence.    pytest
-tests/core/test_option_scores.py"""
+"""Options scored behind a stem or as whole replies, against a pass over each whole sequence."""
 import math
 
 import pytest
 import torch
-from decoding import batch_of
+from decoding import batch_of, embedded, one_pass
 
 from utils import qwen as Q
-from utils.decode import embed_prompt, prefill
+from utils.decode import prefill
 from utils.option_scores import describe_scores, kl, option_blocks, score_options
 
 ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]},
-         {"options": [["A", "7"], ["B", "red"]]},
-         {"options": [["A", "red"], ["B", "red circle"]]}]
+         {"options": [["A", "7"], ["B", "red"]]}, {"options": [["A", "red"], ["B", "red circle"]]}]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["letter", "text"])
 def test_scores_equal_the_likelihood_of_each_whole_sequence(tiny_checkpoint, by):
-    """Options of one and of many tokens, one the beginning of another, rows with unlike prompts and numbers
-    of options."""
+    """Options of one and many tokens, one the beginning of another; prompts and numbers of options differ."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     stems, before = [" It is \\boxed{", " The answer: {", " {"], [[5, 6], [], [7]]
     scores = score_options(qwen, prefill(qwen, batch_of(qwen)), ITEMS, stems, before, by)
@@ -31,21 +28,15 @@ def test_scores_equal_the_likelihood_of_each_whole_sequence(tiny_checkpoint, by)
         for (letter, _), block in zip(item["options"], blocks):
             single = batch_of(qwen, slice(i, i + 1))
             n = single["input_ids"].shape[1]
-            embeds = torch.cat([embed_prompt(qwen, single, None, None),
-                                qwen.model.get_input_embeddings()(torch.tensor([block]))], 1)
-            positions = torch.cat([single["position_ids"], single["position_ids"][..., -1:] + 1
-                                   + torch.arange(len(block))], -1)
-            hidden = qwen.model.model(inputs_embeds=embeds, position_ids=positions,
-                                      use_cache=False).last_hidden_state[0]
-            logp = qwen.model.lm_head(hidden).log_softmax(-1)
+            logp = qwen.model.lm_head(one_pass(qwen, single, embedded(qwen, block))).log_softmax(-1)
             expected = sum(float(logp[n + j - 1, block[j]]) for j in range(shared, len(block)))
             assert scores[i][letter] == pytest.approx(expected, abs=1e-4)
 
 
 def test_shares_margins_and_divergence():
-    found = describe_scores({"A": math.log(0.2), "B": math.log(0.1), "C": math.log(0.1)}, "B")
-    assert found["pi"] == pytest.approx({"A": 0.5, "B": 0.25, "C": 0.25}) and found["pred"] == "A"
-    assert found["nll"] == pytest.approx(math.log(4)) and found["margin"] == pytest.approx(math.log(0.5))
-    assert kl({"A": 0.5, "B": 0.5}, {"A": 0.25, "B": 0.75}) == pytest.approx(0.5 * math.log(2) + 0.5
-                                                                             * math.log(2 / 3))
-    assert kl(found["pi"], found["pi"]) == 0
+    described = describe_scores({"A": math.log(0.2), "B": math.log(0.1), "C": math.log(0.1)}, "B")
+    pi = described["pi"]
+    assert pi == pytest.approx({"A": 0.5, "B": 0.25, "C": 0.25}) and described["pred"] == "A"
+    assert described["nll"] == pytest.approx(math.log(4))
+    assert described["margin"] == pytest.approx(math.log(0.5)) and kl(pi, pi) == 0
+    assert kl({"A": 0.5, "B": 0.5}, {"A": 0.25, "B": 0.75}) == pytest.approx(math.log(4 / 3) / 2)

@@ -1,10 +1,6 @@
-"""The rules for rows and captions: at least one accepted and one rejected case each.
-
-    python -m pytest tests/core/test_row_rules.py
-"""
+"""The rules for rows and captions: at least one accepted and one rejected case each."""
 import pytest
 
-from utils import model_calls, row_rules
 from utils.jsonl import DataError
 from utils.row_rules import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
 
@@ -99,8 +95,3 @@ def test_check_rows_keeps_the_first_accepted_duplicate(tmp_path, picture, capsys
     assert {row.reason for row in check_rows(rows[1:], tmp_path / "elsewhere")} == {"image_missing"}
     err = capsys.readouterr().err
     assert "no row has its images under --image_root" in err and "elsewhere/no.png" in err
-
-
-def test_closed_reasons_are_distinct():
-    groups = (model_calls.ERROR_REASONS, row_rules.ROW_REASONS, row_rules.CAPTION_REASONS)
-    assert len({reason for group in groups for reason in group}) == sum(map(len, groups))
