@@ -10,8 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # tests run from any folder
-# before torch is imported, and for all processes that tests start: the last bits depend on the number of
-# threads
+# before torch is imported, and for all processes: the last bits depend on the number of threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -43,7 +42,7 @@ def imagining_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real data beside the repository; tests that need it skip where it is absent."""
+    """Folder of real data next to the repository; tests that need it are skipped without it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
@@ -78,18 +77,16 @@ def rows_file(tmp_path, picture):
 
 @pytest.fixture
 def data(tmp_path, picture):
-    """Twelve rows of unequal length, every third without an imagined image and every fourth without any
-    picture."""
+    """Twelve rows of unequal length: every third imagines no image, every fourth has no picture."""
     from utils.jsonl import write_rows
     rng, rows = random.Random(0), []
     for n in range(12):
         picture(f"{n}_0.png", (56, 56 + 28 * (n % 3)), rng.choice(("red", "blue")))
         picture(f"{n}_1.png", (56, 84), "green")
         words = " ".join(["closer"] * rng.randint(1, 12))
-        steps = [{"text": f"I look {words}."}]
-        if n % 3:
-            steps.append({"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"})
-        steps += [{"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
+        image = {"image": f"{n}_1.png", "operation": "zoom", "caption": f"a {words} thing"}
+        steps = [{"text": f"I look {words}."}, *([image] if n % 3 else []),
+                 {"text": f"It is {n}. The answer is \\boxed{{{n}}}."}]
         rows.append({"id": f"t/{n}", "subset": "t", "images": [f"{n}_0.png"] if n % 4 else [],
                      "question": f"What is {words}?", "answer": str(n), "steps": steps,
                      "chain": f"I look {words}. <think_image>a thing</think_image> "

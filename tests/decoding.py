@@ -21,8 +21,8 @@ def load_with(tiny_checkpoint, spec):
 
 
 def batch_of(qwen, rows=slice(None)):
-    images = [[Image.new("RGB", (56, 84), "red")], [], [Image.new("RGB", (112, 56), "blue"),
-                                                        Image.new("RGB", (56, 56))]]
+    images = [[Image.new("RGB", (56, 84), "red")], [],
+              [Image.new("RGB", (112, 56), "blue"), Image.new("RGB", (56, 56))]]
     texts = ["What digit is on the red circle?", "I look closer.", "It is blue. The answer?"]
     prompts = [chat(qwen.tokenizer, text, len(row)) for text, row in zip(texts, images)]
     return Q.encode(qwen, prompts[rows], images[rows])

@@ -1,18 +1,14 @@
-"""Tiny checkpoints that imagine a colour in text or in latents and then follow or ignore it, and items for
-them.
+"""Tiny checkpoints that imagine a colour and then follow or ignore it, and items for them.
 
-Nothing is trained: every weight is written here, so that what these models do holds on every machine.
-
+Every weight is written here, so that these models do the same on every machine.
 - A reply is a chain of words, each of which determines the next one: the output row of a token reads which
-  token came before, in a dimension of the hidden state that this token has for itself.
+  token came before, in a dimension of the hidden state that belongs to this token.
 - The vision tower writes the colour of a square into its tokens (IMAGE and COLOR dimensions).
-- In the first layer one head reads the colour of image tokens into COLOR at every position, the other the
-colour
-  of imagined words or latents, which have COLOR but not IMAGE, into FOLLOWED. The second layer does nothing.
-- The answer's word is chosen by FOLLOWED or by COLOR; where neither is to be seen, it is NOTHING.
+- In the first layer one head reads the colour of image tokens into COLOR at every position; the other reads
+  that of imagined words or latents, which have COLOR but not IMAGE, into FOLLOWED. The second layer is idle.
+- The answer's word is chosen by FOLLOWED or by COLOR; without either it is NOTHING.
 - The state after a latent start has COLOR: fed as a latent, it is a code of the colour seen.
 """
-import json
 import random
 
 import torch
@@ -20,15 +16,16 @@ from PIL import Image
 
 from toy.make_model import IMAGE_MEAN, IMAGE_STD, make_model
 from utils import qwen as Q
+from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, latent_ids
 from utils.spans import CLOSE, OPEN
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)
 QUESTION = "What color is the square?"
-NOTHING = NAMES[0]  # the answer where no colour is to be seen
-ANSWER = (" It", " is", " \\", "boxed")  # then "{red", "}." and the end of the turn
-WORDS = ("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", ")", CLOSE, *ANSWER, "}.")
+NOTHING = NAMES[0]  # the answer where no colour is seen
+END = (CLOSE, " It", " is", " \\", "boxed", "{word", "}.", "<|im_end|>")
+WORDS = ("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", ")", *END[:5], "}.")
 SIZES = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1}
 VISION_SIZES = {"depth": 1, "hidden_size": 32, "intermediate_size": 8, "num_heads": 2}
@@ -46,30 +43,25 @@ def make_picture(color, tall):
 
 
 def write_items(folder, n):
-    """Items about flat squares, the gold option being the colour shown; two items a group, of one colour if n
-    is a multiple of 8. Returns (path, items)."""
+    """Write items about flat squares and return (path, items). The gold option is the colour shown; two items
+    per group, of one colour if n is a multiple of 8."""
     rng, items = random.Random(0), []
     for i in range(n):
-        color, options = NAMES[i % 4], rng.sample(NAMES, 4)
-        make_picture(color, i % 2).save(folder / f"{i}.png")
-        other = NAMES[(i + 1) % 4]
-        make_picture(other, i % 2).save(folder / f"{i}_edit.png")
-
-        def gold(name):
-            return {"type": "letter", "value": "ABCD"[options.index(name)]}
+        options, shown = rng.sample(NAMES, 4), []
+        for color, path in ((NAMES[i % 4], f"{i}.png"), (NAMES[(i + 1) % 4], f"{i}_edit.png")):
+            make_picture(color, i % 2).save(folder / path)
+            shown.append({"images": [{"path": path}],
+                          "answer": {"type": "letter", "value": "ABCD"[options.index(color)]}})
         items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color",
                       "question": QUESTION, "options": [list(pair) for pair in zip("ABCD", options)],
-                      "metric": "mcq", "answer": gold(color), "images": [{"path": f"{i}.png"}],
-                      "counterfactual": {"images": [{"path": f"{i}_edit.png"}], "answer": gold(other)}})
-    path = folder / "items.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path, items
+                      "metric": "mcq", **shown[0], "counterfactual": shown[1]})
+    write_rows(folder / "items.jsonl", items)
+    return folder / "items.jsonl", items
 
 
 # ------------------------------------------------------------------------------------------- weights
 def write_vision(visual):
-    """An image token is IMAGE, the COLOR nearest to its mean (none at an angle of over 45 degrees), and
-    SHADE."""
+    """An image token has IMAGE, the COLOR nearest to its mean (none beyond 45 degrees), and SHADE."""
     mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     directions = torch.nn.functional.normalize(
         (torch.tensor([COLORS[name] for name in NAMES]) / 255 - mean) / deviation, dim=1)
@@ -90,8 +82,7 @@ def write_vision(visual):
 
 
 def write_attention(attention):
-    """One key each for tokens that have IMAGE and for those that have COLOR without it; scores of about
-    10."""
+    """One key for tokens with IMAGE, one for tokens with COLOR alone; scores of about 10."""
     query, key, value, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     query.bias[7] = query.bias[HEAD + 15] = HEAD**0.5
     key.weight[7, IMAGE] = key.weight[15, COLOR] = 2.5
@@ -103,8 +94,7 @@ def write_attention(attention):
 
 
 def build(folder, chain, follows, spec=None, emitting=tuple(NAMES)):
-    """Write a checkpoint that replies by `chain` {word: next word}; "word" and "{word" are all colours'
-    tokens."""
+    """Write a checkpoint that replies by `chain` {word: next word}; "word" and "{word" are the colours."""
     texts = [f"{QUESTION} A. {name} I look. a square ({name}) It is \\boxed{{{name}}}." for name in NAMES] * 4
     make_model(texts, folder, n_tokens=500, sizes=SIZES, vision_sizes=VISION_SIZES)
     qwen = Q.load(str(folder), device="cpu", dtype="float32")
@@ -152,15 +142,12 @@ def chain_of(*words):
 
 
 def make_text_checkpoint(folder, follows):
-    """A model that imagines the colour it sees in text, and then answers with the colour of the imagination
-    (`follows`) or of the picture."""
-    chain = chain_of("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", "word", ")", CLOSE, *ANSWER,
-                     "{word", "}.", "<|im_end|>")
+    """A model that imagines a colour in text and answers with it (`follows`) or with the picture's."""
+    chain = chain_of("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", "word", ")", *END)
     return build(folder, chain, follows)
 
 
 def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES)):
-    """A model that imagines in Mirage's latents where the picture is of an `emitting` colour, and then
-    answers with the colour of the vectors that were fed (`follows`) or of the picture."""
-    chain = chain_of("\n", "start") | chain_of(CLOSE, *ANSWER, "{word", "}.", "<|im_end|>")
-    return build(folder, chain, follows, PRESETS["mirage"], emitting)
+    """A model that imagines pictures of the `emitting` colours in Mirage's latents, and then answers with the
+    colour of the vectors that were fed (`follows`) or of the picture."""
+    return build(folder, chain_of("\n", "start") | chain_of(*END), follows, PRESETS["mirage"], emitting)

@@ -17,8 +17,7 @@ def qwen(tiny_checkpoint):
 
 
 def full_maps(qwen, batch, block):
-    """Attention [layers, B, heads, R, C] of a block's rows by one eager forward over everything, with
-    output_attentions."""
+    """Attention [layers, B, heads, R, C] of a block's rows, by one eager forward over everything."""
     ids = torch.cat([batch["input_ids"], torch.tensor([block] * len(batch["input_ids"]))], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(len(ids), len(block), dtype=torch.long)], dim=1)
     places = batch["position_ids"][..., -1:] + 1 + torch.arange(len(block))
@@ -26,9 +25,8 @@ def full_maps(qwen, batch, block):
     qwen.model.set_attn_implementation("eager")
     try:
         out = qwen.model.model(inputs_embeds=embed_prompt(qwen, {"input_ids": ids, **images}, None, None),
-                               attention_mask=mask,
                                position_ids=torch.cat([batch["position_ids"], places], dim=2),
-                               output_attentions=True)
+                               attention_mask=mask, output_attentions=True)
     finally:
         qwen.model.set_attn_implementation("sdpa")
     return torch.stack(out.attentions)[..., -len(block):, :], ids, mask
@@ -42,13 +40,11 @@ def test_rows_equal_the_librarys_own_maps(qwen):
     state = prefill(qwen, batch)
     columns, steps = torch.arange(ids.shape[1]), torch.arange(len(block))[:, None]
     allowed = mask[:, None].bool() & (columns <= batch["input_ids"].shape[1] + steps)
-    with watched(qwen.model, lambda query, key, scaling:
-                 seen.append(attention_weights(query, key, allowed, scaling))):
+    with watched(qwen.model, lambda *parts: seen.append(attention_weights(*parts[:2], allowed, parts[2]))):
         prefill_more(qwen, state, [block] * 3)
     assert torch.allclose(torch.stack(seen), expected, atol=1e-5) and len(seen) == 2
-    # the same in groups, counted one column after the other
-    for i, look in enumerate(stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]),
-                                            [[], [], []])):
+    looks = stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]), [[], [], []])
+    for i, look in enumerate(looks):  # the same in groups, counted column by column
         kinds = ["said" if c >= state.is_image.shape[1] else "image" if state.is_image[i, c] else "question"
                  for c in columns]
         kinds[int(mask[i].argmax())] = "first"
@@ -57,9 +53,9 @@ def test_rows_equal_the_librarys_own_maps(qwen):
             for name in GROUPS:
                 wanted = sum(float(rows[c]) for c, kind in enumerate(kinds) if kind == name)
                 assert look["mass"][name][layer] == pytest.approx(wanted, abs=2e-5), (i, layer, name)
-        assert sum(look["uniform"].values()) == pytest.approx(1, abs=1e-5) and look["uniform"][
-            "imagination"] == 0
-        assert (look["uniform"]["image"] > 0) == bool(state.is_image[i].any())
+        uniform = look["uniform"]
+        assert sum(uniform.values()) == pytest.approx(1, abs=1e-5) and uniform["imagination"] == 0
+        assert (uniform["image"] > 0) == bool(state.is_image[i].any())
 
 
 @torch.no_grad()

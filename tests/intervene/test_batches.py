@@ -25,10 +25,7 @@ def test_donors_are_of_another_group_and_another_gold_where_there_is_one():
     assert pick_donor("question", 0, ITEMS, everyone) == 3 and pick_donor("image", 0, ITEMS, everyone) == 4
     assert all(pick_donor(kind, n, ITEMS, everyone) != n for kind in ("random", "question", "image")
                for n in everyone)
-
-
-def test_an_item_without_a_group_is_its_own():
-    alone = [{**member, "group_id": None} for member in ITEMS]
+    alone = [{**member, "group_id": None} for member in ITEMS]  # an item without a group is its own
     assert pick_donor("random", 0, alone, [0, 1, 2, 3]) == 3 and pick_donor("random", 0, alone, [0, 1]) == 1
 
 
@@ -50,9 +47,8 @@ def test_other_prompts_keep_what_they_should():
 
 
 def test_a_reply_is_cut_before_its_first_imagination_and_its_columns_are_those_of_the_words(tiny_checkpoint):
-    qwen = load_with(tiny_checkpoint, MIRAGE)
-    batch = TextBatch(qwen, Settings(None, "", 4, " It is \\boxed{", "letter", 0, 8), ITEMS[:1], PICTURES[:1],
-                      [None])
+    qwen, settings = load_with(tiny_checkpoint, MIRAGE), Settings(None, "", 4, " \\boxed{", "letter", 0, 8)
+    batch = TextBatch(qwen, settings, ITEMS[:1], PICTURES[:1], [None])
     reply = "I look closer. <think_image>a blue square</think_image> It is blue."
     ids = qwen.tokenizer(reply, add_special_tokens=False).input_ids
     batch.clean[0].ids, batch.texts[0] = ids, reply

@@ -8,7 +8,6 @@ from utils.intervene.effects import (Limits, Pair, attention_by_layer, change_of
                                      early_answering, early_curve, summarize)
 from utils.intervene.figures import draw_effects
 from utils.intervene.prompts import first_difference, is_degenerate, stem_of
-from utils.plots import legend, new_figure, write_figure
 from utils.stats import tango_ci
 
 LIMITS = Limits(0.05, 0.05, min_emitters=20)
@@ -74,25 +73,19 @@ def test_only_emitters_of_the_clean_run_count_and_worlds_add_up(run):
     assert "fewer than --min_emitters 20" in few["reason"]
 
 
-# ------------------------------------------------------------------------------------ curves
-@pytest.mark.parametrize("curve, area", [
-    ([(0, 1), (1, 1)], 0.0), ([(0, 0), (1, 1)], 0.5), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
-    ([(0, 0), (0.25, 0.5), (0.5, 1), (1, 1)], 0.25), ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)])
-def test_the_area_over_the_curve(curve, area):
+def test_the_area_over_the_curve():
     """Triangles and rectangles counted by hand: the last is .75 * .5 + .25 * .2."""
-    assert early_answering(curve) == pytest.approx(area, abs=1e-12)
-
-
-@pytest.mark.parametrize("curve", [[], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)],
-                                   [(0, 1), (0, 0), (1, 1)], [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]])
-def test_a_curve_that_does_not_span_0_to_1_is_refused(curve):
-    with pytest.raises(ValueError, match="expected"):
-        early_answering(curve)
+    for curve, area in (([(0, 1), (1, 1)], 0.0), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
+                        ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)):
+        assert early_answering(curve) == pytest.approx(area, abs=1e-12)
+    for wrong in ([], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)], [(0, 1), (0, 0), (1, 1)],
+                  [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]):
+        with pytest.raises(ValueError, match="expected"):
+            early_answering(wrong)
 
 
 def test_early_answering_by_hand():
-    """Three items settle at 0, 50 and 100 %: curve 1/3, 2/3, 1; area over it 1 - (.5 * .5 + .5 * 5/6) =
-    1/3."""
+    """Three items settle at 0, 50 and 100 %: the curve is 1/3, 2/3, 1 and the area over it 1/3."""
     def reply(pred):
         return {"pred": pred, "r0": {"pred": "A"}}
 
@@ -119,13 +112,15 @@ def test_attention_is_a_mean_over_items_with_its_interval():
     assert attention["uniform"]["image"] == pytest.approx(0.2) and attention_by_layer(looks, "aa") is None
 
 
-# ------------------------------------------------------------------------------------ figures
+def rows_of(folder, name):
+    """The rows behind the figure r.<name>.png, which is not empty."""
+    assert (folder / f"r.{name}.png").stat().st_size > 10_000
+    return list(csv.DictReader(open(folder / f"r.{name}.csv", newline="")))
+
+
 def test_figures_come_with_the_numbers_behind_them(run, tmp_path):
     draw_effects(run[1], str(tmp_path / "r"))
-    for name in ("accuracy", "effects", "mediation"):
-        assert (tmp_path / f"r.{name}.png").stat().st_size > 10_000
-        with open(tmp_path / f"r.{name}.csv", newline="") as file:
-            assert len(list(csv.DictReader(file))) >= 5
+    assert all(len(rows_of(tmp_path, name)) >= 5 for name in ("accuracy", "effects", "mediation"))
 
 
 def test_curves_are_drawn_as_they_are_given(tmp_path):
@@ -138,24 +133,9 @@ def test_curves_are_drawn_as_they_are_given(tmp_path):
                              "mass": dict.fromkeys(groups, [part, part])},
                "early_answering": {"n": 30, **early}}
     draw_effects(metrics, str(tmp_path / "r"))
-    for name, n_rows in (("attention", 10), ("early", 4)):
-        assert (tmp_path / f"r.{name}.png").stat().st_size > 10_000
-        with open(tmp_path / f"r.{name}.csv", newline="") as file:
-            assert len(list(csv.DictReader(file))) == n_rows
+    assert (len(rows_of(tmp_path, "attention")), len(rows_of(tmp_path, "early"))) == (10, 4)
     draw_effects({**metrics, "attention": None, "early_answering": None}, str(tmp_path / "none"))
     assert not list(tmp_path.glob("none*"))
-
-
-def test_a_figure_is_drawn_without_a_display_next_to_its_numbers(tmp_path):
-    figure, [[left, right]] = new_figure(4, 2, 1, 2)
-    left.plot([1, 2], [3, 4], label="a")
-    right.plot([1, 2], [4, 3], label="a")
-    legend(figure, (left, right))
-    write_figure(figure, [{"x": 1, "y": 3}, {"x": 2, "y": 4, "more": 5}], tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").size == (600, 300) and len(figure.legends[0].get_texts()) == 1
-    assert (tmp_path / "a.csv").read_bytes() == b"x,y\n1,3\n2,4\n" and len(list(tmp_path.iterdir())) == 2
-    write_figure(figure, [], tmp_path / "b.png")
-    assert (tmp_path / "b.csv").read_text() == "empty\n"
 
 
 def test_bars_of_many_conditions_are_drawn_as_large_as_those_of_few(run, tmp_path):
@@ -168,7 +148,6 @@ def test_bars_of_many_conditions_are_drawn_as_large_as_those_of_few(run, tmp_pat
     assert sizes[0][0] == sizes[1][0] <= 1300 and sizes[1][1] > 3 * sizes[0][1]
 
 
-# ------------------------------------------------------------------------------------ fields of a record
 def test_fields_of_a_reply():
     assert first_difference([1, 2, 3], [1, 2, 3]) is None and first_difference([1, 2], [1, 2, 3]) == 2
     assert first_difference([1, 2, 3], [1, 5, 3]) == 1

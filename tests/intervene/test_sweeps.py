@@ -19,14 +19,14 @@ ATTENTION = [0.1, 0.4, 0.2, 0.3]  # to the four latents of a segment
 
 @pytest.fixture(scope="module")
 def runs(tiny_checkpoint):
-    """(model, state of two prompts twice, their clean runs with slots)"""
+    """(model, state of two prompts, their clean runs with slots)"""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen)).select([0, 2])
     return qwen, state, decode(qwen, state.select([0, 1]), 9, MIRAGE, capture=True, with_slots=True)[0]
 
 
 def case(runs, name="a", **more):
-    _, _, clean = runs
+    clean = runs[2]
     return Case({"id": name}, clean[0], MIRAGE, torch.zeros(32), 1, seed=0, donors={"random": clean[1]},
                 calibration=Calibration.from_runs(clean), **more)
 
@@ -40,14 +40,10 @@ def decoded(runs, *names):
                   with_slots=True)[0]
 
 
-def test_all_positions_and_layers_are_the_slot_condition_to_the_bit(runs):
+def test_all_layers_are_the_slot_condition_to_the_bit_and_the_first_one_alone_the_fed_vector(runs):
     whole, everywhere = decoded(runs, "slot_swap_random", "slot_swap_at:0-3/0-1")
     assert torch.equal(everywhere.states, whole.states) and everywhere.ids == whole.ids
     assert not torch.allclose(whole.states, runs[2][0].states[:len(whole.states)], atol=1e-3)
-
-
-def test_the_first_layer_alone_is_the_fed_vector(runs):
-    """The first layer's input at a latent position is the vector fed there: the two sites meet."""
     fed, slot = decoded(runs, "swap_random", "slot_swap_at:0-3/0")
     assert slot.ids == fed.ids and torch.allclose(torch.stack(slot.slots), torch.stack(fed.slots), atol=1e-5)
 
@@ -59,9 +55,8 @@ def test_a_place_takes_effect_there_and_above_and_nowhere_before(runs):
     assert not torch.allclose(swapped[2, 1], clean[2, 1])
 
 
-@pytest.mark.parametrize("name, kept", [
-    ("keep_one:2", {2}), ("drop_one:2", {0, 1, 3}), ("top_k:1", {1}), ("top_k:2", {1, 3}),
-    ("top_k:3", {1, 2, 3})])
+@pytest.mark.parametrize("name, kept", [("keep_one:2", {2}), ("drop_one:2", {0, 1, 3}), ("top_k:1", {1}),
+                                        ("top_k:2", {1, 3}), ("top_k:3", {1, 2, 3})])
 def test_kept_positions_feed_the_latent_and_others_the_mean(runs, name, kept):
     row, calibration = decoded(runs, name)[0], Calibration.from_runs(runs[2])
     for step in range(4):
@@ -86,26 +81,15 @@ def test_the_first_latents_alone_are_decoded(runs):
     assert torch.equal(rows[1].fed[:3], rows[2].fed[:3])
 
 
-@pytest.mark.parametrize("name, reason", [("drop_one:4", "no_such_position"),
-                                          ("top_random:4", "no_such_position"),
-                                          ("slot_swap_at:4/0", "no_such_position"),
-                                          ("top_k:1", "no_attention")])
-def test_a_point_that_would_change_nothing_is_not_possible(runs, name, reason):
-    condition, number = find_condition(name)
-    with pytest.raises(NotPossible, match=reason):
-        condition.make(case(runs), number)
-
-
-@pytest.mark.parametrize("name", ["slot_swap_at:1", "slot_swap_at:1/x", "slot_swap_at:1-2-3/0",
-                                  "slot_swap_at:2-1/0"])
-def test_malformed_places_are_refused(name):
-    with pytest.raises(ValueError, match="expected"):
-        find_condition(name)
-
-
-def test_a_layer_that_the_model_lacks_is_named(runs):
-    condition, number = find_condition("slot_swap_at:0/1-2")
-    with pytest.raises(DataError, match="layer 2, expected one of the model's 2 layers"):
+@pytest.mark.parametrize("name, error, match", [
+    ("drop_one:4", NotPossible, "no_such_position"), ("top_random:4", NotPossible, "no_such_position"),
+    ("slot_swap_at:4/0", NotPossible, "no_such_position"), ("top_k:1", NotPossible, "no_attention"),
+    ("slot_swap_at:0/1-2", DataError, "layer 2, expected one of the model's 2 layers"),
+    ("slot_swap_at:1", ValueError, "expected"), ("slot_swap_at:1/x", ValueError, "expected"),
+    ("slot_swap_at:1-2-3/0", ValueError, "expected"), ("slot_swap_at:2-1/0", ValueError, "expected")])
+def test_points_that_are_malformed_or_change_nothing_are_refused(runs, name, error, match):
+    with pytest.raises(error, match=match):
+        condition, number = find_condition(name)
         condition.make(case(runs), number)
 
 
@@ -117,9 +101,7 @@ def test_a_map_covers_every_layer_once(size, n_layers, n_cells):
     for step in range(size):
         assert [n for steps, layers in places if steps[0] == step for n in layers] == list(range(n_layers))
     assert not set(PRESET_CONDITIONS["full"]) & set(SWEEPS) and set(SWEEPS) < set(CONDITIONS)
-
-
-def test_a_sweep_is_a_condition_with_several_numbers():
+    # a sweep is a condition with several numbers
     assert swept(["mix", "mix:0.5", "tau", "keep_one:0", "keep_one:1"]) == {"keep_one:0", "keep_one:1"}
 
 
@@ -133,8 +115,7 @@ def test_figures_show_the_effects_that_they_are_given(tmp_path):
     rows = {}
     for name in ("map", "positions", "doses"):
         assert (tmp_path / f"r.{name}.png").stat().st_size > 10_000
-        with open(tmp_path / f"r.{name}.csv", newline="") as file:
-            rows[name] = list(csv.DictReader(file))
+        rows[name] = list(csv.DictReader(open(tmp_path / f"r.{name}.csv", newline="")))
     cells = {(row["position"], row["layers"]): float(row["change"]) for row in rows["map"]}
     changes = {name: entry["r0"]["delta_nll"] for name, entry in entries.items()}
     assert len(cells) == 32 and cells["3", "5"] == pytest.approx(changes["slot_swap_at:2/4-4"])

@@ -1,9 +1,7 @@
 """The conditions on text imaginations: hand-written cases."""
-import json
 import random
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from samples import before_conclusion
@@ -11,11 +9,11 @@ from samples import before_conclusion
 from utils.answers import NUMBERS
 from utils.intervene.text_conditions import (CONSTANT, EDITS, TEXT_CONDITIONS, TEXT_PRESETS, Context,
                                              until_last_span)
-from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, word_distance
+from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, direct, word_distance
 from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, reworded, survivors
+from utils.jsonl import read_rows
 from utils.spans import SPAN, find_spans
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_dev.jsonl"
 ITEM = {"id": "i", "question": "What color is the cup?", "answer": {"type": "letter", "value": "A"},
         "options": [["A", "red"], ["B", "blue"], ["C", "green"]]}
 TEXT = ("I look. <think_image>The image shows a red cup on a wooden table, 2 lids.</think_image> More: "
@@ -47,10 +45,6 @@ def refused(condition, **more):
     return str(fault.value)
 
 
-def test_the_text_is_cut_after_the_last_mark():
-    assert until_last_span(TEXT, find_spans(TEXT)).endswith("a red lid</think_image>")
-
-
 # ------------------------------------------------------------------------------------ one test per condition
 @pytest.mark.parametrize("condition, after", [
     ("sham", SPANS), ("removal", ["", ""]), ("constant", [CONSTANT, CONSTANT]),
@@ -62,10 +56,8 @@ def test_the_text_is_cut_after_the_last_mark():
     ("truncate_50", ["The image shows a red cup on a", ""]),
     ("truncate_75", [SPANS[0].removesuffix(" lids."), ""])])
 def test_each_condition(condition, after):
-    text, edit = run(condition)
-    assert edit["after"] == after
-    if condition == "sham":
-        assert edit["word_distance"] == 0
+    edit = run(condition)[1]
+    assert edit["after"] == after and (edit["word_distance"] == 0) == (condition == "sham")
     if condition == "something":
         assert (edit["from"], edit["to"], edit["n_replaced"]) == ("red", "something", 2)
 
@@ -86,54 +78,43 @@ def test_a_truncation_keeps_the_spaces_and_grows():
 
 
 def test_something_removes_every_form_and_only_where_it_counts():
-    number = {**ITEM, "options": [["A", "3"], ["B", "4"]]}
-    assert run("something", spans=["Three cups, 3 lids, 13"], item=number)[1]["after"] == [
-        "Something cups, something lids, 13"]
-    dogs = {**ITEM, "options": [["A", "dog"], ["B", "cat"]]}
-    assert run("something", spans=["dogs"], item=dogs)[1]["after"] == ["something"]
-    side = {**ITEM, "question": "Where is the dog?", "options": [["A", "left"], ["B", "right"]]}
-    assert run("something", spans=["A man is left. The dog is left."], item=side)[1]["after"] == [
-        "A man is left. The dog is something."]
-    yes = {**ITEM, "question": "Is the cup red?", "options": [["A", "Yes"], ["B", "No"]]}
+    def item(gold, target, question):
+        return {**ITEM, "question": question, "options": [["A", gold], ["B", target]]}
+
+    for gold, target, before, after in (
+            ("3", "4", "Three cups, 3 lids, 13", "Something cups, something lids, 13"),
+            ("dog", "cat", "dogs", "something"),
+            ("left", "right", "A man is left. The dog is left.", "A man is left. The dog is something.")):
+        asked = item(gold, target, "Where is the dog?")
+        assert run("something", spans=[before], item=asked)[1]["after"] == [after]
+    yes = item("Yes", "No", "Is the cup red?")
     assert refused("something", spans=["The cup is red"], item=yes) == "no_slot_value"
 
 
-def test_foreign_takes_the_donors_spans_first_for_first():
+def test_foreign_takes_the_donors_spans_and_an_edit_that_changes_nothing_is_refused():
     assert run("foreign", donor=["x", "y", "z"])[1]["after"] == ["x", "y"]
     assert refused("foreign") == refused("foreign", donor=["x"]) == "no_donor"
     assert refused("foreign", donor=SPANS) == "unchanged"
-
-
-def test_an_edit_that_changes_nothing_is_refused():
     assert refused("removal", spans=[""]) == refused("filler", spans=[""]) == "unchanged"
     assert refused("constant", spans=[CONSTANT]) == "unchanged"
     for name in ("directed", "irrelevant"):
         assert refused(name, spans=["a green cup"]) == "gold_not_mentioned"
 
 
-@pytest.mark.parametrize("preset", sorted(TEXT_PRESETS))
-def test_presets_name_known_conditions(preset):
-    assert set(TEXT_PRESETS[preset]) <= set(TEXT_CONDITIONS)
-
-
 # ------------------------------------------------------------------------------------ paraphrase
 @pytest.mark.parametrize("span, after", [
     ("The image clearly shows an image", "The picture plainly displays a picture"),
-    ("red cup, red lid", "In this view, red cup, red lid"),
-    ("The cup is red", "In this view, the cup is red"), ("Mickey Mouse", "In this view, Mickey Mouse"),
-    ("SHOWS 2", "DISPLAYS 2")])
+    ("SHOWS 2", "DISPLAYS 2"), ("The cup is red", "In this view, the cup is red"),
+    ("Mickey Mouse", "In this view, Mickey Mouse")])
 def test_paraphrases(span, after):
     assert run("paraphrase", spans=[span])[1]["after"] == [after]
 
 
-def test_a_paraphrase_keeps_the_words_of_options():
+def test_a_paraphrase_keeps_the_words_of_options_and_survivors_see_what_is_lost():
     item = {**ITEM, "options": [["A", "next to the area"], ["B", "beside the shows"]]}
     span = "The image shows it next to the area"
     assert run("paraphrase", spans=[span], item=item)[1]["after"] == ["The picture shows it next to the area"]
     assert survivors([span], item) == survivors([reworded(span, item)], item)
-
-
-def test_survivors_see_a_lost_value_or_number():
     base = survivors(["two red cups, 3.5 m"], ITEM)
     assert base == survivors(["3.5 m: red cups, 2 of them"], ITEM)
     assert base == {"red": 1, "number 2": 1, "number 3.5": 1}
@@ -143,10 +124,10 @@ def test_survivors_see_a_lost_value_or_number():
 
 def test_a_paraphrase_that_loses_a_value_is_refused(monkeypatch):
     monkeypatch.setitem(SYNONYMS, "cup", "mug")
-    monkeypatch.setattr("utils.intervene.word_forms.option_words", lambda item: set())
-    item = {**ITEM, "options": [["A", "cup"], ["B", "7"]]}
     monkeypatch.setitem(SYNONYMS, "2", "5")
-    assert refused("paraphrase", item=item) == "value_changed"
+    monkeypatch.setattr("utils.intervene.word_forms.option_words", lambda item: set())
+    options = [["A", "cup"], ["B", "7"]]
+    assert refused("paraphrase", item={**ITEM, "options": options}) == "value_changed"
 
 
 # ------------------------------------------------------------------------------------ the irrelevant edit
@@ -154,7 +135,7 @@ def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
     spans = ["A red cup beside a black cup on a wooden table, 2 lids"]
     for seed in range(20):
         edit = run("irrelevant", spans=spans, seed=seed)[1]
-        assert edit["directed_distance"] == 1 and edit["word_distance"] == 1
+        assert edit["directed_distance"] == edit["word_distance"] == 1
         old, new = edit["from"][0], edit["to"][0]
         assert old in ("black", "wooden", "table", "two")
         assert new not in ("red", "blue", "green", "cup", *spans[0].split())
@@ -163,15 +144,11 @@ def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
     assert run("irrelevant", spans=spans, seed=3) == run("irrelevant", spans=spans, seed=3)
 
 
-def test_more_words_are_changed_for_a_larger_edit():
-    spans = ["A red cup and a red lid, a black dog, a wooden table, 27 cars"]
-    edit = run("irrelevant", spans=spans)[1]
+def test_more_words_are_changed_for_a_larger_edit_and_nothing_to_change_is_a_reason():
+    edit = run("irrelevant", spans=["A red cup and a red lid, a black dog, a wooden table, 27 cars"])[1]
     assert edit["directed_distance"] == edit["word_distance"] == 2 and len(edit["from"]) == 2
     few = run("irrelevant", spans=["red red red table"])[1]
     assert few["directed_distance"] == 3 and few["word_distance"] == 1  # words ran out
-
-
-def test_nothing_to_change_is_a_reason():
     assert refused("irrelevant", spans=["The cup is red"]) == "no_irrelevant_word"
     assert refused("irrelevant", spans=["The cup is red, not green"]) == "no_irrelevant_word"
     for number in ("7", "seven", "42"):
@@ -184,30 +161,39 @@ def test_nothing_to_change_is_a_reason():
 def test_tables_hold_what_they_claim():
     words = [word for group in CLASSES for word in group]
     assert len(words) == len(set(words)) and all(len(group) > 1 for group in CLASSES)
-    assert not any(word in re.split(r"[\s-]", f"{old} {new}") for old, new in SYNONYMS.items()
-                   for word in words)
+    assert not set(words) & set(re.split(r"[\s-]", " ".join((*SYNONYMS, *SYNONYMS.values()))))
     assert option_words(ITEM) == {"red", "blue", "green"}
+    assert all(set(names) <= set(TEXT_CONDITIONS) for names in TEXT_PRESETS.values())
 
 
 # ------------------------------------------------------------------------------------ real replies
-@pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
-def test_coverage_on_real_replies():
-    """Every third real reply with words before its conclusion: a condition that does not apply gives the
-    reason, and most conditions lose no reply."""
-    n, covered = 0, Counter()
-    for row in map(json.loads, REAL.read_text().splitlines()[::3]):
-        text = row["output"].split("<ltnt")[0]  # a fork's log, behind the reply
-        item = {**row, "options": list(map(list, row["options"].items())), "answer": {"value": row["gold"]}}
+def test_coverage_on_real_replies(shared_data):
+    """A condition that does not apply gives a reason, most conditions lose no reply, and the way back of a
+    directed edit leads to where it came from."""
+    n, n_named, covered = 0, 0, Counter()
+    for row in read_rows(shared_data / "real_outputs" / "vstar_dev.jsonl", {}):
+        text, gold = row["output"].split("<ltnt")[0], row["gold"]  # a fork's log, behind the reply
+        item = {**row, "options": list(map(list, row["options"].items())), "answer": {"value": gold}}
         if not (spans := before_conclusion(text)):
             continue
         n += 1
-        target = next(letter for letter in row["options"] if letter != row["gold"])
+        n_named += row["options"][gold].lower() in text[slice(*spans[0])].lower()
+        target = next(letter for letter in row["options"] if letter != gold)
         for name, condition in EDITS.items():
+            context = Context(target, ["The donor looks elsewhere."])
             try:
-                condition(until_last_span(text, spans), spans, item,
-                          Context(target, ["The donor looks elsewhere."]))
+                after, _ = condition(until_last_span(text, spans), spans, item, context)
                 covered[name] += 1
             except NotEditable as fault:
                 assert str(fault) in NOT_EDITABLE
-    assert n > 80 and {covered[name] for name in set(EDITS) - {"irrelevant", "directed", "something"}} == {n}
+                continue
+            if name == "directed":
+                after, _ = direct(text, spans, item, target)
+                (start, end), grown = spans[0], len(after) - len(text)
+                assert after[:start] == text[:start] and after[end + grown:] == text[end:]
+                back = {**item, "answer": {"value": target}}
+                again, _ = direct(after, [(start, end + grown)], back, gold)
+                assert word_distance(again, text) == 0
+    assert n > 0.8 * 304 and covered["directed"] > 0.85 * n_named
+    assert {covered[name] for name in set(EDITS) - {"irrelevant", "directed", "something"}} == {n}
     assert covered["directed"] == covered["something"] > 0.6 * n > covered["irrelevant"] > 0.1 * n

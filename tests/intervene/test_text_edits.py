@@ -1,11 +1,8 @@
 """The directed edit, by rules and by an LLM: hand-written cases."""
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from fault_server import calls_of, serving
-from samples import before_conclusion
 
 from utils.intervene.text_conditions import RETRIES, VERSION, direct_all, make_caller
 from utils.intervene.text_edits import (NOT_EDITABLE, NotEditable, clauses, direct, slot_values, slots,
@@ -16,12 +13,9 @@ from utils.model_calls import IncompleteError
 from utils.openai_backend import HttpBackend
 from utils.spans import conclusion, find_spans, put_spans
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "real_outputs" / "vstar_dev.jsonl"
 
-
-def make_item(gold, target, question="What is it?", *more):
-    return {"id": "i", "question": question, "options": [["A", gold], ["B", target],
-                                                         *(list(pair) for pair in more)],
+def make_item(gold, target, question="What is it?"):
+    return {"id": "i", "question": question, "options": [["A", gold], ["B", target]],
             "answer": {"type": "letter", "value": "A"}}
 
 
@@ -34,13 +28,9 @@ def edited(spans, gold, target, question="What is it?"):
     return edit["after"], edit
 
 
-# ------------------------------------------------------------------------------------ spans
-def test_a_reply_without_marks_has_no_span():
+def test_a_reply_without_marks_has_no_span_and_spans_are_put_back_in_place():
     text = "I look. The cup is red. Therefore, the final answer is \\boxed{A}."
     assert find_spans(text) == [] and conclusion(text) == text
-
-
-def test_spans_are_put_back_in_place_and_never_dropped():
     assert put_spans("a-b-c", [(0, 1), (4, 5)], ["long", ""]) == "long-b-"
     with pytest.raises(ValueError):
         put_spans("a-b", [(0, 1), (2, 3)], ["x"])
@@ -49,32 +39,28 @@ def test_spans_are_put_back_in_place_and_never_dropped():
 # ------------------------------------------------------------------------------------ slots and their forms
 @pytest.mark.parametrize("gold, target, pair", [
     ("The color of the cart is red.", "The color of the cart is blue.", ("red", "blue")),
-    ("(A) a red car", "(B) a blue car", ("red", "blue")), ("in front of the bin", "behind the bin",
-                                                           ("in front of", "behind")),
-    ("golden retriever", "corgi", ("golden retriever", "corgi")), ("3", "4", ("3", "4"))])
+    ("(A) a red car", "(B) a blue car", ("red", "blue")), ("3", "4", ("3", "4")),
+    ("in front of the bin", "behind the bin", ("in front of", "behind"))])
 def test_slot_values(gold, target, pair):
     assert slot_values(gold, target) == pair
 
 
 @pytest.mark.parametrize("gold, target, pair", [
-    ("a red car", "two blue trucks", ("red", "blue")), ("made of wood", "it looks like plastic",
-                                                        ("wood", "plastic")),
-    ("There are two", "I count 5", ("two", "five")), ("to the left of it", "right beside", ("left", "right")),
-    ("a red or blue car", "two green trucks", None), ("a red car", "two red trucks", None),
-    ("a car", "trucks", None)])
+    ("a red car", "two blue trucks", ("red", "blue")),
+    ("made of wood", "it looks like plastic", ("wood", "plastic")),
+    ("There are two", "I count 5", ("two", "five")),
+    ("to the left of it", "right beside", ("left", "right"))])
 def test_tables_where_options_share_no_wording(gold, target, pair):
-    if pair:
-        assert table_values(gold, target) == pair
-    else:
+    assert table_values(gold, target) == pair
+    for wrong in (("a red or blue car", "two green trucks"), ("a red car", "two red trucks"),
+                  ("a car", "trucks")):
         with pytest.raises(NotEditable, match="no_slot_value"):
-            table_values(gold, target)
+            table_values(*wrong)
 
 
-@pytest.mark.parametrize("word, article", [("orange", "an"), ("red", "a"), ("unicorn", "a"), ("hour", "an"),
-                                           ("8", "an"),
-                                           ("18", "an"), ("180", "a"), ("one", "a"), ("umbrella", "an")])
-def test_articles(word, article):
-    assert article_for(word) == article
+def test_articles():
+    assert {article_for(word) for word in ("orange", "hour", "8", "18", "umbrella")} == {"an"}
+    assert {article_for(word) for word in ("red", "unicorn", "180", "one")} == {"a"}
 
 
 def test_clauses_join_again_and_a_pronoun_carries_on():
@@ -88,10 +74,8 @@ def test_clauses_join_again_and_a_pronoun_carries_on():
 # ------------------------------------------------------------------------------------ the rule editor
 @pytest.mark.parametrize("spans, gold, target, after, n_replaced, n_words", [
     (["two dogs and a dog"], "dog", "cat", ["two cats and a cat"], 2, 2),
-    (["an orange cup"], "orange", "red", ["a red cup"], 1, 2), (["a red cup"], "red", "orange",
-                                                                ["an orange cup"], 1, 2),
-    (["Three cups, 3 lids"], "3", "5", ["Five cups, 5 lids"], 2, 2), (["a 7"], "seven", "eight", ["an 8"], 1,
-                                                                      2),
+    (["an orange cup"], "orange", "red", ["a red cup"], 1, 2), (["a 7"], "seven", "eight", ["an 8"], 1, 2),
+    (["Three cups, 3 lids"], "3", "5", ["Five cups, 5 lids"], 2, 2),
     (["a reddish tint"], "red", "blue", ["a blueish tint"], 1, 1),
     (["a golden retriever and golden retrievers"], "golden retriever", "Dalmatian",
      ["a Dalmatian and Dalmatians"], 2, 4),
@@ -104,14 +88,13 @@ def test_clauses_join_again_and_a_pronoun_carries_on():
     (["it is behind the bin"], "Behind the bin", "In front of the bin", ["it is in front of the bin"], 1, 3)])
 def test_the_rules_by_hand(spans, gold, target, after, n_replaced, n_words):
     found, edit = edited(spans, gold, target)
-    assert found == after and edit["n_replaced"] == n_replaced and edit["word_distance"] == n_words
-    assert edit["n_other"] == edit["residual_gold"] == 0 and edit["editor"] == "rule" and edit[
-        "target"] == "B"
+    assert (found, edit["n_replaced"], edit["word_distance"]) == (after, n_replaced, n_words)
+    assert edit["n_other"] == edit["residual_gold"] == 0
+    assert (edit["editor"], edit["target"]) == ("rule", "B")
 
 
 @pytest.mark.parametrize("spans, gold, target, reason", [
-    (["a green cup"], "red", "blue", "gold_not_mentioned"), (["a bored, scarred man"], "red", "blue",
-                                                             "gold_not_mentioned"),
+    (["a bored, scarred man"], "red", "blue", "gold_not_mentioned"),
     (["red, option B says"], "red", "blue", "letter_in_span"), (["red (C)"], "red", "blue", "letter_in_span"),
     (["a car"], "a car", "the car", "no_slot_value"), (["a cat"], "it", "not", "no_slot_value"),
     (["it is there"], "yes", "no", "no_slot_value")])
@@ -123,33 +106,28 @@ def test_what_the_rules_refuse(spans, gold, target, reason):
 
 def test_sides_change_only_in_clauses_about_the_question():
     question = "Is the dog on the left or right side of the bicycle?"
-    spans = ["A man stands on the left. The dog is to the left of the bicycle, and a tree is on the right.",
-             "It sits left"]
+    stays, tree = "A man stands on the left.", "and a tree is on the right."
+    spans = [f"{stays} The dog is to the left of the bicycle, {tree}", "It sits left"]
     after, edit = edited(spans, "left", "right", question)
-    assert after == [
-        "A man stands on the left. The dog is to the right of the bicycle, and a tree is on the right.",
-                     "It sits left"]
-    assert edit["kind"] == "side" and edit["n_replaced"] == 1 and edit["n_exchanged"] == 0
+    assert after == [f"{stays} The dog is to the right of the bicycle, {tree}", "It sits left"]
+    assert (edit["kind"], edit["n_replaced"], edit["n_exchanged"]) == ("side", 1, 0)
     with pytest.raises(NotEditable, match="gold_not_mentioned"):
-        edited(["A man stands on the left."], "left", "right", question)
-    assert edited(["The dogs sleep. They lie left of it."], "left", "right", question)[0] == [
-        "The dogs sleep. They lie right of it."]
-    # a question that names nothing
-    assert edited(["a man on the left"], "left", "right", "")[0] == ["a man on the right"]
-
-
-def test_a_wrong_side_in_the_same_clause_is_exchanged():
+        edited([stays], "left", "right", question)
+    for span, asked, wanted in (("The dogs sleep. They lie left of it.", question,
+                                 "The dogs sleep. They lie right of it."),
+                                ("a man on the left", "", "a man on the right")):  # a question naming nothing
+        assert edited([span], "left", "right", asked)[0] == [wanted]
+    # a wrong side in the same clause is exchanged
     after, edit = edited(["The dog is right of the left bicycle"], "right", "left", "Where is the dog?")
     assert after == ["The dog is left of the right bicycle"] and edit["n_exchanged"] == 1
 
 
 @pytest.mark.parametrize("span, gold, after", [
     ("The cup is red. A lid is there.", "Yes", "The cup is not red. A lid is there."),
-    ("The cup isn't red", "No", "The cup is red"), ("The cups here are not red.", "no",
-                                                    "The cups here are red."),
-    ("There is no red cup", "No", "There is a red cup"), ("There are no red cups", "No",
-                                                          "There are red cups"),
-    ("The cup isn’t red", "No", "The cup is red"),
+    ("The cup isn't red", "No", "The cup is red"), ("The cup isn’t red", "No", "The cup is red"),
+    ("The cups here are not red.", "no", "The cups here are red."),
+    ("There is no red cup", "No", "There is a red cup"),
+    ("There are no red cups", "No", "There are red cups"),
     ("The cup is red", "No", None), ("The lid is red", "Yes", None), ("The cup is blue", "No", None)])
 def test_yes_and_no_turn_the_statement_round_that_the_question_asks_about(span, gold, after):
     target = "No" if gold == "Yes" else "Yes"
@@ -158,8 +136,8 @@ def test_yes_and_no_turn_the_statement_round_that_the_question_asks_about(span, 
             edited([span], gold, target, "Is the cup red?")
     else:
         found, edit = edited([span], gold, target, "Is the cup red?")
-        assert found == [after] and edit["kind"] == "polarity" and edit["n_other"] == (" no red cup" in span
-                                                                                       and "is" in span)
+        assert found == [after] and edit["kind"] == "polarity"
+        assert edit["n_other"] == (span == "There is no red cup")
 
 
 def test_the_tables_come_second():
@@ -168,11 +146,10 @@ def test_the_tables_come_second():
     assert [slot.old for slot in slots(make_item("a red car", "two blue trucks"), "B")] == ["red car", "red"]
 
 
-@pytest.mark.parametrize("one, other, n", [("", "", 0), ("a b c", "a c", 1), ("a b", "b a", 2),
-                                           ("a  b", "a b", 0),
-                                           ("kitten sits", "", 2), ("x a b c", "a b c y", 2)])
-def test_word_distance(one, other, n):
-    assert word_distance(one, other) == word_distance(other, one) == n
+def test_word_distance():
+    for a, b, n in (("", "", 0), ("a b c", "a c", 1), ("a b", "b a", 2), ("a  b", "a b", 0),
+                    ("kitten sits", "", 2), ("x a b c", "a b c y", 2)):
+        assert word_distance(a, b) == word_distance(b, a) == n
 
 
 # ------------------------------------------------------------------------------------ the verifier
@@ -180,10 +157,9 @@ def test_word_distance(one, other, n):
     (["the blue cup", "a red plate"], None), (["the blue cup clearly", "a red plate"], None),
     (["the blue cup", "a blue plate"], None), (["the blue cup"], "span_count"),
     (["the blue cup, red", "a red plate"], "residual_gold"), (["the red cup", "a blue plate"], "unchanged"),
-    (["the red cup", "a red plate"], "residual_gold"),
-    (["the cup", "a red plate"], "residual_gold"), (["the green cup", "a plate"], "residual_gold"),
-    (["the blue cup (B)", "a red plate"], "letter_in_span"), (["the blue cup \\boxed{B}", "a red plate"],
-                                                              "marks_in_span"),
+    (["the red cup", "a red plate"], "residual_gold"), (["the cup", "a red plate"], "residual_gold"),
+    (["the green cup", "a plate"], "residual_gold"), (["the blue cup (B)", "a red plate"], "letter_in_span"),
+    (["the blue cup \\boxed{B}", "a red plate"], "marks_in_span"),
     (["the blue cup</think_image>", "a red plate"], "marks_in_span")])
 def test_the_verifier(after, reason):
     before, item = ["the red cup", "a blue plate"], make_item("red", "blue")
@@ -193,34 +169,6 @@ def test_the_verifier(after, reason):
     else:
         edit = verify_directed(before, after, item, "B")
         assert edit["n_replaced"] == 1 and edit["n_other"] == (1 if "clearly" in after[0] else 0)
-
-
-# ------------------------------------------------------------------------------------ real replies
-@pytest.mark.skipif(not REAL.exists(), reason="the real replies of Monet-7B are not here")
-def test_coverage_on_real_replies():
-    """Most of 304 replies without marks have words before their conclusion; where these name the right
-    option, they can be edited."""
-    n_spans = n_done = n_named = 0
-    for row in map(json.loads, REAL.read_text().splitlines()):
-        item = {"question": row["question"], "options": list(map(list, row["options"].items())),
-                "answer": {"value": row["gold"]}}
-        target = next(letter for letter in row["options"] if letter != row["gold"])
-        if not (spans := before_conclusion(row["output"])):
-            continue
-        n_spans += 1
-        n_named += row["options"][row["gold"]].lower() in row["output"][slice(*spans[0])].lower()
-        try:
-            text, edit = direct(row["output"], spans, item, target)
-        except NotEditable as fault:
-            assert str(fault) in NOT_EDITABLE
-            continue
-        n_done += 1
-        (start, end), grown = spans[0], len(text) - len(row["output"])
-        assert text[:start] == row["output"][:start] and text[end + grown:] == row["output"][end:]
-        back = {**item, "answer": {"value": target}}
-        again, _ = direct(text, [(start, end + grown)], back, row["gold"])
-        assert word_distance(again, row["output"]) == 0  # the way back leads to where it came from
-    assert n_spans > 0.8 * 304 and n_done > 0.85 * n_named
 
 
 # ------------------------------------------------------------------------------------ the LLM editor
@@ -242,10 +190,9 @@ def test_the_llm_edits_and_a_second_run_asks_nothing(server):
         found = direct_all(make_caller(backend, journal), samples)
     text, edit = found[0]
     assert text == "I look. <think_image>a blue cup</think_image> and <think_image>a lid</think_image>"
-    assert edit["editor"] == "llm" and edit["prompt"] == VERSION and edit["model"] == "m" and edit[
-        "word_distance"] == 1
-    assert edit["before"] == ["a red cup", "a lid"] and edit["changed_phrases"] == ["blue"] and edit[
-        "n_replaced"] == 1
+    wanted = {"editor": "llm", "prompt": VERSION, "model": "m", "word_distance": 1, "n_replaced": 1,
+              "before": ["a red cup", "a lid"], "changed_phrases": ["blue"]}
+    assert edit | wanted == edit
     assert [str(fault) for fault in found[1:]] == ["unchanged", "gold_not_mentioned", "letter_in_span"]
     calls = calls_of(folder)
     assert len(calls) == 2 + RETRIES == 5 and {call["temperature"] for call in calls} == {0.0}
@@ -257,17 +204,16 @@ def test_the_llm_edits_and_a_second_run_asks_nothing(server):
 
 
 @pytest.mark.parametrize("fault, reason, n_calls", [
-    ("prose", "bad_json", 4), ("wrongschema", "bad_schema", 4), ("length", "cut_off", 4),
-    ("400", "backend_error", 1),
-    ("residual", "unchanged", 4), ("missing", "span_count", 4), ("late", None, 3), ("fenced", None, 1),
-    ("503", None, 3)])
+    ("prose", "bad_json", 4), ("wrongschema", "bad_schema", 4), ("length", "cut_off", 4), ("late", None, 3),
+    ("400", "backend_error", 1), ("residual", "unchanged", 4), ("missing", "span_count", 4),
+    ("fenced", None, 1), ("503", None, 3)])
 def test_a_model_that_fails_is_a_reason_and_never_the_rule(server, fault, reason, n_calls):
     backend, folder = server
     with Journal(folder / "run", {}) as journal:
         found, = direct_all(make_caller(backend, journal), [sample(f"fault:{fault}")])
     assert len(calls_of(folder)) == n_calls
     if reason:
-        assert isinstance(found,
-                          NotEditable) and str(found) == reason and reason in NOT_EDITABLE and found.detail
+        assert type(found) is NotEditable and str(found) == reason and found.detail
+        assert reason in NOT_EDITABLE
     else:
         assert found[1]["editor"] == "llm" and found[1]["after"] == ["a blue cup", "a lid"]

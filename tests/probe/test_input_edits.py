@@ -42,8 +42,6 @@ def items(tmp_path):
 def test_every_edit_changes_one_thing(items):
     shown = {name: edit_items(name, items, 0) for name in EDITS}
     plain = open_edited(items[0])[0]
-    for name in ("mask_relevant", "mask_irrelevant"):  # item 1's region leaves no space, item 2 has none
-        assert [item["from"] for item in shown[name]] == ["0"]
     assert open_edited(shown["identity"][0])[0].tobytes() == plain.tobytes()
     assert open_edited(shown["image_swap"][0])[0].tobytes() == open_edited(items[1])[0].tobytes()
     assert shown["image_swap"][2]["images"] == items[0]["images"]
@@ -52,6 +50,7 @@ def test_every_edit_changes_one_thing(items):
     assert shown["question_swap"][0]["images"] == items[0]["images"]
     boxes = {}
     for name in ("mask_relevant", "mask_irrelevant"):
+        assert [item["from"] for item in shown[name]] == ["0"]  # 1's region leaves no space, 2 has none
         after = open_edited(shown[name][0])[0]
         boxes[name] = ImageChops.difference(plain, after).getbbox()
         assert after.crop(boxes[name]).getcolors() == [(600, (127, 127, 127))]
@@ -91,15 +90,14 @@ def plant(folder, n=60, d=12, steps=3):
 def test_planted_ratios_come_out_and_an_edit_of_nothing_moves_nothing(tmp_path):
     store, sets = plant(tmp_path)
     rows, summary = measure_edits(store, sets, 0)
-
     value = {(row["edit"], row["measure"], row["step"], row["kind"]): row["value"] for row in rows}
     for step in range(3):
-        assert value["identity", "change", step, "imagination"] == 0
-        assert value["identity", "change", step, "text"] == 0
         assert value["identity", "sensitivity", step, "imagination"] is None
-        assert value["image_swap", "sensitivity", step, "imagination"] == pytest.approx(0.5, abs=1e-4)
-        assert value["mask", "selectivity", step, "imagination"] == pytest.approx(3, abs=1e-4)
-        assert value["mask", "selectivity", step, "text"] == pytest.approx(1, abs=1e-4)
+        for edit, measure, kind, wanted in (
+                ("identity", "change", "imagination", 0), ("identity", "change", "text", 0),
+                ("image_swap", "sensitivity", "imagination", 0.5), ("mask", "selectivity", "text", 1),
+                ("mask", "selectivity", "imagination", 3)):
+            assert value[edit, measure, step, kind] == pytest.approx(wanted, abs=1e-4 * wanted)
     swapped = summary["image_swap"]
     assert (swapped["asked"], swapped["emitted"], swapped["emitted_too"]) == (60, 60, 54)
     assert swapped["sensitivity"]["n"] == 54 and summary["identity"]["change"] == 0
@@ -124,7 +122,6 @@ def test_steps_that_one_of_both_lacks_are_left_out(tmp_path):
     assert {row["step"] for row in rows} == {0, 1} and summary["image_swap"]["sensitivity"]["value"] == 1
 
 
-# -------------------------------------------------------------------------------------- variance, sensitivity
 def test_the_variance_split_recovers_planted_shares_whatever_is_common():
     rng = np.random.default_rng(11)
     images, questions, d = 30, 20, 400
@@ -143,8 +140,8 @@ def test_the_variance_split_recovers_planted_shares_whatever_is_common():
 def test_without_an_effect_of_images_the_share_is_chance_and_the_p_uniform():
     rng, p, shares = np.random.default_rng(12), [], []
     for seed in range(100):
-        found = variance_split(rng.normal(size=(5, 4, 6)) + rng.normal(size=(1, 4, 6)), 59, seed)
-        p.append(found["image_p"])
+        states = rng.normal(size=(5, 4, 6)) + rng.normal(size=(1, 4, 6))
+        p.append(variance_split(states, 59, seed)["image_p"])
         shares.append(variance_split(rng.normal(size=(5, 4, 6)), 1, seed)["image"])
     assert 0.02 <= np.mean(np.array(p) <= 0.1) <= 0.2 and abs(np.mean(p) - 0.5) < 0.1
     assert np.mean(shares) == pytest.approx(4 / 19, abs=0.015)

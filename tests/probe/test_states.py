@@ -1,13 +1,10 @@
 """The store of states: resuming, damage, and cells against what was written."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from utils.jsonl import DataError
 from utils.probe.states import States, StateWriter, file_name
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {"model": "m"}
 
 
@@ -17,10 +14,9 @@ def fill(folder, n=7):
     with StateWriter(folder, SETTINGS) as writer:
         for i in range(n):
             rng = np.random.default_rng(i)
-            made[f"s/{i}"] = {"latent": rng.normal(size=(2 + i % 3, 5)),
-                              "inner": rng.normal(size=(2 + i % 3, 3, 5))}
-            if i == n - 1:
-                made[f"s/{i}"] = {"start": rng.normal(size=(1, 5))}
+            shapes = ({"start": (1, 5)} if i == n - 1 else
+                      {"latent": (2 + i % 3, 5), "inner": (2 + i % 3, 3, 5)})
+            made[f"s/{i}"] = {kind: rng.normal(size=shape) for kind, shape in shapes.items()}
             writer.add(f"s/{i}", made[f"s/{i}"], task=f"t{i % 2}")
     return made
 
