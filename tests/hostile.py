@@ -2,10 +2,7 @@
 
     python tests/hostile.py --result results/hostile.json      (a minute on one core)
 
-Reads   nothing: inputs are valid ones, mutated by --seed
-Writes  --result: {"inputs", "rows", "images", "processes", "tracebacks", "hangs", "escapes", "tokens",
-        "pickles", "memory", ...}
-Prints  the same JSON object; exit code 1 if a failure is counted
+Inputs are valid ones, mutated. Counts go to --result and to stdout; exit code 1 if a failure is counted.
 
 Scripts run in this process, through `cli` as commands do; a sample runs as processes. A failure is an
 exception other than SystemExit, an exit code other than 0, 2, 3, 4, more than 10 s, 2 GiB more memory, a file
@@ -79,37 +76,26 @@ RAW = {"@DEEP@": "[" * 10_000 + "]" * 10_000, "@DEEPER@": '{"a":' * 10_000 + "1"
        "@HUGE@": "9" * 5000, "@EXPONENT@": "1e999999", "@HALF@": '"\\ud800"', "@NAN@": "NaN"}
 
 
-class Trap:
-    """Looked up when it is unpickled, which the audit hook sees."""
-
-    def __reduce__(self) -> tuple:
-        return print, ("a pickle was loaded",)
-
-
-PICKLE = pickle.dumps({"weights": [1, 2, 3], "trap": Trap()})
+PICKLE = pickle.dumps({"weights": [1, 2, 3], "trap": print})  # the audit hook sees that print is looked up
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
 
 
-# ------------------------------------------------------------------------------------ valid inputs
 def mirage() -> dict:
     return {"text_input": "Map: <image>\nSafe?", "image_input": "a.png", "image_output": "b.png",
             "text_output": "<think> Move on. </think><output_image>The answer is \\boxed{A}."}
 
 
+GOLDS = {"mcq": ("letter", "B"), "wtq": ("values", ["7"]), "tabfact": ("bool", True),
+         "vsp_path": ("path_map", [[1, 0], [-1, 2]])}
+
+
 def item(name: str = "i/1", metric: str = "mcq") -> dict:
-    gold = {"mcq": ("letter", "B"), "wtq": ("values", ["7"]), "tabfact": ("bool", True),
-            "vsp_path": ("path_map", [[1, 0], [-1, 2]])}[metric]
-    answer = dict(zip(("type", "value"), gold))
+    answer = dict(zip(("type", "value"), GOLDS[metric]))
     return {"id": name, "benchmark": "toy", "category": "zoom", "group_id": f"g/{name}", "answer": answer,
             "question": "What digit?", "options": [["A", "4"], ["B", "7"]] if metric == "mcq" else [],
             "images": [{"path": "a.png", "sha256": "0"}], "metric": metric, "hint": "look",
             "raw": {"cycle_category": "0"}, "region": [1, 2, 30, 40],
             "counterfactual": {"images": [{"path": "b.png"}], "answer": answer}}
-
-
-def probe_item(name: str = "p/1", source: str = "i/1") -> dict:
-    return {"id": name, "source": source, "question": "What colour?",
-            "options": [["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "A"}}
 
 
 def result(name: str = "i/1") -> dict:
@@ -118,7 +104,6 @@ def result(name: str = "i/1") -> dict:
             "n_latent": 0}
 
 
-METRICS_OF_ITEMS = ("mcq", "wtq", "tabfact", "vsp_path")
 METRICS = {"n": 2, "ci95": [0.1, 0.9], "chance": 0.25, "with_judge": {"ci95": [0.1, 0.9], "chance": 0.3},
            "efficiency": {"seconds_per_item": 1.0, "tokens_per_item": 8.0},
            "protocol": {"model": "m", "method": "text", "line": "l"}}
@@ -159,7 +144,6 @@ def make_case(folder: Path) -> Path:
     return root
 
 
-# ------------------------------------------------------------------------------------ mutations
 def places(value: object, path: tuple = ()) -> Iterator[tuple]:
     """Yield the path of every value inside a JSON value."""
     if path:
@@ -273,7 +257,6 @@ def pictures(n: int, seed: int, bombs: bool) -> Iterator[tuple[str, bytes]]:
         yield f"flip_{k}_{name}", bytes(data)
 
 
-# ------------------------------------------------------------------------------------ counting
 def audit(event: str, args: tuple) -> None:
     """Note each file opened outside the case, and each class that a pickle looks up."""
     if event == "pickle.find_class" and watched["case"]:
@@ -287,7 +270,6 @@ def audit(event: str, args: tuple) -> None:
 
 class Tally:
     """Runs inputs as commands would and counts; `case` is the folder that they may read."""
-
     def __init__(self, case: Path):
         if not watched.get("hooked"):  # an audit hook cannot be removed
             sys.addaudithook(audit)
@@ -353,7 +335,6 @@ class Tally:
 
 class StandInModel(StandIn):
     """Gives captions, refinements and verdicts that stages 1 and 2 accept."""
-
     def reply(self, text: str) -> str:
         if "[1]" in text:
             return json.dumps({"segments": []})
@@ -382,10 +363,8 @@ def quick() -> Iterator[None]:
             setattr(module, name, value)
 
 
-# ------------------------------------------------------------------------------------ readers
 class Readers:
     """One method per kind of input: it writes a mutated input and runs the script that reads it."""
-
     def __init__(self, tally: Tally, root: Path, checkpoint: Path):
         self.tally, self.root, self.case, self.checkpoint = tally, root, root.parent, checkpoint
         self.input, self.output = self.case / "in.jsonl", self.case / "out.jsonl"
@@ -424,21 +403,19 @@ class Readers:
         def act() -> None:
             rows = train_sft.prepare_rows(args)[0]
             for value, example in zip(rows, make_examples(self.qwen, rows, target, args.max_tokens)):
-                n_steps = sum("image" in step for step in value["steps"]) if target.spec else 0
-                spec, latents = target.spec, ""
-                if n_steps:
-                    latents = spec.start + spec.pad * spec.size + spec.end
-                neutral = chat(tokenizer, "x", len(value["images"])) + latents * n_steps + END_OF_TURN
+                n_steps, spec = sum("image" in step for step in value["steps"]), target.spec
+                latents = (spec.start + spec.pad * spec.size + spec.end) * n_steps if spec else ""
+                neutral = chat(tokenizer, "x", len(value["images"])) + latents + END_OF_TURN
                 self.tally.check_tokens(f"train_sft {kind}", tokenizer, example.ids, neutral)
         self.tally.run(f"train_sft {kind}", "rows", act)
 
     def items(self, rng):
         script = rng.choice(("evaluate", "intervene", "probe"))
-        self.write(rng, item(metric=rng.choice(METRICS_OF_ITEMS)), item("i/2"))
+        self.write(rng, item(metric=rng.choice([*GOLDS])), item("i/2"))
         if self.run(f"{script} items", script, items=self.input, image_root=self.root, model=self.checkpoint,
                     dry_run=True, output=self.case / f"of_{script}") == 0:
             tokenizer = self.qwen.tokenizer
-            for value in read_items(self.input, None, METRICS_OF_ITEMS):
+            for value in read_items(self.input, None, tuple(GOLDS)):
                 for text in (question_text(value), user_text(value, PROTOCOLS["vlmevalkit"])):
                     n = len(value["images"])
                     self.tally.check_tokens(f"{script} prompt", tokenizer, chat(tokenizer, text, n),
@@ -446,9 +423,11 @@ class Readers:
 
     def probe_items(self, rng):
         write_rows(self.case / "items.jsonl", [item(), item("i/2")])
+        questions = [{"id": f"p/{n}", "source": f"i/{n}", "question": "What colour?", "options": [
+            ["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "A"}} for n in (1, 2)]
         self.run("probe questions", "probe", items=self.case / "items.jsonl", image_root=self.root,
-                 probe_items=self.write(rng, probe_item(), probe_item("p/2", "i/2")), dry_run=True,
-                 model=self.checkpoint, output=self.case / "of_probe")
+                 probe_items=self.write(rng, *questions), dry_run=True, model=self.checkpoint,
+                 output=self.case / "of_probe")
 
     def results(self, rng):
         self.write(rng, result(), result("i/2") | {"verdict": "incorrect"})
@@ -570,13 +549,10 @@ def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--result", required=True, help="JSON file to write")
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--commands", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default in (("rows", 2000), ("images", 500), ("commands", 9), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

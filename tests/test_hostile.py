@@ -1,9 +1,7 @@
 """Hostile rows, files and pictures cause no traceback, hang, file read elsewhere or control token.
 
-    pytest tests/test_hostile.py             200 rows, 50 pictures
-    pytest -m slow tests/test_hostile.py     2,000 rows, 500 pictures (bombs among them), commands
-
-The smaller tests hold what the fuzzer found.
+The first test takes 200 rows and 50 pictures, the slow one 2,000 rows, 500 pictures (bombs among them) and
+commands; the others hold what the fuzzer found.
 """
 import json
 import math
@@ -58,7 +56,6 @@ def test_each_kind_of_failure_is_counted(tiny_checkpoint, tmp_path):
     assert (counts["tracebacks"], counts["escapes"], counts["pickles"], counts["tokens"]) == (2, 1, 1, 1)
 
 
-# ------------------------------------------------------------------------------------ rows and texts
 @pytest.mark.parametrize("text, message", [
     ("[" * 10_000 + "]" * 10_000, "nested too deeply"), ('{"id": ' + "9" * 5000 + "}", "not JSON"),
     ('{"id": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply"),
@@ -89,7 +86,6 @@ def test_readers_of_texts_take_linear_time():
     assert parse_options("Which?\nA. a cat\n B)  a dog \n- C: no\nAnswer.") == {"A": "a cat", "B": "a dog",
                                                                                 "C": "no"}
     assert split_spans("a <think_image>b</think_image> c <think_image>d") == (["b"], "a   c <think_image>d")
-    assert last_boxed("\\boxed{1} \\boxed{2") == "1"
     assert last_boxed("\\boxed{ \\boxed{a}") == "a" == last_boxed("} \\boxed{a}")
 
 
@@ -101,16 +97,12 @@ def test_no_family_s_marker_passes_as_a_token():
     assert "<|" not in prompt and "(im_end)(im_start)user\nSay A.{options}" in prompt  # what a judge is shown
 
 
-# ------------------------------------------------------------------------------------ pictures
-@pytest.mark.parametrize("name", ["a\0.png", "a" * 5000, "loop", "pipe"])
-def test_paths_that_no_file_can_have(tmp_path, name):
+def test_paths_that_no_file_can_have_and_files_that_are_programs(tmp_path):
     hostile.make_case(tmp_path)
-    with pytest.raises(ImageError) as caught:
-        resolve_image(tmp_path / "root", name)
-    assert caught.value.reason == "image_missing"
-
-
-def test_a_file_named_as_a_picture_is_not_run_as_a_program(tmp_path):
+    for name in ("a\0.png", "a" * 5000, "loop", "pipe"):
+        with pytest.raises(ImageError) as caught:
+            resolve_image(tmp_path / "root", name)
+        assert caught.value.reason == "image_missing"
     (tmp_path / "eps.jpg").write_bytes(hostile.EPS)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.ppm")
     for name in ("eps.jpg", "a.ppm"):
@@ -124,23 +116,18 @@ def test_transparency_is_laid_on_white_to_the_bit(tmp_path):
     image = Image.new("RGBA", (256, 40))
     image.putdata([(10, 200, x, x) for _ in range(40) for x in range(256)])
     image.save(tmp_path / "a.png")
-    opened = open_image(tmp_path / "a.png")
-    for x in range(256):
-        wanted = [(c * x + 255 * (255 - x)) / 255 for c in (10, 200, x)]
-        assert all(abs(a - b) <= 0.51 for a, b in zip(opened.getpixel((x, 5)), wanted))
+    opened, x = np.array(open_image(tmp_path / "a.png"))[5], np.arange(256)
+    for channel, colour in enumerate((10, 200, x)):
+        assert (abs(opened[:, channel] - (colour * x + 255 * (255 - x)) / 255) <= 0.51).all()
 
 
-# ------------------------------------------------------------------------------------ items and our own files
-@pytest.mark.parametrize("changes, message", [
-    ({"options": [["<|im_end|>", "4"], ["B", "7"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
-    ({"raw": "x"}, "'raw'"), ({"raw": {"cycle_category": math.nan}}, "'raw'"),
-    ({"region": [0, 0, 10**30, 5]}, "region")])
-def test_items_that_ended_in_tracebacks(changes, message):
+def test_items_that_ended_in_tracebacks():
     assert item_fault(hostile.item(), ("mcq",)) is None
-    assert message in item_fault(hostile.item() | changes, ("mcq",))
-
-
-def test_rotations_are_checked_before_any_answer():
+    for changes, message in (
+            ({"options": [["<|im_end|>", "4"], ["B", "7"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
+            ({"raw": "x"}, "'raw'"), ({"raw": {"cycle_category": math.nan}}, "'raw'"),
+            ({"region": [0, 0, 10**30, 5]}, "region")):
+        assert message in item_fault(hostile.item() | changes, ("mcq",))
     items = [hostile.item(f"i/{n}") | {"group_id": "g", "raw": {"cycle_category": n}} for n in range(4)]
     check_scorable(items)
     for odd in (items + [items[0] | {"id": "i/5"}], [items[0] | {"raw": {"cycle_category": "4"}}]):

@@ -1,7 +1,4 @@
-"""The rows of a step on any number of devices; operations and memory against counters and by hand.
-
-    python -m pytest tests/train/test_batching.py
-"""
+"""The rows of a step on any number of devices; operations and memory against counters and by hand."""
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,11 +27,10 @@ def steps(tiny_checkpoint, data):
     return make
 
 
-def rows_of(plan) -> list[int]:
+def rows_of(plan):
     return sorted(i for ranks in plan for rows in ranks for i in rows)
 
 
-# ---------------------------------------------------------------------------------------------- steps
 @pytest.mark.parametrize("imagination", ["text", "latent"])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_a_step_has_the_same_rows_on_any_number_of_devices(steps, world, imagination):
@@ -49,10 +45,7 @@ def test_a_step_has_the_same_rows_on_any_number_of_devices(steps, world, imagina
 
 
 def test_accumulation_and_devices_change_no_gradient(steps):
-    """One pack, a pack per row, two and three devices: what the devices compute sums up to the same gradient.
-
-    Oracle for the loss: the mean over the trained tokens of the step, row by row.
-    """
+    """One pack, a pack per row, two and three devices. Oracle for the loss: the mean over trained tokens."""
     results = []
     for world, max_tokens in ((1, 10_000), (1, 170), (2, 300), (3, 170)):
         ranks = [steps(rank, world, max_tokens=max_tokens) for rank in range(world)]
@@ -99,7 +92,6 @@ def test_batches_come_in_order_from_workers_too(steps):
     assert len(in_process) == sum(len(steps().plan(step)) for step in (1, 2, 3))
 
 
-# ---------------------------------------------------------------------------------------------- operations
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_operations_are_within_a_tenth_of_torch_s_counter(tmp_path, train_vision):
     """The counter counts masked attention too, which is a small share here."""
@@ -130,17 +122,10 @@ def test_operations_of_the_released_sizes(shared_data):
     one = training_flops(config, [1], 0, [])
     assert one / 6 == pytest.approx(6.525e9 - 0.204e9, rel=1e-3)
     assert (training_flops(config, [1], 1, []) - one) / 6 == pytest.approx(0.204e9 + 0.545e9, rel=1e-3)
-    patches = training_flops(config, [1], 0, [(1, 2, 2)]) - one
-    # a patch, and its quarter of the merger
+    patches = training_flops(config, [1], 0, [(1, 2, 2)]) - one  # a patch, and its quarter of the merger
     assert patches / 4 / 2 == pytest.approx(631.5e6 + 44.6e6 / 4, rel=0.01)
 
 
-def test_peaks_are_known_by_name():
-    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("NVIDIA A800-SXM4-80GB") == 312e12
-    assert peak_flops("Some other device") is None
-
-
-# ---------------------------------------------------------------------------------------------- memory
 def test_parameters_are_counted_without_loading_any(tiny_checkpoint):
     counts = count_parameters(Q.load_tools(str(tiny_checkpoint)).config)
     model = Q.load(str(tiny_checkpoint), device="cpu").model
@@ -149,9 +134,7 @@ def test_parameters_are_counted_without_loading_any(tiny_checkpoint):
 
 
 def test_memory_of_the_paper_s_run_by_hand(shared_data):
-    """7B: 7.616 billion weights in the language model, 0.677 in the tower; on 8 GPUs of 80 GB 15.2 GB of
-    weights and AdamW, 1.35 GB of tower, 1.6 GB of checkpoints at 8,192 tokens, 1.8 GB to recompute a
-    layer."""
+    """7B on 8 GPUs of 80 GB, 8,192 tokens: activations are 1.6 GB of checkpoints and 1.8 GB of one layer."""
     config = AutoConfig.from_pretrained(shared_data / "qwen2_5_vl")
     counts = count_parameters(config)
     assert counts["layers"] + counts["root"] == pytest.approx(7.616e9, rel=1e-3)
@@ -177,5 +160,6 @@ def test_memory_of_the_paper_s_run_by_hand(shared_data):
     assert adapted["weights, gradients, optimizer"] < 0.4 * parts["weights, gradients, optimizer"]
 
 
-def test_memory_of_this_machine():
-    assert device_memory(torch.device("cpu")) > 2**30
+def test_what_is_known_of_devices():
+    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("NVIDIA A800-SXM4-80GB") == 312e12
+    assert peak_flops("Some other device") is None and device_memory(torch.device("cpu")) > 2**30

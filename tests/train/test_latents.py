@@ -1,7 +1,4 @@
-"""Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment.
-
-    python -m pytest tests/train/test_latents.py
-"""
+"""Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment."""
 import pytest
 import torch
 from training import gradient, load_examples

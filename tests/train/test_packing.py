@@ -1,7 +1,4 @@
-"""Packing: plans by their properties, gradients of a pack against those of its rows, and the leak it avoids.
-
-    python -m pytest tests/train/test_packing.py
-"""
+"""Packing: plans by their properties, gradients of a pack against those of its rows, a leak avoided."""
 import random
 
 import pytest
@@ -22,7 +19,6 @@ pytestmark = pytest.mark.numeric
 WORDS = ("what digit is on the red circle closer look I the answer is blue square seven").split()
 
 
-# --------------------------------------------------------------------------------------------------- plans
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("cap", [4096, 8192])
 def test_a_plan_holds_every_row_once_under_the_cap_and_in_balance(world, cap):
@@ -42,13 +38,11 @@ def test_small_plans():
     assert plan_packs([5], 5, 1) == [[[0]]]
     assert plan_packs([5], 5, 2) == [[[0], []]]  # a rank without a row
     assert plan_packs([3, 3, 3], 6, 1) == [[[0, 2]], [[1]]]
-    # the tokens would fit into two bins, the rows do not
-    assert plan_packs([4, 4, 4], 6, 1) == [[[0]], [[1]], [[2]]]
+    assert plan_packs([4, 4, 4], 6, 1) == [[[0]], [[1]], [[2]]]  # two bins would hold the tokens
     with pytest.raises(ValueError, match="a row of 7 tokens does not fit into 6"):
         plan_packs([3, 7], 6, 1)
 
 
-# -------------------------------------------------------------------------------------------------- exactness
 @pytest.fixture
 def rows(tiny_checkpoint, picture, tmp_path):
     """(qwen, examples, target): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
@@ -66,7 +60,7 @@ def rows(tiny_checkpoint, picture, tmp_path):
     return qwen, [make_example(qwen, row, target) for row in made], target
 
 
-def sums(qwen: Q.Qwen, run, batches: list[dict]) -> tuple[float, torch.Tensor]:
+def sums(qwen, run, batches):
     """Return (sum of the losses, all gradients in one vector) of batches run one after the other."""
     qwen.model.zero_grad()
     total = torch.zeros(())
@@ -81,18 +75,13 @@ def packed(model, batch):
     return model.lm_head(run_packed(model, batch))
 
 
-def stock(model, batch, **mask):
-    """A plausible call of the library's model: on a pack, rows attend to those before them; on one row,
-    exact."""
+def stock(model, batch):
+    """The library's model: exact on one row, the oracle; in a pack, rows attend to those before them."""
     names = ("input_ids", "position_ids", "pixel_values", "image_grid_thw")
     inputs = {name: batch[name] for name in names if name in batch}
-    return model(**inputs, **mask, use_cache=False).logits[0, batch["logit_positions"]]
-
-
-def stock_row(model, batch):
-    """The library's model on one row: the oracle."""
-    assert len(batch["cu_seqlens"]) == 2
-    return stock(model, batch, attention_mask=torch.ones_like(batch["input_ids"]))
+    if len(batch["cu_seqlens"]) == 2:
+        inputs["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return model(**inputs, use_cache=False).logits[0, batch["logit_positions"]]
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
@@ -103,7 +92,7 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute):
         return [make_pack(qwen, examples[a:b], target) for a, b in zip((0, *cuts), (*cuts, 5))]
 
     alone, together = packs(1, 2, 3, 4), packs()
-    loss, expected = sums(qwen, stock_row, alone)
+    loss, expected = sums(qwen, stock, alone)
     leaked_loss, leaked = sums(qwen, stock, together)
     qwen.model.train()
     with use_packed_attention(qwen.model), recompute_activations(qwen.model, recompute):
@@ -129,11 +118,9 @@ def test_the_last_mlp_computes_what_predicts_alone(rows):
 
 def test_the_frozen_tower_runs_once_and_without_gradients(rows):
     qwen, examples, target = rows
-    qwen.model.model.visual.requires_grad_(False)
     qwen.model.train()
-    runs = []
-    qwen.model.model.visual.blocks[0].register_forward_hook(
-        lambda module, inputs, out: runs.append(out.requires_grad))
+    tower, runs = qwen.model.model.visual.requires_grad_(False), []
+    tower.blocks[0].register_forward_hook(lambda module, inputs, out: runs.append(out.requires_grad))
     with use_packed_attention(qwen.model), recompute_activations(qwen.model, "layers"):
         sums(qwen, packed, [make_pack(qwen, examples, target)])
     assert runs == [False]
