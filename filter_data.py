@@ -17,10 +17,10 @@ Writes  --output: the kept rows, unchanged and in input order
         <output>.meta.json, <output>.metrics.json
 Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
-The model fills in fields; code decides from them when the output is written, so other thresholds need no
-new call. A row on which the model failed is neither kept nor dropped: it is an error. After a kill the same
-command resumes and writes the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings
-or damage; 4 too many failed calls, or no server answers; 130 interrupted.
+The model fills in fields; code decides from them at the end, so other thresholds need no new call. A row on
+which the model failed is an error, neither kept nor dropped. After a kill the same command resumes and writes
+the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed
+calls, or no server answers; 130 interrupted.
 """
 import argparse
 import os
@@ -89,13 +89,13 @@ FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsuppor
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
 JUDGE_REASONS = (*FIELDS.values(), *(f"{reason}_unclear" for reason in FIELDS.values()), *PROBLEMS,
                  "required", "blind_answer")
-LONG_ANSWER = 6  # words; an observation holds so long an answer only where it is a text in the image
-THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # which a chain may hold outside observations (Mirage)
+LONG_ANSWER = 6  # words; an observation holds these only where they are a text in the image
+THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # allowed outside observations (Mirage)
 
 
 @dataclass
 class Verdict:
-    """The outcome of a row: kept if `stage` is None, else the stage that dropped it, with closed reasons."""
+    """The outcome of a row: the stage that dropped it (None: kept) and its closed reasons."""
 
     stage: str | None = None
     reasons: list[str] = field(default_factory=list)
@@ -109,12 +109,12 @@ class Verdict:
         self.stage, self.reasons, self.detail = stage, reasons, detail
 
 
-# ------------------------------------------------------------------------------------------------ rules
+# ---- rules
 def chain_fault(row: dict) -> str | None:
     """Return the closed reason why a row's texts are unfit, or None.
 
-    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" if it has not
-    one observation per image step, or markup is left over; CAPTION_REASONS for an observation.
+    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" without one
+    observation per image step, or with markup left over; CAPTION_REASONS for an observation.
     """
     if reason := row_fault(row):
         return reason
@@ -122,8 +122,7 @@ def chain_fault(row: dict) -> str | None:
     if boxed is None or not matches_answer(boxed, row):
         return "answer"
     spans, outside = split_spans(row["chain"])
-    left_over = find_markup(outside) - THINK_TAGS
-    if len(spans) != sum("image" in step for step in row["steps"]) or left_over:
+    if len(spans) != sum("image" in step for step in row["steps"]) or find_markup(outside) - THINK_TAGS:
         return "chain"
     return next(filter(None, map(caption_fault, spans)), None)
 
@@ -133,10 +132,10 @@ def matches_answer(text: str, row: dict) -> bool:
 
 
 def find_flags(row: dict) -> list[str]:
-    """Return facts about a row that are worth knowing and never a reason to drop it.
+    """Return facts about a row that are worth knowing and no reason to drop it.
 
-    unrefined. answer_unseen: no observation holds the answer, which is not yes or no, a number or an option's
-    letter. answer_stated: an observation holds an answer of LONG_ANSWER words or more word for word.
+    unrefined. answer_unseen: no observation holds the answer, unless it is yes or no, a number or a letter.
+    answer_stated: an observation holds an answer of at least LONG_ANSWER words.
     """
     answer = row["answer"].strip()
     seen = any(normalize(answer) in normalize(span) for span in split_spans(row["chain"])[0])
@@ -148,7 +147,7 @@ def find_flags(row: dict) -> list[str]:
 
 
 def apply_rules(rows: list[dict], root: str, image_journal: Journal | None = None) -> list[Verdict]:
-    """Return a verdict per row by the rules, which need no model."""
+    """Return a verdict per row by the rules."""
     verdicts = []
     for reason, detail, hashes in check_rows(rows, root, chain_fault, image_journal):
         verdicts.append(Verdict(hashes=hashes))
@@ -157,36 +156,32 @@ def apply_rules(rows: list[dict], root: str, image_journal: Journal | None = Non
     return verdicts
 
 
-# ------------------------------------------------------------------------------------------------ the judge
+# ---- the judge
 def judge_call(row: dict, verdict: Verdict, root: str, prompts: dict[str, str]) -> Call:
-    """Return the call that judges a row: its question images, question, chain and answer."""
     text = fill(prompts["JUDGE"], question=row["question"].strip(), chain=row["chain"], answer=row["answer"])
     return Call(row["id"], "judge", -1, text, tuple(os.path.join(root, path) for path in row["images"]),
                 tuple(verdict.hashes[:len(row["images"])]), SCHEMAS["judge"])
 
 
 def blind_call(row: dict, prompts: dict[str, str]) -> Call:
-    """Return the call that answers from the chain without its final sentence; it shows no image."""
-    chain, _ = split_final(row["chain"])
-    text = fill(prompts["BLIND"], question=row["question"].strip(), chain=chain)
+    """Return the call that answers from the chain without image and final sentence."""
+    text = fill(prompts["BLIND"], question=row["question"].strip(), chain=split_final(row["chain"])[0])
     return Call(row["id"], "blind", -1, text, schema=SCHEMAS["blind"])
 
 
-def make_calls(passed: list[tuple[dict, Verdict]], args: argparse.Namespace,
-               prompts: dict[str, str]) -> list[Call]:
-    """Return a judge call per row that passed the rules, then with --blind_answer a blind call per row."""
+def make_calls(rows: list[dict], verdicts: list[Verdict], args: argparse.Namespace,
+               prompts: dict[str, str]) -> tuple[list[tuple[dict, Verdict]], list[Call]]:
+    """Return the rows that passed the rules, and their calls: all judge calls, then with --blind_answer all
+    blind ones."""
+    passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
     calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in passed]
-    return calls + [blind_call(row, prompts) for row, _ in passed if args.blind_answer]
+    return passed, calls + [blind_call(row, prompts) for row, _ in passed if args.blind_answer]
 
 
 def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[str]:
-    """Return the JUDGE_REASONS to drop a row, by the fields that the judge filled in; [] keeps it."""
-    reasons = []
-    for name, reason in FIELDS.items():
-        if value[name] == "no":
-            reasons.append(reason)
-        elif value[name] == "unclear" and not keep_unclear:
-            reasons.append(f"{reason}_unclear")
+    """Return the JUDGE_REASONS to drop a row, by the fields of the judge; [] keeps it."""
+    reasons = [reason if value[name] == "no" else f"{reason}_unclear" for name, reason in FIELDS.items()
+               if value[name] == "no" or value[name] == "unclear" and not keep_unclear]
     if not reasons and any(value[name] != wanted for name, wanted in required.items()):
         reasons.append("required")
     return reasons + [problem for problem in PROBLEMS if problem in value["problems"]]
@@ -194,12 +189,11 @@ def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[st
 
 def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace,
           prompts: dict[str, str]) -> list[Verdict]:
-    """Return a verdict per row, from the rows and the journal's replies alone; without `caller`, by rules."""
+    """Return a verdict per row; without `caller`, by rules alone."""
     if caller is None:
         return apply_rules(rows, args.image_root)
     verdicts = apply_rules(rows, args.image_root, caller.images)
-    passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
-    calls = make_calls(passed, args, prompts)
+    passed, calls = make_calls(rows, verdicts, args, prompts)
     outcomes = ask(caller, calls, lambda call, value: None, "judge")
     for (_, verdict), outcome in zip(passed, outcomes):
         verdict.judge = outcome.value
@@ -218,12 +212,9 @@ def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace,
     return verdicts
 
 
-# ------------------------------------------------------------------------------------------------ output
+# ---- output
 def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
-    """Return counts over all rows and {subset: {"in", "rule", "judge", "error", "kept", "reasons"}}.
-
-    A row counts under the first of its reasons, so that a subset's reasons add up to the rows that it lost.
-    """
+    """Return the counts, over all rows and by subset; a row counts under the first of its reasons."""
     outcomes = ("rule", "judge", "error", "kept")
     subsets = defaultdict(lambda: dict.fromkeys(("in", *outcomes), 0) | {"reasons": Counter()})
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -242,7 +233,6 @@ def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
 
 
 def show_table(counts: dict) -> None:
-    """Log one line per subset, followed by its reasons."""
     columns = ("in", "rule", "judge", "error", "kept")
     log(f"{'subset':<28}" + "".join(f"{column:>9}" for column in columns))
     for name, subset in counts["subsets"].items():
@@ -266,16 +256,13 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
 def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
     """Show one prompt of each kind; return the counts of calls and of the rules' drops (--dry_run)."""
     verdicts = apply_rules(rows, args.image_root)
-    passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
-    calls = make_calls(passed, args, prompts)
+    _, calls = make_calls(rows, verdicts, args, prompts)
     return {"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)
 
 
-# ------------------------------------------------------------------------------------------------ the stage
+# ---- the stage
 def read(args: argparse.Namespace) -> list[dict]:
-    """Return the rows of the input, checked."""
-    fields = OWN_FIELDS | {"chain": str}
-    rows = read_rows(args.input, fields, args.limit, hint="rewrite_captions.py writes it")
+    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, "rewrite_captions.py writes it")
     for row in rows:
         check_own(f"{args.input}: id {row['id']!r}", row)
     return rows
@@ -284,8 +271,8 @@ def read(args: argparse.Namespace) -> list[dict]:
 def parse_require(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if name not in FIELDS or value not in VERDICT["enum"]:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(FIELDS)}, =, and yes, no or unclear")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(FIELDS)}, =, and yes, no or "
+                                         "unclear")
     return name, value
 
 

@@ -7,7 +7,7 @@ Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one c
     torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output ...
     python rewrite_captions.py --input ... --image_root . --output ... --backend openai --concurrency 256
 
-Reads   --input, in one of three forms told apart by their keys; image paths are relative to --image_root:
+Reads   --input, in one of three forms told apart by their keys:
         Monet-SFT: JSON list or JSONL with "metadata", "data"
         Mirage: JSONL with "text_input", "image_input", "text_output", "image_output"
         our own: {"id", "subset", "images", "question", "answer", "steps"}, each step {"text"} or {"image",
@@ -20,8 +20,8 @@ Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "s
 Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
 After a kill the same command resumes and writes the same bytes. Under torchrun, or with --shard, every
-process makes its share of the calls, and the last one to finish writes the output. Exit codes: 0 complete,
-also if rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema,
+process makes its share of the calls, and the last one writes the output. Exit codes: 0 complete, also if
+rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema,
 backend_error); 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted.
 """
 import argparse
@@ -98,10 +98,10 @@ SCHEMAS = {
 }
 REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS,
            "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
-NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # not \d+: a pattern that begins with a set is a third faster
+NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # a third faster than \d+
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
-SHORT_CAPTION = 5  # content words, of which none may be lost: there every word is a fact
+SHORT_CAPTION = 5  # content words, of which none may be lost
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
 POINTING = re.compile(  # at images that a reader of the chain does not have
     r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
@@ -110,13 +110,11 @@ LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those befor
 
 
 class Segment(NamedTuple):
-    """A part of a chain; `kind` is "text", or "observation" for a caption."""
-
-    kind: str
+    kind: str  # "text", or "observation" for a caption
     text: str
 
 
-# ------------------------------------------------------------------------------------------------ samples
+# ---- samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
     """Read and convert the inputs in order; DataError for a duplicate id."""
     samples, seen, operations = [], {}, OPERATIONS | dict(args.operation)
@@ -137,7 +135,7 @@ def accepted(samples: list[Sample]) -> list[Sample]:
 
 
 def apply_rules(samples: list[Sample], root: str, image_journal: Journal | None) -> None:
-    """Reject samples in place by the rules that need no model; note the image hashes of all others."""
+    """Reject samples in place by the rules that need no model; note the hashes of images."""
     checked = accepted(samples)
     inspections = check_rows([sample.row for sample in checked], root, image_journal=image_journal)
     for sample, inspection in zip(checked, inspections, strict=True):
@@ -146,23 +144,18 @@ def apply_rules(samples: list[Sample], root: str, image_journal: Journal | None)
             sample.reject(inspection.reason, inspection.detail)
 
 
-# ------------------------------------------------------------------------------------------------ captions
+# ---- captions
 def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
-    """Return one call per image step.
-
-    A zoom shows the region (with --with_original after the first question image), a draw the first question
-    image and the changed one.
-    """
+    """Return one call per image step, with the region of a zoom (and the first question image with
+    --with_original), or the first question image and the changed one of a draw."""
     row, calls = sample.row, []
     hashes = iter(sample.hashes[len(row["images"]):])
     for n, step in enumerate(row["steps"]):
         if "image" not in step:
             continue
-        kind = step["operation"]
-        images, digests = [step["image"]], [next(hashes)]
+        kind, images, digests = step["operation"], [step["image"]], [next(hashes)]
         if kind == "draw" or args.with_original:
-            images.insert(0, row["images"][0])
-            digests.insert(0, sample.hashes[0])
+            images, digests = [row["images"][0], *images], [sample.hashes[0], *digests]
         prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
         calls.append(Call(row["id"], kind, n, fill(prompt, question=row["question"].strip()),
                           tuple(os.path.join(args.image_root, path) for path in images), tuple(digests),
@@ -171,7 +164,6 @@ def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, s
 
 
 def check_caption(call: Call, value: dict) -> tuple[str, str] | None:
-    """Return (closed reason, the fault in words) for a caption reply, or None."""
     if call.kind == "zoom" and value["legible"] == "no":
         return "caption_illegible", "the region was called illegible; describe what can be made out"
     if call.kind == "draw" and not value["changed"]:
@@ -186,7 +178,7 @@ def caption_of(call: Call, value: dict) -> str:
 
 def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace,
                  prompts: dict[str, str]) -> None:
-    """Give every image step of the accepted samples its caption, or reject the sample."""
+    """Give every image step its caption, or reject the sample."""
     calls = [(sample, call) for sample in accepted(samples) for call in caption_calls(sample, args, prompts)]
     outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
     for (sample, call), outcome in zip(calls, outcomes, strict=True):
@@ -197,7 +189,7 @@ def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace
 
 
 def reject_repeated(samples: list[Sample], at_most: int) -> None:
-    """Reject in place the samples with a caption that was given to more than `at_most` different images."""
+    """Reject in place samples with a caption that more than `at_most` different images were given."""
     uses = defaultdict(list)  # caption -> (sample, caption as written, hash of the image)
     for sample in accepted(samples):
         steps = [step for step in sample.row["steps"] if "image" in step]
@@ -211,7 +203,7 @@ def reject_repeated(samples: list[Sample], at_most: int) -> None:
                               f"the same caption for {n_images} different images: {caption[:80]!r}")
 
 
-# ------------------------------------------------------------------------------------------------ refinement
+# ---- refinement
 def make_segments(steps: list[dict]) -> tuple[list[Segment], str]:
     """Return (segments, final sentence) of captioned steps."""
     before, final = split_final(steps[-1]["text"])
@@ -221,20 +213,19 @@ def make_segments(steps: list[dict]) -> tuple[list[Segment], str]:
 
 
 def join_chain(segments: list[Segment], final: str) -> str:
-    """Return the chain: observations between <think_image> and </think_image>, the final sentence last."""
     pieces = [mark(text) if kind == "observation" else text for kind, text in segments]
     return " ".join([*pieces, final])
 
 
 def refine_call(sample: Sample, segments: list[Segment], prompts: dict[str, str]) -> Call:
-    """Return the call that rewrites the whole chain; it shows neither an image nor the final sentence."""
+    """Return the call that rewrites a chain; it shows neither images nor the final sentence."""
     lines = "\n".join(f"[{n}] {kind}: {text}" for n, (kind, text) in enumerate(segments, 1))
     text = fill(prompts["REFINE"], segments=lines, count=str(len(segments)))
     return Call(sample.row["id"], "refine", -1, text, schema=SCHEMAS["refine"])
 
 
 def check_refined(segments: list[Segment], value: dict) -> tuple[str, str] | None:
-    """Return ("refine", the fault in words) if a refined chain lost, added or garbled something, or None."""
+    """Return ("refine", the fault in words) of a refined chain, or None."""
     if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
         return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
     for n, (segment, part) in enumerate(zip(segments, value["segments"]), 1):
@@ -252,7 +243,7 @@ def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str 
     """Return in words the fault of a refined segment, or None.
 
     It may have no markup, loop or pointing at images that the segment did not have, and no number that is in
-    none of the `segments`. An observation must be a caption, as stage 2 demands, and may lose nothing.
+    none of the `segments`. An observation must still be a caption, and may lose nothing.
     """
     if not after:
         return "is empty"
@@ -267,11 +258,11 @@ def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str 
         if has_loop(after) and not has_loop(segment.text):
             return "repeats itself"
     lower = after.lower()
-    if "above" in lower or "below" in lower or "attached" in lower:  # in every POINTING and in few texts
+    if "above" in lower or "below" in lower or "attached" in lower:  # in every POINTING
         if (match := POINTING.search(after)) and not POINTING.search(segment.text):
             return f"points at an image that the reader does not have: {match[0]!r}"
     new = set(NUMBER.findall(after))
-    for known in (segment, *segments):  # the segment first: mostly no other need be searched
+    for known in (segment, *segments):  # the segment first: mostly enough
         if not new:
             return None
         new.difference_update(NUMBER.findall(known.text))
@@ -279,10 +270,8 @@ def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str 
 
 
 def lost_facts(caption: str, refined: str) -> str | None:
-    """Return in words what a refined observation lost of its caption, or None.
-
-    It may lose no number and no quotation, and only a share of the other words.
-    """
+    """Return in words what a refined observation lost of its caption, or None: no number or quotation may go,
+    and only a share of the other words."""
     if caption in refined:
         return None
     numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
@@ -298,15 +287,15 @@ def lost_facts(caption: str, refined: str) -> str | None:
 
 def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
                prompts: dict[str, str]) -> None:
-    """Give every captioned sample its chain, refined if the model's refinement passes the checks."""
+    """Give every captioned sample its chain, refined if the refinement passes the checks."""
     alive = accepted(samples)
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
     replies = [None] * len(alive)
     if not args.no_refine:
         calls = [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive]
-        outcomes = ask(caller, calls, lambda call, value: check_refined(parts[call.id][0], value),
-                       "refinement", guarded=False)
-        replies = [outcome.value for outcome in outcomes]
+        replies = [outcome.value for outcome in ask(
+            caller, calls, lambda call, value: check_refined(parts[call.id][0], value), "refinement",
+            guarded=False)]
     for sample, value in zip(alive, replies, strict=True):
         segments, final = parts[sample.row["id"]]
         if value:
@@ -315,9 +304,9 @@ def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
         sample.row |= {"chain": join_chain(segments, final), "refined": bool(value)}
 
 
-# ------------------------------------------------------------------------------------------------ the stage
+# ---- the stage
 def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
-    """Check, caption and refine samples in place, from the samples and the journal's replies alone."""
+    """Check, caption and refine samples in place."""
     apply_rules(samples, args.image_root, caller.images)
     add_captions(samples, caller, args, prompts)
     add_chains(samples, caller, args, prompts)
@@ -343,7 +332,7 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
 
 
 def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind, with a placeholder for captions; return the counts (--dry_run)."""
+    """Show one prompt of each kind, with a placeholder for captions; return counts (--dry_run)."""
     apply_rules(samples, args.image_root, None)
     calls = []
     for sample in accepted(samples):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
            "sixteen seventeen eighteen nineteen twenty").split()
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
-# Latents and special tokens are never words: Monet, Mirage, LVR, the chat format; ltnt: a Monet fork's log.
+# never words: Monet, Mirage, LVR, the chat format; ltnt: the log of a Monet fork
 LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>")
@@ -56,36 +56,34 @@ BARE_UNITS = {*UNITS, *UNITS.values(), ""}
 
 
 class Extraction(NamedTuple):
-    """The option's letter, None if the reply does not settle on one, and the rule that decided."""
+    """The option's letter, if the reply settles on one, and the rule that decided."""
 
     letter: str | None
     rule: str
 
 
 def extract_choice(output: str, options: dict[str, str], finish_reason: str | None = None) -> Extraction:
-    """Return the option (letter -> text) that a reply chose. `finish_reason` "length": it was cut off."""
+    """Return which of {letter: text} a reply chose. `finish_reason` "length": it was cut off."""
     text = strip_markers(output)
     if not text:
         return Extraction(None, "empty")
     content, closed = find_box(text)
     if content is not None:
         return resolve(content, options, "boxed_" if closed else "boxed_open_")
-    tags = TAG.findall(text)
-    if tags:
+    if tags := TAG.findall(text):
         return resolve(tags[-1], options, "tag_")
     one_line = "\n" not in text and len(text) <= BARE_LENGTH
     letter = find_phrase(text, options)
     if one_line:
         bare = resolve(text, options, "bare_", strict=True)
         if bare.rule not in ("bare_text_in", "bare_unresolved"):
-            # "A. red? No, the answer is B." chooses nothing that can be relied on
-            contradicted = letter and bare.letter not in (letter, None)
-            return Extraction(None, "bare_conflict") if contradicted else bare
+            if letter and bare.letter not in (letter, None):  # "A. red? No, the answer is B."
+                return Extraction(None, "bare_conflict")
+            return bare
     if letter:
         return Extraction(letter, "phrase")
     if one_line and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values()))):
-        letter = named_option(text, options)
-        if letter:
+        if letter := named_option(text, options):
             return Extraction(letter, "bare_text_in")
     sentences = [sentence for sentence in SENTENCE_END.split(text) if sentence.strip(EDGES)]
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
@@ -93,12 +91,11 @@ def extract_choice(output: str, options: dict[str, str], finish_reason: str | No
 
 
 def strip_markers(output: str) -> str:
-    """Return a reply without special tokens, latent spans and the whitespace around it."""
     return SPECIAL_TOKEN.sub("", LATENT_SPAN.sub("", output)).strip()
 
 
 def closing_braces(text: str, start: int = 0) -> dict[int, int]:
-    """Return {place after an opening brace: place of the brace that closes it} from `start` on."""
+    """Return {place after an opening brace: place of its closing brace} from `start` on."""
     closing, opened = {}, []
     for match in re.finditer("[{}]", text[start:]):
         if match[0] == "{":
@@ -109,49 +106,44 @@ def closing_braces(text: str, start: int = 0) -> dict[int, int]:
 
 
 def find_box(text: str) -> tuple[str | None, bool]:
-    """Return (content, True) of the last box that closes, else (rest of the line, False) of an open one."""
-    content, end, left_open = None, 0, None
+    """Return (content of the last box that closes, True), else (rest of an open box's line, False)."""
     boxes = list(BOX.finditer(text))
     closing = closing_braces(text, boxes[0].start()) if boxes else {}
+    content, end = None, 0
     for match in boxes:
-        if match.start() < end:
-            continue  # inside another box
-        if match.end() in closing:
+        if match.start() >= end and match.end() in closing:  # not inside another box
             end = closing[match.end()]
             content = text[match.end():end]
-        else:
-            left_open = match.end()
-    if content is None and left_open is not None:
-        return text[left_open:].split("\n")[0], False
+    if content is None and boxes:
+        return text[boxes[-1].end():].split("\n")[0], False
     return content, content is not None
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the unwrapped content of the last box (an open one if none closes), or None."""
+    """Return the unwrapped content of the last box, if any."""
     content = find_box(text)[0]
     return None if content is None else unwrap(content)
 
 
 def unwrap(text: str) -> str:
-    """Remove TeX text commands, quotes, emphasis and brackets that enclose all of `text`."""
+    """Remove TeX text commands, and marks and brackets around all of `text`."""
     if text.isalnum():
         return text
-    previous = None
     for _ in range(MAX_DEPTH):
-        if text == previous:
-            break
-        previous = text
+        before = text
         text = TEX.sub(r"\1", text).replace("\\%", "%").strip(EDGES)
         enclosed = len(text) > 1 and text[0] + text[-1] in ("()", "[]", "{}", "（）", "$$")
         if enclosed and not set(text[1:-1]) & set("()[]{}"):
             text = text[1:-1]
+        if text == before:
+            break
     return text
 
 
 def resolve(content: str, options: dict[str, str], label: str = "", strict: bool = False) -> Extraction:
     """Read a short text that is meant to be the answer; the rule is `label` + an outcome listed above.
 
-    `strict` is for a bare reply: "answer: B" is a phrase there, and a first word "A" can be the article.
+    `strict`: a bare reply, in which "answer: B" is a phrase and a first word "A" may be the article.
     """
     text = unwrap((OPTION_WORD if strict else PREFIX).sub("", unwrap(content)))
     if text.upper() in options:
@@ -169,7 +161,7 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
             agrees = agrees or named_option(rest, options) == letter
         if agrees:
             return Extraction(letter, label + "letter_text")
-        if mark:  # with a mark behind it, the letter was meant as an option's
+        if mark:  # the letter was meant as an option's
             names = {named for _, _, named in spans}
             names |= {unwrap(rest)} & set(options) - {letter}
             if names and letter not in names:
@@ -181,7 +173,7 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
 
 
 def find_phrase(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the last "answer is B" or a similar phrase."""
+    """Return the letter of the last "answer is B" or similar phrase."""
     text = TEX.sub(r"\1", text)
     letters = [match[1] for match in PHRASE.finditer(text)
                if match[1] in options and not ARTICLE.match(text, match.start(1))]
@@ -189,13 +181,13 @@ def find_phrase(text: str, options: dict[str, str]) -> str | None:
 
 
 def fold(text: str) -> str:
-    """Return text for whole-word comparison: lower case, single spaces, no outer marks or leading article."""
+    """Return text in lower case and single spaces, without outer marks or leading article."""
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(EDGES)
     return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
 
 
 def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
-    """Return (start, end, letter) of each option in `fold(text)`: whole words, of nested ones the longest."""
+    """Return (start, end, letter) of each option in `fold(text)`: whole words, the longest if nested."""
     text, spans = fold(text), []
     for letter, option in options.items():
         word = re.escape(fold(option))
@@ -210,8 +202,7 @@ def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str
 def named_option(text: str, options: dict[str, str]) -> str | None:
     """Return the letter of the only option that `text` names, without a negation or a question.
 
-    None also where another option's letter is next to the text: "The right one is B" with A. right and
-    B. left does not name A.
+    None also next to another option's letter: "The right one is B" does not name A. right.
     """
     spans = find_options(text, options)
     if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
@@ -222,7 +213,7 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
 
 
 def lone_letters(text: str, options: dict[str, str]) -> set[str]:
-    """Return the option letters that are words of `text`, but not the article "A" or in an option."""
+    """Return the option letters among the words of `text`, without the article "A" and those in options."""
     letters = {match[0] for match in CAPITAL.finditer(text)
                if match[0] in options and not ARTICLE.match(text, match.start())}
     return letters - set(CAPITAL.findall(" ".join(options.values())))
@@ -239,7 +230,7 @@ def normalize(text: str) -> str:
 
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
-    """Return whether two answers are the same; with options, a letter is its text. Empty never matches."""
+    """Return whether two answers are the same (with options, a letter is its text) and not empty."""
     if a == b and a.isalnum():
         return True
     if options:
@@ -252,7 +243,7 @@ def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool
 
 
 def same_quantity(a: str, b: str) -> bool:
-    """Return whether two normalized answers are one number, with one unit or a unit on only one of them."""
+    """Return whether two normalized answers are one number, with one unit, or a unit on only one."""
     matches = [QUANTITY.fullmatch(text) for text in (a, b)]
     if None in matches or float(matches[0][2]) != float(matches[1][2]):
         return False

@@ -1,7 +1,7 @@
 """Requests to a model, replies, and the backend that runs a checkpoint in this process.
 
 Every backend has an `identity` and `generate(requests, done, stop)`; utils.openai_backend asks a server.
-torch is imported when the model is first needed: a run that only reads its journal starts without it.
+torch is imported with the model: a run that only reads its journal needs none.
 """
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boo
 class Request(NamedTuple):
     """One model call: images before the text, at most `max_tokens` new tokens.
 
-    messages: a whole conversation in place of system, text and images: (role, text) or (role, parts), each
-    part a text or a Picture. `schema` and `seed` are for servers; the seed comes from the key, so that it
-    depends neither on the order of the calls nor on a restart.
+    messages: a conversation in place of system, text and images: (role, text) or (role, parts), each part a
+    text or a Picture. `schema` and `seed` are for servers; the seed depends on the key alone.
     """
 
     key: str
@@ -52,17 +51,16 @@ class Request(NamedTuple):
 
 
 def pictures_of(messages: tuple) -> list[Picture]:
-    """Return the pictures of a conversation, in order."""
     return [part for _, parts in messages if not isinstance(parts, str) for part in parts
             if isinstance(part, Picture)]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a backend returns for a request; `error` says why nothing came.
+    """What a backend returns for a request; `error` is why nothing came.
 
-    seconds: of the local batch, or of the last try at a server without waiting. A `transient` error is the
-    server's: the next run asks again. served: the model and fingerprint that a server names.
+    seconds: of the local batch, or of the last try at a server. A `transient` error is the server's: the next
+    run asks again. served: the model and fingerprint that a server names.
     """
 
     key: str
@@ -77,16 +75,15 @@ class Reply:
     served: dict | None = None
 
     def record(self) -> dict:
-        """Return the fields that the journal of calls keeps."""
         return {name: getattr(self, name) for name in Reply.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class LocalReply(Reply):
-    """A reply of the local backend, with what only that knows.
+    """A reply of the local backend.
 
     raw_text: with latent positions and control tokens. image_grids: patches of each picture (frames, rows,
-    columns). prefill_seconds: of `seconds`. n_rows: replies of the batch.
+    columns). prefill_seconds: part of `seconds`. n_rows: of the batch.
     """
 
     raw_text: str = ""
@@ -97,7 +94,7 @@ class LocalReply(Reply):
 
 
 class Prepared(NamedTuple):
-    """A batch ready to compute: requests whose images can be used, their tensors, replies to the others."""
+    """A batch ready to compute: usable requests, their tensors, and replies to the others."""
 
     requests: list[Request]
     inputs: dict | None
@@ -105,15 +102,15 @@ class Prepared(NamedTuple):
 
 
 class ErrorRateError(RuntimeError):
-    """Too many calls fail, or no server answers: the run stops."""
+    """Too many calls fail, or no server answers."""
 
 
 class LocalBackend:
     """Greedy decoding with transformers in this process, in left-padded batches of similar length.
 
-    A batch holds at most `batch_size` requests and, prompts padded and replies at full length, `batch_tokens`
-    tokens. Batches depend on the whole list of requests and never on what is done already: a batch that a
-    kill left half done is computed again whole, so that its replies equal those of an uninterrupted run.
+    A batch holds at most `batch_size` requests and `batch_tokens` tokens (prompts padded, replies at full
+    length). Batches depend on the list of requests alone: one that a kill left half done is computed again
+    whole, so that its replies equal those of an uninterrupted run.
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
@@ -126,13 +123,12 @@ class LocalBackend:
         self.qwen = None
 
     def load(self) -> None:
-        """Load the checkpoint, on this rank's GPU if there is one."""
         from utils.qwen import load_with
         self.qwen = load_with(self.spec, str(self.folder), *self.load_options)
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
-        """Yield a reply for every request whose key is not in `done` (and for the others of its batch).
+        """Yield replies to all requests whose key is not in `done` (and to others of their batches).
 
         Once `stop` is set, no further batch is begun.
         """
@@ -148,8 +144,7 @@ class LocalBackend:
                     yield from self.answer(batch)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Yield the requests in batches, the longest prompts first. Running out of memory lowers
-        `batch_tokens` for the batches still to come."""
+        """Yield batches, the longest prompts first; running out of memory shrinks those still to come."""
         sized = sorted(((self.length(request), request) for request in requests),
                        key=lambda pair: (pair[0], len(pair[1].text)), reverse=True)
         batch, longest = [], 0
@@ -163,16 +158,14 @@ class LocalBackend:
             yield batch
 
     def length(self, request: Request) -> int:
-        """Return about how many tokens a prompt has: visual ones from the image headers, and a token per four
-        characters."""
-        texts = [request.text] if not request.messages else [
-            text for _, parts in request.messages for text in ([parts] if isinstance(parts, str) else parts)
-            if isinstance(text, str)]
+        """Estimate a prompt's tokens: visual ones from the image headers, and one per four characters."""
+        turns = request.messages or [("user", request.text)]
+        texts = [text for _, parts in turns for text in ([parts] if isinstance(parts, str) else parts)
+                 if isinstance(text, str)]
         return sum(visual_tokens(picture.path, *self.image_limits)
                    for picture in request.pictures) + sum(map(len, texts)) // 4
 
     def prepare(self, batch: list[Request]) -> Prepared:
-        """Open the images of a batch and encode its prompts."""
         from utils import qwen
         if self.qwen is None:
             self.load()
@@ -190,12 +183,12 @@ class LocalBackend:
         return Prepared(ready, qwen.encode(self.qwen, prompts, images) if ready else None, failed)
 
     def answer(self, batch: list[Request], prepared: Prepared | None = None) -> list[Reply]:
-        """Return the replies to one batch; out of memory, it is split in two, down to single requests."""
+        """Return the replies to one batch; out of memory, split it, down to single requests."""
         import torch
         try:
             return self.compute(prepared or self.prepare(batch))
         except torch.OutOfMemoryError:
-            pass  # split outside the handler, whose traceback would keep the tensors alive
+            pass  # the traceback here would keep the tensors alive
         del prepared
         torch.cuda.empty_cache()
         if len(batch) == 1:
@@ -208,7 +201,6 @@ class LocalBackend:
         return [*self.answer(batch[:half]), *self.answer(batch[half:])]
 
     def compute(self, prepared: Prepared) -> list[Reply]:
-        """Return the replies to a batch that fits."""
         import torch
 
         from utils.decode import decode, prefill
@@ -237,22 +229,21 @@ class LocalBackend:
 
 
 def failure(request: Request, error: str) -> Reply:
-    """Return the reply to a request that could not be answered."""
     return Reply(request.key, "", "error", 0, 0, 0.0, error)
 
 
 def render(tokenizer, messages: tuple) -> str:
-    """Return a conversation's prompt up to the assistant's turn, with one image pad per picture."""
+    """Return a conversation's prompt up to the assistant's turn."""
     turns = []
     for role, parts in messages:
-        texts = [plain(parts) if role == "assistant" else parts] if isinstance(parts, str) else parts
-        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                   for part in texts]
-        turns.append({"role": role, "content": content})
+        if isinstance(parts, str):
+            parts = [plain(parts) if role == "assistant" else parts]
+        turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str)
+                                                else {"type": "image"} for part in parts]})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-# -------------------------------------------------------------------------- JSON in requests and replies
+# ---- JSON in requests and replies
 def object_schema(**properties: dict) -> dict:
     """Return the schema of an object whose properties are all required."""
     return {"type": "object", "properties": properties, "required": list(properties),
@@ -260,12 +251,12 @@ def object_schema(**properties: dict) -> dict:
 
 
 def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply, whatever surrounds it, if UTF-8 can hold it."""
+    """Return the last JSON object in a reply that UTF-8 can hold, whatever surrounds it."""
     place, last, escapes = text.find("{"), None, "\\u" in text
     while place >= 0:
         try:
             value, end = DECODER.raw_decode(text, place)
-            if escapes:  # they may be half of a surrogate pair
+            if escapes:  # of half a surrogate pair, say
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
             last = value
         except (ValueError, RecursionError):
@@ -275,7 +266,7 @@ def parse_json_reply(text: str) -> dict | None:
 
 
 def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
-    """Return in words where `value` breaks a JSON schema (object, array, string, enum, integer, boolean)."""
+    """Return in words where `value` breaks a JSON schema of JSON_TYPES and enums."""
     kind, parts = schema["type"], []
     if type(value) is not JSON_TYPES[kind]:  # exact: a bool is not an integer
         return f"{where} should be of type {kind}"

@@ -35,7 +35,6 @@ def parse_object(text: str) -> dict:
 
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """Add the flags that every stage with model calls has."""
     parser.add_argument("--output", required=True,
                         help="JSONL to write; <output>.run/ next to it holds the journal")
     parser.add_argument("--image_root", required=True,
@@ -44,19 +43,15 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
                         help="folder or hub name; with --backend openai, the server's name for it")
     parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
                         help="length of a reply; a longer one is asked for again with twice as many")
-    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28,
-                        help="area to which an image is shrunk")
-    parser.add_argument("--prompts", help="JSON object of prompts by name, in place of those of this script")
+    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area of an image")
+    parser.add_argument("--prompts", help="JSON object of prompts that replace those of the script")
     parser.add_argument("--limit", type=parse_count,
-                        help="only the first N samples; their calls are reused by a longer run")
+                        help="only the first N samples; a longer run reuses their calls")
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where the model failed before")
-    parser.add_argument("--export_only", action="store_true",
-                        help="write the output from the journal, without calls")
-    parser.add_argument("--fresh", action="store_true",
-                        help="move an earlier <output>.run aside and start again")
-    parser.add_argument("--no_guard", action="store_true",
-                        help="continue however many calls fail (a weak model)")
+    parser.add_argument("--export_only", action="store_true", help="write the output without calls")
+    parser.add_argument("--fresh", action="store_true", help="move <output>.run aside and start again")
+    parser.add_argument("--no_guard", action="store_true", help="continue however many calls fail")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N",
                         help="every Nth sample from the Ith on, in place of torchrun's rank; the last shard "
                         "to finish, or --export_only, writes the output")
@@ -70,14 +65,12 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
 
 
 def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
-    """Add the flags of OpenAI-compatible servers that hold a model."""
     server = parser.add_argument_group(title)
     server.add_argument("--base_url", default="http://127.0.0.1:8000/v1",
                         help="the server; one that goes down is waited for")
     server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
-    server.add_argument("--server_wait", type=float, default=1800.0,
-                        help="seconds without any reply until exit 4")
+    server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without reply to exit 4")
     server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
     server.add_argument("--temperature", type=float, default=0.0,
                         help="seeds come from the content of each call")
@@ -88,7 +81,7 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
-    """Return `prompts` with those named in the JSON object at `path` replaced (--prompts)."""
+    """Return `prompts`, replaced by those in the JSON object at `path` (--prompts)."""
     if path is None:
         return dict(prompts)
     try:
@@ -105,11 +98,10 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
 
 def open_backend(args: argparse.Namespace, backend: str | None = None, model: str | None = None,
                  base_url: str | None = None) -> object:
-    """Return the backend of the flags, or of those given, not loaded yet."""
+    """Return the backend of the flags (or arguments), not loaded yet."""
     if (backend or args.backend) == "local":
         if args.temperature or args.extra_body:
-            raise DataError(
-                "--temperature and --extra_body are for --backend openai; the local one decodes greedily")
+            raise DataError("--temperature and --extra_body are for --backend openai; local is greedy")
         return LocalBackend(model or args.model, args.max_pixels, args.batch_size, args.batch_tokens)
     return open_server(args, args.max_pixels, model, base_url)
 
@@ -127,7 +119,7 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
                settings: dict) -> Iterator[Caller]:
     """Open the journals in `<output>.run` and yield the caller; `settings` are those that change the result.
 
-    With --export_only the model is the one that the journal names, and none is loaded.
+    With --export_only the journal names the model, and none is loaded.
     """
     folder, shard = Path(f"{args.output}.run"), args.shard or rank_world()[:2]
     if args.export_only and (args.retry_errors or args.fresh):
@@ -146,12 +138,10 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
         backend = open_backend(args)
         identity = {"backend": args.backend, "max_pixels": args.max_pixels, **backend.identity}
     with ExitStack() as stack:
-        # millions of objects and no cycles to collect: 8 % faster without the collector
         if args.export_only and gc.isenabled():
-            gc.disable()
+            gc.disable()  # millions of objects and no cycles: 8 % faster
             stack.callback(gc.enable)
-        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard,
-                                              is_valid=is_reply))
+        journal = stack.enter_context(Journal(folder, settings | identity, shard=shard, is_valid=is_reply))
         images = stack.enter_context(Journal(folder, name="images", shard=shard, is_valid=is_inspection))
         for key in list(journal.transient) if backend else ():
             journal.forget(key)
@@ -161,12 +151,12 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage with model calls is made of; `run_stage` does what all of them share.
+    """The parts of a stage with model calls; `run_stage` does the rest.
 
-    settings: what changes the result besides model, prompts and schemas. read: return the samples of the
-    input. preview: return what --dry_run prints. work(samples, caller): make the calls and return the
-    results; without `needs_model` there is no caller. export(samples, results): write them and return the
-    counts, "errors" among them. show: log the metrics.
+    settings: what changes the result besides model, prompts and schemas. read: return the input's samples.
+    preview: return what --dry_run prints. work(samples, caller): make the calls, return the results; no
+    caller without `needs_model`. export(samples, results): write them, return counts, "errors" among them.
+    show: log the metrics.
     """
 
     inputs: list[str]
@@ -183,7 +173,7 @@ class Stage:
 
 
 def run_stage(args: argparse.Namespace, stage: Stage) -> int:
-    """Run a stage and return its exit code: first this shard's calls, then all samples from the journal."""
+    """Run a stage, first this shard's calls, then all samples from the journal; return its exit code."""
     began = time.monotonic()
     samples = stage.read()
     if args.dry_run:
@@ -196,10 +186,8 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
         return 4
     except IncompleteError as error:
         if args.export_only:
-            raise DataError(f"{args.output}.run: {error}; run without --export_only until every shard is done"
-                            ) from error
-        log(f"this shard is done, {error} from others: the last one writes {args.output}, or --export_only "
-            "does")
+            raise DataError(f"{args.output}.run: {error}; first finish every shard without it") from error
+        log(f"this shard is done, {error} from others: the last one, or --export_only, writes {args.output}")
         return 0
     metrics = stage.export(samples, results) | stats | {"seconds": round(time.monotonic() - began, 1)}
     write_json(f"{args.output}.metrics.json", metrics)
@@ -211,7 +199,6 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
 
 
 def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list, object, dict]:
-    """Return the samples, their results and the counters of the calls."""
     if not stage.needs_model:
         return samples, stage.work(samples, None), {}
     with open_calls(args, stage.prompts, stage.schemas, stage.settings) as caller:
@@ -219,14 +206,14 @@ def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list
         if n_shards > 1 and caller.backend:
             stage.work(samples[index::n_shards], caller)
             caller.read_all_shards()
-            samples = stage.read()  # again: the shard's samples were checked against each other alone
+            samples = stage.read()  # the shard's samples were checked against each other alone
         return samples, stage.work(samples, caller), caller.stats()
 
 
 def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:
-    """Log one whole prompt of each kind; return the calls and an estimate of their tokens (--dry_run).
+    """Log one prompt of each kind; return the calls and an estimate of their tokens (--dry_run).
 
-    Four characters count as one token, and 28 x 28 pixels (image headers, shrunk to --max_pixels).
+    One token is four characters, or 28 x 28 pixels (image headers, shrunk to --max_pixels).
     """
     counts = {}
     for kind in dict.fromkeys(call.kind for call in calls):

@@ -22,8 +22,8 @@ KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 
 @dataclass
 class Sample:
-    """An input sample under way. `reason` is set once it is rejected; `hashes` are of the images of the
-    question, then of the steps."""
+    """An input sample. `reason` is set when it is rejected; `hashes` are of the images of the question, then
+    of the steps."""
 
     row: dict
     reason: str | None = None
@@ -40,12 +40,12 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str],
     form = next((name for name, fields in INPUTS.items() if fields.keys() <= value.keys()), None)
     if form is None:
         forms = " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
-        nearest = min(INPUTS, key=lambda name: len(INPUTS[name].keys() - value.keys()) / len(INPUTS[name]))
-        missing = [key for key in INPUTS[nearest] if key not in value]
-        some = len(missing) < len(INPUTS[nearest])
-        lacks = f"; for {nearest} it lacks {', '.join(missing)}" if some else ""
+        lacks = {name: [key for key in fields if key not in value] for name, fields in INPUTS.items()}
+        nearest = min(INPUTS, key=lambda name: len(lacks[name]) / len(INPUTS[name]))
+        missing = "" if len(lacks[nearest]) == len(INPUTS[nearest]) else (
+            f"; for {nearest} it lacks {', '.join(lacks[nearest])}")
         raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; "
-                        f"expected those of {forms}{lacks}")
+                        f"expected those of {forms}{missing}")
     check_fields(where, value, INPUTS[form])
     if form == "own":
         return convert_own(where, value)
@@ -55,7 +55,7 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str],
 
 
 def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
-    """Return "zoom" or "draw" for a subset: by `operations`, or by the ending of its name."""
+    """Return "zoom" or "draw" for a subset, by `operations` or its name."""
     if subset in operations:
         return operations[subset]
     if subset.startswith("Zebra_CoT_"):
@@ -66,9 +66,9 @@ def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
                     f"--operation {subset}=zoom or --operation {subset}=draw")
 
 
-# ------------------------------------------------------------------------------------------------ Monet-SFT
+# ---- Monet-SFT
 def convert_monet(where: str, value: dict, operations: dict[str, str], need_observation: bool) -> Sample:
-    """Convert a Monet-SFT sample as Monet's preprocessing does; latent pairs and observation tags go."""
+    """Convert a Monet-SFT sample as Monet does; latent pairs and observation tags go."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
     operation = operation_of(where, subset, operations)
@@ -85,7 +85,7 @@ def convert_monet(where: str, value: dict, operations: dict[str, str], need_obse
 
 
 def monet_question(content: list[tuple[str, str]], subset: str) -> tuple[list[str], str]:
-    """Return (images, question) of the user's turn; images after the first text become <image> markers."""
+    """Return (images, question) of the user's turn; images after a text become <image> markers."""
     images = [text for kind, text in content if kind == "image"]
     images_first = all(kind == "image" for kind, _ in content[:len(images)])
     marker = "" if images_first else "<image>"
@@ -97,7 +97,7 @@ def monet_question(content: list[tuple[str, str]], subset: str) -> tuple[list[st
 
 def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str,
                 need_observation: bool) -> list[dict]:
-    """Return the steps of the assistant's turn; reject the sample where Monet's preprocessing drops it."""
+    """Return the steps of the assistant's turn; reject the sample where Monet drops it."""
     steps, observed, text_before = [], False, None
     for kind, text in content:
         if kind == "image":
@@ -120,7 +120,7 @@ def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str,
 
 
 def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
-    """Return (role, [(kind, text or path)]) of one turn, checked."""
+    """Return (role, [(kind, text or path)]) of a turn."""
     if not isinstance(turn, dict):
         raise DataError(f"{where}: expected an object with role and content, got {str(turn)[:40]!r}")
     check_fields(where, turn, {"role": str, "content": list})
@@ -134,7 +134,7 @@ def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
     return turn["role"], content
 
 
-# ------------------------------------------------------------------------------------------------ other forms
+# ---- other forms
 def convert_mirage(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
     """Convert a Mirage sample: texts verbatim, one image at each <output_image>."""
     paths = {}
@@ -158,7 +158,7 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
 
 
 def convert_own(where: str, value: dict) -> Sample:
-    """Take a row of our own form, without its captions: they are written again."""
+    """Take a row of our own form without its captions, which are written again."""
     check_own(where, value)
     steps = [{name: step[name] for name in ("text", "image", "operation") if name in step}
              for step in value["steps"]]

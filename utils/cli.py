@@ -1,7 +1,4 @@
-"""The command-line side of every script: exit codes, log, --help, signals, ranks, the API key.
-
-Imports no torch, so that a script can parse its flags at once.
-"""
+"""The command-line side of every script: exit codes, log, --help, signals, ranks, the API key. No torch."""
 import argparse
 import gc
 import os
@@ -17,7 +14,7 @@ from tqdm import tqdm
 from utils.jsonl import DataError
 
 LONGEST_ERROR = 8000  # characters shown of a message that quotes its input
-API_KEY = "OPENAI_API_KEY"  # the environment variable that every client of OpenAI-compatible servers reads
+API_KEY = "OPENAI_API_KEY"  # environment variable
 
 
 def rank_world() -> tuple[int, int, int]:
@@ -27,7 +24,7 @@ def rank_world() -> tuple[int, int, int]:
 
 
 def log(message: str) -> None:
-    """Write one line to stderr, from rank 0 only, without breaking a progress bar."""
+    """Write a line to stderr, from rank 0 only, without breaking a progress bar."""
     if rank_world()[0] == 0:
         tqdm.write(message, file=sys.stderr)
 
@@ -35,7 +32,7 @@ def log(message: str) -> None:
 def cli(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    gc.set_threshold(50_000, 20, 100)  # hundreds of thousands of rows, none in a cycle: 10 % faster
+    gc.set_threshold(50_000, 20, 100)  # many rows, none in a cycle: 10 % faster
     try:
         return main()
     except DataError as error:
@@ -47,19 +44,19 @@ def cli(main: Callable[[], int]) -> int:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """--help with the unwrapped description, and the default of every flag whose text does not name it."""
+    """--help with the unwrapped description, and the default of every flag whose text lacks it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         empty = action.default is False or action.default in (None, "", [], {}, argparse.SUPPRESS)
         if action.required or empty or "default" in text:
             return text
-        is_list = isinstance(action.default, list)
-        return f"{text} (default: {' '.join(action.default) if is_list else '%(default)s'})"
+        default = " ".join(action.default) if isinstance(action.default, list) else "%(default)s"
+        return f"{text} (default: {default})"
 
 
 def parse_count(text: str) -> int:
-    """Return a flag's number, for argparse to refuse anything below 1."""
+    """Return a flag's number of at least 1."""
     try:
         count = int(text)
     except ValueError:
@@ -70,14 +67,14 @@ def parse_count(text: str) -> int:
 
 
 def shorten(message: str) -> str:
-    """Return a message with control characters escaped (an id may hold them) and a long middle left out."""
+    """Return a message without a long middle, and with control characters (of an id, say) escaped."""
     if len(message) > LONGEST_ERROR:
         message = f"{message[:LONGEST_ERROR // 2]} [...] {message[-LONGEST_ERROR // 2:]}"
     return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)
 
 
 def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
-    """Return the key from the file or, without a file, from the environment (None where it is not set)."""
+    """Return the key from the file or, without a file, from the environment, if it is set."""
     if path is None:
         return os.environ.get(API_KEY) or None
     try:

@@ -1,9 +1,9 @@
 """One batched decoding loop for text and for latent imagination, over the unpatched model.
 
-A latent step is an ordinary one-token step whose input embedding is the previous last hidden state after the
-final norm: position +1, one key-value slot. The differences between families are in `utils.latent_families`.
-With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for a batch of up to
-PREFILL_TOKENS (for larger ones, row by row).
+A latent step is a one-token step whose input embedding is the previous last hidden state after the final
+norm: position +1, one key-value slot. `utils.latent_families` has the differences between families. With
+`spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for a batch of up to PREFILL_TOKENS
+(for larger ones, row by row).
 
 A prompt is read once (`prefill`) and its rows are repeated (`State.select`), so that one batch holds the
 clean run and every `Intervention`.
@@ -22,12 +22,12 @@ from utils.latent_families import (Generation, Intervention, LatentSpec, RowStat
                                    special_id)
 from utils.qwen import IMAGE_TOKEN, Qwen, image_features, multiplied_patches
 
-PREFILL_TOKENS = 4096  # read at once, padding included: long prompts gain nothing from larger batches
+PREFILL_TOKENS = 4096  # read at once, padding included; more gains nothing
 
 
 @dataclass
 class State:
-    """Rows that have been read up to some token: key-value cache, last states, positions, visible columns.
+    """Rows that have been read up to some token.
 
     hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns;
     positions [3, B, 1] of each row's last token; is_image [B, C of the prompt].
@@ -40,23 +40,23 @@ class State:
     is_image: torch.Tensor
 
     def select(self, rows: list[int]) -> "State":
-        """Return these rows, in this order, repeated as often as named, with their own cache."""
+        """Return these rows in this order, repeated as often as named, with their own cache."""
         index = torch.tensor(rows, device=self.mask.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(index)  # new tensors: the cache that was copied keeps its tensors
+        cache.batch_select_indices(index)  # makes new tensors
         return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index],
                      self.positions[:, index], self.is_image[index])
 
     def hide_images(self, rows: list[int]) -> None:
-        """Hide the image tokens from everything that these rows read later."""
+        """Hide the image tokens from all that these rows read later."""
         for row in rows:
             self.mask[row, :self.is_image.shape[1]][self.is_image[row]] = 0
 
 
 @dataclass
 class Trace:
-    """The vectors of one row while it is decoded, as far as they are requested; see `Generation`."""
+    """The requested vectors of one row while it is decoded; see `Generation`."""
 
     states: list[torch.Tensor] = field(default_factory=list)
     fed: list[torch.Tensor] = field(default_factory=list)
@@ -73,8 +73,8 @@ class Trace:
 
 def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
                  pad_id: int | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden]: text, image features, and `prompt_latents` (per row [n,
-    hidden]) at the row's n latent pads, in order."""
+    """Return the prompt's embeddings [B, L, hidden]: text, image features, and each row's `prompt_latents`
+    [n, hidden] at its n latent pads."""
     embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
     if "pixel_values" in inputs:
         features = torch.cat(image_features(qwen, inputs)).to(embeds)
@@ -110,8 +110,8 @@ def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
                  pad_id: int | None) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
     if prompt_latents is None:
-        names = ("input_ids", "pixel_values", "image_grid_thw")
-        prompt = {name: inputs[name] for name in names if name in inputs}
+        prompt = {name: inputs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")
+                  if name in inputs}
     else:
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
     with multiplied_patches(qwen.model):
@@ -121,8 +121,7 @@ def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
 
 
 def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
-    """Yield (index of the first row, part) for every `size` rows of a batch, without columns of only
-    padding."""
+    """Yield (index of the first row, part) for every `size` rows, without columns of only padding."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
     n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
     grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
@@ -139,7 +138,7 @@ def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]
 
 
 def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
-    """Return one cache of `length` columns with the rows of all, aligned on the right."""
+    """Return one cache of `length` columns with all rows, aligned on the right."""
     def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([F.pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
 
@@ -176,8 +175,7 @@ def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
 
 
 def truncate_cache(after: State, before: State, kept: list[int]) -> State:
-    """Return `after`, which decoding from `before` led to, as it was when each row had read `kept[row]` new
-    ids.
+    """Return `after`, which decoding from `before` led to, as it was when row i had read `kept[i]` new ids.
 
     Later columns are hidden, which equals removing them up to rounding. The result has no `hidden`.
     """
@@ -196,9 +194,9 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
            with_slots: bool = False) -> tuple[list[Generation], State]:
     """Decode rows that were read, greedily except for their interventions (`arms`).
 
-    `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_logits` every
-    step's logits, `with_slots` the inputs of every layer at latent positions. Returns the rows, and the state
-    after all ids but the last of the longest row; `state` is used up.
+    `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_logits` logits,
+    `with_slots` the inputs of every layer at latents. Returns the rows, and the state after all ids but the
+    last of the longest row; `state` is used up.
     """
     arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None
@@ -250,7 +248,7 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
 
 def hide_columns(mask: torch.Tensor, arm: Intervention, segment: Segment, first: int,
                  is_image: torch.Tensor) -> None:
-    """Hide columns of one row's mask [C] from all that follows a segment; new ids begin at column `first`."""
+    """Hide columns of a row's mask [C] from all that follows a segment; new ids begin at column `first`."""
     if "images" in arm.hide:
         mask[:len(is_image)][is_image] = 0
     if "latents" in arm.hide:
@@ -271,7 +269,7 @@ def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | 
     """Site `slot`: replace and record the inputs of the decoder's layers in one-token steps.
 
     `put[row][n]` [hidden] goes into layer n at `row` (None: no change); `seen` receives [B, hidden] per
-    layer, as read. Cached keys of a donor would be wrong, because they are rotated by their own position.
+    layer. A donor's cached keys would be wrong: they are rotated by their own position.
     """
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():

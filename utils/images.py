@@ -1,4 +1,4 @@
-"""Open pictures safely and size them: EXIF, RGB, pixel budgets, a closed reason for each unusable file."""
+"""Open pictures safely and size them, with a closed reason for each unusable file."""
 import base64
 import hashlib
 import io
@@ -18,17 +18,17 @@ IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_un
                  "image_too_large", "image_aspect", "image_flat", "image_no_op")
 MIN_SIDE = 28  # pixels; one visual token of Qwen2.5-VL
 MAX_ASPECT = 200  # Qwen's smart_resize refuses more
-MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit, checked on the header before decoding
+MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit
 REGION_PIXELS = 16384 * 28 * 28  # to which a region is shrunk
 MASK_GREY = (127, 127, 127)  # RGB of a masked region
-THUMBNAIL = 256  # pixels a side, for comparing two pictures
-SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a line of three pixels drawn on a photograph does not
-SAME_COLOUR = 32  # of 255, over 4 x 4 pixels of the thumbnail: JPEG smears colour at edges
+THUMBNAIL = 256  # pixels a side
+SAME_BRIGHTNESS = 16  # of 255; JPEG noise stays below, a drawn line of three pixels does not
+SAME_COLOUR = 32  # of 255, over 4 x 4 thumbnail pixels: JPEG smears colour at edges
 FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
-# Pillow also opens EPS (by running Ghostscript), PSD, FITS and forty others, whatever the file is called.
+# Pillow also opens EPS (by running Ghostscript), PSD, FITS and forty others, whatever the name.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SERVED_FORMATS = ("JPEG", "PNG", "WEBP")  # which every OpenAI-compatible server decodes
-JPEG_QUALITY = 92  # of a picture that is sent shrunk; PNG would take 17 times as long to encode
+JPEG_QUALITY = 92  # of a shrunk picture; PNG takes 17 times as long
 ORIENTATION = 0x0112  # EXIF tag
 # Exceptions of Pillow's readers on damaged pictures, collected by tests/hostile.py.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError,
@@ -45,19 +45,17 @@ class ImageError(DataError):
 
 
 class Picture(NamedTuple):
-    """An image of a prompt: a file, or its region `box` (left, top, right, bottom in pixels, after EXIF).
-
-    A region is resized to multiples of 28 within `min_pixels` and REGION_PIXELS.
-    """
+    """An image of a prompt: a file, or its region `box` (left, top, right, bottom in pixels, after EXIF),
+    resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
 
     path: str
     box: tuple[int, int, int, int] | None = None
     min_pixels: int = 4 * 28 * 28
 
 
-# ------------------------------------------------------------------------------------------------ opening
+# ---- opening
 def resolve_image(root: str | Path, relative: str) -> Path:
-    """Return the path of an existing file; ImageError if it is missing or outside `root`, links followed."""
+    """Return the path of a file; ImageError if it is missing or, links followed, outside `root`."""
     try:
         path = Path(root, relative).resolve()
         inside, is_file = path.is_relative_to(Path(root).resolve()), path.is_file()
@@ -72,7 +70,6 @@ def resolve_image(root: str | Path, relative: str) -> Path:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the bytes of a picture file; ImageError if it is missing or empty."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -85,7 +82,7 @@ def read_bytes(path: str | Path) -> bytes:
 def open_image(path: str | Path) -> Image.Image:
     """Return the picture as RGB: turned as EXIF says, alpha on white, the first frame of an animation.
 
-    ImageError, with a reason, for a file that is not a whole picture or has a size that Qwen cannot take.
+    ImageError for a broken file or a size that Qwen cannot take.
     """
     return decode_image(read_bytes(path), path)
 
@@ -94,13 +91,13 @@ def decode_image(data: bytes, path: str | Path) -> Image.Image:
     """`open_image` for bytes already read; `path` is for error messages."""
     with opened(data, path) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy is another picture of up to 700 MB
+        ImageOps.exif_transpose(image, in_place=True)
         return flatten(image)
 
 
 @contextmanager
 def opened(data: bytes, path: str | Path) -> Iterator[Image.Image]:
-    """Yield the picture in `data`, its size checked; ImageError for any fault, also while it is used."""
+    """Yield the picture in `data`, its size checked; ImageError for any fault, also in its use."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)
@@ -125,8 +122,8 @@ def check_size(size: tuple[int, int], path: str | Path) -> None:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Return RGB: transparency on white (as vLLM does), 16-bit greys scaled to 8 bits instead of clipped."""
-    if image.mode.startswith("I"):  # greys of 0..65535, which Pillow's own conversion would clip at 255
+    """Return RGB: transparency on white (as vLLM does), 16-bit greys scaled to 8 bits."""
+    if image.mode.startswith("I"):  # greys of 0..65535, which Pillow would clip at 255
         image = image.convert("F").point(lambda value: value * 255 / 65535).convert("L")
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")  # a copy takes up to 700 MB
@@ -137,7 +134,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """Return a picture as `open_image` does, or its resized region; ImageError if it cannot be used."""
+    """`open_image` of a picture's file, or its resized region."""
     image = open_image(picture.path)
     if picture.box is None:
         return image
@@ -146,9 +143,9 @@ def open_picture(picture: Picture) -> Image.Image:
     return region.resize(size, Image.Resampling.BICUBIC)
 
 
-# ------------------------------------------------------------------------------------------------ sizes
+# ---- sizes
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header, before EXIF; ImageError for a file without one."""
+    """Return (width, height) in pixels from the header, before EXIF."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.size
@@ -157,9 +154,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return the (width, height) of Qwen's image processor: multiples of `factor`, area within bounds.
+    """Return Qwen's (width, height): multiples of `factor`, area within bounds.
 
-    The numbers of `smart_resize` in transformers (Qwen2-VL), which takes height before width.
+    The numbers of transformers' `smart_resize` (Qwen2-VL), which takes height before width.
     """
     if max(width, height) / min(width, height) > MAX_ASPECT:
         raise ImageError("image_aspect", f"{width}x{height} pixels, expected an aspect up to {MAX_ASPECT}")
@@ -174,7 +171,7 @@ def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels
 
 
 def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, factor: int = 28) -> int:
-    """Estimate an image's visual tokens from its header; 0 without one (the call itself will fail)."""
+    """Estimate visual tokens from the header; 0 without one (the call itself will fail)."""
     try:
         width, height = smart_size(*image_size(path), factor, min_pixels, max_pixels)
     except ImageError:
@@ -184,11 +181,10 @@ def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, 
 
 def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
                  factor: int = 28) -> list[tuple[int, int]]:
-    """Return the (width, height) of each image of one sample under a budget of visual tokens.
+    """Return the (width, height) of each image of a sample under a budget of visual tokens.
 
-    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py) with its defaults: nothing changes
-    within the total; above it every image shrinks by one ratio, and only then each is bounded by
-    `image_tokens`.
+    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py) with its defaults: above the total every
+    image shrinks by one ratio, and only then each is bounded by `image_tokens`.
     """
     area, total = factor * factor, sum(width * height for width, height in sizes)
     if total <= total_tokens * area:
@@ -206,7 +202,7 @@ def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_t
     return budgeted
 
 
-# ------------------------------------------------------------------------------------------------ sending
+# ---- sending
 def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
     """Return a picture as a data URL: a file as `data_url` sends it, a region as PNG."""
     if picture.box is None:
@@ -219,9 +215,9 @@ def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
 def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     """Return a picture as a data URL: the file's own bytes if a server would show the model the same pixels.
 
-    A picture that is larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a format
-    that servers may not know is opened as `open_image` does, shrunk as Qwen would (`smart_size` with the
-    model's `factor`, 28 or 32), and sent as JPEG. The MIME type comes from the content, not from the name.
+    A picture larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a rare format is
+    opened as `open_image` does, shrunk as Qwen would (`smart_size` with the model's `factor`, 28 or 32), and
+    sent as JPEG. The MIME type comes from the content.
     """
     data = read_bytes(path)
     with opened(data, path) as image:
@@ -240,13 +236,12 @@ def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
 
 
 def encode_url(kind: str, data: bytes) -> str:
-    """Return bytes in one of Pillow's formats as a data URL."""
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-# ------------------------------------------------------------------------------------------------ checking
+# ---- checking
 class Inspection(NamedTuple):
-    """The closed reason against a sample (None: accepted), in words, and the sha256 of its images."""
+    """The closed reason against a sample (None: accepted), its detail, and the sha256 of its images."""
 
     reason: str | None
     detail: str
@@ -254,7 +249,7 @@ class Inspection(NamedTuple):
 
 
 def check_images(root: str | Path, images: list[str], helpers: list[str]) -> Inspection:
-    """Check a sample's question images and the pictures of its steps, the `helpers`.
+    """Check a sample's question images and the images of its steps, the `helpers`.
 
     A helper that shows no more than the first question image is image_no_op.
     """

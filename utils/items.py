@@ -8,25 +8,22 @@ from utils.images import open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
-# metric -> type of the gold answer. wtq, tabfact: TableVQABench; yesno_pair: MME, two questions per picture;
-# unscored: items for their latents only
+# metric -> type of the gold answer; wtq, tabfact: TableVQABench; yesno_pair: MME; unscored: for their latents
 ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "wtq": "values", "tabfact": "bool",
                 "yesno_pair": "yesno", "unscored": "values"}
 TEXTS = ("benchmark", "category", "group_id", "hint")  # each a string, null or absent
 FAR = 1 << 20  # pixels; beyond any picture
-SCORED = ("mcq", "vsp_path")  # the metrics that a script accepts by default
+SCORED = ("mcq", "vsp_path")  # accepted by default
 STEM = "The answer is \\boxed{"  # the options of a readout are scored behind it
 # of Qwen's control tokens and all of utils.latent_families
 MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
 
 
 def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:
-    """Read items and check their fields; DataError with path and id, for example for a gold that is not an
-    option."""
+    """Read items; DataError with path and id for a bad field, such as a gold that is not an option."""
     items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
     for item in items:
-        fault = item_fault(item, metrics)
-        if fault:
+        if fault := item_fault(item, metrics):
             raise DataError(f"{path}: item {item['id']!r}: {fault}")
     return items
 
@@ -103,19 +100,18 @@ def board_fault(board: object) -> str | None:
 
 
 def group_of(item: dict) -> str:
-    """Return the group that an item varies together with, such as one image's questions; by default its
-    id."""
+    """Return an item's group, such as one image's questions; by default its id."""
     return item.get("group_id") or item["id"]
 
 
 def rotation_of(item: dict) -> int | None:
-    """Return which rotation of the options an item shows (HR-Bench); None without rotations."""
+    """Return which rotation of its options an item shows (HR-Bench), if any."""
     cycle = (item.get("raw") or {}).get("cycle_category")
     return None if cycle is None else int(cycle)
 
 
 def gold_words(item: dict) -> str | None:
-    """Return the right answer in words; None for a map, which has many right answers."""
+    """Return the right answer in words; None for a map, which has many."""
     kind, value = item["answer"]["type"], item["answer"]["value"]
     if kind == "letter":
         return dict(item["options"])[value]
@@ -125,8 +121,7 @@ def gold_words(item: dict) -> str | None:
 
 
 def region_in(item: dict, size: tuple[int, int]) -> list[int]:
-    """Return the part of an item's region inside an image of this (width, height); DataError if it is
-    empty."""
+    """Return the part of an item's region inside a (width, height); DataError if it is empty."""
     left, top, right, bottom = item["region"]
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
     if left >= right or top >= bottom:
@@ -136,9 +131,9 @@ def region_in(item: dict, size: tuple[int, int]) -> list[int]:
 
 
 def question_text(item: dict, suffix: str = "") -> str:
-    """Return the user's words: for multiple choice VLMEvalKit's (vlmeval/dataset/image_mcq.py, build_prompt),
-    with their trailing space and newline; the question of other items is the whole text."""
-    if item.get("metric", "mcq") != "mcq":  # probe items have no metric and are always multiple choice
+    """Return the user's words: of multiple choice VLMEvalKit's (vlmeval/dataset/image_mcq.py, build_prompt),
+    with their trailing space and newline; of other items the question."""
+    if item.get("metric", "mcq") != "mcq":  # probe items, without a metric, are multiple choice
         return item["question"] + suffix
     hint = f"Hint: {item['hint']}\n" if item.get("hint") else ""
     options = "".join(f"{letter}. {text}\n" for letter, text in item["options"])
@@ -147,19 +142,19 @@ def question_text(item: dict, suffix: str = "") -> str:
 
 
 def open_images(item: dict, root: str | Path) -> list[Image.Image]:
-    """Open an item's images below `root`; ImageError names what cannot be used."""
+    """Open an item's images below `root`."""
     return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
 
 
-# ------------------------------------------------------------------------------------ chats
+# ---- chats
 def plain(text: str) -> str:
-    """Return text with control tokens broken (`<|` becomes `< |`), so that data cannot end a turn, insert an
-    image or begin a latent (Monet's `<abs_vis_token>`)."""
+    """Return text with control tokens broken (`<|` becomes `< |`): data cannot end a turn, insert an image or
+    begin a latent (Monet's `<abs_vis_token>`)."""
     return MARKS.sub("< ", text)
 
 
 def user_content(text: str, n_images: int) -> list[dict]:
-    """Return chat content for one user turn: images at the `<image>` marks, or first without marks."""
+    """Return the content of a user turn: images at the `<image>` marks, or first without marks."""
     pieces = plain(text).split("<image>")
     if len(pieces) == 1:
         return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
@@ -173,7 +168,7 @@ def user_content(text: str, n_images: int) -> list[dict]:
 
 
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
-    """Return the prompt text of one user turn, up to and including the start of the assistant's turn.
+    """Return the prompt of one user turn, up to the start of the assistant's turn.
 
     `system` None leaves the system turn to the template (Qwen2.5-VL: "You are a helpful assistant.").
     """
@@ -184,6 +179,6 @@ def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
 
 def prompt_of(tokenizer, item: dict, n_images: int, system: str | None, suffix: str,
               blind: bool = False) -> str:
-    """Return the prompt of an item; `blind`: without its images and without marks of their places."""
+    """Return the prompt of an item; `blind`: without its images and their marks."""
     text = question_text(item, suffix)
     return chat(tokenizer, text.replace("<image>", "") if blind else text, n_images, system)

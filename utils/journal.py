@@ -1,7 +1,6 @@
 """A journal that survives SIGKILL: one line per finished piece of work, appended and never rewritten.
 
-A killed run that is started again repeats only the unfinished work. The records stay on disk; memory holds
-only the place of each.
+A restarted run repeats only unfinished work. Memory holds only the place of each record.
 """
 import fcntl
 import json
@@ -21,11 +20,10 @@ FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds the loss 
 class Journal:
     """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`.
 
-    This process appends to its own file, locked against a second writer, and reads the files of all shards:
-    the number of shards may change between runs. `shard` is (index, number), by default torchrun's rank.
-    `folder/meta.json` holds `settings`; opening with different ones raises DataError. Of two records with
-    one key the later counts. `transient` holds the keys of records marked as worth another try. A record on
-    disk for which `is_valid` is false counts as damage.
+    This process appends to its own file, locked against a second writer, and reads those of all shards: their
+    number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json`
+    holds `settings`; opening with different ones raises DataError. Of two records with one key the later
+    counts. `transient` holds the keys worth another try. A record on disk that is not `is_valid` is damage.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
@@ -79,12 +77,10 @@ class Journal:
         settings = json.loads(json.dumps(settings))
         before = read_settings(self.folder)
         if before is None:
-            write_json(path, settings)
-            return
-        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-        if changed:
-            table = [("", "there", "now"), *((name, before.get(name), settings.get(name))
-                                             for name in changed)]
+            return write_json(path, settings)
+        if changed := [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]:
+            table = [("", "there", "now"),
+                     *((name, before.get(name), settings.get(name)) for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
             raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or move "
                             f"{self.folder} aside (--fresh does, where there is one)\n" + "\n".join(lines))
@@ -128,7 +124,6 @@ class Journal:
                 self.readers[path] = file, offset, n
 
     def get(self, key: str) -> dict | None:
-        """Return the record of a key, or None."""
         if key not in self.places:
             return None
         file, offset, length = self.places[key]
@@ -136,7 +131,7 @@ class Journal:
         return json.loads(file.read(length).decode("utf-8"))
 
     def forget(self, key: str) -> None:
-        """Treat a piece of work as not done in this process (its line stays; a new record will count)."""
+        """Treat a piece of work as not done (its line stays; a new record will count)."""
         self.places.pop(key, None)
 
     def append(self, record: dict) -> None:
@@ -153,7 +148,6 @@ class Journal:
         self.size += len(line)
 
     def note(self, record: dict, place: tuple[BinaryIO, int, int]) -> None:
-        """Remember the place of a record."""
         self.places[record["key"]] = place
         (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
 
@@ -169,7 +163,7 @@ def move_aside(folder: Path, n_processes: int) -> None:
 
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
-    """Return the object in `folder/<name>`, or None without such a file; DataError if it is damaged."""
+    """Return the object in `folder/<name>`, or None without the file; DataError if it is damaged."""
     path, hint = Path(folder, name), "restore it, or start over (--fresh, another --output)"
     if not path.is_file():
         return None

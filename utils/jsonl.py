@@ -1,7 +1,4 @@
-"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json.
-
-Imports no torch, so that a script that only reads rows starts at once.
-"""
+"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json. No torch."""
 import argparse
 import hashlib
 import importlib.metadata
@@ -17,21 +14,21 @@ from pathlib import Path
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\r\n]*")  # between the tokens of a JSON text
-LONGEST_ROW = 1 << 20  # bytes; a chain has a few thousand, and a tokenizer needs minutes for many MB
+LONGEST_ROW = 1 << 20  # bytes; a chain has a few thousand
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy")  # whose versions are kept
 
 
 class DataError(ValueError):
-    """An error that the user can fix. The message names the place, the fault and the remedy."""
+    """An error that the user can fix: the message names place, fault and remedy."""
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ---- reading
 def located_rows(path: str | Path, limit: int | None = None, hint: str | None = None,
                  longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` names the stage that writes a missing file. Raises DataError for a line that is not a JSON object
-    or has more than `longest` bytes. Rows after the first `limit` are not read.
+    `hint` names the writer of a missing file. Raises DataError for a line that is not a JSON object or has
+    more than `longest` bytes.
     """
     try:
         with open(path, "rb") as file:
@@ -47,7 +44,7 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
 
 
 def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for every line that is not blank."""
+    """Yield (line number, value) of every line that is not blank."""
     with open(path, "rb") as file:
         for line, data in enumerate(file, 1):
             data = data.removeprefix(BOM) if line == 1 else data
@@ -61,7 +58,7 @@ def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
 
 
 def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for every item of a JSON list that fills the file."""
+    """Yield (line number, value) of every item of a file that is one JSON list."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     try:
         text = Path(path).read_bytes().removeprefix(BOM).decode("utf-8")
@@ -102,7 +99,7 @@ def check_surrogates(text: str, value: object) -> None:
 
 
 def json_fault(path: str, line: int, error: ValueError | RecursionError, expected: str) -> str:
-    """Return the message for a text that is not JSON: its grammar, encoding, depth, or a very long number."""
+    """Return the message for a text that is not JSON."""
     if isinstance(error, UnicodeDecodeError):
         line += error.object[:error.start].count(b"\n")
         return f"{path}:{line}: byte {error.object[error.start]:#x} is not UTF-8"
@@ -121,24 +118,20 @@ def check_length(path: str, line: int, size: int, longest: int) -> None:
 
 
 def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: str | None = None) -> None:
-    """Raise DataError unless `row` has every field with its type (a bool is not an int).
-
-    `hint` names the writer of such rows.
-    """
+    """Raise DataError unless `row` has every field with its type (a bool is not an int)."""
     for name, kind in fields.items():
         kinds, value = kind if isinstance(kind, tuple) else (kind,), row.get(name)
-        if name in row and isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
-            continue
         expected = " or ".join(k.__name__ for k in kinds)
         if name not in row:
             raise DataError(f"{where}: no field {name!r} (expected {expected}); it has "
                             f"{', '.join(row) or 'none'}{f'; {hint}' if hint else ''}")
-        raise DataError(
-            f"{where}: field {name!r} should be {expected}, got {type(value).__name__} {str(value)[:40]!r}")
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            raise DataError(f"{where}: field {name!r} should be {expected}, got {type(value).__name__} "
+                            f"{str(value)[:40]!r}")
 
 
 def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
-    """Note in `seen` where an id is; DataError for an id that was there before."""
+    """Note in `seen` where an id is; DataError if it was there before."""
     if name in seen:
         raise DataError(f"{where}: duplicate id {name!r}, first seen at {seen[name]}; expected it once")
     seen[name] = where
@@ -146,7 +139,7 @@ def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
 
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
               hint: str | None = None) -> list[dict]:
-    """Read rows and check that each has `fields`, and that no two share an "id" if that is one of them."""
+    """Read rows, checked to have `fields`, and unlike ids if "id" is one of them."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
         check_fields(where, row, fields, hint)
@@ -158,7 +151,7 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
 
 def load_object(path: str | Path, hint: str = "run the stage that writes it again",
                 fields: dict[str, type | tuple] | None = None) -> dict:
-    """Return the JSON object that fills a file, with `fields`; DataError, with `hint`, for anything else."""
+    """Return the JSON object in a file, checked to have `fields`; `hint` ends the DataError."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -170,10 +163,10 @@ def load_object(path: str | Path, hint: str = "run the stage that writes it agai
     return value
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ---- writing
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn an OSError while `path` is written into a DataError that names it."""
+    """Turn an OSError while `path` is written into a DataError."""
     try:
         yield
     except OSError as error:
@@ -189,10 +182,7 @@ def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:
-    """Call `write(file)` on a temporary file, sync it and rename it to `path`, which is never half written.
-
-    `mode` is "w" or "wb".
-    """
+    """Call `write(file)` on a temporary file, sync it and rename it to `path`: never half written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text_mode = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
@@ -232,20 +222,19 @@ def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | 
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()}, **extra})
 
 
-# ------------------------------------------------------------------------------------------------ identity
+# ---- identity
 def sha256_file(path: str | Path) -> str:
-    """Return the hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def call_key(**parts) -> str:
-    """Return the hex digest of the canonical JSON of `parts`: the key of a call in the journal."""
+    """Return the SHA-256 of the canonical JSON of `parts`: the key of a call in the journal."""
     return hashlib.sha256(CANONICAL.encode(parts).encode("ascii")).hexdigest()
 
 
 def check_folder(path: str) -> None:
-    """Raise DataError for a folder without a checkpoint; a path that is not a folder is a name on the hub."""
+    """Raise DataError for a folder without a checkpoint (any other path is a name on the hub)."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(
             f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
@@ -267,7 +256,7 @@ def find_checkpoint(model_path: str) -> Path:
 def model_identity(folder: Path) -> str:
     """Return a hash of a checkpoint's configuration, tokenizer, template and weights.
 
-    Of each weight file: name, size, first and last megabyte. Two trainings of one model differ only there.
+    A weight file counts by its name, size, first and last megabyte: two trainings of a model differ there.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

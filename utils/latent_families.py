@@ -1,8 +1,7 @@
 """The families of latent imagination: their tokens, and how a segment of latents begins and ends.
 
-Deliberate differences from the families' own code: pads are recorded inside a segment instead of junk
-samples; a sampled end of text inside a segment does not stop the row; a start sampled inside does not re-open
-it; every row of a batch has its own state.
+Deliberate differences from the families' own code: a segment records pads, not junk samples; an end of text
+sampled inside a segment does not stop the row, nor does a start re-open it; every row has its own state.
 """
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 class LatentSpec:
     """How a family decodes latents.
 
-    `tokens` are the added tokens in the order in which the training code adds them, which fixes their ids;
-    `size` is the number K of latents per segment; `overwrite_start` feeds the first latent in place of the
-    start token's embedding; `force_end` writes the end token after K latents instead of the sampled token;
-    `early_end` lets a sampled end token close the segment before K.
+    `tokens`: the added tokens in the order of the training code, which fixes their ids; `size`: the number K
+    of latents per segment; `overwrite_start`: the first latent replaces the start token's embedding;
+    `force_end`: the end token follows K latents, whatever was sampled; `early_end`: a sampled end token
+    closes the segment before K.
     """
 
     name: str
@@ -59,13 +58,13 @@ PRESETS = {spec.name: spec for spec in (
 
 
 def spec_of(name: str, size: int | None) -> LatentSpec | None:
-    """Return the family that --latent names, with `size` latents per segment if given; None for "off"."""
+    """Return the family that --latent names ("off": None), with `size` latents per segment if given."""
     return None if name == "off" else replace(PRESETS[name], size=size or PRESETS[name].size)
 
 
 @dataclass
 class Segment:
-    """Consecutive latents: index in `Generation.ids` of the first, number of latents, what closed them."""
+    """Consecutive latents: index of the first in `Generation.ids`, their number, and what closed them."""
 
     start: int
     size: int = 0
@@ -75,13 +74,11 @@ class Segment:
 
 @dataclass
 class Generation:
-    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its
-    end-of-text id.
+    """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its end id.
 
-    `states` [len(ids), hidden] are the post-norm states that led to each recorded id: at a latent position,
-    the raw latent before any edit. `fed` [n_latents, hidden] are the vectors fed, after the edit. `logits`
-    [len(ids), vocab]. `slots`: for each latent position that was read, the inputs of the decoder's layers,
-    [layers, hidden].
+    `states` [len(ids), hidden]: the post-norm states that led to each id; at a latent, the latent before any
+    edit. `fed` [n_latents, hidden]: the vectors fed, after the edit. `logits` [len(ids), vocab]. `slots`: for
+    each latent that was read, the inputs of the decoder's layers [layers, hidden].
     """
 
     ids: list[int] = field(default_factory=list)
@@ -97,11 +94,11 @@ class Generation:
 class Intervention:
     """What is done to one row while it decodes; by default nothing.
 
-    choose(logits [vocab], n) -> id      the nth new id (from 0) in place of the likeliest
-    feed(z [hidden], segment, step) -> [hidden]           site `fed`: the vector fed in place of the latent z
-    slot(segment, step) -> [layers, hidden] or None       site `slot`: every layer's input at that latent
-                                                          position (of a list, those that are not None)
-    hide: "latents", "images" or both    site `edge`: what tokens after a segment of latents cannot see
+    choose(logits [vocab], n) -> id                    the nth new id (from 0)
+    feed(z [hidden], segment, step) -> [hidden]        site `fed`: the vector fed in place of the latent z
+    slot(segment, step) -> [layers, hidden] or None    site `slot`: every layer's input at that latent
+                                                       (of a list, those that are not None)
+    hide: "latents", "images" or both                  site `edge`: what tokens after a segment cannot see
     spec: another form of the family for this row (other K, say)
     """
 
@@ -113,7 +110,7 @@ class Intervention:
 
 
 class RowState:
-    """The latent state machine of one row: which id is recorded, and whether a latent is fed."""
+    """The state machine of one row: which id is recorded, and whether a latent is fed."""
 
     def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int]):
         self.spec, self.eos_ids = spec, eos_ids
@@ -128,7 +125,7 @@ class RowState:
         return len(self.out.segments) - 1, self.out.segments[-1].size - 1
 
     def advance(self, sampled: int) -> bool:
-        """Record the id for a sampled id; return True if a latent is fed here instead of the embedding."""
+        """Record the id for a sampled one; return whether a latent is fed in place of its embedding."""
         recorded, feeds_latent, self.just_closed = sampled, False, None
         if self.inside:
             segment = self.out.segments[-1]
@@ -153,7 +150,7 @@ class RowState:
 
 @lru_cache(64)  # asked for at every row of a batch
 def special_id(tokenizer, name: str) -> int:
-    """Return the id of an added token; DataError if the tokenizer does not hold it as one token."""
+    """Return the id of an added token; DataError if it is not one token."""
     ids = tokenizer(name, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != name:
         raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; "
@@ -162,7 +159,7 @@ def special_id(tokenizer, name: str) -> int:
 
 
 def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
-    """Return the ids of (start, pad, end), after checking the order of the family's tokens."""
+    """Return the ids of (start, pad, end); DataError unless the family's tokens are in order."""
     ids = [special_id(tokenizer, name) for name in spec.tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ids in that "
@@ -171,12 +168,12 @@ def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
 
 
 def last_latent(row: Generation) -> int:
-    """Return the number of ids up to the end of the last segment of latents; 0 without a segment."""
+    """Return the number of ids up to the end of the last segment; 0 without a segment."""
     return max((segment.start + segment.size for segment in row.segments), default=0)
 
 
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
-    """Decode recorded ids without latent segments and special tokens, so that neither is parsed as text."""
+    """Decode recorded ids without latents and special tokens."""
     if spec:
         latent = set(latent_ids(tokenizer, spec))
         ids = [i for i in ids if i not in latent]

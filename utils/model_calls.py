@@ -1,7 +1,7 @@
 """Model calls with a journal: checked replies, a second try after a fault, a guard against a failing model.
 
-`ask` runs calls through a journal and a backend and returns one outcome per call: a checked JSON object, or a
-fault with a closed reason. The caller decides what a reply means.
+`ask` returns one outcome per call: a checked JSON object, or a fault with a closed reason. The caller decides
+what a reply means.
 """
 import re
 import statistics
@@ -21,7 +21,7 @@ from utils.jsonl import call_key
 
 # the model failed; a reply that a stage's own rule rejects is not among them
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
-# of a journal's record, the fields that are read here and their types
+# the fields of a journal's record that are read here
 REPLY_FIELDS = {"key": str, "text": str, "finish_reason": str, "n_prompt": int, "n_new": int,
                 "seconds": (int, float), "error": (str, type(None))}
 # the guard stops a run whose first 20 calls all failed, or 20 % of the last 500
@@ -32,8 +32,7 @@ MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take
 class Call(NamedTuple):
     """One question to the model on behalf of a sample.
 
-    hashes: sha256 of the bytes of its images. schema: of the JSON object asked for; None for a reply in
-    words, whose value is {"text": ...}.
+    hashes: sha256 of its images. schema: of the JSON object asked for; without it the value is {"text": ...}.
     """
 
     id: str
@@ -46,7 +45,7 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A checked reply, or the closed `reason` why there is none and a `detail` in words.
+    """A checked reply, or the closed `reason` against it and a `detail` in words.
 
     text: the last reply as it came. attempts: how often the model was asked.
     """
@@ -63,7 +62,7 @@ Check = Callable[[Call, dict], tuple[str, str] | None]
 
 
 def is_reply(record: dict) -> bool:
-    """Return whether a record of the journal has the fields of a reply, of their types."""
+    """Return whether a journal record has the fields of a reply."""
     return all(name in record and isinstance(record[name], kind) and not isinstance(record[name], bool)
                for name, kind in REPLY_FIELDS.items())
 
@@ -75,7 +74,7 @@ class IncompleteError(RuntimeError):
 def fill(template: str, **values: str) -> str:
     """Put values at their {names}, in one pass: braces in a value stay text.
 
-    Markers in a value become text too: `<image>` becomes (image) and `<|im_end|>` (im_end), which a server's
+    Markers in a value become text too (`<image>` is (image), `<|im_end|>` is (im_end)), which a server's
     tokenizer would otherwise take for a picture or the end of a turn.
     """
     return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
@@ -86,10 +85,10 @@ def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"\{{({'|'.join(map(re.escape, names))})\}}")
 
 
-# ---------------------------------------------------------------------------------------------- running calls
+# ---- running calls
 @dataclass(frozen=True, slots=True)
 class CallUse:
-    """What one call took. as_asked: whether a complete first reply kept the schema, else None."""
+    """What one call took. as_asked: whether a complete first reply kept the schema."""
 
     seconds: float
     n_prompt: int
@@ -99,7 +98,7 @@ class CallUse:
 
 @dataclass
 class Counters:
-    """What a process did (the first four), and the calls that its output is made of, by key."""
+    """What this process did (the first four), and the calls behind its output, by key."""
 
     n_calls: int = 0
     n_reused: int = 0
@@ -112,8 +111,7 @@ class Counters:
 class Caller:
     """What all calls of a run share; without a backend, the journal alone answers.
 
-    `identity` (model, sampling, schemas) is part of every key: a journal answers for its own model only.
-    `images` is the journal of the images that were checked (utils.row_rules.check_rows).
+    `identity` (model, sampling, schemas) is part of every key. `images`: the journal of checked images.
     """
 
     journal: Journal
@@ -131,7 +129,7 @@ class Caller:
         self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # in all keys, hashed once
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
-        """Return the request of a call. A second attempt names the fault of the first, and may be twice as
+        """Return the request of a call. A second attempt names the first one's fault, and may be twice as
         long if that was cut off."""
         text, max_tokens = call.text, self.max_new_tokens
         if before is not None:
@@ -142,7 +140,7 @@ class Caller:
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, max_tokens, call.schema)
 
     def read(self, request: Request, call: Call, attempt: int, check: Check) -> Outcome:
-        """Return the outcome that the journal holds for a request, and count its call as used."""
+        """Return the journal's outcome of a request, and count its call as used."""
         record = self.journal.get(request.key)
         outcome = read_outcome(record, call, check)
         as_asked = None
@@ -159,11 +157,11 @@ class Caller:
         self.images.reload()
 
     def stats(self) -> dict:
-        """Return the counters under the names of the metrics file.
+        """Return the counters of the metrics file.
 
-        n_calls, wall_s and the speeds describe this process; the others all calls that the output is made of.
+        n_calls, wall_s and the speeds describe this process; the others all calls behind the output.
         `p50_s`, `p95_s`: seconds of a call to a server, or of a local batch. `json_as_asked`: the share of
-        complete first replies that keep the schema; 1 from a server that enforces it.
+        complete first replies that keep the schema.
         """
         done, used = self.counters, list(self.counters.used.values())
         p50, p95 = quantiles([call.seconds for call in used]) if used else (None, None)
@@ -185,7 +183,7 @@ def quantiles(values: list[float]) -> tuple[float, float]:
 
 
 def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
-    """Return the outcome of a journal record: error, length, JSON, schema and then `check` decide."""
+    """Return a record's outcome: error, length, JSON, schema and then `check` decide."""
     value, fault = None, None
     if record["error"]:
         fault = "backend_error", record["error"]
@@ -203,10 +201,10 @@ def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
 
 def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: bool = True, retries: int = 1
         ) -> list[Outcome]:
-    """Return one outcome per call, in order. A faulty reply is asked for again, `retries` times at most.
+    """Return one outcome per call, in order; a faulty reply is asked for again, at most `retries` times.
 
     Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a backend if a
-    record is missing, KeyboardInterrupt after a signal; what came until then is in the journal.
+    record is missing, KeyboardInterrupt after a signal; the journal keeps what came until then.
     """
     if caller.retry_errors:
         forget_errors(caller, calls, check, retries)
@@ -229,7 +227,7 @@ def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: boo
 
 
 def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int) -> None:
-    """Drop from memory the records of calls that ended as an error, so that they are made again."""
+    """Forget the records of calls that ended as an error, so that they are made again."""
     for call in calls:
         outcome, keys = None, []
         for attempt in range(1 + retries):
@@ -246,14 +244,13 @@ def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int)
 
 
 class Guard:
-    """Stops a run whose calls fail, counted over the new calls of one phase."""
+    """Stops a run whose new calls fail, in one phase."""
 
     def __init__(self, on: bool):
         self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
 
     def count(self, failed: bool) -> None:
-        """Count a call; raise ErrorRateError if the first GUARD_FIRST all failed, or GUARD_SHARE of the last
-        GUARD_WINDOW."""
+        """Raise ErrorRateError if the first GUARD_FIRST calls all failed, or GUARD_SHARE of GUARD_WINDOW."""
         self.n, self.n_failed = self.n + 1, self.n_failed + failed
         self.last.append(failed)
         all_failed = self.n_failed == self.n >= GUARD_FIRST
@@ -265,7 +262,7 @@ class Guard:
 
 def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,
                  guard: Guard, failed: Callable[[dict], bool]) -> None:
-    """Make the calls that the journal lacks and append one record each; equal calls are made once."""
+    """Make the calls that the journal lacks, equal ones once; append one record each."""
     unique = list({request.key: request for request in requests}.values())
     n_done = sum(request.key in caller.journal for request in unique)
     done = caller.counters

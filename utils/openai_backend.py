@@ -1,7 +1,7 @@
 """An OpenAI-compatible server (vLLM, SGLang, transformers serve) as a backend.
 
-Each call has a thread, at most `concurrency` at a time; the scheduler is the caller's own loop. The methods
-on_... of `HttpBackend` decide what each answer of the server means.
+Each call has a thread, at most `concurrency` at a time; the scheduler is the caller's loop. Methods on_... of
+`HttpBackend` decide what an answer of the server means.
 """
 import heapq
 import json
@@ -27,8 +27,8 @@ from utils.jsonl import DataError
 BUSY_STATUSES = (429, 503)  # the server wants fewer calls
 GATEWAY_STATUSES = (408, 502, 504)  # the server may be gone
 RUN_STATUSES = (401, 402, 403, 404, 405)  # every call would get the same answer: stop and show it
-TRIES_500 = 3  # a 500 may be the sample's fault (transformers serve gives it for a bad image) or the server's
-TRIES_LOST = 5  # connections lost or timed out under one call: the sample may well break the server
+TRIES_500 = 3  # the fault of the sample (transformers serve: of a bad image) or of the server
+TRIES_LOST = 5  # lost or timed out under one call: it may well break the server
 TRIES_BUSY = 30  # busy answers to one call, with other calls answered in between
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # backoff: doubled each time, with jitter
 SHORTEST_WAIT_S = 0.5  # even if Retry-After asks for less
@@ -53,7 +53,7 @@ class Result(Enum):
 
 @dataclass
 class Try:
-    """What a thread brings back; wait_s: how long the server asks to be left alone."""
+    """What a thread brings back; wait_s: how long the server wants to be left alone."""
 
     result: Result
     message: str = ""
@@ -75,14 +75,14 @@ class Job:
 
 
 class HttpBackend:
-    """Requests to one server, `window` at once: half as many after a busy answer, one when it is down, and
-    one more after every reply."""
+    """Requests to one server, `window` at once: half as many after a busy answer, one when it is down, one
+    more after every reply."""
 
     def __init__(self, model: str, base_url: str, max_pixels: int, image_factor: int = 32,
                  concurrency: int = 64, timeout_s: float = 300.0, server_wait_s: float = 1800.0,
                  temperature: float = 0.0, extra_body: dict | None = None, api_key: str | None = None):
         if not base_url.startswith(("http://", "https://")) or "@" in base_url:
-            raise DataError(f"--base_url {base_url}: expected http://host:port/v1 without a password in it; "
+            raise DataError(f"--base_url {base_url}: expected http://host:port/v1 without a password; "
                             f"a key comes from ${API_KEY} or --api_key_file")
         self.model, self.max_pixels, self.image_factor = model, max_pixels, image_factor
         self.url, self.concurrency, self.server_wait_s = base_url.rstrip("/"), concurrency, server_wait_s
@@ -96,13 +96,13 @@ class HttpBackend:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
         self.tries: queue.SimpleQueue[tuple[Job, Try]] = queue.SimpleQueue()
 
-    # ------------------------------------------------------------------------------------------ the scheduler
+    # ---- the scheduler
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
-        """Yield a reply for every request whose key is not in `done`, in the order in which they come.
+        """Yield replies to all requests whose key is not in `done`, as they come.
 
-        After `stop` nothing more is sent, and running calls get DRAIN_S. Raises DataError for an answer that
-        concerns the whole run, ErrorRateError without an answer for `server_wait_s`.
+        After `stop` nothing is sent, and running calls get DRAIN_S. Raises DataError for an answer about the
+        whole run, ErrorRateError without an answer for `server_wait_s`.
         """
         todo = deque(Job(request) for request in requests if request.key not in done)
         waiting: list[tuple[float, int, Job]] = []  # a heap, by the time to send again
@@ -126,7 +126,9 @@ class HttpBackend:
             except queue.Empty:
                 continue
             self.in_flight -= 1
-            if reply := self.settle(job, attempt):
+            job.send_at = time.monotonic()
+            # its reply if the job ends here, else it is sent again at `send_at`
+            if reply := getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt):
                 n_open, heard_at = n_open - 1, time.monotonic()
                 yield reply
             else:
@@ -138,11 +140,6 @@ class HttpBackend:
             job = todo.popleft()
             self.in_flight, job.n_sent = self.in_flight + 1, job.n_sent + 1
             threading.Thread(target=self.work, args=(job, self.tries), daemon=True).start()
-
-    def settle(self, job: Job, attempt: Try) -> Reply | None:
-        """Return the reply of a job that ends here; for None it is sent again at `job.send_at`."""
-        job.send_at = time.monotonic()
-        return getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt)
 
     def on_reply(self, job: Job, attempt: Try) -> Reply:
         if self.is_down:
@@ -190,7 +187,7 @@ class HttpBackend:
         return None
 
     def pause(self, attempt: Try, window: int) -> None:
-        """Send nothing for a while; calls that ran together and fail together count once."""
+        """Send nothing for a while; calls that fail together count once."""
         if (now := time.monotonic()) >= self.pause_until:
             self.n_refused, self.window = self.n_refused + 1, window
             self.pause_until = now + (backoff(self.n_refused) if attempt.wait_s is None else attempt.wait_s)
@@ -200,12 +197,11 @@ class HttpBackend:
         return Reply(job.request.key, "", "error", 0, 0, 0.0, message, job.n_sent, transient)
 
     def redact(self, message: str) -> str:
-        """Return a message of the server without the key that it may quote."""
+        """Remove the key, which a server may quote."""
         return message.replace(self.api_key, "(key)") if self.api_key else message
 
-    # -------------------------------------------------------------------------------------------- in a thread
+    # ---- in a thread
     def work(self, job: Job, tries: queue.SimpleQueue) -> None:
-        """Make one try at a job and hand it over."""
         attempt = Try(Result.CRASH)
         try:
             attempt = self.send(job.request)
@@ -213,7 +209,7 @@ class HttpBackend:
             tries.put((job, attempt))
 
     def is_up(self) -> bool:
-        """Ask for the list of models: any answer shows life, except a gateway's in front of a dead server."""
+        """Ask for the models: any answer shows life, except a gateway's in front of a dead server."""
         try:
             status = self.client.get(f"{self.url}/models", timeout=CONNECT_TIMEOUT_S).status_code
         except httpx.RequestError:
@@ -221,7 +217,6 @@ class HttpBackend:
         return status not in (*BUSY_STATUSES, *GATEWAY_STATUSES)
 
     def send(self, request: Request) -> Try:
-        """Post one request and return what came of it."""
         try:
             body = json.dumps(self.payload(request), separators=(",", ":")).encode("ascii")
             began = time.monotonic()
@@ -248,7 +243,6 @@ class HttpBackend:
         return Try(Result.UNCLEAR if status >= 500 else Result.BAD_SAMPLE, message)
 
     def payload(self, request: Request) -> dict:
-        """Return the body: the messages, or images and text after the system prompt."""
         if request.messages:
             messages = [{"role": role, "content": parts if isinstance(parts, str) else self.content(parts)}
                         for role, parts in request.messages]
@@ -263,7 +257,6 @@ class HttpBackend:
         return body
 
     def content(self, parts: Iterable[str | Picture]) -> list[dict]:
-        """Return the content of a user's message."""
         return [{"type": "text", "text": part} if isinstance(part, str) else
                 {"type": "image_url",
                  "image_url": {"url": picture_url(part, self.max_pixels, self.image_factor)}}
@@ -271,7 +264,7 @@ class HttpBackend:
 
 
 def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | None:
-    """Return the reply in a chat completion; None if the body is anything else."""
+    """Return the reply in a chat completion; None for any other body."""
     try:
         body = response.json()
         choice, usage = body["choices"][0], body.get("usage") or {}
@@ -285,7 +278,7 @@ def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | No
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), if it is usable."""
+    """Return the seconds of a Retry-After header (a number or an HTTP date), if usable."""
     value = (value or "").strip()
     try:
         date = None if value.isdigit() else parsedate_to_datetime(value)

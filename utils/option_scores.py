@@ -1,10 +1,9 @@
 """Readouts without a parser: the score of every option of an item after a fixed beginning of an answer.
 
-An option's score is the log-probability of its tokens. If one option is a prefix of another, the closing
-brace of the box counts too, for all options of that item (otherwise not, as it may share a token with what
-follows). R0 reads the same stem after the last latent (or the last text imagination) in every condition; R1
-reads the clean run's own words there, so that only a path around the words can change the score. R2 is the
-free reply, parsed.
+An option's score is the log-probability of its tokens, and if one option is a prefix of another, also of the
+closing brace, which may otherwise share a token with what follows. R0 reads the same stem after the last
+latent (or text imagination) in every condition; R1 reads the clean run's own words there, so that only a path
+around the words can change the score. R2 is the free reply, parsed.
 """
 import math
 
@@ -18,14 +17,12 @@ BRACE = "}"
 
 
 def option_words(item: dict, by: str) -> dict[str, str]:
-    """Return the content of the box for each letter: the letter (by "letter") or the option's words
-    ("text")."""
+    """Return {letter: content of the box}: the letter (by "letter") or the option's words ("text")."""
     return {letter: letter if by == "letter" else plain(text) for letter, text in item["options"]}
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:
-    """Return the ids of `before` + stem + words for each option, and how many leading ids all options
-    share."""
+    """Return the ids of `before` + stem + words for each option, and how many leading ids they share."""
     def ids(ending: str) -> list[list[int]]:
         return [before + qwen.tokenizer(stem + word + ending, add_special_tokens=False).input_ids
                 for word in words]
@@ -43,15 +40,14 @@ def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) ->
 @torch.no_grad()
 def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
                  shared: list[int]) -> list[list[float]]:
-    """Return the log-probability, in nats, of each block of each row, without its first `shared[row]` ids.
+    """Return the log-probability, in nats, of each block of each row without its first `shared[row]` ids.
 
-    The kth blocks of all rows are read at once; `state` is not used up.
+    The kth blocks of all rows are read at once; `state` is kept.
     """
     scores = [[] for _ in blocks]
     for k in range(max(map(len, blocks))):
         rows = [i for i, of_row in enumerate(blocks) if k < len(of_row)]
-        # [rows, longest, hidden]
-        hidden = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])[0]
+        hidden, _ = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])
         for read, i in zip(hidden, rows):
             block, skipped = blocks[i][k], shared[i]
             before = read[max(skipped - 1, 0):len(block) - 1]  # the state that predicts each token
@@ -64,8 +60,7 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
 
 def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str], before: list[list[int]],
                   by: str = "letter") -> list[dict[str, float]]:
-    """Return {letter: log-probability} of each row's options after `before[row]` (ids) and `stems[row]`;
-    `state` is kept."""
+    """Return {letter: log-probability} of each row's options after `before[row]` (ids) and `stems[row]`."""
     laid_out = [option_blocks(qwen, stem, list(option_words(item, by).values()), ids)
             for item, stem, ids in zip(items, stems, before, strict=True)]
     scores = score_blocks(qwen, state, [blocks for blocks, _ in laid_out], [shared for _, shared in laid_out])
@@ -75,8 +70,7 @@ def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str],
 
 def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None],
              before: list[list[int]], by: str) -> list[dict]:
-    """Return {"r0", "r1"} of each row: the options after `stem`, and after the clean run's words there (None
-    if it has none)."""
+    """Return {"r0", "r1"} of each row: the options after `stem`, and after the clean run's words, if any."""
     golds = [item["answer"]["value"] for item in items]
     r0 = score_options(qwen, state, items, [stem] * len(items), before, by)
     readouts = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
@@ -101,7 +95,6 @@ def describe_scores(scores: dict[str, float], gold: str) -> dict:
 
 
 def kl(clean: dict[str, float], other: dict[str, float]) -> float:
-    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, both {letter: share}; at least
-    0."""
+    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
     return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300)))
                         for letter, p in clean.items() if p > 0))

@@ -1,9 +1,7 @@
-"""The image processor of a checkpoint: the pixel budget, and pictures as the patches that a vision tower
-reads.
+"""The image processor of a checkpoint: the pixel budget, and pictures as the patches of a vision tower.
 
-The patches equal those of the library's image processor bit for bit, in less time: the library turns a
-picture into floats and then moves these; here bytes are moved and looked up at the end, in a table that the
-processor itself fills, so that only its settings count.
+The patches equal the library's bit for bit, in less time: the library moves floats; here bytes are moved and
+then looked up in a table that the processor itself fills.
 """
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,8 +14,8 @@ from transformers import Qwen2VLImageProcessorPil
 from utils.images import smart_size
 from utils.jsonl import DataError
 
-PROBE_SIZE = (1000, 700)  # pixels; large enough that a budget below 840 visual tokens binds
-THREADS = 4  # to decode and move bytes, which Pillow and numpy do outside of the interpreter's lock
+PROBE_SIZE = (1000, 700)  # pixels: a budget below 840 visual tokens binds
+THREADS = 4  # Pillow and numpy work outside the interpreter's lock
 
 
 def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int | None,
@@ -25,7 +23,7 @@ def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int 
     """Bound the area of one image, in pixels, and check on a probe image that the bound holds.
 
     `from_pretrained(size=...)` is silently ignored on checkpoints that store min_pixels and max_pixels, so
-    the size is assigned after loading; the probe catches a library version that ignores that too.
+    the size is assigned after loading.
     """
     low = min_pixels if min_pixels is not None else image_processor.size["shortest_edge"]
     high = max_pixels if max_pixels is not None else image_processor.size["longest_edge"]
@@ -42,8 +40,7 @@ def set_pixel_budget(image_processor: Qwen2VLImageProcessorPil, min_pixels: int 
 
 
 def move_bytes(array: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """Return the bytes [H, W, 3] of a picture as [patches, 3, patch * patch], the patches of a merged token
-    next to each other."""
+    """Return a picture's bytes [H, W, 3] as [patches, 3, patch * patch], each token's patches in a row."""
     rows, columns = (side // (patch * merge) for side in array.shape[:2])
     cells = array.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     return cells.reshape(rows * columns * merge * merge, 3, patch * patch)
@@ -63,8 +60,7 @@ def values_of_bytes(image_processor: Qwen2VLImageProcessorPil) -> np.ndarray:
 
 
 def process_images(image_processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -> dict | None:
-    """Return {"pixel_values" [n_patches, 1176 or 1536], "image_grid_thw" [n_images, 3]} on the CPU; None
-    without images."""
+    """Return {"pixel_values" [n_patches, 1176 or 1536], "image_grid_thw" [n_images, 3]} (CPU), if any."""
     if not images:
         return None
     patch, merge = image_processor.patch_size, image_processor.merge_size

@@ -1,8 +1,7 @@
 """Figures: begin one, draw what several stages draw, label it, and write a PNG and a CSV of its numbers.
 
-The colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart. Shape and position
-repeat what colour shows, for print. matplotlib is imported by the function that begins a figure, so that
-importing a script loads nothing heavy.
+The colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; shape and position repeat
+them. matplotlib is imported with the first figure.
 """
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ SKY, YELLOW, VERMILION, DARK_GREY, BAND = "#56B4E9", "#F0E442", "#D55E00", "#7F7
 
 
 class LineStyle(NamedTuple):
-    """How a curve is drawn. Lines that coincide stay visible if the later one has the smaller marks."""
+    """How a curve is drawn. Of two that coincide both show if the later has the smaller marks."""
 
     label: str
     color: str
@@ -28,32 +27,34 @@ class LineStyle(NamedTuple):
 
 
 def new_figure(width: float, height: float, n_rows: int = 1, n_columns: int = 1, **more) -> tuple:
-    """Return (figure, axes [n_rows, n_columns]), without a display or pyplot's state; sides in inches."""
+    """Return (figure, axes [n_rows, n_columns]) without pyplot's state; sides in inches."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **more)
 
 
-# ------------------------------------------------------------------------------------ primitives
+# ---- primitives
+def lengths(values: Sequence[float], ends: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return the lengths of whiskers down to low and up to high, for `ends` [(low, high), ...]."""
+    return [[max(0.0, value - low) for value, (low, _) in zip(values, ends)],
+            [max(0.0, high - value) for value, (_, high) in zip(values, ends)]]
+
+
 def draw_bars(axes, places: Sequence[float], values: Sequence[float], ends: Sequence[Sequence[float]],
               width: float, horizontal: bool = False, **more) -> None:
-    """Draw bars with whiskers from low to high, for `ends` [(low, high), ...]."""
-    whiskers = [[max(0.0, value - low) for value, (low, _) in zip(values, ends)],
-                [max(0.0, high - value) for value, (_, high) in zip(values, ends)]]
+    """Draw bars with whiskers at `ends`."""
     draw, side = (axes.barh, "xerr") if horizontal else (axes.bar, "yerr")
-    draw(places, values, width, **{side: whiskers}, capsize=2, error_kw={"linewidth": 1}, **more)
+    draw(places, values, width, **{side: lengths(values, ends)}, capsize=2, error_kw={"linewidth": 1}, **more)
 
 
 def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[Sequence[float]] | None,
               style: LineStyle, whiskers: bool = False) -> None:
-    """Draw a curve with its intervals, `ends` [(low, high), ...]: a pale band, or whiskers at every point."""
+    """Draw a curve with its intervals `ends`, as a pale band or whiskers."""
     looks = {"marker": style.mark, "color": style.color, "markersize": style.size, "label": style.label}
     if ends is None:
         axes.plot(x, values, **looks)
     elif whiskers:
-        lengths = [[max(0.0, value - low) for value, (low, _) in zip(values, ends)],
-                   [max(0.0, high - value) for value, (_, high) in zip(values, ends)]]
-        axes.errorbar(x, values, lengths, capsize=3, elinewidth=1, **looks)
+        axes.errorbar(x, values, lengths(values, ends), capsize=3, elinewidth=1, **looks)
     else:
         low, high = zip(*ends)
         axes.plot(x, values, **looks)
@@ -62,7 +63,7 @@ def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[
 
 def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Sequence[float],
                   style: LineStyle, note: str = "") -> None:
-    """Draw one line of a forest plot: a narrow interval thick, a wide one thin, a note at the right edge."""
+    """Draw one line of a forest plot: two intervals, thick and thin, and a note at the right edge."""
     axes.plot(thin, [y, y], color=style.color, linewidth=1)
     axes.plot(thick, [y, y], color=style.color, linewidth=3)
     axes.plot(value, y, style.mark, color=style.color, markersize=style.size)
@@ -70,11 +71,11 @@ def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Se
 
 
 def draw_grid(axes, grid, bound: float, **more) -> object:
-    """Draw a heat map from -bound (blue) to bound (red), NaN left blank; return it for the colour bar."""
+    """Draw and return a heat map from -bound (blue) to bound (red), NaN left blank."""
     return axes.imshow(grid, vmin=-bound, vmax=bound, cmap="RdBu_r", interpolation="nearest", **more)
 
 
-# ------------------------------------------------------------------------------------ labels and files
+# ---- labels and files
 def tidy(axes, whole: bool = False) -> None:
     """Remove the frame's upper and right sides; `whole`: x are whole numbers."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -90,7 +91,7 @@ def legend(figure, panels, **more) -> None:
 
 
 def write_figure(figure, rows: list[dict], png: str | Path, **more) -> None:
-    """Write a figure and its numbers under the same name; the first row names the columns of the CSV."""
+    """Write a figure, and its numbers as a CSV whose columns the first row names."""
     def write_csv(file: TextIO) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["empty"], extrasaction="ignore",
                                 lineterminator="\n")

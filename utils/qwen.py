@@ -1,8 +1,7 @@
 """Load a Qwen2.5-VL or Qwen3-VL checkpoint and turn prompts into tensors, without torchvision.
 
-`AutoProcessor` needs torchvision for its video half, so the tokenizer and the PIL image processor are loaded
-separately and `<|image_pad|>` is expanded here. One code path serves training, evaluation and the
-interventions, so that all of them see the same tokens.
+`AutoProcessor` needs torchvision for videos, so the tokenizer and the PIL image processor are loaded
+separately and `<|image_pad|>` is expanded here. All stages use this path, so that they see the same tokens.
 """
 import json
 import math
@@ -26,7 +25,7 @@ from utils.patches import process_images, set_pixel_budget
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-HEAD = "lvr_head."  # prefix of the weights of LVR's head; each layer has a weight and a bias
+HEAD = "lvr_head."  # prefix of LVR's head; each layer has a weight and a bias
 SIMPLE_HEAD = ("ln_q", "mlp.0", "mlp.2")  # lvr_head_type "simple"
 GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
 
@@ -35,10 +34,9 @@ GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
 class Qwen:
     """A checkpoint ready to use.
 
-    `factor` is the side in pixels of one visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL), `eos_ids` the
-    tokens that end a reply, from the generation config (the model config names only one of Qwen's two).
-    `saved_dtype` is the type of the weights in the checkpoint. `model` is None without weights
-    (`load_tools`). `latent_head` is LVR's, set by `load_with`.
+    `factor`: pixels per side of a visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL). `eos_ids`: tokens that
+    end a reply, from the generation config (the model config has only one of Qwen's two). `saved_dtype`: of
+    the weights on disk. `model`: None after `load_tools`. `latent_head`: LVR's, set by `load_with`.
     """
 
     model: torch.nn.Module | None
@@ -56,10 +54,10 @@ class Qwen:
         return self.model.device
 
 
-# ------------------------------------------------------------------------------------ loading and saving
+# ---- loading and saving
 @contextmanager
 def checkpoint_errors(path: str) -> Iterator[None]:
-    """Turn the library's errors on a missing or half-written checkpoint into a DataError of one line."""
+    """Turn the library's errors on a missing or broken checkpoint into a DataError of one line."""
     try:
         yield
     except DataError:
@@ -70,7 +68,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
 
 
 def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
-    """Load the configuration, the tokenizer and the image processor of a checkpoint, and no weights."""
+    """Load a checkpoint without its weights."""
     tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
     with checkpoint_errors(path):
         config = AutoConfig.from_pretrained(path)
@@ -83,17 +81,17 @@ def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None 
 
 def load(path: str, dtype: str = "auto", device: str | None = None,
          min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
-    """Load model, tokenizer and image processor of a checkpoint in the released layout.
+    """Load a checkpoint in the released layout.
 
-    `device` None is this rank's GPU if there is one; `dtype` "auto" is bfloat16 on a GPU and float32 on a
-    CPU. `min_pixels` and `max_pixels` bound one image's area; None keeps the checkpoint's own bound.
+    `device` None: this rank's GPU, if any; `dtype` "auto": bfloat16 on a GPU, float32 on a CPU. `min_pixels`,
+    `max_pixels`: bounds of an image's area; None keeps the checkpoint's.
     """
     device = device or (f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     qwen = load_tools(path, min_pixels, max_pixels)
     # The native class, never a subclass: keys of released checkpoints are renamed by class name.
-    with checkpoint_errors(path):  # safetensors: a pickle may run code
+    with checkpoint_errors(path):  # a pickle may run code
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation="sdpa",
             output_loading_info=True)
@@ -108,8 +106,8 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
 
 def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixels: int | None = None,
               max_pixels: int | None = None) -> Qwen:
-    """Load a checkpoint to decode it with these latents, and LVR's head if it has one; DataError for the
-    tokens of another family."""
+    """Load a checkpoint to decode with these latents, and LVR's head, if any; DataError for the tokens of
+    another family."""
     qwen = load(path, dtype, None, min_pixels, max_pixels)
     qwen.latent_head = load_head(path, qwen.device, qwen.model.dtype)
     if spec:
@@ -121,9 +119,8 @@ def load_head(path: str, device: torch.device | str = "cpu",
               dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
 
-    Latents pass through it before they are fed. It is applied to the output of a latent step, so not to the
-    first latent of a segment; the logits after a latent step come from the same state, as in that
-    repository's decoding by steps. The form follows from the names of the weights.
+    It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
+    come from the same state, as in that repository's decoding by steps. The weights' names tell its form.
     """
     index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     files = ["model.safetensors"]
@@ -157,7 +154,7 @@ def load_head(path: str, device: torch.device | str = "cpu",
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
-    """Return (tokenizer, image processor) of a checkpoint, with the pixel budget set and checked."""
+    """Return (tokenizer, image processor) of a checkpoint, with the pixel budget set."""
     check_folder(path)
     for file in (Path(path) / "tokenizer.json", Path(path) / "vocab.json"):
         try:
@@ -188,10 +185,10 @@ def eos_ids(path: str, tokenizer) -> list[int]:
 
 
 def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint in the released layout into `folder`, which must not be the folder it came from.
+    """Write a checkpoint in the released layout into `folder`, which must not be its source.
 
-    `state`: the weights by their names in the model, all of one dtype, for a model whose own weights are
-    sharded or of other types; the library writes them under the released names.
+    `state`: the weights by their names in the model, of one dtype, where the model's own are sharded or of
+    other types; the library writes them under the released names.
     """
     if Path(folder).resolve() == Path(qwen.path).resolve():
         raise DataError(f"{folder}: the checkpoint was loaded from here; inputs are not edited, name another")
@@ -209,9 +206,9 @@ def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) 
 
 
 def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
-    """Add special tokens that are missing, in the given order, and return the ids of all.
+    """Add missing special tokens, in the given order, and return the ids of all.
 
-    The embedding is never shrunk, and grown only when the new ids exceed the rows that the release left free.
+    The embedding never shrinks, and grows only when the ids exceed the rows that the release left free.
     """
     qwen.tokenizer.add_tokens(list(names), special_tokens=True)
     if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
@@ -219,20 +216,19 @@ def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
     return [special_id(qwen.tokenizer, name) for name in names]
 
 
-# ------------------------------------------------------------------------------------ tensors
+# ---- tensors
 def encode(qwen: Qwen, prompts: list[str], images: list[list[Image.Image]]) -> dict:
-    """Turn prompts, with one `<|image_pad|>` per image, into the tensors of `collate` on the model's device.
+    """Return `collate`'s tensors of prompts with one `<|image_pad|>` per image, on the model's device.
 
-    Text after the generation prompt is the beginning of the assistant's reply.
+    Text after the generation prompt begins the assistant's reply.
     """
     ids = [qwen.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     pixels = [process_images(qwen.image_processor, row) for row in images]
-    batch = collate(qwen, ids, pixels)
-    return {name: tensor.to(qwen.device) for name, tensor in batch.items()}
+    return {name: tensor.to(qwen.device) for name, tensor in collate(qwen, ids, pixels).items()}
 
 
 def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
-    """Return ids with each `<|image_pad|>` repeated once per visual token of the image."""
+    """Return ids with each `<|image_pad|>` repeated for all visual tokens of its image."""
     image_id = special_id(qwen.tokenizer, IMAGE_TOKEN)
     grids = pixels["image_grid_thw"].tolist() if pixels else []
     if ids.count(image_id) != len(grids):
@@ -243,11 +239,11 @@ def expand_images(qwen: Qwen, ids: list[int], pixels: dict | None) -> list[int]:
 
 
 def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None]) -> dict:
-    """Pad token lists on the left into one batch, with positions.
+    """Pad token lists on the left into one batch.
 
     Returns input_ids, attention_mask, mm_token_type_ids (1 at visual tokens) [B, L], position_ids [3, B, L]
     and, with images, the tensors of `pixels` (image_grid_thw at least), concatenated. Without
-    mm_token_type_ids the library would silently fall back to 1-D positions.
+    mm_token_type_ids the library silently falls back to 1-D positions.
     """
     rows = [expand_images(qwen, row, pixel) for row, pixel in zip(ids, pixels, strict=True)]
     length = max(map(len, rows))
@@ -268,7 +264,7 @@ def collate(qwen: Qwen, ids: list[list[int]], pixels: list[dict | None]) -> dict
 
 
 def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
-    """Return the merged features [n_visual_tokens, hidden] of every image in `inputs`, in order."""
+    """Return the merged features [n_visual_tokens, hidden] of every image."""
     if "pixel_values" not in inputs:
         return []
     with multiplied_patches(qwen.model):
@@ -279,12 +275,11 @@ def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
 
 @contextmanager
 def multiplied_patches(model: torch.nn.Module, device: str = "cuda") -> Iterator[None]:
-    """Compute the vision tower's first layer, a convolution whose kernel is the whole patch, as a matrix
-    product if the model is on this kind of device.
+    """Compute the vision tower's first layer, a convolution over the whole patch, as a matrix product if the
+    model is on this kind of device.
 
-    In some versions of cuDNN such a convolution in bfloat16 has no engine or takes seconds instead of
-    milliseconds (huggingface/transformers issue 45750, sgl-project/sglang-omni pull 539); vLLM and SGLang
-    multiply too. The weight keeps its name and shape.
+    Some versions of cuDNN have no engine for it in bfloat16, or take seconds (huggingface/transformers issue
+    45750, sgl-project/sglang-omni pull 539); vLLM and SGLang multiply too.
     """
     conv = model.model.visual.patch_embed.proj
     if conv.weight.device.type != device or "forward" in vars(conv):  # already replaced by an outer block

@@ -1,7 +1,7 @@
-"""One report of a run folder: what evaluate, intervene and probe left in it, as one self-contained HTML page.
+"""A report of a run folder: what evaluate, intervene and probe left in it, as one self-contained HTML page.
 
-Outputs are recognised by their metrics (`<output>.metrics.json`; `<folder>/metrics.json` of probe.py). Their
-settings come from `<output>.meta.json`. Neither torch nor matplotlib is imported here.
+Outputs are recognised by their metrics (`<output>.metrics.json`; `<folder>/metrics.json` of probe.py);
+`<output>.meta.json` has their settings. Imports neither torch nor matplotlib.
 """
 import base64
 import html
@@ -15,7 +15,7 @@ from urllib.parse import quote
 from utils.jsonl import DataError, load_object, replace_file
 
 STAGES = ("evaluate", "intervene", "probe")
-EARLIER_FIELDS = ("kept", "imagination")  # mark the metrics of stages 1 to 3, which are not shown
+EARLIER_FIELDS = ("kept", "imagination")  # in metrics of stages 1 to 3, not shown
 NOT_RUN = "{}: not run."
 AGAIN = "run the stage again, or move it away"
 EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "verdict",
@@ -79,24 +79,22 @@ class Figure(NamedTuple):
 Block = Text | Table | Figure
 
 
-# ------------------------------------------------------------------------------------ numbers as text
+# ---- numbers as text
 def percent(share: float | None) -> str:
-    """Return a share as a percentage with one decimal, "-" for None."""
+    """Return a share as a percentage, "-" for None."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def interval(pair: list[float] | None) -> str:
-    """Return the two ends of an interval of a share as percentages."""
     return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
 
 
 def nats(mean: float, pair: list[float]) -> str:
-    """Return a difference of log-probabilities with its interval."""
     return f"{mean:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})"
 
 
 def effect_row(name: str, entry: dict) -> list[str]:
-    """Return the cells of EFFECTS for one condition in the metrics of intervene.py."""
+    """Return the cells of EFFECTS for one condition."""
     effect, r0 = entry["effect"], entry["r0"]
     if effect is None:
         return [name, entry["site"], entry["reason"], *[""] * (len(EFFECTS) - 3)]
@@ -114,20 +112,19 @@ def mediation_table(sites: dict[str, dict | None]) -> tuple[list[str], list[list
 
 
 def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, as Markdown has them."""
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|",
             *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def swept(names: Iterable[str]) -> set[str]:
-    """Return the conditions that have several numbers (`mix:0.25 mix:0.5`): points of a curve or of a map."""
+    """Return the conditions of which there are several (`mix:0.25 mix:0.5`): points of a curve or map."""
     counts = Counter(name.partition(":")[0] for name in names if ":" in name)
     return {name for name in names if ":" in name and counts[name.partition(":")[0]] > 1}
 
 
-# ------------------------------------------------------------------------------------ outputs in a run folder
+# ---- outputs in a run folder
 def read_metrics(path: Path) -> tuple[str | None, dict]:
-    """Return the stage (None: one of the first three) and the content of a metrics file."""
+    """Return the stage (None: one of the first three) and content of a metrics file."""
     metrics = load_object(path, f"expected one JSON object: {AGAIN}")
     if metrics.get("stage") in STAGES:
         return metrics["stage"], metrics
@@ -139,7 +136,7 @@ def read_metrics(path: Path) -> tuple[str | None, dict]:
 
 
 def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
-    """Return {stage: [(path of the output without ending, its metrics file, metrics)]}, at any depth."""
+    """Return {stage: [(output without ending, its metrics file, metrics)]}, at any depth."""
     outputs = {stage: [] for stage in STAGES}
     for path in sorted([*folder.rglob("*.metrics.json"), *folder.rglob("metrics.json")]):
         if any(part.endswith(".run") for part in path.relative_to(folder).parts):
@@ -152,7 +149,7 @@ def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
 
 
 def collect(folder: str | Path) -> list[Block]:
-    """Return the blocks of the report: tables, verdicts and figures by stage, then all settings."""
+    """Return the blocks of the report: all stages, then all settings."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with outputs of {', '.join(STAGES)}")
@@ -172,7 +169,7 @@ def collect(folder: str | Path) -> list[Block]:
 
 
 def stage_figures(stage: str, output: str, latent: str | None, folder: Path) -> list[Figure]:
-    """Return the figures that an output has; `latent` is "off" if its imaginations are text."""
+    """Return an output's figures; `latent` is "off" if its imaginations are text."""
     figures = []
     for file, (source, shows) in FIGURES.items():
         png = Path(output, f"{file}.png") if stage == "probe" else Path(f"{output}.{file}.png")
@@ -187,7 +184,7 @@ def stage_figures(stage: str, output: str, latent: str | None, folder: Path) -> 
 
 
 def settings_block(path: Path) -> Block:
-    """Return the flags that were set, versions, inputs, time and hardware, from <output>.meta.json."""
+    """Return the content of <output>.meta.json."""
     if not path.is_file():
         return Text(f"{path.name}: not there.")
     meta = load_object(path, AGAIN, {"flags": dict, "versions": dict, "inputs": dict, "hardware": dict,
@@ -201,15 +198,14 @@ def settings_block(path: Path) -> Block:
     return Table(["setting", "value"], rows)
 
 
-# ------------------------------------------------------------------------------------ one function per stage
+# ---- one function per stage
 def evaluate_blocks(metrics: dict) -> list[Block]:
     parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
     rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
              interval(part.get("ci95_clustered")), percent(part.get("chance")), str(part["unresolved"]),
              str(part["error"])] for name, part in parts.items()]
-    header = ["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %", "unresolved",
-              "errors"]
-    blocks = [Table(header, rows),
+    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %",
+                     "unresolved", "errors"], rows),
               Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
     if emission := metrics.get("emission"):
         blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))
@@ -273,9 +269,9 @@ SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
     "evaluate": evaluate_blocks, "intervene": intervene_blocks, "probe": probe_blocks}
 
 
-# ------------------------------------------------------------------------------------ the page
+# ---- the page
 def page(title: str, blocks: list[Block]) -> str:
-    """Return one HTML page with its pictures inside; only the CSV files behind them are links."""
+    """Return one HTML page with its pictures inside."""
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', f"<h1>{title}</h1>",
@@ -283,14 +279,13 @@ def page(title: str, blocks: list[Block]) -> str:
 
 
 def plain_text(blocks: list[Block]) -> str:
-    """Return headings, paragraphs and tables as text for a terminal."""
-    parts = ["\n".join(table_lines(*block)) if isinstance(block, Table) else block.text
-             for block in blocks if not isinstance(block, Figure)]
-    return "\n\n".join(parts)
+    """Return all blocks but figures as text for a terminal."""
+    return "\n\n".join("\n".join(table_lines(*block)) if isinstance(block, Table) else block.text
+                       for block in blocks if not isinstance(block, Figure))
 
 
 def write_report(folder: str | Path, title: str, blocks: list[Block]) -> dict:
-    """Write report.html into `folder`; return where it is and how much it shows."""
+    """Write report.html into `folder`; return its path and counts."""
     path = Path(folder, "report.html")
     replace_file(path, lambda file: file.write(page(title, blocks)))
     return {"report": str(path), "tables": sum(isinstance(block, Table) for block in blocks),

@@ -1,6 +1,6 @@
 """Rules for rows and captions that stages 1 and 2 apply alike; none needs a model.
 
-Every rule has a closed reason. The first rule that is broken gives the reason.
+The first broken rule gives the closed reason.
 """
 import os
 import re
@@ -43,16 +43,15 @@ OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULT
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
 
-# ------------------------------------------------------------------------------------------------ captions
-def has_loop(text: str) -> bool:
-    """Return whether more than MAX_REPEATED of a text's 4-grams are repeats, or a line occurs three times."""
-    return repeats(text, text.lower().split())
+# ---- captions
+def has_loop(text: str, words: list[str] | None = None) -> bool:
+    """Return whether more than MAX_REPEATED of a text's 4-grams are repeats, or a line occurs three times.
 
-
-def repeats(text: str, words: list[str]) -> bool:
-    """`has_loop` of a text whose lower-case words are known."""
+    `words`: its lower-case words, if they are known.
+    """
+    words = text.lower().split() if words is None else words
     n_grams = len(words) - 3
-    # there are at least len(set(words)) - 3 different 4-grams: most texts need no count of them
+    # at least len(set(words)) - 3 4-grams differ: most texts need no count
     if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:
         if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
             return True
@@ -63,7 +62,6 @@ def repeats(text: str, words: list[str]) -> bool:
 
 
 def find_markup(text: str) -> set[str]:
-    """Return the pieces of markup in a text."""
     # most texts have none of these characters: 20 times as fast
     if "<" in text or "[" in text or "\\" in text or "`" in text:
         return {match[0] for match in MARKUP.finditer(text)}
@@ -77,12 +75,12 @@ def caption_fault(text: str) -> str | None:
     n_words = len(words)
     suspect = any(word in lower for word in SUSPECT)
     holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text),
-             suspect and META.search(text), repeats(text, words), find_markup(text),
+             suspect and META.search(text), has_loop(text, words), find_markup(text),
              suspect and LEAK.search(text))
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ---- rows
 def parse_options(question: str) -> dict[str, str]:
     """Return {letter: text} of options, one per line ("A. a cat"); {} unless they are A, B and so on."""
     options = {letter: text.rstrip() for letter, text in OPTION.findall(question)}
@@ -91,7 +89,7 @@ def parse_options(question: str) -> dict[str, str]:
 
 
 def check_own(where: str, row: dict) -> None:
-    """Raise DataError for wrong images or steps in a row with OWN_FIELDS; captions are optional."""
+    """Raise DataError for wrong images or steps in a row with OWN_FIELDS."""
     if not all(isinstance(path, str) for path in row["images"]):
         raise DataError(f"{where}: field 'images' should be a list of paths, got {str(row['images'])[:60]!r}")
     for n, step in enumerate(row["steps"], 1):
@@ -103,11 +101,11 @@ def check_own(where: str, row: dict) -> None:
 
 
 def row_fault(row: dict) -> str | None:
-    """Return the first of ROW_REASONS that holds for a row of our form (with or without a chain), or None.
+    """Return the first of ROW_REASONS that holds for a row of our form, or None.
 
     structure: no question image, no helper image, or the last step is not a text. question: empty, without
-    the options that it announces, or with another number of <image> markers than images. answer: empty, not
-    the box of the last step, or not one of the options.
+    the options that it announces, or with a wrong number of <image> markers. answer: empty, not the box of
+    the last step, or not one of the options.
     """
     steps, question, answer = row["steps"], row["question"], row["answer"]
     if not row["images"] or not any("image" in step for step in steps) or "image" in steps[-1]:
@@ -128,7 +126,7 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
                image_journal: Journal | None = None) -> list[Inspection]:
     """Return the inspection of every row: by `fault_of`, then its images, then "duplicate".
 
-    A duplicate has the question, question images and answer of an earlier accepted row. Images whose paths,
+    A duplicate repeats the question, question images and answer of an accepted row. Images whose paths,
     sizes and times are in `image_journal` are not opened.
     """
     if not Path(root).is_dir():
@@ -137,10 +135,9 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
     for row, inspection in zip(rows, inspect_rows(rows, root, fault_of, image_journal), strict=True):
         if inspection.reason is None:
             content = row["question"], row["answer"], *inspection.hashes[:len(row["images"])]
-            if content in seen:
-                detail = f"question, images and answer of {seen[content]}"
-                inspection = inspection._replace(reason="duplicate", detail=detail)
-            seen.setdefault(content, row["id"])
+            if (first := seen.setdefault(content, row["id"])) != row["id"]:
+                inspection = inspection._replace(reason="duplicate",
+                                                 detail=f"question, images and answer of {first}")
         inspections.append(inspection)
     if inspections and all(inspection.reason == "image_missing" for inspection in inspections):
         log(f"no row has its images under --image_root {root}; the first: {inspections[0].detail}")
@@ -149,7 +146,7 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
 
 def inspect_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
                  image_journal: Journal | None) -> Iterator[Inspection]:
-    """Yield the inspection of each row by `fault_of` and by its images; new ones go into the journal."""
+    """Yield the inspection of each row by `fault_of` and its images, noting new ones in the journal."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
     try:
         for first in range(0, len(rows), IMAGE_WINDOW):
@@ -174,11 +171,10 @@ def recall(row: dict, root: str | Path, fault_of: Callable[[dict], str | None],
         return "", Inspection(reason, "", [])
     key = files_key(root, row["images"], helper_images(row)) if image_journal is not None else ""
     record = image_journal.get(key) if key else None
-    return key, record and Inspection(record["reason"], record["detail"], record["hashes"])
+    return key, record and Inspection(record["reason"], record.get("detail", ""), record["hashes"])
 
 
 def helper_images(row: dict) -> list[str]:
-    """Return the paths of a row's intermediate images."""
     return [step["image"] for step in row["steps"] if "image" in step]
 
 
@@ -192,6 +188,6 @@ def files_key(root: str | Path, images: list[str], helpers: list[str]) -> str:
 
 
 def is_inspection(record: dict) -> bool:
-    """Return whether a record of the images journal has the fields of an Inspection."""
-    return (record["reason"] in (None, *IMAGE_REASONS) and type(record["detail"]) is str
+    """Return whether a journal record has the fields of an Inspection (`detail`: not in old journals)."""
+    return (record["reason"] in (None, *IMAGE_REASONS) and type(record.get("detail", "")) is str
             and type(record["hashes"]) is list and all(type(digest) is str for digest in record["hashes"]))

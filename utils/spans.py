@@ -1,4 +1,4 @@
-"""Find, read and replace the text imaginations of a reply or a chain: the spans between OPEN and CLOSE.
+"""Find, read and replace text imaginations: the spans of a reply or chain between OPEN and CLOSE.
 
     I look closer. <think_image>The hull shows a white 42.</think_image> The answer is \\boxed{42}.
 """
@@ -19,7 +19,7 @@ def mark(text: str) -> str:
 
 
 def find_spans(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) in characters of every imagination before the first box, without the marks."""
+    """Return (start, end) of every imagination before the first box, without the marks."""
     boxed = text.find("\\boxed")
     return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
 
@@ -30,7 +30,7 @@ def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
 
 
 def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
-    """Return `text` with its spans replaced by `after`; nothing outside the spans changes."""
+    """Return `text` with its spans replaced by `after`."""
     for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold
         text = text[:start] + span + text[end:]
     return text
@@ -42,7 +42,7 @@ def after_marks(text: str, end: int) -> int:
 
 
 def conclusion(text: str) -> str:
-    """Return the text after the last imagination; the whole text if there is no imagination."""
+    """Return the text after the last imagination, if any."""
     spans = find_spans(text)
     return text[after_marks(text, spans[-1][1]):] if spans else text
 

@@ -1,8 +1,8 @@
 """Intervals, paired tests and equivalence tests for 0/1 and continuous outcomes, with or without groups.
 
-Paired 0/1 data are written b, c, n: of n items, b change right -> wrong and c wrong -> right between two
-conditions, so the change is theta = (c - b) / n. Continuous data are one value per item, such as the change
-of a log-probability in nats. An empty sample is a ValueError.
+Paired 0/1 data are b, c, n: of n items, b change right -> wrong and c wrong -> right, so the change is
+theta = (c - b) / n. Continuous data are one value per item, such as the change of a log-probability in nats.
+An empty sample is a ValueError.
 """
 import math
 from collections.abc import Hashable, Sequence
@@ -13,18 +13,17 @@ from statistics import NormalDist
 import numpy as np
 
 NORMAL = NormalDist()
-BISECTIONS = 60  # of an interval about as long as the answer: far below float resolution
-FRACTION_TERMS = 10000  # the continued fraction needs about sqrt(df) terms: enough for a df of 10 million
+BISECTIONS = 60  # far below float resolution
+FRACTION_TERMS = 10000  # about sqrt(df) are needed: enough for a df of 10 million
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for a share of k in n (Wilson 1927), inside [0, 1] by construction."""
+    """Return Wilson's score interval for a share of k in n (Wilson 1927), inside [0, 1]."""
     if not 0 <= k <= n or n < 1:
         raise ValueError(f"wilson({k}, {n}): expected 0 <= k <= n and n >= 1")
     z = normal_quantile(level)
     center, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    # the ends are exact at k = 0 and k = n, free of rounding
-    low = 0.0 if k == 0 else (center - half) / (n + z * z)
+    low = 0.0 if k == 0 else (center - half) / (n + z * z)  # exact at both ends
     return low, 1.0 if k == n else (center + half) / (n + z * z)
 
 
@@ -47,7 +46,7 @@ def tango_z(b: int, c: int, n: int, theta: float) -> float:
     qa, qb, qc = 2 * n, -b - c + (2 * n - c + b) * theta, -b * theta * (1 - theta)
     q = (math.sqrt(max(qb * qb - 4 * qa * qc, 0.0)) - qb) / (2 * qa)
     difference, variance = c - b - n * theta, n * (2 * q + theta * (1 - theta))
-    if variance <= 0:  # nothing can vary: theta is certain (b = c = theta = 0) or impossible (theta = 1, say)
+    if variance <= 0:  # theta is certain (b = c = theta = 0) or impossible (theta = 1, say)
         return math.copysign(math.inf, difference) if difference else 0.0
     return difference / math.sqrt(variance)
 
@@ -55,8 +54,7 @@ def tango_z(b: int, c: int, n: int, theta: float) -> float:
 def tango_ci(b: int, c: int, n: int, level: float = 0.90) -> tuple[float, float]:
     """Return the score interval of theta: every change that Tango's test does not reject.
 
-    Unlike Wald and bootstrap intervals it has a width when no answer changes. The default level belongs to a
-    pair of one-sided tests at 5 %.
+    It has a width even when no answer changes. The default level is that of two one-sided tests at 5 %.
     """
     z, center = normal_quantile(level), (c - b) / n if n else 0.0
     return _crossing(b, c, n, z, -1.0, center), _crossing(b, c, n, -z, center, 1.0)
@@ -73,7 +71,7 @@ def _crossing(b: int, c: int, n: int, z: float, low: float, high: float) -> floa
 def tost_tango(b: int, c: int, n: int, margin: float) -> float:
     """Return the p of "the change is smaller than margin, both ways" (two one-sided score tests).
 
-    Below alpha exactly if `tango_ci` of level 1 - 2 alpha lies inside (-margin, margin).
+    Below alpha exactly if `tango_ci` of level 1 - 2 alpha is inside (-margin, margin).
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin {margin}: expected a share between 0 and 1")
@@ -84,10 +82,10 @@ def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Seq
                     level: float = 0.90, n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
     """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry per item.
 
-    Without groups it is Tango's. With groups it is, end by end, the wider of Tango's, widened by the groups'
-    design effect, and the cluster bootstrap's, which alone would collapse when no answer changes. A single
-    group of several items contains no information on other groups: (-1, 1). For outcomes averaged over seeds,
-    which are not 0/1, take `robust_mean` of the differences.
+    Without groups it is Tango's. With groups each end is the wider of Tango's, widened by the groups' design
+    effect, and the cluster bootstrap's, which alone would collapse when no answer changes. A single group of
+    several items says nothing about other groups: (-1, 1). Outcomes averaged over seeds are not 0/1: take
+    `robust_mean` of the differences.
     """
     clean, intervened = np.asarray(clean, dtype=float), np.asarray(intervened, dtype=float)
     if (not clean.shape == intervened.shape == (len(groups),)
@@ -108,9 +106,9 @@ def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float
     """Return the score interval of changes in {-1, 0, 1} [n], widened by the groups' design effect.
 
     The root of the design effect (cluster-robust over independent variance, at least 1; after Rao and Scott
-    1992) multiplies Student's quantile with G - 1 degrees of freedom. With 11 % changed answers in groups of
-    4, the 90 % percentile bootstrap missed a change of -4.6 points on one side in 6.4 % (200 groups) and 9.1
-    % (50 groups) of data sets instead of 5 %; this interval in 5.2 and 6.0 %.
+    1992) multiplies Student's quantile with G - 1 degrees of freedom. In groups of 4 with 11 % changed
+    answers, the 90 % percentile bootstrap missed a change of -4.6 points on one side in 6.4 % (200 groups)
+    and 9.1 % (50 groups) of data sets instead of 5 %; this interval in 5.2 and 6.0 %.
     """
     mean, error, n_groups = _mean_and_error(changes, groups)
     independent = math.sqrt(np.square(changes - mean).sum()) / len(changes)
@@ -120,10 +118,10 @@ def _grouped_tango(changes: np.ndarray, groups: Sequence[Hashable], level: float
 
 
 def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
-    """Return the verdict at 5 % that two intervals of an effect allow, against a margin fixed beforehand.
+    """Return the verdict at 5 % on an effect, against a margin fixed beforehand.
 
-    "equivalent": ci90 lies inside (-margin, margin), which is a pair of one-sided tests. "effect": ci95
-    excludes 0. "small effect inside the margin": both. "inconclusive": neither.
+    "equivalent": ci90 is inside (-margin, margin), a pair of one-sided tests. "effect": ci95 excludes 0.
+    "small effect inside the margin": both. "inconclusive": neither.
     """
     if not margin > 0 or not ci95[0] <= ci90[0] <= ci90[1] <= ci95[1]:
         raise ValueError(f"{ci90}, {ci95}, margin {margin}: expected ci90 within ci95 and margin > 0")
@@ -143,13 +141,13 @@ class Interval:
     @classmethod
     def paired(cls, clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
                **draws: int) -> "Interval":
-        """Return the intervals of the change of a 0/1 outcome (`paired_interval`)."""
+        """Return the intervals of `paired_interval`."""
         return cls(*(list(paired_interval(clean, intervened, groups, level, **draws))
                      for level in (0.90, 0.95)))
 
     @classmethod
     def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":
-        """Return the intervals of the mean of a continuous outcome (`robust_mean`)."""
+        """Return the intervals of `robust_mean`."""
         return cls(*(list(robust_mean(values, groups, level)[1:]) for level in (0.90, 0.95)))
 
     def verdict(self, margin: float) -> str:
@@ -167,8 +165,7 @@ def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[np.
 
 def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.90,
                       n_boot: int = 10000, seed: int = 0) -> tuple[float, float]:
-    """Return the percentile interval of the mean of values when whole groups are drawn with replacement, such
-    as the four rotations of one HR-Bench question."""
+    """Return the percentile interval of the mean when whole groups are drawn with replacement."""
     sums, sizes = group_sums(values, groups)
     rng, means = np.random.default_rng(seed), []
     for start in range(0, n_boot, 1000):  # in pieces: [n_boot, n_groups] need not fit in memory
@@ -183,7 +180,7 @@ def robust_mean(values: Sequence[float], groups: Sequence[Hashable],
     """Return (mean, low, high) of a continuous outcome, with a cluster-robust standard error.
 
     SE^2 = G / (G - 1) * sum over groups of (sum of the group's deviations)^2 / n^2, and t with G - 1 degrees
-    of freedom. The width is 0 if no group deviates, so for 0/1 outcomes use `paired_interval`.
+    of freedom. The width is 0 if no group deviates: for 0/1 outcomes use `paired_interval`.
     """
     mean, error, n_groups = _mean_and_error(values, groups)
     normal_quantile(level)  # checks the level
@@ -194,7 +191,7 @@ def robust_mean(values: Sequence[float], groups: Sequence[Hashable],
 def tost_mean(values: Sequence[float], groups: Sequence[Hashable], margin: float) -> float:
     """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests, cluster-robust).
 
-    Below alpha exactly if `robust_mean` of level 1 - 2 alpha lies inside (-margin, margin).
+    Below alpha exactly if `robust_mean` of level 1 - 2 alpha is inside (-margin, margin).
     """
     if not 0 < margin < math.inf:
         raise ValueError(f"margin {margin}: expected a finite number above 0, in the units of the values")
@@ -219,7 +216,7 @@ def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int =
     """Return the two-sided p of "values are symmetric about 0" by flipping the signs of the group sums.
 
     If the 2^G flips are at most n_perm (G: groups whose sum is not 0), all are counted; else n_perm random
-    ones and the data's own, (1 + k) / (1 + n_perm). On ungrouped 0/1 outcomes it is McNemar's exact test.
+    ones and the data's own. On ungrouped 0/1 outcomes it is McNemar's exact test.
     """
     sums, _ = group_sums(values, groups)
     sums = sums[sums != 0]
@@ -237,7 +234,7 @@ def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int =
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjusted p values, in the order given."""
+    """Return Holm's step-down adjusted p values, in order."""
     if len(p) == 0 or not all(0 <= value <= 1 for value in p):
         raise ValueError(f"holm({p}): expected at least one p value, all between 0 and 1")
     adjusted, largest = [0.0] * len(p), 0.0
@@ -294,7 +291,7 @@ def _incomplete_beta(a: float, b: float, x: float, y: float) -> float:
 
 
 def chance(n_options: Sequence[int]) -> float:
-    """Return the accuracy of blind guessing: the mean over items of 1 / number of options (36.0 % on V*)."""
+    """Return the accuracy of guessing: the mean of 1 / number of options (36.0 % on V*)."""
     if min(n_options, default=0) < 1:
         raise ValueError(f"chance of items with {list(n_options)[:9]} options: expected at least one each")
     return sum(1 / n for n in n_options) / len(n_options)
