@@ -176,10 +176,10 @@ def caption_of(call: Call, value: dict) -> str:
     return " ".join(value["caption" if call.kind == "zoom" else "description"].split())
 
 
-def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace,
-                 prompts: dict[str, str]) -> None:
+def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
     """Give every image step its caption, or reject the sample."""
-    calls = [(sample, call) for sample in accepted(samples) for call in caption_calls(sample, args, prompts)]
+    calls = [(sample, call) for sample in accepted(samples)
+             for call in caption_calls(sample, args, caller.prompts)]
     outcomes = ask(caller, [call for _, call in calls], check_caption, "captions")
     for (sample, call), outcome in zip(calls, outcomes, strict=True):
         if outcome.value is not None:
@@ -285,14 +285,13 @@ def lost_facts(caption: str, refined: str) -> str | None:
     return None
 
 
-def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
-               prompts: dict[str, str]) -> None:
+def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
     """Give every captioned sample its chain, refined if the refinement passes the checks."""
     alive = accepted(samples)
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
     replies = [None] * len(alive)
     if not args.no_refine:
-        calls = [refine_call(sample, parts[sample.row["id"]][0], prompts) for sample in alive]
+        calls = [refine_call(sample, parts[sample.row["id"]][0], caller.prompts) for sample in alive]
         replies = [outcome.value for outcome in ask(
             caller, calls, lambda call, value: check_refined(parts[call.id][0], value), "refinement",
             guarded=False)]
@@ -305,11 +304,11 @@ def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace,
 
 
 # ---- the stage
-def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace, prompts: dict[str, str]) -> None:
+def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
     """Check, caption and refine samples in place."""
     apply_rules(samples, args.image_root, caller.images)
-    add_captions(samples, caller, args, prompts)
-    add_chains(samples, caller, args, prompts)
+    add_captions(samples, caller, args)
+    add_chains(samples, caller, args)
 
 
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:
@@ -318,7 +317,7 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
     kept = [sample.row for sample in accepted(samples)]
     rejected = [{"id": sample.row["id"], "subset": sample.row["subset"], "reason": sample.reason,
                  "detail": sample.detail} for sample in samples if sample.reason is not None]
-    assert len(samples) == len(kept) + len(rejected) and {row["reason"] for row in rejected} <= set(REASONS)
+    assert {row["reason"] for row in rejected} <= set(REASONS)
     reasons = defaultdict(Counter)
     for row in rejected:
         reasons[row["subset"]][row["reason"]] += 1
@@ -384,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
         args.input, prompts, PROMPTS_VERSION, SCHEMAS,
         {"stage": "rewrite_captions", "refine": not args.no_refine, "with_original": args.with_original},
         read=lambda: read_samples(args), preview=lambda samples: preview(samples, args, prompts),
-        work=lambda samples, caller: rewrite(samples, caller, args, prompts),
+        work=lambda samples, caller: rewrite(samples, caller, args),
         export=lambda samples, _: export(samples, args), show=show))
 
 

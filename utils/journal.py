@@ -78,7 +78,8 @@ class Journal:
         before = read_settings(self.folder)
         if before is None:
             return write_json(path, settings)
-        if changed := [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]:
+        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+        if changed:
             table = [("", "there", "now"),
                      *((name, before.get(name), settings.get(name)) for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
