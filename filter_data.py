@@ -147,7 +147,6 @@ def find_flags(row: dict) -> list[str]:
 
 
 def apply_rules(rows: list[dict], root: str, image_journal: Journal | None = None) -> list[Verdict]:
-    """Return a verdict per row by the rules."""
     verdicts = []
     for reason, detail, hashes in check_rows(rows, root, chain_fault, image_journal):
         verdicts.append(Verdict(hashes=hashes))

@@ -305,7 +305,6 @@ def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace) 
 
 # ---- the stage
 def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
-    """Check, caption and refine samples in place."""
     apply_rules(samples, args.image_root, caller.images)
     add_captions(samples, caller, args)
     add_chains(samples, caller, args)

@@ -81,7 +81,7 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
-    """Return `prompts`, replaced by those in the JSON object at `path` (--prompts)."""
+    """Return `prompts` with those in the JSON object at `path` replaced (--prompts)."""
     if path is None:
         return dict(prompts)
     try:

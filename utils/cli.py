@@ -56,7 +56,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parse_count(text: str) -> int:
-    """Return a flag's number of at least 1."""
     try:
         count = int(text)
     except ValueError:

@@ -29,7 +29,6 @@ def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, .
 
 
 def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
-    """Return the fault of an item in words, or None."""
     if item["metric"] not in metrics:
         return f"metric {item['metric']!r}, expected one of {', '.join(metrics)}"
     answer = item["answer"]
@@ -142,7 +141,6 @@ def question_text(item: dict, suffix: str = "") -> str:
 
 
 def open_images(item: dict, root: str | Path) -> list[Image.Image]:
-    """Open an item's images below `root`."""
     return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
 
 

@@ -72,7 +72,6 @@ class Journal:
             file.close()
 
     def check_settings(self, settings: dict) -> None:
-        """Write meta.json, or compare with the one on disk."""
         path = self.folder / "meta.json"
         settings = json.loads(json.dumps(settings))
         before = read_settings(self.folder)

@@ -99,7 +99,6 @@ def check_surrogates(text: str, value: object) -> None:
 
 
 def json_fault(path: str, line: int, error: ValueError | RecursionError, expected: str) -> str:
-    """Return the message for a text that is not JSON."""
     if isinstance(error, UnicodeDecodeError):
         line += error.object[:error.start].count(b"\n")
         return f"{path}:{line}: byte {error.object[error.start]:#x} is not UTF-8"
@@ -139,7 +138,7 @@ def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
 
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
               hint: str | None = None) -> list[dict]:
-    """Read rows, checked to have `fields`, and unlike ids if "id" is one of them."""
+    """Read rows that have `fields`; if "id" is one of them, no two ids may be equal."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
         check_fields(where, row, fields, hint)
@@ -205,7 +204,6 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write one JSON value, indented, completely or not at all."""
     replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
 
 

@@ -250,7 +250,7 @@ class Guard:
         self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
 
     def count(self, failed: bool) -> None:
-        """Raise ErrorRateError if the first GUARD_FIRST calls all failed, or GUARD_SHARE of GUARD_WINDOW."""
+        """Raise ErrorRateError if GUARD_FIRST calls all failed, or GUARD_SHARE of the last GUARD_WINDOW."""
         self.n, self.n_failed = self.n + 1, self.n_failed + failed
         self.last.append(failed)
         all_failed = self.n_failed == self.n >= GUARD_FIRST

@@ -38,8 +38,6 @@ TICK_S = 0.1
 
 
 class Result(Enum):
-    """What one try at a call led to."""
-
     REPLY = "the server replied"
     BAD_SAMPLE = "the server, or its image, rules this call out"
     BAD_RUN = "the server would refuse every call"
@@ -135,7 +133,6 @@ class HttpBackend:
                 heapq.heappush(waiting, (job.send_at, id(job), job))
 
     def start(self, todo: deque[Job], now: float) -> None:
-        """Send as many jobs as the server may take."""
         while todo and now >= self.pause_until and self.in_flight < min(self.window, self.concurrency):
             job = todo.popleft()
             self.in_flight, job.n_sent = self.in_flight + 1, job.n_sent + 1
@@ -288,5 +285,4 @@ def retry_after(value: str | None) -> float | None:
 
 
 def backoff(n: int) -> float:
-    """Return the seconds to wait after the nth failure."""
     return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**(n - 1)) * random.uniform(0.75, 1.25)

@@ -42,7 +42,6 @@ def lengths(values: Sequence[float], ends: Sequence[Sequence[float]]) -> list[li
 
 def draw_bars(axes, places: Sequence[float], values: Sequence[float], ends: Sequence[Sequence[float]],
               width: float, horizontal: bool = False, **more) -> None:
-    """Draw bars with whiskers at `ends`."""
     draw, side = (axes.barh, "xerr") if horizontal else (axes.bar, "yerr")
     draw(places, values, width, **{side: lengths(values, ends)}, capsize=2, error_kw={"linewidth": 1}, **more)
 
@@ -84,7 +83,6 @@ def tidy(axes, whole: bool = False) -> None:
 
 
 def legend(figure, panels, **more) -> None:
-    """Put one legend of all panels below them."""
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=max(len(handles), 1),
                   frameon=False, **more)

@@ -115,21 +115,25 @@ def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixel
     return qwen
 
 
-def load_head(path: str, device: torch.device | str = "cpu",
-              dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def find_file(path: str, name: str) -> str | None:
+    """Return where a checkpoint's file is, here or in the hub's cache, if it has one."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+
+
+def load_head(path: str, device: torch.device,
+              dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
 
     It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
     come from the same state, as in that repository's decoding by steps. The weights' names tell its form.
     """
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     files = ["model.safetensors"]
-    if index:
+    if index := find_file(path, "model.safetensors.index.json"):
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({file for name, file in places.items() if name.startswith(HEAD)})
     head = {}
     for name in files:
-        if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False):
+        if file := find_file(path, name):
             with safe_open(file, "pt") as weights:
                 head |= {key.removeprefix(HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
                          for key in weights.keys() if key.startswith(HEAD)}
@@ -166,7 +170,7 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     if tokenizer.chat_template is None:  # some releases keep the template in a separate file
-        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        template = find_file(path, "chat_template.json")
         if template is None:
             raise DataError(f"{path}: no chat template in tokenizer_config.json or chat_template.*")
         tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
@@ -176,7 +180,7 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
 
 def eos_ids(path: str, tokenizer) -> list[int]:
     """Return the ids that end a reply: the generation config's, else the tokenizer's."""
-    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+    if find_file(path, "generation_config.json"):
         with checkpoint_errors(path):
             eos = GenerationConfig.from_pretrained(path).eos_token_id
         if eos is not None:

@@ -94,7 +94,6 @@ def nats(mean: float, pair: list[float]) -> str:
 
 
 def effect_row(name: str, entry: dict) -> list[str]:
-    """Return the cells of EFFECTS for one condition."""
     effect, r0 = entry["effect"], entry["r0"]
     if effect is None:
         return [name, entry["site"], entry["reason"], *[""] * (len(EFFECTS) - 3)]
@@ -149,7 +148,6 @@ def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
 
 
 def collect(folder: str | Path) -> list[Block]:
-    """Return the blocks of the report: all stages, then all settings."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with outputs of {', '.join(STAGES)}")
@@ -184,7 +182,6 @@ def stage_figures(stage: str, output: str, latent: str | None, folder: Path) -> 
 
 
 def settings_block(path: Path) -> Block:
-    """Return the content of <output>.meta.json."""
     if not path.is_file():
         return Text(f"{path.name}: not there.")
     meta = load_object(path, AGAIN, {"flags": dict, "versions": dict, "inputs": dict, "hardware": dict,
@@ -193,8 +190,7 @@ def settings_block(path: Path) -> Block:
             for name, value in meta["flags"].items() if value or value == 0 and value is not False]
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())])
     rows += [[f"sha256 of {name}", str(value)] for name, value in meta["inputs"].items()]
-    rows.append(["seconds", str(meta["seconds"])])
-    rows.append(["hardware", ", ".join(map(str, meta["hardware"].values()))])
+    rows += [["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
     return Table(["setting", "value"], rows)
 
 
@@ -271,7 +267,6 @@ SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
 
 # ---- the page
 def page(title: str, blocks: list[Block]) -> str:
-    """Return one HTML page with its pictures inside."""
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', f"<h1>{title}</h1>",

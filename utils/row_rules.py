@@ -89,7 +89,6 @@ def parse_options(question: str) -> dict[str, str]:
 
 
 def check_own(where: str, row: dict) -> None:
-    """Raise DataError for wrong images or steps in a row with OWN_FIELDS."""
     if not all(isinstance(path, str) for path in row["images"]):
         raise DataError(f"{where}: field 'images' should be a list of paths, got {str(row['images'])[:60]!r}")
     for n, step in enumerate(row["steps"], 1):

@@ -42,7 +42,7 @@ def after_marks(text: str, end: int) -> int:
 
 
 def conclusion(text: str) -> str:
-    """Return the text after the last imagination, if any."""
+    """Return the text after the last imagination, or all of it."""
     spans = find_spans(text)
     return text[after_marks(text, spans[-1][1]):] if spans else text
 

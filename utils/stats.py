@@ -141,13 +141,11 @@ class Interval:
     @classmethod
     def paired(cls, clean: Sequence[int], intervened: Sequence[int], groups: Sequence[Hashable],
                **draws: int) -> "Interval":
-        """Return the intervals of `paired_interval`."""
         return cls(*(list(paired_interval(clean, intervened, groups, level, **draws))
                      for level in (0.90, 0.95)))
 
     @classmethod
     def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":
-        """Return the intervals of `robust_mean`."""
         return cls(*(list(robust_mean(values, groups, level)[1:]) for level in (0.90, 0.95)))
 
     def verdict(self, margin: float) -> str:
