@@ -186,7 +186,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
         return 4
     except IncompleteError as error:
         if args.export_only:
-            raise DataError(f"{args.output}.run: {error}; first finish every shard without it") from error
+            raise DataError(f"{args.output}.run: {error}; run without --export_only first") from error
         log(f"this shard is done, {error} from others: the last one, or --export_only, writes {args.output}")
         return 0
     metrics = stage.export(samples, results) | stats | {"seconds": round(time.monotonic() - began, 1)}

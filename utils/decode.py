@@ -110,8 +110,8 @@ def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | 
                  pad_id: int | None) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
     if prompt_latents is None:
-        prompt = {name: inputs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")
-                  if name in inputs}
+        names = ("input_ids", "pixel_values", "image_grid_thw")
+        prompt = {name: inputs[name] for name in names if name in inputs}
     else:
         prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
     with multiplied_patches(qwen.model):
