@@ -80,7 +80,7 @@ class HttpBackend:
                  concurrency: int = 64, timeout_s: float = 300.0, server_wait_s: float = 1800.0,
                  temperature: float = 0.0, extra_body: dict | None = None, api_key: str | None = None):
         if not base_url.startswith(("http://", "https://")) or "@" in base_url:
-            raise DataError(f"--base_url {base_url}: expected http://host:port/v1 without a password; "
+            raise DataError(f"--base_url {base_url}: expected http://host:port/v1 without a password in it; "
                             f"a key comes from ${API_KEY} or --api_key_file")
         self.model, self.max_pixels, self.image_factor = model, max_pixels, image_factor
         self.url, self.concurrency, self.server_wait_s = base_url.rstrip("/"), concurrency, server_wait_s
@@ -124,9 +124,7 @@ class HttpBackend:
             except queue.Empty:
                 continue
             self.in_flight -= 1
-            job.send_at = time.monotonic()
-            # its reply if the job ends here, else it is sent again at `send_at`
-            if reply := getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt):
+            if reply := self.settle(job, attempt):
                 n_open, heard_at = n_open - 1, time.monotonic()
                 yield reply
             else:
@@ -137,6 +135,11 @@ class HttpBackend:
             job = todo.popleft()
             self.in_flight, job.n_sent = self.in_flight + 1, job.n_sent + 1
             threading.Thread(target=self.work, args=(job, self.tries), daemon=True).start()
+
+    def settle(self, job: Job, attempt: Try) -> Reply | None:
+        """Return the reply of a job that ends here, else send it again at `job.send_at`."""
+        job.send_at = time.monotonic()
+        return getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt)
 
     def on_reply(self, job: Job, attempt: Try) -> Reply:
         if self.is_down:

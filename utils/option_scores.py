@@ -47,7 +47,8 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
     scores = [[] for _ in blocks]
     for k in range(max(map(len, blocks))):
         rows = [i for i, of_row in enumerate(blocks) if k < len(of_row)]
-        hidden, _ = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])
+        # [rows, longest, hidden]
+        hidden = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])[0]
         for read, i in zip(hidden, rows):
             block, skipped = blocks[i][k], shared[i]
             before = read[max(skipped - 1, 0):len(block) - 1]  # the state that predicts each token
