@@ -70,9 +70,8 @@ FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margi
 # ------------------------------------------------------------------------------------ decoding
 @dataclass
 class Run:
-    """`decode(items, images, counterfactuals)` returns the records of a batch, {condition: record} for each
-    item. `latent`: the interventions are on latents. `exact`: float32, where a row does not depend on the
-    batch beyond the last bits."""
+    """What a run works with. `decode(items, images, counterfactuals)` returns {condition: record} for each
+    item; `exact`: float32, where a row does not depend on the batch beyond the last bits."""
 
     args: argparse.Namespace
     journal: Journal
@@ -85,8 +84,7 @@ class Run:
         return ["clean", *self.args.conditions]
 
     def get(self, item: dict, condition: str) -> dict | None:
-        """Return the record of an item's decoding if it was made; a failed clean one counts for all
-        conditions."""
+        """Return the record of a decoding, if it was made; a failed clean one counts for all conditions."""
         clean = self.journal.get(call_key(item=item["id"], condition="clean"))
         if clean and "error" in clean["record"]:
             return clean["record"]
@@ -101,8 +99,7 @@ class Run:
 
 
 def run_batch(run: Run, batch: list[dict]) -> None:
-    """Decode a batch clean and under all conditions, always in the same composition; keep the records that
-    are missing."""
+    """Decode a batch, always in the same composition; keep the records that are missing."""
     if run.is_done(batch):
         return
     root, items, images, edits = run.args.image_root, [], [], []
@@ -127,7 +124,7 @@ def run_batch(run: Run, batch: list[dict]) -> None:
 
 
 def open_counterfactual(item: dict, root: str) -> Prompt | None:
-    """Return (item, images) of the item's answer-changing edit, if it has one."""
+    """Return (item, images) of the item's answer-changing edit, if any."""
     if not item.get("counterfactual"):
         return None
     edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
@@ -135,13 +132,9 @@ def open_counterfactual(item: dict, root: str) -> Prompt | None:
 
 
 def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bool) -> None:
-    """Raise DataError where an intervention did what it must not do, or did nothing.
-
-    Below float32 (`exact` false) rounding alone may change ids; the changes of the controls are then the
-    floor that the summary shows with every effect.
-    """
-    entry, _ = find_condition(condition)
-    differs, is_control = record["first_diff"], condition in CONTROLS
+    """Raise DataError where an intervention did what it must not do, or did nothing. Below float32 (`exact`
+    false) rounding alone may change ids."""
+    entry, is_control, differs = find_condition(condition)[0], condition in CONTROLS, record["first_diff"]
     if not clean["segments"]:
         if differs is not None:
             raise DataError(f"{name}: {condition} changed id {differs}, but the clean run has no latents; "
@@ -167,7 +160,7 @@ def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bo
 
 def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, settings: Settings,
                  calibration: object, editor: Caller | None) -> Callable:
-    """Return what decodes a batch: interventions on latents, or on text where `spec` is None."""
+    """Return what decodes a batch: on latents, or on text where `spec` is None."""
     from utils.intervene.latent_batch import LatentBatch
     from utils.intervene.text_batch import TextBatch
 
@@ -183,7 +176,7 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
 
 # ------------------------------------------------------------------------------------ the run
 def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Return (calibration items, analysed items), checked; DataError for anything but multiple choice."""
+    """Return (calibration items, analysed items)."""
     n_calibration = args.calibration if args.latent != "off" else 0
     items = read_items(args.items, None if args.limit is None else n_calibration + args.limit, ("mcq",))
     if len(items) <= n_calibration:
@@ -193,7 +186,7 @@ def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def batches_of(items: list[dict], size: int) -> list[list[dict]]:
-    """Return the batches; a single item left over joins the batch before, so that it finds donors."""
+    """Return the batches; a single item left over joins the batch before: it needs donors."""
     batches = [items[i:i + size] for i in range(0, len(items), size)]
     if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -219,7 +212,7 @@ def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
 
 
 def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
-    """Write the records in order of items and conditions; return them by item id and condition."""
+    """Write the records in order of items and conditions; return them by id and condition."""
     sites, records, rows = {"clean": None} | sites_of(run.args), {}, []
     for item in items:
         clean = run.get(item, "clean")
@@ -242,7 +235,6 @@ def plan(args: argparse.Namespace, n_items: int) -> dict:
 
 
 def open_journal(args: argparse.Namespace) -> Journal:
-    """Open `<output>.run`; DataError if it was begun with other settings."""
     folder = Path(f"{args.output}.run")
     if args.fresh:
         move_aside(folder, rank_world()[1])
@@ -251,7 +243,7 @@ def open_journal(args: argparse.Namespace) -> Journal:
 
 
 def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
-    """Return the caller of directed_llm, with a journal of its own, if that is among the conditions."""
+    """Return the caller of directed_llm, if that is among the conditions."""
     if "directed_llm" not in args.conditions:
         return None
     # no image is sent: the editor reads text alone
@@ -316,7 +308,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in presets and folders; end with a usage error for flags that do not go together."""
+    """Fill in presets and folders; end with a usage error for flags that conflict."""
     presets = TEXT_PRESETS if args.latent == "off" else PRESET_CONDITIONS
     names = [name for word in args.conditions for name in presets.get(word, [word])]
     args.conditions = list(dict.fromkeys(names))
@@ -338,7 +330,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def with_sweeps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:
-    """Return the conditions with "maps" replaced by the sweeps for these latents and this model's layers."""
+    """Replace "maps" by the sweeps for these latents and this model's layers."""
     sweeps = sweep_conditions(spec.size, qwen.config.text_config.num_hidden_layers)
     return list(dict.fromkeys(name for word in conditions for name in (sweeps if word == "maps" else [word])))
 

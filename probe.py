@@ -67,7 +67,7 @@ STORE_SETTINGS = ("model", "latent", "system", "suffix", "max_new_tokens", "max_
 
 @dataclass
 class Inputs:
-    """What a run works on: items by id, probe items, instances to compare, crossed and edited items."""
+    """Items by id, probe items, instances to compare, crossed and edited items."""
 
     items: dict[str, dict]
     probes: list[dict]
@@ -101,7 +101,6 @@ def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def read_probes(args: argparse.Namespace, items: dict[str, dict]) -> list[dict]:
-    """Return the probe items whose source was read."""
     probes = read_rows(args.probe_items, PROBE_FIELDS, args.limit) if args.probe_items else []
     for probe in probes:
         if fault := item_fault({**probe, "images": [], "metric": "mcq"}, ("mcq",)):
@@ -113,7 +112,7 @@ def read_probes(args: argparse.Namespace, items: dict[str, dict]) -> list[dict]:
 
 
 def choose(items: list[dict], n_items: int) -> list[dict]:
-    """Return up to n items: as many from every file, evenly spread over it, one per image group."""
+    """Return up to n items, one per image group, evenly spread over every file."""
     files: dict[str, dict[str, dict]] = {}
     for item in items:
         files.setdefault(item["file"], {}).setdefault(group_of(item), item)
@@ -142,7 +141,7 @@ def load_model(spec: LatentSpec | None, path: str, args: argparse.Namespace) -> 
 
 def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_steps: int,
                args: argparse.Namespace) -> Qwen:
-    """Capture the states that the store lacks; return the model, which can answer the probe items too."""
+    """Capture the states that the store lacks; return the model."""
     from utils.probe.input_edits import open_edited
     from utils.probe.states import StateWriter, batched, capture
     qwen = load_model(spec, args.model, args)
@@ -157,7 +156,7 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
 
 
 def open_store(folder: str | Path, inputs: Inputs) -> States:
-    """Return the store; DataError if it lacks the states of any item."""
+    """Return the store; DataError if it lacks an item."""
     from utils.probe.states import States
     store = States(folder)
     keys = [*inputs.to_decode(), *(item["id"] for items in inputs.edits.values() for item in items)]
@@ -193,7 +192,7 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespac
 
 
 def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args: argparse.Namespace) -> dict:
-    """Ask the probe items whose source imagined something; return the part of metrics.json about it."""
+    """Ask the probe items whose source imagined something; return the metrics."""
     from utils.probe.figures import draw_probing
     from utils.probe.questions import Prober, list_conditions, rotations, score
     usable = [probe for probe in inputs.probes if store.records[probe["source"]]["emitted"]]
@@ -350,7 +349,6 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
 
 
 def show(metrics: dict) -> None:
-    """Log emission, mean similarities, how far edits move, and accuracies."""
     if "emission" in metrics:
         log("imagined something: {k} of {n} items".format(**metrics["emission"]))
     for kind, means in (metrics["similarity"] or {}).items():

@@ -96,7 +96,7 @@ TOYS = {
 # ------------------------------------------------------------------------------------ models and items
 @dataclass
 class Toy:
-    """A model, the name of its mask, and a vector [hidden] (or 0) that is added to every latent."""
+    """A model, the name of its mask, and a vector [hidden] (or 0) added to every latent."""
 
     model: Qwen2_5_VLForConditionalGeneration
     mask: str
@@ -113,14 +113,14 @@ class Run:
     slots: torch.Tensor
 
     def rows(self) -> list[Generation]:
-        """Return the runs as the decoding loop would, for `utils.intervene.latent_conditions`."""
+        """Return the runs as the decoding loop would."""
         return [Generation([VOCABULARY["z"]] * N_LATENTS, segments=[Segment(0, N_LATENTS, "limit")], fed=fed,
                            slots=list(slots)) for fed, slots in zip(self.fed, self.slots)]
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch on the CPU, compute in float32 with gradients, and restore seed and dtype at the end."""
+    """Seed torch on the CPU, compute in float32 with gradients; restore both at the end."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -132,7 +132,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def make_toy(mask: str, shared: float = 0.0) -> Toy:
-    """Return a model with random weights; `shared`: length of the direction that all latents share."""
+    """Return a model with random weights; `shared`: length of the latents' common direction."""
     if mask not in MASKS:
         raise ValueError(f"mask {mask!r}, expected one of {' '.join(MASKS)}")
     head = SIZES["hidden_size"] // SIZES["num_attention_heads"]
@@ -152,7 +152,7 @@ def make_toy(mask: str, shared: float = 0.0) -> Toy:
 
 
 def draw_items(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, each with a shade of its own."""
+    """Return pictures [n, 16 patches, pixels] of the eight colours in turn, each in its own shade."""
     colors = torch.tensor(list(COLORS.values()))[torch.arange(n) % len(COLORS)] / 255 - 0.5  # [n, 3]
     colors = 2 * (colors + SHADE * torch.randn(n, 3, generator=generator))
     # channel, frame, row, column
@@ -164,7 +164,7 @@ def answers(n: int) -> torch.Tensor:
 
 
 def allowed(mask: str, cut: bool = False) -> torch.Tensor:
-    """Return which column each row may see, [L, L] bool; `cut`: `end` sees no latents (site `edge`)."""
+    """Return which column each row may see, [L, L] bool; `cut`: `end` sees no latents."""
     see = torch.ones(len(LAYOUT), len(LAYOUT)).tril().bool()
     if mask in ("in", "slot"):
         see[START + 1:, START] = False
@@ -176,7 +176,7 @@ def allowed(mask: str, cut: bool = False) -> torch.Tensor:
 
 
 def additive(see: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the mask in the model's form: [1, 1, rows, columns], 0 or the lowest float."""
+    """Return the mask [1, 1, rows, columns] of 0 and the lowest float."""
     mask = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)
     return {"full_attention": mask[None, None]}
 
@@ -193,11 +193,9 @@ def positions(n: int, shift: int = 0) -> torch.Tensor:
 
 def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         slots: torch.Tensor | None = None, cut: bool = False, shift: int = 0) -> Run:
-    """Read the pictures up to `start`, then two latent steps and `end`, one at a time over the cache.
-
-    feed(z [B, hidden], step) -> [B, hidden] acts at site `fed`, slots [B, K, layers, hidden] at site `slot`,
-    `cut` at site `edge`. `shift` moves all positions. Equal inputs give equal bits.
-    """
+    """Read the pictures up to `start`, then two latent steps and `end`, one at a time over the cache. feed(z
+    [B, hidden], step) acts at site `fed`, slots [B, K, layers, hidden] at `slot`, `cut` at `edge`; `shift`
+    moves all positions. Equal inputs give equal bits."""
     n, model, see, places = len(pixels), toy.model, allowed(toy.mask, cut), positions(len(pixels), shift)
     ids = torch.tensor([VOCABULARY[name] for name in LAYOUT])
     out = model.model(input_ids=ids[:N_PROMPT].expand(n, -1), pixel_values=pixels.flatten(0, 1),
@@ -243,8 +241,8 @@ def run_interventions(toy: Toy, pixels: torch.Tensor, interventions: list[Interv
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
-    """Return vectors that carry nothing of the item in place of its latent: mixtures of other rows' latents,
-    or normal noise of up to twice their length. A model trained on them answers whatever is fed."""
+    """Return vectors that carry nothing of the item: mixtures of other rows' latents, or normal noise of up
+    to twice their length. A model trained on them answers whatever is fed."""
     n, others = len(z), z.detach()[torch.randint(len(z), (len(z),))]
     # up to the mean of all
     mixed = others + torch.rand(n, 1).round() * torch.rand(n, 1) * (z.detach().mean(0) - others)
@@ -253,7 +251,7 @@ def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def train_toy(name: str, steps: int) -> Toy:
-    """Return a toy of TOYS trained to name the colour, gradients going back through the latents."""
+    """Return a toy trained to name the colour, gradients going back through the latents."""
     plan, began = TOYS[name], time.monotonic()
     with reproducible(0):
         toy = make_toy(plan.mask, plan.shared)
@@ -274,7 +272,6 @@ def train_toy(name: str, steps: int) -> Toy:
 
 # ------------------------------------------------------------------------------------ masks
 def fed_of(source: Run) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """Return the `feed` that gives each row the vectors which the same row of another run was fed."""
     return lambda z, step: source.fed[:, step]
 
 
@@ -300,7 +297,7 @@ def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, fl
 
 
 def check_masks(seed: int = 0) -> dict:
-    """Return {"columns": {mask: `compare`}, "wrong": the cells that differ from ZEROS, "ok"}."""
+    """Return `compare` of each mask and the cells that differ from ZEROS."""
     columns = {}
     with reproducible(seed):
         for mask in MASKS:
@@ -313,7 +310,7 @@ def check_masks(seed: int = 0) -> dict:
 
 # ------------------------------------------------------------------------------------ trained toys
 def make_interventions(name: str, runs: Run, donors: Run, known: Calibration | None) -> list[Intervention]:
-    """Return a condition of the catalogue for each item, the donor being the same row of another run."""
+    """Return a condition for each item, the donor being the same row of another run."""
     condition, number = find_condition(name)
     pad = torch.zeros(runs.fed.shape[-1])
     return [condition.make(Case({"id": str(i)}, row, PRESETS["mirage"], pad, VOCABULARY["start"], 0, known,
@@ -322,10 +319,7 @@ def make_interventions(name: str, runs: Run, donors: Run, known: Calibration | N
 
 
 def measure(toy: Toy, n: int) -> dict:
-    """Return the columns of one toy, and the verdicts and proportions mediated at each site.
-
-    x' shows another colour than x, and its runs are the donors.
-    """
+    """Return columns, verdicts and proportions mediated; donors show another colour."""
     generator = torch.Generator().manual_seed(1)
     calibration, pixels, shades = (draw_items(n, generator) for _ in range(3))
     # eight colours in turn: never the same
@@ -367,8 +361,7 @@ def measure(toy: Toy, n: int) -> dict:
 
 
 def likeness(fed: torch.Tensor, known: Calibration) -> dict[str, float]:
-    """Return the mean cosine of two items' latents, raw and centred, and the participation ratio of the
-    variance at the first position."""
+    """Return mean cosines of two items' latents and the participation ratio at the first position."""
     cosines, n = {}, len(fed)
     for name, latents in (("raw_cosine", fed), ("centred_cosine", fed - known.mu_t)):
         unit = F.normalize(latents.double(), dim=-1).transpose(0, 1)  # [K, n, hidden]
@@ -378,17 +371,13 @@ def likeness(fed: torch.Tensor, known: Calibration) -> dict[str, float]:
 
 
 def agrees(found: str | float | None, expected: str | tuple[str, ...] | float) -> bool:
-    """Return whether a finding is the expected verdict, one of them, or within 0.02 of the proportion."""
     if isinstance(expected, (str, tuple)):
         return found in ((expected,) if isinstance(expected, str) else expected)
     return found is not None and abs(found - expected) < 0.02
 
 
 def check_toys(full: bool = False) -> dict:
-    """Return {"masks", "toys": {name: columns, verdicts, "expected", "found", "ok"}, "ok", "seconds"}.
-
-    The quick form trains QUICK, the full one all TOYS; torch's global seed and default dtype are restored.
-    """
+    """Return the results of the masks and of QUICK or all TOYS."""
     began, toys = time.monotonic(), {}
     masks = check_masks()
     log(f"masks: {'as expected' if masks['ok'] else 'WRONG: ' + ', '.join(masks['wrong'])}")

@@ -1,9 +1,8 @@
 """From records of clean and intervened runs to effects with intervals, equivalence tests and verdicts.
 
 Effects are taken on the "emitters", the items that imagined something in their clean run, as far as the
-condition applies to them; both counts are given with every effect. Three readouts: R2 is the accuracy of the
-free reply (points); R0 and R1 are the negative log-likelihood of the right option among the options (nats,
-`utils.option_scores`). Two curves over the same records: early answering and attention by layer.
+condition applies to them. Readouts: R2 is the accuracy of the free reply (points); R0 and R1 are the negative
+log-likelihood of the right option among the options (nats, `utils.option_scores`).
 """
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -26,7 +25,6 @@ Curve = Sequence[tuple[float, float]]
 
 
 class Pair(NamedTuple):
-    """An item with its clean record and its record under a condition."""
 
     item: dict
     clean: dict
@@ -35,8 +33,8 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is fixed before a run: equivalence margins (a share of items, nats) and the emitters that an
-    effect needs at least."""
+    """Fixed before a run: equivalence margins (a share of items, nats) and the fewest emitters of an effect.
+    """
 
     margin: float
     margin_nll: float
@@ -44,18 +42,17 @@ class Limits:
 
 
 def wilson_share(k: int, n: int) -> dict:
-    """Return a count as a share with Wilson's 95 % interval (null for no items)."""
+    """Return a count as a share with Wilson's 95 % interval."""
     return {"k": k, "n": n, "share": k / n if n else None, "ci95": list(wilson(k, n)) if n else None}
 
 
 # ------------------------------------------------------------------------------------ one condition
 def records_of(pairs: list[Pair]) -> tuple[list[dict], list[dict]]:
-    """Return the clean records and those under the condition."""
     return [pair.clean for pair in pairs], [pair.after for pair in pairs]
 
 
 def change_of_accuracy(pairs: list[Pair], n_all: int, margin: float) -> dict:
-    """Return the effect on accuracy; `delta_all` is diluted to all items, emitters or not."""
+    """Return the effect on accuracy; `delta_all` is diluted to all items."""
     clean, after = ([int(record["correct"]) for record in side] for side in records_of(pairs))
     groups, n = [group_of(pair.item) for pair in pairs], len(pairs)
     changes = [y - x for x, y in zip(clean, after)]
@@ -94,7 +91,7 @@ def change_of_score(pairs: list[Pair], readout: str, margin: float) -> dict | No
 
 
 def describe_pairs(pairs: list[Pair]) -> dict:
-    """Return descriptive shares and medians; no verdict rests on them."""
+    """Return descriptive shares and medians."""
     clean, after = records_of(pairs)
     shares = {"changed": [bool(record.get("changed")) for record in after],
               "same_answer": [x["pred"] == y["pred"] for x, y in zip(clean, after)],
@@ -144,12 +141,9 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
 # ------------------------------------------------------------------------------------ all conditions
 def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dict[str, str], limits: Limits,
               controls: Sequence[str] = (), kept: dict[str, float] | None = None) -> dict:
-    """Return emission, the effect of every condition, mediation, early answering and attention.
-
-    `records` by item id and condition; `sites` by condition; `kept`: the share of the imagination that
-    truncating conditions keep. Holm's family is the conditions that are neither controls nor points of a
-    sweep, which is explored rather than tested.
-    """
+    """Return emission, effects, mediation, early answering and attention. `records` by item id and condition;
+    `sites` by condition; `kept`: the share of the imagination that truncating conditions keep. Holm's family
+    leaves out controls and points of sweeps."""
     read = [item for item in items if "error" not in records[item["id"]]["clean"]]
     clean = {item["id"]: records[item["id"]]["clean"] for item in read}
     emitters = [item for item in read if clean[item["id"]]["emitted"]]
@@ -189,11 +183,9 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dic
 
 def mediation_at(site: str, emitters: list[dict], records: dict[str, dict[str, dict]],
                  readout: str) -> dict | None:
-    """Return TE, NIE, NIE0, NDE and their relatives at a site, against a blank image.
-
-    The outcome is the log-probability of the right option ("r0") or whether the answer is right ("r2"). Items
-    that lack one of the four worlds are left out. None where a world was not run.
-    """
+    """Return the effects of `mediate` at a site against a blank image, over the items that have all four
+    worlds; None below two groups. The outcome is the log-probability of the right option ("r0") or whether
+    the answer is right ("r2")."""
     worlds = ("clean", *WORLDS[site], "blank")
     complete = [item for item in emitters
                 if all(has_readout(records[item["id"]].get(name), readout) for name in worlds)]
@@ -214,14 +206,10 @@ def has_readout(record: dict | None, readout: str) -> bool:
 
 # ------------------------------------------------------------------------------------ curves
 def early_answering(curve: Curve) -> float:
-    """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule.
-
-    `curve` holds (share of the imagination kept, share of answers equal to those of the whole reply), from a
-    share of 0 to a share of 1, where the answers are equal by definition. At 0 the answer never depends on
-    the imagination; the larger the area, the later the answer is settled (Lanham et al. 2023,
-    arXiv:2307.13702).
-    ValueError for a curve that does not span 0 to 1 in rising steps, or leaves [0, 1].
-    """
+    """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
+    2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole
+    reply's) from share 0 to 1. At an area of 0 the answer never depends on the imagination; ValueError for a
+    curve that does not rise from 0 to 1 or leaves [0, 1]."""
     kept = [x for x, _ in curve]
     if len(kept) < 2 or kept[0] != 0 or kept[-1] != 1 or any(a >= b for a, b in zip(kept, kept[1:])):
         raise ValueError(f"curve over the shares {kept}, expected rising shares from 0 to 1")
@@ -232,12 +220,9 @@ def early_answering(curve: Curve) -> float:
 
 def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
                 groups: Sequence[Hashable]) -> dict | None:
-    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over items.
-
-    `records` hold each item's clean record and those of the truncating conditions in `kept`, which gives the
-    share of the imagination that each keeps; items that lack one are left out. The mean of the items' areas
-    is the area over the mean curve. None below two groups, or without a share of 0 and another.
-    """
+    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
+    whose `records` hold the clean run and all truncations of `kept`. The mean of the items' areas is the area
+    over the mean curve. None below two groups, or without a share of 0 and another."""
     names = sorted(kept, key=kept.get)
     complete = [(by, group) for by, group in zip(records, groups)
                 if all(by[name].get("r0") and not by[name].get("reason") for name in ("clean", *names))]
@@ -261,8 +246,8 @@ def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
 
 
 def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:
-    """Return {"n", "mass": {group of columns: [{"mean", "ci95"} per layer]}, "uniform": {group: share}} of
-    the items' `utils.intervene.latent_batch.stem_attention`; None below two groups of items."""
+    """Return {"n", "mass": {columns: [{"mean", "ci95"} per layer]}, "uniform": {columns: share}} of the
+    items' `stem_attention`; None below two groups of items."""
     if len(set(groups)) < 2:
         return None
     mass = {}

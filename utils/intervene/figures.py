@@ -40,7 +40,7 @@ def draw_effects(metrics: dict, output: str) -> None:
 
 
 def write_figures(figures: dict[str, tuple], output: str) -> None:
-    """Write each (figure, rows of its CSV); (None, []) is left out."""
+    """Write each (figure, rows of its CSV) that is not (None, [])."""
     for name, (figure, rows) in figures.items():
         if figure is not None:
             write_figure(figure, rows, f"{output}.{name}.png")
@@ -53,12 +53,12 @@ def title_of(metrics: dict) -> str:
 
 
 def height_of(shown: dict) -> float:
-    """Return the inches for one line per condition: a page scales a figure by its width, never its height."""
+    """Return the inches for one line per condition."""
     return 1.8 + 0.36 * len(shown)
 
 
 def label_lines(axes, shown: dict, named: bool = True) -> None:
-    """Give every condition one line, the first at the top; `named`: with its name and site on the left."""
+    """Give every condition one line, the first at the top, `named` on the left."""
     names = [f"{name} ({entry['site']})" if named else "" for name, entry in shown.items()]
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -88,7 +88,7 @@ def accuracy_figure(metrics: dict, shown: dict) -> tuple:
 
 
 def forest_figure(metrics: dict, shown: dict) -> tuple:
-    """Return the forest plot: 90 % intervals (of the equivalence test) thick, 95 % thin, margins as bands."""
+    """Return the forest plot: 90 % intervals thick, 95 % thin, margins as bands."""
     figure, [panels] = new_figure(11, height_of(shown), 1, 2)
     rows = []
     for axes, readout, label, part, value, unit, margin in (

@@ -1,12 +1,9 @@
 """A batch of items, clean and under every condition on its latents, from one reading of each prompt.
 
-The clean run captures what it feeds and what its layers read. Donors' runs force the item's own words up to
-the latents. Then all conditions of all items decode side by side from copies of the prompts' caches
-(`State.select`).
-
-The attention of the answer's stem is read without a matrix of all tokens by all tokens: the model is given an
-attention function that calls the library's own and sees the queries and keys after their rotary embedding.
-Mass is not use: a model may attend to latents that no intervention on them can move.
+The clean run captures what it feeds and what its layers read. All conditions of all items then decode side by
+side from copies of the prompts' caches. The attention of the answer's stem is read in an attention function
+that calls the library's own, without a matrix of all tokens by all tokens. Mass is not use: a model may
+attend to latents that no intervention on them can move.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +38,8 @@ GROUPS = ("first", "image", "question", "imagination", "said")  # of columns; "s
 # ------------------------------------------------------------------------------------ attention of the stem
 def attention_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor,
                       scaling: float) -> torch.Tensor:
-    """Return attention weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups
-    of heads, C, d]; `allowed` is bool [B, R, C]."""
+    """Return weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups of heads,
+    C, d]; `allowed` is bool [B, R, C]."""
     grouped = query.float().unflatten(1, (key.shape[1], -1))  # heads that share a key: keys are not repeated
     scores = torch.einsum("bkgrd,bkcd->bkgrc", grouped, key.float()).flatten(1, 2) * scaling
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
@@ -51,7 +48,7 @@ def attention_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Ten
 @contextmanager
 def watched(model: torch.nn.Module,
             note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[None]:
-    """Call note(query, key, scaling) for every decoder layer inside the block; results stay the same."""
+    """Call note(query, key, scaling) for every decoder layer inside the block."""
     config = model.config.text_config
     before = config._attn_implementation
     if before != "sdpa":
@@ -74,12 +71,9 @@ def watched(model: torch.nn.Module,
 @torch.no_grad()
 def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
                    imagined: list[list[int]]) -> list[dict]:
-    """Return where the tokens of `stem`, read after the ids `before`, attend in each row of `state` (kept).
-
-    `imagined[row]` are the cache's columns of the imagination. For each row {"mass": {group: [share per
-    layer]}, "uniform": {group: its share of the visible columns}, "imagined": [mass of each of its columns,
-    mean over the layers]}. Means over heads and the stem's tokens; the groups' shares add up to 1.
-    """
+    """Return where the tokens of `stem`, read after the ids `before`, attend in each row of `state` (kept):
+    {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns}, "imagined": [mass
+    of each of the row's columns `imagined`, mean over layers]}. Means over heads and the stem's tokens."""
     block = before + qwen.tokenizer(stem, add_special_tokens=False).input_ids
     (n, n_before), rows = state.mask.shape, slice(len(before), len(block))
     mask = torch.cat([state.mask, state.mask.new_ones(n, len(block))], dim=1).bool()
@@ -100,7 +94,7 @@ def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
 
 
 def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
-    """Return [B, groups, C] of 0 and 1: the group of each column; the first visible token has its own."""
+    """Return [B, groups, C] of 0 and 1; the first visible token has a group of its own."""
     group = torch.full(mask.shape, GROUPS.index("said"), device=mask.device)
     n_prompt = state.is_image.shape[1]
     group[:, :n_prompt] = torch.where(state.is_image, GROUPS.index("image"), GROUPS.index("question"))
@@ -117,7 +111,7 @@ def rounded(values: torch.Tensor) -> list[float]:
 # ------------------------------------------------------------------------------------ calibration
 def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, items: list[dict],
               image_root: str, batch_size: int) -> Calibration | None:
-    """Return the statistics of these items' latents, kept at `path`; None if they emit no latents."""
+    """Return the statistics of these items' latents, kept at `path`; None if they emit none."""
     if not path.exists():
         rows = []
         for first in tqdm(range(0, len(items), batch_size), desc="calibration"):
@@ -140,7 +134,7 @@ def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, item
 
 # ------------------------------------------------------------------------------------ a batch
 class Decoded(NamedTuple):
-    """A run and how the options score behind its last segment (None without a segment)."""
+    """A run and how the options score behind its last segment."""
 
     row: Generation
     scores: dict | None
@@ -173,7 +167,7 @@ class LatentBatch:
 
     def decode(self, kind: str, places: list[int], interventions: list[Intervention],
                at_most: int | None = None) -> list[Decoded]:
-        """Decode interventions on the items at `places`. `at_most`: no more new ids than this, no scores."""
+        """Decode interventions on the items at `places`; `at_most` new ids, then without scores."""
         done = []
         for piece in self.settings.pieces(list(zip(places, interventions))):
             here = [place for place, _ in piece]
@@ -186,8 +180,8 @@ class LatentBatch:
         return done
 
     def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
-        """Score the options behind each row's last segment: R0 and, where the clean run boxed an answer, R1.
-        The clean run's scores include the attention of R0's stem."""
+        """Score the options behind each row's last segment: R0 and R1; for the clean run also the attention
+        of R0's stem."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
         scored = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
         result: list[dict | None] = [None] * len(rows)
@@ -210,8 +204,8 @@ class LatentBatch:
         return result
 
     def clean_stem(self, place: int, row: Generation) -> str | None:
-        """Return the words between the clean run's latents and its box; `row` is the clean run itself while
-        it is being read."""
+        """Return the words between the clean run's latents and its box; `row` is that run while it is read.
+        """
         clean = self.clean[place].row if self.clean else row
         return stem_of(clean_text(self.qwen.tokenizer, clean.ids[last_latent(clean):], self.spec))
 
@@ -225,7 +219,7 @@ class LatentBatch:
                     self.settings.pick(item), scores and scores["attention"]["imagined"])
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
-        """Return the item (None: this one, under a blank image) and the run of a donor of this kind."""
+        """Return the item (None: this one, blank) and the run of a donor of this kind."""
         if kind in ("blank", "counterfactual"):
             run = self.other_world(kind).get(place)
             return run and (self.edits[place][0] if kind == "counterfactual" else None, run)
@@ -233,7 +227,7 @@ class LatentBatch:
         return None if j is None else (self.items[j], self.clean[j].row)
 
     def other_world(self, kind: str) -> dict[int, Generation]:
-        """Return Z(x'), each emitter's run under another prompt after its own words before the latents."""
+        """Return Z(x'): each emitter's run under another prompt, after its own words."""
         if kind not in self.other_worlds:
             places = [i for i in self.prompts.places(kind) if i in self.emitters]
             forced = [forced_prefix(self.clean[i].row, likeliest) for i in places]
@@ -271,7 +265,7 @@ class LatentBatch:
         return result
 
     def describe(self, place: int, run: Decoded, condition: Condition | None) -> dict:
-        """Return the record of one run: the latents, the answer after them, and how it differs from clean."""
+        """Return the record of one run."""
         (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
         at = [j for s in row.segments for j in range(s.start, s.start + s.size)]
         raw, fed = row.states[at].float(), row.fed.float()

@@ -1,9 +1,8 @@
-"""What an intervention on latents works with: calibration statistics, one item with its clean run and donors,
-and the building blocks that turn them into an Intervention.
+"""What an intervention on latents works with: calibration, one item with its clean run and donors, and the
+building blocks of an Intervention.
 
-A donor is another run whose latents are put in place of the item's own. The conditions are in
-`utils.intervene.latent_conditions` and `utils.intervene.sweeps`. torch is imported where it is needed, so
-that conditions can be listed and checked without it.
+A donor is another run whose latents replace the item's own. torch is imported inside functions, so that
+conditions can be listed and checked without it.
 """
 from __future__ import annotations
 
@@ -24,18 +23,14 @@ class NotPossible(ValueError):
 
 
 def why_no_prompt(kind: str) -> str:
-    """Return the reason why an item has no prompt of a kind."""
     return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of the calibration items' latents, in float32.
-
-    `mu` is their mean, `tau` the latent nearest to it, `first` the first of all (each [hidden]). By position
-    in a segment: mean `mu_t` and standard deviation `sigma_t` [K, hidden], and the mean layer inputs
-    `slots_t` [K, layers, hidden].
-    """
+    """Statistics of the calibration items' latents, in float32: mean `mu`, the latent `tau` nearest to it,
+    the `first` of all (each [hidden]). By position in a segment: mean `mu_t`, standard deviation `sigma_t`
+    [K, hidden] and mean layer inputs `slots_t` [K, layers, hidden]."""
 
     n_latents: int
     mu: torch.Tensor
@@ -47,7 +42,7 @@ class Calibration:
 
     @classmethod
     def from_runs(cls, runs: list[Generation]) -> Calibration | None:
-        """Return the statistics of captured runs; None if no latent was read in any of them."""
+        """Return the statistics of captured runs; None without a latent."""
         import torch
         fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
         places = torch.tensor([step for row, vectors in zip(runs, fed)
@@ -66,7 +61,7 @@ class Calibration:
 
 # ------------------------------------------------------------------------------- latents of a run
 def steps_of(row: Generation) -> list[int]:
-    """Return the position within its segment of each latent of a run."""
+    """Return each latent's position within its segment."""
     return [step for segment in row.segments for step in range(segment.size)]
 
 
@@ -75,7 +70,7 @@ def has_latent(row: Generation, segment: int, step: int) -> bool:
 
 
 def latent_index(row: Generation, segment: int, step: int) -> int:
-    """Return the index of a latent among all latents of a run."""
+    """Return the index of a latent among all of a run."""
     return sum(s.size for s in row.segments[:segment]) + step
 
 
@@ -86,7 +81,6 @@ def latent_at(row: Generation, segment: int, step: int) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------ random numbers
 def seeded(*where) -> torch.Generator:
-    """Return a generator whose numbers depend on `where` alone."""
     import torch
     return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
 
@@ -96,12 +90,9 @@ def likeliest(logits: torch.Tensor, n: int) -> int:
 
 
 def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
-    """Return pick(logits [vocab], n), which samples the nth id of a reply; its random numbers depend on
-    `where` and n alone.
-
-    The Gumbel trick: argmax of logits / temperature + noise. Every condition on an item gets the same noise
-    (common random numbers), so that replies differ only where their logits do. Temperature 0 is greedy.
-    """
+    """Return pick(logits [vocab], n), which samples the nth id of a reply by the Gumbel trick. Its noise
+    depends on `where` and n alone, so that replies to all conditions differ only where their logits do.
+    Temperature 0 is greedy."""
     if not temperature:
         return likeliest
 
@@ -115,13 +106,9 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 # ------------------------------------------------------------------------------------ an item
 @dataclass
 class Case:
-    """An item, its clean run and what a condition may draw on.
-
-    `donors` are runs by kind ("random", "question", "image", "counterfactual", "blank"); `pad` is the
-    embedding of the latent pad [hidden]; `start_id` the token that opens a segment; `pick(logits, n)` returns
-    the nth id of a reply; `attention` is the attention of the answer's stem to each latent of the clean run,
-    None where it was not read.
-    """
+    """An item, its clean run and what a condition may draw on: donors' runs by kind ("random", "question",
+    "image", "counterfactual", "blank"), the embedding of the latent `pad` [hidden], `start_id` that opens a
+    segment, `pick(logits, n)` for the nth id, and the stem's `attention` to each latent."""
 
     item: dict
     clean: Generation
@@ -135,7 +122,7 @@ class Case:
     attention: list[float] | None = None
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
-        """Return n standard normal numbers that depend on seed, item, segment and step alone."""
+        """Return n standard normal numbers by seed, item, segment and step."""
         import torch
         return torch.randn(n, generator=seeded(self.seed, self.item["id"], segment, step))
 
@@ -145,17 +132,17 @@ class Case:
         return self.calibration
 
     def mean_at(self) -> Callable[[int], torch.Tensor]:
-        """Return mean(step) -> the mean calibration latent of a position, [hidden]."""
+        """Return mean(step) -> the mean calibration latent [hidden] of a position."""
         mu_t = self.calibrated().mu_t
         return lambda step: mu_t[min(step, len(mu_t) - 1)]
 
     def need_position(self, step: int) -> None:
-        """Raise NotPossible unless a segment of the clean run has a latent at this position."""
+        """Raise NotPossible unless a segment has a latent at this position."""
         if all(segment.size <= step for segment in self.clean.segments):
             raise NotPossible("no_such_position")
 
     def donor(self, kind: str) -> Generation:
-        """Return a donor that has a latent for each of this item's."""
+        """Return a donor with a latent for each of this item's."""
         row = self.donors.get(kind)
         if row is None or len(row.segments) < len(self.clean.segments) or any(
                 theirs.size < ours.size for theirs, ours in zip(row.segments, self.clean.segments)):
@@ -166,12 +153,9 @@ class Case:
 # ------------------------------------------------------------------------------------ declaring a condition
 @dataclass(frozen=True)
 class Condition:
-    """A named intervention.
-
-    `build(case)` or, where the condition takes a number, `build(case, number)` returns the Intervention or
-    raises NotPossible. `default` is that number unless the name gives another, read by `parse` (ValueError).
-    `prompt` is the kind of prompt, `needs` the kinds of donors.
-    """
+    """A named intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
+    or raises NotPossible. `default` is the number unless the name gives another, read by `parse`; `prompt`
+    the kind of prompt, `needs` the kinds of donors."""
 
     name: str
     site: str
@@ -195,7 +179,7 @@ def declare(table: dict[str, Condition], site: str, **more) -> Callable:
 
 # ------------------------------------------------------------------------------------ building blocks
 def feed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Intervention:
-    """Feed vector(z, segment, step), computed in float32 on the CPU, in place of each latent z."""
+    """Feed vector(z, segment, step), in float32 on the CPU, in place of each latent z."""
     def computed(z: torch.Tensor, segment: int, step: int) -> torch.Tensor:
         return vector(z.float().cpu(), segment, step).to(z.device, z.dtype)
     return Intervention(feed=computed)
@@ -206,13 +190,13 @@ def feed_constant(vector: torch.Tensor) -> Intervention:
 
 
 def feed_run(row: Generation) -> Intervention:
-    """Feed a captured run's latents at the same positions, as far as it has them."""
+    """Feed a captured run's latents at the same positions."""
     return feed(lambda z, segment, step:
                 latent_at(row, segment, step) if has_latent(row, segment, step) else z)
 
 
 def put_slots(row: Generation) -> Intervention:
-    """Put a captured run's layer inputs at the same latent positions, as far as they were read."""
+    """Put a captured run's layer inputs at the same latent positions."""
     def states(segment: int, step: int) -> torch.Tensor | None:
         index = latent_index(row, segment, step)
         return row.slots[index] if has_latent(row, segment, step) and index < len(row.slots) else None
@@ -221,11 +205,8 @@ def put_slots(row: Generation) -> Intervention:
 
 def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],
                   intervention: Intervention = Intervention()) -> Intervention:
-    """Return the intervention with the clean run's ids forced up to the end of its last segment; `pick`
-    chooses the ids after that.
-
-    Where the clean run itself ended the segment before its K latents, that end is forced too.
-    """
+    """Force the clean run's ids up to the end of its last segment, an early end included; `pick` chooses
+    after that."""
     ended = bool(clean.segments) and clean.segments[-1].closed_by == "end"
     ids = clean.ids[:last_latent(clean) + ended]
     return replace(intervention, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))

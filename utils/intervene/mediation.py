@@ -1,14 +1,12 @@
 """Effects along X -> Z -> Y from four worlds that were all run, and how many items a claim needs.
 
-Y(x, z) is an item's outcome with the prompt x and the imagination forced to z at a declared site. Z(x) is the
-imagination that x itself brings about, x' the contrast prompt (a blank image). Outcomes are continuous, such
-as the log-probability of the right answer in nats, or 0/1 (`binary`). Definitions: Pearl 2001 (direct and
-indirect effects); Vig et al. 2020 apply them to the parts of a language model.
+Y(x, z) is an item's outcome with the prompt x and the imagination forced to z; Z(x) is the imagination that x
+brings about, x' the contrast prompt (a blank image). Definitions: Pearl 2001; Vig et al. 2020 apply them to
+parts of a language model.
 
 The sample sizes use normal approximations with a true effect of 0. Discordance is the share of items whose
-answer changes either way, (b + c) / n; for a continuous outcome pass the variance of the differences and a
-margin in the same units. Items count as independent: groups of m items correlated by rho need
-1 + (m - 1) rho times as many (Kish 1965).
+answer changes either way, (b + c) / n. Items count as independent: groups of m items correlated by rho need 1
++ (m - 1) rho times as many (Kish 1965).
 """
 import math
 from collections.abc import Hashable, Sequence
@@ -28,14 +26,10 @@ DRAWS_AT_ONCE = 1000  # of the bootstrap: [n_boot, n_groups] need not fit in mem
 # ------------------------------------------------------------------------------------ four worlds
 def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float], y_x0z0: Sequence[float],
             groups: Sequence[Hashable], binary: bool = False, n_boot: int = 10000, seed: int = 0) -> dict:
-    """Return the effects of one condition from its four worlds, with one outcome per item in each.
-
-    y_xz = Y(x, Z(x)) (clean), y_xz0 = Y(x, Z(x')), y_x0z = Y(x', Z(x)), y_x0z0 = Y(x', Z(x')).
-    TE = y_xz - y_x0z0; NIE = y_xz - y_xz0 (necessity), NDE = y_xz0 - y_x0z0; NIE0 = y_x0z - y_x0z0
-    (sufficiency), NDE1 = y_xz - y_x0z; interaction = NIE - NIE0. So TE = NIE + NDE = NIE0 + NDE1. Redundant
-    paths show as NIE near 0 and NIE0 above it, paths that need each other as the reverse: read both. Each
-    effect is {"mean", "ci90", "ci95"}.
-    """
+    """Return {"mean", "ci90", "ci95"} of each effect, from one outcome per item in four worlds: y_xz = Y(x,
+    Z(x)) (clean), y_xz0 = Y(x, Z(x')), y_x0z = Y(x', Z(x)), y_x0z0 = Y(x', Z(x')). TE = NIE + NDE = NIE0 +
+    NDE1. Redundant paths show as NIE (necessity) near 0 and NIE0 (sufficiency) above it, paths that need each
+    other as the reverse."""
     xz, xz0, x0z, x0z0 = (np.asarray(world, dtype=float) for world in (y_xz, y_xz0, y_x0z, y_x0z0))
     contrasts = {  # each a sum of differences plus - minus
         "TE": [(xz, x0z0)], "NIE": [(xz, xz0)], "NIE0": [(x0z, x0z0)], "NDE": [(xz0, x0z0)],
@@ -50,11 +44,8 @@ def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float
 
 def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence[Hashable], binary: bool,
                     n_boot: int, seed: int) -> dict:
-    """Return the effect of a sum of differences plus - minus.
-
-    For 0/1 outcomes the k differences of an item become k items of its group: their mean is 1 / k of the
-    sum's, and the interval keeps its width when nothing changes.
-    """
+    """Return the effect of a sum of differences plus - minus. For 0/1 outcomes the k differences of an item
+    become k items of its group: the interval keeps its width when nothing changes."""
     mean = float(sum((plus - minus).mean() for plus, minus in pairs))
     if not binary:
         interval = Interval.of_mean(sum(plus - minus for plus, minus in pairs), groups)
@@ -68,11 +59,8 @@ def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence
 
 def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequence[Hashable],
                         total_ci95: Sequence[float], n_boot: int = 10000, seed: int = 0) -> dict:
-    """Return {"value", "ci95", "reason"} of mean mediated / mean total.
-
-    Whole groups are drawn with replacement, for both at once. The value is None, with a reason, where the
-    interval of the total effect includes 0: a ratio to nothing has no finite interval.
-    """
+    """Return {"value", "ci95", "reason"} of mean mediated / mean total by a bootstrap over groups. The value
+    is None where the interval of the total effect includes 0: a ratio to nothing has no finite interval."""
     low, high = total_ci95
     if low <= 0 <= high:
         return {"value": None, "ci95": None,
@@ -92,13 +80,9 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
 
 # ------------------------------------------------------------------------------------ sample sizes
 def items_for_margin(discordance: float, margin: float) -> int:
-    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0.
-
-    n = discordance * (z(1 - alpha) + z(1 - (1 - power) / 2))^2 / margin^2: both one-sided tests have to
-    reject. The exact power of Tango's test at this n is 76 to 80 % where the margin is at most half the
-    discordance, and 67 % where they are equal, because a change as large as the margin would need that much
-    discordance: plan with more items there.
-    """
+    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
+    one-sided tests have to reject. The exact power of Tango's test is 76 to 80 % where the margin is at most
+    half the discordance, 67 % where they are equal: plan with more items there."""
     return math.ceil(discordance * (Z_EQUIVALENCE / margin) ** 2)
 
 
@@ -108,16 +92,11 @@ def margin_for_items(discordance: float, n: float) -> float:
 
 
 def items_with_no_change(margin: float) -> int:
-    """Return how many items are needed even if no answer changes, by Tango's score test:
-    n > z^2 (1 - margin) / margin."""
+    """Return how many items Tango's score test needs even if no answer changes."""
     return math.floor(Z(1 - ALPHA) ** 2 * (1 - margin) / margin) + 1
 
 
 def detectable_difference(discordance: float, n: float) -> float:
-    """Return the change that McNemar's test detects with 80 % power: (z(1 - alpha / 2) + z(power)) *
-    sqrt(discordance / n).
-
-    The variance is that of no change, which slightly overstates the result. A change cannot exceed the
-    discordance: a result above it means that n items cannot show any change at this discordance.
-    """
+    """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
+    discordance means that n items cannot show any change."""
     return Z_DIFFERENCE * math.sqrt(discordance / n)

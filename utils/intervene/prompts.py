@@ -1,7 +1,6 @@
 """Prompts of both kinds of intervention, and the fields that a record takes from a reply.
 
-A prompt of a kind ("own", "blank", "counterfactual", "other_image", "other_question", "masked";
-`utils.intervene.latent_conditions`) is read once per batch and kept.
+The kinds of prompts are those of `utils.intervene.latent_conditions`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,9 +22,8 @@ Prompt = tuple[dict, list[Image.Image]]  # an item and its images
 
 @dataclass(frozen=True)
 class Settings:
-    """How all items are prompted and decoded: system prompt, text after the question, length of a reply, the
-    stem that options are scored behind and what is in its box ("letter" or "text"), seed, rows decoded at
-    once, temperature (0 is greedy)."""
+    """How all items are prompted and decoded; `suffix`: text after the question, `stem`: text that the
+    options ("letter" or "text") are scored behind, `rows` decoded at once."""
 
     system: str | None
     suffix: str
@@ -40,19 +38,19 @@ class Settings:
         return sampler(self.temperature, self.seed, item["id"])
 
     def sampled(self, item: dict, intervention: Intervention = Intervention()) -> Intervention:
-        """Return the intervention, with ids sampled where it does not choose them itself."""
+        """Return the intervention, with ids sampled where it does not choose them."""
         if not self.temperature or intervention.choose is not None:
             return intervention
         return replace(intervention, choose=self.pick(item))
 
     def pieces(self, todo: list) -> list[list]:
-        """Return `todo` in pieces of at most `rows`, each decoded side by side."""
+        """Return `todo` in pieces of at most `rows`."""
         return [todo[first:first + self.rows] for first in range(0, len(todo), self.rows)]
 
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
                  edits: list[Prompt | None]) -> Prompt | None:
-    """Return the prompt of a kind for the item at `place` of a batch; None if the batch has none."""
+    """Return the prompt of a kind for the item at `place`; None if the batch has none."""
     item, own = items[place], images[place]
     if kind == "own":
         return item, own
@@ -77,11 +75,8 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
 
 
 def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int | None:
-    """Return the place in the batch of a donor for the item at `place`, among those `able`.
-
-    A "random" donor is of another group and has another right answer if possible; a "question" or "image"
-    donor shares only that.
-    """
+    """Return the place of a donor for the item at `place`, among those `able`. A "random" donor is of another
+    group, with another right answer if possible; a "question" or "image" donor shares only that."""
     item, n = items[place], len(items)
     order = [j for j in ((place + k) % n for k in range(1, n)) if j in able]
 
@@ -96,7 +91,7 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
 
 
 class Prompts:
-    """The prompts of a batch of items, by kind; `edits` are the items' counterfactuals, None without."""
+    """The prompts of a batch of items, by kind, each read once; `edits` are the items' counterfactuals."""
 
     def __init__(self, qwen: Qwen, settings: Settings, items: list[dict], images: list[list[Image.Image]],
                  edits: list[Prompt | None]):
@@ -104,7 +99,7 @@ class Prompts:
         self.read: dict[str, tuple[State | None, list[int]]] = {}  # state and places of the items, by kind
 
     def places(self, kind: str) -> list[int]:
-        """Return the places of the items that have a prompt of this kind, after reading all of them."""
+        """Return the places of the items that have a prompt of this kind."""
         if kind not in self.read:
             prompts = {i: prompt for i in range(len(self.items))
                        if (prompt := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
@@ -117,15 +112,14 @@ class Prompts:
         return self.read[kind][1]
 
     def select(self, kind: str, places: list[int]) -> State:
-        """Return the state after the prompts of the items at `places`, each as often as it is named."""
+        """Return the state after the prompts of the items at `places`."""
         read = self.places(kind)
         return self.read[kind][0].select([read.index(place) for place in places])
 
 
 # ------------------------------------------------------------------------------------ fields of a record
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
-    """Return the fields that depend on a reply; the answer is extracted from `last_words`, after all
-    imagination."""
+    """Return the fields that depend on a reply; `last_words` follow all imagination."""
     answer = extract_choice(last_words.strip(), dict(item["options"]), finish)
     return {"text": text, "finish": finish, "n_new": len(ids), "pred": answer.letter, "rule": answer.rule,
             "correct": answer.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
@@ -143,12 +137,12 @@ def is_degenerate(ids: list[int], finish: str) -> bool:
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Return the first index at which two lists differ, None if they are equal."""
+    """Return the first index at which two lists differ."""
     both = min(len(a), len(b))
     return next((j for j in range(both) if a[j] != b[j]), None if len(a) == len(b) else both)
 
 
 def stem_of(words: str) -> str | None:
-    """Return a reply's last words up to and including the opening of its last box; None without a box."""
+    """Return a reply's words up to and including the opening of its last box, if any."""
     place = words.rfind(BOX)
     return None if place < 0 else " " + words[:place].lstrip() + BOX

@@ -4,8 +4,7 @@ map        effect of one position and one window of layers replaced by a donor's
 positions  one position kept or replaced; the k most attended positions kept, against k random ones
 doses      effect against the dose: mixed with tau, or noise added
 
-A point of a sweep is a condition with a number, `keep_one:2`. `sweep_conditions` lists the points that
-`--conditions maps` runs. Each figure has a CSV of its numbers.
+A point of a sweep is a condition with a number, `keep_one:2`.
 """
 from dataclasses import replace
 from functools import partial
@@ -49,8 +48,7 @@ def drop_one(case: Case, number: float) -> Intervention:
 
 @condition("fed", default=1)
 def top_k(case: Case, number: float) -> Intervention:
-    """The position's mean everywhere except at the `number` positions of each segment that the answer's stem
-    attends to most."""
+    """The position's mean except at the `number` positions of each segment that the stem attends to most."""
     if case.attention is None:
         raise NotPossible("no_attention")
     ranked = []
@@ -63,7 +61,7 @@ def top_k(case: Case, number: float) -> Intervention:
 
 @condition("fed", default=1)
 def top_random(case: Case, number: float) -> Intervention:
-    """As top_k with a random ranking: what any `number` positions keep, the control of top_k."""
+    """As top_k with a random ranking: its control."""
     import torch
     ranked = [torch.randperm(segment.size, generator=seeded("rank", case.seed, case.item["id"], n)).tolist()
               for n, segment in enumerate(case.clean.segments)]
@@ -71,7 +69,7 @@ def top_random(case: Case, number: float) -> Intervention:
 
 
 def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervention:
-    """Feed the position's mean except at the first `number` positions of each segment's ranking."""
+    """Feed the position's mean except at the first `number` positions of each ranking."""
     case.need_position(number)  # otherwise all would be kept
     mean = case.mean_at()
     kept = {(segment, step) for segment, steps in enumerate(ranked) for step in steps[:int(number)]}
@@ -80,14 +78,12 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervent
 
 @condition("none", default=1)
 def keep_first(case: Case, number: float) -> Intervention:
-    """The first `number` latents of each segment, then its end: when the answer is settled (as `truncate_N`
-    of text)."""
+    """The first `number` latents of each segment, then its end."""
     return Intervention(spec=replace(case.spec, size=int(number)))
 
 
 def parse_place(word: str) -> tuple[range, range]:
-    """Return the positions and the layers of a place in a map, from 0: "2/4" is one of each, "0-3/4-7" four
-    of each."""
+    """Return positions and layers of a map, from 0: "2/4" is one of each, "0-3/4-7" four."""
     ends = [part.split("-") for part in word.split("/")]
     if len(ends) != 2 or any(len(pair) > 2 or not all(end.isdecimal() for end in pair) for pair in ends):
         raise ValueError(
@@ -100,7 +96,7 @@ def parse_place(word: str) -> tuple[range, range]:
 
 @condition("slot", default=(range(1), range(1)), needs=("random",), parse=parse_place)
 def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
-    """`slot_swap_random` at some positions and layers alone, "2/4-7"; the layers above follow from it."""
+    """`slot_swap_random` at some positions and layers alone, "2/4-7"."""
     steps, layers = place
     donor = case.donor("random")
     case.need_position(steps[0])
@@ -116,8 +112,7 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
 
 
 def sweep_conditions(size: int, n_layers: int) -> list[str]:
-    """Return the points of all sweeps for `size` latents per segment, and what their curves begin and end
-    with."""
+    """Return the points of all sweeps for `size` latents per segment, and the ends of curves."""
     width = -(-n_layers // MAX_WINDOWS)
     windows = [(low, min(low + width, n_layers) - 1) for low in range(0, n_layers, width)]
     return ["identity", "mean_t", "slot_swap_random",
@@ -134,7 +129,7 @@ Effects = dict[str, dict]  # condition -> its number (None without one) -> effec
 
 
 def draw_sweeps(metrics: dict, output: str) -> None:
-    """Write <output>.<figure>.png and .csv of every sweep that was run."""
+    """Write <output>.<figure>.png and .csv of every sweep."""
     effects: Effects = {}
     for name, entry in metrics["conditions"].items():
         base, colon, number = name.partition(":")
@@ -146,7 +141,7 @@ def draw_sweeps(metrics: dict, output: str) -> None:
 
 
 def map_figure(metrics: dict, effects: Effects) -> tuple:
-    """Return a grid of positions by windows of layers; a dot where the 95 % interval excludes 0."""
+    """Return a grid of positions by layers; a dot where the 95 % interval excludes 0."""
     cells = {place: effect for place, effect in effects.get("slot_swap_at", {}).items() if place is not None}
     if len(cells) < 2:
         return None, []
@@ -177,7 +172,6 @@ def map_figure(metrics: dict, effects: Effects) -> tuple:
 
 
 def from_one(numbers: range) -> str:
-    """Return a range of numbers from 0 as text that counts from 1."""
     low, high = numbers[0] + 1, numbers[-1] + 1
     return str(low) if low == high else f"{low}-{high}"
 
@@ -188,7 +182,7 @@ def csv_row(effect: dict) -> dict:
 
 
 def points_of(effects: Effects, name: str, *ends: tuple[str, float], shift: int = 0) -> dict[float, dict]:
-    """Return {number + shift: effect} of a swept condition, with the (condition, x) at the curve's ends."""
+    """Return {number + shift: effect} of a condition, with the (condition, x) at the ends."""
     points = {number + shift: effect for number, effect in effects.get(name, {}).items()
               if number is not None}
     for other, x in ends:
@@ -198,8 +192,8 @@ def points_of(effects: Effects, name: str, *ends: tuple[str, float], shift: int 
 
 
 def curves_figure(metrics: dict, subtitle: str, *panels: tuple[str, dict[str, dict]]) -> tuple:
-    """Return (figure, axes, rows of the CSV) of two panels, (label of x, {condition: points}), with the
-    margin as a band; (None, [], []) where no curve has two points."""
+    """Return (figure, axes, rows of the CSV) of two panels (label of x, {condition: points}); (None, [], [])
+    where no curve has two points."""
     if max(len(points) for _, curves in panels for points in curves.values()) < 2:
         return None, [], []
     figure, [both] = new_figure(11, 4.2, 1, 2)

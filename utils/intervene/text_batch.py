@@ -1,8 +1,7 @@
 """A batch of items, clean and under every condition on their text imagination, from one reading of each
 prompt.
 
-A reply is cut after its last imagination, edited (`utils.intervene.text_conditions`), fed back as the
-assistant's own beginning and continued.
+A reply is cut after its last imagination, edited, fed back as the assistant's own beginning and continued.
 """
 import random
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from utils.spans import conclusion, find_spans, passages, put_spans
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a reply that is to be continued, for the item at `place` under a condition. `text` is
-    empty where the whole reply is generated again; `edit` describes how the text was edited."""
+    """The beginning of a reply to continue, for the item at `place`; `text` is empty where the whole reply is
+    generated again."""
 
     condition: str
     place: int
@@ -51,7 +50,6 @@ class TextBatch:
         self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
 
     def text_of(self, ids: list[int]) -> str:
-        """Return the text of ids, not stripped: it may be continued."""
         return self.qwen.tokenizer.decode(ids, skip_special_tokens=True)
 
     def target(self, item: dict) -> str:
@@ -61,7 +59,7 @@ class TextBatch:
 
     # ------------------------------------------------------------------------------------ edited beginnings
     def blank_donors(self) -> dict[int, list[str]]:
-        """Return what each item imagines under a blank image, after its own words before the imagination."""
+        """Return what each item imagines under a blank image, after its own words."""
         if self.blank_spans is None:
             self.blank_spans = {}
             for places in self.settings.pieces(self.emitters):
@@ -78,7 +76,7 @@ class TextBatch:
         return ids[:max(n for n in range(1, len(ids) + 1) if n == 1 or len(self.text_of(ids[:n])) <= start)]
 
     def llm_edited(self, place: int) -> tuple[str, dict]:
-        """Return what the LLM editor makes of a reply's beginning; all replies are sent at once."""
+        """Return the LLM's edit of a reply's beginning; all replies are sent at once."""
         if self.llm_edits is None:
             samples = [(until_last_span(self.texts[i], self.spans[i]), self.spans[i], self.items[i],
                         self.target(self.items[i])) for i in self.emitters]
@@ -89,7 +87,7 @@ class TextBatch:
         return result
 
     def edited(self, edit: str, place: int) -> tuple[str, dict]:
-        """Return a reply's edited beginning and a description of the edit; NotEditable gives the reason."""
+        """Return a reply's edited beginning and the edit, or raise NotEditable."""
         text, spans = self.texts[place], self.spans[place]
         if not spans:
             raise NotEditable("no_span", "no imagination in the reply")
@@ -137,7 +135,7 @@ class TextBatch:
         return result
 
     def answered(self, kind: str, prefixes: list[Prefix]) -> list[tuple[Prefix, dict]]:
-        """Continue prefixes, all with a text or all without one; return each with its record."""
+        """Continue prefixes, all with a text or all without one."""
         if not prefixes:
             return []
         places = [prefix.place for prefix in prefixes]
@@ -159,13 +157,11 @@ class TextBatch:
                                [[]] * len(places), self.settings.options)
 
     def continued(self, state: State, places: list[int]) -> list[Generation]:
-        """Return what the rows of `state`, of the items at `places`, generate."""
         return decode(self.qwen, state, self.settings.max_new_tokens,
                       arms=[self.settings.sampled(self.items[i]) for i in places])[0]
 
     def scored_clean(self) -> list[tuple[int, dict]]:
-        """Return (place, scores) of the clean replies with an imagination: how the options score behind it,
-        and the attention of the stem there."""
+        """Return (place, scores and attention of the stem) of the clean replies with an imagination."""
         n_prompt, done = self.prompts.read["own"][0].mask.shape[1], []
         for places in self.settings.pieces(self.emitters):
             prefixes = [Prefix("clean", i, until_last_span(self.texts[i], self.spans[i])) for i in places]
@@ -176,14 +172,14 @@ class TextBatch:
         return done
 
     def columns(self, first: int, prefix: Prefix) -> list[int]:
-        """Return the cache's columns of an item's imaginations, its reply being read from column `first`."""
+        """Return the cache's columns of an item's imaginations; its reply begins at column `first`."""
         offsets = self.qwen.tokenizer(prefix.text, add_special_tokens=False,
                                       return_offsets_mapping=True)["offset_mapping"]
         return [first + n for n, (low, high) in enumerate(offsets)
                 if any(low < end and start < high for start, end in self.spans[prefix.place])]
 
     def describe(self, prefix: Prefix, row: Generation) -> dict:
-        """Return the record of a continued reply, compared with the clean one from the same place on."""
+        """Return the record of a continued reply, compared with the clean one from there on."""
         place, reply = prefix.place, self.text_of(row.ids)
         item, clean, spans = self.items[place], self.texts[place], self.spans[place]
         if prefix.text:

@@ -17,17 +17,12 @@
     truncate_N          the first N % of its words                          when the answer is settled
     image_off, image_off_directed       as sham and directed, with the image hidden from what follows (the
                                         positive control)
-    swap_blank, blank_x, blank          worlds of the mediation: what a blank image yields, the item's own
-                                        imagination with a blank image, and both blank
+    swap_blank, blank_x, blank          worlds of the mediation
 
-An edit is one function, f(text, spans, item, context) -> (new text, edit). `text` is the reply up to its last
-imagination (`until_last_span`), `spans` the result of utils.spans.find_spans, `item` a multiple-choice item.
-The edit is a dict with "editor", "target", "before" and "after" (lists of spans), "word_distance" and, where
-one value replaces another, "from" and "to". NotEditable gives the reason why an item has no such edit. A
-truncation may leave a short imagination whole, so that a curve over N keeps all its items.
-
-The LLM's edit is held to the rules of `utils.intervene.text_edits.verify_directed`. A failure is a
-NotEditable, never an edit by rules instead: compare the two editors on what both could edit.
+An edit is a function f(text, spans, item, context) -> (new text, edit), or raises NotEditable. `text` is the
+reply up to its last imagination, `spans` its imaginations. The edit is a dict with "editor", "target",
+"before" and "after" (lists of spans), "word_distance" and, where one value replaces another, "from" and "to".
+The LLM's edit is held to the rules of `verify_directed`; where it fails, no edit by rules replaces it.
 """
 import json
 import random
@@ -53,7 +48,7 @@ Edited = tuple[str, dict]
 
 @dataclass(frozen=True)
 class Context:
-    """What an edit needs besides the reply: the letter of a wrong option, a donor's imaginations, a seed."""
+    """The letter of a wrong option, a donor's imaginations, a seed."""
 
     target: str
     donor: Sequence[str] | None = None
@@ -61,12 +56,12 @@ class Context:
 
 
 def until_last_span(text: str, spans: Spans) -> str:
-    """Return a reply up to and including its last imagination and its mark: the part that is edited."""
+    """Return a reply up to and including its last imagination and its mark."""
     return text[:after_marks(text, spans[-1][1])]
 
 
 def replaced(text: str, spans: Spans, after: list[str], context: Context, **more) -> Edited:
-    """Return the text with its spans replaced, and the edit; NotEditable("unchanged") if nothing changes."""
+    """Return the text with its spans replaced, and the edit; NotEditable if nothing changes."""
     before = passages(text, spans)
     if after == before:
         raise NotEditable("unchanged", "the edit changes nothing")
@@ -85,8 +80,7 @@ def sham(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Say the same in other words; NotEditable("value_changed") if a value of an option or a number did not
-    survive."""
+    """Say the same in other words."""
     before = passages(text, spans)
     after = [reworded(span, item) for span in before]
     if survivors(before, item) != survivors(after, item):
@@ -95,11 +89,8 @@ def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Replace words that neither options nor question hold, until as many words differ as after `direct`.
-
-    Where `direct` cannot edit there is no size to match, and its reason is given. Words may run out before
-    the size is reached, and an article may exceed it by one: "directed_distance" is the size aimed at.
-    """
+    """Replace words that neither options nor question hold, until as many words differ as after `direct`
+    ("directed_distance"). Words may run out before; an article may exceed it by one."""
     aim = direct(text, spans, item, context.target)[1]["word_distance"]
     before = passages(text, spans)
     table, after = {}, before
@@ -122,7 +113,7 @@ def removal(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Put "something" for the right option's value; yes and no have no value to remove."""
+    """Put "something" for the right option's value."""
     before = passages(text, spans)
     slot = pick_slot(before, item, context.target)
     if slot.kind == "polarity":
@@ -145,14 +136,12 @@ def no_span(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def bare(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Put one opening mark for each imagination and its marks, as training with --imagination placeholder
-    does."""
+    """Put one opening mark for each imagination, as training with --imagination placeholder does."""
     return around(text, spans, OPEN), edit_fields(passages(text, spans), [""] * len(spans), context)
 
 
 def around(text: str, spans: Spans, new: str) -> str:
-    """Return the text with `new` for each span and its marks; an empty `new` also removes the space before
-    them."""
+    """Put `new` for each span and its marks; an empty one also removes the space before them."""
     for start, end in reversed(spans):
         head = text[:start].removesuffix(OPEN)
         text = (head if new else head.rstrip()) + new + text[after_marks(text, end):]
@@ -164,7 +153,7 @@ def constant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Put the donor's imaginations, in their order; the donor needs at least as many."""
+    """Put the donor's imaginations, in their order."""
     if context.donor is None or len(context.donor) < len(spans):
         raise NotEditable("no_donor",
                           f"{len(context.donor or ())} imaginations to take, expected {len(spans)}")
@@ -176,7 +165,8 @@ def directed(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 
 
 def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> Edited:
-    """Keep the first `percent` of the words of all imaginations together, rounded half up."""
+    """Keep the first `percent` of the words of all imaginations together, rounded half up. A short one may
+    stay whole, so that a curve keeps all items."""
     before = passages(text, spans)
     left, after = (percent * sum(len(span.split()) for span in before) + 50) // 100, []
     for span in before:
@@ -197,8 +187,8 @@ EDITS: dict[str, Callable[..., Edited]] = {
 # ------------------------------------------------------------------------------------ conditions
 @dataclass(frozen=True)
 class TextCondition:
-    """The edit that makes the beginning of a reply (None: the reply is generated again from `prompt`), the
-    kind of prompt, and whether what follows the beginning sees the image."""
+    """The edit of a reply's beginning (None: generated again from `prompt`), and whether what follows sees
+    the image."""
 
     edit: str | None
     prompt: str = "own"
@@ -249,19 +239,14 @@ Sample = tuple[str, Spans, dict, str]  # text, spans, item, letter of a wrong op
 
 
 def make_caller(backend: object, journal: Journal) -> Caller:
-    """Return the caller for `direct_all`: prompts and model are in every key, so that a journal answers only
-    for them."""
+    """Return the caller of `direct_all`; prompts and model are in every key."""
     return Caller(journal, None, backend, {"editor": VERSION, **backend.identity}, PROMPTS, MAX_NEW_TOKENS,
                   guarded=False)
 
 
 def direct_all(caller: Caller, samples: list[Sample]) -> list[Edited | NotEditable]:
-    """Return for each sample the model's directed edit, as utils.intervene.text_edits.direct returns it, or a
-    NotEditable.
-
-    Samples that cannot be verified (no slot, gold not mentioned, a letter in a span) are not sent. The edit
-    has "editor": "llm", "prompt" (VERSION), "model", "changed_phrases" and the fields of `verify_directed`.
-    """
+    """Return the model's directed edit of each sample, or a NotEditable. Samples whose edit could not be
+    verified are not sent."""
     results: list = [None] * len(samples)
     calls: dict[int, Call] = {}
     for i, (text, spans, item, target) in enumerate(samples):
@@ -293,7 +278,6 @@ def direct_all(caller: Caller, samples: list[Sample]) -> list[Edited | NotEditab
 
 
 def make_call(name: str, before: list[str], item: dict, target: str) -> Call:
-    """Return the call for an edit of these passages; NotEditable where the edit could not be verified."""
     slot = pick_slot(before, item, target)
     text = fill(PROMPTS["EDIT"], question=item.get("question", ""), old=slot.old, new=slot.new,
                 passages=json.dumps(before, ensure_ascii=False))

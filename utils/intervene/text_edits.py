@@ -1,9 +1,8 @@
 """The directed edit by rules: rewrite imaginations so that they support another option.
 
-`slots` finds the words by which two options differ, in the options themselves or in TABLES. `swap` exchanges
-them: a value anywhere, a side only in clauses about the question, yes and no by negating the statement that
-the question asks about. `verify_directed` holds the rules and an LLM (utils.intervene.text_conditions) to the
-same conditions. An edit that is not clean is refused with a reason of NOT_EDITABLE.
+`slots` finds the words by which two options differ. `swap` exchanges them: a value anywhere, a side only in
+clauses about the question, yes and no by negating the statement that the question asks about.
+`verify_directed` holds rules and LLM to the same conditions.
 """
 import re
 from collections import Counter
@@ -31,7 +30,7 @@ PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?"
 
 
 class NotEditable(ValueError):
-    """An imagination that cannot be edited; the message is one of NOT_EDITABLE, `detail` explains it."""
+    """An imagination that cannot be edited; the message is one of NOT_EDITABLE."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -39,9 +38,8 @@ class NotEditable(ValueError):
 
 
 class Slot(NamedTuple):
-    """The words that an edit exchanges, `old` and `new`. `kind` is "value" (anywhere in the text), "side"
-    (only in clauses that name one of `referents`, lower-case words of the question) or "polarity" (only in
-    clauses that name all of them)."""
+    """The words that an edit exchanges. `kind` is "value" (anywhere), "side" (in clauses that name one of
+    `referents`, words of the question) or "polarity" (in clauses that name all of them)."""
 
     kind: str
     old: str
@@ -51,11 +49,9 @@ class Slot(NamedTuple):
 
 # ------------------------------------------------------------------------------------ slots of two options
 def slots(item: dict, target: str) -> list[Slot]:
-    """Return the exchanges that turn the right option into option `target`, best first; NotEditable if none.
-
-    First the words that the two options do not share, then the words of one table that they hold. Yes against
-    no negates a statement, and needs a question that identifies the statement.
-    """
+    """Return the exchanges that turn the right option into option `target`, best first: the words that the
+    two do not share, then words of one table. Yes against no negates the statement that the question
+    identifies."""
     options, gold = dict(item["options"]), item["answer"]["value"]
     referents = frozenset(stems(item.get("question", "")))
     answers = [re.sub(r"\W", "", strip_label(options[letter])).lower() for letter in (gold, target)]
@@ -77,7 +73,7 @@ def slots(item: dict, target: str) -> list[Slot]:
 
 
 def slot_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words by which two options differ, without label, common beginning and common end."""
+    """Return the words by which two options differ."""
     pair = [strip_label(text).split() for text in (gold, target)]
     same = [[word.strip(".,;:!?\"'").lower() for word in words] for words in pair]
     n = min(map(len, pair))
@@ -92,7 +88,7 @@ def slot_values(gold: str, target: str) -> tuple[str, str]:
 
 
 def table_values(gold: str, target: str) -> tuple[str, str]:
-    """Return the words of the first of TABLES that has exactly one word in each option, a different one."""
+    """Return the words of the first of TABLES that has exactly one, another, in each option."""
     for words in TABLES.values():
         pair = [set(replace_values(text, {word: word for word in words})[1]) for text in (gold, target)]
         if len(pair[0]) == len(pair[1]) == 1 and pair[0] != pair[1]:
@@ -102,10 +98,8 @@ def table_values(gold: str, target: str) -> tuple[str, str]:
 
 # ------------------------------------------------------------------------------------ a slot in a text
 def clauses(text: str) -> list[tuple[str, set[str]]]:
-    """Return the clauses of a text, each with the things that it names (`stems`).
-
-    The clauses join to the text. One that begins with a pronoun also names the things of the clause before.
-    """
+    """Return the clauses of a text, which join to it, each with the things that it names; one that begins
+    with a pronoun also names those of the clause before."""
     cuts = [0, *(match.start() for match in CLAUSE.finditer(text)), len(text)]
     parts, named = [], set()
     for start, end in zip(cuts, cuts[1:]):
@@ -116,8 +110,7 @@ def clauses(text: str) -> list[tuple[str, set[str]]]:
 
 
 def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter]:
-    """Exchange the words of a slot where its kind allows, or put `filler` for the old one; count the mentions
-    of "gold" and "target"."""
+    """Exchange the words of a slot, or put `filler` for the old one; count "gold" and "target"."""
     def put(part: str) -> tuple[str, Counter]:
         if slot.kind == "polarity":
             return negate(part, slot.old)
@@ -138,8 +131,7 @@ def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter
 
 
 def negate(clause: str, gold: str) -> tuple[str, Counter]:
-    """Negate the first verb of a clause, or remove its negation; a clause that agreed with `gold` counts as
-    gold."""
+    """Negate the first verb of a clause, or remove its negation."""
     match = VERB.search(clause)
     if not match:
         return clause, Counter()
@@ -151,7 +143,7 @@ def negate(clause: str, gold: str) -> tuple[str, Counter]:
 
 # ------------------------------------------------------------------------------------ the directed edit
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
-    """Rewrite the imaginations in `text` so that they support option `target`; return (text, edit)."""
+    """Rewrite the imaginations in `text` to support option `target`; return (text, edit)."""
     before = passages(text, spans)
     slot = pick_slot(before, item, target)
     after = [swap(span, slot)[0] for span in before]
@@ -160,8 +152,7 @@ def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> 
 
 
 def pick_slot(spans: list[str], item: dict, target: str) -> Slot:
-    """Return the slot whose gold value the spans mention; NotEditable if they mention none of them, or if a
-    span names the letter of an option."""
+    """Return the first slot whose gold value the spans mention, or raise NotEditable."""
     candidates = slots(item, target)
     check_no_letter(spans)
     for slot in candidates:
@@ -176,18 +167,14 @@ def check_no_letter(spans: list[str]) -> None:
 
 
 def count_mentions(spans: list[str], slot: Slot) -> Counter:
-    """Return how often the spans mention the two words of a slot, as "gold" and "target"."""
+    """Return how often the spans mention the words of a slot, as "gold" and "target"."""
     return sum((swap(span, slot)[1] for span in spans), Counter())
 
 
 def verify_directed(before: list[str], after: list[str], item: dict, target: str) -> dict:
-    """Check a directed edit, by rules or by an LLM; return the fields of its record, or raise NotEditable.
-
-    `before` and `after` are the spans alone. Required: a mention of gold; every mention of gold turned into
-    one of the target, and gold left only where the target was; no letter of an option, no mark and no box in
-    a span. `n_other` counts words changed in addition to the values and their articles: 0 from the rules,
-    more from an LLM that rewrote.
-    """
+    """Return the fields of a directed edit's record, or raise NotEditable. Required: a mention of gold; every
+    one turned into the target, and gold left only where the target was; no letter of an option, mark or box
+    in a span. `n_other` counts words changed besides the values: 0 from the rules."""
     slot = pick_slot(before, item, target)
     if len(after) != len(before):
         raise NotEditable("span_count", f"{len(after)} passages came back, expected {len(before)}")
@@ -215,7 +202,6 @@ def mask_slot(span: str, slot: Slot) -> str:
 
 
 def total_distance(before: Sequence[str], after: Sequence[str]) -> int:
-    """Return the sum of the word distances of spans in pairs."""
     return sum(word_distance(old, new) for old, new in zip(before, after, strict=True))
 
 

@@ -1,9 +1,5 @@
 """The forms that a value takes in a text (plurals, articles, "-ish", digits and number words, capitals), and
-tables of words that can replace one another in a caption.
-
-The tables were written for captions of photographs and drawings. A word that an option or the question holds
-is never replaced.
-"""
+tables of words that can replace one another in a caption of a photograph or drawing."""
 import random
 import re
 from collections import Counter
@@ -59,8 +55,7 @@ NOT_REFERENT = set(  # words that do not name a thing
 
 # ------------------------------------------------------------------------------------ forms of a value
 def mention(name: str, value: str) -> str:
-    """Return a pattern of a value's mentions: any spacing, plural, a colour with -ish, a number in digits or
-    as a word."""
+    """Return a pattern of a value's mentions in any spacing and form."""
     pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", value))
     twin = twin_number(value)
     ending = r"e?s" if value[-1].isalpha() and len(value) > 1 and not twin else r"(?!)"
@@ -70,14 +65,14 @@ def mention(name: str, value: str) -> str:
 
 
 def twin_number(value: str) -> str | None:
-    """Return the word for digits or the digits for a word, up to twenty; None for other text."""
+    """Return the word for digits or the digits for a word, up to twenty."""
     if value.isascii() and value.isdigit() and int(value) < len(NUMBERS):
         return NUMBERS[int(value)]
     return str(NUMBERS.index(value.lower())) if value.lower() in NUMBERS else None
 
 
 def word_like(form: str, ending: str, old: str, new: str) -> str:
-    """Return `new` in the form that `old` has in `form`: digits or word, ending, capitals."""
+    """Return `new` in the form that `old` has in `form`."""
     if new == SOMETHING:
         ending = ""
     if twin_number(new) and form.isdigit() != new.isdigit():
@@ -94,17 +89,15 @@ def word_like(form: str, ending: str, old: str, new: str) -> str:
 
 
 def article_for(word: str) -> str:
-    """Return "a" or "an", by sound as far as a few prefixes determine it."""
+    """Return "a" or "an", as far as a few prefixes determine it."""
     if re.match(r"(?:one|once|uni|use|eu)|(?:hour|honest)", word, re.IGNORECASE):
         return "an" if word[0] in "hH" else "a"
     return "an" if re.match(r"[aeiou]|8|1[18](?!\d)", word, re.IGNORECASE) else "a"
 
 
 def replace_values(text: str, table: dict[str, str]) -> tuple[str, Counter]:
-    """Replace every mention of a value (old -> new) in one pass; return the text and counts of the mentions.
-
-    Longer values take precedence over values that they contain. The article before a mention is adapted.
-    """
+    """Replace every mention of a value (old -> new), longer ones first; count the mentions. The article
+    before a mention is adapted."""
     if not table:
         return text, Counter()
     names, pattern = mentions(tuple(sorted(table, key=len, reverse=True)))
@@ -124,7 +117,7 @@ def replace_values(text: str, table: dict[str, str]) -> tuple[str, Counter]:
 
 @lru_cache(4096)
 def mentions(values: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern]:
-    """Return the group names (name -> value) and the pattern of a mention with an article before it."""
+    """Return {group name: value} and the pattern of a mention with the article before it."""
     names = {f"v{n}": value for n, value in enumerate(values)}
     return names, re.compile(r"(?:\b(?P<article>an?)(?P<gap>\s+))?(?<!\w)(?<!\d[.,])(?:"
                              + "|".join(mention(name, value) for name, value in names.items())
@@ -132,33 +125,32 @@ def mentions(values: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern]:
 
 
 def count_forms(text: str, value: str) -> int:
-    """Return how often a text mentions a value, in any form."""
     return replace_values(text, {value: value})[1][value]
 
 
 def exchange(text: str, gold: str, target: str) -> tuple[str, Counter]:
-    """Exchange gold and target wherever they are mentioned; count the mentions of each."""
+    """Exchange gold and target wherever they are mentioned; count both."""
     text, counts = replace_values(text, {gold: target, target: gold})
     return text, Counter(gold=counts[gold], target=counts[target])
 
 
 # ------------------------------------------------------------------------------------ words of a caption
 def stems(text: str) -> list[str]:
-    """Return the words of a text that can name a thing, lower-case and without a plural -s."""
+    """Return the words that can name a thing, lower-case and without a plural -s."""
     words = re.findall(r"[a-z]{3,}", re.sub(r"['’]s\b", "", text.lower()))
     singular = [re.sub(r"(?<=[^s])s$", "", word) for word in words]
     return [word for word in singular if word not in NOT_REFERENT]
 
 
 def option_words(item: dict) -> set[str]:
-    """Return every option's value and the words in it that carry meaning, lower-case."""
+    """Return every option's value and its words that carry meaning, lower-case."""
     texts = [strip_label(text).lower() for _, text in item["options"]]
     sides = [word for word in TABLES["side"] if any(count_forms(text, word) for text in texts)]
     return {*texts, *sides, *(word for text in texts for word in stems(text))} - {""}
 
 
 def survivors(spans: Iterable[str], item: dict) -> Counter:
-    """Return how often the spans mention each word of the options and each number."""
+    """Count the mentions of each word of the options and each number."""
     text = "\n".join(spans)
     numbers = re.findall(rf"\d+(?:[.,]\d+)*|\b(?:{'|'.join(NUMBERS)})\b", text.lower())
     counts = Counter({word: count_forms(text, word) for word in option_words(item)})
@@ -167,7 +159,7 @@ def survivors(spans: Iterable[str], item: dict) -> Counter:
 
 
 def reworded(span: str, item: dict) -> str:
-    """Return a span in other words: phrases of SYNONYMS replaced, or TEMPLATE around it without any."""
+    """Return a span with phrases of SYNONYMS replaced, or TEMPLATE around it without any."""
     if not span.strip():
         return span
     kept = option_words(item)
@@ -181,12 +173,8 @@ def reworded(span: str, item: dict) -> str:
 
 
 def others(spans: Iterable[str], item: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """Return (word, another of its class) for words in the spans but in neither options nor question,
-    shuffled.
-
-    The class of a number above twelve is the numbers with as many digits. The new words are not in spans,
-    options or question.
-    """
+    """Return shuffled (word, another of its class) for words in the spans but in neither options nor
+    question. Numbers above twelve form classes by their number of digits."""
     text = "\n".join(spans)
     asked = "\n".join([item["question"], *(option for _, option in item["options"])])
     result = []

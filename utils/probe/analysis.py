@@ -1,11 +1,8 @@
 """All measures of a store of states: similarity, and what cosines do not show. numpy only.
 
-Spectrum, CKA and retrieval work on [n, n] products, so that d may be large. The spectrum has no bootstrap
-interval: drawing an instance twice lowers every rank.
-
-The linear probe is kernel ridge classification with grouped folds and shuffled labels as a control. Instances
-of one group (one image, say) are never in training and test at once, or a probe would recognise the image
-instead of the label. A label that can be read off the latents need not be what the answer follows.
+Spectrum, CKA and retrieval work on [n, n] products, so that d may be large. The linear probe is kernel ridge
+classification with grouped folds and shuffled labels as a control: with one image in training and test it
+would recognise the image instead of the label.
 """
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -29,12 +26,9 @@ SHOWN = 100  # instances in a heat map, as in the paper
 
 # --------------------------------------------------------------------------------- spectrum, CKA, retrieval
 def spectrum(states: np.ndarray) -> dict:
-    """Return how many directions states [n, d] span around their mean, and the share of the largest ("top1").
-
-    The participation ratio of the variances is (sum)^2 / sum of squares, the effective rank exp(entropy) (Roy
-    and Vetterli 2007), "rank90" the number of directions that hold 90 %. All are bounded by n - 1: compare
-    only sets of the same n. None where nothing varies.
-    """
+    """Return how many directions states [n, d] span around their mean: participation ratio (sum)^2 / sum of
+    squares, effective rank exp(entropy) (Roy and Vetterli 2007), "rank90" the directions that hold 90 %,
+    "top1" the largest share. All are bounded by n - 1. None where nothing varies."""
     offsets = states - states.mean(0, dtype=np.float64)
     values = np.linalg.eigvalsh(offsets @ offsets.T)[::-1].clip(0)
     ranks = [f"rank{100 * share:.0f}" for share in SHARES]
@@ -50,11 +44,9 @@ def spectrum(states: np.ndarray) -> dict:
 
 
 def cka(x: np.ndarray, y: np.ndarray, debiased: bool = True) -> float:
-    """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same instances.
-
-    The debiased form (Song et al. 2012, HSIC_1; n >= 4) has expectation 0 for independent sets. The biased
-    one is 0.97 for them at n = 100, d = 3584: it is given only to show that.
-    """
+    """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same instances. The
+    debiased form (Song et al. 2012, HSIC_1; n >= 4) has expectation 0 for independent sets, the biased one
+    0.97 at n = 100, d = 3584."""
     k, l = (states @ states.T for states in (x.astype(np.float64), y.astype(np.float64)))
     hsic = hsic_debiased if debiased else hsic_biased
     norm = hsic(k, k) * hsic(l, l)
@@ -77,8 +69,8 @@ def hsic_biased(k: np.ndarray, l: np.ndarray) -> float:
 
 
 def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
-    """Return how well row i of `queries` [n, d] retrieves row i of `keys` [n, d] by cosine: top-1 accuracy,
-    mean reciprocal rank, and both by chance. Centre both before. Tied keys are in random order."""
+    """Return how well row i of `queries` [n, d] retrieves row i of `keys` by cosine: top-1 accuracy, mean
+    reciprocal rank, and both by chance. Tied keys are in random order."""
     if queries.shape != keys.shape or len(keys) < 2:
         raise ValueError(f"retrieval: {queries.shape} queries, {keys.shape} keys; expected one shape, two "
                          "rows or more")
@@ -93,7 +85,7 @@ def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
 
 # ------------------------------------------------------------------------------------ linear probe
 def grouped_folds(groups: Sequence[Hashable], n_folds: int, seed: int = 0) -> np.ndarray:
-    """Return the fold [n] of every instance: whole groups in one fold, folds of about the same size."""
+    """Return the fold [n] of every instance: whole groups, folds of about the same size."""
     names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
     if len(names) < n_folds or n_folds < 2:
         raise ValueError(f"{len(names)} groups for {n_folds} folds; expected two folds or more, and at least "
@@ -110,10 +102,7 @@ def grouped_folds(groups: Sequence[Hashable], n_folds: int, seed: int = 0) -> np
 
 def ridge_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray,
                  ridge: float = RIDGE) -> np.ndarray:
-    """Return scores [m, ...] of `test` [m, d] from a ridge fit of `targets` [n, ...] on `train` [n, d].
-
-    The means of states and targets are those of the training part.
-    """
+    """Return scores [m, ...] of `test` [m, d] from a ridge fit of `targets` [n, ...] on `train` [n, d]."""
     mean, mean_target = train.mean(0, dtype=np.float64), targets.mean(0)
     train_offsets, test_offsets = ((x - mean).astype(train.dtype) for x in (train, test))
     kernel = (train_offsets @ train_offsets.T).astype(np.float64)
@@ -126,11 +115,9 @@ def ridge_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray,
 
 def linear_probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequence[Hashable],
                  n_folds: int = FOLDS, seed: int = 0) -> dict:
-    """Return how well `labels` [n] can be read from states [n, d], by folds over `groups`.
-
-    {"accuracy", "low", "high" (groups resampled), "majority" (share of the commonest label), "shuffled" (mean
-    accuracy with permuted labels), "above_shuffled", "p" ((1 + k) / (1 + N_SHUFFLES)), "n", "classes"}.
-    """
+    """Return how well `labels` [n] can be read from states [n, d], by folds over `groups`. "low", "high":
+    groups resampled; "majority": share of the commonest label; "shuffled": mean accuracy with permuted
+    labels, "p" that of `accuracy` against them."""
     names, own = np.unique(np.asarray([repr(label) for label in labels]), return_inverse=True)
     if len(names) < 2 or not len(states) == len(own) == len(groups):
         raise ValueError(f"{len(states)} states, {len(own)} labels of {len(names)} kinds, {len(groups)} "
@@ -154,7 +141,7 @@ def linear_probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequenc
 
 
 def shuffle_labels(labels: np.ndarray, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
-    """Permute labels between instances, or between groups if every group has only one label."""
+    """Permute labels between instances, or between groups that each have one label."""
     _, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
     first = np.zeros(members.max() + 1, dtype=int)
     first[members[::-1]] = labels[::-1]
@@ -163,7 +150,7 @@ def shuffle_labels(labels: np.ndarray, groups: Sequence[Hashable], rng: np.rando
 
 # ------------------------------------------------------------------------------------ all cells of a store
 def adjust(row: dict, c0: float) -> dict:
-    """Return a raw row as "adjusted" for anisotropy: c0 < 1 is the raw cosine of ordinary tokens."""
+    """Return a raw row as "adjusted" for anisotropy by c0."""
     if not c0 < 1:
         raise ValueError(f"c0 is {c0}, expected below 1: if all ordinary tokens are alike, nothing can be "
                          "adjusted")
@@ -172,8 +159,7 @@ def adjust(row: dict, c0: float) -> dict:
 
 
 class Analysis:
-    """Measures the states of `items` in a store: `rows` are the lines of probes.jsonl, `matrices` the heat
-    maps."""
+    """Measures the states of `items`: `rows` are the lines of probes.jsonl, `matrices` the heat maps."""
 
     def __init__(self, store: States, items: list[dict], n_steps: int, seed: int):
         self.store, self.n_steps, self.seed = store, n_steps, seed
@@ -201,7 +187,6 @@ class Analysis:
                           if row["form"] == "raw" and row["kind"] != "text"]
 
     def measure_kind(self, kind: str, name: str) -> None:
-        """Measure the cells of a kind, one after the other."""
         segments = {key: self.store.records[key]["segments"] for key in self.keys}
         sizes = {key: sizes[0] for key, sizes in segments.items() if sizes}
         similarity, before = CellSimilarity(self.halves, self.tasks, seed=self.seed), None
@@ -238,7 +223,7 @@ class Analysis:
             self.add_cka(place, "cka_image", cell.states[shown], images)
 
     def compare_cells(self, place: dict, before: Cell, cell: Cell) -> None:
-        """Add CKA and retrieval between a step and the one before, over the instances that have both."""
+        """Add CKA and retrieval between a step and the one before."""
         both, now, earlier = np.intersect1d(cell.instances, before.instances, return_indices=True)
         if len(both) < 4:
             return
@@ -251,14 +236,13 @@ class Analysis:
                               "value": result["top1"], **result})
 
     def add_cka(self, place: dict, measure: str, x: np.ndarray, y: np.ndarray) -> None:
-        """Add the debiased and the biased CKA of two sets of states, if both vary."""
+        """Add both CKAs of two sets of states, if both vary."""
         if min(np.ptp(states, axis=0).max() for states in (x, y)) > 0:
             self.rows.append({**place, "measure": measure, "value": cka(x, y), "biased": cka(x, y, False),
                               "n": len(x)})
 
     def ordinary_cosine(self) -> float | None:
-        """Return c0, the mean cosine of two text states of different instances at any steps; None if it is
-        too high to adjust to."""
+        """Return c0, the mean cosine of text states of different instances; None if too high."""
         states = [self.store.load(key, "text") for key in self.keys]
         means = np.array([unit(x).mean(0) for x in states if x is not None])
         if len(means) < 2:
@@ -268,7 +252,7 @@ class Analysis:
         return c0 if c0 < MOST_ALIKE else None
 
     def curves(self) -> dict:
-        """Return {kind: {measure_form: [{"step", "mean", "low", "high", "n"}, ...]}} of final states."""
+        """Return {kind: {measure_form: [{"step", "mean", "low", "high", "n"}]}} of final states."""
         result = {}
         for row in final_cosines(self.rows):
             curve = result.setdefault(row["kind"], {}).setdefault(f"{row['measure']}_{row['form']}", [])
@@ -286,12 +270,12 @@ class Analysis:
 
 
 def final_cosines(rows: list[dict]) -> list[dict]:
-    """Return the rows of cosines of final states, over all pairs."""
+    """Return the rows of final states' cosines over all pairs."""
     return [row for row in rows if row["layer"] == -1 and row["pairs"] == "all"
             and row["measure"] in ("inter", "adjacent", "first")]
 
 
 def curve_means(curves: dict) -> dict:
-    """Return {kind: {measure_form: mean over the steps}} of `Analysis.curves`."""
+    """Return {kind: {measure_form: mean over the steps}}."""
     return {kind: {name: float(np.mean([point["mean"] for point in curve])) for name, curve in named.items()}
             for kind, named in curves.items()}

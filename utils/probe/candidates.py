@@ -24,7 +24,7 @@ PLAIN_GOLDS = ("yes", "no", "true", "false")  # words of other questions too
 
 @dataclass
 class Candidate:
-    """A question that was asked for: kept if `stage` is None, else rejected by it for a closed reason."""
+    """A question that was asked for: kept if `stage` is None, else rejected by it."""
 
     id: str
     source: dict
@@ -43,7 +43,7 @@ class Candidate:
         self.stage, self.reason, self.detail = stage, reason, detail
 
     def options(self, seed: int, letter: str | None = None) -> dict[str, str]:
-        """Return {letter: text} in an order of its own, the right option at `letter` if given."""
+        """Return {letter: text} in an order of its own, the right one at `letter` if given."""
         rng, texts = random.Random(f"{seed}/{self.id}/{letter}"), list(self.wrong)
         rng.shuffle(texts)
         texts.insert(rng.randrange(4) if letter is None else "ABCD".index(letter), self.gold)
@@ -51,7 +51,6 @@ class Candidate:
 
 
 def plain_words(text: str) -> str:
-    """Return a text in one spelling, without punctuation."""
     return normalize(re.sub(r"[?!,;:\"()]|[.](?!\d)", " ", text))
 
 
@@ -96,8 +95,7 @@ def broken_rule(candidate: Candidate) -> tuple[str, str] | None:
 
 
 def apply_rules(candidates: list[Candidate], pictures: dict[str, str]) -> None:
-    """Reject candidates that break a rule; a question may be asked only once per picture (source id -> hash).
-    """
+    """Reject candidates that break a rule or repeat a question about a picture (source id -> hash)."""
     seen: dict[tuple[str, str], str] = {}
     for candidate in candidates:
         if candidate.stage is None and (fault := broken_rule(candidate)):
@@ -110,7 +108,6 @@ def apply_rules(candidates: list[Candidate], pictures: dict[str, str]) -> None:
 
 
 def read_questions(candidates: list[Candidate], outcome: Outcome) -> None:
-    """Fill in the candidates of a source from the reply that writes them."""
     if outcome.value is None:
         for candidate in candidates:
             candidate.reject("error", outcome.reason, outcome.detail)
@@ -125,7 +122,7 @@ def read_questions(candidates: list[Candidate], outcome: Outcome) -> None:
 
 
 def read_answer(candidate: Candidate, kind: str, outcome: Outcome, seed: int) -> None:
-    """Decide on a candidate from the reply that answers it, "answer" from the image or "blind"."""
+    """Decide on a candidate from the reply that answers it."""
     if outcome.value is None:
         candidate.reject("error", outcome.reason, outcome.detail)
         return

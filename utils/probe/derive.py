@@ -80,21 +80,20 @@ SCHEMAS = {"write": WRITE_SCHEMA,
 
 # ------------------------------------------------------------------------------------ calls
 class View(NamedTuple):
-    """The pictures that an item's calls show (its region enlarged), and their hashes for the keys."""
+    """The pictures that an item's calls show, and their hashes."""
 
     paths: tuple[str, ...] = ()
     hashes: tuple[str, ...] = ()
 
 
 class Fault(NamedTuple):
-    """Why an item cannot be shown."""
 
     reason: str
     detail: str
 
 
 def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> View | Fault:
-    """Return the view of an item; its region is written into the run's folder once."""
+    """Return the view of an item; its enlarged region is written once."""
     paths = [os.path.join(args.image_root, image["path"]) for image in item["images"]]
     if not item.get("region"):
         return View(tuple(paths), tuple(hashes))
@@ -114,7 +113,6 @@ def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> Vi
 
 
 def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> list[View | Fault]:
-    """Return the view of every item, or why it has none."""
     rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]),
              "steps": [], "images": [image["path"] for image in item["images"]]} for item in items]
     checked = check_rows(rows, args.image_root, lambda row: None, caller and caller.images)
@@ -128,7 +126,6 @@ def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespac
 
 
 def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
-    """Return the call that writes the candidates of a source."""
     shown, subject = ZOOMED if item.get("region") else WHOLE
     text = fill(prompts["WRITE"], shown=shown, subject=subject, n=str(args.questions),
                 attributes=", ".join(ATTRIBUTES), answer=gold_words(item) or "not told",
@@ -138,7 +135,6 @@ def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[s
 
 def answer_call(candidate: Candidate, kind: str, view: View, args: argparse.Namespace,
                 prompts: dict[str, str]) -> Call:
-    """Return the call that answers a candidate, "answer" from the image and "blind" without."""
     options = "\n".join(f"{letter}. {text}" for letter, text in candidate.options(args.seed).items())
     text = fill(prompts[kind.upper()], question=candidate.question.strip(), options=options)
     return Call(candidate.id, kind, -1, text, *view, SCHEMAS[kind])
@@ -146,7 +142,7 @@ def answer_call(candidate: Candidate, kind: str, view: View, args: argparse.Name
 
 def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.Namespace,
            prompts: dict[str, str]) -> list[Candidate]:
-    """Return --questions candidates per source: a pure function of the items and of the journal's replies."""
+    """Return --questions candidates per source: a pure function of items and journals."""
     by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)]
                  for item in items}
     views: dict[str, View] = {}
@@ -173,7 +169,7 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.N
 
 # ------------------------------------------------------------------------------------ the run
 def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
-    """Return the backend and the identity of --answer_model, or (None, None) if --model answers."""
+    """Return the backend and the identity of --answer_model, if given."""
     if not args.answer_model:
         return None, None
     if args.export_only:
@@ -192,8 +188,7 @@ def preview(items: list[dict], args: argparse.Namespace, prompts: dict[str, str]
 
 
 def export_questions(candidates: list[Candidate], args: argparse.Namespace) -> dict:
-    """Write the kept questions, right options dealt evenly over the letters, and every verdict; return the
-    counts."""
+    """Write the kept questions and every verdict; return the counts."""
     kept = [candidate for candidate in candidates if candidate.stage is None]
     letters = list("ABCD" * (len(kept) // 4 + 1))[:len(kept)]
     random.Random(args.seed).shuffle(letters)

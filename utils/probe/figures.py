@@ -25,11 +25,8 @@ def write_tight(figure, path: Path, rows: list[dict]) -> None:
 
 def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]], tasks: np.ndarray,
                   path: Path) -> None:
-    """Draw the cosine of every pair of instances (the paper's Fig. 2b, left): one column per step, two rows
-    (raw, centred) per kind of states.
-
-    matrices[(kind, form, step)] = (indices [m] of `tasks`, cosines [m, m]). Instances are ordered by task,
-    with a line between tasks and their names on the left.
+    """Draw the cosine of every pair of instances (the paper's Fig. 2b, left), by task: one column per step,
+    two rows (raw, centred) per kind. matrices[(kind, form, step)] = (indices [m] of `tasks`, cosines [m, m]).
     """
     rows = [(kind, form) for kind in STYLES for form in ("raw", "centred") if (kind, form, 0) in matrices]
     n_steps = 1 + max(step for _, _, step in matrices)
@@ -64,8 +61,8 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Draw the cosines of final states by step (the paper's Fig. 2b, right; Fig. 4 for text): one row per
-    form, one column per measure, one line per kind."""
+    """Draw the cosines of final states by step (the paper's Fig. 2b, right; Fig. 4 for text), by form and
+    measure."""
     titles = {"inter": "between instances, same step", "adjacent": "one instance, step t - 1 to t",
               "first": "one instance, step 1 to t"}
     forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
@@ -88,8 +85,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 
 
 def draw_probing(probing: dict, path: Path) -> None:
-    """Draw the accuracy of probe questions by condition (the paper's Fig. 2c, right), parsed and by R0, with
-    Wilson intervals and a line at chance."""
+    """Draw the accuracy of probe questions by condition (the paper's Fig. 2c, right), parsed and by R0."""
     chance, n = probing["chance"], probing["n"]
     shown = {name: probing["conditions"][name] for name in CONDITIONS if name in probing["conditions"]}
     figure, [[ax]] = new_figure(1.05 * len(shown) + 2, 4.6)
@@ -120,8 +116,7 @@ def draw_probing(probing: dict, path: Path) -> None:
 
 
 def draw_layers(rows: list[dict], path: Path) -> None:
-    """Draw layers against steps at the latent positions: raw and centred cosine between instances, and the
-    accuracy of a linear probe."""
+    """Draw layers against steps at the latents: raw and centred cosine, accuracy of a linear probe."""
     rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all"
             and row["measure"] in ("inter", "decode")]
     panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
@@ -145,7 +140,7 @@ def draw_layers(rows: list[dict], path: Path) -> None:
 
 
 def draw_spectra(rows: list[dict], path: Path) -> None:
-    """Draw how many directions the states of a step span, and the share of the largest, one line per kind."""
+    """Draw how many directions the states of a step span, and the share of the largest."""
     rows = [row for row in rows if row["measure"] == "spectrum" and row["layer"] == -1
             and row["participation_ratio"] is not None]
     panels = {"participation_ratio": "participation ratio", "effective_rank": "effective rank",

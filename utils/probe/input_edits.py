@@ -8,10 +8,9 @@
     brightness       all images darker by a fifth
     crop             5 % cut off each side, then resized back
 
-Masks need a "region" ([left, top, right, bottom] in pixels of the first image) that leaves space for a second
-box. The sensitivity is E|Z(x) - Z(x')| / E|h(x) - h(x')|, where h are the states of the text after the
-imagination at the same offset. The selectivity is the ratio of what the two masks move, for Z and for h. The
-other way to vary X is to cross images with questions.
+Masks need a "region" that leaves space for a second box. The sensitivity is E|Z(x) - Z(x')| / E|h(x) -
+h(x')|, where h are the states of the text after the imagination at the same offset; the selectivity is the
+ratio of what the two masks move. `cross_items` crosses images with questions instead.
 """
 import random
 from typing import NamedTuple
@@ -41,7 +40,7 @@ def edit_items(name: str, items: list[dict], seed: int) -> list[dict]:
 
 
 def edit_of(name: str, place: int, items: list[dict], seed: int) -> dict | None:
-    """Return the fields that an edit changes in the item at `place`, or None if the edit is impossible."""
+    """Return the fields that an edit changes in the item at `place`; None if it is impossible."""
     item, others = items[place], items[place + 1:] + items[:place]
     if name == "image_swap":
         for other in others:
@@ -67,7 +66,7 @@ def edit_of(name: str, place: int, items: list[dict], seed: int) -> dict | None:
 
 
 def other_box(box: list[int], size: tuple[int, int], seed: str) -> list[int] | None:
-    """Return a box of the same sides that does not touch `box`, drawn uniformly, or None if nothing fits."""
+    """Return a box of the same sides that does not touch `box`, drawn uniformly, if one fits."""
     (left, top, right, bottom), (width, height) = box, size
     w, h = right - left, bottom - top
     clear_x = [*range(left - w + 1), *range(right, width - w + 1)]  # to its left or right, at any height
@@ -86,7 +85,7 @@ def other_box(box: list[int], size: tuple[int, int], seed: str) -> list[int] | N
 
 
 def open_edited(item: dict) -> list[Image.Image]:
-    """Open the images of an item with a "root", with its edit applied."""
+    """Open the images of an item, with its edit applied."""
     images, edit = open_images(item, item["root"]), item.get("edit") or {"name": "identity"}
     if edit["name"].startswith("mask"):
         images[0].paste(MASK_GREY, tuple(edit["box"]))
@@ -111,7 +110,7 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]  # two series by step per sample
 
 
 def distances(store: States, kind: str, key: str, other: str) -> np.ndarray:
-    """Return |a - b| of the states of two samples over the steps of both (latents: of the first segment)."""
+    """Return |a - b| of two samples' states over the steps of both (latents: of the first segment)."""
     name, states = store.find(kind), []
     for sample in (key, other):
         x = store.load(sample, name)
@@ -132,23 +131,19 @@ def at_step(pairs: Pairs, step: int) -> np.ndarray:
 
 
 def mean_over_steps(pairs: Pairs) -> np.ndarray:
-    """Return the means [m, 2] over the steps that both series have, of samples with at least one."""
+    """Return the means [m, 2] over the steps that both series have."""
     n_steps = [min(map(len, pair)) for pair in pairs]
     return np.array([[series[:n].mean() for series in pair] for pair, n in zip(pairs, n_steps) if n])
 
 
 def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> dict | None:
-    """Return the ratio of two means with its interval over samples, or None if the lower is 0."""
+    """Return the ratio of two means with its interval, or None if the lower is 0."""
     return Bootstrap(len(above), seed=seed).ratio(above, below) if below.sum() > 0 else None
 
 
 def measure_edits(store: States, sets: dict[str, list[dict]], seed: int) -> tuple[list[dict], dict]:
-    """Return the rows of probes.jsonl, by step, and a summary of the edited items in `sets` (by edit).
-
-    "change" is E|Z(x) - Z(x')|, "sensitivity" its ratio to that of the text at the same offset (null where
-    the text does not move), "selectivity" the ratio of the two masks. In the summary each sample counts with
-    its mean over the steps.
-    """
+    """Return the rows of probes.jsonl, by step, and a summary by edit, in which each sample counts with its
+    mean over the steps."""
     rows, summary, moved = [], {}, {}
     for name, items in sets.items():
         emitted = [item for item in items if store.records[item["from"]]["emitted"]]
@@ -169,7 +164,6 @@ def measure_edits(store: States, sets: dict[str, list[dict]], seed: int) -> tupl
 
 
 def change_rows(name: str, pairs: Pairs, seed: int) -> list[dict]:
-    """Return change and sensitivity at every step that two samples or more have."""
     rows = []
     for step in range(common_steps(pairs)):
         at = at_step(pairs, step)
@@ -187,7 +181,7 @@ def change_rows(name: str, pairs: Pairs, seed: int) -> list[dict]:
 
 def selectivity(relevant: dict[str, Moved], irrelevant: dict[str, Moved],
                 seed: int) -> tuple[list[dict], dict]:
-    """Return rows by step, and {kind: ratio over all steps}, of what two masks move in the same samples."""
+    """Return rows by step, and {kind: ratio over all steps}, of what two masks move."""
     rows, summary = [], {}
     for k, kind in enumerate(Moved._fields):
         pairs = [(relevant[name][k], irrelevant[name][k]) for name in relevant if name in irrelevant]
@@ -203,7 +197,7 @@ def selectivity(relevant: dict[str, Moved], irrelevant: dict[str, Moved],
 
 # ------------------------------------------------------------------------------------ images x questions
 def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
-    """Return the first images x questions as items, all with as many images as the first one."""
+    """Return images x questions as items, all with as many images as the first one."""
     able = [item for item in items if len(item["images"]) == len(items[0]["images"])]
     return [[{**asked, "id": f"{shown['id']}@{asked['id']}", "group_id": shown["id"],
               "images": shown["images"], "root": shown["root"]}
@@ -212,7 +206,7 @@ def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list
 
 def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
     """Return for each step the variance split over the images that always imagined something, and how far
-    swapping images and swapping questions moves the imagination relative to the first text state."""
+    swaps of images and of questions move the imagination relative to the first text state."""
     name = store.find("imagination")
     whole = [row for row in grid
              if all({name, "text"} <= set(store.records[item["id"]]["tensors"]) for item in row)]
@@ -232,13 +226,9 @@ def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
 
 
 def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dict:
-    """Split the variance of states [images, questions, d], one run of each pair, into images, questions and
-    their interaction.
-
-    The shares sum to 1, and a direction common to all runs does not matter. By chance alone the expected
-    share of images is (A - 1) / (AB - 1), "image_chance". "image_p" permutes images within every question,
-    "question_p" questions within every image: (1 + k) / (1 + n_perm).
-    """
+    """Split the variance of states [images, questions, d] into images, questions and their interaction; the
+    shares sum to 1. "image_chance" is (A - 1) / (AB - 1); "image_p" permutes images within every question,
+    "question_p" questions within every image."""
     n_images, n_questions, d = states.shape
     if min(n_images, n_questions) < 2:
         raise ValueError(f"variance_split: {n_images} images and {n_questions} questions, expected two of "
@@ -250,7 +240,6 @@ def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dic
         raise ValueError("variance_split: the states do not vary at all, so there are no shares")
 
     def between_rows(index: np.ndarray) -> float:
-        """Return the sum of squares of the row means, for an index [rows, columns]."""
         return float(gram[index[:, :, None], index[:, None, :]].sum() / index.shape[1])
 
     rng, result = np.random.default_rng(seed), {"images": n_images, "questions": n_questions}

@@ -11,11 +11,9 @@
       cut        the source's own                     cut_other   another item's
       cut_none   the source's own, with the imagination hidden too (only the distance shows its length)
 
-A text imagination has no mean and no noise. When cut, its words keep the states computed with the image in
-view: "cut" compared with "own" shows what that adds to the words. Every way has two readouts: R0 scores each
-option behind one stem and needs no parsing; the free reply is parsed. A reader, another model, is given the
-words, or the latents if its states have their size. It cannot be given what is cut: those are states of the
-model that read the image.
+A text imagination has no mean and no noise; when cut, its words keep the states computed with the image in
+view. R0 scores each option behind one stem; the free reply is parsed. A reader, another model, is given the
+words, or latents of its own size, but never what is cut: those are states of the model that read the image.
 """
 import argparse
 import hashlib
@@ -47,13 +45,12 @@ TURN = "<|im_start|>user"
 
 
 def list_conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
-    """Return the ways to ask of the variants "tokens_only" and "cut", in the order of the run."""
     names = [*TOKENS_ONLY, *(LATENT_ONLY if spec else ())] if "tokens_only" in variants else []
     return names + [*(CUT if "cut" in variants else ())]
 
 
 def rotations(probe: dict) -> list[dict]:
-    """Return a question once per rotation of its options, so that a preferred letter gains nothing."""
+    """Return a question once per rotation of its options."""
     letters, texts = zip(*probe["options"])
     gold = letters.index(probe["answer"]["value"])
     return [{**probe, "id": f"{probe['id']}#{k}",
@@ -84,10 +81,8 @@ def beginning(spec: LatentSpec | None, imagination: str | None, n_latents: int) 
 
 @dataclass
 class Asked:
-    """Prompts that were read.
-
-    forced_ids: per row, the ids before the stem of R0. places: indices in the batch of the questions asked.
-    """
+    """Prompts that were read, the ids of each row before R0's stem, and the places in the batch of the
+    questions asked."""
 
     state: State | None
     forced_ids: list[list[int]]
@@ -95,7 +90,7 @@ class Asked:
 
 
 class Prober:
-    """Asks probe questions about `items` (by id) whose states are in `store`; `args`: flags of probe.py."""
+    """Asks probe questions about `items` (by id) whose states are in `store`."""
 
     def __init__(self, qwen: Qwen, spec: LatentSpec | None, items: dict[str, dict], store: States,
                  args: argparse.Namespace):
@@ -137,7 +132,6 @@ class Prober:
         return rows
 
     def answer(self, probes: list[dict], asked: Asked) -> list[tuple[dict, Generation]]:
-        """Return the scores of the options and the free reply of each question."""
         scores = score_options(self.qwen, asked.state, probes, [self.args.stem] * len(probes),
                                asked.forced_ids, self.args.options)
         replies = decode(self.qwen, asked.state, self.args.max_new_tokens, self.spec)[0]
@@ -167,7 +161,7 @@ class Prober:
         return self.store.load(source, "latent")[:self.store.records[source]["segments"][0]]
 
     def given(self, name: str, probe: dict, donor: str) -> torch.Tensor:
-        """Return the latents [k, hidden] that begin the reply, as many as the source has (not "other")."""
+        """Return the latents [k, hidden] that begin the reply."""
         own = self.latents(donor if name == "other" else probe["source"])
         if name == "mean":
             own = self.mean[:len(own)]
@@ -179,14 +173,12 @@ class Prober:
         return torch.tensor(own, dtype=torch.float32, device=self.qwen.device)
 
     def fit_mean(self, sources: list[str]) -> None:
-        """Set the mean latent of every step, over the sources that have the step."""
         latents = [self.latents(source) for source in sources]
         self.mean = np.stack([np.mean([x[t] for x in latents if len(x) > t], axis=0)
                               for t in range(max(map(len, latents)))])
 
     def cut(self, batch: list[dict], sources: list[str], name: str) -> Asked:
-        """Decode the sources' own prompts, hide what has seen the image, and ask the question where something
-        was imagined."""
+        """Decode the sources' prompts, hide what has seen the image, and ask where something was imagined."""
         qwen, args, items = self.qwen, self.args, [self.items[source] for source in sources]
         images = [open_images(item, item["root"]) for item in items]
         prompts = [self.prompt(item, len(pictures)) for item, pictures in zip(items, images)]
@@ -209,7 +201,7 @@ class Prober:
         return Asked(prefill_blocks(qwen, state.select(places), blocks)[1], [[] for _ in places], places)
 
     def imagined_steps(self, reply: Generation) -> list[int]:
-        """Return the steps of all latents of a reply, or of its first text imagination; [] without any."""
+        """Return the steps of all latents of a reply, or of its first text imagination."""
         if self.spec:
             return latent_steps(reply)
         imagined = find_steps(self.qwen, None, reply)
@@ -225,7 +217,7 @@ class Prober:
         return closing + tokenizer(turn, add_special_tokens=False).input_ids
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
-        """Return one line of answers.jsonl; a question that could not be asked has no answer."""
+        """Return one line of answers.jsonl."""
         gold = probe["answer"]["value"]
         row = {"id": probe["id"], "source": probe["source"],
                "donor": None if name in ("image", "text_only") else donor, "condition": name, "gold": gold,
@@ -238,7 +230,6 @@ class Prober:
         return row
 
     def conclusion(self, reply: Generation) -> str:
-        """Return the text after the last imagination of a reply, which is parsed for an answer."""
         if self.spec is None:
             return conclusion(self.qwen.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
         return clean_text(self.qwen.tokenizer, reply.ids[last_latent(reply):], self.spec)
@@ -246,10 +237,8 @@ class Prober:
 
 # ------------------------------------------------------------------------------------ scores
 def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
-    """Return accuracy by condition, parsed and by R0, letters, chance, and the gain of the own imagination.
-
-    `groups`: the image of every probe id; intervals let the questions of one image vary together.
-    """
+    """Return accuracy by condition and the gain of the own imagination. `groups`: the image of every probe
+    id, whose questions vary together."""
     n, by_condition = len(probes), {}
     for row in rows:
         by_condition.setdefault(row["condition"], []).append(row)
@@ -278,8 +267,7 @@ def score_condition(rows: list[dict], n: int) -> dict:
 
 
 def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, str]) -> dict:
-    """Return the paired difference of two conditions: parsed, by R0, and of the R0 log-likelihood of the
-    right option (nats)."""
+    """Return the paired difference of two conditions: parsed, by R0, and in nats."""
     result = paired_change([r["correct"] for r in rows], [r["correct"] for r in against],
                            [groups[r["id"]] for r in rows])
     both = [(x, y) for x, y in zip(rows, against) if x["r0"] and y["r0"]]
@@ -292,7 +280,6 @@ def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, 
 
 
 def paired_change(right: list[bool], right_against: list[bool], names: list[str]) -> dict:
-    """Return the difference of two accuracies on the same questions, with its interval and McNemar's p."""
     pairs = list(zip(right, right_against))
     b, c = sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
     return {"delta": (c - b) / len(right), "ci": paired_interval(right_against, right, names, LEVEL), "b": b,

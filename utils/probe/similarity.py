@@ -1,9 +1,8 @@
 """How alike states are between instances and from step to step: raw, and corrected for what all share.
 
-Raw cosine is dominated by what states have in common: states with one large common direction have a cosine of
-0.98 however well they tell instances apart. Every correction is fitted on other instances than those it is
-applied to (`draw_halves`, `correct`): subtracting the mean of the same set would put the cosine of unrelated
-states at -1 / (n - 1). Pairs of corrected states are taken within halves.
+States with one large common direction have a raw cosine of 0.98 however well they tell instances apart. Every
+correction is fitted on the other half of the instances: subtracting the mean of the same set would put the
+cosine of unrelated states at -1 / (n - 1). Pairs of corrected states are taken within halves.
 
     raw            cos(z, z')
     centred        after subtracting the mean of the calibration half
@@ -11,8 +10,8 @@ states at -1 / (n - 1). Pairs of corrected states are taken within halves.
     whitened       centred, then multiplied by ((1 - rho) S + rho tr(S) / d I)^(-1/2), S its covariance
     adjusted       (c - c0) / (1 - c0), c0 the raw cosine of ordinary tokens (Ethayarajh 2019)
 
-Intervals resample instances, not pairs: the n - 1 pairs of one instance are not independent. A cell is the
-states of all instances at one step and one layer; three cells are in memory at a time. numpy only.
+Intervals resample instances: the n - 1 pairs of one instance are not independent. A cell is the states of all
+instances at one step and one layer; three are in memory at a time. numpy only.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ LEAST_SHARE = 1e-6  # of the largest variance: directions below are rounding in 
 
 
 class Cell(NamedTuple):
-    """States [n, d] of the instances [n] (indices of a list) at one step and one layer (-1: after the final
-    norm)."""
+    """States [n, d] of the `instances` [n] (indices) at one step and layer (-1: after the final norm)."""
 
     layer: int
     step: int
@@ -40,8 +38,8 @@ class Cell(NamedTuple):
 # ------------------------------------------------------------------------------------ corrections
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of other instances: mean and scale [d]; orthonormal directions of variance [r, d] with the
-    factor that whitens each [r], and the factor of every direction outside them."""
+    """Mean and scale [d] of other instances, orthonormal directions of variance [r, d] with the factor that
+    whitens each [r], and the factor outside them."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -51,10 +49,7 @@ class Calibration:
 
 
 def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
-    """Fit the corrections to states [n, d], n >= 2, without a [d, d] matrix where n <= d.
-
-    A dimension that never varies keeps scale 1.
-    """
+    """Fit the corrections to states [n, d], n >= 2, without a [d, d] matrix where n <= d."""
     if len(states) < 2 or not 0 < shrinkage <= 1:
         raise ValueError(f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or "
                          "more and 0 < shrinkage <= 1")
@@ -77,7 +72,6 @@ def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
 
 
 def apply_form(calibration: Calibration, states: np.ndarray, form: str) -> np.ndarray:
-    """Return states [n, d] in one of FORMS."""
     if form == "raw":
         return states
     offsets = (states - calibration.mean).astype(states.dtype)
@@ -93,13 +87,13 @@ def apply_form(calibration: Calibration, states: np.ndarray, form: str) -> np.nd
 
 
 def draw_halves(n: int, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each of n instances, as many of each, drawn: the order of a file may be periodic."""
+    """Return 0 or 1 for each of n instances, drawn: the order of a file may be periodic."""
     return np.random.default_rng(seed).permutation(n) % 2
 
 
 def correct(states: np.ndarray, halves: np.ndarray,
             forms: Iterable[str] = FORMS) -> dict[str, np.ndarray] | None:
-    """Return {form: [n, d]}, each half corrected by the other; None if a half has fewer than two states."""
+    """Return {form: [n, d]}, each half corrected by the other; None if a half has under two states."""
     if min((halves == half).sum() for half in (0, 1)) < 2:
         return None
     result = {form: np.empty_like(states) for form in forms}
@@ -111,19 +105,18 @@ def correct(states: np.ndarray, halves: np.ndarray,
 
 
 def unit(states: np.ndarray) -> np.ndarray:
-    """Return rows of length 1; a zero row stays zero and has cosine 0 with all."""
+    """Return rows of length 1; a zero row stays zero."""
     return states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-30)
 
 
 def cosine_matrix(states: np.ndarray) -> np.ndarray:
-    """Return the cosines [n, n] of rows [n, d]."""
     rows = unit(states)
     return rows @ rows.T
 
 
 # ------------------------------------------------------------------------------------ intervals
 class Bootstrap:
-    """Resamples of n instances, the same for every measure of a run, so that differences are paired."""
+    """Resamples of n instances, the same for every measure, so that differences are paired."""
 
     def __init__(self, n: int, level: float = LEVEL, n_boot: int = N_BOOT, seed: int = 0):
         self.n, self.level = n, level
@@ -137,11 +130,10 @@ class Bootstrap:
         return {"value": value, "low": float(low), "high": float(high), "n": self.n}
 
     def mean(self, values: np.ndarray) -> dict:
-        """Return {"value", "low", "high", "n"} of the mean over instances [n]."""
         return self.entry(float(values.mean()), self.drawn @ values.astype(np.float64) / self.n)
 
     def ratio(self, above: np.ndarray, below: np.ndarray) -> dict:
-        """Return the same of sum(above) / sum(below), both [n]."""
+        """Return the entry of sum(above) / sum(below), both [n]."""
         above, below = (values.astype(np.float64) for values in (above, below))
         if not below.sum() > 0:
             raise ValueError(f"ratio of means: the lower sum is {below.sum()}, expected above 0")
@@ -149,8 +141,7 @@ class Bootstrap:
             return self.entry(float(above.sum() / below.sum()), (self.drawn @ above) / (self.drawn @ below))
 
     def spread(self, states: np.ndarray) -> dict:
-        """Return the same of the relative spread E|z - mu|^2 / |mu|^2 of states [n, d], with an unbiased
-        variance."""
+        """Return the entry of the relative spread E|z - mu|^2 / |mu|^2 of states [n, d], unbiased."""
         mean = states.mean(0, dtype=np.float64)
         offsets = (states - mean).astype(states.dtype)  # from the mean: small spreads keep their digits
         squares, along = (offsets ** 2).sum(1), (offsets @ mean.astype(states.dtype)).astype(np.float64)
@@ -164,11 +155,8 @@ class Bootstrap:
 
 
 class PairBootstrap:
-    """Means of an [n, n] matrix over pairs of distinct instances, by mask: {"all": bool [n, n], ...}.
-
-    A pair counts as often as both its instances were drawn together. With masks "within" and "between" there
-    is also a "difference". A mask without pairs is left out. The weights are computed once for all matrices.
-    """
+    """Means of an [n, n] matrix over pairs of distinct instances, by mask: {"all": bool [n, n], ...}, and the
+    "difference" of "within" and "between". A pair counts as often as both instances were drawn."""
 
     def __init__(self, masks: dict[str, np.ndarray], level: float = LEVEL, n_boot: int = N_BOOT,
                  seed: int = 0):
@@ -183,7 +171,7 @@ class PairBootstrap:
         return ((drawn @ matrix) * drawn).sum(1, dtype=np.float64)
 
     def summary(self, matrix: np.ndarray) -> dict[str, dict]:
-        """Return {mask: {"value", "low", "high", "n", "n_pairs"}}, "n_pairs" counting each pair once."""
+        """Return {mask: {"value", "low", "high", "n", "n_pairs"}}."""
         result, resampled = {}, {}
         for name, mask in self.masks.items():
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -197,7 +185,7 @@ class PairBootstrap:
 
 
 def pair_masks(halves: np.ndarray | None, tasks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the masks of `PairBootstrap`: all pairs (within halves, if given), of one task, of two."""
+    """Return all pairs (within halves, if given), those of one task, those of two."""
     together = np.ones((len(tasks),) * 2, dtype=bool) if halves is None else halves[:, None] == halves
     same = tasks[:, None] == tasks
     masks = {"all": together}
@@ -213,10 +201,8 @@ class Corrected(NamedTuple):
 
 
 class CellSimilarity:
-    """Measures cells that come layer by layer, step by step. halves and tasks [n] are of all instances.
-
-    `matrices` holds the cosines between the instances of the last cell, by form.
-    """
+    """Measures cells that come layer by layer, step by step; `matrices` holds the last cell's cosines by
+    form. halves and tasks [n] are of all instances."""
 
     def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = LEVEL, n_boot: int = N_BOOT,
                  seed: int = 0):
@@ -227,19 +213,15 @@ class CellSimilarity:
         self.matrices: dict[str, np.ndarray] = {}
 
     def resample(self, instances: np.ndarray) -> None:
-        """Draw the resamples of these instances, unless the last cell had the same."""
         if tuple(instances) != self.instances:
             self.instances, tasks = tuple(instances), self.tasks[instances]
             self.all_pairs = PairBootstrap(pair_masks(None, tasks), *self.settings)
             self.within_halves = PairBootstrap(pair_masks(self.halves[instances], tasks), *self.settings)
 
     def measure(self, cell: Cell) -> list[dict]:
-        """Return rows {"layer", "step", "measure", "form", "pairs", "value", "low", "high", "n"}.
-
-        inter: pairs of instances at the step; adjacent: this step and the one before; first: this step and
-        step 0, of one instance; drift: |z_t - z_(t-1)| / |z_(t-1)|; spread: relative spread. Fewer than four
-        instances give no rows. Steps count from 0.
-        """
+        """Return rows of a cell. inter: pairs of instances; adjacent, first: this step and the one before, or
+        step 0, of one instance; drift: |z_t - z_(t-1)| / |z_(t-1)|; spread. Fewer than four instances give no
+        rows."""
         self.matrices = {}
         if self.first is None or cell.layer != self.first.cell.layer:
             self.first = self.before = None

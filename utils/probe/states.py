@@ -65,7 +65,7 @@ def file_name(key: str) -> str:
 
 # ------------------------------------------------------------------------------------ the store
 class StateWriter:
-    """Appends samples to a store; `key in writer` is whether it has one. Use as a context manager."""
+    """Appends samples to a store; `key in writer` is whether it has one."""
 
     def __init__(self, folder: str | Path, settings: dict | None = None):
         self.folder, self.journal = Path(folder), Journal(folder, settings, NAME)
@@ -92,7 +92,7 @@ class StateWriter:
 
 
 class States:
-    """Reads a store: `records` by key, in the order written; the last line of a key counts."""
+    """Reads a store: `records` by key; the last line of a key counts."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.records = Path(folder), {}
@@ -109,12 +109,11 @@ class States:
                     self.records[record["key"]] = record
 
     def find(self, kind: str) -> str | None:
-        """Return the name in the store of an analysed kind, or None if no sample has it."""
+        """Return the name in the store of an analysed kind, if a sample has it."""
         return next((name for name in STORED[kind]
                      if any(name in r["tensors"] for r in self.records.values())), None)
 
     def open_sample(self, key: str) -> safe_open:
-        """Open the file of a sample, checked against its line."""
         path = self.folder / self.records[key]["file"]
         try:
             file = safe_open(path, framework="numpy")
@@ -127,7 +126,7 @@ class States:
                             "them again") from error
 
     def load(self, key: str, kind: str) -> np.ndarray | None:
-        """Return the states of one kind, or None if the sample has none."""
+        """Return the states of one kind, if the sample has it."""
         if kind not in self.records[key]["tensors"]:
             return None
         with self.open_sample(key) as file:
@@ -136,11 +135,8 @@ class States:
     def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET,
               at_most: dict[str, int] | None = None) -> Iterator[Cell]:
         """Yield the cells of a kind, layer by layer, step by step, over those of `keys` that have the step.
-
-        `at_most`: how many steps of a sample count, by key (for latents: those of the first segment). The
-        layer of kinds without layers is -1. Samples are opened once for as many cells as fit `budget` bytes:
-        n samples x 10 steps x 28 layers x 3,584 need not fit in memory.
-        """
+        `at_most`: how many steps of a sample count, by key. Samples are opened once for as many cells as fit
+        `budget` bytes: n samples x 10 steps x 28 layers x 3,584 need not fit in memory."""
         shapes = {i: list(self.records[key]["tensors"][kind]) for i, key in enumerate(keys)
                   if kind in self.records[key]["tensors"]}
         if not shapes:
@@ -162,7 +158,7 @@ class States:
 
     def read_cells(self, kind: str, keys: list[str], n_steps: dict[int, int], width: int,
                    places: list[tuple[int, int]]) -> Iterator[Cell]:
-        """Yield the cells at some (layer, step), opening every sample once; `n_steps` by index of `keys`."""
+        """Yield the cells at some (layer, step), opening every sample once; `n_steps` by index."""
         instances = {step: np.array([i for i, n in n_steps.items() if n > step]) for _, step in places}
         blocks = [np.empty((len(instances[step]), width), dtype=np.float32) for _, step in places]
         filled = [0] * len(places)
@@ -180,7 +176,6 @@ class States:
 
 
 def read_record(where: str, line: bytes) -> dict:
-    """Return the record of a line; DataError if it is damaged."""
     try:
         record = json.loads(line)
         if record["file"] != file_name(record["key"]):
@@ -198,11 +193,8 @@ def read_record(where: str, line: bytes) -> dict:
 # ------------------------------------------------------------------------------------ capture
 def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], images: list[list[Image.Image]],
             n_steps: int, args: argparse.Namespace, writer: StateWriter, whole: bool = True) -> None:
-    """Decode a batch of items and add their states; `whole`: also inner states and those with pads fed.
-
-    `args` are the flags of probe.py. A batch that a kill left half done is decoded again as a whole: the last
-    bits of a state depend on it. Every item gets a line, whether it imagined anything or not.
-    """
+    """Decode a batch of items and add their states; `whole`: also inner states and those with pads fed. A
+    half done batch is decoded again as a whole: the last bits of a state depend on it."""
     prompts = [prompt_of(qwen.tokenizer, item, len(pictures), args.system, args.suffix)
                for item, pictures in zip(batch, images)]
     inputs = encode(qwen, prompts, images)
@@ -247,7 +239,7 @@ def collect_states(qwen: Qwen, spec: LatentSpec | None, row: Generation, visual:
 
 def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]) -> list[Generation | None]:
     """Decode again up to the end of the first segment with the pad's own embedding fed at every latent step:
-    the control without feedback. None for rows without latents."""
+    the control without feedback."""
     ends = [next((s.start + s.size for s in row.segments if s.size), 0) for row in rows]
     if not any(ends):
         return [None] * len(rows)
@@ -258,7 +250,6 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]
 
 
 def latent_steps(row: Generation) -> list[int]:
-    """Return the steps of all latents of a reply."""
     return [step for segment in row.segments for step in range(segment.start, segment.start + segment.size)]
 
 
@@ -271,7 +262,7 @@ class Imagined(NamedTuple):
 
 
 def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> Imagined | None:
-    """Return where a reply imagines, or None if it does not."""
+    """Return where a reply imagines, if it does."""
     end_of_text = len(row.ids) - (row.finish == "stop")
     if spec is not None:
         first = next((s for s in row.segments if s.size), None)  # an end right after the start: no latents
