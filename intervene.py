@@ -12,22 +12,20 @@ Reads   --items: multiple-choice items {"id", "question", "options": [[letter, t
         "letter", "value"}, "images": [{"path"}], "metric": "mcq"} and optionally "group_id", "category",
         "hint", "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual"
         ({"images", "answer"} of an answer-changing edit, and "question", "options" where they differ)
-Writes  --output: one JSON line per item and condition, the first condition being "clean": {"id", "group",
-        "category", "gold", "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed",
-        "rel_change", "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule",
-        "correct", "changed", "first_diff", "degenerate", "reason"}; <output>.metrics.json;
-        <output>.meta.json; figures with CSV files: <output>.effects.png, .accuracy.png, .mediation.png,
-        .attention.png, .early.png, and of sweeps .map.png, .positions.png, .doses.png; <output>.run/ is the
-        journal to resume from
+Writes  --output: one JSON line per item and condition, "clean" first: {"id", "group", "category", "gold",
+        "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed", "rel_change",
+        "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule", "correct",
+        "changed", "first_diff", "degenerate", "reason"}; <output>.metrics.json; <output>.meta.json; figures
+        with CSV files: <output>.effects.png, .accuracy.png, .mediation.png, .attention.png, .early.png, and
+        of sweeps .map.png, .positions.png, .doses.png; <output>.run/, the journal to resume from
 Prints  emission and a table of the conditions on stderr; on stdout one JSON object: emission, effects with
         intervals, verdicts
 
-Each prompt is read once for all conditions. Readouts: R0 scores the options behind a fixed stem right after
-the imagination, R1 behind the clean run's own words there, R2 is the free reply, parsed after the last
-imagination. Effects are taken only on items that imagined something in the clean run. "No effect" is claimed
-only by an equivalence test within --margin (points) or --margin_nll (nats). Re-run the same command to
-resume. Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage, settings, damage or a
-broken guard; 4 too many failed images; 130 interrupted.
+Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind the clean run's own
+words there, R2 is the free reply, parsed after the last imagination. Effects are taken only on items that
+imagined something in the clean run. "No effect" is claimed only by an equivalence test within --margin
+(points) or --margin_nll (nats). Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage,
+settings, damage or a broken guard; 4 too many failed images; 130 interrupted.
 """
 from __future__ import annotations
 
@@ -102,18 +100,17 @@ def run_batch(run: Run, batch: list[dict]) -> None:
     """Decode a batch, always in the same composition; keep the records that are missing."""
     if run.is_done(batch):
         return
-    root, items, images, edits = run.args.image_root, [], [], []
+    root, opened = run.args.image_root, []
     for item in batch:
         try:
-            opened, edit = open_images(item, root), open_counterfactual(item, root)
+            opened.append((item, open_images(item, root), open_counterfactual(item, root)))
         except ImageError as error:
             log(f"{item['id']}: {error}")
             if run.get(item, "clean") is None:
                 run.put(item, "clean", {"error": error.reason})
-            continue
-        items.append(item), images.append(opened), edits.append(edit)
-    if not items:
+    if not opened:
         return
+    items, images, edits = map(list, zip(*opened))
     for item, records in zip(items, run.decode(items, images, edits)):
         for name in run.names:
             record = records[name]
@@ -164,12 +161,10 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
     from utils.intervene.latent_batch import LatentBatch
     from utils.intervene.text_batch import TextBatch
 
-    def decode(items: list[dict], images: list[list], edits: list) -> list[dict[str, dict]]:
-        if spec:
-            batch = LatentBatch(qwen, spec, calibration, settings, items, images, edits)
-        else:
-            batch = TextBatch(qwen, settings, items, images, edits, editor)
-        return batch.records(args.conditions)
+    def decode(*batch) -> list[dict[str, dict]]:
+        runs = (LatentBatch(qwen, spec, calibration, settings, *batch) if spec
+                else TextBatch(qwen, settings, *batch, editor))
+        return runs.records(args.conditions)
 
     return decode
 
@@ -194,21 +189,17 @@ def batches_of(items: list[dict], size: int) -> list[list[dict]]:
 
 
 def sites_of(args: argparse.Namespace) -> dict[str, str]:
-    return {name: "text" if args.latent == "off" else find_condition(name)[0].site
-            for name in args.conditions}
+    text = args.latent == "off"
+    return {name: "text" if text else find_condition(name)[0].site for name in args.conditions}
 
 
 def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
     """Return the share of the imagination that each truncating condition keeps."""
-    kept = {}
-    for name in names:
-        if spec is None and name.startswith("truncate_"):
-            kept[name] = int(name.removeprefix("truncate_")) / 100
-        elif spec and name == "markers_only":
-            kept[name] = 0.0
-        elif spec and name.startswith("keep_first") and find_condition(name)[1] < spec.size:
-            kept[name] = find_condition(name)[1] / spec.size
-    return kept
+    if spec is None:
+        return {name: int(name[9:]) / 100 for name in names if name.startswith("truncate_")}
+    return {name: 0.0 if name == "markers_only" else find_condition(name)[1] / spec.size for name in names
+            if name == "markers_only"
+            or name.startswith("keep_first") and find_condition(name)[1] < spec.size}
 
 
 def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
@@ -254,10 +245,9 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--items", required=True, help="items JSONL, as evaluate.py --prepare writes it")
-    parser.add_argument("--image_root", default=None, help="folder of the images (default: the items file's)")
-    parser.add_argument("--output", required=True,
-                        help="records JSONL to write; <output>.run/ is the journal")
+    parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
+    parser.add_argument("--image_root", help="folder of the images (default: the items file's)")
+    parser.add_argument("--output", required=True, help="records JSONL to write")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens; off: text imaginations")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
@@ -265,41 +255,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "ranks and doses), or names, with a number where they take one (add_noise:0.3); "
                              f"latents: {', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
     parser.add_argument("--calibration", type=int, default=32,
-                        help="items, from the front of the file and not analysed, whose clean latents give "
-                             "tau and means")
+                        help="first items, not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", default=" " + STEM, help="text that options are scored behind (R0)")
     parser.add_argument("--options", choices=("letter", "text"), default="letter",
                         help="what the box of an answer holds")
     parser.add_argument("--margin", type=float, default=0.05,
                         help="equivalence margin, a share of items; choose it before the run")
-    parser.add_argument("--margin_nll", type=float, default=0.05,
-                        help="equivalence margin of R0 and R1, nats")
+    parser.add_argument("--margin_nll", type=float, default=0.05, help="the same of R0 and R1, nats")
     parser.add_argument("--min_emitters", type=parse_count, default=50,
-                        help="items with an imagination that an effect needs at least")
-    parser.add_argument("--system", default=None, help="system prompt (default: the chat template's own)")
+                        help="fewest items with an imagination for an effect")
+    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="text after the question")
     parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
                         help="length of a reply, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8,
-                        help="items per batch; donors come from it")
-    parser.add_argument("--rows", type=parse_count, default=64,
-                        help="rows decoded side by side: items times conditions")
+    parser.add_argument("--batch_size", type=parse_count, default=8, help="items per batch, donors included")
+    parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side")
     parser.add_argument("--temperature", type=float, default=0.0,
-                        help="0 is greedy; otherwise all conditions on an item use the same random numbers "
-                             "(--seed); run several seeds")
-    parser.add_argument("--editor_model", default=None, help="model of directed_llm, as its server names it")
+                        help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
+    parser.add_argument("--editor_model", help="model of directed_llm, as its server names it")
     parser.add_argument("--editor_url", default="http://127.0.0.1:8000/v1",
                         help="its OpenAI-compatible server")
-    parser.add_argument("--api_key_file", default=None,
-                        help="file with its key (default: the environment's OPENAI_API_KEY)")
-    parser.add_argument("--max_pixels", type=int, default=None, help="area to which an image is shrunk")
+    parser.add_argument("--api_key_file", help="file with its key (default: OPENAI_API_KEY)")
+    parser.add_argument("--max_pixels", type=int, help="area to which an image is shrunk")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of noise, sampling and wrong options")
-    parser.add_argument("--limit", type=parse_count, default=None,
-                        help="analyse only the first N items after calibration")
-    parser.add_argument("--fresh", action="store_true",
-                        help="move an earlier <output>.run aside and start again")
+    parser.add_argument("--limit", type=parse_count, help="analyse only N items after calibration")
+    parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside")
     parser.add_argument("--dry_run", action="store_true",
                         help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)
@@ -315,8 +297,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.image_root = args.image_root or str(Path(args.items).parent)
     for name in args.conditions:
         if args.latent == "off" and name not in TEXT_CONDITIONS:
-            parser.error(
-                f"--conditions {name}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
+            parser.error(f"--conditions {name}: with --latent off expected some of "
+                         f"{' '.join(TEXT_CONDITIONS)}")
         if args.latent != "off" and name != "maps":
             try:
                 find_condition(name)
@@ -325,8 +307,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if "directed_llm" in args.conditions and not args.editor_model:
         parser.error("--conditions directed_llm needs --editor_model")
     if not 0 < args.margin < 1 or not args.margin_nll > 0:
-        parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}: expected a share and nats, "
-                     "above 0")
+        parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}: expected a share, nats > 0")
 
 
 def with_sweeps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:

@@ -21,13 +21,10 @@ Writes  --output, a folder: states/ (`utils.probe.states`), probes.jsonl (one li
         with its numbers. <output>.meta.json
 Prints  a table on stderr; on stdout one JSON object: emission, mean similarities, accuracy by condition
 
-Kinds of states, at the same K steps of the same generations: "imagination" (latents; with --latent off the
-states of the first text imagination), "text" (the K ordinary steps after it), "image" (K evenly spaced visual
-tokens), "inner" (inputs of every layer at the latents), "dummy_pad" (the pad's embedding fed instead of
-latents), "start" (the state that chose to imagine). Measures: `utils.probe.similarity` and `analysis`. Ways
-to ask the probe questions: `utils.probe.questions`. --crossed A B asks the questions of B items about the
-images of A items and splits the variance of the imaginations between the two. --edits changes one thing of
-every image or question and measures how far the imagination moves (`utils.probe.input_edits`).
+Kinds of states: `utils.probe.states`; measures: `utils.probe.similarity` and `analysis`; ways to ask the
+probe questions: `utils.probe.questions`. --crossed A B asks the questions of B items about the images of A
+items and splits the variance of the imaginations between the two. --edits changes one thing of every image or
+question and measures how far the imagination moves (`utils.probe.input_edits`).
 """
 from __future__ import annotations
 
@@ -77,9 +74,8 @@ class Inputs:
 
     def to_decode(self) -> dict[str, dict]:
         """Return the unedited items whose states are needed, by id."""
-        wanted = {item["id"]: item for item in self.chosen}
-        wanted |= {probe["source"]: self.items[probe["source"]] for probe in self.probes}
-        return wanted | {item["id"]: item for row in self.grid for item in row}
+        sources = [self.items[probe["source"]] for probe in self.probes]
+        return {item["id"]: item for item in [*self.chosen, *sources, *(i for row in self.grid for i in row)]}
 
 
 # ------------------------------------------------------------------------------------ inputs
@@ -89,8 +85,7 @@ def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
     for path in args.items:
         for item in read_items(path, args.limit, tuple(ANSWER_TYPES)):
             if not item["images"]:
-                raise DataError(f"{path}: {item['id']}: no image; expected at least one to compare the "
-                                "imagination with")
+                raise DataError(f"{path}: {item['id']}: no image; expected at least one")
             if item["id"] in items:
                 raise DataError(f"{path}: duplicate id {item['id']!r} (first seen in "
                                 f"{items[item['id']]['file']}); expected it once")
@@ -134,17 +129,13 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 
 # ------------------------------------------------------------------------------------ capture, analyse, ask
-def load_model(spec: LatentSpec | None, path: str, args: argparse.Namespace) -> Qwen:
-    from utils.qwen import load_with
-    return load_with(spec, path, args.dtype, None, args.max_pixels)
-
-
 def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_steps: int,
                args: argparse.Namespace) -> Qwen:
     """Capture the states that the store lacks; return the model."""
     from utils.probe.input_edits import open_edited
     from utils.probe.states import StateWriter, batched, capture
-    qwen = load_model(spec, args.model, args)
+    from utils.qwen import load_with
+    qwen = load_with(spec, args.model, args.dtype, None, args.max_pixels)
     settings = {name: getattr(args, name) for name in STORE_SETTINGS} | {"steps": n_steps}
     with StateWriter(folder, settings) as writer:
         for name, items in {"items": list(inputs.to_decode().values()), **inputs.edits}.items():
@@ -221,19 +212,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--items", nargs="+", required=True,
-                        help="items JSONL from evaluate.py --prepare; instances come evenly from all files")
+                        help="items JSONL from evaluate.py --prepare")
     parser.add_argument("--probe_items", help="JSONL of questions to be answered without the image")
     parser.add_argument("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
-                        help="capture states, analyse the store, ask the probe items, or one after the other")
+                        help="capture states, analyse the store, ask the probe items, or all three")
     parser.add_argument("--store", help="folder of the states (default: <output>/states)")
     parser.add_argument("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
                         help="how the image is kept from the probe questions")
     parser.add_argument("--reader", help="another checkpoint that answers from what --model imagined")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter",
-                        help="what R0 scores in the box")
-    parser.add_argument("--stem", default=STEM, help="beginning of the answer that R0 scores options behind")
-    parser.add_argument("--circular", action="store_true",
-                        help="ask every probe item once per rotation of its options")
+    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
+    parser.add_argument("--stem", default=STEM, help="text that R0 scores options behind")
+    parser.add_argument("--circular", action="store_true", help="ask once per rotation of the options")
     parser.add_argument("--crossed", type=parse_count, nargs=2, metavar=("A", "B"),
                         help="images x questions to cross")
     parser.add_argument("--edits", nargs="+", choices=("all", *EDITS), default=[],
@@ -276,7 +265,7 @@ def parse_derive_args(argv: list[str]) -> argparse.Namespace:
                         help="the backend of --answer_model (default: --backend)")
     parser.add_argument("--answer_base_url", help="the server of --answer_model (default: --base_url)")
     parser.add_argument("--drop_blind", action="store_true",
-                        help="drop questions answered right without the image (a guess: one in four)")
+                        help="drop questions answered right without the image")
     parser.add_argument("--seed", type=int, default=0, help="of the orders of options")
     parser.set_defaults(task="derive")
     args = parser.parse_args(argv)
@@ -320,6 +309,7 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: argparse.Namespace) -
 def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Namespace) -> dict:
     """Do the stages of --stage, write the metrics and return them."""
     from utils.probe.similarity import LEVEL
+    from utils.qwen import load_with
     began, output, qwen = time.monotonic(), Path(args.output), None
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -334,10 +324,10 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
     if args.stage in ("all", "analyse"):
         metrics |= analyse(store, inputs, n_steps, args)
     if args.stage in ("all", "ask"):
-        if args.reader:
+        if args.reader or not qwen:
             qwen = None  # one model in memory at a time
-            qwen = load_model(None, args.reader, args)
-        qwen = qwen or load_model(spec, args.model, args)
+            qwen = load_with(None if args.reader else spec, args.reader or args.model, args.dtype, None,
+                             args.max_pixels)
         metrics |= {"reader": args.reader, "stem": args.stem, "scored_options": args.options}
         metrics |= ask(store, inputs, spec, qwen, args)
     metrics["seconds"] = round(time.monotonic() - began, 1)

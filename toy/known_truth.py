@@ -6,17 +6,14 @@
 Prints  one line per toy on stderr; on stdout one JSON object; exit code 0 if all is as expected, else 2
 
 A toy is a tiny real Qwen2.5-VL whose attention masks decide how the image can reach the answer. The prompt
-is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read at `end`, a
-latent is fed as in `utils.decode`. No weights can use a path that the mask forbids: for random weights some
-differences are exactly 0, and for trained ones every verdict is known beforehand:
+is `[bos vs I I I I ve | Q cell | start z1 z2 end]`, the image one flat colour, the answer is read at `end`.
+No weights can use a path that the mask forbids: for random weights some differences are exactly 0, and for
+trained ones every verdict is known beforehand:
 
     open     causal attention: image and latents both reach the answer
     bypass   `end` cannot see the latents: they are irrelevant at every site
     in       only `start` sees the image, and only `start` sees itself: only the fed vectors carry the image
     slot     as `in`, but the latent positions read the image too: they are needed, fed vectors need not be
-
-A protocol with the fed vector as its only site reads "latents are not used" off the toy `slot_random`, whose
-answer comes through them.
 """
 import argparse
 import json

@@ -20,7 +20,6 @@ from utils.stats import (Interval, holm, mcnemar_exact, paired_interval, robust_
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
           "text": ("swap_blank", "blank_x")}
-READOUTS = ("r0", "r2")  # of mediation
 Curve = Sequence[tuple[float, float]]
 
 
@@ -104,8 +103,8 @@ def describe_pairs(pairs: list[Pair]) -> dict:
     for name in ("rel_change", "norm_ratio", "reach"):
         values = [record[name] for record in after if record.get(name) is not None]
         medians[name] = median(values) if values else None
-    letters = {"clean": dict(Counter(str(record["pred"]) for record in clean)),
-               "int": dict(Counter(str(record["pred"]) for record in after))}
+    letters = {name: dict(Counter(str(record["pred"]) for record in side))
+               for name, side in (("clean", clean), ("int", after))}
     return {**{name: sum(values) / len(pairs) for name, values in shares.items()}, **medians,
             "letters": letters}
 
@@ -125,17 +124,13 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
     if n_groups < 2:
         return result | {"reason": "all items are of one group, which says nothing about others"}
     if all(pair.after.get("target") for pair in covered):
-        n, targets = len(covered), [pair.after["target"] for pair in covered]
-        follows = sum(pair.after["pred"] == target for pair, target in zip(covered, targets))
-        before = sum(pair.clean["pred"] == target for pair, target in zip(covered, targets))
-        resists = sum(pair.after["correct"] for pair in covered)
-        result |= {"follow": wilson_share(follows, n), "follow_clean": wilson_share(before, n),
-                   "resist": wilson_share(resists, n)}
+        counts = {"follow": sum(pair.after["pred"] == pair.after["target"] for pair in covered),
+                  "follow_clean": sum(pair.clean["pred"] == pair.after["target"] for pair in covered),
+                  "resist": sum(pair.after["correct"] for pair in covered)}
+        result |= {name: wilson_share(k, len(covered)) for name, k in counts.items()}
     result["effect"] = {"n": len(covered), "n_groups": n_groups,
                         **change_of_accuracy(covered, n_all, limits.margin), **describe_pairs(covered)}
-    for readout in ("r0", "r1"):
-        result[readout] = change_of_score(covered, readout, limits.margin_nll)
-    return result
+    return result | {name: change_of_score(covered, name, limits.margin_nll) for name in ("r0", "r1")}
 
 
 # ------------------------------------------------------------------------------------ all conditions
@@ -172,7 +167,7 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dic
     for site in ("text",) if "text" in sites.values() else ("fed", "slot"):
         if set(WORLDS[site]) <= set(sites):
             result["mediation"][site] = {readout: mediation_at(site, emitters, records, readout)
-                                         for readout in READOUTS}
+                                         for readout in ("r0", "r2")}
     result["early_answering"] = early_curve([records[item["id"]] for item in emitters], kept or {},
                                             list(map(group_of, emitters)))
     looking = [item for item in emitters if clean[item["id"]].get("attention")]

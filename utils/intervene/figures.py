@@ -46,15 +46,15 @@ def write_figures(figures: dict[str, tuple], output: str) -> None:
             write_figure(figure, rows, f"{output}.{name}.png")
 
 
+def ends_of(effect: dict, *names: str) -> dict[str, float]:
+    """Return the ends of intervals ("ci95") as columns of a CSV."""
+    return {f"{name}_{side}": effect[name][k] for name in names for k, side in enumerate(("low", "high"))}
+
+
 def title_of(metrics: dict) -> str:
     emission = metrics["emission"]
     return (f"{Path(metrics['model']).name}: {metrics['arm']} imagination; "
             f"{emission['k']} of {emission['n']} items imagined something")
-
-
-def height_of(shown: dict) -> float:
-    """Return the inches for one line per condition."""
-    return 1.8 + 0.36 * len(shown)
 
 
 def label_lines(axes, shown: dict, named: bool = True) -> None:
@@ -67,7 +67,7 @@ def label_lines(axes, shown: dict, named: bool = True) -> None:
 
 # ------------------------------------------------------------------------------------ one function per figure
 def accuracy_figure(metrics: dict, shown: dict) -> tuple:
-    figure, [[axes]] = new_figure(8, height_of(shown))
+    figure, [[axes]] = new_figure(8, 1.8 + 0.36 * len(shown))
     rows = []
     for y, (name, entry) in enumerate(shown.items()):
         effect = entry["effect"]
@@ -89,7 +89,7 @@ def accuracy_figure(metrics: dict, shown: dict) -> tuple:
 
 def forest_figure(metrics: dict, shown: dict) -> tuple:
     """Return the forest plot: 90 % intervals thick, 95 % thin, margins as bands."""
-    figure, [panels] = new_figure(11, height_of(shown), 1, 2)
+    figure, [panels] = new_figure(11, 1.8 + 0.36 * len(shown), 1, 2)
     rows = []
     for axes, readout, label, part, value, unit, margin in (
             (panels[0], "R2", "change in accuracy, points", "effect", "delta", 100, metrics["margin"]),
@@ -106,9 +106,8 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
                           [unit * end for end in effect["ci95"]], LineStyle("", color, mark, 6),
                           effect["verdict"].replace(" inside the margin", ""))
             rows.append({"condition": name, "site": entry["site"], "readout": readout, "n": effect["n"],
-                         "change": effect[value], "ci90_low": effect["ci90"][0],
-                         "ci90_high": effect["ci90"][1], "ci95_low": effect["ci95"][0],
-                         "ci95_high": effect["ci95"][1], "margin": margin, "verdict": effect["verdict"]})
+                         "change": effect[value], **ends_of(effect, "ci90", "ci95"), "margin": margin,
+                         "verdict": effect["verdict"]})
         label_lines(axes, shown, named=axes is panels[0])
         axes.set_xlabel(label)
     figure.suptitle(f"{title_of(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
@@ -129,8 +128,7 @@ def mediation_figure(metrics: dict) -> tuple:
                   linewidth=0.5, label=label)
     for site, effects in sites.items():
         rows += [{"site": site, "effect": name, "n": effects["n"], "mean": effects[name]["mean"],
-                  "ci95_low": effects[name]["ci95"][0], "ci95_high": effects[name]["ci95"][1]}
-                 for name in PARTS]
+                  **ends_of(effects[name], "ci95")} for name in PARTS]
     legend(figure, [axes], fontsize=8)
     shares = [effects["proportion_mediated"]["value"] for effects in sites.values()]
     axes.set_xticks(range(len(sites)), [f"site {site}\nmediated: {'-' if share is None else f'{share:.0%}'}"
@@ -155,9 +153,9 @@ def attention_figure(metrics: dict) -> tuple:
         shares.axhline(uniform, color=style.color, linestyle=":", linewidth=1)
         if uniform:
             draw_line(ratios, layers, [mean / uniform for mean in means], None, style)
-        rows += [{"layer": layer, "columns": name, "n": attention["n"], "mass": mean, "ci95_low": low,
-                  "ci95_high": high, "uniform": uniform}
-                 for layer, mean, (low, high) in zip(layers, means, ends)]
+        rows += [{"layer": layer, "columns": name, "n": attention["n"], "mass": at["mean"],
+                  **ends_of(at, "ci95"), "uniform": uniform}
+                 for layer, at in zip(layers, attention["mass"][name])]
     shares.set(xlabel="layer", ylabel="share of attention", ylim=(0, None))
     ratios.axhline(1, color="black", linestyle=":", linewidth=1)
     ratios.set(xlabel="layer", ylabel="relative to uniform attention", yscale="log")
@@ -184,8 +182,7 @@ def early_figure(metrics: dict) -> tuple:
                   [[100 * end for end in point["ci95"]] for point in points], style._replace(label=label),
                   whiskers=True)
         rows += [{"readout": readout, "n": early["n"], "kept": point["kept"], "same": point["same"],
-                  "ci95_low": point["ci95"][0], "ci95_high": point["ci95"][1], "aoc": area}
-                 for point in points]
+                  **ends_of(point, "ci95"), "aoc": area} for point in points]
     axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")
     tidy(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left")

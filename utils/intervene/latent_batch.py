@@ -50,9 +50,7 @@ def watched(model: torch.nn.Module,
             note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[None]:
     """Call note(query, key, scaling) for every decoder layer inside the block."""
     config = model.config.text_config
-    before = config._attn_implementation
-    if before != "sdpa":
-        raise ValueError(f"attention {before!r}, expected sdpa, which utils.qwen.load asks for")
+    before = config._attn_implementation  # sdpa, which utils.qwen.load asks for
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         note(query, key, scaling)
@@ -184,9 +182,8 @@ class LatentBatch:
         of R0's stem."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
         scored = [k for k, row in enumerate(rows) if row.segments and last_latent(row) <= n_read]
-        result: list[dict | None] = [None] * len(rows)
         if not scored:
-            return result
+            return [None] * len(rows)
         kept = [last_latent(row) if k in scored else 0 for k, row in enumerate(rows)]
         state = truncate_cache(end, begun, kept).select(scored)
         stems = [self.clean_stem(places[k], rows[k]) for k in scored]
@@ -199,9 +196,8 @@ class LatentBatch:
                        for k in scored]
             attention = stem_attention(self.qwen, state, [self.end_id], self.settings.stem, latents)
             scores = [row | {"attention": look} for row, look in zip(scores, attention)]
-        for k, row_scores in zip(scored, scores):
-            result[k] = row_scores
-        return result
+        by_row = dict(zip(scored, scores))
+        return [by_row.get(k) for k in range(len(rows))]
 
     def clean_stem(self, place: int, row: Generation) -> str | None:
         """Return the words between the clean run's latents and its box; `row` is that run while it is read.
@@ -280,11 +276,9 @@ class LatentBatch:
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
         if condition is None:
             return record | {"attention": scores and scores["attention"]}
-        first, both = first_difference(clean.ids, row.ids), min(len(row.slots), len(clean.slots))
-        reach = 0.0
-        if both:
-            reach = float((torch.stack(row.slots[:both]).float()[:, 1:]
-                           - torch.stack(clean.slots[:both]).float()[:, 1:]).abs().max())
+        first = first_difference(clean.ids, row.ids)
+        reach = max((float((a.float() - b.float())[1:].abs().max()) for a, b in zip(row.slots, clean.slots)),
+                    default=0.0)
         record |= {"first_diff": first, "changed": first is not None, "reach": reach}
         for kind in condition.needs:
             donor = self.donors[place][kind][0]

@@ -150,14 +150,13 @@ class Case:
         return row
 
 
-# ------------------------------------------------------------------------------------ declaring a condition
+# ------------------------------------------------------------------------------------ conditions
 @dataclass(frozen=True)
 class Condition:
-    """A named intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
+    """An intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
     or raises NotPossible. `default` is the number unless the name gives another, read by `parse`; `prompt`
     the kind of prompt, `needs` the kinds of donors."""
 
-    name: str
     site: str
     build: Callable[..., Intervention]
     default: object = None
@@ -167,14 +166,6 @@ class Condition:
 
     def make(self, case: Case, number: object) -> Intervention:
         return self.build(case) if self.default is None else self.build(case, number)
-
-
-def declare(table: dict[str, Condition], site: str, **more) -> Callable:
-    """Return a decorator that adds a function to a table of conditions, under its own name."""
-    def register(build: Callable) -> Callable:
-        table[build.__name__] = Condition(build.__name__, site, build, **more)
-        return build
-    return register
 
 
 # ------------------------------------------------------------------------------------ building blocks

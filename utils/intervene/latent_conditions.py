@@ -1,4 +1,4 @@
-"""The catalogue of interventions on latents: one function per condition.
+"""The catalogue of interventions on latents.
 
     site fed    the vector that a latent step feeds; the position still attends to the image and writes its
                 own keys
@@ -8,13 +8,12 @@
 
 A condition is named `tau` or, with a number, `add_noise:0.3`. Conditions on another prompt name it: "blank"
 (grey images of the same size), "counterfactual" (the item's own answer-changing edit), "other_image",
-"other_question" (another item's), "masked" (the item's region greyed). Worlds of a mediation keep the words
-before the latents (`forced_prefix`). Conditions for sweeps are in `utils.intervene.sweeps`.
+"other_question" (another item's), "masked" (the item's region greyed). Worlds of a mediation, Y(x, Z(x')) and
+so on, keep the words before the latents (`forced_prefix`).
 """
 from dataclasses import replace
-from functools import partial
 
-from utils.intervene.latent_case import (Case, Condition, NotPossible, declare, feed, feed_constant, feed_run,
+from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, feed_constant, feed_run,
                                          forced_prefix, has_latent, latent_at, put_slots)
 from utils.intervene.sweeps import SWEEPS
 from utils.latent_families import Intervention
@@ -24,8 +23,6 @@ NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mir
 DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image",
         "x_question": "other_question", "x_region": "masked"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family of Holm's correction
-CONDITIONS: dict[str, Condition] = {}
-condition = partial(declare, CONDITIONS)
 
 
 def find_condition(name: str) -> tuple[Condition, object]:
@@ -40,71 +37,25 @@ def find_condition(name: str) -> tuple[Condition, object]:
     return entry, entry.parse(number) if colon else entry.default
 
 
-# ------------------------------------------------------------------------------------ controls
-@condition("fed")
-def identity(case: Case) -> Intervention:
-    """The latent itself, through the hook: must reproduce the clean ids."""
-    return feed(lambda z, segment, step: z)
-
-
-@condition("fed")
-def replay(case: Case) -> Intervention:
-    """The latents captured in the clean run."""
-    return feed_run(case.clean)
-
-
-# ------------------------------------------------------------------------------------ fed: content removed
-@condition("fed")
-def tau(case: Case) -> Intervention:
-    """One calibration latent, the nearest to their mean, at all positions of all items: the paper's Monet
-    condition."""
-    return feed_constant(case.calibrated().tau)
-
-
-@condition("fed")
-def tau_mean(case: Case) -> Intervention:
-    """The mean of the calibration latents at all positions."""
-    return feed_constant(case.calibrated().mu)
-
-
-@condition("fed")
-def tau_first(case: Case) -> Intervention:
-    """The first calibration latent at all positions."""
-    return feed_constant(case.calibrated().first)
-
-
-@condition("fed")
+# ------------------------------------------------------------------------------------ longer builders
 def mean_t(case: Case) -> Intervention:
-    """The mean of each position, which keeps what marks the position."""
     mean = case.mean_at()
     return feed(lambda z, segment, step: mean(step))
 
 
-@condition("fed")
-def near_zero(case: Case) -> Intervention:
-    """0.001 of the mean latent: the paper's Mirage condition. Compare the share of degenerate replies."""
-    return feed_constant(NEAR_ZERO * case.calibrated().mu)
-
-
-@condition("fed", default=1.0)
 def add_noise(case: Case, number: float) -> Intervention:
-    """z + number * rms(z) * N(0, I)."""
     return feed(lambda z, segment, step:
                 z + number * z.norm() / len(z)**0.5 * case.noise(len(z), segment, step))
 
 
-@condition("fed")
 def norm_noise(case: Case) -> Intervention:
-    """N(0, I) scaled to the norm of z (the paper's "noise")."""
     def vector(z, segment, step):
         noise = case.noise(len(z), segment, step)
         return z.norm() * noise / noise.norm()
     return feed(vector)
 
 
-@condition("fed")
 def moment_noise(case: Case) -> Intervention:
-    """Normal noise with the mean and standard deviation of each coordinate at each position."""
     calibration = case.calibrated()
 
     def vector(z, segment, step):
@@ -113,30 +64,17 @@ def moment_noise(case: Case) -> Intervention:
     return feed(vector)
 
 
-@condition("fed", default=0.5)
 def mix(case: Case, number: float) -> Intervention:
-    """(1 - number) z + number tau: whether the effect grows with the dose."""
-    tau_latent = case.calibrated().tau
-    return feed(lambda z, segment, step: (1 - number) * z + number * tau_latent)
+    tau = case.calibrated().tau
+    return feed(lambda z, segment, step: (1 - number) * z + number * tau)
 
 
-@condition("fed")
-def dummy_pad(case: Case) -> Intervention:
-    """The embedding of the latent pad: as many tokens, but nothing fed back."""
-    return feed_constant(case.pad.float().cpu())
-
-
-# ------------------------------------------------------------------------------------ fed: order
-@condition("fed")
 def first_repeat(case: Case) -> Intervention:
-    """The segment's first latent at all its positions."""
     return feed(lambda z, segment, step:
                 latent_at(case.clean, segment, 0) if has_latent(case.clean, segment, 0) else z)
 
 
-@condition("fed")
 def permute(case: Case) -> Intervention:
-    """The clean latents of a segment, rotated by one position."""
     segments = case.clean.segments
     if all(segment.size < 2 for segment in segments):
         raise NotPossible("one_latent")
@@ -148,91 +86,12 @@ def permute(case: Case) -> Intervention:
     return feed(vector)
 
 
-# ------------------------------------------------------------------------------------ donors
-@condition("fed", needs=("random",))
-def swap_random(case: Case) -> Intervention:
-    """The latents of another item, with another right answer where possible."""
-    return feed_run(case.donor("random"))
-
-
-@condition("fed", needs=("question",))
-def swap_question(case: Case) -> Intervention:
-    """The latents of an item with the same question about another image."""
-    return feed_run(case.donor("question"))
-
-
-@condition("fed", needs=("image",))
-def swap_image(case: Case) -> Intervention:
-    """The latents of an item with another question about the same image."""
-    return feed_run(case.donor("image"))
-
-
-@condition("fed", needs=("counterfactual",))
-def swap_counterfactual(case: Case) -> Intervention:
-    """The latents under the item's own answer-changing edit: does the answer follow them?"""
-    return feed_run(case.donor("counterfactual"))
-
-
-@condition("fed", needs=("blank",))
-def swap_blank(case: Case) -> Intervention:
-    """World Y(x, Z(x')): the latents that a blank image yields."""
-    return forced_prefix(case.clean, case.pick, feed_run(case.donor("blank")))
-
-
-@condition("slot")
 def slot_mean_t(case: Case) -> Intervention:
-    """The mean layer inputs of each position."""
     slots_t = case.calibrated().slots_t
     return Intervention(slot=lambda segment, step: slots_t[min(step, len(slots_t) - 1)])
 
 
-@condition("slot", needs=("random",))
-def slot_swap_random(case: Case) -> Intervention:
-    """The layer inputs of another item."""
-    return put_slots(case.donor("random"))
-
-
-@condition("slot", needs=("counterfactual",))
-def slot_swap_counterfactual(case: Case) -> Intervention:
-    """The layer inputs under the item's own answer-changing edit."""
-    return put_slots(case.donor("counterfactual"))
-
-
-@condition("slot", needs=("blank",))
-def slot_swap_blank(case: Case) -> Intervention:
-    """World Y(x, Z(x')) at the slots."""
-    return forced_prefix(case.clean, case.pick, put_slots(case.donor("blank")))
-
-
-# ------------------------------------------------------------------------------------ edges
-@condition("edge")
-def cut_latent(case: Case) -> Intervention:
-    """Tokens after the latents cannot attend to them."""
-    return Intervention(hide=("latents",))
-
-
-@condition("edge")
-def cut_image_after(case: Case) -> Intervention:
-    """Tokens after the latents cannot attend to the image."""
-    return Intervention(hide=("images",))
-
-
-@condition("edge")
-def cut_both(case: Case) -> Intervention:
-    """Neither: the positive control, which must move the answer of any model that uses the image."""
-    return Intervention(hide=("latents", "images"))
-
-
-# ------------------------------------------------------------------------------------ no latents
-@condition("none")
-def markers_only(case: Case) -> Intervention:
-    """A segment without latents: start, end."""
-    return Intervention(spec=replace(case.spec, size=0, overwrite_start=False))
-
-
-@condition("none")
 def no_segment(case: Case) -> Intervention:
-    """The start token cannot be generated: another policy rather than do(Z), for the words change too."""
     def choose(logits, n):
         logits = logits.clone()
         logits[case.start_id] = float("-inf")
@@ -240,27 +99,53 @@ def no_segment(case: Case) -> Intervention:
     return Intervention(choose=choose)
 
 
-# ------------------------------------------------------------------------------------ other prompts
-@condition("none", prompt="blank")
-def blank(case: Case) -> Intervention:
-    """World Y(x', Z(x')): a blank image and the latents that it yields, after the item's own words."""
-    return forced_prefix(case.clean, case.pick)
+def world(case: Case, *intervention: Intervention) -> Intervention:
+    """Return an intervention of a mediation: the words before the latents stay."""
+    return forced_prefix(case.clean, case.pick, *intervention)
 
 
-@condition("fed", prompt="blank")
-def blank_x(case: Case) -> Intervention:
-    """World Y(x', Z(x)): a blank image and the item's own latents: are they sufficient?"""
-    return forced_prefix(case.clean, case.pick, replay(case))
-
-
-@condition("slot", prompt="blank")
-def slot_blank_x(case: Case) -> Intervention:
-    """World Y(x', Z(x)) at the slots."""
-    return forced_prefix(case.clean, case.pick, put_slots(case.clean))
-
-
-CONDITIONS |= {name: Condition(name, "none", lambda case: Intervention(), prompt=kind)
-               for name, kind in DO_X.items()}
+# ------------------------------------------------------------------------------------ the catalogue
+CONDITIONS = {
+    # through the hook, the latents stay: the clean ids must come again
+    "identity": Condition("fed", lambda case: feed(lambda z, segment, step: z)),
+    "replay": Condition("fed", lambda case: feed_run(case.clean)),
+    # content removed; tau, the calibration latent nearest to their mean, is the paper's Monet condition
+    "tau": Condition("fed", lambda case: feed_constant(case.calibrated().tau)),
+    "tau_mean": Condition("fed", lambda case: feed_constant(case.calibrated().mu)),
+    "tau_first": Condition("fed", lambda case: feed_constant(case.calibrated().first)),
+    "mean_t": Condition("fed", mean_t),  # the mean of each position keeps what marks the position
+    "near_zero": Condition("fed", lambda case: feed_constant(NEAR_ZERO * case.calibrated().mu)),
+    "add_noise": Condition("fed", add_noise, default=1.0),  # z + number * rms(z) * N(0, I)
+    "norm_noise": Condition("fed", norm_noise),  # N(0, I) scaled to the norm of z (the paper's "noise")
+    "moment_noise": Condition("fed", moment_noise),  # mean and deviation of each coordinate and position
+    "mix": Condition("fed", mix, default=0.5),  # (1 - number) z + number tau: a dose
+    # the embedding of the latent pad: as many tokens, but nothing fed back
+    "dummy_pad": Condition("fed", lambda case: feed_constant(case.pad.float().cpu())),
+    # order: a segment's first latent at all its positions; its latents rotated by one position
+    "first_repeat": Condition("fed", first_repeat),
+    "permute": Condition("fed", permute),
+    # donors: any item, one with the same question or the same image, the item's own edit, its blank image
+    **{f"swap_{kind}": Condition("fed", lambda case, kind=kind: feed_run(case.donor(kind)), needs=(kind,))
+       for kind in ("random", "question", "image", "counterfactual")},
+    "swap_blank": Condition("fed", lambda case: world(case, feed_run(case.donor("blank"))), needs=("blank",)),
+    "slot_mean_t": Condition("slot", slot_mean_t),
+    **{f"slot_swap_{kind}": Condition("slot", lambda case, kind=kind: put_slots(case.donor(kind)),
+                                      needs=(kind,)) for kind in ("random", "counterfactual")},
+    "slot_swap_blank": Condition("slot", lambda case: world(case, put_slots(case.donor("blank"))),
+                                 needs=("blank",)),
+    # what later tokens cannot attend to; cut_both must move the answer of any model that uses the image
+    "cut_latent": Condition("edge", lambda case: Intervention(hide=("latents",))),
+    "cut_image_after": Condition("edge", lambda case: Intervention(hide=("images",))),
+    "cut_both": Condition("edge", lambda case: Intervention(hide=("latents", "images"))),
+    # a segment without latents; a start token that cannot be generated, so that the words change too
+    "markers_only": Condition("none", lambda case: Intervention(
+        spec=replace(case.spec, size=0, overwrite_start=False))),
+    "no_segment": Condition("none", no_segment),
+    # worlds Y(x', Z(x')) and, at both sites, Y(x', Z(x)): are the item's own latents sufficient?
+    "blank": Condition("none", world, prompt="blank"),
+    "blank_x": Condition("fed", lambda case: world(case, feed_run(case.clean)), prompt="blank"),
+    "slot_blank_x": Condition("slot", lambda case: world(case, put_slots(case.clean)), prompt="blank"),
+    **{name: Condition("none", lambda case: Intervention(), prompt=kind) for name, kind in DO_X.items()}}
 # the paper's conditions: Monet (Fig. 2(c), Table 4) is tau; Mirage is tau, + noise, noise, near zero
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],

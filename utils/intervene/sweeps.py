@@ -9,8 +9,8 @@ A point of a sweep is a condition with a number, `keep_one:2`.
 from dataclasses import replace
 from functools import partial
 
-from utils.intervene.figures import title_of, write_figures
-from utils.intervene.latent_case import (Case, Condition, NotPossible, declare, feed, latent_index, put_slots,
+from utils.intervene.figures import ends_of, title_of, write_figures
+from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, latent_index, put_slots,
                                          seeded)
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
@@ -18,8 +18,6 @@ from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, 
                          tidy)
 
 MAX_WINDOWS = 8  # of layers in a map
-SWEEPS: dict[str, Condition] = {}
-condition = partial(declare, SWEEPS)
 LINES = {"keep_one": LineStyle("only this position kept", BLUE),
          "drop_one": LineStyle("only this position replaced", ORANGE, "s"),
          "top_k": LineStyle("most attended", GREEN, "D"),
@@ -30,7 +28,6 @@ CHANGE = "change in R0 negative\nlog-likelihood, nats"
 
 
 # ------------------------------------------------------------------------------------ conditions
-@condition("fed", default=0)
 def keep_one(case: Case, number: float) -> Intervention:
     """The position's mean everywhere except at position `number` (from 0)."""
     case.need_position(number)
@@ -38,7 +35,6 @@ def keep_one(case: Case, number: float) -> Intervention:
     return feed(lambda z, segment, step: z if step == number else mean(step))
 
 
-@condition("fed", default=0)
 def drop_one(case: Case, number: float) -> Intervention:
     """The position's mean at position `number` (from 0) alone."""
     case.need_position(number)
@@ -46,7 +42,6 @@ def drop_one(case: Case, number: float) -> Intervention:
     return feed(lambda z, segment, step: mean(step) if step == number else z)
 
 
-@condition("fed", default=1)
 def top_k(case: Case, number: float) -> Intervention:
     """The position's mean except at the `number` positions of each segment that the stem attends to most."""
     if case.attention is None:
@@ -59,7 +54,6 @@ def top_k(case: Case, number: float) -> Intervention:
     return keep_ranked(case, ranked, number)
 
 
-@condition("fed", default=1)
 def top_random(case: Case, number: float) -> Intervention:
     """As top_k with a random ranking: its control."""
     import torch
@@ -76,7 +70,6 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervent
     return feed(lambda z, segment, step: z if (segment, step) in kept else mean(step))
 
 
-@condition("none", default=1)
 def keep_first(case: Case, number: float) -> Intervention:
     """The first `number` latents of each segment, then its end."""
     return Intervention(spec=replace(case.spec, size=int(number)))
@@ -94,7 +87,6 @@ def parse_place(word: str) -> tuple[range, range]:
     return steps, layers
 
 
-@condition("slot", default=(range(1), range(1)), needs=("random",), parse=parse_place)
 def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
     """`slot_swap_random` at some positions and layers alone, "2/4-7"."""
     steps, layers = place
@@ -109,6 +101,14 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
         inputs = everywhere(segment, step) if step in steps else None
         return None if inputs is None else [state if n in layers else None for n, state in enumerate(inputs)]
     return Intervention(slot=states)
+
+
+SWEEPS = {"keep_one": Condition("fed", keep_one, default=0),
+          "drop_one": Condition("fed", drop_one, default=0),
+          "top_k": Condition("fed", top_k, default=1), "top_random": Condition("fed", top_random, default=1),
+          "keep_first": Condition("none", keep_first, default=1),
+          "slot_swap_at": Condition("slot", slot_swap_at, default=(range(1), range(1)), needs=("random",),
+                                    parse=parse_place)}
 
 
 def sweep_conditions(size: int, n_layers: int) -> list[str]:
@@ -177,8 +177,7 @@ def from_one(numbers: range) -> str:
 
 
 def csv_row(effect: dict) -> dict:
-    return {"n": effect["n"], "change": effect["delta_nll"], "ci95_low": effect["ci95"][0],
-            "ci95_high": effect["ci95"][1]}
+    return {"n": effect["n"], "change": effect["delta_nll"], **ends_of(effect, "ci95")}
 
 
 def points_of(effects: Effects, name: str, *ends: tuple[str, float], shift: int = 0) -> dict[float, dict]:

@@ -74,11 +74,6 @@ def edit_fields(before: list[str], after: list[str], context: Context, **more) -
 
 
 # ------------------------------------------------------------------------------------ edits by rules
-def sham(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    before = passages(text, spans)
-    return text, edit_fields(before, before, context)
-
-
 def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Say the same in other words."""
     before = passages(text, spans)
@@ -108,10 +103,6 @@ def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
                     **{"from": list(table), "to": list(table.values())})
 
 
-def removal(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    return replaced(text, spans, [""] * len(spans), context)
-
-
 def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Put "something" for the right option's value."""
     before = passages(text, spans)
@@ -125,31 +116,18 @@ def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
                                                 "n_replaced": count_mentions(before, slot)["gold"]})
 
 
-def filler(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    after = [" ".join(["..."] * len(span.split())) for span in passages(text, spans)]
-    return replaced(text, spans, after, context)
+def each(new: Callable[[str], str], text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Put new(span) for every span."""
+    return replaced(text, spans, [new(span) for span in passages(text, spans)], context)
 
 
-def no_span(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Delete the imaginations with their marks and the space before them."""
-    return around(text, spans, ""), edit_fields(passages(text, spans), [""] * len(spans), context)
-
-
-def bare(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Put one opening mark for each imagination, as training with --imagination placeholder does."""
-    return around(text, spans, OPEN), edit_fields(passages(text, spans), [""] * len(spans), context)
-
-
-def around(text: str, spans: Spans, new: str) -> str:
+def around(new: str, text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Put `new` for each span and its marks; an empty one also removes the space before them."""
+    fields = edit_fields(passages(text, spans), [""] * len(spans), context)
     for start, end in reversed(spans):
         head = text[:start].removesuffix(OPEN)
         text = (head if new else head.rstrip()) + new + text[after_marks(text, end):]
-    return text
-
-
-def constant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    return replaced(text, spans, [CONSTANT] * len(spans), context)
+    return text, fields
 
 
 def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
@@ -158,10 +136,6 @@ def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
         raise NotEditable("no_donor",
                           f"{len(context.donor or ())} imaginations to take, expected {len(spans)}")
     return replaced(text, spans, list(context.donor[:len(spans)]), context)
-
-
-def directed(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    return direct(text, spans, item, context.target)
 
 
 def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> Edited:
@@ -178,9 +152,12 @@ def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int
 
 
 EDITS: dict[str, Callable[..., Edited]] = {
-    "sham": sham, "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": removal,
-    "something": something, "filler": filler, "no_span": no_span, "bare": bare, "constant": constant,
-    "foreign": foreign, "directed": directed,
+    "sham": lambda text, spans, item, context: (text, edit_fields(*[passages(text, spans)] * 2, context)),
+    "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": partial(each, lambda span: ""),
+    "something": something, "filler": partial(each, lambda span: " ".join("..." for _ in span.split())),
+    "no_span": partial(around, ""), "bare": partial(around, OPEN),  # as --imagination placeholder trains
+    "constant": partial(each, lambda span: CONSTANT), "foreign": foreign,
+    "directed": lambda text, spans, item, context: direct(text, spans, item, context.target),
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
 

@@ -155,9 +155,8 @@ def pick_slot(spans: list[str], item: dict, target: str) -> Slot:
     """Return the first slot whose gold value the spans mention, or raise NotEditable."""
     candidates = slots(item, target)
     check_no_letter(spans)
-    for slot in candidates:
-        if count_mentions(spans, slot)["gold"]:
-            return slot
+    if slot := next((slot for slot in candidates if count_mentions(spans, slot)["gold"]), None):
+        return slot
     raise NotEditable("gold_not_mentioned", f"no mention of {candidates[0].old!r}")
 
 

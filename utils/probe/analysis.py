@@ -49,11 +49,7 @@ def cka(x: np.ndarray, y: np.ndarray, debiased: bool = True) -> float:
     0.97 at n = 100, d = 3584."""
     k, l = (states @ states.T for states in (x.astype(np.float64), y.astype(np.float64)))
     hsic = hsic_debiased if debiased else hsic_biased
-    norm = hsic(k, k) * hsic(l, l)
-    if len(x) != len(y) or len(x) < 4 or not norm > 0:
-        raise ValueError(f"cka: {len(x)} and {len(y)} states, norms {norm}; expected four or more of the "
-                         "same instances, varying in both sets")
-    return float(hsic(k, l) / np.sqrt(norm))
+    return float(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
 
 
 def hsic_debiased(k: np.ndarray, l: np.ndarray) -> float:
@@ -71,9 +67,6 @@ def hsic_biased(k: np.ndarray, l: np.ndarray) -> float:
 def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
     """Return how well row i of `queries` [n, d] retrieves row i of `keys` by cosine: top-1 accuracy, mean
     reciprocal rank, and both by chance. Tied keys are in random order."""
-    if queries.shape != keys.shape or len(keys) < 2:
-        raise ValueError(f"retrieval: {queries.shape} queries, {keys.shape} keys; expected one shape, two "
-                         "rows or more")
     scores = unit(queries) @ unit(keys).T
     own, n = np.diag(scores)[:, None], len(keys)
     above, ties = (scores > own + 1e-6).sum(1), (abs(scores - own) <= 1e-6).sum(1)  # ties include the own key
@@ -88,8 +81,7 @@ def grouped_folds(groups: Sequence[Hashable], n_folds: int, seed: int = 0) -> np
     """Return the fold [n] of every instance: whole groups, folds of about the same size."""
     names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
     if len(names) < n_folds or n_folds < 2:
-        raise ValueError(f"{len(names)} groups for {n_folds} folds; expected two folds or more, and at least "
-                         "one group for each")
+        raise ValueError(f"{len(names)} groups for {n_folds} folds; expected a group for each, two or more")
     sizes = np.bincount(members)
     order = np.random.default_rng(seed).permutation(len(names))
     order = order[np.argsort(-sizes[order], kind="stable")]  # the largest first, each to the emptiest fold
@@ -121,7 +113,7 @@ def linear_probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequenc
     names, own = np.unique(np.asarray([repr(label) for label in labels]), return_inverse=True)
     if len(names) < 2 or not len(states) == len(own) == len(groups):
         raise ValueError(f"{len(states)} states, {len(own)} labels of {len(names)} kinds, {len(groups)} "
-                         "groups; expected the same number of each, and two kinds or more")
+                         "groups; expected as many of each, and two kinds")
     folds, rng = grouped_folds(groups, n_folds, seed), np.random.default_rng(seed)
     # [n, 1 + N_SHUFFLES]
     columns = np.stack([own, *(shuffle_labels(own, groups, rng) for _ in range(N_SHUFFLES))], axis=1)
@@ -152,8 +144,7 @@ def shuffle_labels(labels: np.ndarray, groups: Sequence[Hashable], rng: np.rando
 def adjust(row: dict, c0: float) -> dict:
     """Return a raw row as "adjusted" for anisotropy by c0."""
     if not c0 < 1:
-        raise ValueError(f"c0 is {c0}, expected below 1: if all ordinary tokens are alike, nothing can be "
-                         "adjusted")
+        raise ValueError(f"c0 is {c0}, expected below 1: alike tokens leave nothing to adjust to")
     adjusted = {name: (row[name] - c0) / (1 - c0) for name in ("value", "low", "high")}
     return {**row, "form": "adjusted", **adjusted}
 
@@ -178,8 +169,7 @@ class Analysis:
 
     def run(self) -> None:
         for kind in STORED:
-            name = self.store.find(kind)
-            if name is not None:
+            if name := self.store.find(kind):
                 self.measure_kind(kind, name)
         c0 = self.ordinary_cosine()
         if c0 is not None:
@@ -256,8 +246,8 @@ class Analysis:
         result = {}
         for row in final_cosines(self.rows):
             curve = result.setdefault(row["kind"], {}).setdefault(f"{row['measure']}_{row['form']}", [])
-            curve.append({"step": row["step"] + 1, "mean": row["value"],
-                          **{name: row[name] for name in ("low", "high", "n")}})
+            curve.append({"step": row["step"] + 1, "mean": row["value"], "low": row["low"],
+                          "high": row["high"], "n": row["n"]})
         return result
 
     def draw(self, output: Path) -> None:

@@ -2,6 +2,7 @@
 import random
 import re
 from dataclasses import dataclass
+from itertools import combinations
 
 from utils.answers import LETTER, answers_match, normalize, strip_label
 from utils.images import IMAGE_REASONS
@@ -73,10 +74,9 @@ def broken_rule(candidate: Candidate) -> tuple[str, str] | None:
         return "markup", min(markup)
     if len(options) != 1 + N_WRONG:
         return "options", f"{len(options)} options"
-    for n, option in enumerate(options):
-        for earlier in options[:n]:
-            if answers_match(option, earlier):
-                return "options", f"{option!r} and {earlier!r}"
+    for earlier, option in combinations(options, 2):
+        if answers_match(option, earlier):
+            return "options", f"{option!r} and {earlier!r}"
     for option in options:
         if CATCH_ALL.search(option.strip()):
             return "catch_all", option

@@ -145,13 +145,11 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.N
     """Return --questions candidates per source: a pure function of items and journals."""
     by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)]
                  for item in items}
-    views: dict[str, View] = {}
-    for item, view in zip(items, view_items(items, caller, args)):
-        if isinstance(view, View):
-            views[item["id"]] = view
-        else:
-            for candidate in by_source[item["id"]]:
-                candidate.reject("rule", view.reason, view.detail)
+    views = dict(zip(by_source, view_items(items, caller, args)))
+    for name, view in views.items():
+        for candidate in by_source[name] if isinstance(view, Fault) else ():
+            candidate.reject("rule", *view)
+    views = {name: view for name, view in views.items() if isinstance(view, View)}
     sources = [item for item in items if item["id"] in views]
     calls = [write_call(item, views[item["id"]], args, prompts) for item in sources]
     for item, outcome in zip(sources, ask(caller, calls, lambda call, value: None, "write")):

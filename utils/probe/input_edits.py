@@ -31,28 +31,20 @@ CUT_OFF = 0.05  # of each side
 # ------------------------------------------------------------------------------------ edited items
 def edit_items(name: str, items: list[dict], seed: int) -> list[dict]:
     """Return edited copies of the items that allow the edit: id "<id>#<name>", "from" the original id."""
-    edited = []
-    for place, item in enumerate(items):
-        changes = edit_of(name, place, items, seed)
-        if changes is not None:
-            edited.append({**item, **changes, "id": f"{item['id']}#{name}", "from": item["id"]})
-    return edited
+    return [{**item, **changes, "id": f"{item['id']}#{name}", "from": item["id"]}
+            for place, item in enumerate(items) if (changes := edit_of(name, place, items, seed)) is not None]
 
 
 def edit_of(name: str, place: int, items: list[dict], seed: int) -> dict | None:
     """Return the fields that an edit changes in the item at `place`; None if it is impossible."""
     item, others = items[place], items[place + 1:] + items[:place]
     if name == "image_swap":
-        for other in others:
-            differs = (other["root"], other["images"]) != (item["root"], item["images"])
-            if differs and len(other["images"]) == len(item["images"]):
-                return {"images": other["images"], "root": other["root"]}
-        return None
+        return next(({"images": other["images"], "root": other["root"]} for other in others
+                     if (other["root"], other["images"]) != (item["root"], item["images"])
+                     and len(other["images"]) == len(item["images"])), None)
     if name == "question_swap":
-        for other in others:
-            if other["question"] != item["question"]:
-                return {field: other.get(field) for field in ASKED}
-        return None
+        return next(({field: other.get(field) for field in ASKED} for other in others
+                     if other["question"] != item["question"]), None)
     if not name.startswith("mask"):
         return {"edit": {"name": name}}
     if not item.get("region"):
@@ -60,9 +52,8 @@ def edit_of(name: str, place: int, items: list[dict], seed: int) -> dict | None:
     size = open_images(item, item["root"])[0].size
     box = region_in(item, size)
     elsewhere = other_box(box, size, f"{seed}/{item['id']}")
-    if elsewhere is None:  # then neither mask is made: both are compared on the same items
-        return None
-    return {"edit": {"name": name, "box": box if name == "mask_relevant" else elsewhere}}
+    # without a second box neither mask is made: both are compared on the same items
+    return elsewhere and {"edit": {"name": name, "box": box if name == "mask_relevant" else elsewhere}}
 
 
 def other_box(box: list[int], size: tuple[int, int], seed: str) -> list[int] | None:
@@ -230,14 +221,11 @@ def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dic
     shares sum to 1. "image_chance" is (A - 1) / (AB - 1); "image_p" permutes images within every question,
     "question_p" questions within every image."""
     n_images, n_questions, d = states.shape
-    if min(n_images, n_questions) < 2:
-        raise ValueError(f"variance_split: {n_images} images and {n_questions} questions, expected two of "
-                         "each or more")
     flat = states.reshape(-1, d) - states.reshape(-1, d).mean(0, dtype=np.float64)
     gram, places = flat @ flat.T, np.arange(len(flat)).reshape(n_images, n_questions)
     total, size = float(np.trace(gram)), len(flat)
     if total <= 1e-24 * float((states.astype(np.float64) ** 2).sum()):
-        raise ValueError("variance_split: the states do not vary at all, so there are no shares")
+        raise ValueError("variance_split: the states do not vary; expected shares of some variance")
 
     def between_rows(index: np.ndarray) -> float:
         return float(gram[index[:, :, None], index[:, None, :]].sum() / index.shape[1])

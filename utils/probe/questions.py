@@ -46,7 +46,7 @@ TURN = "<|im_start|>user"
 
 def list_conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
     names = [*TOKENS_ONLY, *(LATENT_ONLY if spec else ())] if "tokens_only" in variants else []
-    return names + [*(CUT if "cut" in variants else ())]
+    return [*names, *(CUT if "cut" in variants else ())]
 
 
 def rotations(probe: dict) -> list[dict]:
@@ -67,7 +67,7 @@ def derange(probes: list[dict], groups: dict[str, str], seed: int) -> dict[str, 
     shift = max(Counter(groups[probe["source"]] for probe in probes).values())
     if 2 * shift > len(order):
         raise DataError(f"--probe_items: {shift} of {len(order)} usable probe items have one image; expected "
-                        "at most half, so that each can be given another image's imagination")
+                        "at most half, to give each another image's imagination")
     return {probe["id"]: donor["source"] for probe, donor in zip(order, order[shift:] + order[:shift])}
 
 

@@ -48,11 +48,8 @@ class Calibration:
     outside: float
 
 
-def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
+def calibrate(states: np.ndarray) -> Calibration:
     """Fit the corrections to states [n, d], n >= 2, without a [d, d] matrix where n <= d."""
-    if len(states) < 2 or not 0 < shrinkage <= 1:
-        raise ValueError(f"calibrate: {len(states)} states, shrinkage {shrinkage}; expected two states or "
-                         "more and 0 < shrinkage <= 1")
     mean = states.mean(0, dtype=np.float64)
     offsets = (states - mean).astype(states.dtype)
     scale = offsets.std(0, ddof=1)
@@ -64,10 +61,10 @@ def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
     directions = vectors.T.astype(states.dtype)
     if len(states) <= states.shape[1]:
         directions = (directions / np.sqrt(values)[:, None]).astype(states.dtype) @ offsets
-    floor = shrinkage * values.sum() / (len(states) - 1) / states.shape[1]
+    floor = SHRINKAGE * values.sum() / (len(states) - 1) / states.shape[1]
     if not len(values):  # all states are the same: nothing to whiten by
         return Calibration(mean, np.ones_like(scale), directions, values, 1.0)
-    factors = ((1 - shrinkage) * values / (len(states) - 1) + floor) ** -0.5
+    factors = ((1 - SHRINKAGE) * values / (len(states) - 1) + floor) ** -0.5
     return Calibration(mean, np.where(scale > 0, scale, 1), directions, factors, float(floor ** -0.5))
 
 
@@ -79,8 +76,6 @@ def apply_form(calibration: Calibration, states: np.ndarray, form: str) -> np.nd
         return offsets
     if form == "standardised":
         return offsets / calibration.scale
-    if form != "whitened":
-        raise ValueError(f"form {form!r}, expected one of {', '.join(FORMS)}")
     factors = (calibration.factors - calibration.outside).astype(states.dtype)
     inside = (offsets @ calibration.directions.T) * factors
     return (calibration.outside * offsets + inside @ calibration.directions).astype(states.dtype)
@@ -119,14 +114,13 @@ class Bootstrap:
     """Resamples of n instances, the same for every measure, so that differences are paired."""
 
     def __init__(self, n: int, level: float = LEVEL, n_boot: int = N_BOOT, seed: int = 0):
-        self.n, self.level = n, level
+        self.n, self.ends = n, [(1 - level) / 2, (1 + level) / 2]
         self.drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n),
                                                              size=n_boot).astype(np.float32)
 
     def entry(self, value: float, resampled: np.ndarray) -> dict:
         """Return the value with its percentile interval; empty resamples (NaN) are left out."""
-        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
-        low, high = np.quantile(resampled[np.isfinite(resampled)], ends)
+        low, high = np.quantile(resampled[np.isfinite(resampled)], self.ends)
         return {"value": value, "low": float(low), "high": float(high), "n": self.n}
 
     def mean(self, values: np.ndarray) -> dict:
@@ -158,10 +152,9 @@ class PairBootstrap:
     """Means of an [n, n] matrix over pairs of distinct instances, by mask: {"all": bool [n, n], ...}, and the
     "difference" of "within" and "between". A pair counts as often as both instances were drawn."""
 
-    def __init__(self, masks: dict[str, np.ndarray], level: float = LEVEL, n_boot: int = N_BOOT,
-                 seed: int = 0):
+    def __init__(self, masks: dict[str, np.ndarray], *settings, **more):
         n = len(next(iter(masks.values())))
-        self.boot, distinct = Bootstrap(n, level, n_boot, seed), ~np.eye(n, dtype=bool)
+        self.boot, distinct = Bootstrap(n, *settings, **more), ~np.eye(n, dtype=bool)
         self.masks = {name: mask & distinct for name, mask in masks.items() if (mask & distinct).any()}
         self.counts = {name: self.sums(mask.astype(np.float32)) for name, mask in self.masks.items()}
 
@@ -204,9 +197,8 @@ class CellSimilarity:
     """Measures cells that come layer by layer, step by step; `matrices` holds the last cell's cosines by
     form. halves and tasks [n] are of all instances."""
 
-    def __init__(self, halves: np.ndarray, tasks: np.ndarray, level: float = LEVEL, n_boot: int = N_BOOT,
-                 seed: int = 0):
-        self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (level, n_boot, seed)
+    def __init__(self, halves: np.ndarray, tasks: np.ndarray, n_boot: int = N_BOOT, seed: int = 0):
+        self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (LEVEL, n_boot, seed)
         self.instances: tuple[int, ...] | None = None
         self.first: Corrected | None = None  # of this layer: step 0, and the step before
         self.before: Corrected | None = None
@@ -239,9 +231,9 @@ class CellSimilarity:
                      **self.all_pairs.boot.spread(cell.states)})
         current = Corrected(cell, forms)
         if self.before is not None and self.before.cell.step + 1 == cell.step:
-            rows += [{**place, **row} for row in self.compare_steps("adjacent", self.before, current)]
+            rows += [place | row for row in self.compare_steps("adjacent", self.before, current)]
         if self.first is not None:
-            rows += [{**place, **row} for row in self.compare_steps("first", self.first, current)]
+            rows += [place | row for row in self.compare_steps("first", self.first, current)]
         self.before = current
         if cell.step == 0:
             self.first = current

@@ -55,12 +55,11 @@ def batched(rows: list[dict], size: int, desc: str) -> tqdm:
 
 
 def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_name(key: str) -> str:
-    digest = text_hash(key)
-    return f"{digest[:2]}/{digest}.safetensors"
+    return f"{text_hash(key)[:2]}/{text_hash(key)}.safetensors"
 
 
 # ------------------------------------------------------------------------------------ the store
@@ -83,8 +82,8 @@ class StateWriter:
         """Write the states of a sample as float32, then its line."""
         for name, states in tensors.items():
             if name not in KINDS or states.ndim not in (2, 3) or not np.isfinite(states).all():
-                raise ValueError(f"{key}: {name} {states.shape}: expected finite [steps, d] or "
-                                 f"[steps, layers, d] of one of {', '.join(KINDS)}")
+                raise ValueError(f"{key}: {name} {states.shape}: expected finite [steps, (layers,) d] of one "
+                                 f"of {', '.join(KINDS)}")
         data = to_bytes({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
         replace_file(self.folder / file_name(key), lambda file: file.write(data), "wb")
         shapes = {name: list(x.shape) for name, x in tensors.items()}
@@ -137,22 +136,20 @@ class States:
         """Yield the cells of a kind, layer by layer, step by step, over those of `keys` that have the step.
         `at_most`: how many steps of a sample count, by key. Samples are opened once for as many cells as fit
         `budget` bytes: n samples x 10 steps x 28 layers x 3,584 need not fit in memory."""
-        shapes = {i: list(self.records[key]["tensors"][kind]) for i, key in enumerate(keys)
+        shapes = {i: self.records[key]["tensors"][kind] for i, key in enumerate(keys)
                   if kind in self.records[key]["tensors"]}
         if not shapes:
             return
-        for i, shape in shapes.items():
-            shape[0] = min(shape[0], (at_most or {}).get(keys[i], shape[0]))
+        n_of_sample = {i: min(n, (at_most or {}).get(keys[i], n)) for i, (n, *_) in shapes.items()}
         step_shapes = {tuple(shape[1:]) for shape in shapes.values()}
         if len(step_shapes) != 1:
             raise DataError(f"{self.folder}: {kind} of {len(step_shapes)} shapes {sorted(step_shapes)}, "
                             "expected one; were two models mixed?")
         *n_layers, width = step_shapes.pop()
-        longest = max(shape[0] for shape in shapes.values())
+        longest = max(n_of_sample.values())
         steps = range(min(longest, n_steps or longest))
         places = [(layer, step) for layer in (range(*n_layers) if n_layers else [-1]) for step in steps]
         at_once = max(1, budget // (4 * width * len(shapes)))
-        n_of_sample = {i: shape[0] for i, shape in shapes.items()}
         for first in range(0, len(places), at_once):
             yield from self.read_cells(kind, keys, n_of_sample, width, places[first:first + at_once])
 
@@ -270,8 +267,8 @@ def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> Imagined
             return None
         latents = set(latent_steps(row))
         last = first.start + first.size
-        after = [j for j in range(last + spec.force_end, end_of_text) if j not in latents]
-        return Imagined(list(range(first.start, last)), after, None)
+        return Imagined(list(range(first.start, last)),
+                        [j for j in range(last + spec.force_end, end_of_text) if j not in latents], None)
     text = qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
     spans = find_spans(text)
     if not spans:
