@@ -48,7 +48,7 @@ class Calibration:
     outside: float
 
 
-def calibrate(states: np.ndarray) -> Calibration:
+def calibrate(states: np.ndarray, shrinkage: float = SHRINKAGE) -> Calibration:
     """Fit the corrections to states [n, d], n >= 2, without a [d, d] matrix where n <= d."""
     mean = states.mean(0, dtype=np.float64)
     offsets = (states - mean).astype(states.dtype)
@@ -61,10 +61,10 @@ def calibrate(states: np.ndarray) -> Calibration:
     directions = vectors.T.astype(states.dtype)
     if len(states) <= states.shape[1]:
         directions = (directions / np.sqrt(values)[:, None]).astype(states.dtype) @ offsets
-    floor = SHRINKAGE * values.sum() / (len(states) - 1) / states.shape[1]
+    floor = shrinkage * values.sum() / (len(states) - 1) / states.shape[1]
     if not len(values):  # all states are the same: nothing to whiten by
         return Calibration(mean, np.ones_like(scale), directions, values, 1.0)
-    factors = ((1 - SHRINKAGE) * values / (len(states) - 1) + floor) ** -0.5
+    factors = ((1 - shrinkage) * values / (len(states) - 1) + floor) ** -0.5
     return Calibration(mean, np.where(scale > 0, scale, 1), directions, factors, float(floor ** -0.5))
 
 
