@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from utils.call_flags import add_model_flags
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
 from utils.images import ImageError
 from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition
@@ -49,7 +50,7 @@ from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT
 from utils.items import STEM, group_of, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
 from utils.jsonl import DataError, call_key, check_output, sha256_file, write_json, write_meta, write_rows
-from utils.latent_families import PRESETS, LatentSpec, spec_of
+from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller
 from utils.openai_backend import HttpBackend
 from utils.report import intervene_blocks, plain_text
@@ -244,12 +245,9 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    add_model_flags(parser)
     parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
-    parser.add_argument("--image_root", help="folder of the images (default: the items file's)")
     parser.add_argument("--output", required=True, help="records JSONL to write")
-    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                        help="family of the latent tokens; off: text imaginations")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
                         help="paper (those of the paper), full (all), maps (sweeps over positions, layers, "
                              "ranks and doses), or names, with a number where they take one (add_noise:0.3); "
@@ -257,18 +255,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", default=" " + STEM, help="text that options are scored behind (R0)")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter",
-                        help="what the box of an answer holds")
     parser.add_argument("--margin", type=float, default=0.05,
                         help="equivalence margin, a share of items; choose it before the run")
     parser.add_argument("--margin_nll", type=float, default=0.05, help="the same of R0 and R1, nats")
     parser.add_argument("--min_emitters", type=parse_count, default=50,
                         help="fewest items with an imagination for an effect")
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
-    parser.add_argument("--suffix", default="", help="text after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
-                        help="length of a reply, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8, help="items per batch, donors included")
     parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side")
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
@@ -276,10 +267,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--editor_url", default="http://127.0.0.1:8000/v1",
                         help="its OpenAI-compatible server")
     parser.add_argument("--api_key_file", help="file with its key (default: OPENAI_API_KEY)")
-    parser.add_argument("--max_pixels", type=int, help="area to which an image is shrunk")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, sampling and wrong options")
     parser.add_argument("--limit", type=parse_count, help="analyse only N items after calibration")
     parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside")
     parser.add_argument("--dry_run", action="store_true",

@@ -36,12 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.call_flags import add_call_flags
+from utils.call_flags import add_call_flags, add_model_flags
 from utils.cli import Help, cli, log, parse_count
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
-from utils.latent_families import PRESETS, LatentSpec, spec_of
+from utils.latent_families import LatentSpec, spec_of
 from utils.report import collect, interval, percent, plain_text, write_report
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(task="report")
         return parser.parse_args(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    add_model_flags(parser)
     parser.add_argument("--items", nargs="+", required=True,
                         help="items JSONL from evaluate.py --prepare")
     parser.add_argument("--probe_items", help="JSONL of questions to be answered without the image")
@@ -220,28 +220,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
                         help="how the image is kept from the probe questions")
     parser.add_argument("--reader", help="another checkpoint that answers from what --model imagined")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
     parser.add_argument("--stem", default=STEM, help="text that R0 scores options behind")
     parser.add_argument("--circular", action="store_true", help="ask once per rotation of the options")
     parser.add_argument("--crossed", type=parse_count, nargs=2, metavar=("A", "B"),
                         help="images x questions to cross")
     parser.add_argument("--edits", nargs="+", choices=("all", *EDITS), default=[],
                         help="changes of the instances' inputs")
-    parser.add_argument("--image_root", help="folder of the images (default: that of each items file)")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                        help="family of the latent tokens")
     parser.add_argument("--n_items", type=parse_count, default=100,
                         help="instances compared, evenly spread over the files")
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
-    parser.add_argument("--suffix", default="", help="text put after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
-                        help="per decoding, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8, help="items per batch, at most")
-    parser.add_argument("--max_pixels", type=parse_count, help="area to which an image is shrunk")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=int, default=0, help="of resamples, halves and donors")
     parser.add_argument("--limit", type=parse_count, help="read only the first N items and probe items")
     parser.add_argument("--dry_run", action="store_true",
                         help="show a prompt and count decodings; writes nothing")
