@@ -66,7 +66,7 @@ FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margi
                  "fresh", "dry_run", "editor_url", "api_key_file")
 
 
-# ------------------------------------------------------------------------------------ decoding
+# ---- decoding
 @dataclass
 class Run:
     """What a run works with. `decode(items, images, counterfactuals)` returns {condition: record} for each
@@ -170,7 +170,7 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
     return decode
 
 
-# ------------------------------------------------------------------------------------ the run
+# ---- the run
 def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Return (calibration items, analysed items)."""
     n_calibration = args.calibration if args.latent != "off" else 0

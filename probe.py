@@ -78,7 +78,7 @@ class Inputs:
         return {item["id"]: item for item in [*self.chosen, *sources, *(i for row in self.grid for i in row)]}
 
 
-# ------------------------------------------------------------------------------------ inputs
+# ---- inputs
 def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
     """Return items by id, each with its "file" and the "root" of its images."""
     items: dict[str, dict] = {}
@@ -128,7 +128,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     return Inputs(items, read_probes(args, items), chosen, grid, edits)
 
 
-# ------------------------------------------------------------------------------------ capture, analyse, ask
+# ---- capture, analyse, ask
 def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_steps: int,
                args: argparse.Namespace) -> Qwen:
     """Capture the states that the store lacks; return the model."""
@@ -198,7 +198,7 @@ def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args
     return metrics
 
 
-# ------------------------------------------------------------------------------------ the run
+# ---- the run
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["derive"]:

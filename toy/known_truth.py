@@ -90,7 +90,7 @@ TOYS = {
                           "nll": ("equivalent", "small effect inside the margin")})}
 
 
-# ------------------------------------------------------------------------------------ models and items
+# ---- models and items
 @dataclass
 class Toy:
     """A model, the name of its mask, and a vector [hidden] (or 0) added to every latent."""
@@ -267,7 +267,7 @@ def train_toy(name: str, steps: int) -> Toy:
     return toy
 
 
-# ------------------------------------------------------------------------------------ masks
+# ---- masks
 def fed_of(source: Run) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return lambda z, step: source.fed[:, step]
 
@@ -279,18 +279,16 @@ def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, fl
     fixed = draw_items(len(pixels), torch.Generator().manual_seed(0))[:1].expand_as(pixels)
     tau = fed_of(run(toy, fixed))  # the latents of one picture for all
 
-    def largest(a: Run, b: Run) -> float:
-        return float((a.logits - b.logits).abs().max())
-
     swapped, swapped_slots = run(toy, pixels, fed_of(donor)), run(toy, pixels, slots=donor.slots)
-    return {"replay": largest(run(toy, pixels, fed_of(clean)), clean),
-            "own_slots": largest(run(toy, pixels, slots=clean.slots), clean),
-            "TE": largest(clean, donor), "tau": largest(run(toy, pixels, tau), clean),
-            "images_under_tau": largest(run(toy, pixels, tau), run(toy, other, tau)),
-            "fed_swap": largest(swapped, clean), "fed_swap_donor": largest(swapped, donor),
-            "other_image": largest(run(toy, other, fed_of(clean)), clean),  # Y(x', Z(x)) against Y(x, Z(x))
-            "slot_swap": largest(swapped_slots, clean), "slot_swap_donor": largest(swapped_slots, donor),
-            "cut_latent": largest(run(toy, pixels, cut=True), clean)}
+    pairs = {"replay": (run(toy, pixels, fed_of(clean)), clean),
+             "own_slots": (run(toy, pixels, slots=clean.slots), clean), "TE": (clean, donor),
+             "tau": (run(toy, pixels, tau), clean),
+             "images_under_tau": (run(toy, pixels, tau), run(toy, other, tau)),
+             "fed_swap": (swapped, clean), "fed_swap_donor": (swapped, donor),
+             "other_image": (run(toy, other, fed_of(clean)), clean),  # Y(x', Z(x)) against Y(x, Z(x))
+             "slot_swap": (swapped_slots, clean), "slot_swap_donor": (swapped_slots, donor),
+             "cut_latent": (run(toy, pixels, cut=True), clean)}
+    return {name: float((a.logits - b.logits).abs().max()) for name, (a, b) in pairs.items()}
 
 
 def check_masks(seed: int = 0) -> dict:
@@ -305,7 +303,7 @@ def check_masks(seed: int = 0) -> dict:
     return {"columns": columns, "wrong": wrong, "ok": not wrong}
 
 
-# ------------------------------------------------------------------------------------ trained toys
+# ---- trained toys
 def make_interventions(name: str, runs: Run, donors: Run, known: Calibration | None) -> list[Intervention]:
     """Return a condition for each item, the donor being the same row of another run."""
     condition, number = find_condition(name)

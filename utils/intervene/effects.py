@@ -45,7 +45,7 @@ def wilson_share(k: int, n: int) -> dict:
     return {"k": k, "n": n, "share": k / n if n else None, "ci95": list(wilson(k, n)) if n else None}
 
 
-# ------------------------------------------------------------------------------------ one condition
+# ---- one condition
 def records_of(pairs: list[Pair]) -> tuple[list[dict], list[dict]]:
     return [pair.clean for pair in pairs], [pair.after for pair in pairs]
 
@@ -133,7 +133,7 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
     return result | {name: change_of_score(covered, name, limits.margin_nll) for name in ("r0", "r1")}
 
 
-# ------------------------------------------------------------------------------------ all conditions
+# ---- all conditions
 def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dict[str, str], limits: Limits,
               controls: Sequence[str] = (), kept: dict[str, float] | None = None) -> dict:
     """Return emission, effects, mediation, early answering and attention. `records` by item id and condition;
@@ -199,7 +199,7 @@ def has_readout(record: dict | None, readout: str) -> bool:
     return bool(record) and not record.get("reason") and (readout == "r2" or bool(record.get(readout)))
 
 
-# ------------------------------------------------------------------------------------ curves
+# ---- curves
 def early_answering(curve: Curve) -> float:
     """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
     2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole

@@ -65,7 +65,7 @@ def label_lines(axes, shown: dict, named: bool = True) -> None:
     tidy(axes)
 
 
-# ------------------------------------------------------------------------------------ one function per figure
+# ---- one function per figure
 def accuracy_figure(metrics: dict, shown: dict) -> tuple:
     figure, [[axes]] = new_figure(8, 1.8 + 0.36 * len(shown))
     rows = []

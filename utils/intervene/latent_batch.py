@@ -35,7 +35,7 @@ WATCHED = "sdpa_watched"
 GROUPS = ("first", "image", "question", "imagination", "said")  # of columns; "said": the rest of the reply
 
 
-# ------------------------------------------------------------------------------------ attention of the stem
+# ---- attention of the stem
 def attention_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor,
                       scaling: float) -> torch.Tensor:
     """Return weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups of heads,
@@ -106,7 +106,7 @@ def rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-# ------------------------------------------------------------------------------------ calibration
+# ---- calibration
 def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, items: list[dict],
               image_root: str, batch_size: int) -> Calibration | None:
     """Return the statistics of these items' latents, kept at `path`; None if they emit none."""
@@ -130,7 +130,7 @@ def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, item
     return Calibration(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
 
 
-# ------------------------------------------------------------------------------------ a batch
+# ---- a batch
 class Decoded(NamedTuple):
     """A run and how the options score behind its last segment."""
 
@@ -194,8 +194,8 @@ class LatentBatch:
             n_prompt = begun.mask.shape[1]
             latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)]
                        for k in scored]
-            attention = stem_attention(self.qwen, state, [self.end_id], self.settings.stem, latents)
-            scores = [row | {"attention": look} for row, look in zip(scores, attention)]
+            looks = stem_attention(self.qwen, state, [self.end_id], self.settings.stem, latents)
+            scores = [row | {"attention": look} for row, look in zip(scores, looks)]
         by_row = dict(zip(scored, scores))
         return [by_row.get(k) for k in range(len(rows))]
 
@@ -205,7 +205,7 @@ class LatentBatch:
         clean = self.clean[place].row if self.clean else row
         return stem_of(clean_text(self.qwen.tokenizer, clean.ids[last_latent(clean):], self.spec))
 
-    # ------------------------------------------------------------------------------------ conditions
+    # ---- conditions
     def case(self, place: int, needs: set[str]) -> Case:
         self.donors[place] = {kind: donor for kind in needs if (donor := self.donor(kind, place))}
         runs = {kind: run for kind, (_, run) in self.donors[place].items()}

@@ -59,7 +59,7 @@ class Calibration:
                    torch.stack([slots[here].mean(0) for here in at]))
 
 
-# ------------------------------------------------------------------------------- latents of a run
+# ---- latents of a run
 def steps_of(row: Generation) -> list[int]:
     """Return each latent's position within its segment."""
     return [step for segment in row.segments for step in range(segment.size)]
@@ -79,7 +79,7 @@ def latent_at(row: Generation, segment: int, step: int) -> torch.Tensor:
     return row.fed[latent_index(row, segment, step)].float().cpu()
 
 
-# ------------------------------------------------------------------------------------ random numbers
+# ---- random numbers
 def seeded(*where) -> torch.Generator:
     import torch
     return torch.Generator().manual_seed(int(call_key(where=where)[:15], 16))
@@ -103,7 +103,7 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
     return pick
 
 
-# ------------------------------------------------------------------------------------ an item
+# ---- an item
 @dataclass
 class Case:
     """An item, its clean run and what a condition may draw on: donors' runs by kind ("random", "question",
@@ -150,7 +150,7 @@ class Case:
         return row
 
 
-# ------------------------------------------------------------------------------------ conditions
+# ---- conditions
 @dataclass(frozen=True)
 class Condition:
     """An intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
@@ -168,7 +168,7 @@ class Condition:
         return self.build(case) if self.default is None else self.build(case, number)
 
 
-# ------------------------------------------------------------------------------------ building blocks
+# ---- building blocks
 def feed(vector: Callable[[torch.Tensor, int, int], torch.Tensor]) -> Intervention:
     """Feed vector(z, segment, step), in float32 on the CPU, in place of each latent z."""
     def computed(z: torch.Tensor, segment: int, step: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def find_condition(name: str) -> tuple[Condition, object]:
     return entry, entry.parse(number) if colon else entry.default
 
 
-# ------------------------------------------------------------------------------------ longer builders
+# ---- longer builders
 def mean_t(case: Case) -> Intervention:
     mean = case.mean_at()
     return feed(lambda z, segment, step: mean(step))
@@ -104,7 +104,7 @@ def world(case: Case, *intervention: Intervention) -> Intervention:
     return forced_prefix(case.clean, case.pick, *intervention)
 
 
-# ------------------------------------------------------------------------------------ the catalogue
+# ---- the catalogue
 CONDITIONS = {
     # through the hook, the latents stay: the clean ids must come again
     "identity": Condition("fed", lambda case: feed(lambda z, segment, step: z)),

@@ -23,7 +23,7 @@ Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
 DRAWS_AT_ONCE = 1000  # of the bootstrap: [n_boot, n_groups] need not fit in memory
 
 
-# ------------------------------------------------------------------------------------ four worlds
+# ---- four worlds
 def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float], y_x0z0: Sequence[float],
             groups: Sequence[Hashable], binary: bool = False, n_boot: int = 10000, seed: int = 0) -> dict:
     """Return {"mean", "ci90", "ci95"} of each effect, from one outcome per item in four worlds: y_xz = Y(x,
@@ -78,7 +78,7 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
     return {"value": float(above.sum() / below.sum()), "ci95": ends.tolist(), "reason": None}
 
 
-# ------------------------------------------------------------------------------------ sample sizes
+# ---- sample sizes
 def items_for_margin(discordance: float, margin: float) -> int:
     """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
     one-sided tests have to reject. The exact power of Tango's test is 76 to 80 % where the margin is at most

@@ -117,7 +117,7 @@ class Prompts:
         return self.read[kind][0].select([read.index(place) for place in places])
 
 
-# ------------------------------------------------------------------------------------ fields of a record
+# ---- fields of a record
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
     """Return the fields that depend on a reply; `last_words` follow all imagination."""
     answer = extract_choice(last_words.strip(), dict(item["options"]), finish)

@@ -27,7 +27,7 @@ LINES = {"keep_one": LineStyle("only this position kept", BLUE),
 CHANGE = "change in R0 negative\nlog-likelihood, nats"
 
 
-# ------------------------------------------------------------------------------------ conditions
+# ---- conditions
 def keep_one(case: Case, number: float) -> Intervention:
     """The position's mean everywhere except at position `number` (from 0)."""
     case.need_position(number)
@@ -124,7 +124,7 @@ def sweep_conditions(size: int, n_layers: int) -> list[str]:
             *(f"add_noise:{dose}" for dose in (0.1, 0.3, 1, 3))]
 
 
-# ------------------------------------------------------------------------------------ figures
+# ---- figures
 Effects = dict[str, dict]  # condition -> its number (None without one) -> effect on R0
 
 

@@ -57,7 +57,7 @@ class TextBatch:
         wrong = [letter for letter, _ in item["options"] if letter != item["answer"]["value"]]
         return random.Random(f"{self.settings.seed}/{item['id']}").choice(wrong)
 
-    # ------------------------------------------------------------------------------------ edited beginnings
+    # ---- edited beginnings
     def blank_donors(self) -> dict[int, list[str]]:
         """Return what each item imagines under a blank image, after its own words."""
         if self.blank_spans is None:
@@ -106,7 +106,7 @@ class TextBatch:
         item = self.items[place]
         return EDITS[edit](text, spans, item, Context(self.target(item), donor, seed=self.settings.seed))
 
-    # ------------------------------------------------------------------------------------ records
+    # ---- records
     def records(self, names: list[str]) -> list[dict[str, dict]]:
         """Return {condition: record} for each item, including "clean"."""
         result = [{"clean": self.describe_clean(i)} for i in range(len(self.items))]
@@ -182,11 +182,9 @@ class TextBatch:
         """Return the record of a continued reply, compared with the clean one from there on."""
         place, reply = prefix.place, self.text_of(row.ids)
         item, clean, spans = self.items[place], self.texts[place], self.spans[place]
-        if prefix.text:
-            emitted, last, clean_words = bool(spans), reply, conclusion(clean)
-        else:
-            emitted, last, clean_words = bool(find_spans(reply)), conclusion(reply), clean
-        return {"emitted": emitted, "spans": spans,
+        emitted, last, clean_words = ((spans, reply, conclusion(clean)) if prefix.text
+                                      else (find_spans(reply), conclusion(reply), clean))
+        return {"emitted": bool(emitted), "spans": spans,
                 **answer_fields(item, prefix.text + reply, last, row.ids, row.finish),
                 "changed": reply.strip() != clean_words.strip(), "edit": prefix.edit,
                 "target": self.target(item), "ids": row.ids}

@@ -73,7 +73,7 @@ def edit_fields(before: list[str], after: list[str], context: Context, **more) -
             "word_distance": total_distance(before, after), "before": before, "after": after}
 
 
-# ------------------------------------------------------------------------------------ edits by rules
+# ---- edits by rules
 def paraphrase(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Say the same in other words."""
     before = passages(text, spans)
@@ -161,7 +161,7 @@ EDITS: dict[str, Callable[..., Edited]] = {
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
 
-# ------------------------------------------------------------------------------------ conditions
+# ---- conditions
 @dataclass(frozen=True)
 class TextCondition:
     """The edit of a reply's beginning (None: generated again from `prompt`), and whether what follows sees
@@ -185,7 +185,7 @@ TEXT_PRESETS = {"paper": ["sham", "directed"],
 TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
 
 
-# ------------------------------------------------------------------------------------ the LLM's edit
+# ---- the LLM's edit
 PROMPTS = {
     "SYSTEM": "You make small, exact edits to descriptions of images. You reply with one JSON object and "
               "nothing else.",

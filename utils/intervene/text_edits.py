@@ -47,7 +47,7 @@ class Slot(NamedTuple):
     referents: frozenset[str] = frozenset()
 
 
-# ------------------------------------------------------------------------------------ slots of two options
+# ---- slots of two options
 def slots(item: dict, target: str) -> list[Slot]:
     """Return the exchanges that turn the right option into option `target`, best first: the words that the
     two do not share, then words of one table. Yes against no negates the statement that the question
@@ -96,7 +96,7 @@ def table_values(gold: str, target: str) -> tuple[str, str]:
     raise NotEditable("no_slot_value")
 
 
-# ------------------------------------------------------------------------------------ a slot in a text
+# ---- a slot in a text
 def clauses(text: str) -> list[tuple[str, set[str]]]:
     """Return the clauses of a text, which join to it, each with the things that it names; one that begins
     with a pronoun also names those of the clause before."""
@@ -141,7 +141,7 @@ def negate(clause: str, gold: str) -> tuple[str, Counter]:
     return clause[:match.end(1)] + new + rest, Counter(["gold" if says == gold else "target"])
 
 
-# ------------------------------------------------------------------------------------ the directed edit
+# ---- the directed edit
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
     """Rewrite the imaginations in `text` to support option `target`; return (text, edit)."""
     before = passages(text, spans)

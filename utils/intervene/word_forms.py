@@ -53,7 +53,7 @@ NOT_REFERENT = set(  # words that do not name a thing
     next""".split())
 
 
-# ------------------------------------------------------------------------------------ forms of a value
+# ---- forms of a value
 def mention(name: str, value: str) -> str:
     """Return a pattern of a value's mentions in any spacing and form."""
     pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", value))
@@ -134,7 +134,7 @@ def exchange(text: str, gold: str, target: str) -> tuple[str, Counter]:
     return text, Counter(gold=counts[gold], target=counts[target])
 
 
-# ------------------------------------------------------------------------------------ words of a caption
+# ---- words of a caption
 def stems(text: str) -> list[str]:
     """Return the words that can name a thing, lower-case and without a plural -s."""
     words = re.findall(r"[a-z]{3,}", re.sub(r"['’]s\b", "", text.lower()))

@@ -24,7 +24,7 @@ MOST_ALIKE = 0.99  # ordinary tokens with a higher mean cosine leave nothing to 
 SHOWN = 100  # instances in a heat map, as in the paper
 
 
-# --------------------------------------------------------------------------------- spectrum, CKA, retrieval
+# ---- spectrum, CKA, retrieval
 def spectrum(states: np.ndarray) -> dict:
     """Return how many directions states [n, d] span around their mean: participation ratio (sum)^2 / sum of
     squares, effective rank exp(entropy) (Roy and Vetterli 2007), "rank90" the directions that hold 90 %,
@@ -76,7 +76,7 @@ def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
             "mrr_chance": float(harmonic[n] / n)}
 
 
-# ------------------------------------------------------------------------------------ linear probe
+# ---- linear probe
 def grouped_folds(groups: Sequence[Hashable], n_folds: int, seed: int = 0) -> np.ndarray:
     """Return the fold [n] of every instance: whole groups, folds of about the same size."""
     names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
@@ -140,7 +140,7 @@ def shuffle_labels(labels: np.ndarray, groups: Sequence[Hashable], rng: np.rando
     return rng.permutation(first)[members] if (first[members] == labels).all() else rng.permutation(labels)
 
 
-# ------------------------------------------------------------------------------------ all cells of a store
+# ---- all cells of a store
 def adjust(row: dict, c0: float) -> dict:
     """Return a raw row as "adjusted" for anisotropy by c0."""
     if not c0 < 1:
@@ -171,8 +171,7 @@ class Analysis:
         for kind in STORED:
             if name := self.store.find(kind):
                 self.measure_kind(kind, name)
-        c0 = self.ordinary_cosine()
-        if c0 is not None:
+        if (c0 := self.ordinary_cosine()) is not None:
             self.rows += [adjust(row, c0) for row in final_cosines(self.rows)
                           if row["form"] == "raw" and row["kind"] != "text"]
 

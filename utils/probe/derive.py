@@ -78,7 +78,7 @@ SCHEMAS = {"write": WRITE_SCHEMA,
            "blind": object_schema(letter={"type": "string", "enum": [*"ABCD"]})}
 
 
-# ------------------------------------------------------------------------------------ calls
+# ---- calls
 class View(NamedTuple):
     """The pictures that an item's calls show, and their hashes."""
 
@@ -165,7 +165,7 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.N
     return candidates
 
 
-# ------------------------------------------------------------------------------------ the run
+# ---- the run
 def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
     """Return the backend and the identity of --answer_model, if given."""
     if not args.answer_model:

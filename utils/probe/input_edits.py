@@ -28,7 +28,7 @@ DARKER = 0.8  # factor of every value
 CUT_OFF = 0.05  # of each side
 
 
-# ------------------------------------------------------------------------------------ edited items
+# ---- edited items
 def edit_items(name: str, items: list[dict], seed: int) -> list[dict]:
     """Return edited copies of the items that allow the edit: id "<id>#<name>", "from" the original id."""
     return [{**item, **changes, "id": f"{item['id']}#{name}", "from": item["id"]}
@@ -89,7 +89,7 @@ def open_edited(item: dict) -> list[Image.Image]:
     return images
 
 
-# ------------------------------------------------------------------------------------ how far an edit moves
+# ---- how far an edit moves
 class Moved(NamedTuple):
     """Distances between the states of an item and of its edited copy, by step."""
 
@@ -186,7 +186,7 @@ def selectivity(relevant: dict[str, Moved], irrelevant: dict[str, Moved],
     return rows, summary
 
 
-# ------------------------------------------------------------------------------------ images x questions
+# ---- images x questions
 def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list[dict]]:
     """Return images x questions as items, all with as many images as the first one."""
     able = [item for item in items if len(item["images"]) == len(items[0]["images"])]

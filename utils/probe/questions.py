@@ -168,8 +168,8 @@ class Prober:
         if name == "random":
             seed = hashlib.sha256(f"{self.args.seed}/{probe['source']}".encode()).digest()
             noise = np.random.default_rng(list(seed[:8])).normal(size=own.shape)
-            lengths = np.linalg.norm(own, axis=1, keepdims=True)
-            own = noise / np.linalg.norm(noise, axis=1, keepdims=True) * lengths
+            lengths, own_lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (noise, own))
+            own = noise / lengths * own_lengths
         return torch.tensor(own, dtype=torch.float32, device=self.qwen.device)
 
     def fit_mean(self, sources: list[str]) -> None:
@@ -204,17 +204,15 @@ class Prober:
         """Return the steps of all latents of a reply, or of its first text imagination."""
         if self.spec:
             return latent_steps(reply)
-        imagined = find_steps(self.qwen, None, reply)
-        return imagined.steps if imagined else []
+        return imagined.steps if (imagined := find_steps(self.qwen, None, reply)) else []
 
     def question_ids(self, probe: dict) -> list[int]:
         """Return the ids that close an imagination and ask a question as a new turn."""
         tokenizer = self.qwen.tokenizer
-        closing = [latent_ids(tokenizer, self.spec)[2]] if self.spec else \
-            tokenizer(CLOSE, add_special_tokens=False).input_ids
         prompt = self.prompt(probe, 0, blind=True)
-        turn = "<|im_end|>\n" + prompt[prompt.rindex(TURN):]
-        return closing + tokenizer(turn, add_special_tokens=False).input_ids
+        closing, turn = tokenizer([CLOSE, "<|im_end|>\n" + prompt[prompt.rindex(TURN):]],
+                                  add_special_tokens=False).input_ids
+        return ([latent_ids(tokenizer, self.spec)[2]] if self.spec else closing) + turn
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
         """Return one line of answers.jsonl."""
@@ -235,7 +233,7 @@ class Prober:
         return clean_text(self.qwen.tokenizer, reply.ids[last_latent(reply):], self.spec)
 
 
-# ------------------------------------------------------------------------------------ scores
+# ---- scores
 def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
     """Return accuracy by condition and the gain of the own imagination. `groups`: the image of every probe
     id, whose questions vary together."""

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     states: np.ndarray
 
 
-# ------------------------------------------------------------------------------------ corrections
+# ---- corrections
 @dataclass(frozen=True)
 class Calibration:
     """Mean and scale [d] of other instances, orthonormal directions of variance [r, d] with the factor that
@@ -109,7 +109,7 @@ def cosine_matrix(states: np.ndarray) -> np.ndarray:
     return rows @ rows.T
 
 
-# ------------------------------------------------------------------------------------ intervals
+# ---- intervals
 class Bootstrap:
     """Resamples of n instances, the same for every measure, so that differences are paired."""
 
@@ -185,7 +185,7 @@ def pair_masks(halves: np.ndarray | None, tasks: np.ndarray) -> dict[str, np.nda
     return masks if same.all() else masks | {"within": together & same, "between": together & ~same}
 
 
-# ------------------------------------------------------------------------------------ cell by cell
+# ---- cell by cell
 class Corrected(NamedTuple):
     """A cell and its states in every form."""
 

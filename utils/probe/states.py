@@ -62,7 +62,7 @@ def file_name(key: str) -> str:
     return f"{text_hash(key)[:2]}/{text_hash(key)}.safetensors"
 
 
-# ------------------------------------------------------------------------------------ the store
+# ---- the store
 class StateWriter:
     """Appends samples to a store; `key in writer` is whether it has one."""
 
@@ -187,7 +187,7 @@ def read_record(where: str, line: bytes) -> dict:
     return record
 
 
-# ------------------------------------------------------------------------------------ capture
+# ---- capture
 def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], images: list[list[Image.Image]],
             n_steps: int, args: argparse.Namespace, writer: StateWriter, whole: bool = True) -> None:
     """Decode a batch of items and add their states; `whole`: also inner states and those with pads fed. A
