@@ -1,5 +1,4 @@
-"""Probe imaginations: how similar they are between items and from step to step, and what can be answered from
-them without the image.
+"""Probe imaginations: how similar they are, and what can be answered from them without the image.
 
 Stage 6 of 6:  train_sft.py -> [probe.py] -> figures; items from evaluate.py
 
@@ -57,7 +56,7 @@ DERIVE = """Let a model write --probe_items: questions about what the items (the
 
 One call per source writes --questions candidates. Each one that passes the rules is answered from the image
 by --answer_model, with --drop_blind also without it; wrong ones are dropped. <output>.run/verdicts.jsonl has
-every candidate with its reason. Resuming and exit codes are as in stages 1 and 2.
+every candidate with its reason.
 """
 STORE_SETTINGS = ("model", "latent", "system", "suffix", "max_new_tokens", "max_pixels", "dtype")
 

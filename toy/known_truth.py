@@ -274,7 +274,7 @@ def fed_of(source: Run) -> Callable[[torch.Tensor, int], torch.Tensor]:
 
 @torch.no_grad()
 def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Return the largest |difference of a logit| between pairs of runs, x being `pixels` and x' `other`."""
+    """Return the largest |difference of a logit| between pairs of runs of x and x'."""
     clean, donor = run(toy, pixels), run(toy, other)
     fixed = draw_items(len(pixels), torch.Generator().manual_seed(0))[:1].expand_as(pixels)
     tau = fed_of(run(toy, fixed))  # the latents of one picture for all
@@ -356,7 +356,7 @@ def measure(toy: Toy, n: int) -> dict:
 
 
 def likeness(fed: torch.Tensor, known: Calibration) -> dict[str, float]:
-    """Return mean cosines of two items' latents and the participation ratio at the first position."""
+    """Return mean cosines of two items' latents and the participation ratio."""
     cosines, n = {}, len(fed)
     for name, latents in (("raw_cosine", fed), ("centred_cosine", fed - known.mu_t)):
         unit = F.normalize(latents.double(), dim=-1).transpose(0, 1)  # [K, n, hidden]

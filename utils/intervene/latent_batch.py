@@ -148,7 +148,7 @@ class Planned(NamedTuple):
 
 
 class LatentBatch:
-    """The runs of one batch; `records()` returns {condition: record} for each item."""
+    """The runs of one batch."""
 
     def __init__(self, qwen: Qwen, spec: LatentSpec, calibration: Calibration | None, settings: Settings,
                  items: list[dict], images: list[list[Image.Image]], edits: list[Prompt | None]):

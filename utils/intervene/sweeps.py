@@ -4,7 +4,8 @@ map        effect of one position and one window of layers replaced by a donor's
 positions  one position kept or replaced; the k most attended positions kept, against k random ones
 doses      effect against the dose: mixed with tau, or noise added
 
-A point of a sweep is a condition with a number, `keep_one:2`.
+A point of a sweep is a condition with a number: `keep_one:2` keeps position 2 (from 0), `keep_first:2` two
+latents of each segment. Other positions get their calibration mean.
 """
 from dataclasses import replace
 from functools import partial
@@ -29,14 +30,12 @@ CHANGE = "change in R0 negative\nlog-likelihood, nats"
 
 # ---- conditions
 def keep_one(case: Case, number: float) -> Intervention:
-    """The position's mean everywhere except at position `number` (from 0)."""
     case.need_position(number)
     mean = case.mean_at()
     return feed(lambda z, segment, step: z if step == number else mean(step))
 
 
 def drop_one(case: Case, number: float) -> Intervention:
-    """The position's mean at position `number` (from 0) alone."""
     case.need_position(number)
     mean = case.mean_at()
     return feed(lambda z, segment, step: mean(step) if step == number else z)
@@ -71,7 +70,6 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervent
 
 
 def keep_first(case: Case, number: float) -> Intervention:
-    """The first `number` latents of each segment, then its end."""
     return Intervention(spec=replace(case.spec, size=int(number)))
 
 

@@ -23,8 +23,7 @@ from utils.spans import conclusion, find_spans, passages, put_spans
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a reply to continue, for the item at `place`; `text` is empty where the whole reply is
-    generated again."""
+    """The beginning of a reply to continue; an empty `text`: the whole reply is generated again."""
 
     condition: str
     place: int
@@ -34,7 +33,7 @@ class Prefix:
 
 
 class TextBatch:
-    """The runs of one batch; `records()` returns {condition: record} for each item."""
+    """The runs of one batch."""
 
     def __init__(self, qwen: Qwen, settings: Settings, items: list[dict], images: list[list[Image.Image]],
                  edits: list[Prompt | None], editor: Caller | None = None):

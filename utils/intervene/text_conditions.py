@@ -41,7 +41,7 @@ from utils.jsonl import call_key
 from utils.model_calls import Call, Caller, ask, fill
 from utils.spans import OPEN, after_marks, passages, put_spans
 
-CONSTANT = "A closer view of the part of the image that matters."  # names no attribute and no place
+CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]
 Edited = tuple[str, dict]
 

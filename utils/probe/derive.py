@@ -1,12 +1,10 @@
 """Probe questions written by a model: candidates are checked by rules, then answered from the image.
 
-Reads   --items; a "region" [left, top, right, bottom], in pixels of the first image, is also shown enlarged
-Writes  --output: {"id", "source", "attribute", "question", "options" [[letter, text]], "answer": {"type":
-        "letter", "value"}}, for probe.py --probe_items; right options are dealt evenly over the letters
+Reads   --items; a "region" of the first image is also shown enlarged
+Writes  --output: {"id", "source", "attribute", "question", "options", "answer"}, for probe.py --probe_items;
         <output>.run/: the journals, regions/ (enlarged), verdicts.jsonl: every candidate's {"id", "source",
         "attribute", "question", "gold", "wrong", "keep", "stage": rule | image | blind | error | null,
-        "reason", "detail", "image_answer", "blind_answer"}
-        <output>.meta.json, <output>.metrics.json
+        "reason", "detail", "image_answer", "blind_answer"}; <output>.meta.json, <output>.metrics.json
 Prints  one JSON object: sources, asked, kept, rejected, errors, reasons, speed
 
 A model's failure is an error, not a rejection: kept + rejected + errors = asked = sources x questions.

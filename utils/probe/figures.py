@@ -1,5 +1,4 @@
-"""Figures of probe.py, each with the numbers behind it in a CSV of the same name. Raw values are always drawn
-next to corrected ones."""
+"""Figures of probe.py, each with a CSV of its numbers. Raw values are drawn next to corrected ones."""
 from pathlib import Path
 
 import numpy as np

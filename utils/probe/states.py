@@ -15,8 +15,7 @@ Tensors are [steps, d] or, for "inner", [steps, layers, d], by kind:
     image      visual tokens as they enter the language model
     inner      inputs of every decoder layer at the latent positions
 
-A sample is written to a temporary file and renamed, then its line is appended: after a kill it is either
-complete or captured again.
+A sample's file is written before its line: after a kill it is either complete or captured again.
 """
 import argparse
 import hashlib
