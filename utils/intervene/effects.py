@@ -32,8 +32,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Fixed before a run: equivalence margins (a share of items, nats) and the fewest emitters of an effect.
-    """
+    """Equivalence margins (a share of items, nats) and the fewest emitters of an effect."""
 
     margin: float
     margin_nll: float

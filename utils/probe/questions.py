@@ -235,8 +235,7 @@ class Prober:
 
 # ---- scores
 def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
-    """Return accuracy by condition and the gain of the own imagination. `groups`: the image of every probe
-    id, whose questions vary together."""
+    """Return accuracy by condition and the gain of the own imagination; `groups`: image of every probe id."""
     n, by_condition = len(probes), {}
     for row in rows:
         by_condition.setdefault(row["condition"], []).append(row)
