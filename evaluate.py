@@ -5,8 +5,7 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
     python evaluate.py --model checkpoint --items bench.jsonl --output results.jsonl
     python evaluate.py --model checkpoint --benchmark vstar --protocol monet --method text \\
         --output vstar.jsonl
-    python evaluate.py --model monet --benchmark hrbench_4k --source hr_bench_4k.tsv --latent monet_vllm \\
-        --output hr4k.jsonl
+    python evaluate.py --model monet --benchmark hrbench_4k --latent monet_vllm --output hr4k.jsonl
     python evaluate.py --model name --backend openai --base_url http://127.0.0.1:8000/v1 --method tool \\
         --benchmark vstar --judge map --judge_model name --judge_base_url http://127.0.0.1:8001/v1 \\
         --output vstar.jsonl
@@ -19,20 +18,19 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
 Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "answer": {"type", "value"},
         "images": [{"path"}], "metric": mcq | wtq | tabfact | yesno_pair | vsp_path} and optionally
         "benchmark", "category", "group_id", "hint"; or --source (default: the hub), which --benchmark turns
-        into such items at <output>.items.jsonl with pictures in <output>.images (--prepare stops there)
+        into items at <output>.items.jsonl and pictures in <output>.images (--prepare stops there)
 Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "category", "group_id", "gold",
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
-        correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error" with
-        the reason; with a tool "turns" and "ended_by"; with a judge "judge" and "judged";
+        correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error";
+        with a tool "turns" and "ended_by"; with a judge "judge" and "judged";
         <output>.metrics.json, <output>.meta.json, <output>.run/ (replies and seconds; every run scores again)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
 Unresolved answers count as wrong unless a judge reads them. An item whose image cannot be used, or that a
 server failed on, is an error: it is not scored, and the result is "incomplete" without a "headline". Re-run
-the same command to resume. Exit codes: 0 complete; 3 complete with errors of items or of the judge; 2 usage,
-settings or damage; 4 no server answers; 130 interrupted. Under torchrun each process answers its share, and
-the last one to finish writes the same bytes as a single process.
+the same command to resume. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 no
+server answers; 130 interrupted. Under torchrun the last process to finish writes the results of all.
 """
 import argparse
 import json
@@ -67,14 +65,14 @@ MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model
 JUDGE_MAX_TOKENS = 1024  # of a judge's reply, its thoughts included
 
 
-# ------------------------------------------------------------------------------------------------ items
+# ---- items
 def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Return the items and their file, which --benchmark writes with its pictures; set --image_root."""
+    """Return the items and their file, which --benchmark writes; set --image_root."""
     path = args.items
     if args.benchmark:
         if rank_world()[1] > 1:
-            raise DataError("--benchmark under torchrun: the processes would race for the files; make the "
-                            "items once with --prepare, then give them as --items")
+            raise DataError("--benchmark under torchrun: processes would race for the files; make the items "
+                            "with --prepare, then give them as --items")
         path, items = f"{args.output}.items.jsonl", []
         for name in args.benchmark:
             items += prepare(TABLE[name], f"{args.output}.images", args.source, args.image_root, args.limit,
@@ -82,7 +80,6 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
         write_rows(path, items)
         args.image_root = str(Path(path).parent)
     args.image_root = args.image_root or str(Path(path).parent)
-    # --limit was applied to each benchmark above
     items = read_items(path, args.limit if args.items else None, tuple(ANSWER_TYPES))
     if not items:
         raise DataError(f"{path}: no items; expected at least one")
@@ -90,24 +87,24 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def find_protocol(args: argparse.Namespace) -> Protocol:
-    """Return the protocol named by --protocol, with the parts that other flags replace."""
+    """Return --protocol with the parts that other flags replace."""
     protocol = PROTOCOLS[args.protocol]
     given = {name: getattr(args, name) for name in ("system", "min_pixels", "max_pixels")}
     return replace(protocol, suffix=protocol.suffix + args.suffix,
                    **{name: value for name, value in given.items() if value is not None})
 
 
-# ------------------------------------------------------------------------------------ who answers, who judges
+# ---- who answers, who judges
 def open_system(args: argparse.Namespace, protocol: Protocol,
                 spec: LatentSpec | None) -> tuple[Local | Served, dict]:
-    """Return the model that answers and its identity: other weights under the same name are another model."""
+    """Return the model that answers and its identity (its weights, not its name alone)."""
     if args.backend == "openai":
         if protocol.max_pixels is None:
-            raise DataError(f"--protocol {args.protocol} leaves the resolution to the checkpoint, which a "
+            raise DataError(f"--protocol {args.protocol} takes the resolution from the checkpoint, which a "
                             "server does not report; expected --max_pixels")
         if protocol.min_pixels is not None:
             log(f"--protocol {args.protocol} asks for at least {protocol.min_pixels} pixels, but the server "
-                "decides how far a small picture is enlarged: check its --mm-processor-kwargs (vLLM)")
+                "enlarges small pictures: check its --mm-processor-kwargs (vLLM)")
         backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
     backend = LocalBackend(args.model, protocol.max_pixels, args.batch_size, args.batch_tokens, spec,
@@ -116,7 +113,6 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
 
 
 def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
-    """Return the judge of the flags; it reads text alone, at temperature 0."""
     backend = HttpBackend(args.judge_model, args.judge_base_url, 1, 28, args.concurrency, args.timeout,
                           args.judge_wait, api_key=read_api_key(args.judge_key_file, "--judge_key_file"))
     return Judge(args.judge, backend, journal, JUDGE_MAX_TOKENS)
@@ -129,7 +125,7 @@ def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Nam
 
 @dataclass
 class Answers:
-    """The results of all items, the conversations they come from, and the pixel limits of their pictures."""
+    """The results of all items, their conversations, and the pixel limits of their pictures."""
 
     results: list[dict]
     conversations: list[Conversation]
@@ -138,13 +134,13 @@ class Answers:
 
 def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
                      args: argparse.Namespace) -> Answers | None:
-    """Answer, score and judge all items; None if other processes have not finished their share."""
+    """Answer, score and judge all items; None if other processes have not finished."""
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
     fixed = ("model", "backend", "method", "protocol", "system", "suffix", "min_pixels", "max_pixels",
              "max_new_tokens", "latent", "latent_size", "dtype")
-    # drop_format_hints: of a flag that is gone, so that the journals of earlier versions stay valid
+    # drop_format_hints: a former flag, kept so that older journals stay valid
     settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
     with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
           Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts):
@@ -162,9 +158,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
     return Answers(results, conversations, system.pixels)
 
 
-# ------------------------------------------------------------------------------------------------ results
+# ---- results
 def result_of(conversation: Conversation, pixels: list[int | None], args: argparse.Namespace) -> dict:
-    """Return an item's result. The journal keeps replies only; their score is computed on every run."""
     item, reply, rotation = conversation.item, conversation.result(), rotation_of(conversation.item)
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
@@ -173,21 +168,21 @@ def result_of(conversation: Conversation, pixels: list[int | None], args: argpar
 
 
 def imagination_test(method: str) -> Callable[[dict], bool] | None:
-    """Return the function that finds an imagination in a result, None for a method without one."""
+    """Return the function that finds an imagination in a result, if the method has one."""
     return {"latent": lambda record: record["n_latent"] > 0,
             "text": lambda record: OPEN in record["clean_output"],
             "tool": lambda record: len(record["turns"]) > 1}.get(method)
 
 
 def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
-    """Return all scores of a run, in total and by category, and its cost in seconds and tokens."""
+    """Return the scores of a run, in total and by category, and its cost."""
     results, test = answers.results, imagination_test(args.method)
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
                "own_scores": own_scores(results), "protocol": protocol}
     metrics["headline"] = headline(metrics, args.allow_incomplete)
-    seconds = sum(conversation.seconds() for conversation in answers.conversations)
-    prefill = sum(conversation.seconds("prefill_seconds") for conversation in answers.conversations)
+    seconds, prefill = (sum(conversation.seconds(name) for conversation in answers.conversations)
+                        for name in ("seconds", "prefill_seconds"))
     n_tokens = sum(result["n_tokens"] for result in results)
     metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
                              "seconds_per_item": round(seconds / len(results), 4),
@@ -208,11 +203,10 @@ def describe_protocol(answers: Answers, protocol: Protocol, spec: LatentSpec | N
     return settings | {"line": protocol_line(settings)}
 
 
-# ------------------------------------------------------------------------------------------------ the stage
+# ---- the stage
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--model",
-                        help="checkpoint folder or hub name; with --backend openai the server's name for it")
+    parser.add_argument("--model", help="checkpoint folder, hub name, or the server's name for it")
     parser.add_argument("--items", help="items JSONL")
     parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME",
                         help=f"make the items: {', '.join(TABLE)}")
@@ -221,10 +215,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="write the items and stop")
     parser.add_argument("--compare", nargs="+", metavar="RESULTS",
                         help="two result files on the same items, or several pairs")
-    parser.add_argument("--table", nargs="+", metavar="[NAME=]RESULTS",
-                        help="the paper's table from result files")
-    parser.add_argument("--output", required=True,
-                        help="results JSONL (--compare: a JSON file, --table: Markdown)")
+    parser.add_argument("--table", nargs="+", metavar="[NAME=]RESULTS", help="the paper's table from results")
+    parser.add_argument("--output", required=True, help="JSONL (--compare: JSON, --table: Markdown)")
     parser.add_argument("--image_root", help="folder of the images (default: that of the items or source)")
     parser.add_argument("--method", choices=METHODS,
                         help="what comes before the answer (default: direct, or latent)")
@@ -232,32 +224,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "(default: vlmevalkit; deepeyes for --method tool)")
     parser.add_argument("--system", help="system prompt that replaces the protocol's")
     parser.add_argument("--suffix", default="", help="text added to the question")
-    parser.add_argument("--min_pixels", type=int,
-                        help="area to which a picture is enlarged (default: the protocol's)")
-    parser.add_argument("--max_pixels", type=int,
-                        help="area to which a picture is shrunk (default: the protocol's)")
+    parser.add_argument("--min_pixels", type=int, help="smallest area of a picture (default: the protocol's)")
+    parser.add_argument("--max_pixels", type=int, help="largest area of a picture (default: the protocol's)")
     parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
-    parser.add_argument("--allow_incomplete", action="store_true",
-                        help="give a headline number in spite of errors")
+    parser.add_argument("--allow_incomplete", action="store_true", help="give a headline in spite of errors")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items; no model")
     parser.add_argument("--backend", choices=("local", "openai"), default="local",
                         help="transformers here, or a server")
     local = parser.add_argument_group("--backend local")
     local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                       help="family of the latent tokens")
+                       help="family of the latents")
     local.add_argument("--latent_size", type=parse_count, help="latents per segment (default: the family's)")
     local.add_argument("--batch_size", type=parse_count, default=32, help="items per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=65536,
-                       help="tokens per batch, at most, with replies at full length")
+                       help="tokens per batch, at most, with full replies")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="auto: bfloat16 on a GPU, else float32")
     add_server_flags(parser, "--backend openai, and the judge", 28)
     judge = parser.add_argument_group("--judge (reads text alone; free to change between runs)")
     judge.add_argument("--judge", choices=("none", *KINDS), default="none",
-                       help="map: which option a reply means, gold not shown; grade: is it the gold answer")
+                       help="map: which option a reply means; grade: is it the gold answer")
     judge.add_argument("--judge_model", help="the server's name for the judge")
     judge.add_argument("--judge_base_url", default="http://127.0.0.1:8001/v1", help="the judge's server")
     judge.add_argument("--judge_key_file", help="file with its key (default: $OPENAI_API_KEY, if set)")
@@ -274,14 +263,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
         parser.error("expected --model")
     args.method = args.method or ("direct" if args.latent == "off" else "latent")
     if (args.method == "latent") != (args.latent != "off"):
-        parser.error(
-            f"--method {args.method} and --latent {args.latent}: latents need both, other methods neither")
+        parser.error(f"--method {args.method}, --latent {args.latent}: latents need both, others neither")
     if args.latent != "off" and args.backend == "openai":
-        parser.error("--latent: servers of this kind do not feed latents; expected --backend local")
+        parser.error("--latent: servers do not feed latents; expected --backend local")
     args.protocol = args.protocol or ("deepeyes" if args.method == "tool" else "vlmevalkit")
     if (args.method == "tool") != (args.protocol == "deepeyes"):
-        parser.error(
-            f"--method {args.method} and --protocol {args.protocol}: deepeyes alone describes the tool")
+        parser.error(f"--method {args.method}, --protocol {args.protocol}: only deepeyes has the tool")
     args.max_new_tokens = args.max_new_tokens or (MAX_TOKENS if args.method == "tool" else MAX_NEW_TOKENS)
     if args.judge != "none" and not args.judge_model:
         parser.error(f"--judge {args.judge} needs --judge_model and --judge_base_url")
@@ -289,7 +276,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
 
 
 def compare_files(args: argparse.Namespace) -> dict:
-    """Compare result files (--compare), write the comparison and return it."""
     result = compare_all(args.compare)
     write_json(args.output, result)
     for part in result.get("comparisons", [result]):
@@ -298,7 +284,6 @@ def compare_files(args: argparse.Namespace) -> dict:
 
 
 def tabulate_files(args: argparse.Namespace) -> dict:
-    """Write the paper's table of result files (--table)."""
     text = make_table(args.table)
     replace_file(args.output, lambda file: file.write(text))
     log(text)
@@ -306,7 +291,7 @@ def tabulate_files(args: argparse.Namespace) -> dict:
 
 
 def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> dict:
-    """Show the first prompt and return the length of the longest (--dry_run)."""
+    """Show the first prompt; return the length of the longest."""
     from utils.qwen import load_processors
 
     tokenizer = None if args.backend == "openai" else load_processors(args.model)[0]
@@ -326,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     items, path = find_items(args)
     if args.prepare:
-        categories = Counter(item.get("category") for item in items)
-        print(json.dumps({"items": len(items), "categories": categories}))
+        print(json.dumps({"items": len(items), "categories": Counter(i.get("category") for i in items)}))
         return 0
     check_scorable(items)
     protocol, spec = find_protocol(args), spec_of(args.latent, args.latent_size)
@@ -340,8 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         log(f"stopped: {error}")
         return 4
     if answers is None:
-        print(f"process {rank_world()[0]}: its share is done; the last one to finish writes {args.output}. "
-              "If one is lost before that, re-run the same command to resume", file=sys.stderr)
+        print(f"process {rank_world()[0]}: its share is done; the last to finish writes {args.output}. If "
+              "one is lost before that, re-run the same command", file=sys.stderr)
         return 0
     write_rows(args.output, answers.results)
     metrics = measure(answers, describe_protocol(answers, protocol, spec, path, args), args)

@@ -6,13 +6,13 @@ Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, pr
       --output checkpoint
     python train_sft.py --model tiny --data sft.jsonl --output checkpoint --global_batch 64
 
-Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} from filter_data.py
-Writes  --output: the best checkpoint on held-out rows, in the released layout, once training is complete
-        <output>.run/: log.jsonl (one line per step), step-N/ (checkpoints to resume from), best-N/ (exports)
-Prints  progress and one line per step on stderr; on stdout one JSON object, also in <output>.metrics.json
+Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} of filter_data.py
+Writes  --output: the best checkpoint on held-out rows, in the released layout, at the end
+        <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (exports)
+Prints  progress on stderr; on stdout one JSON object, also in <output>.metrics.json
         --dry_run: the first rows, the plan and the memory; checks every image and trains nothing
 
---imagination decides the training target, made from the same rows with the same loss otherwise:
+--imagination is the training target, made from the same rows:
   text         the chain, each imagination between <think_image> and </think_image> (CapImagine)
   placeholder  the original steps, each image as one <think_image> (the paper's "without rewriting")
   latent       the original steps, each image as K latents, fed recurrently and aligned to it (Mirage)
@@ -51,13 +51,13 @@ if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
 
 INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
 IMAGINATIONS = ("text", "latent", "placeholder", "direct")
-RECOMPUTED = ("layers", "mlps", "none")  # parts of the language model whose activations may be recomputed
+RECOMPUTED = ("layers", "mlps", "none")  # parts whose activations the backward pass may recompute
 # flags that may change when a run resumes
 FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "max_tokens", "recompute",
                  "dry_run", "resume", "spike", "report_to")
 
 
-# ---------------------------------------------------------------------------------------------- rows and plan
+# ---- rows and plan
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Read the rows of all --data files; return (training rows, held-out rows), drawn by --seed."""
     rows = []
@@ -66,18 +66,16 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
             check_own(f"{path}: id {row['id']!r}", row)
             rows.append(row)
     if len({row["id"] for row in rows}) != len(rows):
-        raise DataError(f"--data {' '.join(args.data)}: some ids are in two files; expected unique ids")
+        raise DataError(f"--data {' '.join(args.data)}: ids are in two files; expected unique ids")
     if not rows:
         raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
     if args.validation_rows >= len(rows):
-        raise DataError(
-            f"--validation_rows {args.validation_rows} of {len(rows)} rows leaves none to train on")
+        raise DataError(f"--validation_rows {args.validation_rows} of {len(rows)} rows leaves none to train")
     random.Random(args.seed).shuffle(rows)
     return rows[args.validation_rows:], rows[:args.validation_rows]
 
 
 def make_target(args: argparse.Namespace) -> Target:
-    """Return what the flags make of a row."""
     from utils.train.examples import Target
     spec = spec_of(args.latent, args.latent_size) if args.imagination == "latent" else None
     return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image,
@@ -99,10 +97,9 @@ def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
 
 
 def describe_lengths(examples: list[Example]) -> dict[str, int]:
-    """Return quantiles of the rows' lengths, and counts of tokens and images."""
     lengths = sorted(example.n_tokens for example in examples)
-    quantiles = (("median", 0.5), ("p95", 0.95), ("max", 1.0))
-    return {**{name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in quantiles},
+    quantiles = {"median": 0.5, "p95": 0.95, "max": 1.0}
+    return {**{name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in quantiles.items()},
             "tokens": sum(lengths), "trained_tokens": sum(example.n_trained for example in examples),
             "images": sum(len(example.images) + len(example.steps) for example in examples)}
 
@@ -141,17 +138,16 @@ def check_files(examples: list[Example]) -> list[str]:
 
 
 def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
-    """Check every image and print the plan; return the exit code, 2 if an image cannot be read."""
+    """Check every image and print the plan; return the exit code."""
     faults = check_files(train.examples + (held_out.examples if held_out else []))
     log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in faults[:20]))
     print(json.dumps({**plan, "unreadable_images": len(faults)}))
     return 2 if faults else 0
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ---- training
 def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recompute: str,
                 args: argparse.Namespace) -> Run:
-    """Load or resume the model and train it to the last step."""
     import torch
 
     from utils.train.checkpoints import Run, Saver, enter_run_folder, restore
@@ -161,13 +157,12 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
         checkpoint = enter_run_folder(folder, settings, args.resume, acc.is_main_process)
+    run = Run.from_state(checkpoint[1], checkpoint[0]) if checkpoint else Run()
     qwen, objective = make_model(acc.device, acc.num_processes, train.target, args)
-    optimizer, run = make_optimizer(qwen.model, args.learning_rate, args.weight_decay), Run()
+    optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay)
     if checkpoint:
-        path, state = checkpoint
-        restore(path, qwen.model, optimizer)
-        run = Run.from_state(state)
-        log(f"resumed from {path}")
+        restore(checkpoint[0], qwen.model, optimizer)
+        log(f"resumed from {checkpoint[0]}")
     start_trackers(acc, args)
     for steps in (train, held_out):
         if steps:
@@ -189,12 +184,10 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
 
 
 def start_trackers(acc: Accelerator, args: argparse.Namespace) -> None:
-    """Start the tracker of --report_to; DataError if accelerate has none of that name."""
     if args.report_to != "none":
         acc.init_trackers("train_sft", config={name: str(value) for name, value in vars(args).items()})
         if not acc.trackers:
-            raise DataError(
-                f"--report_to {args.report_to}: not installed, or not a tracker that accelerate knows")
+            raise DataError(f"--report_to {args.report_to}: not installed, or unknown to accelerate")
 
 
 def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argparse.Namespace) -> None:
@@ -219,34 +212,30 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of rows")
-    parser.add_argument("--image_root", default=".", help="folder that image paths are relative to")
+    parser.add_argument("--image_root", default=".", help="folder of the images")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; it must not exist")
     parser.add_argument("--imagination", choices=IMAGINATIONS, default="text",
                         help="the training target; see above")
-    parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage",
-                        help="family of the latent tokens")
-    parser.add_argument("--latent_size", type=parse_count, default=None,
-                        help="latents per image (default: the family's)")
+    parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
+    parser.add_argument("--latent_size", type=parse_count, help="latents per image (default: the family's)")
     parser.add_argument("--align_weight", type=float, default=10.0,
                         help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
                         help="cosine (Mirage) or mse (LVR)")
     parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
-    parser.add_argument("--max_steps", type=int, default=None,
-                        help="optimizer steps in total (overrides --epochs)")
+    parser.add_argument("--max_steps", type=int, help="optimizer steps in total (overrides --epochs)")
     parser.add_argument("--global_batch", type=parse_count, default=128,
                         help="rows per optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=parse_count, default=8192,
-                        help="tokens of a pack of rows, which a device runs at once, visual ones included")
+                        help="tokens that a device runs at once, visual ones included")
     parser.add_argument("--batch_size", type=parse_count, default=1,
                         help="--imagination latent: rows per forward pass, padded")
     parser.add_argument("--learning_rate", type=float, default=1e-5, help="peak, reached after the warm-up")
     parser.add_argument("--warmup_steps", type=int, default=10, help="optimizer steps of linear warm-up")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                         help="decay after the warm-up")
-    parser.add_argument("--weight_decay", type=float, default=0.01,
-                        help="AdamW weight decay, on matrices only")
+    parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--spike", type=float, default=2.0,
                         help="stop if a loss is so many nats above the median of 50 steps; 0: never")
@@ -254,38 +243,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="also train the vision tower (the paper freezes it)")
     parser.add_argument("--lora_rank", type=int, default=0,
                         help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
-    parser.add_argument("--recompute", choices=RECOMPUTED, default=None,
-                        help="activations that the backward pass recomputes; mlps is faster than layers and"
-                             " takes more memory (default: layers on a GPU, there mlps with latents)")
+    parser.add_argument("--recompute", choices=RECOMPUTED,
+                        help="activations recomputed in the backward pass; mlps is faster than layers and "
+                             "takes more memory (default: none on a CPU, mlps for latents, else layers)")
     parser.add_argument("--image_tokens", type=int, default=2000,
                         help="visual tokens per row above which its images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280,
                         help="largest size of one of these images (Monet)")
-    parser.add_argument("--system", default=None, help="system prompt (default: the chat template's)")
+    parser.add_argument("--system", help="system prompt (default: the chat template's)")
     parser.add_argument("--validation_rows", type=int, default=0,
                         help="rows held out to choose the best checkpoint")
-    parser.add_argument("--eval_every", type=parse_count, default=50,
-                        help="steps between evaluations of the held-out rows")
+    parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
     parser.add_argument("--save_every", type=parse_count, default=250, help="steps between checkpoints")
     parser.add_argument("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
     parser.add_argument("--keep_best", type=parse_count, default=1,
-                        help="exports kept, of the lowest held-out losses, in <output>.run/best-N")
+                        help="exports of the lowest held-out losses kept in <output>.run/best-N")
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto",
-                        help="from the last complete checkpoint; must: fail without one; never: fail with "
-                             "one")
+                        help="must: fail without a complete checkpoint; never: fail with one")
     parser.add_argument("--report_to", default="none",
-                        help="also log to tensorboard, wandb or another tracker of accelerate")
+                        help="also log to a tracker of accelerate, such as tensorboard or wandb")
     parser.add_argument("--num_workers", type=int, default=2,
                         help="processes that prepare batches; 0: the training process")
     parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")
-    parser.add_argument("--limit", type=parse_count, default=None,
-                        help="read only the first N rows of each file")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="check the rows, every image and the plan; train nothing")
+    parser.add_argument("--limit", type=parse_count, help="only the first N rows of each file")
+    parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)
     if args.recompute == "layers" and args.imagination == "latent":
-        parser.error("--recompute layers does not work with --imagination latent, whose recurrence needs the "
-                     "cache; use mlps")
+        parser.error("--recompute layers: --imagination latent needs the cache; use mlps")
     if args.lora_rank and args.train_vision:
         parser.error("--lora_rank and --train_vision exclude each other")
     return args
@@ -295,8 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     args, begun = parse_args(argv), time.monotonic()
     output, folder = Path(args.output), Path(f"{args.output}.run")
     if output.exists():
-        raise DataError(
-            f"--output {output} exists; a checkpoint is never replaced, move it or give another name")
+        raise DataError(f"--output {output} exists and is never replaced; move it or give another name")
     train_rows, held_out_rows = prepare_rows(args)
 
     import torch

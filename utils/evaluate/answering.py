@@ -4,9 +4,8 @@
     answer_all(system, conversations, journal, rank, world)      # one record per turn
     results = [conversation.result() for conversation in conversations]
 
-The journal alone decides what was said: the same records lead to the same conversations, so that a run that
-was killed, or was spread over processes, ends like one that was not. Seconds are in the journal and in no
-result.
+The journal alone decides what was said, so that a run that was killed, or spread over processes, ends like
+one that was not. Seconds are in the journal and in no result.
 """
 import hashlib
 import json
@@ -27,14 +26,13 @@ NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_
             "image_grids": []}
 
 
-# --------------------------------------------------------------------------------------------- a conversation
+# ---- a conversation
 class Conversation:
-    """An item and what was said about it. `messages`: (role, text) or (role, parts), each part a text or a
-    Picture.
+    """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
 
     `ended_by` is None while a turn is due, else reply, error, or how a tool's conversation ends
-    (utils/evaluate/prompts.py). `prompt` and `key` are those of the next turn: the key is a hash of the
-    words, the pictures' bytes and the regions shown.
+    (utils/evaluate/prompts.py). `prompt` and `key` (a hash of words, pictures and regions) are those of the
+    next turn.
     """
 
     def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
@@ -54,7 +52,6 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Go back to the opening."""
         self.messages, self.turns, self.boxes, self.ended_by = self.opening, [], [], None
 
     def ask(self, system: "Local | Served") -> str:
@@ -69,7 +66,7 @@ class Conversation:
         return Request(self.key, None, "", (), max_new_tokens, messages=self.messages)
 
     def advance(self, record: dict) -> None:
-        """Take a turn's record, and open the next turn if it asks for one."""
+        """Take a turn's record; open the next turn if it asks for one."""
         self.turns.append(record)
         if "error" in record:
             self.ended_by = "error"
@@ -85,7 +82,7 @@ class Conversation:
                     "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
 
     def result(self) -> dict:
-        """Return the fields of a result that come from what was said; tokens and pictures of all turns."""
+        """Return a result's fields of the last turn, with the tokens of all turns."""
         last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
         sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
         result = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
@@ -97,12 +94,12 @@ class Conversation:
         return result
 
     def seconds(self, name: str = "seconds") -> float:
-        """Return the sum over the turns; "prefill_seconds" (reading prompts) is not reported by servers."""
+        """Return the sum over the turns; servers report no "prefill_seconds"."""
         return sum(turn.get(name, 0.0) for turn in self.turns)
 
 
 def image_hash(root: str, path: str, known: dict[str, str]) -> str:
-    """Return the sha256 of a picture's bytes, or "error: <reason>": once it is repaired, the key changes."""
+    """Return the sha256 of a picture's bytes, or "error: <reason>"."""
     if path not in known:
         try:
             known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()
@@ -112,19 +109,19 @@ def image_hash(root: str, path: str, known: dict[str, str]) -> str:
 
 
 def show_messages(messages: tuple) -> str:
-    """Return messages as JSON, "<image>" for a picture: the key holds which picture it is."""
+    """Return messages as JSON, "<image>" for a picture."""
     shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>"
                                                           for part in parts]]
              for role, parts in messages]
     return json.dumps(shown, ensure_ascii=False)
 
 
-# -------------------------------------------------------------------------------------------------- systems
+# ---- systems
 class Local:
-    """A checkpoint in this process, in batches of similar length.
+    """A checkpoint in this process.
 
-    Batches are made of all conversations, whatever is done already and however many processes share them, so
-    that replies are the same to the bit.
+    Batches are made of all conversations, whatever is done and however many processes share them, so that
+    replies are the same to the bit.
     """
 
     def __init__(self, backend: LocalBackend, max_new_tokens: int):
@@ -135,7 +132,6 @@ class Local:
         backend.image_limits = self.pixels[1], self.pixels[0], backend.qwen.factor
 
     def render(self, messages: tuple) -> str:
-        """Return the prompt as the checkpoint's chat template writes it."""
         return render(self.backend.qwen.tokenizer, messages)
 
     def requests(self, batch: list[Conversation]) -> list[Request]:
@@ -148,12 +144,10 @@ class Local:
         return [[by_key[request.key] for request in batch] for batch in batches[rank::world]]
 
     def prepare(self, batch: list[Conversation]) -> Prepared:
-        """Open the pictures of a batch and encode its prompts."""
         return self.backend.prepare(self.requests(batch))
 
     def answer(self, batch: list[Conversation], journal: Journal, prepared: Prepared | None = None
                ) -> Iterator[dict]:
-        """Yield a record for each conversation of a batch."""
         items = {conversation.key: conversation.item["id"] for conversation in batch}
         for reply in self.backend.answer(self.requests(batch), prepared):
             if reply.error == OUT_OF_MEMORY:
@@ -173,18 +167,16 @@ class Local:
 class Served:
     """A model behind an OpenAI-compatible server: one call per turn, all conversations at once.
 
-    The server resizes by settings of its own. Only the upper bound is kept here, by shrinking what is sent.
+    The server resizes by its own settings; here pictures are shrunk to `max_pixels`.
     """
 
     def __init__(self, backend: object, max_new_tokens: int, max_pixels: int):
         self.backend, self.max_new_tokens, self.pixels = backend, max_new_tokens, [None, max_pixels]
 
     def render(self, messages: tuple) -> str:
-        """Return the messages as text."""
         return show_messages(messages)
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
-        """Return this process's conversations as one batch."""
         share = conversations[rank::world]
         return [share] if share else []
 
@@ -201,16 +193,15 @@ class Served:
                        "image_grids": [], "seconds": reply.seconds, "served": reply.served}
 
 
-# ------------------------------------------------------------------------------------------ all conversations
+# ---- all conversations
 def is_turn(record: dict) -> bool:
-    """Return whether a record of the journal has the fields of a turn or of an error."""
     return "error" in record or NO_REPLY.keys() <= record.keys()
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
                world: int) -> bool:
-    """Answer this process's share and bring every conversation to its end; False if other processes have not
-    done theirs."""
+    """Answer this process's share and end every conversation; False if other processes have not done theirs.
+    """
     batches = system.batches(conversations, rank, world)
     record_faults(system, [conversation for batch in batches for conversation in batch], journal)
     lacking = [batch for batch in batches if not replay(system, batch, journal)]
@@ -221,7 +212,7 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
             if not all(key in journal for key in keys):
                 for record in system.answer([c for c in live if not c.fault], journal,
                                             prepared and prepared.result()):
-                    if record["key"] not in journal:  # a batch that a kill left half done is computed whole
+                    if record["key"] not in journal:  # a batch cut short by a kill is computed whole
                         journal.append(record)
             prepared = None
             for conversation, key in zip(live, keys):
@@ -232,17 +223,15 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
 
 
 def record_faults(system: Local | Served, conversations: list[Conversation], journal: Journal) -> None:
-    """Record the errors of conversations whose pictures cannot be read."""
     for conversation in conversations:
         if conversation.fault and conversation.ask(system) not in journal:
-            log(f"{conversation.item['id']}: {conversation.fault}: its picture cannot be used; is "
-                "--image_root right?")
+            log(f"{conversation.item['id']}: {conversation.fault}: cannot use its picture; is --image_root "
+                "right?")
             journal.append({"key": conversation.key, "error": conversation.fault})
 
 
 def replay(system: Local | Served, conversations: list[Conversation], journal: Journal) -> bool:
-    """Bring conversations to their ends from the journal alone, all or none of them; False if a record is
-    missing."""
+    """End conversations from the journal alone, all or none of them; False if a record is missing."""
     unfinished = [c for c in conversations if c.ended_by is None]
     for conversation in unfinished:
         while conversation.ended_by is None and conversation.ask(system) in journal:
@@ -256,8 +245,7 @@ def replay(system: Local | Served, conversations: list[Conversation], journal: J
 
 def look_ahead(system: Local | Served, batches: list[list[Conversation]], journal: Journal
                ) -> Iterator[tuple[list[Conversation], Future | None]]:
-    """Yield each batch with its first turn's tensors, made by a thread while the batch before is computed.
-    """
+    """Yield each batch with its first turn's tensors, made by a thread during the batch before."""
     with ThreadPoolExecutor(max_workers=1) as ahead:
         before = None
         for batch in batches:

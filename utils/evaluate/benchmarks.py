@@ -27,11 +27,11 @@ SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's facts. `layouts`: (a column that only this layout has, its function in layouts.py).
+    """A benchmark. `layouts`: (a column that only this layout has, its function in layouts.py).
 
     n, counts (category -> n) and n_images (pictures per item) are asserted; None and {} are unknown. `group`
-    names what an item is clustered by in the statistics (None: nothing). `check` returns what is wrong with
-    all items together. `digests`: file name -> the MD5 or SHA-256 digests that it may have.
+    names an item's cluster in the statistics. `check` returns the fault of all items together. `digests`:
+    file name -> its possible MD5 or SHA-256 digests.
     """
 
     name: str
@@ -46,9 +46,9 @@ class Benchmark:
     digests: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------ clusters
+# ---- clusters
 def by_question(item: dict) -> str:
-    """One group for all rotations of a question: same picture, words, right text, and set of option texts."""
+    """One group for the rotations of a question: same picture, words, right text, set of option texts."""
     key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
                    gold=dict(item["options"]).get(item["answer"]["value"]),
                    texts=sorted(text for _, text in item["options"]))
@@ -75,8 +75,7 @@ def rotations_fault(items: list[dict]) -> str | None:
         return None
     first = next(item["id"] for item in items if item["group_id"] == wrong[0])
     return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
-            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of the same picture, words and "
-            "options")
+            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of the same options")
 
 
 def pairs_fault(items: list[dict]) -> str | None:
@@ -89,11 +88,10 @@ def pairs_fault(items: list[dict]) -> str | None:
             "expected as many golds 'yes' as 'no'")
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ---- the table
 # Digests: VLMEvalKit vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite, BLINK), image_vqa.py
 # (TableVQABench, OCRBench-v2) and image_yorn.py (MME). Sizes: the data cards; V*'s from its 191 rows,
-# OCRBench-v2's from arXiv 2501.00321, VSP's from UMass-Embodied-AGI/Mirage. A hub entry without a revision
-# needs --revision.
+# OCRBench-v2's from arXiv 2501.00321, VSP's from UMass-Embodied-AGI/Mirage.
 VSTAR = {"n": 191, "counts": {"direct_attributes": 115, "relative_position": 76}}
 HRBENCH = {"layouts": (("cycle_category", layouts.hrbench),), "n": 800,
            "counts": {"single": 400, "cross": 400}, "group": by_question, "check": rotations_fault}
@@ -143,9 +141,9 @@ TABLE = {bench.name: bench for bench in (
               counts={f"level_{size}": 100 for size in (3, 4, 5, 6)}))}
 
 
-# ---------------------------------------------------------------------------------------------- rows -> items
+# ---- rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
-    """Return the rows of a file, a folder or (without a source) the hub, and the folder of its pictures."""
+    """Return the rows of a file, a folder or (without a source) the hub, and the pictures' folder."""
     if source is None and bench.hub is None:
         raise DataError(f"{bench.name}: not on the hub; expected its own file as the source")
     if source is None and bench.hub.split:
@@ -161,13 +159,13 @@ def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None)
     if bench.hub and bench.hub.split:
         return dataset_rows(path.resolve(), bench.hub.config, bench.hub.split), path
     if bench.layouts[0][1] is not layouts.vstar_original:
-        raise DataError(
-            f"{path}: a folder; expected {bench.hub.file if bench.hub else 'the file'} of {bench.name}")
+        name = bench.hub.file if bench.hub else "the file"
+        raise DataError(f"{path}: a folder; expected {name} of {bench.name}")
     return vstar_folder_rows(path), path
 
 
 def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
-    """Return a row's item by the layout whose column it has, or None for a row of another subset."""
+    """Return a row's item by the layout whose column it has; None for a row of another subset."""
     for column, read in bench.layouts:
         if column in row:
             return read(where, row, bench.name, bench.subset)
@@ -178,12 +176,11 @@ def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
 def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None,
             image_root: str | Path | None = None, limit: int | None = None,
             revision: str | None = None) -> list[dict]:
-    """Return a benchmark's checked items (utils/items.py); their pictures are written to `folder`, and their
-    paths start at its parent.
+    """Return a benchmark's checked items; pictures are written to `folder`, paths start at its parent.
 
-    source: a .tsv, .parquet, .jsonl or .json file, a folder in the hub's layout, or None for the hub itself,
-    at `revision` (40 hex digits) or the commit that TABLE pins. image_root: where picture paths start
-    (default: next to the source). limit: only the first items, whose counts are not checked.
+    source: a file, a folder in the hub's layout, or None for the hub at `revision` or the commit that TABLE
+    pins. image_root: where picture paths start (default: next to the source). limit: only the first items,
+    whose counts are not checked.
     """
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
@@ -198,7 +195,7 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
             continue
         if item["id"] in seen:
             raise DataError(f"{where}: duplicate id {item['id']!r}, first seen at {seen[item['id']]}; "
-                            "expected each id once")
+                            "expected each once")
         seen[item["id"]] = where
         item["images"] = [store_any(where, image, root, folder) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
@@ -213,23 +210,21 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     return items
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---- pictures
 def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
               folder: Path) -> dict | SameAs:
-    """Store a picture given as bytes or as a path below `root`; those of another row are resolved later."""
+    """Store a picture given as bytes or as a path below `root`; another row's is resolved later."""
     if isinstance(image, SameAs):
         return image
     if isinstance(image, bytes):
         return store(where, image, folder)
     if root is None:
-        raise DataError(
-            f"{where}: the picture is the path {image!r}, expected its bytes; name the folder as image_root")
+        raise DataError(f"{where}: the picture is the path {image!r}, expected bytes; give --image_root")
     return store(where, read_bytes(resolve_image(root, image)), folder)
 
 
 def store(where: str, data: bytes, folder: Path) -> dict:
-    """Write a picture's unchanged bytes into `folder` under their hash; return {"path", "sha256"}, the path
-    starting at the parent of `folder`."""
+    """Write a picture's unchanged bytes into `folder` under their hash; return {"path", "sha256"}."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             suffix = SUFFIXES[image.format]
@@ -243,19 +238,19 @@ def store(where: str, data: bytes, folder: Path) -> dict:
 
 
 def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
-    """Give an item the pictures of the rows that its own row names, before or after it."""
+    """Give an item the pictures of the rows that its own row names."""
     images = []
     for image in item["images"]:
         if isinstance(image, SameAs) and image.index not in stored:
             raise DataError(f"{item['source']}: the picture is that of row {image.index!r}, which has none "
-                            "or was not read; expected a row with an encoded picture")
+                            "or was not read; expected one")
         images += stored[image.index] if isinstance(image, SameAs) else [image]
     item["images"] = [dict(image) for image in images]
 
 
-# ------------------------------------------------------------------------------------------------ checks
+# ---- checks
 def check_item(item: dict, bench: Benchmark) -> None:
-    """Raise DataError for an item that utils/items.py would refuse, or with a wrong number of pictures."""
+    """Raise DataError for a faulty item or a wrong number of pictures."""
     if fault := item_fault(item, tuple(ANSWER_TYPES)):
         raise DataError(f"{item['source']}: item {item['id']!r}: {fault}")
     if bench.n_images not in (None, len(item["images"])) or not item["images"]:
@@ -264,7 +259,7 @@ def check_item(item: dict, bench: Benchmark) -> None:
 
 
 def check_all(items: list[dict], bench: Benchmark, source: object) -> None:
-    """Raise DataError unless a whole benchmark has its size, its categories' sizes and its clusters."""
+    """Raise DataError unless a whole benchmark has its sizes and clusters."""
     counts = Counter(item["category"] for item in items)
     if not items or bench.n not in (None, len(items)) or (bench.counts and counts != bench.counts):
         expected = f"{bench.n or 'at least one'}{f', {bench.counts}' if bench.counts else ''}"

@@ -1,10 +1,9 @@
 """Compare result files of evaluate.py: pairs with tests (--compare), and the paper's main table (--table).
 
 A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
-changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted;
-files with different items or golds are refused.
+changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted.
 
-The table shows our numbers with the paper's in brackets, and "not run" where there is none of ours:
+The table shows our numbers with the paper's in brackets:
 
     --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl mine.jsonl
 
@@ -22,33 +21,32 @@ from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval,
 
 
 def read_results(path: str) -> list[dict]:
-    """Read a result file of evaluate.py; DataError for a row with a wrong verdict, benchmark or group."""
+    """Read a result file of evaluate.py; check verdicts, benchmarks and groups."""
     rows = read_rows(path, {"id": str, "verdict": str}, hint="evaluate.py writes it")
     for row in rows:
         for name in ("benchmark", "group_id"):
             if not isinstance(row.get(name), (str, type(None))):
-                raise DataError(
-                    f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a string or null")
+                raise DataError(f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a "
+                                "string or null")
         if row["verdict"] not in VERDICTS:
             raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of "
                             f"{', '.join(VERDICTS)}")
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ --compare
+# ---- --compare
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
-    """Return the pairs of results without an error, in the first file's order, and how many were left out."""
+    """Return the pairs of results without an error, and how many were left out."""
     where = f"--compare {' '.join(paths)}"
     before, after = ({row["id"]: row for row in read_results(path)} for path in paths)
     if set(before) != set(after):
         unpaired = sorted(set(before) ^ set(after))
-        raise DataError(
-            f"{where}: {len(unpaired)} items are in one file only ({unpaired[0]}, ...); expected the same "
-            "items")
+        raise DataError(f"{where}: {len(unpaired)} items are in one file only ({unpaired[0]}, ...); "
+                        "expected the same items")
     pairs = [(row, after[name]) for name, row in before.items()]
     if changed := [a["id"] for a, b in pairs if a.get("gold") != b.get("gold")]:
-        raise DataError(
-            f"{where}: {len(changed)} items have another gold ({changed[0]}, ...); expected the same items")
+        raise DataError(f"{where}: {len(changed)} items have another gold ({changed[0]}, ...); expected "
+                        "the same items")
     pairs = [pair for pair in pairs if "error" not in (pair[0]["verdict"], pair[1]["verdict"])]
     if not pairs:
         raise DataError(f"{where}: no item is answered in both; expected at least one")
@@ -56,11 +54,10 @@ def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
 
 
 def difference(pairs: list[tuple[dict, dict]]) -> dict:
-    """Return what changes from the first to the second of each pair; verdicts are the strict ones.
+    """Return what changes from the first to the second of each pair, by strict verdicts.
 
-    "p" is exact McNemar's ("mcnemar") where every item is its own group, else that of a test that flips the
-    signs of whole groups ("sign_flip"), and None if all items share one group. "ci95" is
-    utils.stats.paired_interval.
+    "p" is exact McNemar's where every item is its own group, else that of a test that flips the signs of
+    whole groups, and None if all items share one group.
     """
     n, groups = len(pairs), [group_of(row) for row, _ in pairs]
     n_groups = len(set(groups))
@@ -81,10 +78,7 @@ def difference(pairs: list[tuple[dict, dict]]) -> dict:
 
 
 def compare(paths: list[str]) -> dict:
-    """Return `difference` of two files, with "errors" left out and how many prompts differ.
-
-    With several benchmarks, "benchmarks" holds each one's difference with Holm's adjusted p as "p_holm".
-    """
+    """Return `difference` of two files, for several benchmarks also of each, adjusted by Holm."""
     pairs, n_errors = read_pair(paths)
     result = {"files": list(paths), **difference(pairs), "errors": n_errors, "incomplete": n_errors > 0,
               "other_prompts": sum(a.get("prompt_sha") != b.get("prompt_sha") for a, b in pairs)}
@@ -97,8 +91,8 @@ def compare(paths: list[str]) -> dict:
 
 
 def compare_all(paths: list[str]) -> dict:
-    """Return `compare` of two files, or {"comparisons": [...]} of the first and second, third and fourth, and
-    so on, each with Holm's adjusted p, because they are claimed together."""
+    """Return `compare` of two files, or {"comparisons": [...]} of several pairs, adjusted by Holm, because
+    they are claimed together."""
     if len(paths) == 2:
         return compare(paths)
     if len(paths) % 2:
@@ -109,14 +103,12 @@ def compare_all(paths: list[str]) -> dict:
 
 
 def adjust(parts: list[dict]) -> None:
-    """Give each part that has a p its Holm-adjusted "p_holm", in place."""
     tested = [part for part in parts if part["p"] is not None]
     for part, p in zip(tested, holm([part["p"] for part in tested]) if tested else (), strict=True):
         part["p_holm"] = p
 
 
 def describe(result: dict) -> str:
-    """Return a comparison in one line for people."""
     before, after = map(percent, result["accuracy"])
     p = "-" if result["p"] is None else f"{result['p']:.4g}"
     return (f"n {result['n']} | {before} -> {after} % | {100 * result['difference']:+.1f} points "
@@ -124,7 +116,7 @@ def describe(result: dict) -> str:
             f"{len(result['wrong_to_right'])} won")
 
 
-# ------------------------------------------------------------------------------------------------ --table
+# ---- --table
 # benchmark -> heading, in the order of the paper's tables
 COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_realworld_lite": "MME-RW-Lite",
            "blink/Jigsaw": "BLINK Jigsaw", "blink/Multi-view_Reasoning": "BLINK Multi-view",
@@ -146,7 +138,7 @@ PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
 
 @dataclass
 class Score:
-    """The score of one cell: answers (right or not) per part, and how many of them failed."""
+    """The score of a cell: answers (right or not) per part, and how many failed."""
 
     parts: dict[str, list[bool]]
     failed: int
@@ -154,7 +146,7 @@ class Score:
 
 @dataclass
 class Result:
-    """A result file: its row of the table, its scores by benchmark, and its cells of DETAILS."""
+    """A result file: its row of the table, its scores by benchmark, its cells of DETAILS."""
 
     path: str
     row: str
@@ -172,12 +164,13 @@ def read_result(text: str) -> Result:
     rows, scores = read_results(path), {}
     judged = "judged" if "with_judge" in metrics else "verdict"
     if unjudged := [row["id"] for row in rows if not isinstance(row.get(judged), str)]:
-        raise DataError(f"{path}: id {unjudged[0]!r} has no verdict {judged!r}, but its metrics are those of "
-                        "a run with a judge; expected both of one run")
+        raise DataError(f"{path}: id {unjudged[0]!r} has no verdict {judged!r}, but its metrics are of a run "
+                        "with a judge; expected both of one run")
     try:
         for row in rows:
-            score = scores.setdefault(row.get("benchmark"), Score({row.get("benchmark"): []}, 0))
-            score.parts[row.get("benchmark")].append(row[judged] == "correct")
+            benchmark = row.get("benchmark")
+            score = scores.setdefault(benchmark, Score({benchmark: []}, 0))
+            score.parts[benchmark].append(row[judged] == "correct")
             score.failed += row["verdict"] == "error" or row.get("judged") == "judge_error"
         protocol, cost = metrics["protocol"], metrics["efficiency"]
         row_name = name or f"{Path(protocol['model']).name} ({protocol['method']})"
@@ -194,7 +187,6 @@ def read_result(text: str) -> Result:
 
 
 def make_table(texts: list[str]) -> str:
-    """Return the table, and what each of its rows was made of, as Markdown."""
     results, rows = [read_result(text) for text in texts], {name: {} for name in PAPER}
     for result in results:
         row = rows.setdefault(result.row, {})
@@ -215,7 +207,7 @@ def make_table(texts: list[str]) -> str:
 
 
 def overall(scores: dict[str, Score]) -> Score | None:
-    """Return TableVQABench's three splits as one score; None unless all three were run."""
+    """Return TableVQABench's three splits as one score, if all were run."""
     if not all(name in scores for name in TABLES):
         return None
     return Score({name: scores[name].parts[name] for name in TABLES},
@@ -223,8 +215,7 @@ def overall(scores: dict[str, Score]) -> Score | None:
 
 
 def cell(ours: Score | None, paper: float | None) -> str:
-    """Return a cell: our score (of several parts the macro mean), or why there is none, and the paper's in
-    brackets."""
+    """Return a cell: our score (the macro mean of its parts), and the paper's in brackets."""
     if ours is None:
         text = "not run" if paper is not None else "-"
     elif ours.failed:

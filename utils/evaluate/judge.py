@@ -1,13 +1,13 @@
-"""Two optional judges behind an OpenAI-compatible server, asked in words alone, at temperature 0.
+"""Two optional judges behind an OpenAI-compatible server, asked in words alone at temperature 0.
 
     map     VLMEvalKit's judge (vlmeval/dataset/utils/multiple_choice.py, build_prompt and
             extract_answer_from_item): sees question, options and reply, never the gold answer, and names the
             option that the reply means, or Z
     grade   Monet's reward (RL/tools/api_judge.py): sees question, gold answer and reply, answers yes or no
 
-A reply counts only if it is one letter, or one of the two words. Anything else is asked for again, three
-times in all, and is then counted as a failure: no option is drawn and there is no default. The words are our
-own; theirs differ. Replies are kept in a journal by judge and prompt; the next run repeats what failed.
+A reply must be one letter, or one of the two words. Otherwise the judge is asked again, three times in all,
+and then it has failed: no option is drawn. The words are our own. Replies are kept in a journal by judge and
+prompt; the next run repeats what failed.
 """
 import re
 from dataclasses import replace
@@ -51,7 +51,7 @@ MARKS = " \t\r\n.,:;!*_#`'\"()[]{}"
 
 
 def question_for(kind: str, item: dict, reply: str) -> str | None:
-    """Return a judge's prompt for a reply; None for a metric that this kind of judge does not know."""
+    """Return a judge's prompt for a reply; None for a metric unknown to this kind of judge."""
     if item["metric"] not in (("mcq",) if kind == "map" else GRADED):
         return None
     options = dict(item["options"])
@@ -78,7 +78,7 @@ def parse(kind: str, item: dict, text: str) -> str | None:
 
 
 class JudgeCaller(Caller):
-    """Asks in words, without a system prompt, and asks the same words again after an unusable reply."""
+    """Asks without a system prompt, and again in the same words after an unusable reply."""
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
         key = call_key(judge=self.identity, prompt=call.text, attempt=attempt, max_tokens=self.max_new_tokens)
@@ -86,8 +86,6 @@ class JudgeCaller(Caller):
 
 
 class Judge:
-    """Judges replies; `journal` keeps what the judge said."""
-
     def __init__(self, kind: str, backend: object, journal: Journal, max_tokens: int):
         self.kind = kind
         self.caller = JudgeCaller(journal, None, backend, backend.identity, {"SYSTEM": ""}, max_tokens,
@@ -95,7 +93,7 @@ class Judge:
         self.model = backend.model
 
     def preflight(self) -> None:
-        """Ask one question with a plain answer; DataError for another answer, ErrorRateError for none."""
+        """Ask a question with a plain answer; DataError for another answer, ErrorRateError for none."""
         call = Call(TEST_ITEM["id"], self.kind, -1, question_for(self.kind, TEST_ITEM, TEST_REPLY))
         wanted, text = "B" if self.kind == "map" else "yes", ""
         for attempt in range(TRIES):
@@ -104,15 +102,10 @@ class Judge:
             if parse(self.kind, TEST_ITEM, text) == wanted:
                 return
         raise DataError(f"--judge {self.kind} {self.model}: asked which of two options {TEST_REPLY!r} means, "
-                        f"it said {text[:200]!r}, expected {wanted!r}; repair the judge, name another, or "
-                        "use --judge none")
+                        f"it said {text[:200]!r}, expected {wanted!r}; name another, or use --judge none")
 
     def decide(self, asked: list[tuple[dict, str]]) -> list[dict | None]:
-        """Return for each (item, reply) a result's "judge", None where this kind of judge has no question.
-
-        {"kind", "model", "prompt_sha", "reply", "parsed", "attempts", "error", "right"}; without a usable
-        reply `error` holds the reason, and `right` is None.
-        """
+        """Return for each (item, reply) a result's "judge", None where this kind of judge has no question."""
         prompts = [question_for(self.kind, item, reply) for item, reply in asked]
         items = {prompt: item for prompt, (item, _) in zip(prompts, asked) if prompt is not None}
         calls = [Call(item["id"], self.kind, -1, prompt) for prompt, item in items.items()]
@@ -131,7 +124,6 @@ class Judge:
                 for prompt, (item, _) in zip(prompts, asked)]
 
     def recall(self, call: Call, check: Check) -> Outcome:
-        """Return the outcome that the journal holds, when no server answers."""
         try:
             return ask(replace(self.caller, backend=None), [call], check, "judge", retries=TRIES - 1)[0]
         except IncompleteError:
@@ -146,14 +138,11 @@ class Judge:
 
 
 def add_verdicts(judge: Judge, items: list[dict], results: list[dict]) -> None:
-    """Give results in place "judge" and "judged": the verdict with the judge's in the place of an unresolved
-    one.
+    """Give results in place "judge" and "judged": the verdict, or the judge's for an unresolved one.
 
-    The judge is asked where our rules, or with map VLMEvalKit's, resolve nothing (its own score needs the
-    judge too); a verdict of ours is never overruled. A failure is "judge_error".
+    The judge is asked where our rules, or with map VLMEvalKit's (whose score needs a judge), resolve nothing.
     """
     def wants(result: dict) -> bool:
-        # an empty reply means nothing: no need to ask
         if result["verdict"] == "error" or not result["clean_output"]:
             return False
         lacks = judge.kind == "map" and any(value is None for value in result["compat"].values())
@@ -166,5 +155,5 @@ def add_verdicts(judge: Judge, items: list[dict], results: list[dict]) -> None:
     for (_, result), found in zip(asked, decided, strict=True):
         result["judge"] = found
         if found and result["verdict"] == "unresolved":
-            result["judged"] = "judge_error" if found["error"] else "correct" if found[
-                "right"] else "incorrect"
+            verdict = "correct" if found["right"] else "incorrect"
+            result["judged"] = "judge_error" if found["error"] else verdict

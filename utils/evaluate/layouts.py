@@ -1,10 +1,9 @@
 """One function per source layout: a published row -> a benchmark item.
 
 Each takes (where, row, name of the benchmark, subset or None) and returns the item, or None for a row of
-another subset. The item's "images" are still as the row holds them: bytes, a path (str), or the `SameAs` of
-another row; utils/evaluate/benchmarks.py stores them. Texts and letters stay verbatim, and "raw" keeps the
-row without its pictures, so that it can be rebuilt. The columns are those of open-compass/VLMEvalKit
-vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
+another subset. The item's "images" are as in the row: bytes, a path (str), or the `SameAs` of another row.
+Texts and letters stay verbatim; "raw" keeps the row without its pictures. The columns are those of
+open-compass/VLMEvalKit vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
 """
 import ast
 import base64
@@ -19,15 +18,12 @@ from utils.items import ANSWER_TYPES, board_fault
 from utils.jsonl import DataError, check_fields
 
 LETTERS = "ABCDE"
-# characters; a shorter cell names another row (VLMEvalKit vlmeval/dataset/image_base.py)
-SHORTEST_PICTURE = 65
+SHORTEST_PICTURE = 65  # a shorter cell names another row (VLMEvalKit vlmeval/dataset/image_base.py)
 YES_NO = {"Yes": "yes", "No": "no"}
 
 
 @dataclass(frozen=True)
 class SameAs:
-    """The pictures of the row with this index."""
-
     index: str
 
 
@@ -40,7 +36,7 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
         json.dumps(raw)
     except (TypeError, ValueError) as error:  # bytes or a date in a parquet file
         raise DataError(f"{where}: a column cannot be kept as JSON ({error}); expected texts and numbers "
-                        "next to the pictures") from error
+                        "next to pictures") from error
     item = {"id": f"{name}/{key}", "benchmark": name, "category": category, "group_id": f"{name}/{key}",
             "question": question, "options": options or [],
             "answer": {"type": ANSWER_TYPES[metric], "value": answer}, "images": images, "metric": metric,
@@ -48,14 +44,12 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
     return item | ({"hint": row["hint"]} if row.get("hint") else {})
 
 
-# --------------------------------------------------------------------------------------------- parts of a row
+# ---- parts of a row
 def from_base64(where: str, text: str) -> bytes:
-    """Return the picture that a cell holds, byte for byte."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: the picture {text[:20]!r}... is not base64 ({error}); expected the "
-                        "encoded file") from error
+        raise DataError(f"{where}: the picture {text[:20]!r}... is not base64 ({error})") from error
 
 
 def cell_pictures(where: str, row: dict) -> list:
@@ -65,30 +59,28 @@ def cell_pictures(where: str, row: dict) -> list:
     if cell.startswith("["):
         return [from_base64(where, text) for text in python_list(where, "image", cell)]
     if not cell:
-        raise DataError(
-            f"{where}: column 'image' is empty; expected base64, a list of it, or another row's index")
+        raise DataError(f"{where}: column 'image' is empty; expected base64, a list, or a row's index")
     return [from_base64(where, cell) if len(cell) >= SHORTEST_PICTURE else SameAs(cell)]
 
 
 def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
-    """Return the picture in a column of a data set on the hub: its bytes, or the path of its file."""
+    """Return the picture in a column of a data set on the hub: its bytes, or its path."""
     value = row.get(column)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, (bytes, str)) or not value:
-        raise DataError(
-            f"{where}: column {column!r} holds {type(value).__name__}, expected a picture's bytes or path")
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, expected bytes or a path")
     return value
 
 
 def python_list(where: str, column: str, value: object) -> list[str]:
-    """Return a list of texts that may be written as a Python literal, which is parsed and never evaluated."""
+    """Return a list of texts, possibly written as a Python literal, which is never evaluated."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise DataError(
-                f"{where}: column {column!r} {value[:40]!r} is not a Python list ({error})") from error
+            raise DataError(f"{where}: column {column!r} {value[:40]!r} is not a Python list "
+                            f"({error})") from error
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
     return value
@@ -103,27 +95,21 @@ def column_options(where: str, row: dict) -> list[list[str]]:
 
 
 def bare_question(where: str, question: str, options: list[list[str]]) -> str:
-    """Return a question without options that repeat the columns.
-
-    Some published copies of HR-Bench have "\\n(A) ..." in the question as well as in the columns; asked as
-    they are, the options would appear twice. DataError for options in the question that differ.
-    """
+    """Return a question without options that repeat the columns, as in some copies of HR-Bench; DataError for
+    options that differ from them."""
     for mark in ("({}) {}", "{}. {}"):
         tail = "".join("\n" + mark.format(*option) for option in options)
         if question.rstrip().endswith(tail):
             return question.rstrip().removesuffix(tail)
     if re.search(r"\n[^\S\n]*(\(A\)|A[.)]) ", question):
-        raise DataError(
-            f"{where}: the question {question[-60:]!r} has options that differ from the columns {options}")
+        raise DataError(f"{where}: the question {question[-60:]!r} has options that differ from the columns "
+                        f"{options}")
     return question
 
 
-# ------------------------------------------------------------------------------------------------ V*
+# ---- V*
 def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """VLMEvalKit's multiple choice: V* and, with `subset` as its category, BLINK.
-
-    Columns: index, image, question (bare), A to D (empty where there are two options), answer, category.
-    """
+    """VLMEvalKit's multiple choice: V* and, with `subset` as its category, BLINK."""
     check_fields(where, row, {"index": str, "question": str, "answer": str, "category": str})
     if subset not in (None, row["category"]):
         return None
@@ -133,10 +119,9 @@ def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | 
 
 
 def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """V* as its authors publish it: question, options (whole sentences, the first is right), target boxes.
+    """V* as its authors publish it, for its regions; not scored, as its right option is always the first.
 
-    This layout alone has regions. It is not scored: its right option is always the first one. The boxes are
-    [left, top, width, height] (penghao-wu/vstar, visual_search.py); the region encloses all of them.
+    Boxes are [left, top, width, height] (penghao-wu/vstar, visual_search.py); the region encloses them all.
     """
     check_fields(where, row, {"question": str, "options": list, "image_file": str, "test_type": str})
     key = row["image_file"].rsplit(".", 1)[0]
@@ -153,10 +138,9 @@ def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict
     return item
 
 
-# ------------------------------------------------------------------------------------------------ the others
+# ---- the others
 def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """HR-Bench, TSV or parquet: index, question, answer, category, A to D, cycle_category (the rotation),
-    image (base64)."""
+    """HR-Bench, TSV or parquet; cycle_category is the rotation, image is base64."""
     check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
                               "cycle_category": (str, int)})
     options = column_options(where, row)
@@ -166,12 +150,10 @@ def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """MME-RealWorld-Lite: index, image or bytes (base64), question, multi-choice options ("(A) ..." to "(E)
-    ..."), answer, category ("Perception/OCR with Complex Context"), l2-category.
+    """MME-RealWorld-Lite, its picture in image or bytes (base64).
 
-    The options are a list or a Python list as text. VLMEvalKit cuts four characters from each; an option
-    without its bracketed letter is an error here, because the cut would take a letter of its text (VLMEvalKit
-    issue 491).
+    VLMEvalKit cuts four characters from each option; one without its bracketed letter is an error here,
+    because the cut would take a letter of its text (VLMEvalKit issue 491).
     """
     column = "multi-choice options"
     check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
@@ -180,18 +162,15 @@ def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
     matches = [re.fullmatch(rf"\({letter}\) ?(.*)", text, re.DOTALL) for letter, text in zip(LETTERS, texts)]
     if len(texts) != len(LETTERS) or not all(matches):
         raise DataError(f"{where}: options {texts}, expected five, '(A) ...' to '(E) ...'")
-    if isinstance(row.get("bytes"), str):
-        images = [from_base64(where, row["bytes"])]
-    else:
-        images = cell_pictures(where, row)
+    has_bytes = isinstance(row.get("bytes"), str)
+    images = [from_base64(where, row["bytes"])] if has_bytes else cell_pictures(where, row)
     return make_item(name, where, row, row["index"], "mcq", row["answer"], question=row["question"],
                      images=images, category=row["category"], pictures=("image", "bytes"),
                      options=[[letter, match[1]] for letter, match in zip(LETTERS, matches)])
 
 
 def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """BLINK: idx, question, sub_task, image_1 to image_4 (null beyond the last), choices, answer ("(A)"),
-    prompt."""
+    """BLINK; image_1 to image_4 are null beyond the last."""
     check_fields(where, row, {"idx": str, "question": str, "sub_task": str, "choices": list, "answer": str,
                               "prompt": str})
     if subset not in (None, row["sub_task"]):
@@ -199,8 +178,8 @@ def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | No
     columns = sorted(column for column in row if re.fullmatch(r"image_\d", column))
     filled = [column for column in columns if row[column] is not None]
     if filled != columns[:len(filled)]:
-        raise DataError(
-            f"{where}: pictures in {', '.join(filled)}, expected them from image_1 on without a gap")
+        raise DataError(f"{where}: pictures in {', '.join(filled)}, "
+                        "expected them from image_1 on without a gap")
     gold = re.fullmatch(r"\(([A-E])\)", row["answer"])
     if not gold:
         raise DataError(f"{where}: answer {row['answer']!r}, expected a bracketed letter such as '(A)'")
@@ -211,10 +190,9 @@ def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | No
 
 
 def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """TableVQABench: qa_id, image, question, text_markdown_table, text_html_table, gt; or VLMEvalKit's TSV:
-    index, image, question, answer, split.
+    """TableVQABench with qa_id and gt; or VLMEvalKit's TSV with index, answer and split.
 
-    vwtq, vwtq_syn: values joined with bars, escaped as in WikiTableQuestions. vtabfact: the text "1" or "0".
+    Golds: values joined with bars, escaped as in WikiTableQuestions; for vtabfact the text "1" or "0".
     """
     if row.get("split", subset) != subset:
         return None
@@ -232,8 +210,7 @@ def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | Non
 
 
 def mme(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """MME: question_id (names the picture), image, question, answer (Yes or No), category; or VLMEvalKit's
-    TSV with index."""
+    """MME, where question_id names the picture; or VLMEvalKit's TSV with index."""
     check_fields(where, row, {"question": str, "answer": str, "category": str})
     if row["answer"] not in YES_NO:
         raise DataError(f"{where}: answer {row['answer']!r}, expected {' or '.join(YES_NO)}")
@@ -248,11 +225,7 @@ def mme(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """OCRBench-v2: id (TSV: index), image, question, type (the task), answers (a list; in a TSV its text,
-    kept as a single value).
-
-    It is a source of latents alone: the scorers of its tasks are not here, so the metric is "unscored".
-    """
+    """OCRBench-v2 (a TSV with index and answer, kept as one value), for its latents alone: not scored."""
     key, column = ("id" if "id" in row else "index"), ("answers" if "answers" in row else "answer")
     check_fields(where, row, {key: (str, int), "question": str, "type": str, column: (str, list)})
     values = [row[column]] if isinstance(row[column], str) else python_list(where, column, row[column])
@@ -262,10 +235,7 @@ def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def vsp(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """VSP spatial planning as Mirage evaluates it: the text verbatim, with an <image> marker for the map.
-
-    The gold is the map: 1 start, 2 goal, -1 hole, 0 safe; a reply is right if its path reaches the goal.
-    """
+    """VSP spatial planning as Mirage evaluates it: the text has an <image> marker; the gold is the map."""
     check_fields(where, row, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list})
     if fault := board_fault(row["map_desc"]):
         raise DataError(f"{where}: map_desc {fault}")

@@ -1,14 +1,13 @@
 """How items are asked: prompts and pixel limits by protocol, and the zoom tool of DeepEyes.
 
-A protocol is a system prompt, the user's words, a suffix and pixel limits; decoding and judging are not part
-of it. Compare numbers of one protocol only: the same model moves by ten points on V* between two of them.
+A protocol is a system prompt, the user's words, a suffix and pixel limits. Compare numbers of one protocol
+only: the same model moves by ten points on V* between two of them.
 
 The zoom tool follows Visual-Agent/DeepEyes, eval/eval_vstar.py (commit cc3ff4d6): its prompts, one tool, the
-first call of a turn, a box in pixels of the stored picture (not of the resized one that the model sees), the
-region resized to multiples of 28, at most 11 turns. Differences: a call is parsed as JSON and never
-evaluated, a box is clipped to the picture, and a call that cannot be followed or a turn without call or
-answer ends the conversation (the script stops at the first and repeats the prompt at the second). The last
-turn is scored like any other reply.
+first call of a turn, a box in pixels of the stored picture (not of the resized one), the region resized to
+multiples of 28, at most 11 turns. Differences: a call is parsed as JSON and never evaluated, a box is clipped
+to the picture, and a call that cannot be followed or a turn without call or answer ends the conversation (the
+script stops at the first and repeats the prompt at the second). The last turn is scored.
 """
 import json
 import re
@@ -22,7 +21,7 @@ from utils.items import question_text
 PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
 
 
-# ------------------------------------------------------------------------------------------------ VLMEvalKit
+# ---- VLMEvalKit
 # vlmeval/dataset/utils/tablevqabench.py
 VWTQ = ("You are asked to answer questions asked on an image.\n"
         "You should answer the question with a single word.\nExample: \n"
@@ -41,11 +40,7 @@ REALWORLD = ("Select the best answer to the above multiple-choice question based
 
 
 def vlmevalkit_words(item: dict) -> str:
-    """Return VLMEvalKit's words for an item.
-
-    MME-RealWorld-Lite and TableVQABench have words of their own. All other items, those of an unknown
-    benchmark included, are asked by `question_text`; MME and OCRBench-v2 as they are stored.
-    """
+    """Return VLMEvalKit's words for an item; MME-RealWorld-Lite and TableVQABench have their own."""
     question = item["question"]
     if item.get("benchmark") == "mme_realworld_lite":
         options = "".join(f"({letter}) {text}\n" for letter, text in item["options"])
@@ -57,7 +52,7 @@ def vlmevalkit_words(item: dict) -> str:
     return question_text(item)
 
 
-# ------------------------------------------------------------------------------------------------ DeepEyes
+# ---- DeepEyes
 MAX_TURNS = 11  # while try_count <= 10
 MAX_TOKENS = 10240  # per turn
 TOOL = {"type": "function", "function": {
@@ -100,24 +95,21 @@ CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
 def deepeyes_words(item: dict) -> str:
-    """Return DeepEyes' words for V* and HR-Bench (eval/eval_vstar.py, eval/eval_hrbench.py).
-
-    All other items are asked in them too, without a list of options where an item has none.
-    """
+    """Return DeepEyes' words for V* and HR-Bench (eval/eval_vstar.py, eval/eval_hrbench.py) for any item."""
     options = "".join(f"\n{letter}. {text}" for letter, text in item["options"])
     return f"Question: {item['question']}\n" + (f"Options: {options}\n\n" if options else "") + ASKED
 
 
 class Turn(NamedTuple):
-    """What follows from a reply: the box to show (left, top, right, bottom) in pixels, or why the
-    conversation ends: answer, no_call or bad_call."""
+    """What follows a reply: the box to show (left, top, right, bottom) in pixels, or why the conversation
+    ends: answer, no_call or bad_call."""
 
     box: tuple[int, int, int, int] | None
     ended_by: str | None
 
 
 def read_turn(reply: str, size: tuple[int, int]) -> Turn:
-    """Return what a reply about a picture of this size (width, height) asks for."""
+    """Return what a reply about a picture of this (width, height) asks for."""
     if "</answer>" in reply:
         return Turn(None, "answer")
     match = CALL.search(reply)
@@ -128,7 +120,7 @@ def read_turn(reply: str, size: tuple[int, int]) -> Turn:
 
 
 def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Return the box of a call, clipped to the picture, or None for a call that cannot be followed."""
+    """Return the box of a call, clipped to the picture; None if it cannot be followed."""
     try:
         value = json.loads(call)
         numbers = [float(number) for number in value["arguments"]["bbox_2d"]]
@@ -142,13 +134,11 @@ def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | No
     return (left, top, right, bottom) if shorter > 0 and longer <= MAX_ASPECT * shorter else None
 
 
-# ------------------------------------------------------------------------------------------------ protocols
+# ---- protocols
 @dataclass(frozen=True)
 class Protocol:
-    """`system`: None leaves it to the chat template (Qwen2.5-VL's inserts "You are a helpful assistant.").
-
-    words: the function that writes the user's words. min_pixels, max_pixels: area (width x height) to which a
-    picture is enlarged or shrunk; None keeps the checkpoint's own.
+    """`system`: None is the chat template's. `words` writes the user's words. `min_pixels`, `max_pixels`:
+    area to which a picture is enlarged or shrunk; None is the checkpoint's.
     """
 
     system: str | None
@@ -159,8 +149,7 @@ class Protocol:
 
 
 PROTOCOLS = {
-    # VLMEvalKit vlmeval/config.py, the registered Qwen2.5-VL-7B-Instruct: 1280 to 16384 tokens,
-    # use_custom_prompt=False
+    # VLMEvalKit vlmeval/config.py, Qwen2.5-VL-7B-Instruct: 1280 to 16384 tokens, use_custom_prompt=False
     "vlmevalkit": Protocol(None, vlmevalkit_words, 1280 * PATCH, 16384 * PATCH),
     # NOVAglow646/Monet README.md, "Note that": VLMEvalKit with this system prompt; no pixel limits are named
     "monet": Protocol("You are a helpful multimodal assistant. You are required to answer the question based "
@@ -168,10 +157,9 @@ PROTOCOLS = {
                       vlmevalkit_words, 1280 * PATCH, 16384 * PATCH),
     # Visual-Agent/DeepEyes eval/eval_vstar.py (commit cc3ff4d6): the system prompt describes the tool
     "deepeyes": Protocol(TOOL_SYSTEM, deepeyes_words, 4 * PATCH, 16384 * PATCH),
-    # of no harness: VLMEvalKit's words, everything else the checkpoint's own
+    # VLMEvalKit's words, everything else the checkpoint's own
     "plain": Protocol(None, vlmevalkit_words, None, None)}
 
 
 def user_text(item: dict, protocol: Protocol) -> str:
-    """Return the user's words for an item; its pictures come before them, in order."""
     return protocol.words(item) + protocol.suffix

@@ -6,8 +6,8 @@
     yes_or_no            MME: VLMEvalKit's rules, before any judge
     walk_vsp             VSP: Mirage's walk over the map; it is our score too
 
-A letter is an option's, "Z" is VLMEvalKit's name for "none of these", None is no verdict. VLMEvalKit's
-environment variable VERBOSE, which changes its verdicts, is taken as unset.
+"Z" is VLMEvalKit's name for "none of these", None is no verdict. VLMEvalKit's environment variable VERBOSE,
+which changes its verdicts, is taken as unset.
 """
 import math
 import re
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from utils.answers import closing_braces
 
-# ------------------------------------------------------------------------------------------------ VLMEvalKit
+# ---- VLMEvalKit
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer")
 NO_REPLY = "Failed to obtain answer via API"
@@ -40,7 +40,7 @@ def vlmevalkit_e8e78f0(output: str, options: dict[str, str]) -> str | None:
 
 
 def lone_letter(output: str, options: dict[str, str]) -> str | None:
-    """Return the one option letter that is a word of its own, if first met near the end; Z for a refusal."""
+    """Return the only option letter that is a word, if first met near the end; Z for a refusal."""
     if NO_REPLY in output:
         return None
     if any(refusal in output for refusal in REFUSALS):
@@ -53,7 +53,7 @@ def lone_letter(output: str, options: dict[str, str]) -> str | None:
 
 
 def lone_text(output: str, options: dict[str, str]) -> str | None:
-    """Return the one option whose text is anywhere in a short output, inside words too."""
+    """Return the only option whose text is anywhere in a short output."""
     output = output.lower()
     if len(output) > 2 * sum(map(len, options.values())):
         return None
@@ -61,7 +61,7 @@ def lone_text(output: str, options: dict[str, str]) -> str | None:
     return letters[0] if len(letters) == 1 else None
 
 
-# ---------------------------------------------------------------------------------------------- MME-RealWorld
+# ---- MME-RealWorld
 LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The answer",
             "The best option is", "The correct option is", "Best answer:", "Best option:")
 LETTERS = "ABCDE"
@@ -85,20 +85,19 @@ def mme_realworld(output: str) -> str | None:
     return next((letter for letter in LETTERS if text.lower() in f"({letter})".lower()), None)
 
 
-# ---------------------------------------------------------------------------------------------- TableVQABench
+# ---- TableVQABench
 CLOSE = 1e-6  # between two numbers that are the same
 QUOTES = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'),
                         **dict.fromkeys("‐‑‒–—−", "-")})
-# At the start, brackets are a citation only if they hold digits. The two cases exclude each other, which
-# keeps the search from trying every split of a long row of brackets; what it matches is the same.
+# At the start, brackets are a citation only if they hold digits. The two cases exclude each other, so that
+# the search does not try every split of a long row of brackets.
 CITATIONS = re.compile(r"(?:(?<!^)\[[^\]]*\]|^\[\d+\]|[•♦†‡*#+])*$")
 DETAILS = re.compile(r"(?<!^)(?: \([^)]*\))*$")
 QUOTED = re.compile(r'^"([^"]*)"$')
 
 
 class Value(NamedTuple):
-    """A value of WikiTableQuestions: its kind ("number", "date" or "string"), its amount or (year, month,
-    day), and its normalised text."""
+    """A value: its kind ("number", "date" or "string"), its amount or (year, month, day), its normal text."""
 
     kind: str
     key: object
@@ -109,10 +108,9 @@ def vwtq(output: str, gold: str) -> bool:
     """Return whether an output has the gold's denotation, for VWTQ and VWTQ-Syn.
 
     `evaluate_wtq` (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py, commit 88d0514e; the same in
-    open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05, after `without_label`).
-    The rules are WikiTableQuestions': both sides are sets of values joined by bars, equally many, and each of
-    the gold's is met. An infinite number in the output ("inf", 400 digits) stops those scripts and is a wrong
-    answer here; in the gold it is a ValueError.
+    open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05, after `without_label`):
+    both sides are sets of values joined by bars, equally many, and each of the gold's is met. An infinite
+    number ("inf", 400 digits) stops those scripts; here it is a wrong answer, in the gold a ValueError.
     """
     targets = read_values(gold)
     try:
@@ -136,8 +134,7 @@ def vtabfact(output: str, gold: str) -> bool | None:
     naver-ai's own script differs in the gold's type alone). Words count inside others: "untrue" is true.
     """
     if gold not in ("0", "1"):
-        raise ValueError(
-            f'gold {gold!r}, expected the string "0" or "1"; another type would make every answer wrong')
+        raise ValueError(f'gold {gold!r}, expected the string "0" or "1"')
     has_true, has_false = "true" in output.lower(), "false" in output.lower()
     if has_true and has_false:
         return None
@@ -150,7 +147,6 @@ def unescape(text: str) -> str:
 
 
 def read_values(text: str) -> list[Value]:
-    """Return the distinct values of a text, the first of equal ones."""
     values = {}
     for part in map(unescape, text.split("|")):
         value = Value(*parse_value(part), normal_text(part))
@@ -189,12 +185,11 @@ def parse_number(text: str) -> int | float | None:
     except ValueError:
         return None
     if not math.isfinite(amount):
-        raise ValueError(f"{text[:40]!r} is infinite or not a number, which cannot be compared")
+        raise ValueError(f"{text[:40]!r} is infinite or not a number")
     return amount
 
 
 def same_value(target: Value, value: Value) -> bool:
-    """Return whether two values are equal: by text, or as two numbers or two dates."""
     if target.text == value.text:
         return True
     if target.kind != value.kind or target.kind == "string":
@@ -203,8 +198,7 @@ def same_value(target: Value, value: Value) -> bool:
 
 
 def normal_text(text: str) -> str:
-    """Return text as WikiTableQuestions compares it: without accents, footnotes, trailing brackets, outer
-    quotes and last period."""
+    """Return text without accents, footnotes, trailing brackets, outer quotes and last period."""
     text = "".join(c for c in unicodedata.normalize("NFKD", text)
                    if unicodedata.category(c) != "Mn").translate(QUOTES)
     previous = None
@@ -216,7 +210,7 @@ def normal_text(text: str) -> str:
     return re.sub(r"\s+", " ", text.removesuffix(".")).lower().strip()
 
 
-# ------------------------------------------------------------------------------------------------ MME
+# ---- MME
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # "(?!<=" is theirs: not a look-behind, so only the digit after it counts
 LONE_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
@@ -226,8 +220,8 @@ def yes_or_no(output: str) -> str | None:
     """Return "yes" or "no" if only one of the two is among an output's words, as in YOrN_Extraction
     (open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py, after process_punctuation of its vqa_eval.py).
 
-    A mark that touches a space anywhere, or a number with a comma anywhere, lets marks vanish instead of
-    becoming spaces. Only the first 32 lone periods are removed, because a flag is passed as the count.
+    A mark that touches a space, or a number with a comma, lets marks vanish instead of becoming spaces. Only
+    the first 32 lone periods are removed, because a flag is passed as the count.
     """
     text = output.lower()
     before, has_thousands = text, re.search(r"(\d)(,)(\d)", text) is not None
@@ -239,9 +233,9 @@ def yes_or_no(output: str) -> str | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-# ------------------------------------------------------------------------------------------------ Mirage
+# ---- Mirage
 def vsp_moves(text: str) -> str | None:
-    """Return the letters U, D, L, R of the last \\boxed{} in a reply, upper-cased; None if no box closes."""
+    """Return the letters U, D, L, R of the last \\boxed{} in a reply; None if no box closes."""
     start = text.rfind("\\boxed{")
     begin = start + len("\\boxed{")
     end = closing_braces(text).get(begin) if start >= 0 else None

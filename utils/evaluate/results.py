@@ -1,8 +1,8 @@
 """Scores of a set of results: strict, with a judge and by other harnesses' rules, with intervals and chance.
 
-A result is a line of evaluate.py's output. One with the verdict "error" is never scored: it makes a set
-incomplete, and an incomplete set has no headline number. Shares are fractions from 0 to 1. The 95 % interval
-is Wilson's; where results share a group, the cluster bootstrap's is given next to it.
+A result is a line of evaluate.py's output. One with the verdict "error" is not scored and makes a set
+incomplete, without a headline. Shares are from 0 to 1. The 95 % interval is Wilson's; where results share a
+group, the cluster bootstrap's is given next to it.
 """
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -38,18 +38,14 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
 
 
 def widest(part: dict) -> tuple[float, float]:
-    """Return the 95 % interval of a `share` to print: the lower of the lower ends and the higher of the upper
-    ends, since the cluster bootstrap's has no width where all groups score alike."""
+    """Return the 95 % interval of a `share` to print, over both kinds, since the cluster bootstrap's has no
+    width where all groups score alike."""
     low, high = zip(part["ci95"], part.get("ci95_clustered", part["ci95"]))
     return min(low), max(high)
 
 
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
-    """Return counts, scores and intervals of some results.
-
-    `imagines` returns whether a result holds an imagination (latents, or text between its marks); "emission"
-    counts those results.
-    """
+    """Return counts, scores and intervals; "emission" counts the results that `imagines` accepts."""
     counts = Counter(record["verdict"] for record in records)
     scored = [record for record in records if record["verdict"] != "error"]
     n = len(scored)
@@ -74,11 +70,8 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
 
 
 def compat_shares(records: list[dict]) -> dict:
-    """Return {rules of another harness: share} over the results they apply to; "no_verdict" counts those they
-    could not read.
-
-    With a judge that matches options, the rules and the judge together get a share of their own.
-    """
+    """Return {rules of another harness: share} over the results they apply to, with a judge that matches
+    options also of both together; "no_verdict" counts the results they cannot read."""
     shares = {}
     for name in dict.fromkeys(name for record in records for name in record["compat"]):
         covered = [record for record in records if name in record["compat"]]
@@ -93,15 +86,14 @@ def compat_shares(records: list[dict]) -> dict:
 
 
 def right_with_judge(record: dict, name: str) -> bool:
-    """Return whether another harness's rules or, where they read nothing, the judge's option is right."""
+    """Return whether another harness's rules or, where they read nothing, the judge is right."""
     if record["compat"][name]:
         return compat_right(record, name)
     return (record.get("judge") or {}).get("parsed") == record["gold"]
 
 
 def judge_shares(records: list[dict]) -> dict:
-    """Return the score with a judge, the number of results it decided, its failures, and where it disagrees
-    with the rules."""
+    """Return the score with a judge, how many results it decided, its failures and disagreements."""
     asked = [record for record in records if record.get("judge")]
     agreement = [(record["verdict"], record["judge"]["right"]) for record in asked
                  if not record["judge"]["error"]]
@@ -112,9 +104,8 @@ def judge_shares(records: list[dict]) -> dict:
             "rules_wrong_judge_right": agreement.count(("incorrect", True))}
 
 
-# ----------------------------------------------------------------------------------- a benchmark's own scores
+# ---- a benchmark's own scores
 def own_scores(records: list[dict]) -> dict:
-    """Return the scores that benchmarks define besides plain accuracy, by name of the benchmark."""
     by_name, scores = defaultdict(list), {}
     for record in records:
         if record["verdict"] != "error":
@@ -149,34 +140,29 @@ def mean(values: Sequence[float], name: str) -> float:
 
 
 def micro(parts: Mapping[str, Sequence[bool]]) -> float:
-    """Return the share of right answers over all items: V*, BLINK and MME-RealWorld-Lite at every level."""
-    hits = [bool(hit) for part in parts.values() for hit in part]
-    return mean(hits, "micro")
+    return mean([bool(hit) for part in parts.values() for hit in part], "micro")
 
 
 def macro(parts: Mapping[str, Sequence[bool]]) -> float:
-    """Return the mean of the parts' shares, each part weighted alike.
+    """Return the mean of the parts' shares.
 
-    The paper's TableVQABench overall is this mean over VWTQ, VWTQ-Syn and VTabFact (64.8 and 70.7 in its
-    table); the benchmark's own script weights by items (naver-ai/tablevqabench,
-    src/evaluate_tablevqa_dataset.py). Report both.
+    The paper's TableVQABench overall is this mean over its three splits (64.8 and 70.7 in its table); the
+    benchmark's own script weights by items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py).
     """
     return mean([mean(part, name) for name, part in parts.items()], "macro")
 
 
 def rotation_scores(records: list[dict]) -> dict:
-    """HR-Bench: the mean over the rotations of the options, and the share of questions right in all four."""
     return rotations([(record["group_id"], record["rotation"], is_right(record)) for record in records])
 
 
 def rotations(rows: Iterable[tuple[Hashable, int, bool]]) -> dict:
-    """Return HR-Bench's scores of (question, rotation 0 to 3, right): {"average", "by_rotation", "all_right",
-    "complete"}.
+    """Return HR-Bench's scores of (question, rotation 0 to 3, right).
 
-    average is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
-    report_acc_hrbench: row cycle = Average; lmms-eval has the same formula); with all rows it equals the
-    plain mean. all_right, which neither harness reports, is the share of questions right in all four
-    rotations among the `complete` ones. ValueError for a rotation out of range or given twice.
+    "average" is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
+    report_acc_hrbench: row cycle = Average; lmms-eval has the same formula). "all_right", which neither
+    harness reports, is the share right in all four rotations of the "complete" questions. ValueError for a
+    rotation out of range or given twice.
     """
     questions, cycles = defaultdict(dict), defaultdict(list)
     for question, rotation, right in rows:
@@ -192,10 +178,8 @@ def rotations(rows: Iterable[tuple[Hashable, int, bool]]) -> dict:
 
 
 def mme_scores(records: list[dict]) -> dict:
-    """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums.
-
-    A sum is None unless all its subtasks were run (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating).
-    """
+    """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums
+    if all subtasks were run (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating)."""
     tasks = {}
     for name, part in parts_of(records).items():
         pictures = defaultdict(list)
@@ -209,24 +193,22 @@ def mme_scores(records: list[dict]) -> dict:
     return {**sums, "tasks": tasks}
 
 
-# -------------------------------------------------------------------------------------------- what is printed
+# ---- what is printed
 def headline(metrics: dict, allow_incomplete: bool) -> float | None:
-    """Return the number to quote, with the judge if there is one; None if results failed, unless
-    `allow_incomplete`."""
+    """Return the number to quote, with any judge; None if results failed, unless `allow_incomplete`."""
     with_judge = metrics.get("with_judge")
     failed = metrics["error"] + (with_judge["judge_errors"] if with_judge else 0)
     return (with_judge or metrics)["accuracy"] if allow_incomplete or not failed else None
 
 
 def protocol_line(protocol: dict) -> str:
-    """Return one line with the settings that a score depends on."""
     low, high = protocol["pixels"]
     return (f"protocol={protocol['protocol']} method={protocol['method']} prompt={protocol['prompt_sha']} "
             f"pixels={'server' if low is None else low}..{high} judge={protocol['judge']}")
 
 
 def show(metrics: dict) -> None:
-    """Log a table by category, the scores by other rules, and the protocol."""
+    """Log a table by category, other scores, and the protocol."""
     log(f"{'category':<24}{'n':>6}{'correct':>9}{'accuracy':>10}   95 % interval{'unresolved':>13}"
         f"{'errors':>8}{'tokens':>8}{'cut off':>9}")
     for name, part in {**metrics["categories"], "all": metrics}.items():

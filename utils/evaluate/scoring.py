@@ -1,29 +1,28 @@
-"""Score one reply: our strict verdict and, next to it, what other harnesses' rules make of the same reply.
+"""Score one reply: our strict verdict and, next to it, those of other harnesses' rules.
 
     fields = score(item, record)     # {"extraction", "verdict", "compat"}; for wtq also "numeric"
 
 A reply that no rule can read is "unresolved"; no option is ever guessed. `compat` holds the verdicts of
-utils.evaluate.reference_scorers for comparison; they never decide ours.
+utils.evaluate.reference_scorers; they never decide ours.
 
-`read_value`, `read_truth` and `read_yes_no` read the answers of TableVQABench and MME. A value of VWTQ is
-compared by the benchmark's own rule, which takes "1,234" and "1234" for different values; `vwtq_numeric` is
-ours and reported separately.
+A value of VWTQ is compared by the benchmark's own rule, which takes "1,234" and "1234" for different values;
+`vwtq_numeric` is ours and reported separately.
 """
 import re
 from typing import NamedTuple
 
 from utils.answers import NEGATION, SENTENCE_END, TAG, extract_choice, find_box, strip_markers, unwrap
 from utils.evaluate import reference_scorers
-from utils.evaluate.reference_scorers import vsp_moves, vwtq, walk_vsp
+from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0, vsp_moves, vwtq, walk_vsp, without_label
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
-VLMEVALKIT = "vlmevalkit_e8e78f0"  # the harness and the commit whose rules for multiple choice are shown
+VLMEVALKIT = "vlmevalkit_e8e78f0"  # the harness and its commit
 ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (column cycle_category, 0 to 3)
 
 
-# ------------------------------------------------------------------------------------------ reading a reply
+# ---- reading a reply
 LABEL = re.compile(r"^answer\s*[:：]\s*", re.IGNORECASE)
 TRUTH_WORD = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
@@ -35,17 +34,16 @@ AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
 
 
 class Reading(NamedTuple):
-    """The answer in a reply, None if the reply does not settle on one, and the rule that decided."""
+    """The answer in a reply, None for none or several, and the rule that decided."""
 
     value: str | None
     rule: str
 
 
 def read_value(output: str) -> Reading:
-    """Return the answer to a VWTQ question: the last box, else the last <answer> tag, else the whole reply.
+    """Return the answer to a VWTQ question. Rules: boxed, boxed_open, tag, whole, empty.
 
-    Rules: boxed, boxed_open, tag, whole, empty. TeX commands and quotes are removed from a box or tag, bars
-    between values are kept; "Answer:" is removed from a whole reply.
+    TeX commands and quotes are removed from a box or tag, "Answer:" from a whole reply.
     """
     content, rule = answer_part(output)
     content = LABEL.sub("", content) if rule == "whole" else unwrap(content)
@@ -55,10 +53,9 @@ def read_value(output: str) -> Reading:
 def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     """Return "1" or "0" for a VTabFact reply that means true or false.
 
-    Rules: boxed_truth, boxed_open_truth, tag_truth and whole_truth for a part that is the word alone (yes,
-    no, 1 and 0 count too: ours, the benchmark knows two words only), truth_word for the last true or false
-    of a reply without box or tag. A word that is negated, questioned ("true or false?") or cut off by the
-    token limit (`finish_reason` "length") is unresolved.
+    Rules: boxed_truth, boxed_open_truth, tag_truth and whole_truth for a part that is the word alone (ours:
+    also yes, no, 1 and 0), truth_word for the last true or false of a reply without box or tag. A word that
+    is negated, questioned ("true or false?") or cut off (`finish_reason` "length") is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -87,9 +84,8 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
     """Return "yes" or "no" for a reply to a question of MME.
 
     Rules: boxed_yesno, boxed_open_yesno, tag_yesno for a part that holds one of the two words, first_word
-    for a reply that opens with it ("No, a cat."), phrase for the last "the answer is no". A "no" inside a
-    sentence ("no dog but a cat") decides nothing. If first word and phrase disagree, or a reply was cut off
-    (`finish_reason` "length") after its first word, it is unresolved.
+    for a reply that opens with it ("No, a cat."), phrase for the last "the answer is no". If first word and
+    phrase disagree, or a reply was cut off (`finish_reason` "length") after its first word, it is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -107,7 +103,7 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
 
 
 def answer_part(output: str) -> tuple[str, str]:
-    """Return (text, rule): the part of a reply that gives the answer is its box, its tag or all of it."""
+    """Return (text, rule) of the part that gives the answer: the last box, else tag, else the whole reply."""
     text = strip_markers(output)
     content, closed = find_box(text)
     if content is not None:
@@ -117,7 +113,7 @@ def answer_part(output: str) -> tuple[str, str]:
 
 
 def vwtq_numeric(value: str, gold: str) -> bool:
-    """Return `vwtq` of values without thousands' commas, $ and % in numbers (ours, not official)."""
+    """Return `vwtq` without thousands' commas, $ and % in numbers (ours)."""
     return vwtq(bare_numbers(value), bare_numbers(gold))
 
 
@@ -127,17 +123,15 @@ def bare_numbers(text: str) -> str:
     return "|".join(amount[1].replace("$", "") if amount else part for part, amount in zip(parts, amounts))
 
 
-# ------------------------------------------------------------------------------------------ scoring a reply
+# ---- scoring a reply
 def score_mcq(item: dict, record: dict) -> dict:
     """Multiple choice: the option that `extract_choice` reads; compat: VLMEvalKit's letter."""
     options, text = dict(item["options"]), record["clean_output"]
     choice = extract_choice(text, options, record["finish_reason"])
-    if item.get("benchmark") == "mme_realworld_lite":
-        theirs = reference_scorers.mme_realworld(text)
-    else:
-        theirs = reference_scorers.vlmevalkit_e8e78f0(text, options)
+    is_mme = item.get("benchmark") == "mme_realworld_lite"
+    letter = reference_scorers.mme_realworld(text) if is_mme else vlmevalkit_e8e78f0(text, options)
     return verdict(choice.letter, choice.rule, choice.letter == item["answer"]["value"]) | {
-        "compat": {VLMEVALKIT: theirs}}
+        "compat": {VLMEVALKIT: letter}}
 
 
 def score_vsp(item: dict, record: dict) -> dict:
@@ -149,22 +143,22 @@ def score_vsp(item: dict, record: dict) -> dict:
 
 
 def score_wtq(item: dict, record: dict) -> dict:
-    """VWTQ: the denotation of the value; numeric: without marks; compat: of the whole reply, as the benchmark
-    does it."""
+    """VWTQ: the value's denotation; numeric: without marks; compat: of the whole reply, as in the benchmark.
+    """
     gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
     value, rule = read_value(text)
     known = value is not None
     return verdict(value, rule, known and vwtq(value, gold)) | {
         "numeric": known and vwtq_numeric(value, gold),
-        "compat": {"tablevqabench": vwtq(reference_scorers.without_label(text), gold)}}
+        "compat": {"tablevqabench": vwtq(without_label(text), gold)}}
 
 
 def score_tabfact(item: dict, record: dict) -> dict:
-    """VTabFact: true or false; compat: the words anywhere, as the benchmark does it."""
+    """VTabFact: true or false; compat: the words anywhere, as in the benchmark."""
     gold, text = "1" if item["answer"]["value"] else "0", record["clean_output"]
     value, rule = read_truth(text, record["finish_reason"])
     return verdict(value, rule, value == gold) | {
-        "compat": {"tablevqabench": reference_scorers.vtabfact(reference_scorers.without_label(text), gold)}}
+        "compat": {"tablevqabench": reference_scorers.vtabfact(without_label(text), gold)}}
 
 
 def score_yes_no(item: dict, record: dict) -> dict:
@@ -193,13 +187,12 @@ def verdict(value: str | None, rule: str, right: bool) -> dict:
 
 
 def gold_text(values: list[str]) -> str:
-    """Return VWTQ's gold as its scorer expects it: values joined by bars, bars and line ends in them escaped.
-    """
+    """Return VWTQ's gold as its scorer expects it: values escaped and joined by bars."""
     return "|".join(text.replace("\\", r"\\").replace("|", r"\p").replace("\n", r"\n") for text in values)
 
 
 def n_options(item: dict) -> int:
-    """Return the number of answers a blind guess chooses from; 0 where there are no options."""
+    """Return the number of answers a blind guess chooses from; 0 without options."""
     return 2 if item["metric"] in ("tabfact", "yesno_pair") else len(item["options"])
 
 
@@ -214,7 +207,7 @@ def check_scorable(items: list[dict]) -> None:
     if unscored := [item for item in items if item["metric"] not in SCORE]:
         raise DataError(
             f"item {unscored[0]['id']!r} and {len(unscored) - 1} more: metric {unscored[0]['metric']!r} has "
-            f"no scorer (such items are for probe.py alone); expected one of {', '.join(SCORE)}")
+            f"no scorer (it is for probe.py alone); expected one of {', '.join(SCORE)}")
     seen = set()
     for item in items:
         rotation = rotation_of(item)

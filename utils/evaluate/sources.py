@@ -1,7 +1,7 @@
 """Rows of a benchmark as it is published: a TSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader yields (where, row), one row at a time: the largest of these files has 4.6 GB. Pictures stay as
-they are stored (base64 text, {"bytes", "path"}, or a path) and are never decoded or re-encoded here.
+Every reader yields (where, row) one by one: the largest file has 4.6 GB. Pictures stay as they are stored
+(base64 text, {"bytes", "path"}, or a path).
 """
 import csv
 import hashlib
@@ -15,15 +15,14 @@ from tempfile import TemporaryDirectory
 from utils.jsonl import DataError, load_object, located_rows
 
 Rows = Iterator[tuple[str, dict]]
-MAX_CELL = 2**31 - 1  # characters: a picture of HR-Bench 8K takes many MB, csv's own limit is 131,072
-VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # those that vstar_bench_eval.py reads
+MAX_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
+VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # as vstar_bench_eval.py reads
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A benchmark's place on the Hugging Face hub: one `file`, or a data set's `config` and `split`.
-
-    `revision` is a commit of 40 hex digits; the caller must name one where it is None.
+    """A place on the Hugging Face hub: one `file`, or a data set's `config` and `split`; where `revision` (a
+    commit of 40 hex digits) is None, the caller must name one.
     """
 
     repo: str
@@ -33,26 +32,24 @@ class Hub:
     split: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ---- files
 def file_rows(path: Path) -> Rows:
-    """Yield the rows of a .tsv, .parquet, .jsonl or .json file."""
     readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
-        raise DataError(
-            f"{path}: file of kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
+        raise DataError(f"{path}: kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
     return readers[path.suffix](path)
 
 
 def json_rows(path: Path) -> Rows:
-    """Yield the rows of JSONL or of a JSON list; lines may be long, since they may hold pictures."""
+    """Yield the rows of JSONL or of a JSON list; long lines may hold pictures."""
     return located_rows(path, longest=MAX_CELL)
 
 
 def tsv_rows(path: Path) -> Rows:
-    """Yield a TSV's rows, quoted as pandas writes them, every cell as text; `where` is the row's last line.
+    """Yield a TSV's rows, quoted as pandas writes them; `where` is the row's last line.
 
-    pandas' own reader, which VLMEvalKit uses, turns the option "None" or "NA" into a missing value and the
-    gold "1" into an integer.
+    Every cell is text: pandas' own reader turns the option "None" into a missing value and the gold "1" into
+    an integer.
     """
     before = csv.field_size_limit(MAX_CELL)
     try:
@@ -60,13 +57,11 @@ def tsv_rows(path: Path) -> Rows:
             reader = csv.reader(file, delimiter="\t", strict=True)
             names = next(reader, [])
             if len(set(names)) < max(2, len(names)):
-                raise DataError(
-                    f"{path}:1: columns {str(names)[:80]}, expected two or more different names between tabs")
+                raise DataError(f"{path}:1: columns {str(names)[:80]}, expected two or more different names")
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(names):
-                    raise DataError(
-                        f"{where}: {len(cells)} cells, expected {len(names)} ({', '.join(names)})")
+                    raise DataError(f"{where}: {len(cells)} cells, expected {len(names)}: {', '.join(names)}")
                 yield where, dict(zip(names, cells))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
@@ -77,7 +72,7 @@ def tsv_rows(path: Path) -> Rows:
 
 
 def parquet_rows(path: Path) -> Rows:
-    """Yield a parquet file's rows; a picture is the struct {"bytes", "path"} in which the hub stores it."""
+    """Yield a parquet file's rows; a picture is {"bytes", "path"}."""
     import pyarrow
     from pyarrow import parquet
 
@@ -92,7 +87,7 @@ def parquet_rows(path: Path) -> Rows:
 def vstar_folder_rows(root: Path) -> Rows:
     """Yield V* as its authors publish it: two folders of pictures, each with a JSON file of the same name.
 
-    `image_file` (path below `root`) and `test_type` (the folder) are added, named as in penghao-wu/vstar
+    `image_file` (path below `root`) and `test_type` (the folder) are added, as in penghao-wu/vstar
     vstar_bench_eval.py.
     """
     for folder in VSTAR_FOLDERS:
@@ -108,24 +103,24 @@ def vstar_folder_rows(root: Path) -> Rows:
 
 
 def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
-    """Raise DataError unless the file has one of these digests (hex; 32 digits are MD5, 64 are SHA-256)."""
+    """Raise DataError unless the file has one of these digests: MD5 (32 digits) or SHA-256."""
     for kind in {"md5" if len(digest) == 32 else "sha256" for digest in accepted}:
         with open(path, "rb") as file:
             actual = hashlib.file_digest(file, kind).hexdigest()
         if actual in accepted:
             return
-    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch the file again, or "
-                    "rename it if you changed it on purpose")
+    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch it again, or "
+                    "rename it if you changed it")
 
 
-# ------------------------------------------------------------------------------------------------ hub
+# ---- hub
 def dataset_rows(place: str | Path, config: str | None, split: str | None,
                  revision: str | None = None) -> Rows:
     """Yield the rows of a data set on the hub, or of a folder in the same layout, pictures as stored."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    # The library caches a folder by its name alone and would return rows of another folder, or older ones.
+    # the library caches a folder by its name alone and would return rows of another folder
     with nullcontext() if revision else TemporaryDirectory(prefix="datasets-") as cache:
         try:
             table = load_dataset(str(place), name=config, split=split, revision=revision, cache_dir=cache)
@@ -139,19 +134,17 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None,
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
-    """Return the commit to read: the caller's, or the pinned one; DataError for a branch, which may move."""
+    """Return the commit to read: the caller's, or the pinned one; DataError for a branch."""
     chosen = revision or hub.revision
     if chosen is None:
-        raise DataError(
-            f"{hub.repo}: no revision is pinned; pass --revision, a commit of 40 hex digits from its page")
+        raise DataError(f"{hub.repo}: no revision is pinned; give --revision, a commit of 40 hex digits")
     if not re.fullmatch("[0-9a-f]{40}", chosen):
-        raise DataError(
-            f"{hub.repo}: revision {chosen!r}, expected a commit of 40 hex digits; a branch may move")
+        raise DataError(f"{hub.repo}: revision {chosen!r}, expected a commit of 40 hex digits")
     return chosen
 
 
 def download(hub: Hub, revision: str | None) -> Path:
-    """Return the local copy of a file on the hub, or of V*'s two folders if the entry names no file."""
+    """Return the local copy of a file on the hub, or of V*'s folders if no file is named."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -159,7 +152,7 @@ def download(hub: Hub, revision: str | None) -> Path:
     try:
         if hub.file:
             return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=commit))
-        # into a separate folder: in the cache, pictures are links that lead out of it
+        # into a separate folder: pictures in the cache are links that lead out of it
         return Path(snapshot_download(hub.repo, repo_type="dataset", revision=commit,
                                       local_dir=Path(constants.HF_HUB_CACHE,
                                                      f"{hub.repo.replace('/', '--')}-{commit}"),

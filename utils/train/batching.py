@@ -1,8 +1,8 @@
 """The rows of an optimizer step, as micro-batches on every device; their operations and memory.
 
-Model operations: a multiplication and an addition are two. Recomputed activations do not count, nor does a
-frozen tower's backward pass, nor the last layer's MLP at positions that predict nothing. MFU = model
-operations / (seconds x devices x peak). Memory is estimated from the configuration alone.
+A multiplication and an addition are two operations. Recomputed activations do not count, nor does a frozen
+tower's backward pass, nor the last layer's MLP at positions that predict nothing. MFU = operations / (seconds
+x devices x peak).
 """
 import math
 import random
@@ -24,13 +24,11 @@ ADAMW = 16  # bytes per trained weight: float32 weight, gradient, two moments
 HEAD = 14  # bytes per logit: as computed, in float32, softmax, gradients
 
 
-# ---------------------------------------------------------------- the rows of a step
+# ---- the rows of a step
 @dataclass(frozen=True)
 class Batching:
-    """The flags of train_sft.py that decide how rows become steps.
-
-    `global_batch` counts rows per step, `max_tokens` tokens per pack, `batch_size` rows per padded batch of
-    latents."""
+    """How rows become steps: `global_batch` rows per step, `max_tokens` per pack, `batch_size` rows per
+    padded batch of latents."""
 
     seed: int = 42
     global_batch: int = 128
@@ -42,7 +40,7 @@ class Batching:
 
 @dataclass
 class Work:
-    """The size of one optimizer step over all ranks, known from the plan.
+    """The size of an optimizer step over all ranks.
 
     `balance` is the share of the devices' time not spent waiting for the slowest rank, by tokens.
     """
@@ -59,9 +57,8 @@ class Work:
 class Steps(torch.utils.data.Dataset):
     """Item (s, k) is this rank's micro-batch k in optimizer step s; every rank has the same number of them.
 
-    The rows of a step depend on (seed, step) alone, whatever the number of ranks, so that a run can resume on
-    another number. Rows are packed up to `max_tokens`; rows with latents, whose recurrence needs common
-    columns, are padded, `batch_size` at a time."""
+    The rows of a step depend on (seed, step) alone, so that a run can resume on another number of ranks. Rows
+    are packed; rows with latents, whose recurrence needs common columns, are padded."""
 
     def __init__(self, qwen: Qwen, examples: list[Example], target: Target, batching: Batching,
                  rank: int, world: int):
@@ -71,7 +68,6 @@ class Steps(torch.utils.data.Dataset):
 
     @lru_cache(4)  # called for every micro-batch, and shuffling is slow for a hundred thousand rows
     def order(self, epoch: int) -> list[int]:
-        """Return all rows in the order of an epoch."""
         order = list(range(len(self.examples)))
         random.Random(f"{self.batching.seed}/{epoch}").shuffle(order)
         return order
@@ -104,23 +100,19 @@ class Steps(torch.utils.data.Dataset):
         return make_batch(self.qwen, examples, self.target, weight, n_blocks)
 
     def work(self, step: int) -> Work:
-        """Return the size of an optimizer step."""
         plan = self.plan(step)
         rows = [self.examples[i] for ranks in plan for rank_rows in ranks for i in rank_rows]
         lengths, n_trained = [row.n_tokens for row in rows], sum(row.n_trained for row in rows)
         grids = [(1, *grid) for row in rows for grid in (*row.grids, *row.step_grids)]
         loads = [[sum(self.examples[i].n_tokens for i in rank_rows) for rank_rows in ranks] for ranks in plan]
         return Work(
-            micro_steps=len(plan),
-            tokens=sum(lengths),
-            trained_tokens=n_trained,
-            segments=sum(len(row.steps) for row in rows),
+            len(plan), sum(lengths), n_trained, segments=sum(len(row.steps) for row in rows),
             images=len(grids),
             flops=training_flops(self.qwen.config, lengths, n_trained, grids, self.batching.train_vision),
             balance=sum(lengths) / sum(self.world * max(rank_loads) for rank_loads in loads))
 
     def ahead(self, first: int, last: int) -> Iterator[dict]:
-        """Return the micro-batches of steps first to last - 1, made by `num_workers` processes."""
+        """Return the micro-batches of steps first to last - 1."""
         places = ((step, k) for step in range(first, last) for k in range(len(self.plan(step))))
         workers = self.batching.num_workers
         return iter(torch.utils.data.DataLoader(
@@ -128,16 +120,14 @@ class Steps(torch.utils.data.Dataset):
             prefetch_factor=2 if workers else None, worker_init_fn=lambda _: torch.set_num_threads(1)))
 
 
-# ---------------------------------------------------------------- operations
+# ---- operations
 def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple[int, int, int]],
                    train_vision: bool = False) -> float:
-    """Return the operations of forward and backward passes over rows of `lengths` tokens with `n_targets`
-    predictions.
+    """Return the operations of both passes over rows of `lengths` tokens with `n_targets` predictions.
 
-    `config` is the model's; `grids` are (frames, rows, columns) of patches of every image. Terms: weight
-    matrices per token, attention within a row (half of it is masked), the head and the last layer's MLP at
-    predictions alone, and the vision tower with full attention in `fullatt_block_indexes` and windowed
-    attention elsewhere."""
+    `grids` are (frames, rows, columns) of patches per image. Terms: weight matrices per token, attention
+    within a row, the head and the last layer's MLP at predictions alone, and the vision tower with full
+    attention in `fullatt_block_indexes` and windowed attention elsewhere."""
     text, vision = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
     kv_width = text.num_key_value_heads * (width // text.num_attention_heads)
@@ -158,13 +148,12 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bfloat16 operations per second of a device in PEAKS."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-# ---------------------------------------------------------------- memory
+# ---- memory
 def count_parameters(config) -> dict[str, int]:
-    """Return the numbers of weights: the language model's layers, the vision tower, "root" (the rest)."""
+    """Return the numbers of weights of the language model's layers, the vision tower and the rest (root)."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
@@ -176,8 +165,8 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
                     train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
 
-    `sharded`: bfloat16, sharded over the devices (a GPU run); otherwise float32 and whole (a CPU).
-    `n_targets`: predictions whose logits are held at once.
+    `sharded`: in bfloat16 (a GPU run); otherwise whole in float32 (a CPU). `n_targets`: predictions whose
+    logits are held at once.
     """
     text, counts = config.text_config, count_parameters(config)
     n_bytes = 2 if sharded else 4
@@ -190,8 +179,7 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
     mlp, others = 4 * text.intermediate_size, 8 * text.hidden_size + 4 * kv
     kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute]
     again = {"layers": others + mlp, "mlps": mlp, "none": 0}[recompute]  # one layer at a time
-    # gathered: two layers at a time; the root group for the whole pass, with its gradients as computed and as
-    # reduced
+    # two layers at a time; the root group for the whole pass, with its gradients as computed and as reduced
     gathered = 2 * n_bytes * counts["layers"] / text.num_hidden_layers + counts["root"] * (2 * n_bytes + 4)
     parts = {"weights, gradients, optimizer": weights / (world if sharded else 1),
              "vision tower": counts["tower"] * (ADAMW if train_vision else n_bytes),
@@ -202,8 +190,7 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
 
 
 def memory_lines(parts: dict[str, float], available: float, smaller: str) -> list[str]:
-    """Return the estimate as text, with advice (`smaller`, if activations are too many) if it does not
-    fit."""
+    """Return the estimate as text, with advice (`smaller`: on activations) if it does not fit."""
     lines = [f"  {name:<32}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'of the device':<32}{available / 2**30:9.2f} GiB")
     if parts["total"] <= 0.95 * available:
@@ -214,7 +201,6 @@ def memory_lines(parts: dict[str, float], available: float, smaller: str) -> lis
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory (of the machine's, for a CPU)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     with open("/proc/meminfo", encoding="ascii") as file:

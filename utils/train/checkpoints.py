@@ -1,8 +1,7 @@
-"""Checkpoints to resume from: weights, optimizer and progress of a run, written in the background, renamed
-when complete.
+"""Checkpoints to resume from, written in the background and renamed when complete.
 
-A checkpoint is a folder step-N with state.json and one safetensors file per rank: its shards of every trained
-weight and of the optimizer's state. No pickle. It may be read by another number of ranks than wrote it.
+A folder step-N holds state.json and one safetensors file per rank: its shards of every trained weight and of
+the optimizer's state. Another number of ranks may read it.
 """
 import fcntl
 import json
@@ -30,16 +29,13 @@ POLL = 0.05  # seconds between looks at the other ranks' files
 
 @dataclass(order=True)
 class Best:
-    """An exported step and its held-out loss."""
-
     loss: float
     step: int
 
 
 @dataclass
 class Run:
-    """The progress of a run, saved in checkpoints: steps done, the best exports (best first), the last
-    losses."""
+    """The progress of a run: steps done, the best exports (best first), the last losses."""
 
     step: int = 0
     best: list[Best] = field(default_factory=list)
@@ -55,17 +51,19 @@ class Run:
         return {best.step for best in self.best}
 
     @classmethod
-    def from_state(cls, state: dict) -> "Run":
-        """Return the run whose fields, as of `asdict`, a checkpoint holds."""
-        return cls(state["step"], [Best(**best) for best in state["best"]], state["recent"])
+    def from_state(cls, state: dict, where: object = STATE) -> "Run":
+        try:
+            return cls(state["step"], [Best(**best) for best in state["best"]], state["recent"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where}: written by another version of train_sft.py ({type(error).__name__}: "
+                            f"{error}); move the .run folder away to start again") from error
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and lock it against other processes; DataError if another holds it.
+    """Make the folder of a run and lock it; DataError if another process holds it.
 
-    The lock is of a kind that forks do not inherit: workers outlive a killed run by seconds and would block
-    the next one.
+    Forks do not inherit this kind of lock: workers outlive a killed run by seconds and would block the next.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +80,8 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
     """Make or re-enter the folder of a run; return (folder, state) of the last complete checkpoint.
 
-    The first rank must call it before the others. `resume`: "auto" takes a checkpoint if there is one, "must"
-    requires one, "never" refuses one. DataError if that fails, or if the run began with other settings.
+    The first rank must call it before the others. DataError against `resume` ("must" requires a checkpoint,
+    "never" refuses one), or if the run began with other settings.
     """
     path = folder / "settings.json"
     if is_first:
@@ -93,7 +91,7 @@ def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) 
     newest = newest_checkpoint(folder)
     if newest and resume == "never":
         raise DataError(f"{newest[0]}: a checkpoint to resume from, against --resume never; move {folder} "
-                        "away, or give another --output")
+                        "away or give another --output")
     if not newest and resume == "must":
         raise DataError(f"{folder}: no complete checkpoint, against --resume must; expected step-N in it")
     if path.exists():
@@ -101,8 +99,8 @@ def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) 
         differing = [f"--{name}: {before.get(name)} then, {settings.get(name)} now"
                      for name in sorted({*settings, *before}) if settings.get(name) != before.get(name)]
         if differing:
-            raise DataError(f"{path}: the run to resume had other settings: {'; '.join(differing)}; "
-                            "give the old ones, or move the .run folder away to start again")
+            raise DataError(f"{path}: the run had other settings: {'; '.join(differing)}; give the old ones, "
+                            "or move the .run folder away to start again")
     elif is_first:
         write_json(path, settings)
     return newest
@@ -114,14 +112,13 @@ def keep_lines(path: Path, n_lines: int) -> None:
     replace_file(path, lambda file: file.writelines(lines))  # by rename: a kill does not lose the curve
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ---- writing
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, torch.Tensor]:
-    """Return CPU copies of this rank's shards of all that training changes; rank 0 also has what is not
-    sharded."""
+    """Return CPU copies of this rank's trained shards; rank 0 also has what is not sharded."""
     copies = {}
     for name, parameter in trained_parameters(model).items():
         for key, tensor in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
@@ -137,20 +134,17 @@ def rank_file(rank: int, world: int) -> str:
 
 
 class Saver:
-    """Writes in the background, one thing after the other; the next call raises the error of a write that
-    failed."""
+    """Writes in the background, in order; the next call raises the error of a write that failed."""
 
     def __init__(self, rank: int, world: int):
         self.rank, self.world, self.stop = rank, world, Event()
         self.thread, self.pending = ThreadPoolExecutor(1), []
 
     def submit(self, write: Callable, *arguments) -> None:
-        """Have `write(*arguments)` called in the background."""
         self.check()
         self.pending.append(self.thread.submit(write, *arguments))
 
     def check(self) -> None:
-        """Raise DataError if a write failed."""
         for future in [future for future in self.pending if future.done()]:
             self.pending.remove(future)
             self.result(future)
@@ -179,21 +173,19 @@ class Saver:
             after()
 
     def close(self) -> None:
-        """Wait for all writes."""
         for future in self.pending:
             self.result(future)
         self.pending = []
         self.thread.shutdown()
 
     def abandon(self) -> None:
-        """After an error: finish what can be finished, and do not wait for other ranks."""
+        """After an error: do not wait for other ranks."""
         self.stop.set()
         self.thread.shutdown(cancel_futures=True)
 
 
 def publish(folder: Path, write: Callable[[str], None]) -> None:
-    """Have `write(temporary folder)` fill a folder, then move it into place: a folder that exists is
-    complete."""
+    """Have `write` fill a temporary folder, then move it into place, so that what exists is complete."""
     part = folder.with_name(folder.name + ".part")
     for stale in (part, folder):
         shutil.rmtree(stale, ignore_errors=True)
@@ -202,13 +194,13 @@ def publish(folder: Path, write: Callable[[str], None]) -> None:
 
 
 def numbered_folders(run: Path, prefix: str) -> dict[int, Path]:
-    """Return the complete folders of a run named prefix-N by N, in order."""
+    """Return the complete folders prefix-N of a run by N, in order."""
     folders = {path.name.removeprefix(f"{prefix}-"): path for path in run.glob(f"{prefix}-*")}
     return {int(step): folders[step] for step in sorted(filter(str.isdigit, folders), key=int)}
 
 
 def prune(run: Path, keep: int, best: set[int]) -> None:
-    """Remove all but the last `keep` checkpoints, and the exports that are no longer among the best."""
+    """Remove all but the last `keep` checkpoints and the exports of steps `best`."""
     for path in list(numbered_folders(run, "step").values())[:-keep]:
         shutil.rmtree(path)
     for step, path in numbered_folders(run, "best").items():
@@ -216,9 +208,9 @@ def prune(run: Path, keep: int, best: set[int]) -> None:
             shutil.rmtree(path)
 
 
-# ------------------------------------------------------------------------------------------- reading
+# ---- reading
 def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
-    """Return (folder, state) of the last checkpoint whose files are complete."""
+    """Return (folder, state) of the last complete checkpoint."""
     for path in reversed(numbered_folders(run, "step").values()):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -241,7 +233,7 @@ def rank_files(folder: Path) -> list[Path]:
 
 
 def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's weights and optimizer state into a model and an optimizer made as for a new run."""
+    """Load a checkpoint into a model and an optimizer made as for a new run."""
     files = [safe_open(path, "pt") for path in rank_files(folder)]
     parameters, saved = trained_parameters(model), {key for file in files for key in file.keys()}
     if missing := [name for name in parameters if f"model/{name}" not in saved]:

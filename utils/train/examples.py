@@ -1,8 +1,7 @@
 """Rows as tokens: the four training targets, which of their tokens are trained, and batches with latents.
 
-All four come from the same rows: `text` is the chain, `placeholder` the steps with each image as one bare
-<think_image> (the paper's "without rewriting"), `latent` the steps with each image as start + K latents +
-end, `direct` the boxed answer alone.
+`text` is the chain, `placeholder` the steps with each image as one bare <think_image>, `latent` the steps
+with each image as start + K latents + end, `direct` the boxed answer alone.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,15 @@ from utils.latent_families import LatentSpec, latent_ids
 from utils.patches import process_images
 from utils.qwen import Qwen, collate
 
-PLACEHOLDER = "<think_image>"  # one bare marker per image
+PLACEHOLDER = "<think_image>"
 END_OF_TURN = "<|im_end|>"
 SHOWN = 20  # bad rows that one error names
 
 
 @dataclass(frozen=True)
 class Target:
-    """How rows become training targets: the imagination, the family of latents, and the visual token budget.
-
-    `total_tokens` and `image_tokens` are Monet's (`utils.images.budget_sizes`). `system` None is the system
-    prompt of the chat template.
+    """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: Monet's
+    (`utils.images.budget_sizes`); `system`: None is the chat template's.
     """
 
     imagination: str = "text"
@@ -40,10 +37,8 @@ class Target:
 
 @dataclass
 class Example:
-    """One row as tokens, where each image is still one token; `trained` is the loss mask.
-
-    `steps` are the paths of the imagined images; `grids` and `step_grids` are (rows, columns) of patches per
-    image.
+    """A row as tokens, each image still one token. `trained`: the loss mask; `steps`: the imagined images;
+    `grids` and `step_grids`: (rows, columns) of patches per image.
     """
 
     id: str
@@ -56,7 +51,7 @@ class Example:
 
     @property
     def n_tokens(self) -> int:
-        """The tokens of the row with every image expanded (one token per 2 x 2 patches)."""
+        """The tokens with every image expanded (one per 2 x 2 patches)."""
         return len(self.ids) - len(self.grids) + sum(rows * columns // 4 for rows, columns in self.grids)
 
     @property
@@ -77,7 +72,7 @@ def target_text(row: dict, target: Target) -> str:
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
-    """Open images and scale them down to the row's visual token budget (Monet's resize_by_token_budget)."""
+    """Open images, scaled down to the row's visual token budget (Monet's resize_by_token_budget)."""
     images = [open_image(path) for path in paths]
     sizes = budget_sizes([image.size for image in images], target.total_tokens, target.image_tokens, factor)
     return [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
@@ -85,8 +80,7 @@ def load_images(paths: list[Path], target: Target, factor: int) -> list:
 
 
 def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int, int]]:
-    """Return, from file headers, the (rows, columns) of patches that `load_images` and the image processor
-    make.
+    """Return, from file headers, the (rows, columns) of patches that images will have.
 
     For an image that EXIF rotates the two are swapped; only their product is used.
     """
@@ -99,9 +93,7 @@ def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int
 
 
 def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
-    """Tokenize one row; `qwen` may come without weights, from `utils.qwen.load_tools`.
-
-    Trained: the reply and the end of turn. Not trained: the prompt, latent pads, and an end marker that
+    """Tokenize a row. Trained: the reply and the end of turn, but no latent pads, and no end marker that
     decoding forces.
     """
     root, spec = Path(target.image_root), target.spec
@@ -155,13 +147,13 @@ def marked(qwen: Qwen, example: Example) -> str:
     return text + ("<<" if before else "")
 
 
-# ---------------------------------------------------------------- batches with latents
+# ---- batches with latents
 def lay_out(lengths: list[list[int]], n_latents: int,
             n_blocks: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Place the tokens of every row so that latent segments share columns over the batch.
 
-    Text pieces are padded on the left to the longest of their block. Three rows of text t and latents z, with
-    lengths [[3, 2], [1, 4], [2]], n_latents 2 and n_blocks 2; `.` is padding:
+    Text pieces are padded on the left. Three rows of text t and latents z, with lengths [[3, 2], [1, 4],
+    [2]], n_latents 2 and n_blocks 2; `.` is padding:
 
         column   0 1 2  3 4  5 6 7 8
         row 0    t t t  z z  . . t t
@@ -206,9 +198,8 @@ def make_batch(qwen: Qwen, examples: list[Example], target: Target, weight: floa
     """Collate examples: the tensors of `utils.qwen.collate` in the columns of `lay_out`, and the labels.
 
     `logit_positions` [n] are flat indices into [B, L]; `labels` [n], `row` [n], `row_ids` and `weight` are as
-    in a pack. `latents` are (row, segment) of every imagined image, whose pixels are `step_pixel_values` and
-    `step_image_grid_thw`. `n_blocks`: text blocks to run if other ranks need more (all must run the same
-    number).
+    in a pack. `latents` are (row, segment) of every imagined image, whose pixels are `step_pixel_values`.
+    `n_blocks`: text blocks to run, the same on all ranks.
     """
     spec = target.spec
     pixels = [process_images(qwen.image_processor, load_images(e.images, target, qwen.factor))
@@ -233,11 +224,8 @@ def make_batch(qwen: Qwen, examples: list[Example], target: Target, weight: floa
         rows += [i] * len(trained)
     imagined = [image for e in examples for image in load_images(e.steps, target, qwen.factor)]
     steps = process_images(qwen.image_processor, imagined)
-    return {**batch, **laid, "blocks": blocks,
-            "logit_positions": torch.tensor(logit_positions),
-            "labels": torch.tensor(labels),
-            "row": torch.tensor(rows),
-            "row_ids": [e.id for e in examples],
+    return {**batch, **laid, "blocks": blocks, "logit_positions": torch.tensor(logit_positions),
+            "labels": torch.tensor(labels), "row": torch.tensor(rows), "row_ids": [e.id for e in examples],
             "weight": weight,
             "latents": [(i, s) for i, e in enumerate(examples) for s in range(len(e.steps))],
             **{f"step_{name}": tensor for name, tensor in (steps or {}).items()}}

@@ -28,8 +28,7 @@ RECENT = 50  # steps whose median loss a spike is measured from
 
 
 def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
-    """Return the rate after a linear warm-up: "linear" decay to 0 at `n_steps` (as Monet has it) or
-    "constant"."""
+    """Return the rate: a linear warm-up, then "linear" decay to 0 at `n_steps` (Monet's) or "constant"."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
@@ -44,7 +43,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 @dataclass
 class Trainer:
-    """One training run on this rank. Once `stop` is set on any rank, all ranks stop after the same step."""
+    """A run on this rank. Once `stop` is set on any rank, all ranks stop after the same step."""
 
     acc: Accelerator
     qwen: Qwen
@@ -60,10 +59,7 @@ class Trainer:
         return Path(f"{self.args.output}.run")
 
     def fit(self, train: Steps, held_out: Steps | None) -> None:
-        """Train from run.step to the end; write the log, checkpoints and the best exports.
-
-        KeyboardInterrupt, after a checkpoint, if `stop` was set.
-        """
+        """Train from run.step to the end. KeyboardInterrupt, after a checkpoint, if `stop` was set."""
         args, run = self.args, self.run
         n_steps = args.max_steps or args.epochs * train.per_epoch
         if self.acc.is_main_process:
@@ -91,7 +87,7 @@ class Trainer:
                     raise KeyboardInterrupt
 
     def timed_step(self, train: Steps, batches: "TimedIterator", n_steps: int) -> tuple[dict, bool]:
-        """Run one optimizer step; return its record with speed and memory, and whether to stop."""
+        """Run an optimizer step; return its record with speed and memory, and whether to stop."""
         begun, batches.seconds = time.perf_counter(), 0.0
         args, acc, work = self.args, self.acc, train.work(self.run.step)
         rate = learning_rate_at(self.run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
@@ -101,19 +97,16 @@ class Trainer:
         self.run.step += 1
         seconds = time.perf_counter() - begun
         peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
-        return {"step": self.run.step, "lr": rate, **record,
-                "seconds": round(seconds, 4),
+        return {"step": self.run.step, "lr": rate, **record, "seconds": round(seconds, 4),
                 "data_wait": round(batches.seconds / seconds, 3),
-                "tokens_per_s": round(work.tokens / seconds),
-                "images_per_s": round(work.images / seconds, 1),
+                "tokens_per_s": round(work.tokens / seconds), "images_per_s": round(work.images / seconds, 1),
                 "peak_gib": peak_memory(acc.device),
                 "mfu": peak and round(work.flops / (seconds * acc.num_processes * peak), 4)}, is_stopping
 
     def step(self, batches: Iterable[dict], work: Work) -> tuple[dict, bool]:
-        """Minimize the mean loss over the trained tokens of a step, on all ranks together.
+        """Minimize the mean loss over the trained tokens of a step on all ranks.
 
-        Returns the step's record, and whether `stop` is set on any rank. DataError, before anything is
-        updated, for a loss that is not finite or jumps.
+        Returns the step's record, and whether `stop` is set on any rank.
         """
         args, acc = self.args, self.acc
         # the dropout of adapters depends on seed and step alone
@@ -145,7 +138,7 @@ class Trainer:
                 "grad_norm": norm, **counts}, n_stopping > 0
 
     def check_loss(self, loss: float, norm: float, by_row: list[tuple]) -> None:
-        """Raise DataError with the worst rows if loss or gradient is not finite, or the loss jumps."""
+        """Raise DataError with the worst rows if loss or gradient is not finite or the loss jumps."""
         recent, spike = self.run.recent, self.args.spike
         median = statistics.median(recent) if recent else math.inf
         if math.isfinite(loss) and math.isfinite(norm) and not (spike and loss > median + spike):
@@ -161,12 +154,11 @@ class Trainer:
         raise DataError(
             f"step {self.run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, where the last "
             f"{len(recent)} losses had a median of {median:.4g}; nothing was updated. Rows of the highest "
-            f"loss: {shown}. Check them, remove them or lower --learning_rate in a new run; the same command "
+            f"loss: {shown}. Check or remove them, or lower --learning_rate, in a new run; the same command "
             "with --spike 0 resumes from the last checkpoint")
 
     @torch.no_grad()
     def held_out_loss(self, held_out: Steps) -> float:
-        """Return the mean negative log-likelihood per trained token of the held-out rows."""
         self.objective.eval()
         sums = torch.zeros(2, device=self.acc.device)
         for batch in held_out.ahead(0, held_out.per_epoch):
@@ -177,7 +169,7 @@ class Trainer:
         return nll / n_tokens
 
     def export(self) -> None:
-        """Gather the weights and have them written as best-N: released layout, original type."""
+        """Have the whole weights written as best-N, in the released layout and original type."""
         qwen, is_main = self.qwen, self.acc.is_main_process
         state = whole_state(qwen.model, qwen.saved_dtype, keep=is_main)
         if is_main:
@@ -185,13 +177,12 @@ class Trainer:
             self.saver.submit(publish, folder, lambda to: save(qwen, to, state))
 
     def save(self, exports: set[int]) -> None:
-        """Have a checkpoint written, then older ones removed and all exports but those of steps `exports`."""
+        """Have a checkpoint written, then older ones removed and exports of other steps than `exports`."""
         tensors = snapshot(self.qwen.model, self.optimizer, self.acc.process_index)
         self.saver.submit(self.saver.checkpoint, self.folder / f"step-{self.run.step}", tensors,
                           asdict(self.run), lambda: prune(self.folder, self.args.keep, exports))
 
     def write_record(self, record: dict) -> None:
-        """Append a step's record to log.jsonl, and give it to the trackers."""
         if self.acc.is_main_process:
             path = self.folder / "log.jsonl"
             with disk_errors(path), open(path, "a", encoding="utf-8") as file:
@@ -217,14 +208,13 @@ class TimedIterator:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far in GiB: allocated on a GPU, resident on a CPU."""
+    """Return the peak in GiB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB
 
 
 def status(record: dict) -> str:
-    """Return a step's record as one line for the progress bar."""
     text = (f"loss {record['loss']:.4f} acc {record['accuracy']:.3f} lr {record['lr']:.1e} "
             f"{record['tokens_per_s']} tok/s {record['images_per_s']} img/s, wait {record['data_wait']:.0%}, "
             f"balance {record['balance']:.2f}, {record['peak_gib']:.1f} GiB")

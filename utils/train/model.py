@@ -1,9 +1,8 @@
-"""The model in training: objective, latent recurrence, adapters, sharding over devices (FSDP2), whole
-weights.
+"""The model in training: objective, latent recurrence, adapters, sharding (FSDP2), whole weights.
 
-torch's `fully_shard` in place of accelerate's plugin, which does not run on CPU ranks and whose default
-policy rounds the loss to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root
-group, gathered once per pass. The vision tower is replicated, so that a rank without images does not wait.
+torch's `fully_shard`, because accelerate's plugin does not run on CPU ranks and rounds the loss to bfloat16.
+Every decoder layer is sharded; embedding, last norm and head are one root group, gathered once per pass. The
+vision tower is replicated, so that a rank without images does not wait.
 """
 import argparse
 import re
@@ -31,10 +30,8 @@ ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj
 
 
 class Objective(torch.nn.Module):
-    """Losses of a micro-batch, for the caller to divide by the counts of the whole step.
-
-    Returns the negative log-likelihood [n] of each trained token, whether it was the likeliest [n], and the
-    alignment summed over latent segments.
+    """Losses of a micro-batch, for the caller to divide by the counts of the step: the negative
+    log-likelihood [n] of each trained token, whether it was the likeliest [n], the alignment's sum.
     """
 
     def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str = "cosine",
@@ -52,8 +49,7 @@ class Objective(torch.nn.Module):
                 states, latents = run_latents(self.model, batch, self.spec)
                 hidden = states.flatten(0, 1)[batch["logit_positions"]]
                 aligned = align(self.qwen, batch, latents, self.align_loss) if batch["latents"] else 0.0
-                # every pass takes part in the gradient on every rank: else sharded layers would wait for each
-                # other
+                # every pass needs a gradient on every rank: else sharded layers would wait for each other
                 aligned = aligned + 0.0 * states.float().sum()
             return *self.predict(hidden, batch["labels"]), aligned
 
@@ -74,8 +70,8 @@ def run_latents(model: torch.nn.Module, batch: dict,
                 spec: LatentSpec) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
     """Run text blocks and latent steps in turn, each latent fed the last hidden state before it.
 
-    Returns the states [B, L, hidden] and the K latents [B, hidden] of each segment, with gradients: the
-    vectors that `utils.decode` feeds.
+    Returns the states [B, L, hidden] and the K latents [B, hidden] of each segment, as `utils.decode` feeds
+    them.
     """
     states, latents, past = [], [], None
 
@@ -101,10 +97,8 @@ def run_latents(model: torch.nn.Module, batch: dict,
 
 
 def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str) -> torch.Tensor:
-    """Return the sum over segments of the mean distance from K latents to the image's features, pooled to K.
-
-    Pooling is Mirage's: K groups of consecutive merged features, the remainder dropped. `loss` is "cosine"
-    (Mirage) or "mse" (LVR).
+    """Return the sum over segments of the mean distance ("cosine" or "mse") from K latents to the image's
+    features, pooled as in Mirage: K groups of consecutive merged features, the remainder dropped.
     """
     with torch.no_grad():
         features = image_features(qwen, {"pixel_values": batch["step_pixel_values"],
@@ -123,7 +117,7 @@ def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str)
 
 def make_model(device: torch.device, world: int, target: Target,
                args: argparse.Namespace) -> tuple[Qwen, Objective]:
-    """Load, freeze, adapt and shard the model; it computes in bfloat16 on GPUs and in float32 on CPUs."""
+    """Load, freeze, adapt and shard the model: bfloat16 on GPUs, float32 on CPUs."""
     on_gpu = device.type == "cuda"
     torch.manual_seed(args.seed)  # every rank makes the same new embedding rows and adapters
     qwen = load(args.model, dtype="bfloat16" if on_gpu else "float32", device=str(device))
@@ -164,10 +158,10 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float,
 
 @contextmanager
 def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
-    """Inside the block, have the backward pass recompute activations: of "layers", "mlps" or "none".
+    """Inside the block, have the backward pass recompute activations of "layers", "mlps" or "none".
 
-    The MLPs hold most (7 tenths in the 7B model) and, unlike whole layers, use no cache. The last layer is
-    not recomputed as a whole: the backward pass begins with it, so that nothing would be freed for long.
+    The MLPs hold 7 tenths in the 7B model and, unlike layers, use no cache. The last layer is not recomputed
+    as a whole: the backward pass begins with it, so that nothing would be freed for long.
     """
     def forward(module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -185,13 +179,12 @@ def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
             del module.forward
 
 
-# ------------------------------------------------------------------------------------------- sharding
+# ---- sharding
 def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
     """Shard the language model over all ranks, with `objective`, whose forward runs it, as the root.
 
-    Trained weights become float32 (master weights) layer by layer, so that they are never all here at once.
-    With `low_precision` they are gathered and used as bfloat16; gradients are reduced in float32, and losses
-    keep their type.
+    Weights become float32 layer by layer, so that they are never all here at once. With `low_precision` they
+    are gathered and used as bfloat16; gradients are reduced in float32.
     """
     if not dist.is_initialized():  # one process, not started by torchrun
         dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo", store=dist.HashStore(),
@@ -206,8 +199,7 @@ def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: boo
 
 
 def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
-    """Average the gradients of weights that are not sharded (a trained tower) over ranks, missing ones as
-    0."""
+    """Average the gradients of weights that are not sharded over ranks, missing ones as 0."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
@@ -217,8 +209,8 @@ def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU, adapters merged, tied ones once; all ranks call, `keep` ones get
-    them."""
+    """Return all weights on the CPU, adapters merged, tied ones once; every rank calls, `keep` ones get them.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()

@@ -1,9 +1,8 @@
-"""Several rows in one sequence that do not see each other: the plan of a step's packs, a pack, attention
-within rows.
+"""Several rows in one sequence that do not see each other: a step's packs, and attention within rows.
 
-Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other. The loss then moves
-by 0.4 %, while the gradients are wrong by 100 %; the tests therefore compare gradients. What is exact:
-explicit cu_seqlens, an attention function without any other mask, positions made row by row, no cache.
+Six plausible keyword combinations for packing Qwen2.5-VL let rows attend to each other: the loss moves by
+0.4 %, the gradients are wrong by 100 %. Exact are: explicit cu_seqlens, an attention function without any
+other mask, positions made row by row, no cache.
 """
 import math
 from collections.abc import Iterator
@@ -26,9 +25,8 @@ NAME = "packed_flash"  # with "flash" in the name the vision tower passes all wi
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
     """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k.
 
-    Longest first, each row goes into the least loaded of world * K bins, where K is the smallest number that
-    keeps bins within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty. ValueError
-    for a row longer than `max_tokens`.
+    Longest first, each row goes into the least loaded of world * K bins, with the smallest K that keeps bins
+    within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
@@ -47,15 +45,15 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 
 
 def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0) -> dict:
-    """Concatenate rows into one sequence of L tokens, without padding.
+    """Concatenate rows into one sequence of L tokens.
 
-    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw of
-    all images, cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where trained tokens are
-    predicted), labels [n], row [n] (each label's row in the pack), row_ids, and `weight` (0: does not count).
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw,
+    cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where trained tokens are predicted), labels
+    [n], row [n] (of each label), row_ids, and `weight` (0: does not count).
     """
     with ThreadPoolExecutor(THREADS) as pool:
         images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
-    # one call for all: calling the image processor costs more than processing one image
+    # one call: calling the image processor costs more than processing one image
     pixels = process_images(qwen.image_processor, [image for row in images for image in row]) or {}
     grids = pixels["image_grid_thw"].split([len(row) for row in images]) if pixels else [()] * len(images)
     rows = []
@@ -68,17 +66,15 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
     pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
-    # counted from the end of a row, as the images before the trained tokens are expanded
+    # counted from the end of a row, as images before the trained tokens are expanded
     places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
               for example, end in zip(examples, ends)]
     counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
     return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
                    "max_length": max(example.n_tokens for example in examples),
-                   "logit_positions": places - 1,
-                   "labels": pack["input_ids"][0, places],
+                   "logit_positions": places - 1, "labels": pack["input_ids"][0, places],
                    "row": torch.arange(len(examples)).repeat_interleave(counts),
-                   "row_ids": [example.id for example in examples],
-                   "weight": weight}
+                   "row_ids": [example.id for example in examples], "weight": weight}
 
 
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -87,7 +83,7 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
                      is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
     """Attend within the rows bounded by `cu_seq_lens_q` [n + 1]; [1, heads, L, d] to [1, L, heads, d].
 
-    On CUDA one call of torch's variable-length kernel, on the CPU a loop over runs of rows of equal length.
+    On the CPU a loop over runs of rows of equal length.
     """
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
@@ -120,8 +116,7 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 
 def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of positions [L] that sorts the rows within `bounds` [n + 1] by length, and its
-    inverse."""
+    """Return the order [L] that sorts the rows within `bounds` [n + 1] by length, and its inverse."""
     lengths, rows = bounds.diff().sort(stable=True)
     shifts = bounds[:-1][rows] - (lengths.cumsum(0) - lengths)
     order = torch.arange(int(bounds[-1])) + shifts.repeat_interleave(lengths)
@@ -129,7 +124,7 @@ def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
-    """Return the last hidden states [n, hidden] of a pack at its logit positions; logits need no others.
+    """Return the last hidden states [n, hidden] of a pack at its logit positions.
 
     To be called, and its gradients taken, inside `use_packed_attention`.
     """
@@ -146,9 +141,8 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
 
 @contextmanager
 def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Inside the block, have the last decoder layer compute `positions` [n] alone after its attention.
-
-    Nothing else of its output is read; in visual CoT these are a seventh of all.
+    """Inside the block, have the last decoder layer compute only `positions` [n] after its attention: in
+    visual CoT a seventh of all.
     """
     layer = model.model.language_model.layers[-1]
 
@@ -166,10 +160,7 @@ def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[N
 
 @contextmanager
 def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, have `model` use `packed_attention`, by its configurations.
-
-    The library builds no mask for an attention of this name, so that every call must pass cu_seq_lens_q.
-    """
+    """Inside the block, have `model` use `packed_attention`, for which the library builds no mask."""
     AttentionInterface.register(NAME, packed_attention)
     configs = [model.config, model.config.text_config, model.config.vision_config]
     before = [config._attn_implementation for config in configs]
