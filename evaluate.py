@@ -12,8 +12,6 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
     python evaluate.py --benchmark vsp --source vsp/test.jsonl --prepare --output vsp.jsonl
     python evaluate.py --compare base.jsonl text.jsonl --output base_text.json
     python evaluate.py --table CapImagine=vstar.jsonl Monet=monet_vstar.jsonl --output table.md
-    torchrun --standalone --nproc_per_node 8 evaluate.py --model checkpoint --items bench.jsonl \\
-        --output results.jsonl
 
 Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "answer": {"type", "value"},
         "images": [{"path"}], "metric": mcq | wtq | tabfact | yesno_pair | vsp_path} and optionally
@@ -152,7 +150,7 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
             judge.preflight()  # before hours of answering
         if not answer_all(system, conversations, journal, rank, world):
             return None
-        results = [result_of(conversation, system.pixels, args) for conversation in conversations]
+        results = [result_of(c, system.pixels, args) for c in conversations]
         if judge:
             add_verdicts(judge, items, results)
     return Answers(results, conversations, system.pixels)
@@ -181,7 +179,7 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
                "own_scores": own_scores(results), "protocol": protocol}
     metrics["headline"] = headline(metrics, args.allow_incomplete)
-    seconds, prefill = (sum(conversation.seconds(name) for conversation in answers.conversations)
+    seconds, prefill = (sum(c.seconds(name) for c in answers.conversations)
                         for name in ("seconds", "prefill_seconds"))
     n_tokens = sum(result["n_tokens"] for result in results)
     metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),

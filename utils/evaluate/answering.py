@@ -135,7 +135,7 @@ class Local:
         return render(self.backend.qwen.tokenizer, messages)
 
     def requests(self, batch: list[Conversation]) -> list[Request]:
-        return [conversation.request(self.max_new_tokens) for conversation in batch]
+        return [c.request(self.max_new_tokens) for c in batch]
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
         """Return this process's batches, the longest prompts first."""
@@ -148,11 +148,11 @@ class Local:
 
     def answer(self, batch: list[Conversation], journal: Journal, prepared: Prepared | None = None
                ) -> Iterator[dict]:
-        items = {conversation.key: conversation.item["id"] for conversation in batch}
+        items = {c.key: c.item["id"] for c in batch}
         for reply in self.backend.answer(self.requests(batch), prepared):
             if reply.error == OUT_OF_MEMORY:
-                raise DataError(f"item {items[reply.key]!r}: out of memory with it alone; expected fewer "
-                                "--max_new_tokens, a lower --max_pixels or a larger device")
+                raise DataError(f"item {items[reply.key]!r}: out of memory with it alone; lower "
+                                "--max_new_tokens or --max_pixels, or use a larger device")
             if reply.error:
                 log(f"{items[reply.key]}: {reply.error}")
                 yield {"key": reply.key, "error": reply.error}
@@ -203,7 +203,10 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
     """Answer this process's share and end every conversation; False if other processes have not done theirs.
     """
     batches = system.batches(conversations, rank, world)
-    record_faults(system, [conversation for batch in batches for conversation in batch], journal)
+    for c in (c for batch in batches for c in batch):
+        if c.fault and c.ask(system) not in journal:
+            log(f"{c.item['id']}: {c.fault}: cannot use its picture; is --image_root right?")
+            journal.append({"key": c.key, "error": c.fault})
     lacking = [batch for batch in batches if not replay(system, batch, journal)]
     for batch, prepared in tqdm(look_ahead(system, lacking, journal), total=len(lacking), desc="evaluate",
                                 unit="batch", disable=rank > 0):
@@ -215,31 +218,23 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
                     if record["key"] not in journal:  # a batch cut short by a kill is computed whole
                         journal.append(record)
             prepared = None
-            for conversation, key in zip(live, keys):
-                conversation.advance(journal.get(key))
+            for c, key in zip(live, keys):
+                c.advance(journal.get(key))
     if world > 1:
         journal.reload()
     return replay(system, conversations, journal)
 
 
-def record_faults(system: Local | Served, conversations: list[Conversation], journal: Journal) -> None:
-    for conversation in conversations:
-        if conversation.fault and conversation.ask(system) not in journal:
-            log(f"{conversation.item['id']}: {conversation.fault}: cannot use its picture; is --image_root "
-                "right?")
-            journal.append({"key": conversation.key, "error": conversation.fault})
-
-
 def replay(system: Local | Served, conversations: list[Conversation], journal: Journal) -> bool:
     """End conversations from the journal alone, all or none of them; False if a record is missing."""
     unfinished = [c for c in conversations if c.ended_by is None]
-    for conversation in unfinished:
-        while conversation.ended_by is None and conversation.ask(system) in journal:
-            conversation.advance(journal.get(conversation.key))
-    if all(conversation.ended_by for conversation in unfinished):
+    for c in unfinished:
+        while c.ended_by is None and c.ask(system) in journal:
+            c.advance(journal.get(c.key))
+    if all(c.ended_by for c in unfinished):
         return True
-    for conversation in unfinished:
-        conversation.reset()
+    for c in unfinished:
+        c.reset()
     return False
 
 

@@ -1,13 +1,7 @@
 """Verdicts of other harnesses on the same replies, their faults included.
 
-    vlmevalkit_e8e78f0   multiple choice: V*, HR-Bench, BLINK (rules only, before any judge)
-    mme_realworld        MME-RealWorld: VLMEvalKit and lmms-eval
-    vwtq, vtabfact       TableVQABench: denotation accuracy; true or false
-    yes_or_no            MME: VLMEvalKit's rules, before any judge
-    walk_vsp             VSP: Mirage's walk over the map; it is our score too
-
-"Z" is VLMEvalKit's name for "none of these", None is no verdict. VLMEvalKit's environment variable VERBOSE,
-which changes its verdicts, is taken as unset.
+VLMEvalKit's are its rules alone, without a judge. "Z" is the name there for "none of these", None is no
+verdict. The environment variable VERBOSE, which changes its verdicts, is taken as unset.
 """
 import math
 import re
@@ -68,9 +62,9 @@ LETTERS = "ABCDE"
 
 
 def mme_realworld(output: str) -> str | None:
-    """Return the verdict of `extract_characters_regex`: the first capital A to E anywhere, inside words too.
+    """Return the verdict of `extract_characters_regex`: the first capital A to E anywhere, inside words too,
+    else the first of "(A)" to "(E)" that holds the whole output, so that an empty output is A.
 
-    Without a capital, the first of "(A)" to "(E)" that holds the whole output, so an empty output is A.
     VLMEvalKit since commit 1445ec4f (vlmeval/dataset/utils/multiple_choice.py) and lmms-eval 0.7.2 (commit
     75571cfe, lmms_eval/tasks/mme_realworld/utils.py).
     """
@@ -122,8 +116,8 @@ def vwtq(output: str, gold: str) -> bool:
 
 
 def without_label(output: str) -> str:
-    """Return an output without a leading "Answer: ", which VLMEvalKit removes (vlmeval/dataset/image_vqa.py,
-    TableVQABench.evaluate, commit e8e78f05) and the benchmark's own script does not."""
+    """Return an output without a leading "Answer: ", as VLMEvalKit alone has it
+    (vlmeval/dataset/image_vqa.py, TableVQABench.evaluate, commit e8e78f05)."""
     return output.removeprefix("Answer: ")
 
 
@@ -245,7 +239,7 @@ def vsp_moves(text: str) -> str | None:
 def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
     """Return whether the moves of a reply lead from start (1) to goal (2), as Mirage scores it (src/task.py).
 
-    A move off the map is ignored, a hole (-1) fails at once, and the walk must end on the goal.
+    A move off the map is ignored, a hole (-1) fails at once.
     """
     row, column = next((i, line.index(1)) for i, line in enumerate(map_desc) if 1 in line)
     for move in vsp_moves(text) or "":

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,15 +35,11 @@ class Hub:
 
 # ---- files
 def file_rows(path: Path) -> Rows:
+    json_rows = partial(located_rows, longest=MAX_CELL)  # lines may hold pictures
     readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
         raise DataError(f"{path}: kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
     return readers[path.suffix](path)
-
-
-def json_rows(path: Path) -> Rows:
-    """Yield the rows of JSONL or of a JSON list; long lines may hold pictures."""
-    return located_rows(path, longest=MAX_CELL)
 
 
 def tsv_rows(path: Path) -> Rows:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from threading import Event
 
@@ -53,6 +52,7 @@ class Trainer:
     saver: Saver
     stop: Event
     args: argparse.Namespace
+    waited: float = 0.0  # seconds
 
     @property
     def folder(self) -> Path:
@@ -64,7 +64,7 @@ class Trainer:
         n_steps = args.max_steps or args.epochs * train.per_epoch
         if self.acc.is_main_process:
             keep_lines(self.folder / "log.jsonl", run.step)
-        batches = TimedIterator(train.ahead(run.step, n_steps))
+        batches = train.ahead(run.step, n_steps)
         bar = tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
                    disable=not self.acc.is_main_process)
         with bar, nullcontext() if train.target.spec else use_packed_attention(self.qwen.model):
@@ -86,28 +86,33 @@ class Trainer:
                 if is_stopping and not is_last:
                     raise KeyboardInterrupt
 
-    def timed_step(self, train: Steps, batches: "TimedIterator", n_steps: int) -> tuple[dict, bool]:
+    def timed_step(self, train: Steps, batches: Iterator[dict], n_steps: int) -> tuple[dict, bool]:
         """Run an optimizer step; return its record with speed and memory, and whether to stop."""
-        begun, batches.seconds = time.perf_counter(), 0.0
+        begun, self.waited = time.perf_counter(), 0.0
         args, acc, work = self.args, self.acc, train.work(self.run.step)
         rate = learning_rate_at(self.run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        record, is_stopping = self.step(islice(batches, work.micro_steps), work)
+        record, is_stopping = self.step(self.take(batches, work.micro_steps), work)
         self.run.step += 1
         seconds = time.perf_counter() - begun
         peak = peak_flops(torch.cuda.get_device_name()) if acc.device.type == "cuda" else None
         return {"step": self.run.step, "lr": rate, **record, "seconds": round(seconds, 4),
-                "data_wait": round(batches.seconds / seconds, 3),
+                "data_wait": round(self.waited / seconds, 3),
                 "tokens_per_s": round(work.tokens / seconds), "images_per_s": round(work.images / seconds, 1),
                 "peak_gib": peak_memory(acc.device),
                 "mfu": peak and round(work.flops / (seconds * acc.num_processes * peak), 4)}, is_stopping
 
-    def step(self, batches: Iterable[dict], work: Work) -> tuple[dict, bool]:
-        """Minimize the mean loss over the trained tokens of a step on all ranks.
+    def take(self, batches: Iterator[dict], n: int) -> Iterator[dict]:
+        """Yield the next n micro-batches; add up the seconds spent waiting for them."""
+        for _ in range(n):
+            begun = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - begun
+            yield batch
 
-        Returns the step's record, and whether `stop` is set on any rank.
-        """
+    def step(self, batches: Iterable[dict], work: Work) -> tuple[dict, bool]:
+        """Minimize the mean loss over a step's trained tokens; return its record, and whether to stop."""
         args, acc = self.args, self.acc
         # the dropout of adapters depends on seed and step alone
         torch.manual_seed(args.seed * 1_000_003 + self.run.step)
@@ -189,22 +194,6 @@ class Trainer:
                 file.write(json.dumps(record) + "\n")
         known = {name: value for name, value in record.items() if value is not None}
         self.acc.log(known, step=record["step"])
-
-
-class TimedIterator:
-    """Adds up the seconds spent waiting for items."""
-
-    def __init__(self, source: Iterator):
-        self.source, self.seconds = source, 0.0
-
-    def __iter__(self) -> "TimedIterator":
-        return self
-
-    def __next__(self) -> object:
-        begun = time.perf_counter()
-        item = next(self.source)
-        self.seconds += time.perf_counter() - begun
-        return item
 
 
 def peak_memory(device: torch.device) -> float:
