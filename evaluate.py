@@ -86,10 +86,8 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 def find_protocol(args: argparse.Namespace) -> Protocol:
     """Return --protocol with the parts that other flags replace."""
-    protocol = PROTOCOLS[args.protocol]
-    given = {name: getattr(args, name) for name in ("system", "min_pixels", "max_pixels")}
-    return replace(protocol, suffix=protocol.suffix + args.suffix,
-                   **{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, name) for name in ("system", "min_pixels", "max_pixels", "suffix")}
+    return replace(PROTOCOLS[args.protocol], **{k: value for k, value in given.items() if value is not None})
 
 
 # ---- who answers, who judges
@@ -215,7 +213,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="two result files on the same items, or several pairs")
     parser.add_argument("--table", nargs="+", metavar="[NAME=]RESULTS", help="the paper's table from results")
     parser.add_argument("--output", required=True, help="JSONL (--compare: JSON, --table: Markdown)")
-    parser.add_argument("--image_root", help="folder of the images (default: that of the items or source)")
+    parser.add_argument("--image_root", help="folder of images (default: that of the items or source)")
     parser.add_argument("--method", choices=METHODS,
                         help="what comes before the answer (default: direct, or latent)")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="words, system prompt and pixel limits "
@@ -229,9 +227,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
     parser.add_argument("--allow_incomplete", action="store_true", help="give a headline in spite of errors")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
-    parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items; no model")
-    parser.add_argument("--backend", choices=("local", "openai"), default="local",
-                        help="transformers here, or a server")
+    parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
+    parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
     local = parser.add_argument_group("--backend local")
     local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                        help="family of the latents")
@@ -254,7 +251,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse flags that contradict each other, and set defaults that depend on others."""
+    """Refuse contradictions, and set defaults that depend on other flags."""
     if sum(map(bool, (args.items, args.benchmark, args.compare, args.table))) != 1:
         parser.error("expected one of --items, --benchmark, --compare and --table")
     if not (args.compare or args.table or args.prepare) and not args.model:

@@ -59,7 +59,7 @@ FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "ma
 
 # ---- rows and plan
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Read the rows of all --data files; return (training rows, held-out rows), drawn by --seed."""
+    """Return (training rows, held-out rows) of all --data files, drawn by --seed."""
     rows = []
     for path in args.data:
         for row in read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py writes it"):
@@ -106,7 +106,7 @@ def describe_lengths(examples: list[Example]) -> dict[str, int]:
 
 def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
               args: argparse.Namespace) -> None:
-    """Log the first rows, the plan and the memory per device, before any weight is loaded."""
+    """Log the first rows, the plan and the memory per device."""
     from utils.train.batching import device_memory, estimate_memory, memory_lines
     from utils.train.examples import marked
     from utils.train.model import CHUNK
@@ -122,8 +122,9 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
     log("\n".join(memory_lines(parts, device_memory(device), smaller)))
 
 
-def check_files(examples: list[Example]) -> list[str]:
-    """Decode every image; return one line per image that cannot be read."""
+def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
+    """Decode every image and print the plan; return the exit code."""
+    examples = train.examples + (held_out.examples if held_out else [])
     paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
 
     def fault(path: Path) -> str | None:
@@ -133,13 +134,8 @@ def check_files(examples: list[Example]) -> list[str]:
             return str(error)
 
     with ThreadPoolExecutor() as threads:
-        faults = tqdm(threads.map(fault, paths), total=len(paths), desc="images", unit="image")
-        return [line for line in faults if line]
-
-
-def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
-    """Check every image and print the plan; return the exit code."""
-    faults = check_files(train.examples + (held_out.examples if held_out else []))
+        faults = [line for line in tqdm(threads.map(fault, paths), total=len(paths), desc="images",
+                                        unit="image") if line]
     log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in faults[:20]))
     print(json.dumps({**plan, "unreadable_images": len(faults)}))
     return 2 if faults else 0
@@ -163,7 +159,10 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
     if checkpoint:
         restore(checkpoint[0], qwen.model, optimizer)
         log(f"resumed from {checkpoint[0]}")
-    start_trackers(acc, args)
+    if args.report_to != "none":
+        acc.init_trackers("train_sft", config={name: str(value) for name, value in vars(args).items()})
+        if not acc.trackers:
+            raise DataError(f"--report_to {args.report_to}: not installed, or unknown to accelerate")
     for steps in (train, held_out):
         if steps:
             steps.qwen = qwen
@@ -181,13 +180,6 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
     finally:
         saver.abandon()
     return run
-
-
-def start_trackers(acc: Accelerator, args: argparse.Namespace) -> None:
-    if args.report_to != "none":
-        acc.init_trackers("train_sft", config={name: str(value) for name, value in vars(args).items()})
-        if not acc.trackers:
-            raise DataError(f"--report_to {args.report_to}: not installed, or unknown to accelerate")
 
 
 def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks by name: their sources, their published sizes, and their rows turned into items with pictures.
+"""Benchmarks by name: their sources, their published sizes, and their rows as items with pictures.
 
     items = prepare(TABLE["vstar"], folder=Path("bench.images"), source="VStarBench.tsv")
 
@@ -48,7 +48,7 @@ class Benchmark:
 
 # ---- clusters
 def by_question(item: dict) -> str:
-    """One group for the rotations of a question: same picture, words, right text, set of option texts."""
+    """One group for all rotations of a question."""
     key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
                    gold=dict(item["options"]).get(item["answer"]["value"]),
                    texts=sorted(text for _, text in item["options"]))
@@ -56,7 +56,6 @@ def by_question(item: dict) -> str:
 
 
 def by_image(item: dict) -> str:
-    """One group for the questions of a category about one picture."""
     return f"{item['benchmark']}/{item['category']}/{item['images'][0]['sha256'][:16]}"
 
 
@@ -68,7 +67,7 @@ def values_by_group(items: list[dict], value: Callable[[dict], str]) -> dict[str
 
 
 def rotations_fault(items: list[dict]) -> str | None:
-    """HR-Bench: each question occurs four times, once in each of the rotations 0 to 3 of its options."""
+    """HR-Bench: each question occurs in the rotations 0 to 3 of its options."""
     cycles = values_by_group(items, lambda item: str(item["raw"]["cycle_category"]))
     wrong = [group for group, cycle in cycles.items() if sorted(cycle) != ["0", "1", "2", "3"]]
     if not wrong:
@@ -99,7 +98,7 @@ HRBENCH_HUB = Hub("DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c"
                   config="hrbench_version_split")
 # VLMEvalKit's file since 2026-05-11 and before it: only labels of Relative_Reflectance differ
 BLINK_DIGESTS = {"BLINK.tsv": ("d5e8af148b10ac69f535ff7b23f3f989", "3b6649b6a662184ea046908e5506260e")}
-BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}  # items, pictures each; others unknown
+BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}  # items, pictures per item
 BLINK_SUBTASKS = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
                   "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
                   "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
@@ -124,9 +123,9 @@ TABLE = {bench.name: bench for bench in (
               digests={"mme_realworld_lite.tsv": (
                   "d66abee0758232d75d1586c27a39a19059d7e9bb4c855d3ecceab283a7488065",)}),
     *(Benchmark(f"blink/{task}", (("sub_task", layouts.blink_hub), ("category", layouts.choices_tsv)),
-                Hub("BLINK-Benchmark/BLINK", config=task, split="val"), subset=task, digests=BLINK_DIGESTS,
-                n=BLINK_SIZES.get(task, (None, None))[0], n_images=BLINK_SIZES.get(task, (None, None))[1])
-      for task in BLINK_SUBTASKS),
+                Hub("BLINK-Benchmark/BLINK", config=task, split="val"), n, n_images=n_images, subset=task,
+                digests=BLINK_DIGESTS)
+      for task in BLINK_SUBTASKS for n, n_images in [BLINK_SIZES.get(task, (None, None))]),
     *(Benchmark(f"tablevqa/{split}", (("qa_id", layouts.tablevqa), ("split", layouts.tablevqa)),
                 Hub("terryoo/TableVQA-Bench", split=split), n, subset=split,
                 digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)})
@@ -144,22 +143,22 @@ TABLE = {bench.name: bench for bench in (
 # ---- rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
     """Return the rows of a file, a folder or (without a source) the hub, and the pictures' folder."""
-    if source is None and bench.hub is None:
-        raise DataError(f"{bench.name}: not on the hub; expected its own file as the source")
-    if source is None and bench.hub.split:
-        return dataset_rows(bench.hub.repo, bench.hub.config, bench.hub.split,
-                            pinned(bench.hub, revision)), None
-    path = Path(source) if source is not None else download(bench.hub, revision)
+    hub = bench.hub
+    if source is None and hub is None:
+        raise DataError(f"{bench.name}: not on the hub; expected its file as --source")
+    if source is None and hub.split:
+        return dataset_rows(hub.repo, hub.config, hub.split, pinned(hub, revision)), None
+    path = Path(source) if source is not None else download(hub, revision)
     if path.is_file():
         if path.name in bench.digests:
             check_digest(path, bench.digests[path.name])
         return file_rows(path), path.parent
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; expected the source of {bench.name}")
-    if bench.hub and bench.hub.split:
-        return dataset_rows(path.resolve(), bench.hub.config, bench.hub.split), path
+    if hub and hub.split:
+        return dataset_rows(path.resolve(), hub.config, hub.split), path
     if bench.layouts[0][1] is not layouts.vstar_original:
-        name = bench.hub.file if bench.hub else "the file"
+        name = hub.file if hub else "the file"
         raise DataError(f"{path}: a folder; expected {name} of {bench.name}")
     return vstar_folder_rows(path), path
 
