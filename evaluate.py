@@ -14,9 +14,9 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
     python evaluate.py --table CapImagine=vstar.jsonl Monet=monet_vstar.jsonl --output table.md
 
 Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "answer": {"type", "value"},
-        "images": [{"path"}], "metric": mcq | wtq | tabfact | yesno_pair | vsp_path} and optionally
-        "benchmark", "category", "group_id", "hint"; or --source (default: the hub), which --benchmark turns
-        into items at <output>.items.jsonl and pictures in <output>.images (--prepare stops there)
+        "images": [{"path"}], "metric": mcq | wtq | tabfact | yesno_pair | vsp_path}, optionally "benchmark",
+        "category", "group_id", "hint"; or --source (default: the hub), which --benchmark turns into
+        <output>.items.jsonl and <output>.images
 Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "category", "group_id", "gold",
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
@@ -26,9 +26,9 @@ Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "c
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
 Unresolved answers count as wrong unless a judge reads them. An item whose image cannot be used, or that a
-server failed on, is an error: it is not scored, and the result is "incomplete" without a "headline". Re-run
-the same command to resume. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 no
-server answers; 130 interrupted. Under torchrun the last process to finish writes the results of all.
+server failed on, is an error: it is not scored, and there is no "headline". Re-run the same command to
+resume. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 no server answers; 130
+interrupted. Under torchrun the last process to finish writes the results of all.
 """
 import argparse
 import json
@@ -65,12 +65,11 @@ JUDGE_MAX_TOKENS = 1024  # of a judge's reply, its thoughts included
 
 # ---- items
 def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Return the items and their file, which --benchmark writes; set --image_root."""
+    """Return the items and their file; set --image_root."""
     path = args.items
     if args.benchmark:
         if rank_world()[1] > 1:
-            raise DataError("--benchmark under torchrun: processes would race for the files; make the items "
-                            "with --prepare, then give them as --items")
+            raise DataError("--benchmark under torchrun: make the items with --prepare, then give --items")
         path, items = f"{args.output}.items.jsonl", []
         for name in args.benchmark:
             items += prepare(TABLE[name], f"{args.output}.images", args.source, args.image_root, args.limit,
@@ -85,7 +84,6 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def find_protocol(args: argparse.Namespace) -> Protocol:
-    """Return --protocol with the parts that other flags replace."""
     given = {name: getattr(args, name) for name in ("system", "min_pixels", "max_pixels", "suffix")}
     return replace(PROTOCOLS[args.protocol], **{k: value for k, value in given.items() if value is not None})
 
@@ -189,7 +187,6 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
 
 def describe_protocol(answers: Answers, protocol: Protocol, spec: LatentSpec | None, path: str,
                       args: argparse.Namespace) -> dict:
-    """Return all settings that a score depends on."""
     settings = {"protocol": args.protocol, "method": args.method, "model": args.model,
                 "backend": args.backend, "items": path, "items_sha256": sha256_file(path),
                 "latent": args.latent, "latent_size": spec and spec.size, "system": protocol.system,

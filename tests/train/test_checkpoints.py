@@ -118,6 +118,8 @@ def test_the_best_are_kept_by_score_and_the_rest_removed_after_the_checkpoint(tm
         write(tmp_path, run.step)
     assert entered == [True, True, False, True] and run.best == [Best(0.3, 2), Best(0.4, 4)]
     assert Run.from_state(json.loads(json.dumps(asdict(run)))) == run
+    with pytest.raises(DataError, match="step-4: written by another version .*move the .run folder away"):
+        Run.from_state({"step": 4, "best": [[0.3, 2]], "recent": []}, "step-4")
     prune(tmp_path, 1, run.best_steps)
     assert list(numbered_folders(tmp_path, "best")) == [2, 4]
     assert list(numbered_folders(tmp_path, "step")) == [4]

@@ -55,7 +55,7 @@ class Conversation:
         self.messages, self.turns, self.boxes, self.ended_by = self.opening, [], [], None
 
     def ask(self, system: "Local | Served") -> str:
-        """Settle and return the key of the turn that is due."""
+        """Settle and return the next turn's key."""
         self.prompt = system.render(self.messages)
         self.first_prompt = self.first_prompt or self.prompt
         shown = {"images": self.hashes} | ({"boxes": self.boxes} if self.boxes else {})
@@ -138,7 +138,6 @@ class Local:
         return [c.request(self.max_new_tokens) for c in batch]
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
-        """Return this process's batches, the longest prompts first."""
         by_key = {c.ask(self): c for c in sorted(conversations, key=lambda c: c.item["id"])}
         batches = list(self.backend.batches(self.requests(by_key.values())))
         return [[by_key[request.key] for request in batch] for batch in batches[rank::world]]
@@ -183,7 +182,6 @@ class Served:
     prepare = None  # pictures are encoded by the threads that send them
 
     def answer(self, batch: list[Conversation], journal: Journal, prepared: None = None) -> Iterator[dict]:
-        """Yield a record for each conversation that the journal lacks, as replies come."""
         for reply in self.backend.generate([c.request(self.max_new_tokens) for c in batch], journal):
             if reply.error:
                 yield {"key": reply.key, "error": reply.error, "transient": reply.transient}

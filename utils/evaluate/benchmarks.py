@@ -168,8 +168,8 @@ def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
     for column, read in bench.layouts:
         if column in row:
             return read(where, row, bench.name, bench.subset)
-    raise DataError(f"{where}: columns {', '.join(row)} are not a known layout of {bench.name}; expected one "
-                    f"with {' or '.join(repr(column) for column, _ in bench.layouts)}")
+    raise DataError(f"{where}: columns {', '.join(row)} are not a known layout of {bench.name}; expected "
+                    f"{' or '.join(repr(column) for column, _ in bench.layouts)}")
 
 
 def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = None,
@@ -212,9 +212,8 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
 # ---- pictures
 def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
               folder: Path) -> dict | SameAs:
-    """Store a picture given as bytes or as a path below `root`; another row's is resolved later."""
     if isinstance(image, SameAs):
-        return image
+        return image  # resolved later
     if isinstance(image, bytes):
         return store(where, image, folder)
     if root is None:
@@ -249,7 +248,6 @@ def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
 
 # ---- checks
 def check_item(item: dict, bench: Benchmark) -> None:
-    """Raise DataError for a faulty item or a wrong number of pictures."""
     if fault := item_fault(item, tuple(ANSWER_TYPES)):
         raise DataError(f"{item['source']}: item {item['id']!r}: {fault}")
     if bench.n_images not in (None, len(item["images"])) or not item["images"]:
@@ -258,7 +256,6 @@ def check_item(item: dict, bench: Benchmark) -> None:
 
 
 def check_all(items: list[dict], bench: Benchmark, source: object) -> None:
-    """Raise DataError unless a whole benchmark has its sizes and clusters."""
     counts = Counter(item["category"] for item in items)
     if not items or bench.n not in (None, len(items)) or (bench.counts and counts != bench.counts):
         expected = f"{bench.n or 'at least one'}{f', {bench.counts}' if bench.counts else ''}"

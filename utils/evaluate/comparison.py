@@ -36,7 +36,7 @@ def read_results(path: str) -> list[dict]:
 
 # ---- --compare
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
-    """Return the pairs of results without an error, and how many were left out."""
+    """Return the pairs without an error, and how many were left out."""
     where = f"--compare {' '.join(paths)}"
     before, after = ({row["id"]: row for row in read_results(path)} for path in paths)
     if set(before) != set(after):
@@ -138,7 +138,7 @@ PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
 
 @dataclass
 class Score:
-    """The score of a cell: answers (right or not) per part, and how many failed."""
+    """Answers (right or not) per part of a cell, and how many failed."""
 
     parts: dict[str, list[bool]]
     failed: int
@@ -146,7 +146,7 @@ class Score:
 
 @dataclass
 class Result:
-    """A result file: its row of the table, its scores by benchmark, its cells of DETAILS."""
+    """A result file: its row, its scores by benchmark, its cells of DETAILS."""
 
     path: str
     row: str
@@ -155,7 +155,7 @@ class Result:
 
 
 def read_result(text: str) -> Result:
-    """Read NAME=FILE or FILE, a result file of evaluate.py with its metrics."""
+    """Read NAME=FILE or FILE, a result file with its metrics."""
     name, _, path = text.rpartition("=")
     metrics_path = Path(f"{path}.metrics.json")
     if not metrics_path.is_file():
@@ -187,7 +187,7 @@ def read_result(text: str) -> Result:
 
 
 def make_table(texts: list[str]) -> str:
-    results, rows = [read_result(text) for text in texts], {name: {} for name in PAPER}
+    results, rows = list(map(read_result, texts)), {name: {} for name in PAPER}
     for result in results:
         row = rows.setdefault(result.row, {})
         for benchmark, score in result.scores.items():
@@ -207,7 +207,6 @@ def make_table(texts: list[str]) -> str:
 
 
 def overall(scores: dict[str, Score]) -> Score | None:
-    """Return TableVQABench's three splits as one score, if all were run."""
     if not all(name in scores for name in TABLES):
         return None
     return Score({name: scores[name].parts[name] for name in TABLES},

@@ -150,11 +150,8 @@ def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """MME-RealWorld-Lite, its picture in image or bytes (base64).
-
-    VLMEvalKit cuts four characters from each option; one without its bracketed letter is an error here,
-    because the cut would take a letter of its text (VLMEvalKit issue 491).
-    """
+    """MME-RealWorld-Lite. VLMEvalKit cuts four characters from each option; one without its bracketed letter
+    is an error here, because the cut would take a letter of its text (VLMEvalKit issue 491)."""
     column = "multi-choice options"
     check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
                               column: (str, list)})

@@ -95,7 +95,7 @@ CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
 def deepeyes_words(item: dict) -> str:
-    """Return DeepEyes' words for V* and HR-Bench (eval/eval_vstar.py, eval/eval_hrbench.py) for any item."""
+    """Return DeepEyes' words (eval/eval_vstar.py, eval/eval_hrbench.py)."""
     options = "".join(f"\n{letter}. {text}" for letter, text in item["options"])
     return f"Question: {item['question']}\n" + (f"Options: {options}\n\n" if options else "") + ASKED
 

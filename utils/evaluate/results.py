@@ -5,7 +5,7 @@ incomplete, without a headline. Shares are from 0 to 1. The 95 % interval is Wil
 group, the cluster bootstrap's is given next to it.
 """
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 
 from utils.cli import log
 from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right
@@ -120,30 +120,29 @@ def own_scores(records: list[dict]) -> dict:
             scores[name] = {
                 kind: share([row for row in rows if (row["category"] or "").startswith(f"{kind}/")], is_right)
                 for kind in ("Perception", "Reasoning")}
-    tables = {name: list(map(is_right, rows)) for name, rows in by_name.items()
-              if name.startswith("tablevqa/")}
-    if tables:
+    if tables := {name: list(map(is_right, rows)) for name, rows in by_name.items()
+                  if name.startswith("tablevqa/")}:
         scores["tablevqa"] = {"macro": macro(tables), "micro": micro(tables), "splits": len(tables)}
     return scores
 
 
 def parts_of(records: list[dict]) -> dict[str, list[dict]]:
     """Return the results of each category, in alphabetical order."""
-    names = sorted({record["category"] for record in records if record["category"] is not None})
+    names = sorted({record["category"] for record in records} - {None})
     return {name: [record for record in records if record["category"] == name] for name in names}
 
 
-def mean(values: Sequence[float], name: str) -> float:
+def mean(values: list[float], name: str) -> float:
     if not values:
         raise ValueError(f"{name}: no values; expected at least one")
     return sum(values) / len(values)
 
 
-def micro(parts: Mapping[str, Sequence[bool]]) -> float:
+def micro(parts: dict[str, list[bool]]) -> float:
     return mean([bool(hit) for part in parts.values() for hit in part], "micro")
 
 
-def macro(parts: Mapping[str, Sequence[bool]]) -> float:
+def macro(parts: dict[str, list[bool]]) -> float:
     """Return the mean of the parts' shares.
 
     The paper's TableVQABench overall is this mean over its three splits (64.8 and 70.7 in its table); the
@@ -156,19 +155,17 @@ def rotation_scores(records: list[dict]) -> dict:
     return rotations([(record["group_id"], record["rotation"], is_right(record)) for record in records])
 
 
-def rotations(rows: Iterable[tuple[Hashable, int, bool]]) -> dict:
+def rotations(rows: list[tuple[str, int, bool]]) -> dict:
     """Return HR-Bench's scores of (question, rotation 0 to 3, right).
 
     "average" is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
     report_acc_hrbench: row cycle = Average; lmms-eval has the same formula). "all_right", which neither
-    harness reports, is the share right in all four rotations of the "complete" questions. ValueError for a
-    rotation out of range or given twice.
+    harness reports, is the share right in all four rotations of the "complete" questions.
     """
     questions, cycles = defaultdict(dict), defaultdict(list)
     for question, rotation, right in rows:
         if rotation not in range(ROTATIONS) or rotation in questions[question]:
-            raise ValueError(
-                f"question {question!r}: rotation {rotation!r}, expected each of 0 to {ROTATIONS - 1} once")
+            raise ValueError(f"question {question!r}: rotation {rotation!r} is out of range or given twice")
         questions[question][rotation] = bool(right)
         cycles[rotation].append(bool(right))
     shares = {rotation: mean(hits, "rotations") for rotation, hits in sorted(cycles.items())}
@@ -216,13 +213,12 @@ def show(metrics: dict) -> None:
             log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   "
                 f"{interval(widest(part)):<13}{part['unresolved']:>13}{part['error']:>8}"
                 f"{part['mean_tokens']:>8.0f}{part['truncated']:>9}")
-    shares = {"strict": metrics["accuracy"]}
-    if "with_judge" in metrics:
-        shares["with judge"] = metrics["with_judge"]["accuracy"]
+    judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
+    if judge:
+        shares["with judge"] = judge["accuracy"]
     shares |= {name: part["accuracy"] for name, part in metrics.get("compat", {}).items()}
     shares["chance"] = metrics.get("chance")
     log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
-    if metrics.get("with_judge", {}).get("judge_errors"):
-        judge = metrics["with_judge"]
+    if judge and judge["judge_errors"]:
         log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
     log(protocol_line(metrics["protocol"]))

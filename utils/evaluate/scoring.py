@@ -12,8 +12,8 @@ import re
 from typing import NamedTuple
 
 from utils.answers import NEGATION, SENTENCE_END, TAG, extract_choice, find_box, strip_markers, unwrap
-from utils.evaluate import reference_scorers
-from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0, vsp_moves, vwtq, walk_vsp, without_label
+from utils.evaluate.reference_scorers import (mme_realworld, vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq,
+                                              walk_vsp, without_label, yes_or_no)
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
 
@@ -129,7 +129,7 @@ def score_mcq(item: dict, record: dict) -> dict:
     options, text = dict(item["options"]), record["clean_output"]
     choice = extract_choice(text, options, record["finish_reason"])
     is_mme = item.get("benchmark") == "mme_realworld_lite"
-    letter = reference_scorers.mme_realworld(text) if is_mme else vlmevalkit_e8e78f0(text, options)
+    letter = mme_realworld(text) if is_mme else vlmevalkit_e8e78f0(text, options)
     return verdict(choice.letter, choice.rule, choice.letter == item["answer"]["value"]) | {
         "compat": {VLMEVALKIT: letter}}
 
@@ -143,8 +143,7 @@ def score_vsp(item: dict, record: dict) -> dict:
 
 
 def score_wtq(item: dict, record: dict) -> dict:
-    """VWTQ: the value's denotation; numeric: without marks; compat: of the whole reply, as in the benchmark.
-    """
+    """VWTQ: the value's denotation; numeric: without marks; compat: of the whole reply."""
     gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
     value, rule = read_value(text)
     known = value is not None
@@ -154,19 +153,18 @@ def score_wtq(item: dict, record: dict) -> dict:
 
 
 def score_tabfact(item: dict, record: dict) -> dict:
-    """VTabFact: true or false; compat: the words anywhere, as in the benchmark."""
+    """VTabFact: true or false; compat: the words anywhere."""
     gold, text = "1" if item["answer"]["value"] else "0", record["clean_output"]
     value, rule = read_truth(text, record["finish_reason"])
     return verdict(value, rule, value == gold) | {
-        "compat": {"tablevqabench": reference_scorers.vtabfact(without_label(text), gold)}}
+        "compat": {"tablevqabench": vtabfact(without_label(text), gold)}}
 
 
 def score_yes_no(item: dict, record: dict) -> dict:
-    """MME: yes or no; compat: VLMEvalKit's rule."""
     text = record["clean_output"]
     value, rule = read_yes_no(text, record["finish_reason"])
     return verdict(value, rule, value == item["answer"]["value"]) | {
-        "compat": {"vlmevalkit": reference_scorers.yes_or_no(text)}}
+        "compat": {"vlmevalkit": yes_or_no(text)}}
 
 
 SCORE = {"mcq": score_mcq, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": score_tabfact,
@@ -174,14 +172,13 @@ SCORE = {"mcq": score_mcq, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": s
 
 
 def score(item: dict, record: dict) -> dict:
-    """Return an item's extraction, verdict and compat; a record with an error has the verdict "error"."""
+    """Return an item's extraction, verdict and compat."""
     if "error" in record:
         return {"extraction": {"value": None, "rule": record["error"]}, "verdict": "error", "compat": {}}
     return SCORE[item["metric"]](item, record)
 
 
 def verdict(value: str | None, rule: str, right: bool) -> dict:
-    """Return {"extraction", "verdict"} of a value read by a rule; None is unresolved."""
     return {"extraction": {"value": value, "rule": rule},
             "verdict": "unresolved" if value is None else "correct" if right else "incorrect"}
 
@@ -197,13 +194,13 @@ def n_options(item: dict) -> int:
 
 
 def compat_right(record: dict, name: str) -> bool:
-    """Return whether another harness's verdict of a result is right; None (no verdict) is wrong."""
+    """Return whether another harness's verdict of a result is right."""
     value = record["compat"].get(name)
     return value if isinstance(value, bool) else value is not None and value == record["gold"]
 
 
 def check_scorable(items: list[dict]) -> None:
-    """Raise DataError for items without a scorer and for rotations that are out of range or repeated."""
+    """Raise DataError for items without a scorer and for wrong rotations."""
     if unscored := [item for item in items if item["metric"] not in SCORE]:
         raise DataError(
             f"item {unscored[0]['id']!r} and {len(unscored) - 1} more: metric {unscored[0]['metric']!r} has "

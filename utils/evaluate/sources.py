@@ -82,10 +82,9 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def vstar_folder_rows(root: Path) -> Rows:
-    """Yield V* as its authors publish it: two folders of pictures, each with a JSON file of the same name.
+    """Yield V* as its authors publish it: pictures in two folders, each with a JSON file of its name.
 
-    `image_file` (path below `root`) and `test_type` (the folder) are added, as in penghao-wu/vstar
-    vstar_bench_eval.py.
+    `image_file` and `test_type` (the folder) are added, as in penghao-wu/vstar vstar_bench_eval.py.
     """
     for folder in VSTAR_FOLDERS:
         notes = sorted(Path(root, folder).glob("*.json"))

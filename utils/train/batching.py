@@ -40,10 +40,7 @@ class Batching:
 
 @dataclass
 class Work:
-    """The size of an optimizer step over all ranks.
-
-    `balance` is the share of the devices' time not spent waiting for the slowest rank, by tokens.
-    """
+    """The size of an optimizer step over all ranks; `balance` is their mean load over the largest."""
 
     micro_steps: int
     tokens: int
@@ -153,7 +150,7 @@ def peak_flops(device_name: str) -> float | None:
 
 # ---- memory
 def count_parameters(config) -> dict[str, int]:
-    """Return the numbers of weights of the language model's layers, the vision tower and the rest (root)."""
+    """Return the numbers of weights of the language model's layers, the tower and the rest (root)."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),

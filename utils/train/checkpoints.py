@@ -61,9 +61,9 @@ class Run:
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run and lock it; DataError if another process holds it.
+    """Make and lock the folder of a run; DataError if another process holds it.
 
-    Forks do not inherit this kind of lock: workers outlive a killed run by seconds and would block the next.
+    Forks do not inherit this lock: workers outlive a killed run by seconds and would block the next.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
 
 
 def rank_files(folder: Path) -> list[Path]:
-    """Return the files of all ranks in order; DataError if one is missing."""
+    """Return the files of all ranks in order."""
     files = sorted(folder.glob("rank-*-of-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
     names = [path.name for path in files]
     if not files or names != [rank_file(rank, len(files)) for rank in range(len(files))]:

@@ -60,7 +60,7 @@ class Example:
 
 
 def target_text(row: dict, target: Target) -> str:
-    """Return the reply that the assistant is trained on, without the end-of-turn token."""
+    """Return the reply, without the end of turn."""
     if target.imagination == "text":
         return plain(row["chain"])
     if target.imagination == "direct":
@@ -120,7 +120,7 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
 
 def make_examples(qwen: Qwen, rows: list[dict], target: Target,
                   max_tokens: int | None = None) -> list[Example]:
-    """Tokenize all rows, each of at most `max_tokens`; one DataError counts and names the bad ones."""
+    """Tokenize all rows; one DataError counts and names the bad ones."""
     examples, faults = [], []
     for row in rows:
         try:
@@ -139,7 +139,7 @@ def make_examples(qwen: Qwen, rows: list[dict], target: Target,
 
 
 def marked(qwen: Qwen, example: Example) -> str:
-    """Return the text of a row with the trained tokens between >> and <<, each image as one token."""
+    """Return the text of a row with the trained tokens between >> and <<."""
     text, before = "", False
     for token, is_trained in zip(example.ids, example.trained):
         text += ">>" if is_trained and not before else "<<" if before and not is_trained else ""

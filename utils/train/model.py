@@ -68,11 +68,8 @@ class Objective(torch.nn.Module):
 
 def run_latents(model: torch.nn.Module, batch: dict,
                 spec: LatentSpec) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """Run text blocks and latent steps in turn, each latent fed the last hidden state before it.
-
-    Returns the states [B, L, hidden] and the K latents [B, hidden] of each segment, as `utils.decode` feeds
-    them.
-    """
+    """Run text blocks and latent steps in turn, each latent fed the last hidden state before it; return the
+    states [B, L, hidden] and the K latents [B, hidden] of each segment."""
     states, latents, past = [], [], None
 
     def step(start: int, end: int, **inputs) -> torch.Tensor:

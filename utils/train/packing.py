@@ -116,7 +116,7 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
 
 
 def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order [L] that sorts the rows within `bounds` [n + 1] by length, and its inverse."""
+    """Return the order [L] that sorts the rows in `bounds` [n + 1] by length, and its inverse."""
     lengths, rows = bounds.diff().sort(stable=True)
     shifts = bounds[:-1][rows] - (lengths.cumsum(0) - lengths)
     order = torch.arange(int(bounds[-1])) + shifts.repeat_interleave(lengths)
