@@ -74,7 +74,7 @@ def rotations_fault(items: list[dict]) -> str | None:
         return None
     first = next(item["id"] for item in items if item["group_id"] == wrong[0])
     return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
-            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of the same options")
+            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of one picture, text and options")
 
 
 def pairs_fault(items: list[dict]) -> str | None:
