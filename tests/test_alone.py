@@ -1,7 +1,5 @@
 """Each script, copied as README.md says into an empty folder, on another project's data.
 
-    pytest tests/test_alone.py
-
 The data is unlike the toy's: receipts under names with spaces and letters of other scripts, rows with extra
 keys, answers in three languages. Every script runs from a folder that holds neither it nor the data.
 """
@@ -21,7 +19,7 @@ import filter_data
 import intervene
 import probe
 import rewrite_captions
-from utils.jsonl import DataError, write_rows
+from utils.jsonl import DataError, located_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 COPY = {line[3:].split(".py")[0]: line for line in (ROOT / "README.md").read_text("utf-8").splitlines()
@@ -76,13 +74,11 @@ def test_every_script_works_alone_on_another_project_s_data(project, tiny_checkp
     out = tmp_path / "neu" / "Läufe"  # does not exist yet
     with serving(tmp_path) as (_, url):
         common = {"image_root": project, "backend": "openai", "base_url": url, "model": "any"}
-        counts = run_alone("rewrite_captions", tmp_path, input=project / "ketten.jsonl",
-                           output=out / "1.jsonl", **common)
-        assert (counts["read"], counts["kept"], counts["errors"]) == (6, 6, 0)
-        counts = run_alone("filter_data", tmp_path, input=out / "1.jsonl", output=out / "2.jsonl", **common)
-        assert (counts["read"], counts["kept"], counts["errors"]) == (6, 6, 0)
-    rows = [json.loads(line) for line in (out / "2.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["answer"] for row in rows] == list(GOODS.values())
+        for script, source, name in (("rewrite_captions", project / "ketten.jsonl", "1.jsonl"),
+                                     ("filter_data", out / "1.jsonl", "2.jsonl")):
+            counts = run_alone(script, tmp_path, input=source, output=out / name, **common)
+            assert (counts["read"], counts["kept"], counts["errors"]) == (6, 6, 0)
+    assert [row["answer"] for _, row in located_rows(out / "2.jsonl")] == list(GOODS.values())
 
     trained = run_alone("train_sft", tmp_path, data=out / "2.jsonl", image_root=project,
                         model=tiny_checkpoint, output=out / "3 latent", imagination="latent", max_steps=2,
@@ -100,13 +96,11 @@ def test_every_script_works_alone_on_another_project_s_data(project, tiny_checkp
     assert not list((tmp_path / "elsewhere").iterdir())  # nothing was written where the command was given
 
 
-# ------------------------------------------------------------------------------------ mistakes of a user
 @pytest.mark.parametrize("script, flags", [
     (rewrite_captions, "--input ketten.jsonl --image_root ."),
-    (filter_data, "--input ketten.jsonl --image_root ."),
-    (evaluate, "--items items.jsonl --model m"), (evaluate, "--compare items.jsonl fragen.jsonl"),
-    (evaluate, "--table Ours=items.jsonl"), (intervene, "--items items.jsonl --model m"),
-    (probe, "derive --items items.jsonl --image_root .")])
+    (filter_data, "--input ketten.jsonl --image_root ."), (evaluate, "--items items.jsonl --model m"),
+    (evaluate, "--compare items.jsonl fragen.jsonl"), (evaluate, "--table Ours=items.jsonl"),
+    (intervene, "--items items.jsonl --model m"), (probe, "derive --items items.jsonl --image_root .")])
 def test_no_script_replaces_its_input(project, monkeypatch, script, flags):
     monkeypatch.chdir(project)
     before = {path: path.read_bytes() for path in project.glob("*.jsonl")}
@@ -128,8 +122,8 @@ def test_a_wrong_family_leaves_no_run_that_refuses_the_right_flags(project, tiny
 
 @pytest.mark.parametrize("script", [rewrite_captions, filter_data])
 def test_a_folder_without_a_model_leaves_no_run(project, tmp_path, script):
-    lines = (project / "ketten.jsonl").read_text("utf-8").splitlines()
-    write_rows(project / "rows.jsonl", [json.loads(line) | {"chain": "It costs that."} for line in lines])
+    rows = [row | {"chain": "It costs that."} for _, row in located_rows(project / "ketten.jsonl")]
+    write_rows(project / "rows.jsonl", rows)
     with pytest.raises(DataError, match="no config.json here; expected a checkpoint folder"):
         script.main(["--input", str(project / "rows.jsonl"), "--image_root", str(project),
                      "--output", str(tmp_path / "out"), "--model", str(project)])
@@ -137,7 +131,7 @@ def test_a_folder_without_a_model_leaves_no_run(project, tmp_path, script):
 
 
 def test_a_row_that_is_almost_of_our_form_is_refused_with_the_missing_key(project, tmp_path):
-    row = json.loads((project / "ketten.jsonl").read_text("utf-8").splitlines()[0])
+    _, row = next(located_rows(project / "ketten.jsonl"))
     write_rows(tmp_path / "in.jsonl", [{name: row[name] for name in row if name != "subset"}])
     with pytest.raises(DataError, match="are of no known form; .*; for own it lacks subset$"):
         rewrite_captions.main(["--input", str(tmp_path / "in.jsonl"), "--image_root", str(project),

@@ -1,8 +1,4 @@
-"""Real faults: full and read-only disks, wrong clocks, two processes, dead ranks, truncated files.
-
-    pytest tests/test_faults.py            # each fault, in this process
-    pytest tests/test_faults.py -m slow    # dead ranks, two processes, disks full at many places
-"""
+"""Real faults: full and read-only disks, wrong clocks, two processes, dead ranks, truncated files."""
 import json
 import os
 import re
@@ -14,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import kills
@@ -62,7 +59,6 @@ def refused(capsys, case, output: Path, match: str, *more: str) -> None:
     assert code == 2 and re.match(f"error: .*({match})", last) and "Traceback" not in err, err[-2000:]
 
 
-# ------------------------------------------------------------------------------------ disks
 @contextmanager
 def disk(folder: Path, options: str):
     """Mount a small disk at `folder`, if this user may; yield whether it is there."""
@@ -102,8 +98,7 @@ def size_of(folder: Path) -> int:
 def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share: float) -> bool:
     """Run on a disk that holds `share` of the output, then on a larger one; return whether it was full.
 
-    Before the second run all files get dates in the future or the past, and during it the clock goes back at
-    every call: a resumed run must not depend on either.
+    In the second run all files have dates in the future or the past, and the clock goes back at every call.
     """
     cases, whole = world
     case, expected = cases[script], final_files(cases[script], whole(script))
@@ -124,8 +119,8 @@ def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share
             patch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
             assert run(case, folder / "out") == case.code
         assert final_files(case, folder / "out") == expected
-        found, records = case.records(folder / "out"), case.records(whole(script))
-        assert sorted(map(str, found)) == sorted(map(str, records))  # none lost, none doubled
+        written, records = case.records(folder / "out"), case.records(whole(script))
+        assert sorted(map(str, written)) == sorted(map(str, records))  # none lost, none doubled
     return True
 
 
@@ -153,7 +148,6 @@ def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
     assert (tmp_path / "file").read_text() == ""
 
 
-# ------------------------------------------------------------------------------------ two processes
 def lock_of(case, output: Path) -> tuple[Path, str]:
     """Return the file that a run of a script locks, and the call that locks it."""
     if case.script == "train_sft":
@@ -171,17 +165,17 @@ def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, 
     path.parent.mkdir(parents=True)
     code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); "
             "print(flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
-        other.stdout.readline()
+        holder.stdout.readline()
         part = path.parent / "step-4.part"
         part.mkdir()  # as if the other process were saving
         refused(capsys, case, output, "another process")
         assert sorted(path.parent.iterdir()) == sorted([path, part]) and path.read_bytes() == b""
     finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
 
 
 def start(case, output: Path, processes: int = 1) -> subprocess.Popen:
@@ -218,7 +212,6 @@ def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tm
     assert final_files(case, output) == final_files(case, tmp_path / "alone" / "out")
 
 
-# ------------------------------------------------------------------------------------ dead ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "probe"])  # probe.py is one process
@@ -236,65 +229,55 @@ def test_a_dead_rank_stops_the_others_and_the_run_resumes(world, tmp_path, scrip
     others = [rank_of(launcher.pid, n) for n in (0, 1) if n != rank]
     os.kill(pid, signal.SIGKILL)
     assert launcher.wait(timeout=120) != 0
-    assert not any(other and Path(f"/proc/{other}").exists() for other in others)
+    assert not any(pid and Path(f"/proc/{pid}").exists() for pid in others)
     assert start(case, output, 2).wait(timeout=300) == code
     assert final_files(case, output) == final_files(case, together)
 
 
-# ------------------------------------------------------------------------------------ truncated files
-def truncate(name: str):
-    def damage(folder: Path) -> None:
-        path = folder / name
-        path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
-    return damage
+def truncate(name: str, folder: Path) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
 
 
-def split_shards(folder: Path) -> None:
-    """Split the weights into three files with an index, as in large checkpoints."""
+def split_shards(lost: str, folder: Path) -> None:
+    """Split the weights into three files with an index; lose the second file or the entries of it."""
     from safetensors.torch import load_file, save_file
     weights = load_file(folder / "model.safetensors")
     names = {key: f"model-{n % 3 + 1:05d}-of-00003.safetensors" for n, key in enumerate(sorted(weights))}
-    for file in set(names.values()):
-        save_file({key: weights[key] for key in names if names[key] == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for name in sorted(set(names.values())):
+        if lost != "file" or "00002" not in name:
+            part = {key: weights[key] for key in names if names[key] == name}
+            save_file(part, folder / name, {"format": "pt"})
+    listed = {key: name for key, name in names.items() if lost != "entries" or "00002" not in name}
+    index = json.dumps({"metadata": {}, "weight_map": listed})
+    (folder / "model.safetensors.index.json").write_text(index)
     (folder / "model.safetensors").unlink()
 
 
-def without_shard(folder: Path) -> None:
-    split_shards(folder)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-
-
-def without_weights(folder: Path) -> None:
-    split_shards(folder)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if "00002" not in file}
-    path.write_text(json.dumps(index))
-
-
-DAMAGES = {"cut weights": truncate("model.safetensors"),
-           "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-           "a shard missing": without_shard, "shards not in the index": without_weights,
-           "cut config": truncate("config.json"),
-           "cut vocabulary": truncate("vocab.json"), "cut tokenizer": truncate("tokenizer.json"),
-           "cut processor": truncate("preprocessor_config.json"),
-           "cut tokenizer config": truncate("tokenizer_config.json"),
-           "cut generation config": truncate("generation_config.json")}
+CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "preprocessor_config.json",
+       "tokenizer_config.json", "generation_config.json")
+DAMAGES = {name: partial(truncate, name) for name in CUT} | {
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no shard": partial(split_shards, "file"), "no entries": partial(split_shards, "entries")}
 
 
 @pytest.mark.parametrize("script, damage", [
-    *((name, "cut weights") for name in LOCAL if name != "evaluate"),
-    *(("evaluate", name) for name in DAMAGES if name != "cut tokenizer"),
-    ("intervene", "cut tokenizer")])  # train_sft.py writes tokenizer.json, a release may not
+    *((name, "model.safetensors") for name in LOCAL if name != "evaluate"),
+    *(("evaluate", name) for name in DAMAGES if name != "tokenizer.json"),
+    ("intervene", "tokenizer.json")])  # train_sft.py writes tokenizer.json, a release may not
 def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage):
-    case = world[0][script]
-    place, copy = case.flags.index("--model") + 1, tmp_path / "copy"
-    shutil.copytree(case.flags[place], copy)
+    copy = tmp_path / "copy"
+    changed, model = with_copy(world[0][script], "--model", copy)
+    shutil.copytree(model, copy)
     DAMAGES[damage](copy)
-    changed = replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]])
     refused(capsys, changed, tmp_path / "out", re.escape(str(copy)))
     assert not (tmp_path / "out").is_file()
+
+
+def with_copy(case, flag: str, copy: Path):
+    """Return a case with another path behind a flag, and the path that was there."""
+    place = case.flags.index(flag) + 1
+    return replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]]), case.flags[place]
 
 
 def cut_line(path: Path, line: int) -> None:
@@ -308,18 +291,15 @@ def cut_line(path: Path, line: int) -> None:
                                           ("intervene", "--items"), ("probe", "--items"),
                                           ("probe", "--probe_items")])
 def test_a_truncated_row_is_named_with_its_line(world, capsys, tmp_path, script, flag):
-    case = world[0][script]
-    place = case.flags.index(flag) + 1
     copy = tmp_path / "copy.jsonl"
-    shutil.copy(case.flags[place], copy)
+    changed, rows = with_copy(world[0][script], flag, copy)
+    shutil.copy(rows, copy)
     cut_line(copy, 5)
-    changed = replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]])
     refused(capsys, changed, tmp_path / "out", re.escape(f"{copy}:5: not JSON"))
 
 
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "train_sft"])
-def test_a_truncated_journal_line_is_named_and_without_it_the_work_is_repeated(world, capsys, tmp_path,
-                                                                             script):
+def test_a_truncated_journal_line_is_named_and_its_work_repeated_without_it(world, capsys, tmp_path, script):
     cases, whole = world
     case, output = cases[script], tmp_path / "out"
     for path in whole(script).parent.glob("out*"):

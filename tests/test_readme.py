@@ -1,7 +1,4 @@
-"""README.md and docs/: commands are valid, files exist, numbers are those of results/.
-
-    pytest tests/test_readme.py
-"""
+"""README.md and docs/: commands are valid, files exist, numbers are those of results/."""
 import importlib
 import json
 import re

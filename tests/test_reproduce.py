@@ -1,7 +1,4 @@
-"""reproduce.sh plans the whole run, with flags that every script understands, and runs nothing without GPUs.
-
-    pytest tests/test_reproduce.py
-"""
+"""reproduce.sh plans the whole run with flags that every script understands and runs nothing without GPUs."""
 import importlib
 import os
 import re
@@ -19,10 +16,9 @@ SCRIPTS = ("rewrite_captions", "filter_data", "train_sft", "evaluate", "interven
 
 
 def run(*words, path=None, script="reproduce.sh", **environment):
+    paths = os.pathsep.join([*([str(path)] if path else []), BIN, os.environ["PATH"]])
     return subprocess.run(["bash", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ
-                          | {"PATH": os.pathsep.join(filter(None, (path and str(path), BIN,
-                                                                   os.environ["PATH"])))} | environment)
+                          env=os.environ | {"PATH": paths} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +27,15 @@ def planned(tmp_path_factory):
     done = run("--dry_run", work, MIRAGE="mirage", MIRAGE_VSP="vsp.jsonl")
     assert done.returncode == 0, done.stderr
     assert not work.exists()  # nothing was done
-    assert re.search(r"GPUs \d+ of 8 \| free \d+ of \d+ GiB in \S+ \| estimated \d+ h \d+ min\n$",
-                     done.stderr)
+    last = r"GPUs \d+ of 8 \| free \d+ of \d+ GiB in \S+ \| estimated \d+ h \d+ min\n$"
+    assert re.search(last, done.stderr)
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def calls_of(planned, script):
-    """Return [parsed flags] of a script's commands."""
-    found = [words[words.index(f"{script}.py") + 1:] for words in planned if f"{script}.py" in words]
-    return [importlib.import_module(script).parse_args(words) for words in found]
+    """Return the parsed flags of each command of a script."""
+    parse_args, name = importlib.import_module(script).parse_args, f"{script}.py"
+    return [parse_args(words[words.index(name) + 1:]) for words in planned if name in words]
 
 
 def test_the_plan_holds_every_stage_target_and_benchmark(planned):
@@ -48,9 +44,9 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
     assert [(args.imagination, Path(args.data[0]).stem) for args in calls["train_sft"]] == [
         ("text", "sft"), ("placeholder", "sft"), ("text", "rewritten"), ("latent", "sft"), ("direct", "sft")]
     prepared = [name for args in calls["evaluate"] for name in args.benchmark or ()]
-    assert {"vstar", "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw",
-            "blink/Multi-view_Reasoning", "vsp",
-            "tablevqa/vwtq", "tablevqa/vwtq_syn", "tablevqa/vtabfact", "mme", "ocrbench_v2"} == set(prepared)
+    assert set(prepared) == {
+        "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw", "vsp", "vstar", "tablevqa/vwtq",
+        "mme", "blink/Multi-view_Reasoning", "tablevqa/vwtq_syn", "tablevqa/vtabfact", "ocrbench_v2"}
     answered = [args for args in calls["evaluate"] if args.items]
     assert {args.method for args in answered} == {"direct", "text", "latent", "tool"}
     table = next(args for args in calls["evaluate"] if args.table)
@@ -58,13 +54,12 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
     assert {args.latent for args in calls["intervene"]} == {"off", "monet_capimagine", "lvr", "mirage"} == {
         args.latent for args in calls["probe"] if args.task == "probe"} | {"mirage"}
     assert all("directed_llm" in args.conditions for args in calls["intervene"] if args.latent == "off")
-    # the captioner, and the editor that is also the judge
-    assert sum("vllm" in words[0] for words in planned) == 2
+    assert sum("vllm" in words[0] for words in planned) == 2  # the captioner; the editor, also the judge
 
 
-@pytest.mark.parametrize("old, new, said", [("--imagination \"$4\"", "--imagine \"$4\"", "--imagine"),
-                                            ("--data \"$work/$3.jsonl\"", "--data \"$work/$3.json\"",
-                                             "no stage before makes it")])
+@pytest.mark.parametrize("old, new, said", [
+    ('--imagination "$4"', '--imagine "$4"', "--imagine"),
+    ('--data "$work/$3.jsonl"', '--data "$work/$3.json"', "no stage before makes it")])
 def test_a_wrong_flag_and_a_wrong_path_fail_the_dry_run(tmp_path, old, new, said):
     text = (ROOT / "reproduce.sh").read_text()
     assert text.count(old) == 1

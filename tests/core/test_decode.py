@@ -1,15 +1,15 @@
-"""The decoding loop against generate, replay and scripted tokens.    pytest tests/core/test_decode.py"""
+"""The decoding loop against generate, replay and scripted tokens."""
 import shutil
 from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
-from decoding import MIRAGE, batch_of, load_with
+from decoding import MIRAGE, batch_of, embedded, library_generate, load_with, one_pass
 from safetensors.torch import load_file, save_file
 
 from utils import qwen as Q
-from utils.decode import decode, embed_prompt, generate, prefill, prefill_more, truncate_cache
+from utils.decode import decode, generate, prefill, prefill_more, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
@@ -19,26 +19,32 @@ pytestmark = pytest.mark.numeric
 START, PAD, END, EOS = 1, 2, 3, 9  # of the scripted state machines
 
 
+@pytest.fixture(scope="module")
+def qwen(tiny_checkpoint):
+    return load_with(tiny_checkpoint, MIRAGE)
+
+
+@pytest.fixture
+def batch(qwen):
+    return batch_of(qwen)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_without_latents_equals_generate_bit_for_bit(tiny_checkpoint, dtype):
     qwen = Q.load(str(tiny_checkpoint), device="cpu", dtype=dtype)
     batch = batch_of(qwen)
     # An end of text that this random model really emits, so that rows stop at different steps.
     qwen.eos_ids = [generate(qwen, batch, 9)[1].ids[5]]
-    ours = generate(qwen, batch, 24, with_logits=True)
-    theirs = qwen.model.generate(**{k: v for k, v in batch.items() if k != "position_ids"}, max_new_tokens=24,
-                                 do_sample=False,
-                                 eos_token_id=qwen.eos_ids, pad_token_id=qwen.tokenizer.pad_token_id,
-                                 output_logits=True, return_dict_in_generate=True)
-    assert ours[1].finish == "stop" and len(ours[1].ids) <= 6
-    for i, row in enumerate(ours):
-        assert theirs.sequences[i, batch["input_ids"].shape[1]:][:len(row.ids)].tolist() == row.ids
+    rows = generate(qwen, batch, 24, with_logits=True)
+    library = library_generate(qwen, batch, 24, output_logits=True, return_dict_in_generate=True)
+    assert rows[1].finish == "stop" and len(rows[1].ids) <= 6
+    for i, row in enumerate(rows):
+        assert library.sequences[i, batch["input_ids"].shape[1]:][:len(row.ids)].tolist() == row.ids
         for step, logits in enumerate(row.logits):  # generate returns its logits in float32
-            assert torch.equal(logits.float(), theirs.logits[step][i]), (i, step)
+            assert torch.equal(logits.float(), library.logits[step][i]), (i, step)
 
 
-def test_a_row_alone_equals_the_row_in_a_batch(tiny_checkpoint):
-    qwen = load_with(tiny_checkpoint, MIRAGE)
+def test_a_row_alone_equals_the_row_in_a_batch(qwen):
     together = generate(qwen, batch_of(qwen), 16, MIRAGE, capture=True)
     for i in range(3):
         alone = generate(qwen, batch_of(qwen, slice(i, i + 1)), 16, MIRAGE, capture=True)[0]
@@ -63,16 +69,11 @@ def test_one_forward_over_the_captured_latents_gives_the_same_logits(tiny_checkp
 
 @torch.no_grad()
 def difference(qwen, single, row, fed):
-    n = single["input_ids"].shape[1]
-    embeds = embed_prompt(qwen, single, None, None)
-    tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
+    tail = embedded(qwen, row.ids)
     latent = [j for segment in row.segments for j in range(segment.start, segment.start + segment.size)]
     tail[0, latent] = fed
-    positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(row.ids))
-    hidden = qwen.model.model(inputs_embeds=torch.cat([embeds, tail], 1), use_cache=False,
-                              position_ids=torch.cat([single["position_ids"], positions],
-                                                     -1)).last_hidden_state[0]
-    return float((qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max())
+    hidden = one_pass(qwen, single, tail)[-len(row.ids) - 1:-1]
+    return float((qwen.model.lm_head(hidden) - row.logits).abs().max())
 
 
 def run(spec, script, n=None):
@@ -93,9 +94,8 @@ def run(spec, script, n=None):
     ("mirage", 4, [1, 7, 3, 6, 9], [1, 2, 3, 6, 9], [1]),  # a sampled end closes early
     ("mirage", 2, [1, 9, 1, 7, 6, 9], [1, 2, 2, 3, 6, 9], [1, 2]),  # end of text and start inside are ignored
     ("mirage", 1, [1, 7, 7, 1, 7, 7, 9], [1, 2, 3, 1, 2, 3, 9], [1, 4]),  # two segments
-    ("lvr", 2, [1, 7, 7, 6, 9], [1, 2, 2, 6, 9], [1, 2]),  # no end is written: the sampled token stands
-    # a sampled end does not close; end of text right after the latents
-    ("lvr", 2, [1, 3, 7, 9], [1, 2, 2, 9], [1, 2]),
+    ("lvr", 2, [1, 7, 7, 6, 9], [1, 2, 2, 6, 9], [1, 2]),  # no end is written; the sampled token stays
+    ("lvr", 2, [1, 3, 7, 9], [1, 2, 2, 9], [1, 2]),  # a sampled end does not close; then the end of text
     ("lvr", 2, [1, 7, 7, 1, 7, 7, 6], [1, 2, 2, 1, 2, 2, 6], [1, 2, 4, 5])])
 def test_state_machine_on_scripted_tokens(name, size, script, ids, fed):
     out, places, row = run(replace(PRESETS[name], size=size), script)
@@ -115,14 +115,11 @@ def test_a_segment_cut_by_max_new_tokens_says_so():
 
 
 def replay_of(row):
-    def feed(z, segment, step):
-        return row.fed[sum(s.size for s in row.segments[:segment]) + step]
-    return Intervention(feed=feed)
+    starts = [sum(s.size for s in row.segments[:n]) for n in range(len(row.segments))]
+    return Intervention(feed=lambda z, segment, step: row.fed[starts[segment] + step])
 
 
-def test_edits_at_the_fed_vector(tiny_checkpoint):
-    qwen = load_with(tiny_checkpoint, MIRAGE)
-    batch = batch_of(qwen)
+def test_edits_at_the_fed_vector(qwen, batch):
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
     same = generate(qwen, batch, 16, MIRAGE, capture=True, arms=[Intervention(feed=lambda z, *place: z)] * 3)
     assert [g.ids for g in same] == [g.ids for g in clean]
@@ -139,9 +136,8 @@ def test_edits_at_the_fed_vector(tiny_checkpoint):
     assert [g.ids for g in replay] == [g.ids for g in clean]
 
 
-def test_latents_put_into_the_prompt_replay_the_run(tiny_checkpoint):
+def test_latents_put_into_the_prompt_replay_the_run(qwen):
     """The recorded ids as prompt, the captured vectors at the pads: decoding goes on as it did."""
-    qwen = load_with(tiny_checkpoint, MIRAGE)
     batch = batch_of(qwen, slice(1, 2))
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)[0]
     segment = clean.segments[0]
@@ -155,12 +151,10 @@ def test_latents_put_into_the_prompt_replay_the_run(tiny_checkpoint):
         generate(qwen, again, 2, MIRAGE, prompt_latents=[clean.fed[:1]])
 
 
-def test_text_of_a_row_has_no_latents_and_no_control_tokens(tiny_checkpoint):
-    qwen = load_with(tiny_checkpoint, MIRAGE)
+def test_text_of_a_row_has_no_latents_and_no_control_tokens(qwen):
     start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
-    words = qwen.tokenizer("It is blue.").input_ids
-    assert clean_text(qwen.tokenizer, [start, pad, pad, end, *words, qwen.eos_ids[0]],
-                      MIRAGE) == "It is blue."
+    ids = [start, pad, pad, end, *qwen.tokenizer("It is blue.").input_ids, qwen.eos_ids[0]]
+    assert clean_text(qwen.tokenizer, ids, MIRAGE) == "It is blue."
 
 
 def test_tokens_of_another_family_are_refused(tiny_checkpoint):
@@ -173,19 +167,17 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2])
-def test_a_batch_beyond_the_budget_is_read_in_parts(tiny_checkpoint, monkeypatch, rows_at_once):
+def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, rows_at_once):
     """One row at a time, as alone, to the bit; and latents that are given reach their own rows."""
-    qwen = load_with(tiny_checkpoint, MIRAGE)
-    batch = batch_of(qwen)
     whole = prefill(qwen, batch)
     monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
     parts = prefill(qwen, batch)
     assert torch.allclose(parts.hidden, whole.hidden, atol=1e-5)
-    for layer, its in zip(parts.cache.layers, whole.cache.layers, strict=True):
+    for layer, same in zip(parts.cache.layers, whole.cache.layers, strict=True):
         seen = batch["attention_mask"].bool()
-        assert layer.keys.shape == its.keys.shape
-        assert torch.allclose(layer.keys.transpose(1, 2)[seen], its.keys.transpose(1, 2)[seen], atol=1e-5)
-        assert torch.allclose(layer.values.transpose(1, 2)[seen], its.values.transpose(1, 2)[seen], atol=1e-5)
+        assert layer.keys.shape == same.keys.shape
+        for part, expected in ((layer.keys, same.keys), (layer.values, same.values)):
+            assert torch.allclose(part.transpose(1, 2)[seen], expected.transpose(1, 2)[seen], atol=1e-5)
     if rows_at_once == 1:
         for i in range(3):
             assert torch.equal(parts.hidden[i], prefill(qwen, batch_of(qwen, slice(i, i + 1))).hidden[0])
@@ -193,10 +185,8 @@ def test_a_batch_beyond_the_budget_is_read_in_parts(tiny_checkpoint, monkeypatch
     assert [row.ids for row in together] == [row.ids for row in apart]
 
 
-def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(tiny_checkpoint, monkeypatch):
-    qwen = load_with(tiny_checkpoint, MIRAGE)
+def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(qwen, batch, monkeypatch):
     _, pad_id, _ = latent_ids(qwen.tokenizer, MIRAGE)
-    batch = batch_of(qwen)
     batch["input_ids"][:, -3:-1] = pad_id
     latents = [torch.full((2, qwen.model.config.text_config.hidden_size), value) for value in (0.0, 0.5, 1.0)]
     whole = prefill(qwen, batch, MIRAGE, latents)
@@ -205,12 +195,9 @@ def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(tiny_
     assert not torch.allclose(prefill(qwen, batch, MIRAGE, latents[::-1]).hidden, whole.hidden, atol=1e-3)
 
 
-# -------------------------------------------------------------------------------------- one prompt, many arms
-def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
-    """Clean, edited and hidden rows side by side in one batch, against a batch of each; the prefill is not
-    used up."""
-    qwen = load_with(tiny_checkpoint, MIRAGE)
-    batch, fixed = batch_of(qwen), torch.arange(32.0)
+def test_rows_taken_from_one_prefill_decode_as_they_do_alone(qwen, batch):
+    """Clean, edited and hidden rows in one batch equal a batch of each; the prefill is not used up."""
+    fixed = torch.arange(32.0)
     arms = [Intervention(), Intervention(feed=lambda z, *place: fixed),
             Intervention(hide=("latents", "images"))]
     state = prefill(qwen, batch)
@@ -227,16 +214,20 @@ def test_rows_taken_from_one_prefill_decode_as_they_do_alone(tiny_checkpoint):
 def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
     """Blocks of unlike lengths after unlike prompts; then again from where each row had read fewer ids."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
+
+    def whole(i, ids):
+        return one_pass(qwen, batch_of(qwen, slice(i, i + 1)), embedded(qwen, ids))[-1]
+
     tail = [qwen.tokenizer(text).input_ids for text in ("It is blue.", "a red circle with the digit 7", "It")]
     state = prefill(qwen, batch_of(qwen))
     after = prefill_more(qwen, state, tail)
     for i, ids in enumerate(tail):
-        assert torch.allclose(after.hidden[i], whole(qwen, i, ids), atol=1e-5)
+        assert torch.allclose(after.hidden[i], whole(i, ids), atol=1e-5)
     decoded, end = decode(qwen, state.select([0, 1, 2]), 9)
     kept = [3, 0, 7]
     again = prefill_more(qwen, truncate_cache(end, state, kept), tail)
     for i, ids in enumerate(tail):
-        assert torch.allclose(again.hidden[i], whole(qwen, i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
+        assert torch.allclose(again.hidden[i], whole(i, decoded[i].ids[:kept[i]] + ids), atol=1e-5)
     with pytest.raises(ValueError, match="row 0: 9 ids to keep of 8"):
         truncate_cache(end, state, [9, 0, 0])
     with pytest.raises(ValueError, match="expected one block of at least one id per row"):
@@ -244,21 +235,8 @@ def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
 
 
 @torch.no_grad()
-def whole(qwen, i, ids):
-    """The last state of row i with these ids behind its prompt, in one pass without a cache."""
-    single = batch_of(qwen, slice(i, i + 1))
-    embeds = torch.cat([embed_prompt(qwen, single, None, None),
-                        qwen.model.get_input_embeddings()(torch.tensor([ids]))], 1)
-    positions = single["position_ids"][..., -1:] + 1 + torch.arange(len(ids))
-    return qwen.model.model(inputs_embeds=embeds, use_cache=False, position_ids=torch.cat(
-        [single["position_ids"], positions], -1)).last_hidden_state[0, -1]
-
-
-@torch.no_grad()
-def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
-    """Site `edge` by closing columns from the end marker on, against one pass with the attention matrix
-    written out."""
-    qwen = load_with(tiny_checkpoint, MIRAGE)
+def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
+    """Site `edge`: closing columns from the end marker on equals one pass with the matrix written out."""
     batch = batch_of(qwen, slice(0, 1))
     row = generate(qwen, batch, 7, MIRAGE, [Intervention(hide=("latents", "images"))], capture=True,
                    with_logits=True)[0]
@@ -270,19 +248,14 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(tiny_checkpoint):
     allowed[after:, first:after] = False
     allowed[after:, :n] &= batch["input_ids"][0] != Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
     additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
-    tail = qwen.model.get_input_embeddings()(torch.tensor([row.ids]))
+    tail = embedded(qwen, row.ids)
     tail[0, segment.start:segment.start + segment.size] = row.fed
-    positions = torch.cat([batch["position_ids"], batch["position_ids"][..., -1:] + 1
-                           + torch.arange(len(row.ids))], -1)
-    hidden = qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, batch, None, None), tail], 1),
-                              use_cache=False,
-                              attention_mask={"full_attention": additive},
-                              position_ids=positions).last_hidden_state[0]
+    hidden = one_pass(qwen, batch, tail, attention_mask={"full_attention": additive})
     assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
     clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
     upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
-    assert torch.equal(clean.logits[:upto], row.logits[:upto]) and (clean.logits[upto]
-                                                                    - row.logits[upto]).abs().max() > 1e-3
+    assert torch.equal(clean.logits[:upto], row.logits[:upto])
+    assert (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
 
 
 class GatedHead(torch.nn.Module):
@@ -336,15 +309,12 @@ def test_a_checkpoint_without_a_head_or_with_half_of_one(tiny_checkpoint, tmp_pa
         Q.load_with(None, str(tmp_path / "half"))
 
 
-# ------------------------------------------------------------------------------------------- sampling
-def test_choices_are_the_arms_own(tiny_checkpoint):
+def test_choices_are_the_arms_own(qwen, batch):
     """Forced ids drive the same state machine; a banned start token is never recorded."""
-    qwen = load_with(tiny_checkpoint, MIRAGE)
     start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
-    batch = batch_of(qwen)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
-    forced = generate(qwen, batch, 16, MIRAGE, [Intervention(choose=lambda logits, n, ids=row.ids: ids[n])
-                                                for row in clean], capture=True)
+    arms = [Intervention(choose=lambda logits, n, ids=row.ids: ids[n]) for row in clean]
+    forced = generate(qwen, batch, 16, MIRAGE, arms, capture=True)
     assert [row.ids for row in forced] == [row.ids for row in clean]
     assert all(torch.equal(a.fed, b.fed) for a, b in zip(forced, clean))
 

@@ -1,4 +1,4 @@
-"""Patches equal those of the library's image processor, to the bit.    pytest tests/core/test_patches.py"""
+"""Patches equal those of the library's image processor, to the bit."""
 import numpy as np
 import pytest
 import torch
@@ -21,10 +21,10 @@ def test_every_value_is_the_librarys(patch, low, high):
                                          image_std=[0.27, 0.26, 0.28])
     processor.size = {"shortest_edge": low, "longest_edge": high}
     pictures = [noise(*size) for size in ((28, 28), (64, 320), (333, 517), (1000, 90), (448, 448), (30, 31))]
-    expected, found = processor(pictures, return_tensors="pt"), process_images(processor, pictures)
-    assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
-    assert found["pixel_values"].dtype == torch.float32 and process_images(processor, []) is None
+    expected, computed = processor(pictures, return_tensors="pt"), process_images(processor, pictures)
+    assert torch.equal(computed["image_grid_thw"], expected["image_grid_thw"])
+    assert torch.equal(computed["pixel_values"], expected["pixel_values"])
+    assert computed["pixel_values"].dtype == torch.float32 and process_images(processor, []) is None
 
 
 def test_other_settings_have_another_table():
@@ -34,10 +34,9 @@ def test_other_settings_have_another_table():
     assert np.allclose(tables[1] - tables[0], 0.5, atol=1e-6)
 
 
-def test_the_patches_of_a_merged_token_stand_side_by_side():
-    """A picture whose bytes tell their place: patch 1 is right of patch 0, patch 2 below it, patch 4 in the
-    next token."""
+def test_the_patches_of_a_merged_token_are_neighbours():
+    """The bytes are their place: patch 1 is right of patch 0, patch 2 below it, patch 4 in the next token."""
     rows, columns = np.indices((56, 84)) // 14
     moved = move_bytes(np.stack([rows, columns, rows * 0], axis=2).astype(np.uint8), 14, 2)
-    assert [tuple(its[:2, 0]) for its in moved[:6]] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
+    assert [tuple(patch[:2, 0]) for patch in moved[:6]] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
     assert (moved == moved[:, :, :1]).all()

@@ -1,5 +1,4 @@
-"""The slot site: what the layers read at latent positions, noted and replaced.    pytest tests/core/test_sites.py
-"""
+"""The slot site: what the layers read at latent positions, noted and replaced."""
 import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
@@ -17,23 +16,22 @@ def slots_of(row):
 
 
 def test_own_slots_change_nothing_and_a_donors_make_its_keys(tiny_checkpoint):
-    """With a donor's layer inputs the keys and values at the latent positions are the donor's, whatever was
-    fed there."""
+    """With a donor's layer inputs, keys and values at latent positions are the donor's, whatever was fed."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     clean, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
     flipped = Intervention(feed=lambda z, *place: z.flip(0))
-    other, its_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [flipped] * 2, with_slots=True)
+    donor, donor_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [flipped] * 2, with_slots=True)
     same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
                      capture=True)
     assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
-    _, end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(other[0]), Intervention()], capture=True)
+    _, end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(donor[0]), Intervention()], capture=True)
     segment = clean[0].segments[0]
     columns = slice(state.mask.shape[1] + segment.start, state.mask.shape[1] + segment.start + segment.size)
-    for mine, its in zip(end.cache.layers, its_end.cache.layers):
-        assert torch.allclose(mine.keys[0, :, columns], its.keys[0, :, columns], atol=1e-5)
-        assert torch.allclose(mine.values[0, :, columns], its.values[0, :, columns], atol=1e-5)
-        assert not torch.allclose(mine.values[1, :, columns], its.values[1, :, columns], atol=1e-3)
+    for layer, given in zip(end.cache.layers, donor_end.cache.layers):
+        assert torch.allclose(layer.keys[0, :, columns], given.keys[0, :, columns], atol=1e-5)
+        assert torch.allclose(layer.values[0, :, columns], given.values[0, :, columns], atol=1e-5)
+        assert not torch.allclose(layer.values[1, :, columns], given.values[1, :, columns], atol=1e-3)
 
 
 def test_hooks_are_taken_away_even_after_an_error(tiny_checkpoint):
@@ -49,8 +47,7 @@ def test_hooks_are_taken_away_even_after_an_error(tiny_checkpoint):
 
 
 def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
-    """A map's cell: no layer put anywhere changes nothing at all; one layer put changes that layer's keys and
-    no earlier one's."""
+    """A map's cell: no layer replaced changes nothing; one replaced changes its keys and no earlier ones."""
     qwen = load_with(tiny_checkpoint, MIRAGE)
     state = prefill(qwen, batch_of(qwen))
     rows = [0, 0]
@@ -61,5 +58,5 @@ def test_what_is_none_is_left_to_the_bit(tiny_checkpoint):
     one = Intervention(slot=lambda *place: [None, torch.ones(32)])
     _, end = decode(qwen, state.select(rows), 9, MIRAGE, [one, Intervention()], capture=True)
     column = state.mask.shape[1] + clean[0].segments[0].start
-    mine, its = ([layer.keys[0, :, column] for layer in them.cache.layers] for them in (end, clean_end))
-    assert torch.equal(mine[0], its[0]) and not torch.allclose(mine[1], its[1], atol=1e-3)
+    edited, clean = ([layer.keys[0, :, column] for layer in run.cache.layers] for run in (end, clean_end))
+    assert torch.equal(edited[0], clean[0]) and not torch.allclose(edited[1], clean[1], atol=1e-3)

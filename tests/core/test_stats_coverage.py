@@ -1,8 +1,6 @@
-"""How often intervals cover and verdicts err on data whose truth is known.
+"""How often intervals cover and verdicts err on 500 data sets of known truth; `pytest -s` prints the rates.
 
-500 data sets of the analytic model in each case. A rate of misses is accepted if a run with as many or more
-misses has a probability above 1 in 1000 (exact binomial): at 500 data sets and 5 % at most 41 misses, 8.2 %.
-The rates are printed with `pytest -s tests/core/test_stats_coverage.py`.
+Misses are accepted if as many or more have a probability above 1 in 1000 (exact binomial): at 5 % at most 41.
 """
 import math
 
@@ -33,8 +31,8 @@ def simulate(model, truth, margin, binary, size, rho):
     """Return how many data sets miss the truth (95 % interval), claim an effect, and claim equivalence."""
     rng, misses, effects, equivalent = np.random.default_rng(0), 0, 0, 0
     for _ in range(N_SETS):
-        found, groups = draw(model, 400, binary, rng, size, rho)
-        clean, after = found["y_xz"], found["y_xz0"]
+        sample, groups = draw(model, 400, binary, rng, size, rho)
+        clean, after = sample["y_xz"], sample["y_xz0"]
         ci90, ci95 = (paired_interval(clean, after, groups, level, N_BOOT) if binary else
                       robust_mean(after - clean, groups, level)[1:] for level in (0.90, 0.95))
         said = verdict(ci90, ci95, margin)
@@ -46,16 +44,11 @@ def simulate(model, truth, margin, binary, size, rho):
     return misses, effects, equivalent
 
 
-def test_the_bound_is_the_binomials():
-    assert most_misses(0.05) == 41 and most_misses(0.5, 10, 0.002) == 9
-
-
 @each_case
 def test_without_an_effect_none_is_found_and_intervals_cover(binary, size, rho):
     model = AnalyticModel(0.0, redraw=0.3)
     misses, effects, _ = simulate(model, 0.0, 0.05 if binary else 0.3, binary, size, rho)
-    assert misses <= most_misses(0.05)
-    assert effects <= most_misses(0.05)
+    assert max(misses, effects) <= most_misses(0.05)
 
 
 @each_case
@@ -63,17 +56,17 @@ def test_an_effect_as_large_as_the_margin_is_not_called_equivalent(binary, size,
     model = AnalyticModel(0.12, redraw=0.3)
     truth = model.accuracy(True, False) - model.accuracy(True, True) if binary else -model.share * model.scale
     misses, effects, equivalent = simulate(model, truth, abs(truth), binary, size, rho)
-    assert misses <= most_misses(0.05)
-    assert equivalent <= most_misses(0.05)
+    assert max(misses, equivalent) <= most_misses(0.05)
     assert effects > N_SETS // 3 and equivalent > 0  # a verdict that is always "inconclusive" fails
 
 
 def test_intervals_that_ignore_groups_cover_too_little():
     """A check of this file: on grouped data the interval for independent items has to fail."""
+    assert most_misses(0.05) == 41 and most_misses(0.5, 10, 0.002) == 9
     rng, model, misses = np.random.default_rng(0), AnalyticModel(0.12, redraw=0.3), 0
     for _ in range(N_SETS):
-        found, groups = draw(model, 400, False, rng, 4, 0.5)
-        _, low, high = robust_mean(found["y_xz0"] - found["y_xz"], range(400), 0.95)
+        sample, groups = draw(model, 400, False, rng, 4, 0.5)
+        _, low, high = robust_mean(sample["y_xz0"] - sample["y_xz"], range(400), 0.95)
         misses += not low <= -model.share * model.scale <= high
     print(f"\nsingle items, groups of 4: coverage {1 - misses / N_SETS:.3f}")
     assert misses > 2 * most_misses(0.05)
@@ -82,8 +75,8 @@ def test_intervals_that_ignore_groups_cover_too_little():
 def test_sign_flips_reject_no_effect_in_5_percent():
     rng, rejected = np.random.default_rng(0), 0
     for _ in range(N_SETS):
-        found, groups = draw(AnalyticModel(0.0, redraw=0.3), 80, False, rng, 4, 0.5)
-        rejected += sign_flip(found["y_xz0"] - found["y_xz"], groups, n_perm=400) <= 0.05
+        sample, groups = draw(AnalyticModel(0.0, redraw=0.3), 80, False, rng, 4, 0.5)
+        rejected += sign_flip(sample["y_xz0"] - sample["y_xz"], groups, n_perm=400) <= 0.05
     print(f"\nsign flips, groups of 4: rejected {rejected / N_SETS:.3f}")
     assert N_SETS * 0.05 - (most_misses(0.05) - N_SETS * 0.05) <= rejected <= most_misses(0.05)
 
@@ -100,11 +93,10 @@ def test_mediation_covers_the_shares_of_the_model(binary, n_sets, size, rho):
                  "NDE1": both - latent, "interaction": both - direct - latent + none}
     misses = dict.fromkeys(truth if binary else [*truth, "proportion_mediated"], 0)
     for _ in range(n_sets):
-        found, groups = draw(model, 200, binary, rng, size, rho)
-        result = mediate(**found, groups=groups, binary=binary, n_boot=200 if binary else 500)
+        sample, groups = draw(model, 200, binary, rng, size, rho)
+        result = mediate(**sample, groups=groups, binary=binary, n_boot=200 if binary else 500)
         for name in misses:
             low, high = result[name]["ci95"]
             misses[name] += not low <= truth.get(name, 0.3) <= high
-    print(f"\ngroups of {size}: coverage " + ", ".join(f"{name} {1 - k / n_sets:.3f}"
-                                                       for name, k in misses.items()))
+    print(f"\ngroups of {size}: coverage", {name: round(1 - k / n_sets, 3) for name, k in misses.items()})
     assert max(misses.values()) <= most_misses(0.05, n_sets)

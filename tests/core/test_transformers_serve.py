@@ -1,9 +1,7 @@
 """Both generating stages against `transformers serve`, which ignores schemas, with a real model on the CPU.
 
-    pip install -r requirements-test.txt && python -m pytest tests/core/test_transformers_serve.py
-
-The model is a random LLaVA of 100,000 parameters: of the small ones, its processor alone needs no
-torchvision. It never writes JSON: every sample must end as a clean error, asked twice, with exit code 3.
+The model is a random LLaVA of 100,000 parameters: its processor needs no torchvision. It never writes JSON:
+every sample must end as a clean error, asked twice, with exit code 3.
 """
 import json
 import os
@@ -45,11 +43,10 @@ def llava(tmp_path_factory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>",
                                         additional_special_tokens=["<image>"])
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=28,
-                                                        projection_dim=32),
-                         text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer),
-                                                 max_position_embeddings=8192),
-                         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=28, projection_dim=32),
+        text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=8192),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
     model = LlavaForConditionalGeneration(config)
     special = [tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<pad>", "<image>")]
     model.generation_config = GenerationConfig(eos_token_id=special[0], pad_token_id=special[1],
@@ -128,8 +125,7 @@ def test_a_corrupt_image_fails_alone(tmp_path, picture, llava):
     good = picture("a.png")
     Image.effect_noise((300, 200), 50).save(tmp_path / "bad.jpg")
     data = (tmp_path / "bad.jpg").read_bytes()
-    # the header stands, so that it is sent as it is
-    (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])
+    (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])  # the header stays: it is sent as it is
     with serving(llava) as url:
         backend = HttpBackend(str(llava), url, 10**6)
         requests = [Request(f"{n:064x}", None, "What is it?", (str(path),), 8)
