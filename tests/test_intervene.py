@@ -171,7 +171,7 @@ def test_conditions_together_equal_each_alone(many, items, tmp_path):
     together = by_condition(records)
     for name in ("swap_counterfactual", "slot_swap_blank", "cut_both"):
         _, alone = run(items, model, tmp_path / f"{name}.jsonl", "--latent", "mirage", "--dtype", "float32",
-                       "--conditions", name)
+                       "--conditions", name, "--rows", "5")
         for record in alone:
             same = together[record["id"]][record["condition"]]
             assert record["text"] == same["text"] and record["segments"] == same["segments"]
