@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
 
 # ---------------------------------------------------------------------------------------------- refused
 @pytest.mark.parametrize("more, message", [
-    (("--imagination", "latent", "--recompute", "layers"), "whose recurrence needs the cache; use mlps"),
+    (("--imagination", "latent", "--recompute", "layers"), "needs the cache; use mlps"),
     (("--lora_rank", "4", "--train_vision"), "exclude each other")])
 def test_flags_that_exclude_each_other(capsys, more, message):
     with pytest.raises(SystemExit):
