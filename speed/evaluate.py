@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from utils.jsonl import write_json  # noqa: E402
 
 
-# ---------------------------------------------------------------------------------------------- the two sides
+# ---- the two sides
 def flags_of(args: argparse.Namespace, output: Path) -> list[str]:
     return ["--model", args.model, "--items", args.items, "--output", str(output), "--protocol", "plain",
             "--limit", str(args.limit), "--max_new_tokens", str(args.max_new_tokens), "--dtype", "float32"]
@@ -77,7 +77,7 @@ def run_peer(args: argparse.Namespace) -> dict[str, str]:
     return replies
 
 
-# ------------------------------------------------------------------------------------------- the comparisons
+# ---- the comparisons
 def run_part(args: argparse.Namespace, folder: Path) -> dict:
     """Time the sides that --part names in this process, in turns."""
     import torch

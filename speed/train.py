@@ -60,7 +60,7 @@ TOLERANCE = 1e-3  # of losses at the same step
 SYLLABLES = "ba ke li mo nu ra se ti vo zu dra ple stin gor bel car fen hal".split()
 
 
-# ---------------------------------------------------------------------------------------------- the world
+# ---- the world
 def words(rng: random.Random, n: int) -> str:
     return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(n))
 
@@ -92,7 +92,7 @@ def make_world(folder: Path, n_rows: int, visual_tokens: int | None) -> None:
     print(json.dumps(made), file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------- the contenders
+# ---- the contenders
 def count_rows(folder: Path) -> int:
     return len((folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
 
@@ -208,7 +208,7 @@ def run_peer(name: str, folder: Path, steps: int, output: Path, own_pixels: bool
             "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
 
 
-# --------------------------------------------------------------------------------------------- the comparison
+# ---- the comparison
 def make_environment() -> Path:
     """Return the Python of an environment that has our requirements and the peers."""
     python = ENVIRONMENT / "bin" / "python"

@@ -59,7 +59,7 @@ def write_items(folder, n):
     return folder / "items.jsonl", items
 
 
-# ------------------------------------------------------------------------------------------- weights
+# ---- weights
 def write_vision(visual):
     """An image token has IMAGE, the COLOR nearest to its mean (none beyond 45 degrees), and SHADE."""
     mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)

@@ -82,7 +82,7 @@ class Case:
     server: Path | None = None  # folder of a server's log, whose calls are counted
 
 
-# ------------------------------------------------------------------------------------ inputs and runs
+# ---- inputs and runs
 def plant_start(qwen, spec, items: list[dict], root: Path) -> None:
     """Let a random model begin every reply with latents: the start token's output row is a state of it."""
     images = [[Image.open(root / items[0]["images"][0]["path"])]]
@@ -170,7 +170,7 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
     return made
 
 
-# ------------------------------------------------------------------------------------ kills
+# ---- kills
 def fork(work: Callable[[], int], log: Path) -> int:
     """Run `work` in a fork that ends with its exit code and writes to `log`; return the process id."""
     pid = os.fork()

@@ -102,7 +102,7 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(items
     assert few["effect"] is None and "fewer than --min_emitters 17" in few["reason"]
 
 
-# ------------------------------------------------------------------------------------ three sites
+# ---- three sites
 MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x",
         "slot_swap_random", "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent",
         "cut_image_after", "cut_both", "markers_only", "x_counterfactual", "slot_swap_at:0-3/0-1",
@@ -212,7 +212,7 @@ def test_an_llm_writes_the_directed_edit_at_its_server(imagining_model, items, t
     assert all(edit["editor"] == "llm" and edit["before"] != edit["after"] for edit in edits)
 
 
-# ------------------------------------------------------------------------------------ guards and errors
+# ---- guards and errors
 @pytest.mark.parametrize("condition, change, match", [
     ("identity", {"first_diff": 3}, "identity changed id 3"),
     ("tau", {"first_diff": 1}, "before the latents"),

@@ -42,7 +42,7 @@ def largest(one, two):
     return float((one.logits - two.logits).abs().max())
 
 
-# ------------------------------------------------------------------------------------------- random weights
+# ---- random weights
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_a_mask_forbids_makes_no_difference_and_what_it_allows_makes_one(seed):
     """The columns of three passes of eight pictures: 0 to the last bit, or a change that is seen."""
@@ -125,7 +125,7 @@ def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_wer
                           [Intervention(), Intervention(hide=("latents",))])
 
 
-# ------------------------------------------------------------------------------------------- mutations
+# ---- mutations
 @pytest.mark.parametrize("mask", ["open", "in"])
 @torch.no_grad()
 def test_a_latent_fed_one_step_late_is_no_replay(worlds, mask):
@@ -217,7 +217,7 @@ def test_effects_are_of_items_that_emit_in_their_clean_run():
     assert (wrong["n"], wrong["delta"]) == (8, -0.5)
 
 
-# ------------------------------------------------------------------------------------------- trained toys
+# ---- trained toys
 def check(found, names):
     assert json.loads(json.dumps(found, allow_nan=False))["ok"] is found["ok"]
     assert list(found["toys"]) == list(names)
@@ -272,7 +272,7 @@ def test_a_finding_against_what_is_expected(found, expected, fits):
     assert agrees(found, expected) is fits
 
 
-# ------------------------------------------------------------------------------------- the product's own path
+# ---- the product's own path
 @pytest.fixture(scope="module")
 def follower(imagining_model, tmp_path_factory):
     """A checkpoint whose answer is the colour whose code is fed, and eight items with their images."""

@@ -56,7 +56,7 @@ def prober_of(model, spec, data, store):
     return Prober(load(str(model), "float32", "cpu"), spec, items, States(store), args), items
 
 
-# ------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 @pytest.fixture(scope="module")
 def latent_run(imagining_model, data, tmp_path_factory):
     """A model whose latents are codes of the colour seen, captured, analysed and asked in every way."""
@@ -343,7 +343,7 @@ def test_a_probe_item_without_its_source_is_named(data, tmp_path):
                     "--output", str(tmp_path / "o")])
 
 
-# ------------------------------------------------------------------------------------------- parts
+# ---- parts
 def test_rotated_options_keep_their_gold():
     options = [["A", "red"], ["B", "blue"], ["C", "gray"]]
     turned = rotations({"id": "p", "options": options, "answer": {"value": "B"}})

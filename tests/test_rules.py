@@ -79,7 +79,7 @@ def stage_of(name: str) -> str:
     return STAGE_OF.get(name, parts[0])
 
 
-# ----------------------------------------------------------------------------------------------- imports
+# ---- imports
 @pytest.mark.parametrize("name", [*SCRIPTS, *MODULES])
 def test_scripts_and_stage_folders_are_private(name):
     taken = imports_of(name)
@@ -169,7 +169,7 @@ def test_a_library_s_forward_is_replaced_only_inside_a_context_manager(name):
         assert ast.unparse(call.func) != "setattr" or '"forward"' not in ast.unparse(call).replace("'", '"')
 
 
-# ------------------------------------------------------------------------------------------------- sizes
+# ---- sizes
 @pytest.mark.parametrize("name", FILES)
 def test_lines_are_at_most_110_columns(name):
     assert not [n for n, line in enumerate(text_of(name).splitlines(), 1) if len(line) > 110]
@@ -195,7 +195,7 @@ def test_the_parts_keep_their_size():
         assert sum(length(name) for name in STAGE_MODULES if stage_of(name) == stage) <= 3000, stage
 
 
-# ------------------------------------------------------------------------------------------ documentation
+# ---- documentation
 @each_source
 def test_a_file_says_what_it_is_for(name):
     text = ast.get_docstring(tree_of(name))
@@ -266,7 +266,7 @@ def test_help_names_every_default(script, capsys, monkeypatch):
             assert "(default: " in shown[flag], f"{flag}: {shown[flag]}"
 
 
-# ------------------------------------------------------------------------------------------------- tests
+# ---- tests
 @pytest.mark.parametrize("name", [*SCRIPTS, *MODULES])
 def test_tests_mirror_the_tree(name):
     if name in SCRIPTS:
@@ -285,7 +285,7 @@ def test_no_test_file_imports_another(name):
     assert not [module for module in imported if module and module.split(".")[-1].startswith("test_")]
 
 
-# ---------------------------------------------------------------------------------------------- start-up
+# ---- start-up
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "matplotlib")
 WATCHED = """
 import atexit, json, runpy, sys

@@ -58,7 +58,7 @@ def test_learning_rate():
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
 
 
-# ---------------------------------------------------------------------------------------------- the loss
+# ---- the loss
 @numeric
 def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
     """Oracle: transformers' loss with labels and its own positions, a mean over the trained tokens."""
@@ -99,7 +99,7 @@ def test_logits_in_chunks_change_neither_loss_nor_gradient(tiny_checkpoint, data
         assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs
 @pytest.mark.parametrize("imagination", TARGETS)
 def test_each_variant_trains_and_reloads(train, tiny_checkpoint, tmp_path, capsys, imagination):
     output = tmp_path / "out"
@@ -217,7 +217,7 @@ def test_a_step_is_the_same_rows_however_they_are_packed(train):
     assert all(curve == pytest.approx(curves[0], rel=1e-4) for curve in curves[1:])
 
 
-# ---------------------------------------------------------------------------------------------- interruptions
+# ---- interruptions
 def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, data, tmp_path):
     more = ["--epochs", "10", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
     assert launch(flags(data, tiny_checkpoint, tmp_path / "whole", *more)).wait(timeout=240) == 0
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
         assert len(train("o", *more, "--spike", "0", "--resume", "must")) == 20
 
 
-# ---------------------------------------------------------------------------------------------- refused
+# ---- refused
 @pytest.mark.parametrize("more, message", [
     (("--imagination", "latent", "--recompute", "layers"), "needs the cache; use mlps"),
     (("--lora_rank", "4", "--train_vision"), "exclude each other")])

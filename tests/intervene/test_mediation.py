@@ -95,7 +95,7 @@ def test_no_effect_of_outcomes_that_make_no_sense(change, words):
         mediate(**{**HAND, "groups": "aabc"} | change)
 
 
-# ------------------------------------------------------------------------------------ sample sizes
+# ---- sample sizes
 def test_golden_values():
     planned = [items_for_margin(*case) for case in ((0.1, 0.01), (0.04, 0.05), (0.09, 0.05), (0.25, 0.1))]
     assert planned == [8564, 138, 309, 215] and items_with_no_change(0.01) == 268

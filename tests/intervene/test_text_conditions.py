@@ -45,7 +45,7 @@ def refused(condition, **more):
     return str(fault.value)
 
 
-# ------------------------------------------------------------------------------------ one test per condition
+# ---- one test per condition
 @pytest.mark.parametrize("condition, after", [
     ("sham", SPANS), ("removal", ["", ""]), ("constant", [CONSTANT, CONSTANT]),
     ("something", ["The image shows a something cup on a wooden table, 2 lids.", "a something lid"]),
@@ -101,7 +101,7 @@ def test_foreign_takes_the_donors_spans_and_an_edit_that_changes_nothing_is_refu
         assert refused(name, spans=["a green cup"]) == "gold_not_mentioned"
 
 
-# ------------------------------------------------------------------------------------ paraphrase
+# ---- paraphrase
 @pytest.mark.parametrize("span, after", [
     ("The image clearly shows an image", "The picture plainly displays a picture"),
     ("SHOWS 2", "DISPLAYS 2"), ("The cup is red", "In this view, the cup is red"),
@@ -130,7 +130,7 @@ def test_a_paraphrase_that_loses_a_value_is_refused(monkeypatch):
     assert refused("paraphrase", item={**ITEM, "options": options}) == "value_changed"
 
 
-# ------------------------------------------------------------------------------------ the irrelevant edit
+# ---- the irrelevant edit
 def test_the_irrelevant_edit_is_as_large_and_spares_options_and_question():
     spans = ["A red cup beside a black cup on a wooden table, 2 lids"]
     for seed in range(20):
@@ -166,7 +166,7 @@ def test_tables_hold_what_they_claim():
     assert all(set(names) <= set(TEXT_CONDITIONS) for names in TEXT_PRESETS.values())
 
 
-# ------------------------------------------------------------------------------------ real replies
+# ---- real replies
 def test_coverage_on_real_replies(shared_data):
     """A condition that does not apply gives a reason, most conditions lose no reply, and the way back of a
     directed edit leads to where it came from."""

@@ -36,7 +36,7 @@ def test_a_reply_without_marks_has_no_span_and_spans_are_put_back_in_place():
         put_spans("a-b", [(0, 1), (2, 3)], ["x"])
 
 
-# ------------------------------------------------------------------------------------ slots and their forms
+# ---- slots and their forms
 @pytest.mark.parametrize("gold, target, pair", [
     ("The color of the cart is red.", "The color of the cart is blue.", ("red", "blue")),
     ("(A) a red car", "(B) a blue car", ("red", "blue")), ("3", "4", ("3", "4")),
@@ -71,7 +71,7 @@ def test_clauses_join_again_and_a_pronoun_carries_on():
         (True, False), (True, False), (True, False), (False, True), *[(False, False)] * 3]
 
 
-# ------------------------------------------------------------------------------------ the rule editor
+# ---- the rule editor
 @pytest.mark.parametrize("spans, gold, target, after, n_replaced, n_words", [
     (["two dogs and a dog"], "dog", "cat", ["two cats and a cat"], 2, 2),
     (["an orange cup"], "orange", "red", ["a red cup"], 1, 2), (["a 7"], "seven", "eight", ["an 8"], 1, 2),
@@ -152,7 +152,7 @@ def test_word_distance():
         assert word_distance(a, b) == word_distance(b, a) == n
 
 
-# ------------------------------------------------------------------------------------ the verifier
+# ---- the verifier
 @pytest.mark.parametrize("after, reason", [
     (["the blue cup", "a red plate"], None), (["the blue cup clearly", "a red plate"], None),
     (["the blue cup", "a blue plate"], None), (["the blue cup"], "span_count"),
@@ -171,7 +171,7 @@ def test_the_verifier(after, reason):
         assert edit["n_replaced"] == 1 and edit["n_other"] == (1 if "clearly" in after[0] else 0)
 
 
-# ------------------------------------------------------------------------------------ the LLM editor
+# ---- the LLM editor
 def sample(question="", span="a red cup", gold="red", target="blue"):
     text = f"I look. <think_image>{span}</think_image> and <think_image>a lid</think_image>"
     return text, find_spans(text), make_item(gold, target, f"What color is the cup? {question}"), "B"

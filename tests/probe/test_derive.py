@@ -53,7 +53,7 @@ def world(tmp_path, picture):
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------------ rules
+# ---- rules
 VALID = {"question": "What colour is the hull?", "gold": "white", "wrong": ("red", "green", "dark blue")}
 
 
@@ -122,7 +122,7 @@ def test_right_options_are_dealt_evenly(tmp_path):
     assert max(map(len, re.findall(r"A+|B+|C+|D+", letters))) < 12 and letters[:8] != "ABCDABCD"
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
+# ---- whole runs
 def test_every_candidate_has_a_verdict_and_the_counts_add_up(world, capsys):
     n = len(DEFECTS)
     with serving(world, latency=0) as (_, url):
