@@ -20,6 +20,11 @@ TEXTS = ["What digit is on the red circle?", "a red circle with the digit 7", "T
          "I look closer. <think_image>a blue square</think_image> It is blue."] * 4
 
 
+def pytest_collection_modifyitems(items):
+    """Run the whole toy first: it takes as long as all slow tests together, and would be left to one worker."""
+    items.sort(key=lambda item: "the_whole_run" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """Folder of a random Qwen2.5-VL of about 100,000 parameters with a byte-level BPE tokenizer."""

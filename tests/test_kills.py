@@ -32,6 +32,6 @@ def test_a_few_kills(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_25_kills(tmp_path, seed):
     kill(tmp_path, 25, seed)

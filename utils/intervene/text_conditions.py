@@ -99,8 +99,8 @@ def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     was, now = survivors(before, item), survivors(after, item)
     if any(was[word] != now[word] for word in was | now if not word.startswith("number ")):
         raise NotEditable("value_changed", "an option's value did not survive")
-    return replaced(text, spans, after, context, directed_distance=aim,
-                    **{"from": list(table), "to": list(table.values())})
+    return replaced(text, spans, after, context, **{"from": list(table), "to": list(table.values())},
+                    directed_distance=aim)
 
 
 def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
