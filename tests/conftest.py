@@ -21,7 +21,7 @@ TEXTS = ["What digit is on the red circle?", "a red circle with the digit 7", "T
 
 
 def pytest_collection_modifyitems(items):
-    """Run the whole toy first: it takes as long as all slow tests together, and would be left to one worker."""
+    """Run the whole toy first: it takes as long as all other slow tests, and one worker would end with it."""
     items.sort(key=lambda item: "the_whole_run" not in item.name)
 
 

@@ -28,7 +28,7 @@ def kill(tmp_path, n: int, seed: int) -> None:
 
 
 def test_a_few_kills(tmp_path):
-    kill(tmp_path, 2, seed=0)
+    kill(tmp_path, 1, seed=0)
 
 
 @pytest.mark.slow

@@ -40,9 +40,15 @@ def decoded(runs, *names):
                   with_slots=True)[0]
 
 
-def test_all_layers_are_the_slot_condition_to_the_bit_and_the_first_one_alone_the_fed_vector(runs):
+def near(a, b):
+    """Rows of one batch may differ in last bits, as threads split it unevenly. 1e-5 is some 40 roundings of
+    float32 at the size of these states (2 to 4); an intervention changes them by more than 1e-3."""
+    return torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_all_layers_are_the_slot_condition_and_the_first_one_alone_the_fed_vector(runs):
     whole, everywhere = decoded(runs, "slot_swap_random", "slot_swap_at:0-3/0-1")
-    assert torch.equal(everywhere.states, whole.states) and everywhere.ids == whole.ids
+    assert near(everywhere.states, whole.states) and everywhere.ids == whole.ids
     assert not torch.allclose(whole.states, runs[2][0].states[:len(whole.states)], atol=1e-3)
     fed, slot = decoded(runs, "swap_random", "slot_swap_at:0-3/0")
     assert slot.ids == fed.ids and torch.allclose(torch.stack(slot.slots), torch.stack(fed.slots), atol=1e-5)
@@ -50,9 +56,9 @@ def test_all_layers_are_the_slot_condition_to_the_bit_and_the_first_one_alone_th
 
 def test_a_place_takes_effect_there_and_above_and_nowhere_before(runs):
     clean, swapped = (torch.stack(row.slots) for row in decoded(runs, "identity", "slot_swap_at:2/1"))
-    assert torch.equal(swapped[:2], clean[:2]) and torch.equal(swapped[2, 0], clean[2, 0])
-    assert torch.allclose(swapped[2, 1], runs[2][1].slots[2][1], atol=1e-6)
-    assert not torch.allclose(swapped[2, 1], clean[2, 1])
+    assert near(swapped[:2], clean[:2]) and near(swapped[2, 0], clean[2, 0])
+    assert near(swapped[2, 1], runs[2][1].slots[2][1])
+    assert not torch.allclose(swapped[2, 1], clean[2, 1], atol=1e-3)
 
 
 @pytest.mark.parametrize("name, kept", [("keep_one:2", {2}), ("drop_one:2", {0, 1, 3}), ("top_k:1", {1}),
@@ -78,7 +84,7 @@ def test_a_random_ranking_is_nested_and_differs_between_items(runs):
 def test_the_first_latents_alone_are_decoded(runs):
     rows = decoded(runs, "keep_first:1", "keep_first:3", "identity")
     assert [row.segments[0].size for row in rows] == [1, 3, 4]
-    assert torch.equal(rows[1].fed[:3], rows[2].fed[:3])
+    assert near(rows[1].fed[:3], rows[2].fed[:3])
 
 
 @pytest.mark.parametrize("name, error, match", [
