@@ -56,7 +56,7 @@ from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256
 from utils.latent_families import PRESETS, LatentSpec, spec_of
 from utils.model_calls import is_reply
 from utils.openai_backend import HttpBackend
-from utils.spans import OPEN
+from utils.rows import OPEN
 
 METHODS = ("direct", "text", "latent", "tool")  # before the answer: nothing, words, latents, crops
 MAX_NEW_TOKENS = 2048  # VLMEvalKit's for Qwen2.5-VL (vlmeval/vlm/qwen2_vl/model.py)

@@ -36,9 +36,8 @@ from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import check_output, read_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
-from utils.row_rules import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
-                             find_markup, parse_options, row_fault)
-from utils.spans import split_final, split_spans
+from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
+                        find_markup, parse_options, row_fault, split_final, split_spans)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -38,8 +38,8 @@ from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import check_output, check_unique, located_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
-from utils.row_rules import CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop
-from utils.spans import mark, split_final
+from utils.rows import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop, mark,
+                        split_final)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {

@@ -39,7 +39,7 @@ from utils.cli import Help, cli, log, parse_count, stop_on_signals
 from utils.images import ImageError, open_image
 from utils.jsonl import DataError, read_rows, write_json, write_meta
 from utils.latent_families import PRESETS, spec_of
-from utils.row_rules import check_own
+from utils.rows import check_own
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch

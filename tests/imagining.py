@@ -18,7 +18,7 @@ from toy.make_model import IMAGE_MEAN, IMAGE_STD, make_model
 from utils import qwen as Q
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, latent_ids
-from utils.spans import CLOSE, OPEN
+from utils.rows import CLOSE, OPEN
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)

@@ -26,8 +26,7 @@ from utils.journal import Journal
 from utils.jsonl import DataError, read_rows
 from utils.probe.states import States, StateWriter
 from utils.qwen import load
-from utils.row_rules import find_markup, parse_options
-from utils.spans import split_spans
+from utils.rows import find_markup, parse_options, split_spans
 
 
 def test_a_seeded_sample_of_hostile_inputs(tiny_checkpoint):

@@ -22,7 +22,7 @@ from utils.probe.questions import TURN, Prober, derange, list_conditions, rotati
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States, find_steps
 from utils.qwen import add_tokens, encode, load, save
-from utils.spans import CLOSE
+from utils.rows import CLOSE
 
 pytestmark = pytest.mark.numeric
 

@@ -11,7 +11,7 @@ import rewrite_captions
 from rewrite_captions import REASONS, Segment, check_refined, lost_facts, main, make_segments, parse_args
 from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
 from utils.jsonl import DataError, read_rows
-from utils.spans import split_final
+from utils.rows import split_final
 
 
 def mirage(**changes) -> dict:

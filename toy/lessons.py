@@ -18,7 +18,7 @@ from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about,
                        observation, opening, prompt_text, zoom_in)
 from utils.chain_formats import Sample
 from utils.model_calls import fill
-from utils.spans import mark
+from utils.rows import mark
 
 Lesson = tuple[list[Image.Image], str, str]
 PROMPTS = {name: json.loads(Path(__file__).with_name(f"prompts_{name}.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, write_json, write_meta
 from utils.latent_families import PRESETS
 from utils.model_calls import Call, Caller, IncompleteError, is_reply
-from utils.row_rules import is_inspection
+from utils.rows import is_inspection
 
 
 def parse_shard(text: str) -> tuple[int, int]:

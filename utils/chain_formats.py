@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from utils.answers import last_boxed
 from utils.jsonl import DataError, check_fields
-from utils.row_rules import OWN_FIELDS, check_own
+from utils.rows import OWN_FIELDS, check_own
 
 INPUTS = {"monet": {"metadata": dict, "data": list},
           "mirage": {"text_input": str, "image_input": (str, list), "text_output": str,

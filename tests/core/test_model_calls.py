@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import model_calls, row_rules
+from utils import model_calls, rows
 from utils.backends import ErrorRateError, Reply, object_schema
 from utils.journal import Journal
 from utils.model_calls import Call, Caller, Guard, IncompleteError, Outcome, ask, fill, quantiles
@@ -151,5 +151,5 @@ def test_fill_reads_braces_and_markers_in_values_as_text_and_quantiles_are_exact
 
 
 def test_closed_reasons_are_distinct():
-    groups = (model_calls.ERROR_REASONS, row_rules.ROW_REASONS, row_rules.CAPTION_REASONS)
+    groups = (model_calls.ERROR_REASONS, rows.ROW_REASONS, rows.CAPTION_REASONS)
     assert len({reason for group in groups for reason in group}) == sum(map(len, groups))

@@ -12,7 +12,7 @@ from utils.intervene.text_conditions import (CONSTANT, EDITS, TEXT_CONDITIONS, T
 from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, direct, word_distance
 from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, reworded, survivors
 from utils.jsonl import read_rows
-from utils.spans import SPAN, find_spans
+from utils.rows import SPAN, find_spans
 
 ITEM = {"id": "i", "question": "What color is the cup?", "answer": {"type": "letter", "value": "A"},
         "options": [["A", "red"], ["B", "blue"], ["C", "green"]]}

@@ -11,7 +11,7 @@ from utils.intervene.word_forms import article_for
 from utils.journal import Journal
 from utils.model_calls import IncompleteError
 from utils.openai_backend import HttpBackend
-from utils.spans import conclusion, find_spans, put_spans
+from utils.rows import conclusion, find_spans, put_spans
 
 
 def make_item(gold, target, question="What is it?"):

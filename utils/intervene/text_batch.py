@@ -18,7 +18,7 @@ from utils.latent_families import Generation
 from utils.model_calls import Caller
 from utils.option_scores import read_out
 from utils.qwen import Qwen
-from utils.spans import conclusion, find_spans, passages, put_spans
+from utils.rows import conclusion, find_spans, passages, put_spans
 
 
 @dataclass(frozen=True)

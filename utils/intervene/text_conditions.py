@@ -39,7 +39,7 @@ from utils.intervene.word_forms import SOMETHING, others, replace_values, reword
 from utils.journal import Journal
 from utils.jsonl import call_key
 from utils.model_calls import Call, Caller, ask, fill
-from utils.spans import OPEN, after_marks, passages, put_spans
+from utils.rows import OPEN, after_marks, passages, put_spans
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]

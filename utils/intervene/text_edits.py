@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.answers import LETTER, strip_label
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
-from utils.spans import CLOSE, OPEN, passages, put_spans
+from utils.rows import CLOSE, OPEN, passages, put_spans
 
 NOT_EDITABLE = (
     "no_span", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",

@@ -8,7 +8,7 @@ from utils.answers import LETTER, answers_match, normalize, strip_label
 from utils.images import IMAGE_REASONS
 from utils.items import gold_words
 from utils.model_calls import ERROR_REASONS, Outcome
-from utils.row_rules import find_markup
+from utils.rows import find_markup
 
 N_WRONG = 3
 RULES = ("not_written", "empty", "markup", "options", "catch_all", "letter", "gold_in_stem",

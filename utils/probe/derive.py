@@ -27,7 +27,7 @@ from utils.journal import read_settings
 from utils.jsonl import DataError, call_key, check_output, replace_file, write_rows
 from utils.model_calls import Call, Caller, ask, fill
 from utils.probe.candidates import N_WRONG, Candidate, apply_rules, read_answer, read_questions
-from utils.row_rules import check_rows
+from utils.rows import check_rows
 
 LEAST_SHOWN = 224 * 224  # pixels of an enlarged region
 MARGIN = 0.25  # of the sides of a region, shown around it

@@ -33,7 +33,7 @@ from utils.option_scores import describe_scores, score_options
 from utils.probe.similarity import LEVEL
 from utils.probe.states import States, batched, find_steps, latent_steps
 from utils.qwen import Qwen, encode
-from utils.spans import CLOSE, OPEN, conclusion
+from utils.rows import CLOSE, OPEN, conclusion
 from utils.stats import chance, mcnemar_exact, paired_interval, robust_mean, wilson
 
 TOKENS_ONLY = ("image", "image_own", "text_only", "own", "other")

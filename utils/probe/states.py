@@ -39,7 +39,7 @@ from utils.jsonl import DataError, replace_file
 from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids
 from utils.probe.similarity import Cell
 from utils.qwen import Qwen, encode, image_features
-from utils.spans import CLOSE, find_spans
+from utils.rows import CLOSE, find_spans
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
 # analysed kind -> kinds in the store, of which a store has one

@@ -1,20 +1,26 @@
-"""Rules for rows and captions that stages 1 and 2 apply alike; none needs a model.
+"""Rows of our own form: the imaginations that a chain marks, and the rules for captions and rows.
 
-The first broken rule gives the closed reason.
+    I look closer. <think_image>The hull shows a white 42.</think_image> The answer is \\boxed{42}.
+
+Stages 1 and 2 apply the same rules; none needs a model. The first broken rule gives the closed reason.
 """
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.answers import answers_match, last_boxed
+from utils.answers import BOX, answers_match, last_boxed
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 
+OPEN, CLOSE = "<think_image>", "</think_image>"
+SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
+# Each alternative starts with a literal character: four times as fast as a character class.
+SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta",
@@ -41,6 +47,54 @@ SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "la
            "caption", "description", "image", "picture", "photo", "region", "crop", "question")
 OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
+
+
+# ---- imaginations
+def mark(text: str) -> str:
+    """Return a text as an imagination."""
+    return f"{OPEN}{text}{CLOSE}"
+
+
+def find_spans(text: str) -> list[tuple[int, int]]:
+    """Return (start, end) of every imagination before the first box, without the marks."""
+    boxed = text.find("\\boxed")
+    return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
+
+
+def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """Return the text of each span."""
+    return [text[start:end] for start, end in spans]
+
+
+def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
+    """Return `text` with its spans replaced by `after`."""
+    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold
+        text = text[:start] + span + text[end:]
+    return text
+
+
+def after_marks(text: str, end: int) -> int:
+    """Return the place after the closing mark of a span that ends at `end`."""
+    return end + len(CLOSE) if text.startswith(CLOSE, end) else end
+
+
+def conclusion(text: str) -> str:
+    """Return the text after the last imagination, or all of it."""
+    spans = find_spans(text)
+    return text[after_marks(text, spans[-1][1]):] if spans else text
+
+
+def split_spans(text: str) -> tuple[list[str], str]:
+    """Return (the imaginations of a whole chain, the chain without them)."""
+    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # searching further takes quadratic time
+    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
+
+
+def split_final(text: str) -> tuple[str, str]:
+    """Split off the sentence with the last boxed answer and all text after it: (before, final)."""
+    boxed = [match.start() for match in BOX.finditer(text)][-1]
+    start = max((match.end() for match in SENTENCE_BREAK.finditer(text, 0, boxed)), default=0)
+    return text[:start].strip(), text[start:].strip()
 
 
 # ---- captions

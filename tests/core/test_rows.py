@@ -2,7 +2,7 @@
 import pytest
 
 from utils.jsonl import DataError
-from utils.row_rules import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
+from utils.rows import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
 
 
 @pytest.mark.parametrize("text, loops", [
