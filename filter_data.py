@@ -29,12 +29,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from utils.answers import answers_match, last_boxed, normalize
-from utils.backends import object_schema
 from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, read_rows, write_rows
+from utils.jsonl import check_output, object_schema, read_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
                         find_markup, parse_options, row_fault, split_final, split_spans)

@@ -40,8 +40,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.call_flags import add_model_flags
-from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
+from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
 from utils.images import ImageError
 from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_for_items

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.call_flags import add_call_flags, add_model_flags
-from utils.cli import Help, cli, log, parse_count
+from utils.call_flags import add_call_flags
+from utils.cli import Help, add_model_flags, cli, log, parse_count
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows

@@ -30,13 +30,12 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from utils.backends import object_schema
 from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
 from utils.cli import Help, cli, log, parse_count
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, check_unique, located_rows, write_rows
+from utils.jsonl import check_output, check_unique, located_rows, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.rows import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop, mark,
                         split_final)

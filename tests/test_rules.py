@@ -260,7 +260,8 @@ def test_help_names_every_default(script, capsys, monkeypatch):
     listed = capsys.readouterr().out.partition("\noptions:")[2]
     shown = dict(re.findall(r"^  (--\w+)(.*(?:\n {4,}.*)*)", listed, re.MULTILINE))
     assert len(shown) > 15
-    for flag, keywords in {**flags_of("utils.call_flags"), **flags_of(script)}.items():
+    flags = flags_of("utils.call_flags") | flags_of("utils.cli") | flags_of(script)
+    for flag, keywords in flags.items():
         default = keywords.get("default")
         if flag in shown and isinstance(default, ast.Constant) and default.value not in (None, ""):
             assert "(default: " in shown[flag], f"{flag}: {shown[flag]}"

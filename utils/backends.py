@@ -243,13 +243,7 @@ def render(tokenizer, messages: tuple) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-# ---- JSON in requests and replies
-def object_schema(**properties: dict) -> dict:
-    """Return the schema of an object whose properties are all required."""
-    return {"type": "object", "properties": properties, "required": list(properties),
-            "additionalProperties": False}
-
-
+# ---- JSON replies
 def parse_json_reply(text: str) -> dict | None:
     """Return the last JSON object in a reply that UTF-8 can hold, whatever surrounds it."""
     place, last, escapes = text.find("{"), None, "\\u" in text

@@ -13,7 +13,6 @@ from utils.cli import log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, write_json, write_meta
-from utils.latent_families import PRESETS
 from utils.model_calls import Call, Caller, IncompleteError, is_reply
 from utils.rows import is_inspection
 
@@ -79,26 +78,6 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
                         help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
                         help="more fields of every request")
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the model that stages 5 and 6 decode with."""
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                        help="family of the latent tokens; off: text imaginations")
-    parser.add_argument("--image_root", help="folder of the images (default: that of the items file)")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter",
-                        help="what R0 scores: the letters or the texts of the options")
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
-    parser.add_argument("--suffix", default="", help="text after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
-                        help="per reply, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8,
-                        help="items per batch; donors of stage 5 come from it")
-    parser.add_argument("--max_pixels", type=parse_count, help="area to which an image is shrunk")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.jsonl import DataError
+from utils.latent_families import PRESETS
 
 LONGEST_ERROR = 8000  # characters shown of a message that quotes its input
 API_KEY = "OPENAI_API_KEY"  # environment variable
@@ -63,6 +64,26 @@ def parse_count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
     return count
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the model that stages 5 and 6 decode with."""
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
+                        help="family of the latent tokens; off: text imaginations")
+    parser.add_argument("--image_root", help="folder of the images (default: that of the items file)")
+    parser.add_argument("--options", choices=("letter", "text"), default="letter",
+                        help="what R0 scores: the letters or the texts of the options")
+    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
+    parser.add_argument("--suffix", default="", help="text after the question")
+    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
+                        help="per reply, latent steps included")
+    parser.add_argument("--batch_size", type=parse_count, default=8,
+                        help="items per batch; donors of stage 5 come from it")
+    parser.add_argument("--max_pixels", type=parse_count, help="area to which an image is shrunk")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
 
 
 def shorten(message: str) -> str:

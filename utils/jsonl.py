@@ -129,6 +129,12 @@ def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: s
                             f"{str(value)[:40]!r}")
 
 
+def object_schema(**properties: dict) -> dict:
+    """Return the JSON schema of an object whose properties are all required."""
+    return {"type": "object", "properties": properties, "required": list(properties),
+            "additionalProperties": False}
+
+
 def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
     """Note in `seen` where an id is; DataError if it was there before."""
     if name in seen:

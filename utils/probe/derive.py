@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.backends import object_schema
 from utils.call_flags import Stage, load_prompts, open_backend, run_stage, show_calls
 from utils.cli import log
 from utils.images import ImageError, Picture, open_image, open_picture
 from utils.items import ANSWER_TYPES, gold_words, read_items, region_in
 from utils.journal import read_settings
-from utils.jsonl import DataError, call_key, check_output, replace_file, write_rows
+from utils.jsonl import DataError, call_key, check_output, object_schema, replace_file, write_rows
 from utils.model_calls import Call, Caller, ask, fill
 from utils.probe.candidates import N_WRONG, Candidate, apply_rules, read_answer, read_questions
 from utils.rows import check_rows
