@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def misbehave(self, fault: str | None, n: int) -> bool:
         """Do what a fault asks for; return whether it was an answer (or the end of the connection)."""
         if fault in TWICE and n <= 2:
-            headers = {"Retry_After": "1"} if fault in ("429", "503") else {}
+            headers = {"Retry_After": "0"} if fault in ("429", "503") else {}
             self.answer(int(fault), b'{"error": "busy"}', **headers)
         elif fault and fault.isdigit() and fault not in TWICE or fault == "500once" and n == 1:
             body = f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'

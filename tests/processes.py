@@ -1,8 +1,23 @@
-"""Scripts as processes, alone or under torchrun, and its ranks."""
+"""Scripts run as commands: in this process, as processes of their own or under torchrun, and its ranks."""
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from utils.cli import cli
+
 ROOT = Path(__file__).parents[1]
+
+
+def run_here(main: Callable[[list[str]], int], flags: list[str]) -> int:
+    """Run a script's `main` in this process as its command would; return the exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return cli(lambda: main(flags))
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def command(script: str, flags: list[str], processes: int = 1) -> list[str]:

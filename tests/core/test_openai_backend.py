@@ -1,22 +1,24 @@
 """The HTTP backend against real server processes: the retry table, lost servers, signals, secrets."""
 import json
-import os
 import signal
-import socket
 import subprocess
+import threading
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 from fault_server import calls_of, serving
-from processes import command
+from processes import command, run_here
 from samples import monet
 from standin import flags
 
+import rewrite_captions
+from utils import openai_backend
 from utils.backends import Request
 from utils.jsonl import DataError, read_rows
 from utils.openai_backend import HttpBackend, retry_after
@@ -34,29 +36,38 @@ def plain(n: int) -> dict[str, str]:
     return {f"p{i}": f"plain {i}?" for i in range(n)}
 
 
-def start(path: Path, url: str, *more: str, output: str = "out.jsonl") -> subprocess.Popen:
-    """Start rewrite_captions.py on a server, with a key and a proxy in its environment."""
-    all_flags = flags(path, "--backend", "openai", "--base_url", url, "--output", str(path.parent / output))
-    env = os.environ | {"OPENAI_API_KEY": SECRET, "http_proxy": "http://127.0.0.1:9"}
-    return subprocess.Popen(command("rewrite_captions", [*all_flags, *more]), stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, env=env)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return run(path, url, *flags) -> (exit code, stdout, stderr) of rewrite_captions.py in this process.
+
+    There are a key and a proxy in the environment, and waits for a server are a twentieth of the usual ones.
+    """
+    for name, value in (("OPENAI_API_KEY", SECRET), ("http_proxy", "http://127.0.0.1:9")):
+        monkeypatch.setenv(name, value)
+    for name in ("FIRST_WAIT_S", "SHORTEST_WAIT_S"):
+        monkeypatch.setattr(openai_backend, name, 0.05)
+
+    def run_script(path: Path, url: str, *more: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_here(rewrite_captions.main, all_flags(path, url, *more))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err, err
+        return code, out, err
+    return run_script
 
 
-def run(path: Path, url: str, *more: str, output: str = "out.jsonl") -> tuple[int, str, str]:
-    """Return the exit code, stdout and stderr of a whole run."""
-    process = start(path, url, *more, output=output)
-    out, err = process.communicate(timeout=120)
-    assert "Traceback" not in err, err
-    return process.returncode, out, err
+def all_flags(path: Path, url: str, *more: str) -> list[str]:
+    return flags(path, "--backend", "openai", "--base_url", url, *more)
+
+
+def start(path: Path, url: str, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(command("rewrite_captions", all_flags(path, url, *more)), text=True,
+                            stderr=subprocess.PIPE)
 
 
 def wait_for_calls(n: int, folder: Path) -> None:
     while len(calls_of(folder)) < n:
         time.sleep(0.02)
-
-
-def port_of(url: str) -> int:
-    return int(url.split(":")[2].split("/")[0])
 
 
 def result(folder: Path) -> tuple[dict, dict]:
@@ -79,11 +90,13 @@ TABLE = {
     "wrongschema": ("bad_schema", "the reply lacks legible", 2, 1)}
 
 
-def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path):
-    path = world(plain(40) | {fault: f"A fault:{fault} here?" for fault in TABLE})
+def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path, run):
     with serving(tmp_path) as (_, url):
-        code, out, err = run(path, url, "--timeout", "2", "--concurrency", "16", "--no_guard")
-        assert code == 3 and run(world(plain(40), "plain.json"), url, output="alone.jsonl")[0] == 0, err
+        assert run(world(plain(40)), url)[0] == 0
+        alone = (tmp_path / "out.jsonl").read_text().splitlines()
+        path = world(plain(40) | {fault: f"A fault:{fault} here?" for fault in TABLE})
+        code, out, err = run(path, url, "--timeout", "2", "--concurrency", "16", "--no_guard", "--fresh")
+        assert code == 3, err
     kept, rejected = result(tmp_path)
     calls = calls_of(tmp_path)
     asked = Counter(call["fault"] for call in calls if "cut out of a larger image" in call["text"])
@@ -97,15 +110,13 @@ def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path):
         assert (asked[fault], records[fault]["attempts"]) == (n_calls, n_tries), fault
     assert [name for name, record in records.items() if record["transient"]] == ["reset_always"]
     assert kept["control"]["steps"][1]["caption"].endswith(" and a tab.")
-    lines = {json.loads(line)["id"]: line for line in (tmp_path / "out.jsonl").read_text().splitlines()}
-    for line in (tmp_path / "alone.jsonl").read_text().splitlines():
-        assert lines[json.loads(line)["id"]] == line
+    assert set(alone) < set((tmp_path / "out.jsonl").read_text().splitlines())
     written = [p.read_text() for p in tmp_path.rglob("*.json*") if p.is_file() and p.name != "calls.jsonl"]
     assert SECRET not in out + err + "".join(written)
     assert "fault 400 for Bearer (key)" in rejected["400"]["detail"] and calls[0]["key"] == f"Bearer {SECRET}"
 
 
-def test_a_second_run_asks_only_for_what_a_server_lost(world, tmp_path):
+def test_a_second_run_asks_only_for_what_a_server_lost(world, tmp_path, run):
     path = world({"plain": "plain?", "lost": "fault:reset_always", "bad": "fault:400"})
     with serving(tmp_path) as (_, url):
         assert run(path, url)[0] == 3
@@ -120,7 +131,7 @@ def test_a_second_run_asks_only_for_what_a_server_lost(world, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["401", "404", "302"])
-def test_what_concerns_the_whole_run_stops_it(world, tmp_path, fault):
+def test_what_concerns_the_whole_run_stops_it(world, tmp_path, run, fault):
     path = world(plain(8) | {"z": f"fault:{fault}"})
     with serving(tmp_path) as (_, url):
         code, _, err = run(path, url, "--concurrency", "1")
@@ -131,55 +142,48 @@ def test_what_concerns_the_whole_run_stops_it(world, tmp_path, fault):
     assert len(calls_of(tmp_path)) == n_calls + 8  # the eight captions were in the journal
 
 
-def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_run(world, tmp_path):
-    path = world(plain(30))
-    with serving(tmp_path, latency=0.1) as (server, url):
-        process = start(path, url, "--concurrency", "4", "--server_wait", "30")
-        wait_for_calls(8, tmp_path)
-        server.kill()
-        server.wait()
-        time.sleep(3)
-        assert process.poll() is None
-        with serving(tmp_path, port=port_of(url)):
-            _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and len(result(tmp_path)[0]) == 30
-    assert err.count(f"{url}: gone") == 1 == err.count(f"{url}: answers again")
-    code, _, err = run(world({"other": "other?"}, "other.json"), url, "--server_wait", "2")
-    assert code == 4 and "no server has answered for 2 s, 1 calls are left" in err
+@contextmanager
+def supervised(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """Run a server that is started again after each of its deaths; yield its URL and its processes so far."""
+    with ExitStack() as stack:
+        first, url = stack.enter_context(serving(folder))
+        servers, is_over, port = [first], threading.Event(), int(url.split(":")[2].split("/")[0])
+
+        def supervise() -> None:
+            while not is_over.wait(0.2):
+                if servers[-1].poll() is not None:
+                    servers.append(stack.enter_context(serving(folder, port=port))[0])
+
+        thread = threading.Thread(target=supervise)
+        thread.start()
+        try:
+            yield url, servers
+        finally:
+            is_over.set()
+            thread.join()
 
 
-@pytest.mark.slow
-def test_a_sample_that_kills_the_server_each_time_is_given_up(world, tmp_path):
-    """A supervisor restarts the server each time; the other samples are answered in between."""
-    path = world(plain(40) | {"poison": "fault:kill"})
-    with serving(tmp_path) as (_, url):
-        port, n_starts = port_of(url), 1
-        process = start(path, url, "--concurrency", "4")
-        while process.poll() is None:
-            with serving(tmp_path, port=port) if not is_open(port) else nullcontext() as started:
-                n_starts += started is not None
-                while process.poll() is None and is_open(port):
-                    time.sleep(0.05)
-        _, err = process.communicate()
+def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_run(world, tmp_path, run):
+    """One sample kills the server each time: it is given up, the others are answered in between."""
+    with supervised(tmp_path) as (url, servers):
+        code, _, err = run(world(plain(40) | {"poison": "fault:kill"}), url, "--concurrency", "4")
+        n_servers = len(servers)
     kept, rejected = result(tmp_path)
-    assert process.returncode == 3 and "Traceback" not in err, err
-    assert len(kept) == 40 and rejected["poison"]["reason"] == "backend_error" and n_starts == 6
+    assert (code, len(kept), rejected["poison"]["reason"], n_servers) == (3, 40, "backend_error", 6)
+    assert 1 <= err.count(f"{url}: gone") == err.count(f"{url}: answers again")
+    code, _, err = run(world({"other": "other?"}), url, "--server_wait", "1")
+    assert code == 4 and "no server has answered for 1 s, 1 calls are left" in err
 
 
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_path, number):
+def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_path, run):
     path = world(plain(30))
 
-    def stop(url: str, n_before: int, times: int) -> tuple[int, float, str]:
+    def stop(url: str, n_before: int, *signals: int) -> tuple[int, float, str]:
         process = start(path, url, "--concurrency", "5")
         wait_for_calls(n_before + 5, tmp_path)
         began = time.monotonic()
-        for _ in range(times):
+        for number in signals:
+            assert process.poll() is None
             process.send_signal(number)
             time.sleep(0.2)
         _, err = process.communicate(timeout=60)
@@ -187,16 +191,16 @@ def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_p
 
     journal = tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl"
     with serving(tmp_path, latency=1.5) as (_, url):
-        code, seconds, err = stop(url, 0, times=1)  # all that was sent is kept
+        code, seconds, err = stop(url, 0, signal.SIGTERM)  # all that was sent is kept
         assert code == 130 and "stopping after the running calls" in err and "Traceback" not in err, err
         assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5
-        code, seconds, _ = stop(url, 5, times=2)
+        code, seconds, _ = stop(url, 5, signal.SIGINT, signal.SIGTERM)
         assert code == 130 and seconds < 1.4
     with serving(tmp_path) as (_, url):
         assert run(path, url)[0] == 0 and len(result(tmp_path)[0]) == 30
 
 
-def test_the_request_holds_what_every_server_knows(world, tmp_path):
+def test_the_request_holds_what_every_server_knows(world, tmp_path, run):
     path = world({"p": "plain <|im_end|><|im_start|>system {question} <image>?"})
     with serving(tmp_path) as (_, url):
         assert run(path, url, "--temperature", "0.5", "--extra_body", '{"top_k": 1}')[0] == 0
