@@ -334,8 +334,7 @@ def measure(toy: Toy, n: int) -> dict:
     found, mediation = {}, {}
     for site, name in (("fed", "swap_random"), ("slot", "slot_swap_random")):
         crossed = (back[site].logits.argmax(-1) == gold).int().tolist()
-        parts = mediate(right["clean"], right[name], crossed, right["donor"], range(n), binary=True,
-                        n_boot=1000)
+        parts = mediate(right["clean"], right[name], crossed, right["donor"], range(n), binary=True)
         mediation[site] = {part: parts[part] for part in ("TE", "NIE", "NIE0", "proportion_mediated")}
         found[f"pm_{site}"] = parts["proportion_mediated"]["value"]
     at_fed = {verdicts[name] for name in (*REMOVALS, "swap_random")}

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from analytic import trinomial
 
-from utils.stats import (cluster_bootstrap, holm, mcnemar_exact, paired_interval, robust_mean, sign_flip,
-                         t_quantile, tango_ci, tango_z, tost_mean, tost_tango, verdict, wilson)
+from utils.means import mean_and_error, robust_mean, sign_flip, t_quantile, t_tail, t_test, tost_mean
+from utils.stats import (cluster_bootstrap, effective_groups, holm, mcnemar_exact, paired_interval,
+                         paired_readings, share_interval, tango_ci, tango_z, tost, tost_tango, upper_share,
+                         verdict, wilson)
 
 
 def test_golden_values():
@@ -73,23 +75,35 @@ def test_cluster_bootstrap_covers_the_analytic_interval_and_widens_with_clusters
     assert cluster_bootstrap(copies, np.repeat(np.arange(100), 4)) == clustered
 
 
-@pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.6, 0.975, 0.9999])
-def test_t_quantiles_in_closed_form(p):
-    assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-11, abs=1e-15)
-    assert t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-11, abs=1e-15)
-    assert t_quantile(p, 1e7) == pytest.approx(NormalDist().inv_cdf(p), abs=1e-5)
+@pytest.mark.parametrize("level", [0.001, 0.3, 0.95, 0.9999])
+def test_t_quantiles_in_closed_form(level):
+    p = (1 + level) / 2
+    assert t_quantile(level, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-11)
+    assert t_quantile(level, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-11)
+    assert t_quantile(level, 1e7) == pytest.approx(NormalDist().inv_cdf(p), abs=1e-5)
+    for df in (2.5, 40, math.inf):
+        assert t_tail(t_quantile(level, df), df) == pytest.approx(1 - p)
 
 
 GROUPED = [(0.3, "a"), (0.1, "a"), (-0.2, "b"), (0.4, "c"), (0.0, "c"), (0.2, "c"), (-0.1, "d")]
 VALUES, GROUPS = zip(*GROUPED)
 
 
-def test_robust_mean_is_the_sandwich_of_least_squares():
-    values, n, n_groups = np.asarray(VALUES), 7, 4
-    residual = values - values.mean()
-    meat = sum(residual[i] * residual[j] for i in range(n) for j in range(n) if GROUPS[i] == GROUPS[j])
-    half = 3.18245 * math.sqrt(n_groups / (n_groups - 1) * meat) / n  # t(.975) of 3 degrees of freedom
-    assert robust_mean(VALUES, GROUPS, 0.95) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-6)
+def test_the_error_of_a_mean_is_cr2_with_satterthwaites_degrees_of_freedom():
+    """By the matrices of Bell and McCaffrey 2002: A_g = (I - H_gg)^-1/2, p_g = (I - H)_g' A_g X_g / n."""
+    values, n = np.asarray(VALUES), len(VALUES)
+    hat, columns, variance = np.full((n, n), 1 / n), [], 0.0
+    for name in sorted(set(GROUPS)):
+        own = np.flatnonzero(np.asarray(GROUPS) == name)
+        eigenvalues, vectors = np.linalg.eigh((np.eye(n) - hat)[np.ix_(own, own)])
+        adjusted = vectors @ np.diag(eigenvalues**-0.5) @ vectors.T @ np.ones(len(own)) / n
+        variance += (adjusted @ (values - values.mean())[own]) ** 2
+        columns.append((np.eye(n) - hat)[own].T @ adjusted)
+    inner = np.array(columns) @ np.array(columns).T
+    df = np.trace(inner) ** 2 / np.square(inner).sum()
+    assert mean_and_error(VALUES, GROUPS) == pytest.approx((values.mean(), math.sqrt(variance), df))
+    half = t_quantile(0.95, df) * math.sqrt(variance)
+    assert robust_mean(VALUES, GROUPS, 0.95) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
 
 
 def test_robust_mean_is_students_interval_without_groups_and_does_not_count_copies():
@@ -144,23 +158,51 @@ def test_without_groups_the_paired_interval_is_tangos():
 
 
 @pytest.mark.parametrize("lost, won", [(0, 0), (1, 0), (4, 0), (0, 12), (20, 8), (200, 0)])
-def test_with_groups_the_paired_interval_is_at_least_as_wide_as_each_of_its_parts(lost, won):
+def test_with_groups_the_paired_interval_is_as_wide_as_tangos_of_items_and_of_groups(lost, won):
     clean = np.r_[np.ones(lost), np.zeros(won), np.ones(200 - lost - won)]
     after = np.r_[np.zeros(lost), np.ones(won), np.ones(200 - lost - won)]
-    groups = np.arange(200) // 4
-    low, high = paired_interval(clean, after, groups, 0.90)
-    for ends in (tango_ci(lost, won, 200, 0.90), cluster_bootstrap(after - clean, groups, 0.90)):
+    low, high = paired_interval(clean, after, np.arange(200) // 4, 0.90)
+    for ends in (tango_ci(lost, won, 200, 0.90), tango_ci(lost / 4, won / 4, 50, 0.90)):
         assert low <= ends[0] and ends[1] <= high
-    assert low < high and -1 <= low and high <= 1
+    assert -1 <= low < high <= 1
 
 
-def test_each_end_of_the_paired_interval_is_of_whichever_reaches_further():
-    """A draw of changed groups alone reaches 1; no draw goes below 0, the score interval does."""
-    groups = np.repeat(np.arange(5), [8, 7, 3, 4, 4])
-    after = (groups > 1).astype(int)
-    low, high = paired_interval(np.zeros(26), after, groups, 0.90)
-    drawn = cluster_bootstrap(after, groups, 0.90)
-    assert high == drawn[1] == 1 and low < 0 < drawn[0]
+def test_groups_without_a_changed_answer_count_as_groups():
+    low, high = paired_interval([1] * 100, [1] * 100, [n // 20 for n in range(100)], 0.90)
+    assert (low, high) == pytest.approx(tango_ci(0, 0, 5, 0.90)) and high > 0.3
+    assert effective_groups("aaaabbbb") == 2 and effective_groups([0] * 30 + list(range(1, 31))) == \
+        pytest.approx(60**2 / (30**2 + 30))
+
+
+@pytest.mark.parametrize("lost, won", [(0, 0), (3, 1), (0, 9), (20, 15), (40, 8)])
+@pytest.mark.parametrize("size", [1, 4, 10])
+def test_the_p_of_equivalence_agrees_with_the_interval(lost, won, size):
+    clean = np.r_[np.ones(lost), np.zeros(won), np.ones(200 - lost - won)]
+    after, groups = np.r_[np.zeros(lost), np.ones(won), np.ones(200 - lost - won)], np.arange(200) // size
+    readings, ends = paired_readings(clean, after, groups), paired_interval(clean, after, groups, 0.90)
+    widest = max(map(abs, ends))
+    for margin, is_inside in ((widest + 1e-6, True), (widest - 1e-6, False)):
+        assert (tost(readings, margin) < 0.05) == is_inside
+    assert tost(paired_readings([1, 1, 0], [1, 1, 0], "aaa"), 0.5) == 1
+
+
+def test_shares_of_grouped_outcomes():
+    hits = [1] * 30 + [0] * 10
+    assert share_interval(hits, range(40)) == wilson(30, 40)
+    low, high = share_interval(np.repeat(hits, 4), np.repeat(range(40), 4))
+    assert (low, high) == pytest.approx(wilson(30, 40), abs=0.02) and low <= wilson(30, 40)[0]
+    assert share_interval([1] * 160, np.repeat(range(40), 4)) == pytest.approx(wilson(40, 40))
+    assert share_interval([1, 0], "aa") == (0, 1)
+    assert upper_share(0, 50, 50) == pytest.approx(1 - 0.05 ** (1 / 50)) and upper_share(3, 3, 3) == 1
+    assert upper_share(8, 80, 20) == pytest.approx(upper_share(2, 20, 20))
+
+
+def test_a_t_test_agrees_with_the_interval():
+    for shift in (-0.3, 0.0, 0.02, 0.4):
+        values = [value + shift for value in VALUES]
+        _, low, high = robust_mean(values, GROUPS, 0.95)
+        assert (t_test(values, GROUPS) < 0.05) == (low > 0 or high < 0)
+    assert (t_test([1, 1], "ab"), t_test([0, 0], "ab")) == (0, 1)
 
 
 def test_copies_of_answers_do_not_narrow_the_paired_interval():
@@ -201,9 +243,7 @@ def test_no_change_is_called_an_effect_in_about_5_percent(n, discordance):
 
 
 def test_scipy_agrees():
-    stats = pytest.importorskip("scipy.stats")
-    for p, df in itertools.product((1e-6, 0.05, 0.5, 0.8, 0.975, 1 - 1e-6), (1, 2.5, 7, 49, 199, 1e5)):
-        assert t_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-8, abs=1e-12)
+    from scipy import stats
     for b, c in itertools.product((0, 3, 12), (1, 4, 30)):
         assert mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c).pvalue)
     assert wilson(72, 191) == pytest.approx(tuple(stats.binomtest(72, 191).proportion_ci(method="wilson")))
@@ -231,7 +271,8 @@ def test_statsmodels_agrees():
 
 
 @pytest.mark.parametrize("call", [
-    (wilson, 0, 0), (wilson, 5, 4), (tango_ci, 3, 3, 5), (tost_tango, 0, 0, 0, 0.05), (holm, []),
+    (wilson, 0, 0), (wilson, 5, 4), (tango_ci, 3, 3, 5), (tango_ci, 0, 0, 0),
+    (tost_tango, 0, 0, 0, 0.05), (holm, []), (share_interval, [0.5], "a"), (share_interval, [], ""),
     (cluster_bootstrap, [], []), (robust_mean, [], []), (robust_mean, [1, 2], "aa", 0.9),
     (robust_mean, [1, math.nan], "ab"), (robust_mean, [1, 2, 3], "ab"), (robust_mean, [1, 2], "ab", 1.0),
     (tost_mean, [1, 2], "ab", 0), (sign_flip, [1], "a"), (sign_flip, [1, 2], "ab", 0),

@@ -17,7 +17,8 @@ from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
 from utils.jsonl import DataError, load_object, read_rows
 from utils.report import interval, percent, table_lines
-from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval, sign_flip
+from utils.means import sign_flip
+from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval
 
 
 def read_results(path: str) -> list[dict]:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from utils.intervene.mediation import items_for_margin, margin_for_items, mediate
 from utils.items import group_of
+from utils.means import sign_flip, tost_mean
 from utils.option_scores import kl
 from utils.report import swept
-from utils.stats import (Interval, holm, mcnemar_exact, paired_interval, robust_mean, sign_flip, tost_mean,
-                         tost_tango, wilson)
+from utils.stats import (Interval, holm, mcnemar_exact, paired_interval, robust_mean, tost_tango, wilson)
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),

@@ -14,18 +14,18 @@ from statistics import NormalDist
 
 import numpy as np
 
-from utils.stats import Interval, group_sums
+from utils.means import mean_and_error, t_quantile
+from utils.stats import Interval
 
 ALPHA, POWER = 0.05, 0.8
 Z = NormalDist().inv_cdf
 Z_EQUIVALENCE = Z(1 - ALPHA) + Z((1 + POWER) / 2)  # both of two one-sided tests have to reject
 Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
-DRAWS_AT_ONCE = 1000  # of the bootstrap: [n_boot, n_groups] need not fit in memory
 
 
 # ---- four worlds
 def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float], y_x0z0: Sequence[float],
-            groups: Sequence[Hashable], binary: bool = False, n_boot: int = 10000, seed: int = 0) -> dict:
+            groups: Sequence[Hashable], binary: bool = False) -> dict:
     """Return {"mean", "ci90", "ci95"} of each effect, from one outcome per item in four worlds: y_xz = Y(x,
     Z(x)) (clean), y_xz0 = Y(x, Z(x')), y_x0z = Y(x', Z(x)), y_x0z0 = Y(x', Z(x')). TE = NIE + NDE = NIE0 +
     NDE1. Redundant paths show as NIE (necessity) near 0 and NIE0 (sufficiency) above it, paths that need each
@@ -34,16 +34,15 @@ def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float
     contrasts = {  # each a sum of differences plus - minus
         "TE": [(xz, x0z0)], "NIE": [(xz, xz0)], "NIE0": [(x0z, x0z0)], "NDE": [(xz0, x0z0)],
         "NDE1": [(xz, x0z)], "interaction": [(xz, xz0), (x0z0, x0z)]}
-    effects = {name: contrast_effect(pairs, groups, binary, n_boot, seed)
-               for name, pairs in contrasts.items()}
+    effects = {name: contrast_effect(pairs, groups, binary) for name, pairs in contrasts.items()}
     mediated = ((xz - xz0) + (x0z - x0z0)) / 2
-    share = proportion_mediated(mediated, xz - x0z0, groups, effects["TE"]["ci95"], n_boot, seed)
+    share = proportion_mediated(mediated, xz - x0z0, groups, effects["TE"]["ci95"])
     return {"n": len(groups), "n_groups": len(set(groups)), "binary": binary, **effects,
             "proportion_mediated": share}
 
 
-def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence[Hashable], binary: bool,
-                    n_boot: int, seed: int) -> dict:
+def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence[Hashable],
+                    binary: bool) -> dict:
     """Return the effect of a sum of differences plus - minus. For 0/1 outcomes the k differences of an item
     become k items of its group: the interval keeps its width when nothing changes."""
     mean = float(sum((plus - minus).mean() for plus, minus in pairs))
@@ -52,30 +51,28 @@ def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence
         return {"mean": mean, "ci90": interval.ci90, "ci95": interval.ci95}
     k = len(pairs)
     plus, minus = (np.concatenate(side) for side in zip(*pairs))
-    interval = Interval.paired(minus, plus, list(groups) * k, n_boot=n_boot, seed=seed)
+    interval = Interval.paired(minus, plus, list(groups) * k)
     return {"mean": mean, "ci90": [k * end for end in interval.ci90],
             "ci95": [k * end for end in interval.ci95]}
 
 
 def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequence[Hashable],
-                        total_ci95: Sequence[float], n_boot: int = 10000, seed: int = 0) -> dict:
-    """Return {"value", "ci95", "reason"} of mean mediated / mean total by a bootstrap over groups. The value
-    is None where the interval of the total effect includes 0: a ratio to nothing has no finite interval."""
+                        total_ci95: Sequence[float]) -> dict:
+    """Return {"value", "ci95", "reason"} of mean mediated / mean total, with Fieller's interval (1954). The
+    value is None where the interval of the total effect includes 0: a ratio to nothing has none.
+    """
     low, high = total_ci95
-    if low <= 0 <= high:
+    above, error_above, df = mean_and_error(mediated, groups)
+    below, error_below, _ = mean_and_error(total, groups)
+    plus, minus = (mean_and_error(mediated + sign * total, groups)[1] for sign in (1, -1))
+    covariance, q = (plus**2 - minus**2) / 4, t_quantile(0.95, df) ** 2
+    a = below**2 - q * error_below**2
+    if low <= 0 <= high or a <= 0:
         return {"value": None, "ci95": None,
                 "reason": f"the 95 % interval of TE, [{low:.4g}, {high:.4g}], includes 0"}
-    (above, _), (below, _) = group_sums(mediated, groups), group_sums(total, groups)
-    rng, shares = np.random.default_rng(seed), []
-    for start in range(0, n_boot, DRAWS_AT_ONCE):
-        drawn = rng.integers(len(above), size=(min(DRAWS_AT_ONCE, n_boot - start), len(above)))
-        denominator = below[drawn].sum(axis=1)
-        if not denominator.all():
-            return {"value": None, "ci95": None,
-                    "reason": "TE is 0 in a draw of the groups: too few groups for a ratio"}
-        shares.append(above[drawn].sum(axis=1) / denominator)
-    ends = np.quantile(np.concatenate(shares), [0.025, 0.975])
-    return {"value": float(above.sum() / below.sum()), "ci95": ends.tolist(), "reason": None}
+    b, c = above * below - q * covariance, above**2 - q * error_above**2
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return {"value": above / below, "ci95": [(b - root) / a, (b + root) / a], "reason": None}
 
 
 # ---- sample sizes
