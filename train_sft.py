@@ -53,8 +53,7 @@ INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "step
 IMAGINATIONS = ("text", "latent", "placeholder", "direct")
 RECOMPUTED = ("layers", "mlps", "none")  # parts whose activations the backward pass may recompute
 # flags that may change when a run resumes
-FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "keep_best", "max_tokens", "recompute",
-                 "dry_run", "resume", "spike", "report_to")
+FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "max_tokens", "recompute", "dry_run", "spike")
 
 
 # ---- rows and plan
@@ -152,17 +151,13 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
     with acc.main_process_first():
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
-        checkpoint = enter_run_folder(folder, settings, args.resume, acc.is_main_process)
+        checkpoint = enter_run_folder(folder, settings, acc.is_main_process)
     run = Run.from_state(checkpoint[1], checkpoint[0]) if checkpoint else Run()
     qwen, objective = make_model(acc.device, acc.num_processes, train.target, args)
     optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay)
     if checkpoint:
         restore(checkpoint[0], qwen.model, optimizer)
         log(f"resumed from {checkpoint[0]}")
-    if args.report_to != "none":
-        acc.init_trackers("train_sft", config={name: str(value) for name, value in vars(args).items()})
-        if not acc.trackers:
-            raise DataError(f"--report_to {args.report_to}: not installed, or unknown to accelerate")
     for steps in (train, held_out):
         if steps:
             steps.qwen = qwen
@@ -186,11 +181,10 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
     """Move the best export to --output, write the metrics, and remove the checkpoints."""
     from utils.train.checkpoints import Best, numbered_folders
     acc.wait_for_everyone()
-    acc.end_training()
     if acc.is_main_process:
         output, folder = Path(args.output), Path(f"{args.output}.run")
         last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        best = run.best[0] if run.best else Best(None, run.step)
+        best = run.best or Best(None, run.step)
         metrics = {**plan, "loss": last["loss"], "align": last["align"], "best_held_out_loss": best.loss,
                    "best_step": best.step, "seconds": round(seconds, 1)}
         write_json(f"{output}.metrics.json", metrics)
@@ -248,12 +242,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
     parser.add_argument("--save_every", type=parse_count, default=250, help="steps between checkpoints")
     parser.add_argument("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
-    parser.add_argument("--keep_best", type=parse_count, default=1,
-                        help="exports of the lowest held-out losses kept in <output>.run/best-N")
-    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto",
-                        help="must: fail without a complete checkpoint; never: fail with one")
-    parser.add_argument("--report_to", default="none",
-                        help="also log to a tracker of accelerate, such as tensorboard or wandb")
     parser.add_argument("--num_workers", type=int, default=2,
                         help="processes that prepare batches; 0: the training process")
     parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")
@@ -281,8 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.train.batching import Batching, Steps
     from utils.train.checkpoints import lock_run_folder
     from utils.train.examples import make_examples
-    acc = Accelerator(cpu=not torch.cuda.is_available(), project_dir=str(folder),
-                      log_with=None if args.report_to == "none" else args.report_to)
+    acc = Accelerator(cpu=not torch.cuda.is_available())
     target, tools = make_target(args), load_tools(args.model)
     if target.spec:
         add_tokens(tools, target.spec.tokens)

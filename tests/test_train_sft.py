@@ -135,15 +135,14 @@ def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data
         assert (tmp_path / "out" / name).is_file()
 
 
-def test_the_best_by_held_out_loss_and_the_best_k(train, tmp_path):
-    more = ["--validation_rows", "3", "--eval_every", "2", "--max_steps", "6", "--keep_best", "2"]
-    log = train("o", *more)
+def test_the_best_by_held_out_loss(train, tmp_path):
+    log = train("o", "--validation_rows", "3", "--eval_every", "2", "--max_steps", "6")
     scores = {record["step"]: record["held_out_loss"] for record in log if "held_out_loss" in record}
     assert list(scores) == [2, 4, 6]
-    best, second, _ = sorted(scores, key=scores.get)
+    best = min(scores, key=scores.get)
     metrics = json.loads((tmp_path / "o.metrics.json").read_text())
     assert (metrics["best_step"], metrics["best_held_out_loss"]) == (best, scores[best])
-    assert [path.name for path in (tmp_path / "o.run").glob("best-*")] == [f"best-{second}"]
+    assert not list((tmp_path / "o.run").glob("best-*"))
 
 
 def test_adapters_are_merged_into_what_is_written(train, tiny_checkpoint, data, tmp_path):
@@ -158,16 +157,6 @@ def test_adapters_are_merged_into_what_is_written(train, tiny_checkpoint, data, 
     changed = {re.sub(r"\.\d+\.", ".", name) for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{part}_proj.weight" for part in (
         "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
-
-
-def test_a_tracker_gets_what_the_log_has(train, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    log = train("o", "--report_to", "tensorboard")
-    events = EventAccumulator(str(tmp_path / "o.run" / "train_sft")).Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in log])
-    with pytest.raises(DataError, match="--report_to aim: not installed"):
-        train("p", "--report_to", "aim")
 
 
 def test_flags_have_their_effects(train, tmp_path, picture):
@@ -249,7 +238,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
     assert len(losses(tmp_path / "o")) == step - 1 and (tmp_path / "o.run" / f"step-{step - 1}").is_dir()
     assert len(list((tmp_path / "o.run").glob("step-*"))) == min(3, step - 1)
     if rate == "0.3":  # the user may resume anyway
-        assert len(train("o", *more, "--spike", "0", "--resume", "must")) == 20
+        assert len(train("o", *more, "--spike", "0")) == 20
 
 
 # ---- refused

@@ -110,35 +110,32 @@ def test_an_error_of_the_disk_reaches_the_training(tmp_path):
         saver.close()
 
 
-def test_the_best_are_kept_by_score_and_the_rest_removed_after_the_checkpoint(tmp_path):
+def test_the_best_is_kept_and_the_rest_removed_after_the_checkpoint(tmp_path):
     run, entered = Run(), []
-    for run.step, loss in {1: 0.5, 2: 0.3, 3: 0.9, 4: 0.4}.items():
-        entered.append(run.is_among_best(loss, 2))
+    assert Run.from_state(json.loads(json.dumps(asdict(run)))) == run
+    for run.step, loss in {1: 0.5, 2: 0.3, 3: 0.9, 4: 0.3}.items():
+        entered.append(run.is_best(loss))
         publish(tmp_path / f"best-{run.step}", os.mkdir)
         write(tmp_path, run.step)
-    assert entered == [True, True, False, True] and run.best == [Best(0.3, 2), Best(0.4, 4)]
+    assert entered == [True, True, False, False] and run.best == Best(0.3, 2)
     assert Run.from_state(json.loads(json.dumps(asdict(run)))) == run
     with pytest.raises(DataError, match="step-4: written by another version .*move the .run folder away"):
         Run.from_state({"step": 4, "best": [[0.3, 2]], "recent": []}, "step-4")
-    prune(tmp_path, 1, run.best_steps)
-    assert list(numbered_folders(tmp_path, "best")) == [2, 4]
+    prune(tmp_path, 1, run.best.step)
+    assert list(numbered_folders(tmp_path, "best")) == [2]
     assert list(numbered_folders(tmp_path, "step")) == [4]
 
 
-def test_resume_auto_must_and_never(tmp_path):
+def test_a_run_is_resumed_with_its_own_settings_only(tmp_path):
     settings = {"learning_rate": 1e-5}
-    with pytest.raises(DataError, match="no complete checkpoint, against --resume must"):
-        enter_run_folder(tmp_path / "o.run", settings, "must", True)
-    assert enter_run_folder(tmp_path / "o.run", settings, "never", True) is None
+    assert enter_run_folder(tmp_path / "o.run", settings, True) is None
     write(tmp_path / "o.run", 3)
     (tmp_path / "o.run" / "step-4.part").mkdir()
-    assert enter_run_folder(tmp_path / "o.run", settings, "auto", True)[1] == {"step": 3}
+    assert enter_run_folder(tmp_path / "o.run", settings, True)[1] == {"step": 3}
     assert not (tmp_path / "o.run" / "step-4.part").exists()
-    assert enter_run_folder(tmp_path / "o.run", settings, "must", False)[0].name == "step-3"
-    with pytest.raises(DataError, match="a checkpoint to resume from, against --resume never; move"):
-        enter_run_folder(tmp_path / "o.run", settings, "never", True)
+    assert enter_run_folder(tmp_path / "o.run", settings, False)[0].name == "step-3"
     with pytest.raises(DataError, match="--learning_rate: 1e-05 then, 0.5 now"):
-        enter_run_folder(tmp_path / "o.run", {"learning_rate": 0.5}, "auto", True)
+        enter_run_folder(tmp_path / "o.run", {"learning_rate": 0.5}, True)
 
 
 def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):

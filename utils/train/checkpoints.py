@@ -27,7 +27,7 @@ STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
 
 
-@dataclass(order=True)
+@dataclass
 class Best:
     loss: float
     step: int
@@ -35,25 +35,22 @@ class Best:
 
 @dataclass
 class Run:
-    """The progress of a run: steps done, the best exports (best first), the last losses."""
+    """The progress of a run: steps done, the export with the lowest held-out loss, the last losses."""
 
     step: int = 0
-    best: list[Best] = field(default_factory=list)
+    best: Best | None = None
     recent: list[float] = field(default_factory=list)
 
-    def is_among_best(self, loss: float, keep: int) -> bool:
-        """Enter the current step's held-out loss; return whether it is one of the `keep` lowest."""
-        self.best = sorted([*self.best, Best(loss, self.step)])[:keep]
-        return self.step in self.best_steps
-
-    @property
-    def best_steps(self) -> set[int]:
-        return {best.step for best in self.best}
+    def is_best(self, loss: float) -> bool:
+        """Enter the current step's held-out loss; return whether it is the lowest so far."""
+        if self.best is None or loss < self.best.loss:
+            self.best = Best(loss, self.step)
+        return self.best.step == self.step
 
     @classmethod
     def from_state(cls, state: dict, where: object = STATE) -> "Run":
         try:
-            return cls(state["step"], [Best(**best) for best in state["best"]], state["recent"])
+            return cls(state["step"], state["best"] and Best(**state["best"]), state["recent"])
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: written by another version of train_sft.py ({type(error).__name__}: "
                             f"{error}); move the .run folder away to start again") from error
@@ -77,23 +74,16 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) -> tuple[Path, dict] | None:
+def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path, dict] | None:
     """Make or re-enter the folder of a run; return (folder, state) of the last complete checkpoint.
 
-    The first rank must call it before the others. DataError against `resume` ("must" requires a checkpoint,
-    "never" refuses one), or if the run began with other settings.
+    The first rank must call it before the others. DataError if the run began with other settings.
     """
     path = folder / "settings.json"
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.part"):
             shutil.rmtree(stale)
-    newest = newest_checkpoint(folder)
-    if newest and resume == "never":
-        raise DataError(f"{newest[0]}: a checkpoint to resume from, against --resume never; move {folder} "
-                        "away or give another --output")
-    if not newest and resume == "must":
-        raise DataError(f"{folder}: no complete checkpoint, against --resume must; expected step-N in it")
     if path.exists():
         before = load_object(path, f"move {folder} away to start again")
         differing = [f"--{name}: {before.get(name)} then, {settings.get(name)} now"
@@ -103,7 +93,7 @@ def enter_run_folder(folder: Path, settings: dict, resume: str, is_first: bool) 
                             "or move the .run folder away to start again")
     elif is_first:
         write_json(path, settings)
-    return newest
+    return newest_checkpoint(folder)
 
 
 def keep_lines(path: Path, n_lines: int) -> None:
@@ -199,12 +189,12 @@ def numbered_folders(run: Path, prefix: str) -> dict[int, Path]:
     return {int(step): folders[step] for step in sorted(filter(str.isdigit, folders), key=int)}
 
 
-def prune(run: Path, keep: int, best: set[int]) -> None:
-    """Remove all but the last `keep` checkpoints and the exports of steps `best`."""
+def prune(run: Path, keep: int, best: int) -> None:
+    """Remove all but the last `keep` checkpoints and the export of step `best`."""
     for path in list(numbered_folders(run, "step").values())[:-keep]:
         shutil.rmtree(path)
     for step, path in numbered_folders(run, "best").items():
-        if step not in best:
+        if step != best:
             shutil.rmtree(path)
 
 

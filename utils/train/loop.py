@@ -73,7 +73,7 @@ class Trainer:
                 is_last = run.step == n_steps
                 if held_out and (is_last or run.step % args.eval_every == 0):
                     record["held_out_loss"] = self.held_out_loss(held_out)
-                    if run.is_among_best(record["held_out_loss"], args.keep_best):
+                    if run.is_best(record["held_out_loss"]):
                         self.export()
                 elif is_last:
                     self.export()
@@ -81,7 +81,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(status(record))
                 if is_last or is_stopping or run.step % args.save_every == 0:
-                    self.save(run.best_steps or {n_steps})
+                    self.save(run.best.step if run.best else n_steps)
                 self.saver.check()
                 if is_stopping and not is_last:
                     raise KeyboardInterrupt
@@ -181,19 +181,17 @@ class Trainer:
             folder = self.folder / f"best-{self.run.step}"
             self.saver.submit(publish, folder, lambda to: save(qwen, to, state))
 
-    def save(self, exports: set[int]) -> None:
-        """Have a checkpoint written, then older ones removed and exports of other steps than `exports`."""
+    def save(self, best: int) -> None:
+        """Have a checkpoint written, then older ones removed and exports of other steps than `best`."""
         tensors = snapshot(self.qwen.model, self.optimizer, self.acc.process_index)
         self.saver.submit(self.saver.checkpoint, self.folder / f"step-{self.run.step}", tensors,
-                          asdict(self.run), lambda: prune(self.folder, self.args.keep, exports))
+                          asdict(self.run), lambda: prune(self.folder, self.args.keep, best))
 
     def write_record(self, record: dict) -> None:
         if self.acc.is_main_process:
             path = self.folder / "log.jsonl"
             with disk_errors(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        known = {name: value for name, value in record.items() if value is not None}
-        self.acc.log(known, step=record["step"])
 
 
 def peak_memory(device: torch.device) -> float:
