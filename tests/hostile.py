@@ -46,11 +46,11 @@ from utils import qwen as Q  # noqa: E402
 from utils.cli import cli  # noqa: E402
 from utils.evaluate.prompts import PROTOCOLS, user_text  # noqa: E402
 from utils.images import ImageError, data_url, image_size, open_image  # noqa: E402
-from utils.items import chat, question_text, read_items  # noqa: E402
+from utils.items import END_OF_TURN, chat, question_text, read_items  # noqa: E402
 from utils.jsonl import write_rows  # noqa: E402
 from utils.latent_families import PRESETS  # noqa: E402
 from utils.probe.states import States, StateWriter  # noqa: E402
-from utils.train.examples import END_OF_TURN, make_examples  # noqa: E402
+from utils.train.examples import make_examples  # noqa: E402
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 COUNTED = ("rows", "images", "processes")

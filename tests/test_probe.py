@@ -13,12 +13,12 @@ import evaluate
 import probe
 from toy.make_model import make_model
 from utils.decode import generate, prefill, prefill_blocks
-from utils.items import chat, open_images, question_text, read_items
+from utils.items import USER_TURN, chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
 from utils.probe.figures import draw_heatmaps
-from utils.probe.questions import TURN, Prober, derange, list_conditions, rotations, score
+from utils.probe.questions import Prober, derange, list_conditions, rotations, score
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States, find_steps
 from utils.qwen import add_tokens, encode, load, save
@@ -178,7 +178,7 @@ def test_a_cut_text_imagination_has_its_own_words_and_nothing_of_the_image(text_
     prober, items = prober_of(text_model, None, data, tmp_path / "out" / "states")
     qwen, question, found = prober.qwen, items["item/1"], {}
     turn = chat(qwen.tokenizer, question_text(question), 0)
-    block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(TURN):])
+    block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(USER_TURN):])
              for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
     for source in ("item/0", "item/3"):
         for name in ("cut", "cut_none"):

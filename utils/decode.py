@@ -27,11 +27,8 @@ PREFILL_TOKENS = 4096  # read at once, padding included; more gains nothing
 
 @dataclass
 class State:
-    """Rows that have been read up to some token.
-
-    hidden [B, hidden] after the final norm, at each row's last token; mask [B, C] over the cache's columns;
-    positions [3, B, 1] of each row's last token; is_image [B, C of the prompt].
-    """
+    """Rows that have been read up to some token: hidden [B, hidden] after the final norm and positions [3, B,
+    1], both of each row's last token; mask [B, C] over the cache's columns; is_image [B, C of the prompt]."""
 
     cache: object
     hidden: torch.Tensor | None
@@ -52,6 +49,15 @@ class State:
         """Hide the image tokens from all that these rows read later."""
         for row in rows:
             self.mask[row, :self.is_image.shape[1]][self.is_image[row]] = 0
+
+    def hide_all_but(self, kept: dict[int, list[int]]) -> None:
+        """Hide from all that these rows read later what they have read, except the prompt before the first
+        image, which has seen none, and the columns that are kept."""
+        for row, columns in kept.items():
+            visible = torch.zeros_like(self.mask[row])
+            visible[:self.is_image.shape[1]] = self.is_image[row].cumsum(0) == 0
+            visible[columns] = 1
+            self.mask[row] *= visible
 
 
 @dataclass
@@ -150,10 +156,8 @@ def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
 
 @torch.no_grad()
 def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[torch.Tensor, State]:
-    """Read one block of ids per row, of any lengths of at least one; `state` is used up.
-
-    Returns the states [B, longest, hidden] at the ids, padded on the right, and the state after them.
-    """
+    """Read one block of ids per row, of any lengths of at least one; `state` is used up. Returns the states
+    [B, longest, hidden] at the ids, padded on the right, and the state after them."""
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)
     if len(blocks) != len(state.mask) or not lengths.all():
         raise ValueError(f"{len(blocks)} blocks of {lengths.tolist()} ids for {len(state.mask)} rows, "
@@ -175,10 +179,8 @@ def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
 
 
 def truncate_cache(after: State, before: State, kept: list[int]) -> State:
-    """Return `after`, which decoding from `before` led to, as it was when row i had read `kept[i]` new ids.
-
-    Later columns are hidden, which equals removing them up to rounding. The result has no `hidden`.
-    """
+    """Return `after`, which decoding from `before` led to, as it was when row i had read `kept[i]` new ids:
+    later columns are hidden, which equals removing them up to rounding. The result has no `hidden`."""
     mask, first = after.mask.clone(), before.mask.shape[1]
     for row, n in enumerate(kept):
         if not 0 <= n <= mask.shape[1] - first:
@@ -266,11 +268,9 @@ def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | N
 @contextmanager
 def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:
-    """Site `slot`: replace and record the inputs of the decoder's layers in one-token steps.
-
-    `put[row][n]` [hidden] goes into layer n at `row` (None: no change); `seen` receives [B, hidden] per
-    layer. A donor's cached keys would be wrong: they are rotated by their own position.
-    """
+    """Site `slot`: replace and record the inputs of the decoder's layers in one-token steps. `put[row][n]`
+    [hidden] goes into layer n at `row` (None: no change); `seen` receives [B, hidden] per layer. A donor's
+    cached keys would be wrong: they are rotated by their own position."""
     layers = model.model.language_model.layers
     for row, states in (put or {}).items():
         if len(states) != len(layers):

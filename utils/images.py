@@ -45,8 +45,8 @@ class ImageError(DataError):
 
 
 class Picture(NamedTuple):
-    """An image of a prompt: a file, or its region `box` (left, top, right, bottom in pixels, after EXIF),
-    resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
+    """An image of a prompt: a file, or its region `box` (left, top, right, bottom in pixels, after EXIF) by
+    `crop_region`."""
 
     path: str
     box: tuple[int, int, int, int] | None = None
@@ -136,11 +136,13 @@ def flatten(image: Image.Image) -> Image.Image:
 def open_picture(picture: Picture) -> Image.Image:
     """`open_image` of a picture's file, or its resized region."""
     image = open_image(picture.path)
-    if picture.box is None:
-        return image
-    region = image.crop(picture.box)
-    size = smart_size(*region.size, 28, picture.min_pixels, REGION_PIXELS)
-    return region.resize(size, Image.Resampling.BICUBIC)
+    return image if picture.box is None else crop_region(image, picture.box, picture.min_pixels)
+
+
+def crop_region(image: Image.Image, box: tuple[int, int, int, int], min_pixels: int) -> Image.Image:
+    """Return a part of a picture, resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
+    region = image.crop(box)
+    return region.resize(smart_size(*region.size, 28, min_pixels, REGION_PIXELS), Image.Resampling.BICUBIC)
 
 
 # ---- sizes

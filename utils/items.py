@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.images import open_image, resolve_image
+from utils.images import crop_region, open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
@@ -14,6 +14,8 @@ ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "wtq": "values", "tabfa
 TEXTS = ("benchmark", "category", "group_id", "hint")  # each a string, null or absent
 FAR = 1 << 20  # pixels; beyond any picture
 SCORED = ("mcq", "vsp_path")  # accepted by default
+HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
+USER_TURN, END_OF_TURN = "<|im_start|>user", "<|im_end|>"
 STEM = "The answer is \\boxed{"  # the options of a readout are scored behind it
 # of Qwen's control tokens and all of utils.latent_families
 MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
@@ -36,6 +38,9 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"answer {str(answer)[:60]}, expected type {ANSWER_TYPES[item['metric']]!r} and a value"
     if not all(isinstance(image, dict) and isinstance(image.get("path"), str) for image in item["images"]):
         return f"images {str(item['images'])[:60]}, expected a list of {{\"path\": ...}}"
+    helper = item.get("helper")
+    if helper is not None and not (isinstance(helper, dict) and isinstance(helper.get("path"), str)):
+        return f"helper {str(helper)[:60]}, expected {{\"path\": ...}}"
     if odd := [name for name in TEXTS if not isinstance(item.get(name), (str, type(None)))]:
         return f"field {odd[0]!r} is {str(item[odd[0]])[:40]!r}, expected a string or null"
     raw = item.get("raw") or {}
@@ -144,6 +149,16 @@ def open_images(item: dict, root: str | Path) -> list[Image.Image]:
     return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
 
 
+def open_helper(item: dict, images: list[Image.Image], root: str | Path) -> Image.Image | None:
+    """Return the image that helps with an item: its "helper", else the "region" of the first of its `images`,
+    enlarged where it is small; None without either."""
+    if item.get("helper"):
+        return open_images({"images": [item["helper"]]}, root)[0]
+    if item.get("region"):
+        return crop_region(images[0], tuple(region_in(item, images[0].size)), HELPER_PIXELS)
+    return None
+
+
 # ---- chats
 def plain(text: str) -> str:
     """Return text with control tokens broken (`<|` becomes `< |`): data cannot end a turn, insert an image or
@@ -180,3 +195,10 @@ def prompt_of(tokenizer, item: dict, n_images: int, system: str | None, suffix: 
     """Return the prompt of an item; `blind`: without its images and their marks."""
     text = question_text(item, suffix)
     return chat(tokenizer, text.replace("<image>", "") if blind else text, n_images, system)
+
+
+def blind_turn(tokenizer, item: dict, system: str | None, suffix: str) -> str:
+    """Return the end of a turn and one more that asks an item without its images, up to the start of the
+    assistant's."""
+    prompt = prompt_of(tokenizer, item, 0, system, suffix, blind=True)
+    return END_OF_TURN + "\n" + prompt[prompt.rindex(USER_TURN):]

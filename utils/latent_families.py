@@ -148,6 +148,14 @@ class RowState:
         return feeds_latent
 
 
+def pool_features(features: torch.Tensor, size: int) -> torch.Tensor:
+    """Return what `size` latents are taught to equal: an image's merged features [n, hidden] in groups of
+    consecutive ones, [size, hidden] of their means, the remainder dropped (Mirage's modeling file)."""
+    if len(features) < size:
+        raise ValueError(f"{len(features)} visual tokens, fewer than {size} latents")
+    return features[:len(features) // size * size].unflatten(0, (size, -1)).mean(1)
+
+
 @lru_cache(64)  # asked for at every row of a batch
 def special_id(tokenizer, name: str) -> int:
     """Return the id of an added token; DataError if it is not one token."""

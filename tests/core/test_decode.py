@@ -258,6 +258,28 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
     assert (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("i", [0, 1, 2])
+def test_all_but_some_columns_hidden_equal_a_mask_in_four_dimensions(qwen, i):
+    """A block read over the prompt before the first image and three of the words after it, in one pass with
+    the matrix written out; a prompt without an image stays whole."""
+    batch, block = batch_of(qwen, slice(i, i + 1)), qwen.tokenizer("It is blue.").input_ids
+    words = qwen.tokenizer("a red circle with the digit 7").input_ids
+    n, length = len(words), batch["input_ids"].shape[1]
+    images = (batch["input_ids"][0] == Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).nonzero()
+    before = int(images[0]) if len(images) else length
+    state = prefill_more(qwen, prefill(qwen, batch), [words])
+    kept = [length + 1, length + 2, length + n - 1]
+    state.hide_all_but({0: kept})
+    total = length + n + len(block)
+    allowed = torch.ones(total, total).tril().bool()
+    allowed[length + n:, before:length + n] = False
+    allowed[length + n:, kept] = True
+    additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+    hidden = one_pass(qwen, batch, embedded(qwen, words + block), attention_mask={"full_attention": additive})
+    assert torch.allclose(prefill_more(qwen, state, [block]).hidden[0], hidden[-1], atol=1e-5)
+
+
 class GatedHead(torch.nn.Module):
     """lvr_head_type "glu", written as LVR does (src/model/lvr_heads.py)."""
 

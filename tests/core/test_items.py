@@ -1,7 +1,9 @@
 """Benchmark items: checked on reading, asked in fixed words."""
 import pytest
+from PIL import Image
 
-from utils.items import ANSWER_TYPES, question_text, read_items
+from utils.images import ImageError
+from utils.items import ANSWER_TYPES, open_helper, question_text, read_items
 from utils.jsonl import DataError, write_rows
 
 ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], ["B", "blue"]],
@@ -24,7 +26,8 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     ({"options": [["A", "red"]]}, "expected at least two"),
     ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}},
      "unlike letters"),
-    ({"images": ["a.png"]}, "expected a list of"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
+    ({"images": ["a.png"]}, "expected a list of"), ({"helper": "a.png"}, "helper a.png, expected"),
+    ({"helper": {"path": 1}}, "helper"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
     ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
     ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}},
      "counterfactual: gold 'E'"), ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
@@ -55,3 +58,17 @@ def test_good_items_come_back_as_they_are(tmp_path):
     write_rows(tmp_path / "items.jsonl", items)
     assert read_items(tmp_path / "items.jsonl") == items
     assert read_items(tmp_path / "items.jsonl", 1) == items[:1]
+
+
+def test_the_helper_is_its_own_image_or_the_region_enlarged(tmp_path, picture):
+    picture("helper.png", (56, 56), "blue")
+    board = Image.new("RGB", (300, 200), "white")
+    board.paste((255, 0, 0), (100, 50, 120, 90))
+    regional = ITEM | {"region": [100, 50, 120, 90]}
+    assert open_helper(ITEM, [board], tmp_path) is None
+    crop = open_helper(regional, [board], tmp_path)
+    assert crop.getcolors() == [(crop.width * crop.height, (255, 0, 0))]
+    assert crop.width * crop.height >= 224 * 224 and crop.height / crop.width == pytest.approx(2, rel=0.1)
+    assert open_helper(regional | {"helper": {"path": "helper.png"}}, [board], tmp_path).size == (56, 56)
+    with pytest.raises(ImageError, match="no such image"):
+        open_helper(ITEM | {"helper": {"path": "none.png"}}, [board], tmp_path)

@@ -5,7 +5,7 @@ from training import gradient, load_examples
 
 from utils import qwen as Q
 from utils.decode import generate
-from utils.latent_families import PRESETS, special_id
+from utils.latent_families import PRESETS, pool_features, special_id
 from utils.train.examples import lay_out, load_images, make_batch, piece_lengths
 from utils.train.model import Objective, align, recompute_activations, run_latents
 
@@ -71,6 +71,14 @@ def test_training_feeds_the_latents_that_decoding_feeds(latent):
         row = generate(qwen, prompt, 6, MIRAGE, capture=True)[0]
         assert row.ids[0] == start_id and row.fed.shape == (4, 32)
         assert torch.allclose(row.fed, torch.stack([step[i] for step in latents[0]]), atol=1e-4)
+
+
+def test_pooled_features_are_means_of_consecutive_tokens():
+    features = torch.tensor([[1.0, 0], [3, 0], [5, 2], [7, 4], [100, 100]])
+    assert pool_features(features, 2).tolist() == [[2, 0], [6, 3]]  # the fifth is dropped
+    assert torch.equal(pool_features(features, 5), features)
+    with pytest.raises(ValueError, match="5 visual tokens, fewer than 6 latents"):
+        pool_features(features, 6)
 
 
 @pytest.mark.parametrize("loss", ["cosine", "mse"])

@@ -26,7 +26,7 @@ import torch
 
 from utils.answers import extract_choice
 from utils.decode import State, decode, prefill, prefill_blocks, truncate_cache
-from utils.items import group_of, open_images, prompt_of
+from utils.items import blind_turn, group_of, open_images, prompt_of
 from utils.jsonl import DataError
 from utils.latent_families import Generation, LatentSpec, clean_text, last_latent, latent_ids
 from utils.option_scores import describe_scores, score_options
@@ -41,7 +41,6 @@ LATENT_ONLY = ("mean", "random")
 CUT = ("cut", "cut_other", "cut_none")
 COMPARED = (("own", "other"), ("own", "text_only"), ("own", "mean"), ("own", "random"), ("cut", "cut_other"),
             ("cut", "cut_none"))
-TURN = "<|im_start|>user"
 
 
 def list_conditions(spec: LatentSpec | None, variants: list[str]) -> list[str]:
@@ -191,12 +190,7 @@ class Prober:
             return Asked(None, [], [])
         kept = [steps[i][-1] + 1 if i in places else 0 for i in range(len(batch))]
         state = truncate_cache(end, begun, kept)
-        for i in places:
-            visible = torch.zeros_like(state.mask[i])
-            visible[:int(begun.is_image[i].nonzero()[0])] = 1  # the prompt before the image
-            if name != "cut_none":
-                visible[[first + step for step in steps[i]]] = 1
-            state.mask[i] *= visible
+        state.hide_all_but({i: [first + step for step in steps[i] if name != "cut_none"] for i in places})
         blocks = [self.question_ids(batch[i]) for i in places]
         return Asked(prefill_blocks(qwen, state.select(places), blocks)[1], [[] for _ in places], places)
 
@@ -209,8 +203,7 @@ class Prober:
     def question_ids(self, probe: dict) -> list[int]:
         """Return the ids that close an imagination and ask a question as a new turn."""
         tokenizer = self.qwen.tokenizer
-        prompt = self.prompt(probe, 0, blind=True)
-        closing, turn = tokenizer([CLOSE, "<|im_end|>\n" + prompt[prompt.rindex(TURN):]],
+        closing, turn = tokenizer([CLOSE, blind_turn(tokenizer, probe, self.args.system, self.args.suffix)],
                                   add_special_tokens=False).input_ids
         return ([latent_ids(tokenizer, self.spec)[2]] if self.spec else closing) + turn
 

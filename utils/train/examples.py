@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 
 from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
-from utils.items import chat, plain
+from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
 from utils.patches import process_images
 from utils.qwen import Qwen, collate
 
 PLACEHOLDER = "<think_image>"
-END_OF_TURN = "<|im_end|>"
 SHOWN = 20  # bad rows that one error names
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from utils.jsonl import DataError
-from utils.latent_families import LatentSpec
+from utils.latent_families import LatentSpec, pool_features
 from utils.qwen import Qwen, add_tokens, image_features, load, multiplied_patches
 from utils.train.examples import Target
 from utils.train.packing import run_packed
@@ -95,15 +95,14 @@ def run_latents(model: torch.nn.Module, batch: dict,
 
 def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str) -> torch.Tensor:
     """Return the sum over segments of the mean distance ("cosine" or "mse") from K latents to the image's
-    features, pooled as in Mirage: K groups of consecutive merged features, the remainder dropped.
-    """
+    pooled features."""
     with torch.no_grad():
         features = image_features(qwen, {"pixel_values": batch["step_pixel_values"],
                                          "image_grid_thw": batch["step_image_grid_thw"]})
     total = latents[0][0].new_zeros((), dtype=torch.float32)
     for (row, segment), feature in zip(batch["latents"], features, strict=True):
-        states, size = torch.stack([step[row] for step in latents[segment]]).float(), len(latents[segment])
-        pooled = feature[:len(feature) // size * size].unflatten(0, (size, -1)).mean(1).float()
+        states = torch.stack([step[row] for step in latents[segment]]).float()
+        pooled = pool_features(feature, len(states)).float()
         if loss == "cosine":
             distance = 1 - F.cosine_similarity(states, pooled)
         else:
