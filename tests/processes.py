@@ -20,6 +20,13 @@ def run_here(main: Callable[[list[str]], int], flags: list[str]) -> int:
         signal.signal(signal.SIGTERM, handler)
 
 
+def words(**flags: object) -> list[str]:
+    """Return flags as words of a command: True is a flag without a value, False none, a list several words."""
+    return [word for name, value in flags.items() if value is not False
+            for word in (f"--{name}", *map(str, value if isinstance(value, list) else
+                                           [] if value is True else [value]))]
+
+
 def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
     """Return the command that runs a script, under torchrun where it is to be several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
