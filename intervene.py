@@ -44,7 +44,7 @@ from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, 
 from utils.images import ImageError
 from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_for_items
-from utils.intervene.sweeps import draw_sweeps, sweep_conditions
+from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
@@ -357,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
                                "latents": calibration.n_latents if calibration else 0},
                **summarize(items, records, sites_of(args), limits, CONTROLS if spec else TEXT_CONTROLS,
                            kept_shares(args.conditions, spec)),
+               "dose_trends": dose_trends(items, records),
                "seconds": round(time.monotonic() - began, 1)}
     draw_effects(metrics, args.output)
     draw_sweeps(metrics, args.output)
