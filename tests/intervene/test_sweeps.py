@@ -177,9 +177,11 @@ def test_no_trend_is_found_in_at_most_one_of_twenty(spread, size):
 def test_trends_of_a_run_take_the_items_with_all_doses():
     def by(clean, *nats):
         names = ("clean", "mix:0.5", "mix:1", "add_noise:3")
-        return {name: {"r0": None if nll is None else {"nll": nll}} for name, nll in zip(names, (clean, *nats))}
+        return {name: {"r0": None if nll is None else {"nll": nll}}
+                for name, nll in zip(names, (clean, *nats))}
 
-    records = {"a": by(0, 1, 2, 9), "b": by(0, 3, 2, 9), "c": by(0, None, 2, 9), "d": {"clean": {"error": "x"}}}
+    records = {"a": by(0, 1, 2, 9), "b": by(0, 3, 2, 9), "c": by(0, None, 2, 9),
+               "d": {"clean": {"error": "x"}}}
     found = dose_trends([{"id": name} for name in records], records)
     assert set(found) == {"mix"}  # one dose of noise is no sweep
     assert found["mix"]["n"] == 2 and found["mix"]["trend"] == pytest.approx((1 + 1 / 3) / 2)
