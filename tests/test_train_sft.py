@@ -20,9 +20,9 @@ import utils.train.model
 from utils import qwen as Q
 from utils.jsonl import DataError, read_rows, write_rows
 from utils.latent_families import special_id
+from utils.train.examples import make_pack
 from utils.train.loop import learning_rate_at
-from utils.train.model import Objective
-from utils.train.packing import make_pack, use_packed_attention
+from utils.train.model import Objective, use_packed_attention
 
 numeric = pytest.mark.numeric
 TARGETS = ("text", "latent", "placeholder", "direct")

@@ -10,8 +10,7 @@ from utils import qwen as Q
 from utils.latent_families import special_id
 from utils.train.batching import (Batching, Steps, count_parameters, device_memory, estimate_memory,
                                   memory_lines, peak_flops, training_flops)
-from utils.train.model import Objective
-from utils.train.packing import run_packed, use_packed_attention
+from utils.train.model import Objective, run_packed, use_packed_attention
 
 pytestmark = pytest.mark.numeric
 

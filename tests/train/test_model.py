@@ -13,10 +13,9 @@ from training import flags, load_examples
 
 import train_sft
 from utils.train.batching import Batching, Steps
-from utils.train.checkpoints import Saver, restore, snapshot
-from utils.train.model import (Objective, average_replicated, make_optimizer, merge_adapters,
-                               recompute_activations, shard, whole_state)
-from utils.train.packing import use_packed_attention
+from utils.train.checkpoints import Saver, merge_adapters, restore, snapshot, whole_state
+from utils.train.model import (Objective, average_replicated, make_optimizer, recompute_activations, shard,
+                               use_packed_attention)
 
 pytestmark = pytest.mark.numeric
 

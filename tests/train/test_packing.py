@@ -9,10 +9,10 @@ from training import gradient
 from train_sft import RECOMPUTED
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.train.examples import Target, image_grids, load_images, make_example
-from utils.train.model import recompute_activations
-from utils.train.packing import (NAME, make_pack, packed_attention, plan_packs, run_packed,
-                                 use_packed_attention)
+from utils.train.batching import plan_packs
+from utils.train.examples import Target, image_grids, load_images, make_example, make_pack
+from utils.train.model import (NAME, packed_attention, recompute_activations, run_packed,
+                               use_packed_attention)
 
 pytestmark = pytest.mark.numeric
 

@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from utils.qwen import Qwen
-from utils.train.examples import Example, Target, make_batch
-from utils.train.packing import make_pack, plan_packs
+from utils.train.examples import Example, Target, make_batch, make_pack
 
 # dense bfloat16 operations per second, from NVIDIA's data sheets
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
@@ -115,6 +114,28 @@ class Steps(torch.utils.data.Dataset):
         return iter(torch.utils.data.DataLoader(
             self, batch_size=None, sampler=places, num_workers=workers, pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if workers else None, worker_init_fn=lambda _: torch.set_num_threads(1)))
+
+
+def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
+    """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k.
+
+    Longest first, each row goes into the least loaded of world * K bins, with the smallest K that keeps bins
+    within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty.
+    """
+    if max(lengths) > max_tokens:
+        raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
+    n_steps = max(1, math.ceil(sum(lengths) / (world * max_tokens)))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while True:
+        loads, bins = [0] * (world * n_steps), [[] for _ in range(world * n_steps)]
+        for i in order:
+            least = min(range(len(bins)), key=loads.__getitem__)
+            loads[least] += lengths[i]
+            bins[least].append(i)
+        if max(loads) <= max_tokens:
+            by_load = sorted(range(len(bins)), key=lambda b: (-loads[b], b))
+            return [[sorted(bins[b]) for b in by_load[k:k + world]] for k in range(0, len(bins), world)]
+        n_steps += 1
 
 
 # ---- operations

@@ -6,6 +6,7 @@ the optimizer's state. Another number of ranks may read it.
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,6 +118,35 @@ def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int
                 local = tensor.detach().to_local() if is_sharded else tensor.detach()
                 copies[f"{key}/{name}"] = local.to("cpu", copy=True).contiguous()
     return copies
+
+
+def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+    """Return all weights on the CPU, adapters merged, tied ones once; every rank calls, `keep` ones get them.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            is_part = ".lora_" in name or ".base_layer." in name
+            state[name] = tensor.cpu() if is_part else tensor.to("cpu", dtype, copy=True)
+    return merge_adapters(model, state, dtype)
+
+
+def merge_adapters(model: torch.nn.Module, state: dict[str, torch.Tensor],
+                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a state without LoRA: W + scaling * B A under the name of W."""
+    merged = {}
+    for name, tensor in state.items():
+        if ".base_layer." in name:
+            owner = name[:name.index(".base_layer.")]
+            if name.endswith(".weight"):
+                a, b = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
+                tensor = tensor + model.get_submodule(owner).scaling["default"] * b @ a
+            merged[name.replace(".base_layer.", ".")] = tensor.to(dtype)
+        elif not re.search(r"\.lora_[AB]\.", name):
+            merged[name] = tensor
+    return merged
 
 
 def rank_file(rank: int, world: int) -> str:

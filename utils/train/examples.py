@@ -1,8 +1,9 @@
-"""Rows as tokens: the four training targets, which of their tokens are trained, and batches with latents.
+"""Rows as tokens: the four training targets, which of their tokens are trained, packs and batches of rows.
 
 `text` is the chain, `placeholder` the steps with each image as one bare <think_image>, `latent` the steps
 with each image as start + K latents + end, `direct` the boxed answer alone.
 """
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from utils.images import budget_sizes, image_size, open_image, resolve_image, sm
 from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
-from utils.patches import process_images
+from utils.patches import THREADS, process_images
 from utils.qwen import Qwen, collate
 
 PLACEHOLDER = "<think_image>"
@@ -146,7 +147,40 @@ def marked(qwen: Qwen, example: Example) -> str:
     return text + ("<<" if before else "")
 
 
-# ---- batches with latents
+# ---- packs and batches
+def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0) -> dict:
+    """Concatenate rows into one sequence of L tokens.
+
+    Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw,
+    cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where trained tokens are predicted), labels
+    [n], row [n] (of each label), row_ids, and `weight` (0: does not count).
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
+    # one call: calling the image processor costs more than processing one image
+    pixels = process_images(qwen.image_processor, [image for row in images for image in row]) or {}
+    grids = pixels["image_grid_thw"].split([len(row) for row in images]) if pixels else [()] * len(images)
+    rows = []
+    for example, grid in zip(examples, grids):
+        rows.append(collate(qwen, [example.ids], [{"image_grid_thw": grid} if len(grid) else None]))
+        n_tokens = rows[-1]["input_ids"].shape[1]
+        if n_tokens != example.n_tokens:
+            raise DataError(f"{example.id}: {n_tokens} tokens, expected {example.n_tokens} from its images' "
+                            "headers; was an image changed during the run?")
+    pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
+    pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
+    ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
+    # counted from the end of a row, as images before the trained tokens are expanded
+    places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
+              for example, end in zip(examples, ends)]
+    counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
+    return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
+                   "max_length": max(example.n_tokens for example in examples),
+                   "logit_positions": places - 1, "labels": pack["input_ids"][0, places],
+                   "row": torch.arange(len(examples)).repeat_interleave(counts),
+                   "row_ids": [example.id for example in examples], "weight": weight}
+
+
 def lay_out(lengths: list[list[int]], n_latents: int,
             n_blocks: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Place the tokens of every row so that latent segments share columns over the batch.

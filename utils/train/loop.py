@@ -19,9 +19,8 @@ from tqdm import tqdm
 from utils.jsonl import DataError, disk_errors
 from utils.qwen import Qwen, save
 from utils.train.batching import Steps, Work, peak_flops
-from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot
-from utils.train.model import Objective, average_replicated, whole_state
-from utils.train.packing import use_packed_attention
+from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot, whole_state
+from utils.train.model import Objective, average_replicated, use_packed_attention
 
 RECENT = 50  # steps whose median loss a spike is measured from
 

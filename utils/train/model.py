@@ -1,13 +1,13 @@
-"""The model in training: objective, latent recurrence, adapters, sharding (FSDP2), whole weights.
+"""The model in training: objective, attention within packed rows, latent recurrence, adapters, sharding.
 
-torch's `fully_shard`, because accelerate's plugin does not run on CPU ranks and rounds the loss to bfloat16.
-Every decoder layer is sharded; embedding, last norm and head are one root group, gathered once per pass. The
-vision tower is replicated, so that a rank without images does not wait.
+Sharding is torch's `fully_shard` (FSDP2): accelerate's plugin does not run on CPU ranks and rounds the loss
+to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root group, gathered once
+per pass. The vision tower is replicated, so that a rank without images does not wait.
 """
 import argparse
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from types import MethodType
 
 import torch
@@ -17,22 +17,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, pool_features
 from utils.qwen import Qwen, add_tokens, image_features, load, multiplied_patches
 from utils.train.examples import Target
-from utils.train.packing import run_packed
 
+NAME = "packed_flash"  # with "flash" in the name the vision tower passes all windows in one call
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
 # the linear layers of the language model, not those of the vision tower
 ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 class Objective(torch.nn.Module):
-    """Losses of a micro-batch, for the caller to divide by the counts of the step: the negative
-    log-likelihood [n] of each trained token, whether it was the likeliest [n], the alignment's sum.
-    """
+    """Sums for the caller to divide by the counts of a step: the negative log-likelihood [n] of each trained
+    token, whether it was the likeliest [n], and the alignment's sum."""
 
     def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str = "cosine",
                  autocast: bool = False):
@@ -66,10 +66,105 @@ class Objective(torch.nn.Module):
         return torch.cat([nll for nll, _ in parts]), torch.cat([right for _, right in parts])
 
 
+# ---- packed rows
+def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     attention_mask: None, scaling: float | None = None,
+                     cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None,
+                     is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+    """Attend within the rows bounded by `cu_seq_lens_q` [n + 1]; [1, heads, L, d] to [1, L, heads, d]."""
+    if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
+        raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
+    causal = module.is_causal if is_causal is None else is_causal
+    # under autocast the rotary embedding leaves float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if value.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn  # a torch without CUDA does not have it
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q,
+                          max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
+        return out[None], None
+    # [heads, L, d]; x[0] would cost a copy of its gradient
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    lengths, back = cu_seq_lens_q.diff(), None
+    if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: group those of equal length
+        order, back = by_length(cu_seq_lens_q)
+        query, key, value = (x.index_select(1, order) for x in (query, key, value))
+        lengths = lengths.sort().values
+    runs = [(length, len(list(group))) for length, group in groupby(lengths.tolist())]
+    pieces = [x.split([length * n for length, n in runs], dim=1) for x in (query, key, value)]
+    rows = []
+    for (length, n), *parts in zip(runs, *pieces):
+        # [n, heads, length, d]: one call for n rows
+        parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]
+        out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
+        rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
+    out = torch.cat(rows)
+    return (out if back is None else out[back])[None], None
+
+
+def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the order [L] that sorts the rows in `bounds` [n + 1] by length, and its inverse."""
+    lengths, rows = bounds.diff().sort(stable=True)
+    shifts = bounds[:-1][rows] - (lengths.cumsum(0) - lengths)
+    order = torch.arange(int(bounds[-1])) + shifts.repeat_interleave(lengths)
+    return order, order.argsort()
+
+
+def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
+    """Return the last hidden states [n, hidden] of a pack at its logit positions.
+
+    To be called, and its gradients taken, inside `use_packed_attention`. Exact are explicit cu_seqlens with
+    an attention function that has no other mask, positions from 0 in every row, and no cache. Six other
+    plausible combinations let rows attend to each other: the loss moves by 0.4 %, the gradients are wrong.
+    """
+    if model.config.text_config._attn_implementation != NAME:
+        raise RuntimeError("a pack outside use_packed_attention: its rows would attend to each other")
+    images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
+    bounds, longest = pack["cu_seqlens"], pack["max_length"]
+    with last_layer_at(model, pack["logit_positions"]), multiplied_patches(model):
+        out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"],
+                          cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest,
+                          max_length_k=longest, use_cache=False, **images)
+    return out.last_hidden_state[0]
+
+
+@contextmanager
+def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Inside the block, have the last decoder layer compute only `positions` [n] after its attention."""
+    layer = model.model.language_model.layers[-1]
+
+    def forward(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+        hidden = (hidden + attended).index_select(1, positions)
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@contextmanager
+def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, have `model` use `packed_attention`, for which the library builds no mask."""
+    AttentionInterface.register(NAME, packed_attention)
+    configs = [model.config, model.config.text_config, model.config.vision_config]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before):
+            config._attn_implementation = name
+
+
+# ---- rows with latents
 def run_latents(model: torch.nn.Module, batch: dict,
                 spec: LatentSpec) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """Run text blocks and latent steps in turn, each latent fed the last hidden state before it; return the
-    states [B, L, hidden] and the K latents [B, hidden] of each segment."""
+    """Run text blocks and latent steps in turn; return the states [B, L, hidden] and the K latents
+    [B, hidden] of each segment."""
     states, latents, past = [], [], None
 
     def step(start: int, end: int, **inputs) -> torch.Tensor:
@@ -99,18 +194,17 @@ def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str)
     with torch.no_grad():
         features = image_features(qwen, {"pixel_values": batch["step_pixel_values"],
                                          "image_grid_thw": batch["step_image_grid_thw"]})
-    total = latents[0][0].new_zeros((), dtype=torch.float32)
+    total = 0.0
     for (row, segment), feature in zip(batch["latents"], features, strict=True):
         states = torch.stack([step[row] for step in latents[segment]]).float()
         pooled = pool_features(feature, len(states)).float()
-        if loss == "cosine":
-            distance = 1 - F.cosine_similarity(states, pooled)
-        else:
-            distance = (states - pooled).square().mean(-1)
+        distance = (1 - F.cosine_similarity(states, pooled) if loss == "cosine"
+                    else (states - pooled).square().mean(-1))
         total = total + distance.mean()
     return total * batch["weight"]
 
 
+# ---- weights
 def make_model(device: torch.device, world: int, target: Target,
                args: argparse.Namespace) -> tuple[Qwen, Objective]:
     """Load, freeze, adapt and shard the model: bfloat16 on GPUs, float32 on CPUs."""
@@ -156,8 +250,8 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float,
 def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
     """Inside the block, have the backward pass recompute activations of "layers", "mlps" or "none".
 
-    The MLPs hold 7 tenths in the 7B model and, unlike layers, use no cache. The last layer is not recomputed
-    as a whole: the backward pass begins with it, so that nothing would be freed for long.
+    The MLPs hold 7 tenths in the 7B model and, unlike layers, use no cache. The last layer is kept: the
+    backward pass begins with it.
     """
     def forward(module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -179,8 +273,8 @@ def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
 def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
     """Shard the language model over all ranks, with `objective`, whose forward runs it, as the root.
 
-    Weights become float32 layer by layer, so that they are never all here at once. With `low_precision` they
-    are gathered and used as bfloat16; gradients are reduced in float32.
+    Weights become float32 layer by layer, never all at once. With `low_precision` they are gathered and used
+    as bfloat16; gradients are reduced in float32.
     """
     if not dist.is_initialized():  # one process, not started by torchrun
         dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo", store=dist.HashStore(),
@@ -202,32 +296,3 @@ def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
-
-
-def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU, adapters merged, tied ones once; every rank calls, `keep` ones get them.
-    """
-    state = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            is_part = ".lora_" in name or ".base_layer." in name
-            state[name] = tensor.cpu() if is_part else tensor.to("cpu", dtype, copy=True)
-    return merge_adapters(model, state, dtype)
-
-
-def merge_adapters(model: torch.nn.Module, state: dict[str, torch.Tensor],
-                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return a state without LoRA: W + scaling * B A under the name of W."""
-    merged = {}
-    for name, tensor in state.items():
-        if ".base_layer." in name:
-            owner = name[:name.index(".base_layer.")]
-            if name.endswith(".weight"):
-                a, b = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
-                tensor = tensor + model.get_submodule(owner).scaling["default"] * b @ a
-            merged[name.replace(".base_layer.", ".")] = tensor.to(dtype)
-        elif not re.search(r"\.lora_[AB]\.", name):
-            merged[name] = tensor
-    return merged
