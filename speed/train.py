@@ -14,7 +14,7 @@ Contenders run in turns, each in a process of its own, --rounds times; the first
   trl_rebalance      the same with `batch_rebalance`
 
 The peers get the same token ids and labels, made by the same code. Their pixels come from the library's own
-image processor, as their users have them, or, with --own_pixels, from utils.patches, which gives the same
+image processor, as their users have them, or, with --own_pixels, from utils.qwen, which gives the same
 values to the bit in less time. They run in an environment that this script makes from
 speed/requirements-train.txt at its first start (it needs a package index or cache).
 
@@ -145,7 +145,7 @@ class Rows:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from utils.patches import process_images
+        from utils.qwen import process_images
         from utils.train.examples import load_images
         ids = [torch.tensor(item["input_ids"]) for item in items]
         pad = self.qwen.tokenizer.pad_token_id
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4,
                         help="optimizer steps per round; the first is not measured")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--own_pixels", action="store_true", help="the peers use utils.patches too")
+    parser.add_argument("--own_pixels", action="store_true", help="the peers use utils.qwen too")
     parser.add_argument("--recompute", choices=("layers", "mlps", "none"), default="mlps",
                         help="what ours recomputes")
     parser.add_argument("--growth", action="store_true", help="more rows and larger pictures instead")

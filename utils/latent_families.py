@@ -5,9 +5,11 @@ sampled inside a segment does not stop the row, nor does a start re-open it; eve
 """
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.jsonl import DataError
@@ -43,6 +45,9 @@ MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<
                 "</observation>")
 MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
 LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
+LVR_HEAD = "lvr_head."  # prefix of its weights; each layer has a weight and a bias
+SIMPLE_HEAD = ("ln_q", "mlp.0", "mlp.2")  # lvr_head_type "simple"
+GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
 _MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
                     size=10, overwrite_start=True, force_end=True, early_end=True)
 PRESETS = {spec.name: spec for spec in (
@@ -186,3 +191,45 @@ def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str
         latent = set(latent_ids(tokenizer, spec))
         ids = [i for i in ids if i not in latent]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def load_head(path: str, device: torch.device,
+              dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
+
+    It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
+    come from the same state, as in that repository's decoding by steps. The weights' names tell its form.
+    """
+    import torch.nn.functional as F
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    find_file = partial(cached_file, path, _raise_exceptions_for_missing_entries=False)
+    files = ["model.safetensors"]
+    if index := find_file("model.safetensors.index.json"):
+        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({file for name, file in places.items() if name.startswith(LVR_HEAD)})
+    head = {}
+    for name in files:
+        if file := find_file(name):
+            with safe_open(file, "pt") as weights:
+                head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
+                         for key in weights.keys() if key.startswith(LVR_HEAD)}
+    if not head:
+        return None
+
+    def linear(layer: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, head[f"{layer}.weight"], head[f"{layer}.bias"])
+
+    def simple(x: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(x, x.shape[-1:], head["ln_q.weight"], head["ln_q.bias"], eps=1e-6)
+        return linear("mlp.2", F.gelu(linear("mlp.0", x)))
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))
+
+    for layers, form in ((SIMPLE_HEAD, simple), (GATED_HEAD, gated)):
+        if sorted(head) == [f"{layer}.{part}" for layer in layers for part in ("bias", "weight")]:
+            return form
+    raise DataError(f"{path}: weights {LVR_HEAD}* named {sorted(head)}, expected a weight and a bias each of "
+                    f"{', '.join(SIMPLE_HEAD)} or {', '.join(GATED_HEAD)}")

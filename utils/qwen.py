@@ -1,42 +1,43 @@
 """Load a Qwen2.5-VL or Qwen3-VL checkpoint and turn prompts into tensors, without torchvision.
 
-`AutoProcessor` needs torchvision for videos, so the tokenizer and the PIL image processor are loaded
-separately and `<|image_pad|>` is expanded here. All stages use this path, so that they see the same tokens.
+`AutoProcessor` needs torchvision, so the tokenizer and the PIL image processor are loaded separately and
+`<|image_pad|>` is expanded here. All stages use this path, so that they see the same tokens.
 """
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
                           Qwen2VLImageProcessorPil)
 from transformers.utils import cached_file
 
 from utils.cli import rank_world
+from utils.images import smart_size
 from utils.jsonl import DataError, check_folder
-from utils.latent_families import LatentSpec, latent_ids, special_id
-from utils.patches import process_images, set_pixel_budget
+from utils.latent_families import LatentSpec, latent_ids, load_head, special_id
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-HEAD = "lvr_head."  # prefix of LVR's head; each layer has a weight and a bias
-SIMPLE_HEAD = ("ln_q", "mlp.0", "mlp.2")  # lvr_head_type "simple"
-GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
+THREADS = 4  # Pillow and numpy work outside the interpreter's lock
 
 
 @dataclass
 class Qwen:
     """A checkpoint ready to use.
 
-    `factor`: pixels per side of a visual token (28 for Qwen2.5-VL, 32 for Qwen3-VL). `eos_ids`: tokens that
-    end a reply, from the generation config (the model config has only one of Qwen's two). `saved_dtype`: of
-    the weights on disk. `model`: None after `load_tools`. `latent_head`: LVR's, set by `load_with`.
+    `model`: None after `load_tools`. `factor`: pixels per side of a visual token (28 for Qwen2.5-VL, 32 for
+    Qwen3-VL). `eos_ids`: tokens that end a reply (the model config has only one of Qwen's two).
+    `saved_dtype`: of the weights on disk. `latent_head`: LVR's, set by `load_with`.
     """
 
     model: torch.nn.Module | None
@@ -60,8 +61,6 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     """Turn the library's errors on a missing or broken checkpoint into a DataError of one line."""
     try:
         yield
-    except DataError:
-        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: no whole checkpoint here or on the hub: {' '.join(str(error).split())}; "
                         "copy or train it again") from error
@@ -72,19 +71,21 @@ def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None 
     tokenizer, image_processor = load_processors(path, min_pixels, max_pixels)
     with checkpoint_errors(path):
         config = AutoConfig.from_pretrained(path)
+        has_own = find_file(path, "generation_config.json")
+        eos = GenerationConfig.from_pretrained(path).eos_token_id if has_own else None
     if config.model_type not in MODEL_TYPES:
         raise DataError(f"{path}: model_type is {config.model_type!r}, expected one of {MODEL_TYPES}")
-    factor = image_processor.patch_size * image_processor.merge_size
-    return Qwen(None, tokenizer, image_processor, str(path), factor, eos_ids(path, tokenizer), config,
-                config.dtype or torch.float32)
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return Qwen(None, tokenizer, image_processor, str(path),
+                image_processor.patch_size * image_processor.merge_size,
+                eos if isinstance(eos, list) else [eos], config, config.dtype or torch.float32)
 
 
 def load(path: str, dtype: str = "auto", device: str | None = None,
          min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen:
     """Load a checkpoint in the released layout.
 
-    `device` None: this rank's GPU, if any; `dtype` "auto": bfloat16 on a GPU, float32 on a CPU. `min_pixels`,
-    `max_pixels`: bounds of an image's area; None keeps the checkpoint's.
+    `device` None: this rank's GPU, if any. `dtype` "auto": bfloat16 on a GPU, float32 on a CPU.
     """
     device = device or (f"cuda:{rank_world()[2]}" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
@@ -106,8 +107,7 @@ def load(path: str, dtype: str = "auto", device: str | None = None,
 
 def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixels: int | None = None,
               max_pixels: int | None = None) -> Qwen:
-    """Load a checkpoint to decode with these latents, and LVR's head, if any; DataError for the tokens of
-    another family."""
+    """Load a checkpoint to decode with these latents; DataError for the tokens of another family."""
     qwen = load(path, dtype, None, min_pixels, max_pixels)
     qwen.latent_head = load_head(path, qwen.device, qwen.model.dtype)
     if spec:
@@ -120,45 +120,9 @@ def find_file(path: str, name: str) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
 
 
-def load_head(path: str, device: torch.device,
-              dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
-
-    It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
-    come from the same state, as in that repository's decoding by steps. The weights' names tell its form.
-    """
-    files = ["model.safetensors"]
-    if index := find_file(path, "model.safetensors.index.json"):
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({file for name, file in places.items() if name.startswith(HEAD)})
-    head = {}
-    for name in files:
-        if file := find_file(path, name):
-            with safe_open(file, "pt") as weights:
-                head |= {key.removeprefix(HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
-                         for key in weights.keys() if key.startswith(HEAD)}
-    if not head:
-        return None
-
-    def linear(layer: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, head[f"{layer}.weight"], head[f"{layer}.bias"])
-
-    def simple(x: torch.Tensor) -> torch.Tensor:
-        x = F.layer_norm(x, x.shape[-1:], head["ln_q.weight"], head["ln_q.bias"], eps=1e-6)
-        return linear("mlp.2", F.gelu(linear("mlp.0", x)))
-
-    def gated(x: torch.Tensor) -> torch.Tensor:
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))
-
-    for layers, form in ((SIMPLE_HEAD, simple), (GATED_HEAD, gated)):
-        if sorted(head) == [f"{layer}.{part}" for layer in layers for part in ("bias", "weight")]:
-            return form
-    raise DataError(f"{path}: weights {HEAD}* named {sorted(head)}, expected a weight and a bias each of "
-                    f"{', '.join(SIMPLE_HEAD)} or {', '.join(GATED_HEAD)}")
-
-
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
-    """Return (tokenizer, image processor) of a checkpoint, with the pixel budget set."""
+    """Return (tokenizer, image processor) of a checkpoint; the pixels bound an image's area (None: its own).
+    """
     check_folder(path)
     for file in (Path(path) / "tokenizer.json", Path(path) / "vocab.json"):
         try:
@@ -174,28 +138,22 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
         if template is None:
             raise DataError(f"{path}: no chat template in tokenizer_config.json or chat_template.*")
         tokenizer.chat_template = json.loads(Path(template).read_text(encoding="utf-8"))["chat_template"]
-    set_pixel_budget(image_processor, min_pixels, max_pixels)
+    low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    low, high = low if min_pixels is None else min_pixels, high if max_pixels is None else max_pixels
+    token = (image_processor.patch_size * image_processor.merge_size)**2
+    if not token <= low <= high:
+        raise DataError(f"pixel budget {low}..{high}: expected {token} <= min_pixels <= max_pixels")
+    # from_pretrained(size=...) is ignored for checkpoints that store min_pixels and max_pixels
+    image_processor.size = {"shortest_edge": low, "longest_edge": high}
     return tokenizer, image_processor
 
 
-def eos_ids(path: str, tokenizer) -> list[int]:
-    """Return the ids that end a reply: the generation config's, else the tokenizer's."""
-    if find_file(path, "generation_config.json"):
-        with checkpoint_errors(path):
-            eos = GenerationConfig.from_pretrained(path).eos_token_id
-        if eos is not None:
-            return list(eos) if isinstance(eos, list) else [eos]
-    return [tokenizer.eos_token_id]
-
-
 def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint in the released layout into `folder`, which must not be its source.
+    """Write a checkpoint in the released layout.
 
-    `state`: the weights by their names in the model, of one dtype, where the model's own are sharded or of
-    other types; the library writes them under the released names.
+    `state`: the weights by their names in the model, of one dtype, if the model's own are sharded or of other
+    types.
     """
-    if Path(folder).resolve() == Path(qwen.path).resolve():
-        raise DataError(f"{folder}: the checkpoint was loaded from here; inputs are not edited, name another")
     qwen.model.save_pretrained(folder, state_dict=state)
     if state is not None:  # the library wrote the dtype of the model in memory
         path = Path(folder) / "config.json"
@@ -210,14 +168,60 @@ def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) 
 
 
 def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
-    """Add missing special tokens, in the given order, and return the ids of all.
-
-    The embedding never shrinks, and grows only when the ids exceed the rows that the release left free.
-    """
+    """Add missing special tokens, in the given order, and return the ids of all. The embedding grows only
+    when the ids exceed the rows that the release left free."""
     qwen.tokenizer.add_tokens(list(names), special_tokens=True)
     if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
         qwen.model.resize_token_embeddings(len(qwen.tokenizer))
     return [special_id(qwen.tokenizer, name) for name in names]
+
+
+# ---- pictures
+def move_bytes(array: np.ndarray, patch: int, merge: int) -> np.ndarray:
+    """Return a picture's bytes [H, W, 3] as [patches, 3, patch * patch], each token's patches in a row."""
+    rows, columns = (side // (patch * merge) for side in array.shape[:2])
+    cells = array.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return cells.reshape(rows * columns * merge * merge, 3, patch * patch)
+
+
+@lru_cache(8)
+def values_of_bytes(image_processor: Qwen2VLImageProcessorPil) -> np.ndarray:
+    """Return the processor's value of every byte in every colour, float32 [3, 256].
+
+    The library moves floats; moving bytes and looking them up in this table takes less time.
+    """
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    side = patch * merge
+    ramp = np.arange(side**2).astype(np.uint8).reshape(side, side, 1).repeat(3, axis=2)
+    values = image_processor([Image.fromarray(ramp)], do_resize=False, return_tensors="np")["pixel_values"]
+    moved, table = move_bytes(ramp, patch, merge), np.empty((3, 256), dtype=np.float32)
+    for color, pixels in enumerate(values.reshape(len(moved), 3, -1, patch * patch)[:, :, 0].swapaxes(0, 1)):
+        table[color, moved[:, color]] = pixels
+    return table
+
+
+def process_images(image_processor: Qwen2VLImageProcessorPil, images: list[Image.Image]) -> dict | None:
+    """Return {"pixel_values" [n_patches, 1176 or 1536], "image_grid_thw" [n_images, 3]} (CPU), if any."""
+    if not images:
+        return None
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    limits, table = image_processor.size, values_of_bytes(image_processor)
+    sizes = [smart_size(*image.size, patch * merge, limits["shortest_edge"], limits["longest_edge"])
+             for image in images]
+    grids = torch.tensor([[1, height // patch, width // patch] for width, height in sizes])
+    counts = grids.prod(1).tolist()
+    pixels = torch.empty(sum(counts), 3, image_processor.temporal_patch_size, patch * patch)
+
+    def fill(image: Image.Image, size: tuple[int, int], part: torch.Tensor) -> None:
+        if image.size != size:
+            image = image.resize(size, image_processor.resample)
+        moved, part = move_bytes(np.asarray(image), patch, merge), part.numpy()
+        for color in range(3):
+            part[:, color] = table[color].take(moved[:, color])[:, None]  # the same in every frame
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fill, images, sizes, pixels.split(counts)))
+    return {"pixel_values": pixels.flatten(1), "image_grid_thw": grids}
 
 
 # ---- tensors
@@ -279,12 +283,9 @@ def image_features(qwen: Qwen, inputs: dict) -> list[torch.Tensor]:
 
 @contextmanager
 def multiplied_patches(model: torch.nn.Module, device: str = "cuda") -> Iterator[None]:
-    """Compute the vision tower's first layer, a convolution over the whole patch, as a matrix product if the
-    model is on this kind of device.
-
-    Some versions of cuDNN have no engine for it in bfloat16, or take seconds (huggingface/transformers issue
-    45750, sgl-project/sglang-omni pull 539); vLLM and SGLang multiply too.
-    """
+    """Compute the vision tower's first layer, a convolution over the whole patch, as a matrix product on this
+    kind of device: cuDNN may lack it in bfloat16, or take seconds (huggingface/transformers issue 45750,
+    sgl-project/sglang-omni pull 539)."""
     conv = model.model.visual.patch_embed.proj
     if conv.weight.device.type != device or "forward" in vars(conv):  # already replaced by an outer block
         yield

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from utils.patches import move_bytes, process_images, values_of_bytes
+from utils.qwen import move_bytes, process_images, values_of_bytes
 
 RANDOM = np.random.default_rng(0)
 

@@ -14,8 +14,7 @@ from utils.images import budget_sizes, image_size, open_image, resolve_image, sm
 from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
-from utils.patches import THREADS, process_images
-from utils.qwen import Qwen, collate
+from utils.qwen import THREADS, Qwen, collate, process_images
 
 PLACEHOLDER = "<think_image>"
 SHOWN = 20  # bad rows that one error names
