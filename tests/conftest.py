@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # tests run from any folder
@@ -56,15 +55,9 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def picture(tmp_path):
-    """Return make(name, size, color) -> path of a PNG with a frame, so that it is not one flat colour."""
-    def make(name: str = "picture.png", size: tuple[int, int] = (56, 84), color: str = "red") -> Path:
-        image = Image.new("RGB", size, color)
-        image.paste("white", (0, 0, size[0] // 2, size[1] // 3))
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        return path
-    return make
+    """Return make(name, size, color) -> path of a PNG that is not one flat colour."""
+    from samples import framed
+    return lambda name="picture.png", size=(56, 84), color="red": framed(tmp_path / name, size, color)
 
 
 @pytest.fixture

@@ -21,10 +21,9 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 
 import accelerate  # noqa: F401
@@ -32,10 +31,11 @@ import matplotlib.backends.backend_agg  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch
 from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the scripts within reach
+from decoding import MIRAGE, load_with
 from fault_server import calls_of, serving
 from imagining import write_items
-from PIL import Image
-from samples import monet, row
+from processes import command
+from samples import framed, monet, row
 from training import flags as training_flags
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: F401
 
@@ -48,15 +48,14 @@ import train_sft
 from toy.make_model import make_model
 from utils import qwen as Q
 from utils.cli import cli
-from utils.items import chat, question_text
 from utils.jsonl import write_json, write_rows
-from utils.latent_families import PRESETS, latent_ids
 
 for path in ROOT.glob("utils/*/*.py"):  # scripts import these late; all forks share one import
     importlib.import_module(f"utils.{path.parent.name}.{path.stem}")
 importlib.import_module("utils.openai_backend")
 
 N_KILLS, CONCURRENCY = 25, 8
+FORKS = ForkContext()
 PACE = 1.2  # a kill comes at most this share of the work, divided by the number of kills, after progress
 PROMPTS = {"rewrite_captions": {"SYSTEM": "", "ZOOM": "{question}", "RETRY": "{fault}"},
            "filter_data": {"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}}
@@ -68,36 +67,36 @@ TIMED = {"seconds", "efficiency", "n_calls", "n_reused", "wall_s", "calls_per_s"
 
 @dataclass
 class Case:
-    """A script's run: flags without --output, exit code, final files.
+    """A script's run: flags without --output, and the endings of files after its output.
 
-    progress, records: functions of the path of the output.
+    lock: the file that it locks, mostly its journal. records: {ending: fields that tell a record}. files:
+    patterns of final files.
     """
 
     script: str
     flags: list[str]
-    progress: Callable[[Path], int]
-    records: Callable[[Path], list]
+    lock: str
+    records: dict[str, tuple[str, ...]]
     files: tuple[str, ...]
     code: int = 0
     server: Path | None = None  # folder of a server's log, whose calls are counted
 
+    def progress(self, output: Path) -> int:
+        """Return the step of the last checkpoint of a training, or the size of a journal."""
+        steps = [int(path.name[5:]) for path in Path(f"{output}.run").glob("step-*[0-9]")]
+        lock = Path(f"{output}{self.lock}")
+        return max([*steps, lock.stat().st_size if lock.exists() else 0])
+
+    def records_of(self, output: Path) -> list[tuple]:
+        return [tuple(json.loads(line)[name] for name in names) for ending, names in self.records.items()
+                for line in Path(f"{output}{ending}").read_text().splitlines()]
+
 
 # ---- inputs and runs
-def plant_start(qwen, spec, items: list[dict], root: Path) -> None:
-    """Let a random model begin every reply with latents: the start token's output row is a state of it."""
-    images = [[Image.open(root / items[0]["images"][0]["path"])]]
-    inputs = Q.encode(qwen, [chat(qwen.tokenizer, question_text(items[0]), 1)], images)
-    with torch.no_grad():
-        state = qwen.model.model(**inputs).last_hidden_state[0, -1]
-        qwen.model.lm_head.weight[latent_ids(qwen.tokenizer, spec)[0]] = 4 * state / state.norm()
-
-
 def make_world(folder: Path, n: int) -> None:
     """Write pictures, two checkpoints and enough inputs that work is left for the last of n kills."""
     for name, color in (("a.png", "red"), ("b.png", "blue")):
-        image = Image.new("RGB", (56, 84), color)
-        image.paste("white", (0, 0, 28, 28))
-        image.save(folder / name)
+        framed(folder / name, color=color)
     for name, prompts in PROMPTS.items():
         write_json(folder / f"{name}.prompts.json", prompts)
     for name, size in (("", 6 + 6 * n), (".many", 20 + 20 * n)):
@@ -112,115 +111,76 @@ def make_world(folder: Path, n: int) -> None:
         {"id": f"probe/{i}", "source": item["id"], "question": item["question"], "options": item["options"],
          "answer": item["answer"]} for i, item in enumerate(items[:8])])
     make_model(TEXTS, folder / "tiny", n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
-    latent, spec = Q.load(str(folder / "tiny"), dtype="float32", device="cpu"), PRESETS["mirage"]
-    Q.add_tokens(latent, spec.tokens)
-    plant_start(latent, spec, items, folder)
-    Q.save(latent, str(folder / "latent"))
+    Q.save(load_with(folder / "tiny", MIRAGE), str(folder / "latent"))
 
 
 def cases(folder: Path, n: int) -> dict[str, Case]:
     """Return the runs in a world; the ones named "openai" still need --base_url."""
-    def calls(output: Path) -> Path:
-        return Path(f"{output}.run/calls-00000-of-00001.jsonl")
-
-    def states(output: Path) -> Path:
-        return output / "states" / "states-00000-of-00001.jsonl"
-
-    def size(output: Path) -> int:
-        return calls(output).stat().st_size if calls(output).exists() else 0
-
-    def fields(path: Path, *names: str) -> list[tuple]:
-        return [tuple(json.loads(line)[name] for name in names) for line in path.read_text().splitlines()]
-
-    def step(output: Path) -> int:
-        return max((int(path.name[5:]) for path in Path(f"{output}.run").glob("step-*[0-9]")), default=0)
-
-    made = {}
+    calls, made = ".run/calls-00000-of-00001.jsonl", {}
     for name, derived in (("rewrite_captions", "rejected.jsonl"), ("filter_data", "verdicts.jsonl")):
         flags = f"--image_root {folder} --no_guard --input {folder / name}"
         files = ("", f".run/{derived}", ".metrics.json")
         # a random model never writes JSON: all calls are errors, always the same
         local = (f"{flags}.jsonl --model {folder / 'tiny'} --batch_size 3 --max_new_tokens 24 "
                  f"--max_pixels {9 * 28 * 28} --prompts {folder / name}.prompts.json")
-        made[name] = Case(name, local.split(), size, lambda output: fields(calls(output), "key"), files, 3)
-        made[f"{name} openai"] = Case(
-            name, f"{flags}.many.jsonl --backend openai --model m --concurrency {CONCURRENCY}".split(), size,
-            lambda output: fields(calls(output), "key"), files, server=folder)
+        made[name] = Case(name, local.split(), calls, {calls: ("key",)}, files, 3)
+        many = f"{flags}.many.jsonl --backend openai --model m --concurrency {CONCURRENCY}"
+        made[f"{name} openai"] = Case(name, many.split(), calls, {calls: ("key",)}, files, server=folder)
     train = training_flags(folder / "train_sft.jsonl", folder / "tiny", "", "--max_tokens", "2000",
                            "--max_steps", str(6 + 6 * n), "--save_every", "2", "--keep", "1",
                            "--validation_rows", "2", "--eval_every", "10")
     place = train.index("--output")
-    made["train_sft"] = Case("train_sft", train[:place] + train[place + 2:], step,
-                             lambda output: fields(Path(f"{output}.run/log.jsonl"), "step"),
-                             ("/*", ".metrics.json", ".run/log.jsonl"))
+    made["train_sft"] = Case("train_sft", train[:place] + train[place + 2:], ".run/lock",
+                             {".run/log.jsonl": ("step",)}, ("/*", ".metrics.json", ".run/log.jsonl"))
     items = f"--items {folder / 'items.jsonl'} --model {folder}"
     made["evaluate"] = Case(
-        "evaluate", f"{items}/tiny --max_new_tokens 24 --batch_size 3 --protocol plain".split(), size,
-        lambda output: fields(calls(output), "key") + fields(output, "id"), ("", ".metrics.json"))
+        "evaluate", f"{items}/tiny --max_new_tokens 24 --batch_size 3 --protocol plain".split(), calls,
+        {calls: ("key",), "": ("id",)}, ("", ".metrics.json"))
     items += "/latent --latent mirage --max_new_tokens 12 --batch_size 4"
     made["intervene"] = Case(
-        "intervene", f"{items} --calibration 8 --min_emitters 4".split(), size,
-        lambda output: fields(calls(output), "key") + fields(output, "id", "condition"),
-        ("", ".metrics.json", ".*.png", ".*.csv"))
+        "intervene", f"{items} --calibration 8 --min_emitters 4".split(), calls,
+        {calls: ("key",), "": ("id", "condition")}, ("", ".metrics.json", ".*.png", ".*.csv"))
+    states = "/states/states-00000-of-00001.jsonl"
     made["probe"] = Case(
-        "probe", f"{items} --probe_items {folder / 'probe.jsonl'} --n_items 1000".split(),
-        lambda output: states(output).stat().st_size if states(output).exists() else 0,
-        lambda output: fields(states(output), "key") + fields(output / "answers.jsonl", "id", "condition"),
-        ("/*.*", "/states/*/*.safetensors"))
+        "probe", f"{items} --probe_items {folder / 'probe.jsonl'} --n_items 1000".split(), states,
+        {states: ("key",), "/answers.jsonl": ("id", "condition")}, ("/*.*", "/states/*/*.safetensors"))
     return made
 
 
 # ---- kills
-def fork(work: Callable[[], int], log: Path) -> int:
-    """Run `work` in a fork that ends with its exit code and writes to `log`; return the process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(to, 1), os.dup2(to, 2)
-        code = work()
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+def start(case: Case, output: Path, alone: bool = False) -> ForkProcess:
+    """Start a run as a fork whose messages go to log.txt, `alone` in a process that imports by itself."""
+    flags = [*case.flags, "--output", str(output)]
+
+    def work() -> None:
+        log = os.open(output.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        if alone:
+            os.execv(sys.executable, command(case.script, flags))
+        sys.exit(cli(lambda: MAINS[case.script](flags)))
+
+    process = FORKS.Process(target=work)
+    process.start()
+    return process
 
 
-def start(case: Case, output: Path, alone: bool = False) -> int:
-    """Start a run, `alone` in a process that imports by itself; return its id."""
-    flags, log = [*case.flags, "--output", str(output)], output.with_name("log.txt")
-    if not alone:
-        return fork(lambda: cli(lambda: MAINS[case.script](flags)), log)
-    script = [sys.executable, str(ROOT / f"{case.script}.py"), *flags]
-    return fork(lambda: os.execv(script[0], script), log)
-
-
-def ended(pid: int, wait: bool = False) -> int | None:
-    """Return a process's exit code, negative after a signal; None while it runs."""
-    finished, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if finished else None
-
-
-def check_code(case: Case, output: Path, code: int, *accepted: int) -> None:
+def check_code(case: Case, output: Path, process: ForkProcess, *accepted: int) -> None:
+    process.join()
     log = output.with_name("log.txt")
-    if code not in accepted:
-        raise SystemExit(f"{case.script}: exit {code}, expected {accepted}; {log} ends with\n"
+    if process.exitcode not in accepted:
+        raise SystemExit(f"{case.script}: exit {process.exitcode}, expected {accepted}; {log} ends with\n"
                          + log.read_text()[-3000:])
 
 
 def run_whole(case: Case, output: Path) -> tuple[float, float, float, int]:
     """Run undisturbed; return the seconds before, during and after visible progress, and the progress."""
     began = first = last = time.monotonic()
-    pid, before = start(case, output), 0
-    while (code := ended(pid)) is None:
+    process, before = start(case, output), 0
+    while process.is_alive():
         if (now := case.progress(output)) > before:
             first, last, before = first if before else time.monotonic(), time.monotonic(), now
         time.sleep(0.003)
-    check_code(case, output, code, case.code)
+    check_code(case, output, process, case.code)
     return first - began, last - first, time.monotonic() - last, before
 
 
@@ -237,25 +197,23 @@ def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], 
     seconds after progress or, where no work is left, at any moment.
     """
     (before, _, after, full), done = whole, case.progress(output)
-    began = time.monotonic()
-    pid = start(case, output, alone=place == 0)
-    until = None
+    began, until = time.monotonic(), None
+    process = start(case, output, alone=place == 0)
     if place == 0 and rng.random() < 0.5:
         until = began + rng.uniform(0.1, 3.0)
     elif place in (1, 2) or done > 0.98 * full:
         until = began + rng.uniform(0, before + after)
-    while (code := ended(pid)) is None:
+    while process.is_alive():
         now = time.monotonic()
         if until is None and case.progress(output) > done:
             until = now + rng.uniform(0, pause)
         if until is not None and now >= until:
-            os.kill(pid, signal.SIGKILL)
-            code = ended(pid, wait=True)
-            break
+            process.kill()
+            process.join()
         time.sleep(0.002)
     if not is_trained(case, output):
-        check_code(case, output, code, case.code, -signal.SIGKILL)
-    return code == -signal.SIGKILL
+        check_code(case, output, process, case.code, -signal.SIGKILL)
+    return process.exitcode == -signal.SIGKILL
 
 
 def final_files(case: Case, output: Path) -> dict[str, object]:
@@ -292,8 +250,8 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
         # the machine may be quicker by now
         hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2
     if not is_trained(case, killed):
-        check_code(case, killed, ended(start(case, killed), wait=True), case.code)
-    expected, records = case.records(whole), case.records(killed)
+        check_code(case, killed, start(case, killed), case.code)
+    expected, records = case.records_of(whole), case.records_of(killed)
     files, files_after = final_files(case, whole), final_files(case, killed)
     same = files == files_after and sorted(map(str, expected)) == sorted(map(str, records))
     result = {"kills": hits, "records": len(expected), "lost": len(set(expected) - set(records)),
@@ -315,26 +273,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME",
                         help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--folder", help="where to work (default: a temporary one)")
     parser.add_argument("--result", help="JSON file to write")
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # the last bits depend on their number
     results = {}
     with ExitStack() as stack:
-        folder = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        if ended(fork(lambda: make_world(folder, args.kills) or 0, folder / "world.txt"), wait=True):
-            raise SystemExit((folder / "world.txt").read_text()[-3000:])
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        world = FORKS.Process(target=make_world, args=(folder, args.kills))  # threads would not be forked
+        world.start()
+        world.join()
         all_cases = cases(folder, args.kills)
         for name in args.cases:
             case, place = all_cases[name], folder / name.replace(" ", "_")
-            with ExitStack() as servers:
-                if case.server:
-                    case.server = Path(f"{place}_calls")
-                    case.server.mkdir()
-                    url = servers.enter_context(serving(case.server, latency=0.1))[1]
-                    case.flags += ["--base_url", url]
-                results[name] = try_case(case, place, args.kills, random.Random(f"{args.seed}/{name}"))
+            if case.server:
+                case.server = Path(f"{place}_calls")
+                case.server.mkdir()
+                case.flags += ["--base_url", stack.enter_context(serving(case.server, latency=0.1))[1]]
+            results[name] = try_case(case, place, args.kills, random.Random(f"{args.seed}/{name}"))
             print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
     if args.result:
         write_json(args.result, results)

@@ -3,8 +3,20 @@ import re
 import struct
 import zlib
 from collections import deque
+from pathlib import Path
+
+from PIL import Image
 
 PAIR = "<abs_vis_token></abs_vis_token>"
+
+
+def framed(path: Path, size: tuple[int, int] = (56, 84), color: str = "red") -> Path:
+    """Save a picture with a white corner, so that it is not one flat colour."""
+    image = Image.new("RGB", size, color)
+    image.paste("white", (0, 0, size[0] // 2, size[1] // 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
 
 
 def row(name: str = "s/1", caption: str = "The hull shows a white 42.", **changes) -> dict:

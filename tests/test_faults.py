@@ -10,19 +10,27 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import kills
 import pytest
 from kills import MAINS, final_files
-from processes import command, rank_of
+from processes import command, rank_of, run_here
+from transformers import AutoModelForImageTextToText
 
-from utils.cli import cli
+from utils.jsonl import write_json
 
 LOCAL = list(MAINS)  # the six scripts, each with a model in its process
 each_script = pytest.mark.parametrize("script", LOCAL)
 DISK = "No space left on device|File too large|I/O error"
+
+
+@pytest.fixture(autouse=True)
+def plain_figures(monkeypatch):
+    """A figure is a file without a drawing, which takes most of the time of a run of probe.py."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, file, **options: file.write(bytes(50_000)))
 
 
 @pytest.fixture(scope="module")
@@ -30,33 +38,29 @@ def world(tmp_path_factory):
     """Return the cases of tests/kills.py, and whole(script) -> output of an undisturbed run."""
     folder = tmp_path_factory.mktemp("world")
     kills.make_world(folder, 0)
-    cases, done = kills.cases(folder, 0), {}
+    cases = kills.cases(folder, 0)
 
+    @cache
     def whole(script: str) -> Path:
-        if script not in done:
-            done[script] = folder / f"whole_{script}" / "out"
-            assert run(cases[script], done[script]) == cases[script].code
-        return done[script]
+        output = folder / f"whole_{script}" / "out"
+        assert run(cases[script], output) == cases[script].code
+        return output
     return cases, whole
 
 
-def run(case, output: Path, *more: str) -> int:
-    """Run a script in this process as a command would; return the exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return cli(lambda: MAINS[case.script]([*case.flags, "--output", str(output), *more]))
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def run(case, output: Path) -> int:
+    return run_here(MAINS[case.script], [*case.flags, "--output", str(output)])
 
 
-def refused(capsys, case, output: Path, match: str, *more: str) -> None:
-    """Assert that a run ends with exit code 2 and one line with the reason."""
+def refused(capsys, case, output: Path, match: str, otherwise: int = 2) -> bool:
+    """Return whether a run ends with exit code 2 and one line with the reason; assert that it ends so or with
+    the code `otherwise`."""
     capsys.readouterr()
-    code, err = run(case, output, *more), capsys.readouterr().err
-    last = [line for line in err.splitlines() if line.strip()][-1]
-    assert code == 2 and re.match(f"error: .*({match})", last) and "Traceback" not in err, err[-2000:]
+    code, err = run(case, output), capsys.readouterr().err
+    if code != otherwise or otherwise == 2:
+        assert code == 2 and re.match(f"error: .*({match})", err.strip().splitlines()[-1]), err[-3000:]
+        assert "Traceback" not in err
+    return code == 2
 
 
 @contextmanager
@@ -103,14 +107,10 @@ def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share
     cases, whole = world
     case, expected = cases[script], final_files(cases[script], whole(script))
     with small_disk(folder, int(share * size_of(whole(script).parent)) // 4096 * 4096 or 4096) as make_room:
-        capsys.readouterr()
-        code, err = run(case, folder / "out"), capsys.readouterr().err
-        if code != case.code:
-            last = err.strip().splitlines()[-1]
-            assert code == 2 and re.match(f"error: .*({DISK})", last) and "Traceback" not in err, err[-3000:]
-            assert not list(folder.rglob("*.tmp"))  # what could not be written takes no room
+        was_full = refused(capsys, case, folder / "out", DISK, otherwise=case.code)
+        assert not list(folder.rglob("*.tmp"))  # what could not be written takes no room
         make_room()
-        if code == case.code:
+        if not was_full:
             return False
         for n, path in enumerate(sorted(folder.rglob("*"))):
             os.utime(path, (4e9, 4e9) if n % 2 else (6e8, 6e8))
@@ -119,7 +119,7 @@ def check_full_disk(world, capsys, monkeypatch, folder: Path, script: str, share
             patch.setattr(time, "time", lambda: now.append(now[-1] - 3600) or now[-1])
             assert run(case, folder / "out") == case.code
         assert final_files(case, folder / "out") == expected
-        written, records = case.records(folder / "out"), case.records(whole(script))
+        written, records = case.records_of(folder / "out"), case.records_of(whole(script))
         assert sorted(map(str, written)) == sorted(map(str, records))  # none lost, none doubled
     return True
 
@@ -148,20 +148,11 @@ def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
     assert (tmp_path / "file").read_text() == ""
 
 
-def lock_of(case, output: Path) -> tuple[Path, str]:
-    """Return the file that a run of a script locks, and the call that locks it."""
-    if case.script == "train_sft":
-        return Path(f"{output}.run/lock"), "lockf"
-    if case.script == "probe":
-        return output / "states" / "states-00000-of-00001.jsonl", "flock"
-    return Path(f"{output}.run/calls-00000-of-00001.jsonl"), "flock"
-
-
 @each_script
 def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, script):
     """The other process only holds the lock; its files stay as they were."""
     case, output = world[0][script], tmp_path / "out"
-    path, call = lock_of(case, output)
+    path, call = Path(f"{output}{case.lock}"), "lockf" if script == "train_sft" else "flock"
     path.parent.mkdir(parents=True)
     code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); "
             "print(flush=True); time.sleep(60)")
@@ -193,23 +184,18 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@each_script
+@pytest.mark.parametrize("script", ["filter_data", "train_sft", "probe"])  # each its own way to lock
 def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tmp_path, script):
-    cases, whole = world
-    case, output = cases[script], tmp_path / "out"
+    case, output, alone = world[0][script], tmp_path / "out", tmp_path / "alone" / "out"
     first = start(case, output)
-    wait_for(lambda: lock_of(case, output)[0].exists(), first)
+    wait_for(lambda: Path(f"{output}{case.lock}").exists(), first)
     time.sleep(0.02)  # from the file to its lock
     first.send_signal(signal.SIGSTOP)  # it must still run when the second has been loaded
-    second = subprocess.run(command(script, [*case.flags, "--output", str(output)]), capture_output=True,
-                            text=True)
+    assert start(case, output).wait(timeout=300) == 2
+    assert "another process" in output.with_name("log.txt").read_text()
     first.send_signal(signal.SIGCONT)
-    last = second.stderr.splitlines()[-1]
-    assert second.returncode == 2 and "another process" in last, second.stderr[-2000:]
-    assert "Traceback" not in second.stderr and first.wait(timeout=300) == case.code
-    alone = start(case, tmp_path / "alone" / "out")
-    assert alone.wait(timeout=300) == case.code
-    assert final_files(case, output) == final_files(case, tmp_path / "alone" / "out")
+    assert first.wait(timeout=300) == start(case, alone).wait(timeout=300) == case.code
+    assert final_files(case, output) == final_files(case, alone)
 
 
 @pytest.mark.slow
@@ -240,18 +226,17 @@ def truncate(name: str, folder: Path) -> None:
 
 
 def split_shards(lost: str, folder: Path) -> None:
-    """Split the weights into three files with an index; lose the second file or the entries of it."""
-    from safetensors.torch import load_file, save_file
-    weights = load_file(folder / "model.safetensors")
-    names = {key: f"model-{n % 3 + 1:05d}-of-00003.safetensors" for n, key in enumerate(sorted(weights))}
-    for name in sorted(set(names.values())):
-        if lost != "file" or "00002" not in name:
-            part = {key: weights[key] for key in names if names[key] == name}
-            save_file(part, folder / name, {"format": "pt"})
-    listed = {key: name for key, name in names.items() if lost != "entries" or "00002" not in name}
-    index = json.dumps({"metadata": {}, "weight_map": listed})
-    (folder / "model.safetensors.index.json").write_text(index)
+    """Split the weights into files with an index; lose the second file or the entries of it."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    second, index = sorted(folder.glob("model-*"))[1], folder / "model.safetensors.index.json"
+    if lost == "file":
+        second.unlink()
+    else:
+        listed = json.loads(index.read_text())
+        listed["weight_map"] = {key: name for key, name in listed["weight_map"].items() if name != second.name}
+        write_json(index, listed)
 
 
 CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "preprocessor_config.json",
@@ -266,36 +251,13 @@ DAMAGES = {name: partial(truncate, name) for name in CUT} | {
     *(("evaluate", name) for name in DAMAGES if name != "tokenizer.json"),
     ("intervene", "tokenizer.json")])  # train_sft.py writes tokenizer.json, a release may not
 def test_a_model_half_written_is_refused(world, capsys, tmp_path, script, damage):
-    copy = tmp_path / "copy"
-    changed, model = with_copy(world[0][script], "--model", copy)
-    shutil.copytree(model, copy)
+    case, copy = world[0][script], tmp_path / "copy"
+    place = case.flags.index("--model") + 1
+    shutil.copytree(case.flags[place], copy)
     DAMAGES[damage](copy)
+    changed = replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]])
     refused(capsys, changed, tmp_path / "out", re.escape(str(copy)))
     assert not (tmp_path / "out").is_file()
-
-
-def with_copy(case, flag: str, copy: Path):
-    """Return a case with another path behind a flag, and the path that was there."""
-    place = case.flags.index(flag) + 1
-    return replace(case, flags=[*case.flags[:place], str(copy), *case.flags[place + 1:]]), case.flags[place]
-
-
-def cut_line(path: Path, line: int) -> None:
-    """Remove the second half of a line, but not the newline."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines[line - 1] = lines[line - 1][:len(lines[line - 1]) // 2] + b"\n"
-    path.write_bytes(b"".join(lines))
-
-
-@pytest.mark.parametrize("script, flag", [("train_sft", "--data"), ("evaluate", "--items"),
-                                          ("intervene", "--items"), ("probe", "--items"),
-                                          ("probe", "--probe_items")])
-def test_a_truncated_row_is_named_with_its_line(world, capsys, tmp_path, script, flag):
-    copy = tmp_path / "copy.jsonl"
-    changed, rows = with_copy(world[0][script], flag, copy)
-    shutil.copy(rows, copy)
-    cut_line(copy, 5)
-    refused(capsys, changed, tmp_path / "out", re.escape(f"{copy}:5: not JSON"))
 
 
 @pytest.mark.parametrize("script", [name for name in LOCAL if name != "train_sft"])
@@ -304,10 +266,10 @@ def test_a_truncated_journal_line_is_named_and_its_work_repeated_without_it(worl
     case, output = cases[script], tmp_path / "out"
     for path in whole(script).parent.glob("out*"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    journal = lock_of(case, output)[0]
-    cut_line(journal, 3)
-    refused(capsys, case, output, re.escape(f"{journal}:3: damaged"))
+    journal = Path(f"{output}{case.lock}")
     lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], lines[2][:len(lines[2]) // 2] + b"\n", *lines[3:]]))
+    refused(capsys, case, output, re.escape(f"{journal}:3: damaged"))
     journal.write_bytes(b"".join(lines[:2] + lines[3:]))
     assert run(case, output) == case.code
     assert final_files(case, output) == final_files(case, whole(script))
