@@ -24,8 +24,10 @@ Prints  emission and a table of the conditions on stderr; on stdout one JSON obj
 Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind the clean run's own
 words there, R2 is the free reply, parsed after the last imagination. Effects are taken only on items that
 imagined something in the clean run. "No effect" is claimed only by an equivalence test within --margin
-(points) or --margin_nll (nats). Exit codes: 0 complete; 3 complete, but images of some items failed; 2 usage,
-settings, damage or a broken guard; 4 too many failed images; 130 interrupted.
+(points) or --margin_nll (nats), and nothing by a readout that the positive control does not move: "blank",
+the image greyed and all after it generated again, which is always run. Exit codes: 0 complete; 3 complete,
+but images of some items failed; 2 usage, settings, damage or a broken guard; 4 too many failed images; 130
+interrupted.
 """
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ from tqdm import tqdm
 
 from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
 from utils.images import ImageError
-from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, PRESET_CONDITIONS, find_condition
+from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
+from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, find_condition
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_for_items
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
@@ -52,7 +55,8 @@ from utils.jsonl import DataError, call_key, check_output, sha256_file, write_js
 from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller
 from utils.openai_backend import HttpBackend
-from utils.report import intervene_blocks, plain_text
+from utils.stats import effective_groups
+from utils.tables import intervene_blocks, plain_text, swept
 
 if TYPE_CHECKING:
     from utils.intervene.prompts import Prompt, Settings
@@ -188,9 +192,17 @@ def batches_of(items: list[dict], size: int) -> list[list[dict]]:
     return batches
 
 
-def sites_of(args: argparse.Namespace) -> dict[str, str]:
-    text = args.latent == "off"
-    return {name: "text" if text else find_condition(name)[0].site for name in args.conditions}
+def declare(args: argparse.Namespace) -> dict[str, Declared]:
+    """Return the site and the role of every condition, before any is run."""
+    is_text, points = args.latent == "off", swept(args.conditions)
+    controls, declared = TEXT_CONTROLS if is_text else CONTROLS, {}
+    for name in args.conditions:
+        entry = TEXT_CONDITIONS[name] if is_text else find_condition(name)[0]
+        role = ("positive control" if name == POSITIVE_CONTROL else "control" if name in controls
+                else "point" if name in points else "do(X)" if name in DO_X
+                else "do(Z)" if entry.prompt == "own" else "world")
+        declared[name] = Declared("text" if is_text else entry.site, role)
+    return declared
 
 
 def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
@@ -204,7 +216,8 @@ def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
 
 def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
     """Write the records in order of items and conditions; return them by id and condition."""
-    sites, records, rows = {"clean": None} | sites_of(run.args), {}, []
+    sites, records, rows = {"clean": None}, {}, []
+    sites |= {name: condition.site for name, condition in declare(run.args).items()}
     for item in items:
         clean = run.get(item, "clean")
         names = ["clean"] if "error" in clean else run.names
@@ -218,11 +231,14 @@ def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
     return records
 
 
-def plan(args: argparse.Namespace, n_items: int) -> dict:
-    """Return what this many items can show at 80 % power, for shares of changed answers."""
-    changed = {psi: {"smallest_margin": round(margin_for_items(psi, n_items), 4),
-                     "difference_found": round(detectable_difference(psi, n_items), 4)} for psi in PSI}
-    return {"items_if_nothing_changes": items_with_no_change(args.margin), "with_changed_answers": changed}
+def plan(args: argparse.Namespace, items: list[dict]) -> dict:
+    """Return what these items can show at 80 % power, for shares of changed answers. Groups count, not
+    items: the data may not show that the items of a group vary on their own."""
+    n = effective_groups(list(map(group_of, items)))
+    changed = {psi: {"smallest_margin": round(margin_for_items(psi, n), 4),
+                     "difference_found": round(detectable_difference(psi, n), 4)} for psi in PSI}
+    return {"effective_groups": round(n, 1), "groups_if_nothing_changes": items_with_no_change(args.margin),
+            "with_changed_answers": changed}
 
 
 def open_journal(args: argparse.Namespace) -> Journal:
@@ -258,7 +274,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="equivalence margin, a share of items; choose it before the run")
     parser.add_argument("--margin_nll", type=float, default=0.05, help="the same of R0 and R1, nats")
     parser.add_argument("--min_emitters", type=parse_count, default=50,
-                        help="fewest items with an imagination for an effect")
+                        help="fewest effective groups of items with an imagination for an effect "
+                             "(items without groups count one each)")
     parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side")
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
@@ -279,7 +296,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Fill in presets and folders; end with a usage error for flags that conflict."""
     presets = TEXT_PRESETS if args.latent == "off" else PRESET_CONDITIONS
     names = [name for word in args.conditions for name in presets.get(word, [word])]
-    args.conditions = list(dict.fromkeys(names))
+    args.conditions = list(dict.fromkeys([*names, POSITIVE_CONTROL]))
     args.image_root = args.image_root or str(Path(args.items).parent)
     for name in args.conditions:
         if args.latent == "off" and name not in TEXT_CONDITIONS:
@@ -304,7 +321,6 @@ def with_sweeps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
-    from utils.intervene.effects import Limits, summarize
     from utils.intervene.figures import draw_effects
     from utils.intervene.latent_batch import calibrate
     from utils.intervene.prompts import Settings
@@ -323,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         n_decodings = len(calibration_items) + len(items) * (1 + len(args.conditions))
         print(json.dumps({"items": len(items), "calibration": len(calibration_items),
                           "conditions": args.conditions, "decodings_at_most": n_decodings,
-                          "plan": plan(args, len(items))}))
+                          "plan": plan(args, items)}))
         return 0
     rank, world, _ = rank_world()
     with ExitStack() as stack:
@@ -355,8 +371,7 @@ def main(argv: list[str] | None = None) -> int:
                "margin_nll": args.margin_nll, "stem": args.stem, "dtype": dtype,
                "calibration": {"items": len(calibration_items),
                                "latents": calibration.n_latents if calibration else 0},
-               **summarize(items, records, sites_of(args), limits, CONTROLS if spec else TEXT_CONTROLS,
-                           kept_shares(args.conditions, spec)),
+               **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),
                "dose_trends": dose_trends(items, records),
                "seconds": round(time.monotonic() - began, 1)}
     draw_effects(metrics, args.output)

@@ -64,3 +64,12 @@ def trinomial(n: int, p_b: float, p_c: float) -> Iterator[tuple[int, int, float]
         if near and rest >= 0:
             yield b, c, math.exp(logs[n] - logs[b] - logs[c] - logs[rest] + b * math.log(p_b)
                                  + c * math.log(p_c) + rest * math.log(1 - p_b - p_c))
+
+
+def most_misses(rate, n, chance=0.001):
+    """Return the largest count of n that is reached with more than this chance if misses have the rate."""
+    tail, k = 1.0, 0
+    while tail > chance:
+        tail -= math.comb(n, k) * rate**k * (1 - rate) ** (n - k)
+        k += 1
+    return k - 1

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from utils.cli import cli, log
 from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_json
-from utils.report import interval, percent, table_lines
 from utils.stats import cluster_bootstrap, wilson
+from utils.tables import interval, percent, table_lines
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("text", "latent", "placeholder", "direct", "unfiltered")

@@ -93,9 +93,3 @@ def describe_scores(scores: dict[str, float], gold: str) -> dict:
     return {"logp": scores, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
             "nll": total - scores[gold], "margin": scores[gold] - best_wrong,
             "pred": max(scores, key=scores.get)}
-
-
-def kl(clean: dict[str, float], other: dict[str, float]) -> float:
-    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
-    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300)))
-                        for letter, p in clean.items() if p > 0))

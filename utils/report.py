@@ -3,24 +3,18 @@
 Outputs are recognised by their metrics (`<output>.metrics.json`; `<folder>/metrics.json` of probe.py);
 `<output>.meta.json` has their settings. Imports neither torch nor matplotlib.
 """
-import base64
 import html
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import quote
 
 from utils.jsonl import DataError, load_object, replace_file
+from utils.tables import Block, Figure, Table, Text, evaluate_blocks, intervene_blocks, probe_blocks
 
 STAGES = ("evaluate", "intervene", "probe")
 EARLIER_FIELDS = ("kept", "imagination")  # in metrics of stages 1 to 3, not shown
 NOT_RUN = "{}: not run."
 AGAIN = "run the stage again, or move it away"
-EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "verdict",
-           "R0, nats", "verdict", "follows, %"]
-PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
 FIGURES = {  # by file name: the paper's figure, then what is shown
     "accuracy": ("Fig. 2(c) left", "accuracy clean and intervened, by condition"),
     "effects": ("new", "changes in accuracy and in R0 with equivalence margins and verdicts"),
@@ -42,83 +36,6 @@ table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-size:.8rem}th{text-ali
 th,td{border-bottom:1px solid #bbb;padding:.15rem .55rem .15rem 0;vertical-align:top;overflow-wrap:anywhere}
 figure{margin:1.2rem 0}img{max-width:100%;height:auto}figcaption{font-size:.85rem}
 @media print{body{max-width:none;margin:0}table{font-size:7.5pt}figure,tr{break-inside:avoid}}"""
-
-
-class Text(NamedTuple):
-    text: str
-    tag: str = "p"  # or "h2", "h3"
-
-    def html(self) -> str:
-        return f"<{self.tag}>{html.escape(self.text)}</{self.tag}>"
-
-
-class Table(NamedTuple):
-    header: list[str]
-    rows: list[list[str]]
-
-    def html(self) -> str:
-        def row(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-        body = "".join(row(cells, "td") for cells in self.rows)
-        return f"<table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
-
-
-class Figure(NamedTuple):
-    png: Path
-    caption: str
-    alt: str
-    numbers: str | None  # path of the CSV, relative to the page
-
-    def html(self) -> str:
-        data = base64.b64encode(self.png.read_bytes()).decode("ascii")
-        link = f' (<a href="{html.escape(quote(self.numbers))}">numbers</a>)' if self.numbers else ""
-        return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(self.alt)}">'
-                f"<figcaption>{html.escape(self.caption)}{link}</figcaption></figure>")
-
-
-Block = Text | Table | Figure
-
-
-# ---- numbers as text
-def percent(share: float | None) -> str:
-    """Return a share as a percentage, "-" for None."""
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def interval(pair: list[float] | None) -> str:
-    return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
-
-
-def nats(mean: float, pair: list[float]) -> str:
-    return f"{mean:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})"
-
-
-def effect_row(name: str, entry: dict) -> list[str]:
-    effect, r0 = entry["effect"], entry["r0"]
-    if effect is None:
-        return [name, entry["site"], entry["reason"], *[""] * (len(EFFECTS) - 3)]
-    readout = [nats(r0["delta_nll"], r0["ci90"]), r0["verdict"]] if r0 else ["-", "-"]
-    return [name, entry["site"], str(effect["n"]), percent(effect["acc_clean"]), percent(effect["acc_int"]),
-            f"{percent(effect['delta'])} ({interval(effect['ci90'])})", effect["verdict"], *readout,
-            percent(entry["follow"]["share"]) if entry.get("follow") else "-"]
-
-
-def mediation_table(sites: dict[str, dict | None]) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of the parts of the total effect at each site that was run."""
-    rows = [[site, *(nats(parts[name]["mean"], parts[name]["ci95"]) for name in PARTS),
-             percent(parts["proportion_mediated"]["value"])] for site, parts in sites.items() if parts]
-    return ["site", *PARTS, "mediated, %"], rows
-
-
-def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|",
-            *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def swept(names: Iterable[str]) -> set[str]:
-    """Return the conditions of which there are several (`mix:0.25 mix:0.5`): points of a curve or map."""
-    counts = Counter(name.partition(":")[0] for name in names if ":" in name)
-    return {name for name in names if ":" in name and counts[name.partition(":")[0]] > 1}
 
 
 # ---- outputs in a run folder
@@ -194,73 +111,6 @@ def settings_block(path: Path) -> Block:
     return Table(["setting", "value"], rows)
 
 
-# ---- one function per stage
-def evaluate_blocks(metrics: dict) -> list[Block]:
-    parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
-    rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
-             interval(part.get("ci95_clustered")), percent(part.get("chance")), str(part["unresolved"]),
-             str(part["error"])] for name, part in parts.items()]
-    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %",
-                     "unresolved", "errors"], rows),
-              Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
-    if emission := metrics.get("emission"):
-        blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))
-    return blocks
-
-
-def intervene_blocks(metrics: dict) -> list[Block]:
-    emission, points = metrics["emission"], swept(metrics["conditions"])
-    entries = {name: entry for name, entry in metrics["conditions"].items() if name not in points}
-    blocks: list[Block] = [Text(
-        f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items "
-        f"imagined something (95 % interval {interval(emission['ci95'])} %). Margins: "
-        f"{percent(metrics['margin'])} points, {metrics['margin_nll']} nats of R0.")]
-    for readout, part in (("accuracy", "effect"), ("R0", "r0")):
-        verdicts: dict[str, list[str]] = {}
-        for name, entry in entries.items():
-            if entry[part]:
-                verdicts.setdefault(entry[part]["verdict"], []).append(name)
-        if verdicts:
-            words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
-            blocks.append(Text(f"Verdicts by {readout}: {words}."))
-    blocks.append(Table(EFFECTS, [effect_row(name, entry) for name, entry in entries.items()]))
-    if points:
-        blocks.append(Text(f"{len(points)} points of sweeps are in the figures and their CSV, not here."))
-    sites = {site: readouts["r0"] for site, readouts in metrics["mediation"].items() if readouts["r0"]}
-    if sites:
-        blocks += [Text("Against a blank image, log-probability of the right option (R0), nats with 95 % "
-                             "intervals:"), Table(*mediation_table(sites))]
-    effects = {name: entry["effect"] for name, entry in entries.items() if entry["effect"]}
-    rows = [[name, percent(effect["psi"]), str(effect["n"]), str(effect["items_needed"]),
-             percent(effect["margin_shown"])] for name, effect in effects.items() if effect["items_needed"]]
-    if rows:
-        blocks += [Text("Items at which the margin could be shown if the same share of answers changed and "
-                        "the changes cancelled out; the margin that these items can show (power 80 %)."),
-                   Table(["condition", "answers changed, %", "items", "items needed", "margin shown, points"],
-                         rows)]
-    return blocks
-
-
-def probe_blocks(metrics: dict) -> list[Block]:
-    text = f"{metrics['model']}: latents {metrics['latent']}, {metrics['steps']} steps."
-    if emission := metrics.get("emission"):
-        text += f" Imagined something: {emission['k']} of {emission['n']} items."
-    blocks: list[Block] = [Text(text)]
-    if kinds := metrics["similarity"]:
-        measures = dict.fromkeys(name for means in kinds.values() for name in means)
-        rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:+.3f}"
-                                           for means in kinds.values())] for name in measures]
-        blocks += [Text("Mean cosine over the steps, by kind of states:"), Table(["measure", *kinds], rows)]
-    if probing := metrics["probing"]:
-        rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
-                 percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
-                for name, entry in probing["conditions"].items()]
-        blocks += [Text(f"{probing['n']} questions about what was imagined, chance "
-                             f"{percent(probing['chance'])} %:"),
-                   Table(["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
-    return blocks
-
-
 SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
     "evaluate": evaluate_blocks, "intervene": intervene_blocks, "probe": probe_blocks}
 
@@ -271,12 +121,6 @@ def page(title: str, blocks: list[Block]) -> str:
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', f"<h1>{title}</h1>",
                       *(block.html() for block in blocks), "</body></html>", ""])
-
-
-def plain_text(blocks: list[Block]) -> str:
-    """Return all blocks but figures as text for a terminal."""
-    return "\n\n".join("\n".join(table_lines(*block)) if isinstance(block, Table) else block.text
-                       for block in blocks if not isinstance(block, Figure))
 
 
 def write_report(folder: str | Path, title: str, blocks: list[Block]) -> dict:

@@ -183,6 +183,12 @@ def upper_share(k: int, n: int, n_effective: float) -> float:
     return 1.0 if k == n else float(special.betaincinv(hits + 1, n_effective - hits, 0.95))
 
 
+def share_test(k: int, n: int, n_effective: float, bound: float) -> float:
+    """Return the p of "the share is below bound", one-sided: below .05 exactly if `upper_share` is."""
+    hits = k * n_effective / n
+    return 1.0 if k == n else float(special.betainc(n_effective - hits, hits + 1, 1 - bound))
+
+
 def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
     """Return the verdict at 5 % on an effect, against a margin fixed beforehand.
 
@@ -238,6 +244,12 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def kl(clean: dict[str, float], other: dict[str, float]) -> float:
+    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
+    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300)))
+                        for letter, p in clean.items() if p > 0))
 
 
 def chance(n_options: Sequence[int]) -> float:

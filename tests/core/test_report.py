@@ -15,7 +15,8 @@ import probe
 from toy.report import data_blocks
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.report import STAGES, collect, interval, nats, page, percent
+from utils.report import STAGES, collect, page
+from utils.tables import interval, nats, percent
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from analytic import AnalyticModel, draw
+from analytic import AnalyticModel, draw, most_misses
 
 from utils.intervene.mediation import mediate
 from utils.means import sign_flip
@@ -17,15 +17,6 @@ INSIDE = ("equivalent", "small effect inside the margin")
 CASES = [(binary, size, rho) for binary in (True, False) for size, rho in ((1, 0.0), (4, 0.5))]
 each_case = pytest.mark.parametrize("binary, size, rho", CASES, ids=[
     f"{'accuracy' if binary else 'gold logit'}, groups of {size}" for binary, size, _ in CASES])
-
-
-def most_misses(rate, n=N_SETS, chance=0.001):
-    """Return the largest count that is reached with more than this chance if misses have the rate."""
-    tail, k = 1.0, 0
-    while tail > chance:
-        tail -= math.comb(n, k) * rate**k * (1 - rate) ** (n - k)
-        k += 1
-    return k - 1
 
 
 def simulate(model, truth, margin, binary, size, rho):
@@ -49,7 +40,7 @@ def simulate(model, truth, margin, binary, size, rho):
 def test_without_an_effect_none_is_found_and_intervals_cover(binary, size, rho):
     model = AnalyticModel(0.0, redraw=0.3)
     misses, effects, _ = simulate(model, 0.0, 0.05 if binary else 0.3, binary, size, rho)
-    assert max(misses, effects) <= most_misses(0.05)
+    assert max(misses, effects) <= most_misses(0.05, N_SETS)
 
 
 @each_case
@@ -57,7 +48,7 @@ def test_an_effect_as_large_as_the_margin_is_not_called_equivalent(binary, size,
     model = AnalyticModel(0.12, redraw=0.3)
     truth = model.accuracy(True, False) - model.accuracy(True, True) if binary else -model.share * model.scale
     misses, effects, equivalent = simulate(model, truth, abs(truth), binary, size, rho)
-    assert max(misses, equivalent) <= most_misses(0.05)
+    assert max(misses, equivalent) <= most_misses(0.05, N_SETS)
     if binary and size > 1:  # counted as groups too: the price of a level that holds
         assert effects > N_SETS // 8
     else:
@@ -114,14 +105,14 @@ def test_intervals_of_shares_and_means_cover_in_groups(design, rho):
 
 def test_intervals_that_ignore_groups_cover_too_little():
     """A check of this file: on grouped data the interval for independent items has to fail."""
-    assert most_misses(0.05) == 41 and most_misses(0.5, 10, 0.002) == 9
+    assert most_misses(0.05, N_SETS) == 41 and most_misses(0.5, 10, 0.002) == 9
     rng, model, misses = np.random.default_rng(0), AnalyticModel(0.12, redraw=0.3), 0
     for _ in range(N_SETS):
         sample, groups = draw(model, 400, False, rng, 4, 0.5)
         _, low, high = robust_mean(sample["y_xz0"] - sample["y_xz"], range(400), 0.95)
         misses += not low <= -model.share * model.scale <= high
     print(f"\nsingle items, groups of 4: coverage {1 - misses / N_SETS:.3f}")
-    assert misses > 2 * most_misses(0.05)
+    assert misses > 2 * most_misses(0.05, N_SETS)
 
 
 def test_sign_flips_reject_no_effect_in_5_percent():
@@ -130,7 +121,8 @@ def test_sign_flips_reject_no_effect_in_5_percent():
         sample, groups = draw(AnalyticModel(0.0, redraw=0.3), 80, False, rng, 4, 0.5)
         rejected += sign_flip(sample["y_xz0"] - sample["y_xz"], groups, n_perm=400) <= 0.05
     print(f"\nsign flips, groups of 4: rejected {rejected / N_SETS:.3f}")
-    assert N_SETS * 0.05 - (most_misses(0.05) - N_SETS * 0.05) <= rejected <= most_misses(0.05)
+    most = most_misses(0.05, N_SETS)
+    assert 2 * 0.05 * N_SETS - most <= rejected <= most
 
 
 @pytest.mark.parametrize("size, rho", [(1, 0.0), (4, 0.5)])

@@ -13,7 +13,7 @@ from utils.intervene.latent_conditions import CONDITIONS, PRESET_CONDITIONS, fin
 from utils.intervene.sweeps import SWEEPS, dose_trend, dose_trends, draw_sweeps, sweep_conditions
 from utils.jsonl import DataError
 from utils.means import robust_mean
-from utils.report import swept
+from utils.tables import swept
 
 pytestmark = pytest.mark.numeric
 

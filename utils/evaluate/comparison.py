@@ -16,9 +16,9 @@ from utils.evaluate.results import macro, widest
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
 from utils.jsonl import DataError, load_object, read_rows
-from utils.report import interval, percent, table_lines
 from utils.means import sign_flip
 from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval
+from utils.tables import interval, percent, table_lines
 
 
 def read_results(path: str) -> list[dict]:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from utils.cli import log
 from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right
-from utils.report import interval
 from utils.stats import chance, cluster_bootstrap, wilson
+from utils.tables import interval
 
 # Subtasks of MME, from VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating
 MME_PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position",

@@ -3,24 +3,38 @@
 Effects are taken on the "emitters", the items that imagined something in their clean run, as far as the
 condition applies to them. Readouts: R2 is the accuracy of the free reply (points); R0 and R1 are the negative
 log-likelihood of the right option among the options (nats, `utils.option_scores`).
+
+A verdict is, in this order:
+
+    readout insensitive             the positive control (POSITIVE_CONTROL) does not worsen this readout
+    undone                          within the margin, but the model imagined again past the intervention
+    equivalent                      the 90 % interval is inside the margin; of a score also, by an exact 95 %
+                                    bound, the share of items that change by more than the margin is below
+                                    --margin
+    small effect inside the margin  the same, and an effect
+    effect                          the 95 % interval excludes 0, and p <= .05 after Holm's correction over
+                                    the conditions of the same role (`Declared`) for this readout
+    effect, not after Holm          p <= .05 before the correction alone
+    inconclusive                    none of these
 """
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.mediation import items_for_margin, margin_for_items, mediate
+from utils.intervene.curves import attention_by_layer, early_curve
+from utils.intervene.mediation import WORLDS, items_for_margin, margin_for_items, mediation_at
 from utils.items import group_of
-from utils.means import sign_flip, tost_mean
-from utils.option_scores import kl
-from utils.report import swept
-from utils.stats import (Interval, holm, mcnemar_exact, paired_interval, robust_mean, tost_tango, wilson)
+from utils.means import robust_mean, sign_flip, t_test, tost_mean
+from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_interval,
+                         paired_readings, share_interval, share_test, tost, upper_share)
 
-# by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
-WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
-          "text": ("swap_blank", "blank_x")}
-Curve = Sequence[tuple[float, float]]
+ALPHA = 0.05
+POSITIVE_CONTROL = "blank"  # the image greyed and all after it generated again: a readout has to show that
+READOUTS = {"r2": "effect", "r0": "r0", "r1": "r1"}  # name -> part of an entry
+OTHER_QUESTION = "another item was asked: its answers say nothing about this one's accuracy"
 
 
 class Pair(NamedTuple):
@@ -30,18 +44,35 @@ class Pair(NamedTuple):
     after: dict
 
 
+class Declared(NamedTuple):
+    """A condition as it was declared before the run.
+
+    `role`: "do(Z)"; "do(X)", on another prompt; "world", of the mediation; "control", which changes nothing;
+    "positive control"; or "point" of a sweep. Each role is a family of Holm's correction, one per readout.
+    """
+
+    site: str
+    role: str
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Equivalence margins (a share of items, nats) and the fewest emitters of an effect."""
+    """Equivalence margins (a share of items, nats) and the fewest effective groups of emitters."""
 
     margin: float
     margin_nll: float
     min_emitters: int
 
 
-def wilson_share(k: int, n: int) -> dict:
-    """Return a count as a share with Wilson's 95 % interval."""
-    return {"k": k, "n": n, "share": k / n if n else None, "ci95": list(wilson(k, n)) if n else None}
+def share_of(hits: Sequence[bool], groups: Sequence[Hashable]) -> dict:
+    """Return how many hits there are, as a share with a 95 % interval that lets groups vary together."""
+    k, n = sum(map(bool, hits)), len(hits)
+    return {"k": k, "n": n, "share": k / n if n else None,
+            "ci95": list(share_interval([int(hit) for hit in hits], groups)) if n else None}
+
+
+def groups_of(pairs: Sequence[Pair]) -> list[Hashable]:
+    return [group_of(pair.item) for pair in pairs]
 
 
 # ---- one condition
@@ -49,39 +80,49 @@ def records_of(pairs: list[Pair]) -> tuple[list[dict], list[dict]]:
     return [pair.clean for pair in pairs], [pair.after for pair in pairs]
 
 
-def change_of_accuracy(pairs: list[Pair], n_all: int, margin: float) -> dict:
-    """Return the effect on accuracy; `delta_all` is diluted to all items."""
+def change_of_accuracy(pairs: list[Pair], n_all: int | None, margin: float) -> dict:
+    """Return the effect on accuracy; `delta_all` is diluted to all `n_all` items (None: some were left out).
+    """
     clean, after = ([int(record["correct"]) for record in side] for side in records_of(pairs))
-    groups, n = [group_of(pair.item) for pair in pairs], len(pairs)
+    groups, n = groups_of(pairs), len(pairs)
     changes = [y - x for x, y in zip(clean, after)]
     b, c = changes.count(-1), changes.count(1)
     if len(set(groups)) < n:
         p, test = sign_flip(changes, groups), "sign flips of groups"
     else:
         p, test = mcnemar_exact(b, c), "McNemar, exact"
-    interval, psi = Interval.paired(clean, after, groups), (b + c) / n
+    interval, psi, n_effective = Interval.paired(clean, after, groups), (b + c) / n, effective_groups(groups)
     return {"acc_clean": sum(clean) / n, "acc_int": sum(after) / n, "b": b, "c": c, "psi": psi,
-            "delta": (c - b) / n, "ci90": interval.ci90, "ci95": interval.ci95, "delta_all": (c - b) / n_all,
-            "p": p, "test": test, "tost_p": tost_tango(b, c, n, margin), "margin": margin,
+            "delta": (c - b) / n, "ci90": interval.ci90, "ci95": interval.ci95,
+            "delta_all": n_all and (c - b) / n_all, "p": p, "test": test,
+            "tost_p": tost(paired_readings(clean, after, groups), margin), "margin": margin,
             "verdict": interval.verdict(margin),
-            "items_needed": items_for_margin(psi, margin) if psi else None,
-            "margin_shown": margin_for_items(psi, n) if psi else None}
+            "items_needed": ceil(items_for_margin(psi, margin) * n / n_effective) if psi else None,
+            "margin_shown": margin_for_items(psi, n_effective) if psi else None}
 
 
-def change_of_score(pairs: list[Pair], readout: str, margin: float) -> dict | None:
-    """Return the effect on the right option's negative log-likelihood, in nats; None below two groups."""
+def change_of_score(pairs: list[Pair], readout: str, limits: Limits) -> dict | None:
+    """Return the effect on the right option's negative log-likelihood, in nats; None below two groups.
+
+    "large" are the changes beyond the margin: a mean says nothing of a few large ones.
+    """
     pairs = [pair for pair in pairs if pair.clean.get(readout) and pair.after.get(readout)]
-    groups, n = [group_of(pair.item) for pair in pairs], len(pairs)
+    groups, n, margin = groups_of(pairs), len(pairs), limits.margin_nll
     if len(set(groups)) < 2:
         return None
     clean, after = ([record[readout] for record in side] for side in records_of(pairs))
     golds = [pair.item["answer"]["value"] for pair in pairs]
     changes = [y["nll"] - x["nll"] for x, y in zip(clean, after)]
     divergence = [kl(x["pi"], y["pi"]) for x, y in zip(clean, after)]
+    k, n_effective = sum(abs(change) > margin for change in changes), effective_groups(groups)
+    tost_p = max(tost_mean(changes, groups, margin), share_test(k, n, n_effective, limits.margin))
     interval = Interval.of_mean(changes, groups)
+    said = interval.verdict(margin)
+    if tost_p >= ALPHA and said in ("equivalent", "small effect inside the margin"):
+        said = "inconclusive" if said == "equivalent" else "effect"
     return {"n": n, "delta_nll": robust_mean(changes, groups, 0.90)[0], "ci90": interval.ci90,
-            "ci95": interval.ci95, "margin": margin, "tost_p": tost_mean(changes, groups, margin),
-            "verdict": interval.verdict(margin),
+            "ci95": interval.ci95, "margin": margin, "p": t_test(changes, groups), "tost_p": tost_p,
+            "large": {"k": k, "n": n, "upper95": upper_share(k, n, n_effective)}, "verdict": said,
             "kl": sum(divergence) / n, "kl_upper95": robust_mean(divergence, groups, 0.90)[2],
             "flips": sum(x["pred"] != y["pred"] for x, y in zip(clean, after)) / n,
             "acc_clean": sum(x["pred"] == gold for x, gold in zip(clean, golds)) / n,
@@ -108,63 +149,145 @@ def describe_pairs(pairs: list[Pair]) -> dict:
             "letters": letters}
 
 
+def describe_asked(pairs: list[Pair]) -> dict:
+    """Return what became of the answer where another item was asked: the share of "same_answer", in words,
+    and, where the asked item's gold answer holds, of "correct" by it, also among items right before."""
+    resolved = [pair for pair in pairs if pair.after["same_answer"] is not None]
+    holds = [pair for pair in pairs if pair.after["asked"]["gold_holds"]]
+    right = [pair for pair in holds if pair.clean["correct"]]
+    hits = {"same_answer": [pair.after["same_answer"] for pair in resolved],
+            "correct": [pair.after["correct"] for pair in holds],
+            "correct_flip": [pair.after["correct"] for pair in right]}
+    return {name: share_of(values, groups_of(of)) for (name, values), of in
+            zip(hits.items(), (resolved, holds, right))}
+
+
 def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
-    """Return {"effect", "r0", "r1", "coverage", "reasons", "reason"} of one condition over all emitters."""
+    """Return {"effect", "r0", "r1", "asked", "again", "coverage", "reasons", "reason"} of one condition over
+    all emitters; `n_all` items were run."""
     covered = [pair for pair in pairs if not pair.after.get("reason")]
     rest = [pair for pair in pairs if pair.after.get("reason")]
-    result = {"effect": None, "r0": None, "r1": None, "reason": None,
-              "coverage": wilson_share(len(covered), len(pairs)),
+    groups = groups_of(covered)
+    result = {"effect": None, "r0": None, "r1": None, "asked": None, "reason": None,
+              "coverage": share_of([not pair.after.get("reason") for pair in pairs], groups_of(pairs)),
               "reasons": dict(Counter(pair.after["reason"] for pair in rest)),
-              "acc_clean_not_covered": wilson_share(sum(pair.clean["correct"] for pair in rest), len(rest))}
-    if len(covered) < limits.min_emitters:
-        return result | {"reason": f"{len(covered)} items imagined something and could be intervened on, "
-                                   f"fewer than --min_emitters {limits.min_emitters}"}
-    n_groups = len({group_of(pair.item) for pair in covered})
-    if n_groups < 2:
+              "acc_clean_not_covered": share_of([pair.clean["correct"] for pair in rest], groups_of(rest)),
+              "again": {"k": sum(bool(pair.after.get("again")) for pair in covered), "n": len(covered)}}
+    if (n_effective := effective_groups(groups)) < limits.min_emitters:
+        return result | {"reason": f"{len(covered)} items in {n_effective:.0f} effective groups imagined "
+                                   "something and could be intervened on, fewer than --min_emitters "
+                                   f"{limits.min_emitters}"}
+    if len(set(groups)) < 2:
         return result | {"reason": "all items are of one group, which says nothing about others"}
+    if any(pair.after.get("asked") for pair in covered):
+        result["asked"] = describe_asked(covered)
+        if any(pair.after["asked"]["item"] != pair.item["id"] or not pair.after["asked"]["gold_holds"]
+               for pair in covered):
+            return result | {"reason": OTHER_QUESTION}
     if all(pair.after.get("target") for pair in covered):
-        counts = {"follow": sum(pair.after["pred"] == pair.after["target"] for pair in covered),
-                  "follow_clean": sum(pair.clean["pred"] == pair.after["target"] for pair in covered),
-                  "resist": sum(pair.after["correct"] for pair in covered)}
-        result |= {name: wilson_share(k, len(covered)) for name, k in counts.items()}
-    result["effect"] = {"n": len(covered), "n_groups": n_groups,
-                        **change_of_accuracy(covered, n_all, limits.margin), **describe_pairs(covered)}
-    return result | {name: change_of_score(covered, name, limits.margin_nll) for name in ("r0", "r1")}
+        hits = {"follow": [pair.after["pred"] == pair.after["target"] for pair in covered],
+                "follow_clean": [pair.clean["pred"] == pair.after["target"] for pair in covered],
+                "resist": [pair.after["correct"] for pair in covered]}
+        result |= {name: share_of(values, groups) for name, values in hits.items()}
+    result["effect"] = {"n": len(covered), "n_groups": len(set(groups)), "n_effective": n_effective,
+                        **change_of_accuracy(covered, None if rest else n_all, limits.margin),
+                        **describe_pairs(covered)}
+    return result | {name: change_of_score(covered, name, limits) for name in ("r0", "r1")}
+
+
+# ---- verdicts
+def settle(said: str, p: float, holm_p: float, is_undone: bool, is_sensitive: bool) -> str:
+    """Return the verdict of the module's docstring from one that looked at the interval alone (`said`)."""
+    if not is_sensitive:
+        return "readout insensitive"
+    if said in ("equivalent", "small effect inside the margin"):
+        if is_undone:
+            return "undone"
+        return said if holm_p <= ALPHA else "equivalent"
+    if said == "effect":
+        return "effect" if holm_p <= ALPHA else "effect, not after Holm" if p <= ALPHA else "inconclusive"
+    return said
+
+
+def sensitivity_of(control: dict | None) -> dict[str, dict]:
+    """Return {"moves", "reason"} of each readout: whether the positive control makes it worse."""
+    found = {}
+    for readout, part in READOUTS.items():
+        effect = control and control[part]
+        if not effect:
+            found[readout] = {"moves": False, "reason": f"the positive control ({POSITIVE_CONTROL}) was not "
+                                                        "run, or on too few items"}
+            continue
+        low, high = effect["ci95"]
+        moves = (high < 0 if readout == "r2" else low > 0) and effect["p"] <= ALPHA
+        found[readout] = {"moves": moves, "reason": None if moves else
+                          f"the positive control ({POSITIVE_CONTROL}) changes it by [{low:.3f}, {high:.3f}] "
+                          "(95 %)"}
+    return found
+
+
+def settle_all(conditions: dict[str, dict], sensitivity: dict[str, dict]) -> None:
+    """Add Holm's p and put the final verdict in every entry of `conditions`, for each readout."""
+    for readout, part in READOUTS.items():
+        families = defaultdict(list)
+        for entry in conditions.values():
+            if entry[part]:
+                families[entry["role"]].append(entry)
+        for entries in families.values():
+            for entry, holm_p in zip(entries, holm([entry[part]["p"] for entry in entries])):
+                effect, moves = entry[part], sensitivity[readout]["moves"]
+                effect |= {"holm_p": holm_p, "family": len(entries)}
+                effect["verdict"] = settle(effect["verdict"], effect["p"], holm_p, entry["again"]["k"] > 0,
+                                           moves or entry["role"] == "positive control")
+
+
+def specific_effect(directed: list[Pair], irrelevant: list[Pair]) -> dict | None:
+    """Return how much more often answers follow a directed edit than an irrelevant one of that size, over
+    the items on which both could be made; None below two groups of these."""
+    both = [(x, y) for x, y in zip(directed, irrelevant)
+            if not x.after.get("reason") and not y.after.get("reason")]
+    groups, n = groups_of([x for x, _ in both]), len(both)
+    if len(set(groups)) < 2:
+        return None
+    after, before = ([int(pair[k].after["pred"] == pair[0].after["target"]) for pair in both] for k in (0, 1))
+    return {"n": n, "coverage": n / len(directed), "directed": sum(after) / n, "irrelevant": sum(before) / n,
+            "difference": (sum(after) - sum(before)) / n,
+            "ci95": list(paired_interval(before, after, groups, 0.95))}
 
 
 # ---- all conditions
-def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dict[str, str], limits: Limits,
-              controls: Sequence[str] = (), kept: dict[str, float] | None = None) -> dict:
+def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: dict[str, Declared],
+              limits: Limits, kept: dict[str, float] | None = None) -> dict:
     """Return emission, effects, mediation, early answering and attention. `records` by item id and condition;
-    `sites` by condition; `kept`: the share of the imagination that truncating conditions keep. Holm's family
-    leaves out controls and points of sweeps."""
+    `kept`: the share of the imagination that truncating conditions keep."""
     read = [item for item in items if "error" not in records[item["id"]]["clean"]]
     clean = {item["id"]: records[item["id"]]["clean"] for item in read}
     emitters = [item for item in read if clean[item["id"]]["emitted"]]
-    right = [record["correct"] for record in clean.values() if record["emitted"]]
-    right_others = [record["correct"] for record in clean.values() if not record["emitted"]]
+    others = [item for item in read if not clean[item["id"]]["emitted"]]
+
+    def share(chosen: list[dict], field: str) -> dict:
+        return share_of([clean[item["id"]][field] for item in chosen], list(map(group_of, chosen)))
+
     segments = [segment for record in clean.values() for segment in record.get("segments", ())]
-    conditions = {}
-    for name, site in sites.items():
-        pairs = [Pair(item, clean[item["id"]], records[item["id"]][name]) for item in emitters]
-        conditions[name] = {"site": site, **effect_of(pairs, len(read), limits)}
-    explored = {*controls, *swept(sites)}
-    tested = [entry["effect"] for name, entry in conditions.items()
-              if entry["effect"] and name not in explored]
-    for effect, p in zip(tested, holm([effect["p"] for effect in tested]) if tested else []):
-        effect["holm_p"] = p
-    result = {"n": len(read), "errors": len(items) - len(read),
-              "acc_clean_all": wilson_share(sum(right) + sum(right_others), len(read)),
-              "emission": wilson_share(len(emitters), len(read)),
-              "acc_clean_emitters": wilson_share(sum(right), len(right)),
-              "acc_clean_others": wilson_share(sum(right_others), len(right_others)),
-              "segments": len(segments),
+    pairs = {name: [Pair(item, clean[item["id"]], records[item["id"]][name]) for item in emitters]
+             for name in declared}
+    conditions = {name: {**condition._asdict(), **effect_of(pairs[name], len(read), limits)}
+                  for name, condition in declared.items()}
+    sensitivity = sensitivity_of(conditions.get(POSITIVE_CONTROL))
+    settle_all(conditions, sensitivity)
+    result = {"n": len(read), "errors": len(items) - len(read), "acc_clean_all": share(read, "correct"),
+              "emission": share(read, "emitted"), "acc_clean_emitters": share(emitters, "correct"),
+              "acc_clean_others": share(others, "correct"), "segments": len(segments),
               "closed_by": dict(Counter(segment["closed_by"] for segment in segments)),
-              "conditions": conditions, "mediation": {}, "early_answering": None, "attention": None}
-    if len(emitters) < limits.min_emitters:
+              "sensitivity": sensitivity, "conditions": conditions, "specific": None, "mediation": {},
+              "early_answering": None, "attention": None}
+    if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
-    for site in ("text",) if "text" in sites.values() else ("fed", "slot"):
-        if set(WORLDS[site]) <= set(sites):
+    if {"directed", "irrelevant"} <= set(declared):
+        result["specific"] = specific_effect(pairs["directed"], pairs["irrelevant"])
+    is_text = any(condition.site == "text" for condition in declared.values())
+    for site in ("text",) if is_text else ("fed", "slot"):
+        if {*WORLDS[site], "blank"} <= set(declared):
             result["mediation"][site] = {readout: mediation_at(site, emitters, records, readout)
                                          for readout in ("r0", "r2")}
     result["early_answering"] = early_curve([records[item["id"]] for item in emitters], kept or {},
@@ -173,81 +296,3 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], sites: dic
     result["attention"] = attention_by_layer([clean[item["id"]]["attention"] for item in looking],
                                              list(map(group_of, looking)))
     return result
-
-
-def mediation_at(site: str, emitters: list[dict], records: dict[str, dict[str, dict]],
-                 readout: str) -> dict | None:
-    """Return the effects of `mediate` at a site against a blank image, over the items that have all four
-    worlds; None below two groups. The outcome is the log-probability of the right option ("r0") or whether
-    the answer is right ("r2")."""
-    worlds = ("clean", *WORLDS[site], "blank")
-    complete = [item for item in emitters
-                if all(has_readout(records[item["id"]].get(name), readout) for name in worlds)]
-    groups = list(map(group_of, complete))
-    if len(set(groups)) < 2:
-        return None
-
-    def outcome(record: dict) -> float:
-        return float(record["correct"]) if readout == "r2" else -record[readout]["nll"]
-
-    outcomes = [[outcome(records[item["id"]][name]) for item in complete] for name in worlds]
-    return mediate(*outcomes, groups, binary=readout == "r2")
-
-
-def has_readout(record: dict | None, readout: str) -> bool:
-    return bool(record) and not record.get("reason") and (readout == "r2" or bool(record.get(readout)))
-
-
-# ---- curves
-def early_answering(curve: Curve) -> float:
-    """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
-    2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole
-    reply's) from share 0 to 1. At an area of 0 the answer never depends on the imagination; ValueError for a
-    curve that does not rise from 0 to 1 or leaves [0, 1]."""
-    kept = [x for x, _ in curve]
-    if len(kept) < 2 or kept[0] != 0 or kept[-1] != 1 or any(a >= b for a, b in zip(kept, kept[1:])):
-        raise ValueError(f"curve over the shares {kept}, expected rising shares from 0 to 1")
-    if any(not 0 <= y <= 1 for _, y in curve):
-        raise ValueError(f"curve {list(curve)}, expected shares of answers within 0 and 1")
-    return 1 - sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:]))
-
-
-def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
-                groups: Sequence[Hashable]) -> dict | None:
-    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
-    whose `records` hold the clean run and all truncations of `kept`. The mean of the items' areas is the area
-    over the mean curve. None below two groups, or without a share of 0 and another."""
-    names = sorted(kept, key=kept.get)
-    complete = [(by, group) for by, group in zip(records, groups)
-                if all(by[name].get("r0") and not by[name].get("reason") for name in ("clean", *names))]
-    groups = [group for _, group in complete]
-    if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
-        return None
-    result = {"n": len(complete)}
-    for readout, answer in (("r2", lambda record: record["pred"]),
-                            ("r0", lambda record: record["r0"]["pred"])):
-        same = [[int(answer(by[name]) == answer(by["clean"])) for name in names] for by, _ in complete]
-        areas = [early_answering([*((kept[name], y) for name, y in zip(names, row)), (1, 1)]) for row in same]
-        mean, *ends = robust_mean(areas, groups, 0.95)
-        points = []
-        for name, column in zip(names, zip(*same)):
-            change = paired_interval([1] * len(column), column, groups, 0.95)
-            points.append({"kept": kept[name], "same": sum(column) / len(column),
-                           "ci95": [min(1.0, max(0.0, 1 + end)) for end in change]})
-        points.append({"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]})
-        result[readout] = {"aoc": mean, "ci95": ends, "curve": points}
-    return result
-
-
-def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:
-    """Return {"n", "mass": {columns: [{"mean", "ci95"} per layer]}, "uniform": {columns: share}} of the
-    items' `stem_attention`; None below two groups of items."""
-    if len(set(groups)) < 2:
-        return None
-    mass = {}
-    for name, layers in looks[0]["mass"].items():
-        means = [robust_mean([look["mass"][name][n] for look in looks], groups, 0.95)
-                 for n in range(len(layers))]
-        mass[name] = [{"mean": mean, "ci95": ends} for mean, *ends in means]
-    return {"n": len(looks), "mass": mass,
-            "uniform": {name: sum(look["uniform"][name] for look in looks) / len(looks) for name in mass}}

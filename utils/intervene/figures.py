@@ -12,11 +12,12 @@ from pathlib import Path
 
 from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
                          draw_estimate, draw_line, legend, new_figure, tidy, write_figure)
-from utils.report import swept
 from utils.stats import wilson
+from utils.tables import swept
 
 VERDICTS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN),
-            "effect": ("o", BLUE), "inconclusive": ("o", GREY)}
+            "effect": ("o", BLUE), "effect, not after Holm": ("o", SKY), "inconclusive": ("o", GREY),
+            "undone": ("x", ORANGE), "readout insensitive": ("x", GREY)}
 PARTS = {"TE": ("TE", GREY), "NIE": ("NIE (necessity)", BLUE), "NDE": ("NDE = TE - NIE", ORANGE),
          "NIE0": ("NIE0 (sufficiency)", SKY), "NDE1": ("NDE1 = TE - NIE0", YELLOW)}
 COLUMNS = {"imagination": LineStyle("imagination", BLUE), "image": LineStyle("image", GREEN, "^"),

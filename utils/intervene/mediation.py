@@ -14,9 +14,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from utils.items import group_of
 from utils.means import mean_and_error, t_quantile
 from utils.stats import Interval
 
+# by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
+WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
+          "text": ("swap_blank", "blank_x")}
 ALPHA, POWER = 0.05, 0.8
 Z = NormalDist().inv_cdf
 Z_EQUIVALENCE = Z(1 - ALPHA) + Z((1 + POWER) / 2)  # both of two one-sided tests have to reject
@@ -39,6 +43,29 @@ def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float
     share = proportion_mediated(mediated, xz - x0z0, groups, effects["TE"]["ci95"])
     return {"n": len(groups), "n_groups": len(set(groups)), "binary": binary, **effects,
             "proportion_mediated": share}
+
+
+def mediation_at(site: str, emitters: list[dict], records: dict[str, dict[str, dict]],
+                 readout: str) -> dict | None:
+    """Return the effects of `mediate` at a site against a blank image, over the items that have all four
+    worlds; None below two groups. The outcome is the log-probability of the right option ("r0") or whether
+    the answer is right ("r2")."""
+    worlds = ("clean", *WORLDS[site], "blank")
+    complete = [item for item in emitters
+                if all(has_readout(records[item["id"]].get(name), readout) for name in worlds)]
+    groups = list(map(group_of, complete))
+    if len(set(groups)) < 2:
+        return None
+
+    def outcome(record: dict) -> float:
+        return float(record["correct"]) if readout == "r2" else -record[readout]["nll"]
+
+    outcomes = [[outcome(records[item["id"]][name]) for item in complete] for name in worlds]
+    return mediate(*outcomes, groups, binary=readout == "r2")
+
+
+def has_readout(record: dict | None, readout: str) -> bool:
+    return bool(record) and not record.get("reason") and (readout == "r2" or bool(record.get(readout)))
 
 
 def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence[Hashable],

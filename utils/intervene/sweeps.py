@@ -14,8 +14,7 @@ from functools import partial
 import numpy as np
 
 from utils.intervene.figures import ends_of, title_of, write_figures
-from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, latent_index, put_slots,
-                                         seeded)
+from utils.intervene.latent_case import Case, Condition, NotPossible, feed, latent_index, put_slots, seeded
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention

@@ -1,0 +1,198 @@
+"""Numbers as text, and the tables in which a stage's metrics are shown, on a terminal and in the report."""
+import base64
+import html
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "Holm p",
+           "verdict", "R0 clean, %", "R0, nats", "Holm p", "verdict", "imagines again", "follows, %"]
+PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
+
+
+class Text(NamedTuple):
+    text: str
+    tag: str = "p"  # or "h2", "h3"
+
+    def html(self) -> str:
+        return f"<{self.tag}>{html.escape(self.text)}</{self.tag}>"
+
+
+class Table(NamedTuple):
+    header: list[str]
+    rows: list[list[str]]
+
+    def html(self) -> str:
+        def row(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        body = "".join(row(cells, "td") for cells in self.rows)
+        return f"<table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+class Figure(NamedTuple):
+    png: Path
+    caption: str
+    alt: str
+    numbers: str | None  # path of the CSV, relative to the page
+
+    def html(self) -> str:
+        data = base64.b64encode(self.png.read_bytes()).decode("ascii")
+        link = f' (<a href="{html.escape(quote(self.numbers))}">numbers</a>)' if self.numbers else ""
+        return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(self.alt)}">'
+                f"<figcaption>{html.escape(self.caption)}{link}</figcaption></figure>")
+
+
+Block = Text | Table | Figure
+
+
+# ---- numbers as text
+def percent(share: float | None) -> str:
+    """Return a share as a percentage, "-" for None."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def interval(pair: list[float] | None) -> str:
+    return "-" if pair is None else f"{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+
+
+def nats(mean: float, pair: list[float]) -> str:
+    return f"{mean:+.3f} ({pair[0]:+.3f} to {pair[1]:+.3f})"
+
+
+def share_cell(share: dict) -> str:
+    """Return a share with its count and interval."""
+    return f"{percent(share['share'])} of {share['n']} ({interval(share['ci95'])})"
+
+
+def points(mean: float, pair: list[float]) -> str:
+    """Return a change of a share with its interval, in percentage points."""
+    return f"{100 * mean:+.1f} ({interval(pair)})"
+
+
+def effect_row(name: str, entry: dict) -> list[str]:
+    effect, r0, again = entry["effect"], entry["r0"], entry["again"]
+    if effect is None:
+        return [name, entry["site"], entry["reason"], *[""] * (len(EFFECTS) - 3)]
+    readout = ["-"] * 4
+    if r0:
+        readout = [percent(r0["acc_clean"]), nats(r0["delta_nll"], r0["ci90"]), f"{r0['holm_p']:.3f}",
+                   r0["verdict"]]
+    return [name, entry["site"], str(effect["n"]), percent(effect["acc_clean"]), percent(effect["acc_int"]),
+            points(effect["delta"], effect["ci90"]), f"{effect['holm_p']:.3f}", effect["verdict"], *readout,
+            f"{again['k']} of {again['n']}" if again["k"] else "-",
+            percent(entry["follow"]["share"]) if entry.get("follow") else "-"]
+
+
+def mediation_table(sites: dict[str, dict[str, dict | None]]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of the parts of the total effect at each site that was run, by R2 and R0."""
+    rows = []
+    for site, readouts in sites.items():
+        for readout, shown in (("r2", points), ("r0", nats)):
+            if parts := readouts[readout]:
+                rows.append([site, "R2, points" if readout == "r2" else "R0, nats",
+                             *(shown(parts[name]["mean"], parts[name]["ci95"]) for name in PARTS),
+                             percent(parts["proportion_mediated"]["value"])])
+    return ["site", "readout", *PARTS, "mediated, %"], rows
+
+
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def swept(names: Iterable[str]) -> set[str]:
+    """Return the conditions of which there are several (`mix:0.25 mix:0.5`): points of a curve or map."""
+    counts = Counter(name.partition(":")[0] for name in names if ":" in name)
+    return {name for name in names if ":" in name and counts[name.partition(":")[0]] > 1}
+
+
+# ---- one function per stage
+def evaluate_blocks(metrics: dict) -> list[Block]:
+    parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
+    rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
+             interval(part.get("ci95_clustered")), percent(part.get("chance")), str(part["unresolved"]),
+             str(part["error"])] for name, part in parts.items()]
+    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %",
+                     "unresolved", "errors"], rows),
+              Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
+    if emission := metrics.get("emission"):
+        blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))
+    return blocks
+
+
+def intervene_blocks(metrics: dict) -> list[Block]:
+    emission, in_sweeps = metrics["emission"], swept(metrics["conditions"])
+    entries = {name: entry for name, entry in metrics["conditions"].items() if name not in in_sweeps}
+    blocks: list[Block] = [Text(
+        f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items "
+        f"imagined something (95 % interval {interval(emission['ci95'])} %). Margins: "
+        f"{percent(metrics['margin'])} points, {metrics['margin_nll']} nats of R0.")]
+    for readout, part in (("R2", "effect"), ("R0", "r0")):
+        control = metrics["sensitivity"][readout.lower()]
+        verdicts: dict[str, list[str]] = {}
+        for name, entry in entries.items():
+            if entry[part]:
+                verdicts.setdefault(entry[part]["verdict"], []).append(name)
+        if not control["moves"]:
+            blocks.append(Text(f"{readout} says nothing: {control['reason']}."))
+        elif verdicts:
+            words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+            blocks.append(Text(f"Verdicts by {readout}, after Holm's correction: {words}."))
+    blocks.append(Table(EFFECTS, [effect_row(name, entry) for name, entry in entries.items()]))
+    if in_sweeps:
+        blocks.append(Text(f"{len(in_sweeps)} points of sweeps are in the figures and their CSV, not here."))
+    asked = {name: entry["asked"] for name, entry in entries.items() if entry["asked"]}
+    if asked:
+        shares = ("same_answer", "correct", "correct_flip")
+        blocks += [Text("Where another prompt was asked, on items that imagined something: the same answer in "
+                        "words; the right answer of what was asked; the same of items that were right before."),
+                   Table(["condition", "same answer, %", "right, %", "right of those right before, %"],
+                         [[name, *(share_cell(part[key]) for key in shares)] for name, part in asked.items()])]
+    if specific := metrics["specific"]:
+        blocks.append(Text(
+            f"On the {specific['n']} items ({percent(specific['coverage'])} % of those that imagined "
+            f"something) on which both edits could be made, {percent(specific['directed'])} % of the answers "
+            f"follow the directed edit, and {percent(specific['irrelevant'])} % are that option after an "
+            f"irrelevant edit: {points(specific['difference'], specific['ci95'])} points, 95 % interval."))
+    if any(readouts[name] for readouts in metrics["mediation"].values() for name in readouts):
+        blocks += [Text("Against a blank image, with 95 % intervals: accuracy of the reply (R2) and "
+                        "log-probability of the right option among the options (R0)."),
+                   Table(*mediation_table(metrics["mediation"]))]
+    effects = {name: entry["effect"] for name, entry in entries.items() if entry["effect"]}
+    rows = [[name, percent(effect["psi"]), str(effect["n"]), f"{effect['n_effective']:.0f}",
+             str(effect["items_needed"]), percent(effect["margin_shown"])]
+            for name, effect in effects.items() if effect["items_needed"]]
+    if rows:
+        blocks += [Text("Items at which the margin could be shown if the same share of answers changed and "
+                        "the changes cancelled out; the margin that these items can show (power 80 %)."),
+                   Table(["condition", "answers changed, %", "items", "effective groups", "items needed",
+                          "margin shown, points"], rows)]
+    return blocks
+
+
+def probe_blocks(metrics: dict) -> list[Block]:
+    text = f"{metrics['model']}: latents {metrics['latent']}, {metrics['steps']} steps."
+    if emission := metrics.get("emission"):
+        text += f" Imagined something: {emission['k']} of {emission['n']} items."
+    blocks: list[Block] = [Text(text)]
+    if kinds := metrics["similarity"]:
+        measures = dict.fromkeys(name for means in kinds.values() for name in means)
+        rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:+.3f}"
+                                           for means in kinds.values())] for name in measures]
+        blocks += [Text("Mean cosine over the steps, by kind of states:"), Table(["measure", *kinds], rows)]
+    if probing := metrics["probing"]:
+        rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
+                 percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
+                for name, entry in probing["conditions"].items()]
+        blocks += [Text(f"{probing['n']} questions about what was imagined, chance "
+                             f"{percent(probing['chance'])} %:"),
+                   Table(["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
+    return blocks
+
+
+def plain_text(blocks: list[Block]) -> str:
+    """Return all blocks but figures as text for a terminal."""
+    return "\n\n".join("\n".join(table_lines(*block)) if isinstance(block, Table) else block.text
+                       for block in blocks if not isinstance(block, Figure))
