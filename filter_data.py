@@ -11,16 +11,14 @@ Stage 2 of 6:  rewrite_captions.py -> [filter_data.py] -> train_sft.py    (one c
 Reads   --input: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain"} from
         rewrite_captions.py
 Writes  --output: the kept rows, unchanged and in input order
-        <output>.run/: meta.json, calls-*.jsonl (one line per model call), images-*.jsonl (checked images),
-        verdicts.jsonl: every row's {"id", "subset", "keep", "stage": rule | judge | error | null, "reasons",
-        "detail", "flags", "judge", "blind"}
-        <output>.meta.json, <output>.metrics.json
+        <output>.run/: meta.json, calls-*.jsonl, images-*.jsonl and verdicts.jsonl: every row's {"id",
+        "subset", "keep", "stage": rule | judge | error | null, "reasons", "detail", "flags", "judge",
+        "blind"}; <output>.meta.json, <output>.metrics.json
 Prints  progress and a table by subset on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
 The model fills in fields; code decides from them at the end, so other thresholds need no new call. A row on
-which the model failed is an error, neither kept nor dropped. After a kill the same command resumes and writes
-the same bytes. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 too many failed
-calls, or no server answers; 130 interrupted.
+which the model failed is an error, neither kept nor dropped. Resuming and exit codes are as in
+rewrite_captions.py.
 """
 import argparse
 import os
@@ -87,7 +85,7 @@ FIELDS = {"answerable": "unanswerable", "observation_supports_answer": "unsuppor
 RULE_REASONS = (*ROW_REASONS, "chain", *CAPTION_REASONS, *IMAGE_REASONS, "duplicate")
 JUDGE_REASONS = (*FIELDS.values(), *(f"{reason}_unclear" for reason in FIELDS.values()), *PROBLEMS,
                  "required", "blind_answer")
-LONG_ANSWER = 6  # words; an observation holds these only where they are a text in the image
+LONG_ANSWER = 6  # words
 THINK_TAGS = {"<think>", "</think>", "\\boxed"}  # allowed outside observations (Mirage)
 
 
@@ -109,11 +107,8 @@ class Verdict:
 
 # ---- rules
 def chain_fault(row: dict) -> str | None:
-    """Return the closed reason why a row's texts are unfit, or None.
-
-    ROW_REASONS as in stage 1; "answer" also if the chain's last box is not the answer; "chain" without one
-    observation per image step, or with markup left over; CAPTION_REASONS for an observation.
-    """
+    """Return the closed reason why a row's texts are unfit, or None: stage 1's, "answer" also for the chain's
+    last box, "chain" without one observation per image step or with markup left over."""
     if reason := row_fault(row):
         return reason
     boxed = last_boxed(row["chain"])
@@ -130,11 +125,8 @@ def matches_answer(text: str, row: dict) -> bool:
 
 
 def find_flags(row: dict) -> list[str]:
-    """Return facts about a row that are worth knowing and no reason to drop it.
-
-    unrefined. answer_unseen: no observation holds the answer, unless it is yes or no, a number or a letter.
-    answer_stated: an observation holds an answer of at least LONG_ANSWER words.
-    """
+    """Return facts about a row that are no reason to drop it. answer_unseen: no observation holds the answer,
+    unless it is yes or no, a number or a letter; answer_stated: one holds an answer of LONG_ANSWER words."""
     answer = row["answer"].strip()
     seen = any(normalize(answer) in normalize(span) for span in split_spans(row["chain"])[0])
     needs_no_words = (answer.lower() in ("yes", "no") or re.fullmatch(r"[\d.,%]+", answer)
@@ -168,15 +160,14 @@ def blind_call(row: dict, prompts: dict[str, str]) -> Call:
 
 def make_calls(rows: list[dict], verdicts: list[Verdict], args: argparse.Namespace,
                prompts: dict[str, str]) -> tuple[list[tuple[dict, Verdict]], list[Call]]:
-    """Return the rows that passed the rules, and their calls: all judge calls, then with --blind_answer all
-    blind ones."""
+    """Return the rows that passed the rules, and their calls: all of the judge, then all blind ones."""
     passed = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict.stage is None]
     calls = [judge_call(row, verdict, args.image_root, prompts) for row, verdict in passed]
     return passed, calls + [blind_call(row, prompts) for row, _ in passed if args.blind_answer]
 
 
 def decide(value: dict, keep_unclear: bool, required: dict[str, str]) -> list[str]:
-    """Return the JUDGE_REASONS to drop a row, by the fields of the judge; [] keeps it."""
+    """Return the JUDGE_REASONS to drop a row; [] keeps it."""
     reasons = [reason if value[name] == "no" else f"{reason}_unclear" for name, reason in FIELDS.items()
                if value[name] == "no" or value[name] == "unclear" and not keep_unclear]
     if not reasons and any(value[name] != wanted for name, wanted in required.items()):
@@ -210,7 +201,7 @@ def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace) -> 
 
 # ---- output
 def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
-    """Return the counts, over all rows and by subset; a row counts under the first of its reasons."""
+    """Return counts over all rows and by subset, of each row's first reason."""
     outcomes = ("rule", "judge", "error", "kept")
     subsets = defaultdict(lambda: dict.fromkeys(("in", *outcomes), 0) | {"reasons": Counter()})
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -237,7 +228,7 @@ def show_table(counts: dict) -> None:
 
 
 def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
-    """Write the kept rows and every verdict in input order; return the counts."""
+    """Write the kept rows and every verdict; return the counts."""
     counts = count_verdicts(rows, verdicts)
     write_rows(f"{output}.run/verdicts.jsonl", (
         {"id": row["id"], "subset": row["subset"], "keep": verdict.stage is None, "stage": verdict.stage,
@@ -249,7 +240,7 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str) -> dict:
 
 
 def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind; return the counts of calls and of the rules' drops (--dry_run)."""
+    """Show one prompt of each kind; return counts (--dry_run)."""
     verdicts = apply_rules(rows, args.image_root)
     _, calls = make_calls(rows, verdicts, args, prompts)
     return {"calls": show_calls(calls, args, prompts["SYSTEM"])} | count_verdicts(rows, verdicts)
@@ -276,7 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
     parser.add_argument("--blind_answer", action="store_true",
-                        help="drop rows whose chain, without image and final sentence, does not lead to the "
+                        help="drop rows whose chain without image and final sentence does not lead to the "
                         "answer (one more call per row)")
     parser.add_argument("--keep_unclear", action="store_true", help="keep rows that the judge calls unclear")
     parser.add_argument("--require", type=parse_require, action="append", default=[], metavar="FIELD=VALUE",

@@ -7,22 +7,20 @@ Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one c
     torchrun --standalone --nproc_per_node 8 rewrite_captions.py --input ... --image_root . --output ...
     python rewrite_captions.py --input ... --image_root . --output ... --backend openai --concurrency 256
 
-Reads   --input, in one of three forms told apart by their keys:
-        Monet-SFT: JSON list or JSONL with "metadata", "data"
-        Mirage: JSONL with "text_input", "image_input", "text_output", "image_output"
-        our own: {"id", "subset", "images", "question", "answer", "steps"}, each step {"text"} or {"image",
-        "operation": zoom or draw}, the last one a text with \\boxed{the answer}
-Writes  --output: JSONL rows {"id", "subset", "images", "question", "answer", "steps", "chain", "refined"} in
-        input order
+Reads   --input, JSON or JSONL: Monet-SFT ("metadata", "data"), Mirage ("text_input", "image_input",
+        "text_output", "image_output") or our own form: {"id", "subset", "images", "question", "answer",
+        "steps"}, each step {"text"} or {"image", "operation": zoom or draw}, the last one a text with
+        \\boxed{the answer}
+Writes  --output: JSONL rows of our own form with "chain" and "refined", in input order
         <output>.run/: meta.json, calls-*.jsonl (one line per model call), images-*.jsonl (checked images),
         rejected.jsonl (all other samples and their reasons)
         <output>.meta.json, <output>.metrics.json
 Prints  progress on stderr; on stdout one JSON object: counts, reasons by subset, speed
 
 After a kill the same command resumes and writes the same bytes. Under torchrun, or with --shard, every
-process makes its share of the calls, and the last one writes the output. Exit codes: 0 complete, also if
-rules rejected samples; 3 complete, but the model failed on samples (cut_off, bad_json, bad_schema,
-backend_error); 2 usage, settings or damage; 4 too many failed calls, or no server answers; 130 interrupted.
+process makes its share of the calls, and the last one writes the output. Exit codes: 0 complete, 2 usage,
+settings or damage, 3 complete but the model failed on samples, 4 too many failed calls, or no server answers,
+130 interrupted.
 """
 import argparse
 import os
@@ -120,7 +118,7 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     for path in args.input:
         limit = None if args.limit is None else args.limit - len(samples)
         for index, (where, value) in enumerate(located_rows(path, limit)):
-            sample = convert(where, value, index, operations, not args.allow_no_observation)
+            sample = convert(where, value, index, operations)
             check_unique(where, sample.row["id"], seen)
             samples.append(sample)
     for subset, operation in args.operation:
@@ -145,8 +143,8 @@ def apply_rules(samples: list[Sample], root: str, image_journal: Journal | None)
 
 # ---- captions
 def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
-    """Return one call per image step, with the region of a zoom (and the first question image with
-    --with_original), or the first question image and the changed one of a draw."""
+    """Return one call per image step. It shows the region of a zoom, or what a draw made of the first image.
+    """
     row, calls = sample.row, []
     hashes = iter(sample.hashes[len(row["images"]):])
     for n, step in enumerate(row["steps"]):
@@ -188,7 +186,7 @@ def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace
 
 
 def reject_repeated(samples: list[Sample], at_most: int) -> None:
-    """Reject in place samples with a caption that more than `at_most` different images were given."""
+    """Reject in place samples with a caption that more than `at_most` different images have."""
     uses = defaultdict(list)  # caption -> (sample, caption as written, hash of the image)
     for sample in accepted(samples):
         steps = [step for step in sample.row["steps"] if "image" in step]
@@ -224,7 +222,6 @@ def refine_call(sample: Sample, segments: list[Segment], prompts: dict[str, str]
 
 
 def check_refined(segments: list[Segment], value: dict) -> tuple[str, str] | None:
-    """Return ("refine", the fault in words) of a refined chain, or None."""
     if [part["id"] for part in value["segments"]] != list(range(1, len(segments) + 1)):
         return "refine", f"the ids were not 1 to {len(segments)}, each once and in order"
     for n, (segment, part) in enumerate(zip(segments, value["segments"]), 1):
@@ -241,8 +238,7 @@ def check_refined(segments: list[Segment], value: dict) -> tuple[str, str] | Non
 def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str | None:
     """Return in words the fault of a refined segment, or None.
 
-    It may have no markup, loop or pointing at images that the segment did not have, and no number that is in
-    none of the `segments`. An observation must still be a caption, and may lose nothing.
+    New may be neither markup, loop nor pointing at images, nor a number that is in none of the `segments`.
     """
     if not after:
         return "is empty"
@@ -269,8 +265,7 @@ def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str 
 
 
 def lost_facts(caption: str, refined: str) -> str | None:
-    """Return in words what a refined observation lost of its caption, or None: no number or quotation may go,
-    and only a share of the other words."""
+    """Return in words what a refined observation lost: a number, a quotation, or too many other words."""
     if caption in refined:
         return None
     numbers = sorted(set(NUMBER.findall(caption)) - set(NUMBER.findall(refined)))
@@ -329,7 +324,7 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
 
 
 def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
-    """Show one prompt of each kind, with a placeholder for captions; return counts (--dry_run)."""
+    """Show one prompt of each kind; return counts (--dry_run)."""
     apply_rules(samples, args.image_root, None)
     calls = []
     for sample in accepted(samples):
@@ -357,14 +352,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_call_flags(parser, max_new_tokens=512)
     parser.add_argument("--operation", type=parse_operation, action="append", default=[],
                         metavar="SUBSET=zoom|draw",
-                        help="the operation of a subset whose name does not tell it; repeatable")
-    parser.add_argument("--allow_no_observation", action="store_true",
-                        help="keep Monet samples without <observation>, as Monet does with this flag")
+                        help="the operation of another data set; repeatable")
     parser.add_argument("--with_original", action="store_true",
                         help="show the whole image next to the region of a zoom")
     parser.add_argument("--no_refine", action="store_true", help="join captions and texts without refinement")
     parser.add_argument("--max_same_caption", type=parse_count, default=20,
-                        help="reject a caption that was given to more different images than this")
+                        help="reject a caption that more different images have")
     return parser.parse_args(argv)
 
 

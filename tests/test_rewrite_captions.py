@@ -278,12 +278,6 @@ def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chai
     assert not any(row["refined"] for row in result(path)[0].values())
 
 
-def test_monets_own_flag_keeps_samples_without_observation(rows_file, captioner):
-    path = rows_file([monet(1, assistant=[LOOK, ("image", "b.png"), ("text", "It is 42. \\boxed{42}")])])
-    assert main(flags(path)) == 0 and result(path) == ({}, {"Visual_CoT/1": "no_observation"})
-    assert main(flags(path, "--allow_no_observation")) == 0 and list(result(path)[0]) == ["Visual_CoT/1"]
-
-
 def test_several_inputs_of_all_forms(rows_file, captioner):
     own = {"id": "x/1", "subset": "x", "images": ["a.png"], "question": "Own?", "answer": "42",
            "refined": True, "chain": "old",

@@ -12,7 +12,7 @@ from utils.backends import ErrorRateError, LocalBackend
 from utils.cli import log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
-from utils.jsonl import DataError, call_key, write_json, write_meta
+from utils.jsonl import DataError, call_key, load_object, write_json, write_meta
 from utils.model_calls import Call, Caller, IncompleteError, is_reply
 from utils.rows import is_inspection
 
@@ -84,12 +84,8 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
     """Return `prompts` with those in the JSON object at `path` replaced (--prompts)."""
     if path is None:
         return dict(prompts)
-    try:
-        changes = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        json.dumps(changes, ensure_ascii=False).encode("utf-8")  # refuses half of a surrogate pair
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no JSON object of prompts ({error})") from error
-    if not isinstance(changes, dict) or not all(isinstance(text, str) for text in changes.values()):
+    changes = load_object(path, "expected one JSON object of strings")
+    if not all(isinstance(text, str) for text in changes.values()):
         raise DataError(f"{path}: expected one JSON object of strings")
     if unknown := sorted(set(changes) - set(prompts)):
         raise DataError(f"{path}: no prompt is called {', '.join(unknown)}; expected {', '.join(prompts)}")
@@ -118,9 +114,7 @@ def open_server(args: argparse.Namespace, max_pixels: int, model: str | None = N
 def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict],
                settings: dict) -> Iterator[Caller]:
     """Open the journals in `<output>.run` and yield the caller; `settings` are those that change the result.
-
-    With --export_only the journal names the model, and none is loaded.
-    """
+    With --export_only the journal names the model."""
     folder, shard = Path(f"{args.output}.run"), args.shard or rank_world()[:2]
     if args.export_only and (args.retry_errors or args.fresh):
         raise DataError("--export_only makes no calls; it cannot go with --retry_errors or --fresh")
@@ -153,10 +147,9 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
 class Stage:
     """The parts of a stage with model calls; `run_stage` does the rest.
 
-    settings: what changes the result besides model, prompts and schemas. read: return the input's samples.
-    preview: return what --dry_run prints. work(samples, caller): make the calls, return the results; no
-    caller without `needs_model`. export(samples, results): write them, return counts, "errors" among them.
-    show: log the metrics.
+    settings: what changes the result besides model, prompts and schemas. preview: return what --dry_run
+    prints. work: make the calls, return the results; no caller without `needs_model`. export: write samples
+    and results, return counts, "errors" among them. show: log the metrics.
     """
 
     inputs: list[str]

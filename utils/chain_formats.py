@@ -22,8 +22,8 @@ KEEPS_SUFFIX = ("Zebra_CoT_visual_search", "Zebra_CoT_count")
 
 @dataclass
 class Sample:
-    """An input sample. `reason` is set when it is rejected; `hashes` are of the images of the question, then
-    of the steps."""
+    """An input sample; rejected with a `reason`. `hashes`: of the images of the question, then of the steps.
+    """
 
     row: dict
     reason: str | None = None
@@ -34,23 +34,18 @@ class Sample:
         self.reason, self.detail = reason, detail
 
 
-def convert(where: str, value: dict, index: int, operations: dict[str, str],
-            need_observation: bool = True) -> Sample:
+def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
     """Return a sample in our own form, rejected by Monet's rules; DataError for a wrong key or type."""
     form = next((name for name, fields in INPUTS.items() if fields.keys() <= value.keys()), None)
     if form is None:
         forms = " or ".join(f"{name} ({', '.join(fields)})" for name, fields in INPUTS.items())
-        lacks = {name: [key for key in fields if key not in value] for name, fields in INPUTS.items()}
-        nearest = min(INPUTS, key=lambda name: len(lacks[name]) / len(INPUTS[name]))
-        missing = "" if len(lacks[nearest]) == len(INPUTS[nearest]) else (
-            f"; for {nearest} it lacks {', '.join(lacks[nearest])}")
         raise DataError(f"{where}: keys {', '.join(value) or 'none'} are of no known form; "
-                        f"expected those of {forms}{missing}")
+                        f"expected those of {forms}")
     check_fields(where, value, INPUTS[form])
     if form == "own":
         return convert_own(where, value)
     if form == "monet":
-        return convert_monet(where, value, operations, need_observation)
+        return convert_monet(where, value, operations)
     return convert_mirage(where, value, index, operations)
 
 
@@ -67,7 +62,7 @@ def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
 
 
 # ---- Monet-SFT
-def convert_monet(where: str, value: dict, operations: dict[str, str], need_observation: bool) -> Sample:
+def convert_monet(where: str, value: dict, operations: dict[str, str]) -> Sample:
     """Convert a Monet-SFT sample as Monet does; latent pairs and observation tags go."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
@@ -79,7 +74,7 @@ def convert_monet(where: str, value: dict, operations: dict[str, str], need_obse
         sample.reject("structure", "the turns are not system, user, assistant")
         return sample
     images, question = monet_question(turns[1][1], subset)
-    steps = monet_steps(sample, turns[2][1], operation, need_observation)
+    steps = monet_steps(sample, turns[2][1], operation)
     sample.row |= {"images": images, "question": question, "steps": steps, "answer": final_answer(steps)}
     return sample
 
@@ -95,8 +90,7 @@ def monet_question(content: list[tuple[str, str]], subset: str) -> tuple[list[st
     return images, question
 
 
-def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str,
-                need_observation: bool) -> list[dict]:
+def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str) -> list[dict]:
     """Return the steps of the assistant's turn; reject the sample where Monet drops it."""
     steps, observed, text_before = [], False, None
     for kind, text in content:
@@ -114,7 +108,7 @@ def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str,
     n_images = sum("image" in step for step in steps)
     if sample.reason is None and n_pairs != n_images:
         sample.reject("tag_count", f"{n_pairs} latent pairs for {n_images} images")
-    elif sample.reason is None and need_observation and not observed:
+    elif sample.reason is None and not observed:
         sample.reject("no_observation", "no <observation> after an image")
     return steps
 
@@ -158,7 +152,7 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
 
 
 def convert_own(where: str, value: dict) -> Sample:
-    """Take a row of our own form without its captions, which are written again."""
+    """Take a row of our own form without its captions and chain."""
     check_own(where, value)
     steps = [{name: step[name] for name in ("text", "image", "operation") if name in step}
              for step in value["steps"]]

@@ -1,4 +1,4 @@
-"""The command-line side of every script: exit codes, log, --help, signals, ranks, the API key. No torch."""
+"""The command-line side of every script: exit codes, log, --help, signals, ranks, the API key."""
 import argparse
 import gc
 import os
@@ -19,7 +19,7 @@ API_KEY = "OPENAI_API_KEY"  # environment variable
 
 
 def rank_world() -> tuple[int, int, int]:
-    """Return (rank, world size, local rank) as torchrun sets them; (0, 1, 0) in a plain process."""
+    """Return (rank, world size, local rank) as torchrun sets them, else (0, 1, 0)."""
     return tuple(int(os.environ.get(name, default))
                  for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
 
@@ -67,7 +67,7 @@ def parse_count(text: str) -> int:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the model that stages 5 and 6 decode with."""
+    """Add the flags with which stages 5 and 6 decode."""
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens; off: text imaginations")
@@ -87,14 +87,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def shorten(message: str) -> str:
-    """Return a message without a long middle, and with control characters (of an id, say) escaped."""
+    """Return a message without a long middle, its control characters escaped."""
     if len(message) > LONGEST_ERROR:
         message = f"{message[:LONGEST_ERROR // 2]} [...] {message[-LONGEST_ERROR // 2:]}"
     return "".join(char if char.isprintable() or char in "\n " else ascii(char)[1:-1] for char in message)
 
 
 def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
-    """Return the key from the file or, without a file, from the environment, if it is set."""
+    """Return the key from the file, or without a file from the environment, if set."""
     if path is None:
         return os.environ.get(API_KEY) or None
     try:
@@ -102,7 +102,7 @@ def read_api_key(path: str | None, flag: str = "--api_key_file") -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{flag} {path}: cannot be read ({error})") from error
     if not key:
-        raise DataError(f"{flag} {path}: the file is empty; expected the key and nothing else")
+        raise DataError(f"{flag} {path}: the file is empty; expected the key")
     return key
 
 

@@ -1,6 +1,6 @@
 """A journal that survives SIGKILL: one line per finished piece of work, appended and never rewritten.
 
-A restarted run repeats only unfinished work. Memory holds only the place of each record.
+Memory holds only the place of each record.
 """
 import fcntl
 import json
@@ -18,12 +18,12 @@ FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds the loss 
 
 
 class Journal:
-    """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`.
+    """Records by their "key", in `folder/<name>-<shard>-of-<n>.jsonl`; the later of two with one key counts.
 
     This process appends to its own file, locked against a second writer, and reads those of all shards: their
     number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json`
-    holds `settings`; opening with different ones raises DataError. Of two records with one key the later
-    counts. `transient` holds the keys worth another try. A record on disk that is not `is_valid` is damage.
+    holds `settings`; others raise DataError. `transient`: keys worth another try. A record on disk that is
+    not `is_valid` is damage.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
@@ -82,11 +82,11 @@ class Journal:
             table = [("", "there", "now"),
                      *((name, before.get(name), settings.get(name)) for name in changed)]
             lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
-            raise DataError(f"{path}: begun with other settings; use the old ones, another --output, or move "
-                            f"{self.folder} aside (--fresh does, where there is one)\n" + "\n".join(lines))
+            raise DataError(f"{path}: begun with other settings; use the old ones or another --output, or "
+                            f"move {self.folder} aside (--fresh)\n" + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:
-        """Move the unfinished last line that a kill left in the own file to `*.torn`; return the size."""
+        """Move the unfinished last line that a kill left to `*.torn`; return the size."""
         size = os.fstat(self.fd).st_size
         kept, tail = size, b""
         while kept and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long
@@ -118,8 +118,8 @@ class Journal:
                         raise ValueError("fields of other types than were written")
                     self.note(record, (file, offset, len(line)))
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove this line to "
-                                    "repeat its work, or use --fresh") from error
+                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove it to repeat "
+                                    "its work, or use --fresh") from error
                 offset += len(line)
                 self.readers[path] = file, offset, n
 
@@ -131,7 +131,7 @@ class Journal:
         return json.loads(file.read(length).decode("utf-8"))
 
     def forget(self, key: str) -> None:
-        """Treat a piece of work as not done (its line stays; a new record will count)."""
+        """Treat a piece of work as not done."""
         self.places.pop(key, None)
 
     def append(self, record: dict) -> None:
@@ -156,14 +156,13 @@ def move_aside(folder: Path, n_processes: int) -> None:
     """Rename the folder of an earlier run, if there is one (--fresh)."""
     if folder.exists():
         if n_processes > 1:
-            raise DataError(
-                f"--fresh with {n_processes} processes: move {folder} aside by hand, they would race for it")
+            raise DataError(f"--fresh with {n_processes} processes: they would race; move {folder} by hand")
         n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
 
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
-    """Return the object in `folder/<name>`, or None without the file; DataError if it is damaged."""
+    """Return the object in `folder/<name>`, or None without the file."""
     path, hint = Path(folder, name), "restore it, or start over (--fresh, another --output)"
     if not path.is_file():
         return None

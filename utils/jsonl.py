@@ -1,4 +1,4 @@
-"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json. No torch."""
+"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json."""
 import argparse
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy"
 
 
 class DataError(ValueError):
-    """An error that the user can fix: the message names place, fault and remedy."""
+    """An error that the user can fix; it names place, fault and remedy."""
 
 
 # ---- reading
@@ -27,8 +27,8 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
                  longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` names the writer of a missing file. Raises DataError for a line that is not a JSON object or has
-    more than `longest` bytes.
+    `hint` names the writer of a missing file. DataError for a row that is not an object or has more than
+    `longest` bytes.
     """
     try:
         with open(path, "rb") as file:
@@ -87,7 +87,7 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
 
 
 def load_text(text: str) -> object:
-    """Parse JSON; UnicodeEncodeError for an escaped half of a surrogate pair, which UTF-8 cannot hold."""
+    """Parse JSON; UnicodeEncodeError for half a surrogate pair, which UTF-8 cannot hold."""
     value = json.loads(text)
     check_surrogates(text, value)
     return value
@@ -120,13 +120,14 @@ def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: s
     """Raise DataError unless `row` has every field with its type (a bool is not an int)."""
     for name, kind in fields.items():
         kinds, value = kind if isinstance(kind, tuple) else (kind,), row.get(name)
+        if name in row and isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+            continue
         expected = " or ".join(k.__name__ for k in kinds)
         if name not in row:
             raise DataError(f"{where}: no field {name!r} (expected {expected}); it has "
                             f"{', '.join(row) or 'none'}{f'; {hint}' if hint else ''}")
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            raise DataError(f"{where}: field {name!r} should be {expected}, got {type(value).__name__} "
-                            f"{str(value)[:40]!r}")
+        raise DataError(f"{where}: field {name!r} should be {expected}, got {type(value).__name__} "
+                        f"{str(value)[:40]!r}")
 
 
 def object_schema(**properties: dict) -> dict:
@@ -144,7 +145,7 @@ def check_unique(where: str, name: str, seen: dict[str, str]) -> None:
 
 def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | None = None,
               hint: str | None = None) -> list[dict]:
-    """Read rows that have `fields`; if "id" is one of them, no two ids may be equal."""
+    """Read rows that have `fields`; an "id" among them is unique."""
     rows, seen = [], {}
     for where, row in located_rows(path, limit, hint):
         check_fields(where, row, fields, hint)
@@ -156,9 +157,9 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
 
 def load_object(path: str | Path, hint: str = "run the stage that writes it again",
                 fields: dict[str, type | tuple] | None = None) -> dict:
-    """Return the JSON object in a file, checked to have `fields`; `hint` ends the DataError."""
+    """Return the JSON object in a file, which must have `fields`; `hint` ends the DataError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = load_text(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:
@@ -187,7 +188,7 @@ def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:
-    """Call `write(file)` on a temporary file, sync it and rename it to `path`: never half written."""
+    """Call `write(file)` on a temporary file, sync it and rename it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text_mode = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
@@ -240,12 +241,11 @@ def call_key(**parts) -> str:
 def check_folder(path: str) -> None:
     """Raise DataError for a folder without a checkpoint (any other path is a name on the hub)."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise DataError(
-            f"{path}: no config.json here; expected a checkpoint folder (train_sft.py writes one)")
+        raise DataError(f"{path}: no config.json here; expected a checkpoint folder")
 
 
 def find_checkpoint(model_path: str) -> Path:
-    """Return a checkpoint's folder: the path itself, or the snapshot from the hub, downloaded if needed."""
+    """Return a checkpoint's folder: the path itself, or the hub's snapshot, downloaded if needed."""
     check_folder(model_path)
     if Path(model_path).is_dir():
         return Path(model_path)
@@ -253,15 +253,12 @@ def find_checkpoint(model_path: str) -> Path:
     try:
         return Path(snapshot_download(model_path))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"--model {model_path}: neither a folder here nor available on the hub ({error})") from error
+        raise DataError(f"--model {model_path}: neither a folder nor on the hub ({error})") from error
 
 
 def model_identity(folder: Path) -> str:
-    """Return a hash of a checkpoint's configuration, tokenizer, template and weights.
-
-    A weight file counts by its name, size, first and last megabyte: two trainings of a model differ there.
-    """
+    """Return a hash of a checkpoint's configuration, tokenizer, template and weights, of which name, size,
+    first and last megabyte count: two trainings of a model differ there."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".txt") and path.is_file():

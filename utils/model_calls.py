@@ -1,7 +1,6 @@
 """Model calls with a journal: checked replies, a second try after a fault, a guard against a failing model.
 
-`ask` returns one outcome per call: a checked JSON object, or a fault with a closed reason. The caller decides
-what a reply means.
+`ask` returns one outcome per call: a checked JSON object, or a fault with a closed reason.
 """
 import re
 import statistics
@@ -17,23 +16,19 @@ from tqdm import tqdm
 from utils.backends import ErrorRateError, Request, parse_json_reply, schema_fault
 from utils.cli import rank_world, stop_on_signals
 from utils.journal import Journal
-from utils.jsonl import call_key
+from utils.jsonl import call_key, check_fields
 
-# the model failed; a reply that a stage's own rule rejects is not among them
+# the model failed, not a stage's own rule
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
-# the fields of a journal's record that are read here
 REPLY_FIELDS = {"key": str, "text": str, "finish_reason": str, "n_prompt": int, "n_new": int,
                 "seconds": (int, float), "error": (str, type(None))}
-# the guard stops a run whose first 20 calls all failed, or 20 % of the last 500
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2
 MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take for more than text
 
 
 class Call(NamedTuple):
-    """One question to the model on behalf of a sample.
-
-    hashes: sha256 of its images. schema: of the JSON object asked for; without it the value is {"text": ...}.
-    """
+    """One question on behalf of a sample. hashes: sha256 of its images. schema: of the JSON object asked for;
+    without it the value is {"text": ...}."""
 
     id: str
     kind: str
@@ -45,10 +40,7 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A checked reply, or the closed `reason` against it and a `detail` in words.
-
-    text: the last reply as it came. attempts: how often the model was asked.
-    """
+    """A checked reply, or the closed `reason` against it and a `detail` in words. text: as it came."""
 
     value: dict | None
     reason: str | None = None
@@ -62,9 +54,9 @@ Check = Callable[[Call, dict], tuple[str, str] | None]
 
 
 def is_reply(record: dict) -> bool:
-    """Return whether a journal record has the fields of a reply."""
-    return all(name in record and isinstance(record[name], kind) and not isinstance(record[name], bool)
-               for name, kind in REPLY_FIELDS.items())
+    """Return whether a journal record has the fields of a reply, or raise DataError."""
+    check_fields("reply", record, REPLY_FIELDS)
+    return True
 
 
 class IncompleteError(RuntimeError):
@@ -72,11 +64,8 @@ class IncompleteError(RuntimeError):
 
 
 def fill(template: str, **values: str) -> str:
-    """Put values at their {names}, in one pass: braces in a value stay text.
-
-    Markers in a value become text too (`<image>` is (image), `<|im_end|>` is (im_end)), which a server's
-    tokenizer would otherwise take for a picture or the end of a turn.
-    """
+    """Put values at their {names}, in one pass: braces in a value stay text. So do markers: `<image>` becomes
+    (image), `<|im_end|>` (im_end), which a tokenizer would take for a picture or the end of a turn."""
     return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
 
 
@@ -98,7 +87,7 @@ class CallUse:
 
 @dataclass
 class Counters:
-    """What this process did (the first four), and the calls behind its output, by key."""
+    """What this process did, and the calls behind its output, by key."""
 
     n_calls: int = 0
     n_reused: int = 0
@@ -111,7 +100,7 @@ class Counters:
 class Caller:
     """What all calls of a run share; without a backend, the journal alone answers.
 
-    `identity` (model, sampling, schemas) is part of every key. `images`: the journal of checked images.
+    identity: model, sampling and schemas, part of every key. images: the journal of checked images.
     """
 
     journal: Journal
@@ -129,7 +118,7 @@ class Caller:
         self.common = call_key(system=self.prompts["SYSTEM"], **self.identity)  # in all keys, hashed once
 
     def request(self, call: Call, attempt: int, before: Outcome | None = None) -> Request:
-        """Return the request of a call. A second attempt names the first one's fault, and may be twice as
+        """Return the request of a call. A second attempt names the fault of the first, and may be twice as
         long if that was cut off."""
         text, max_tokens = call.text, self.max_new_tokens
         if before is not None:
@@ -140,7 +129,7 @@ class Caller:
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, max_tokens, call.schema)
 
     def read(self, request: Request, call: Call, attempt: int, check: Check) -> Outcome:
-        """Return the journal's outcome of a request, and count its call as used."""
+        """Return the journal's outcome of a request, and count its call."""
         record = self.journal.get(request.key)
         outcome = read_outcome(record, call, check)
         as_asked = None
@@ -157,12 +146,9 @@ class Caller:
         self.images.reload()
 
     def stats(self) -> dict:
-        """Return the counters of the metrics file.
-
-        n_calls, wall_s and the speeds describe this process; the others all calls behind the output.
-        `p50_s`, `p95_s`: seconds of a call to a server, or of a local batch. `json_as_asked`: the share of
-        complete first replies that keep the schema.
-        """
+        """Return the counters of the metrics file: calls, wall_s and speeds of this process, the others of
+        all calls behind the output. p50_s, p95_s: of a call to a server, or of a local batch.
+        json_as_asked: the share of complete first replies that keep the schema."""
         done, used = self.counters, list(self.counters.used.values())
         p50, p95 = quantiles([call.seconds for call in used]) if used else (None, None)
         first = [call.as_asked for call in used if call.as_asked is not None]
@@ -203,8 +189,8 @@ def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: boo
         ) -> list[Outcome]:
     """Return one outcome per call, in order; a faulty reply is asked for again, at most `retries` times.
 
-    Raises ErrorRateError if the guard trips or no server answers, IncompleteError without a backend if a
-    record is missing, KeyboardInterrupt after a signal; the journal keeps what came until then.
+    Raises ErrorRateError if the guard trips or no server answers, IncompleteError if a record is missing and
+    there is no backend, KeyboardInterrupt after a signal.
     """
     if caller.retry_errors:
         forget_errors(caller, calls, check, retries)
@@ -257,7 +243,7 @@ class Guard:
         if self.on and (all_failed or self.n >= GUARD_WINDOW and sum(self.last) > GUARD_SHARE * GUARD_WINDOW):
             raise ErrorRateError(
                 f"{sum(self.last)} of the last {len(self.last)} calls failed; read the replies in the "
-                "journal and fix the model or the prompts, or use --no_guard for a model known to be weak")
+                "journal and fix model or prompts, or use --no_guard for a weak model")
 
 
 def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,

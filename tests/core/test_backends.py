@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from utils import decode
-from utils.backends import LocalBackend, Request, object_schema, parse_json_reply, schema_fault
-from utils.jsonl import DataError, model_identity
+from utils.backends import LocalBackend, Request, parse_json_reply, schema_fault
+from utils.jsonl import DataError, model_identity, object_schema
 
 SCHEMA = object_schema(caption={"type": "string", "maxLength": 20},
                        legible={"type": "string", "enum": ["yes", "no"]},

@@ -155,7 +155,7 @@ def test_prompts_of_a_file_replace_those_of_their_names(tmp_path):
     assert load_prompts(None, prompts) == prompts
     for text, match in [('{"zoom": "x"}', "no prompt is called zoom; expected ZOOM, SYSTEM"),
                         ("[]", "one JSON object of strings"), ('{"ZOOM": 1}', "one JSON object of strings"),
-                        ("{", "no JSON object of prompts")]:
+                        ("{", "one JSON object of strings")]:
         path.write_text(text)
         with pytest.raises(DataError, match=match):
             load_prompts(str(path), prompts)

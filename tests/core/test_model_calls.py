@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from utils import model_calls, rows
-from utils.backends import ErrorRateError, Reply, object_schema
+from utils.backends import ErrorRateError, Reply
 from utils.journal import Journal
+from utils.jsonl import object_schema
 from utils.model_calls import Call, Caller, Guard, IncompleteError, Outcome, ask, fill, quantiles
 
 
