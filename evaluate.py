@@ -3,12 +3,7 @@
 Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
 
     python evaluate.py --model checkpoint --items bench.jsonl --output results.jsonl
-    python evaluate.py --model checkpoint --benchmark vstar --protocol monet --method text \\
-        --output vstar.jsonl
     python evaluate.py --model monet --benchmark hrbench_4k --latent monet_vllm --output hr4k.jsonl
-    python evaluate.py --model name --backend openai --base_url http://127.0.0.1:8000/v1 --method tool \\
-        --benchmark vstar --judge map --judge_model name --judge_base_url http://127.0.0.1:8001/v1 \\
-        --output vstar.jsonl
     python evaluate.py --benchmark vsp --source vsp/test.jsonl --prepare --output vsp.jsonl
     python evaluate.py --compare base.jsonl text.jsonl --output base_text.json
     python evaluate.py --table CapImagine=vstar.jsonl Monet=monet_vstar.jsonl --output table.md
@@ -27,8 +22,8 @@ Prints  a table by category on stderr; on stdout one JSON object: counts, accura
 
 Unresolved answers count as wrong unless a judge reads them. An item whose image cannot be used, or that a
 server failed on, is an error: it is not scored, and there is no "headline". Re-run the same command to
-resume. Exit codes: 0 complete; 3 complete with errors; 2 usage, settings or damage; 4 no server answers; 130
-interrupted. Under torchrun the last process to finish writes the results of all.
+resume. Under torchrun the last process to finish writes the results of all. Exit codes: 0 complete, 2 usage,
+settings or damage, 3 complete with errors, 4 no server answers, 130 interrupted.
 """
 import argparse
 import json
@@ -94,8 +89,8 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
     """Return the model that answers and its identity (its weights, not its name alone)."""
     if args.backend == "openai":
         if protocol.max_pixels is None:
-            raise DataError(f"--protocol {args.protocol} takes the resolution from the checkpoint, which a "
-                            "server does not report; expected --max_pixels")
+            raise DataError(f"--protocol {args.protocol} has no resolution of its own, and servers report "
+                            "none; expected --max_pixels")
         if protocol.min_pixels is not None:
             log(f"--protocol {args.protocol} asks for at least {protocol.min_pixels} pixels, but the server "
                 "enlarges small pictures: check its --mm-processor-kwargs (vLLM)")
@@ -128,7 +123,7 @@ class Answers:
 
 def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
                      args: argparse.Namespace) -> Answers | None:
-    """Answer, score and judge all items; None if other processes have not finished."""
+    """Answer, score and judge all items; None if other processes are not done."""
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
@@ -162,7 +157,7 @@ def result_of(conversation: Conversation, pixels: list[int | None], args: argpar
 
 
 def imagination_test(method: str) -> Callable[[dict], bool] | None:
-    """Return the function that finds an imagination in a result, if the method has one."""
+    """Return the test for an imagination in a result, if the method has one."""
     return {"latent": lambda record: record["n_latent"] > 0,
             "text": lambda record: OPEN in record["clean_output"],
             "tool": lambda record: len(record["turns"]) > 1}.get(method)
@@ -174,7 +169,7 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
                "own_scores": own_scores(results), "protocol": protocol}
-    metrics["headline"] = headline(metrics, args.allow_incomplete)
+    metrics["headline"] = headline(metrics)
     seconds, prefill = (sum(c.seconds(name) for c in answers.conversations)
                         for name in ("seconds", "prefill_seconds"))
     n_tokens = sum(result["n_tokens"] for result in results)
@@ -222,7 +217,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
-    parser.add_argument("--allow_incomplete", action="store_true", help="give a headline in spite of errors")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
     parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
@@ -316,8 +310,8 @@ def main(argv: list[str] | None = None) -> int:
         log(f"stopped: {error}")
         return 4
     if answers is None:
-        print(f"process {rank_world()[0]}: its share is done; the last to finish writes {args.output}. If "
-              "one is lost before that, re-run the same command", file=sys.stderr)
+        print(f"process {rank_world()[0]}: its share is done; the last to finish writes {args.output}",
+              file=sys.stderr)
         return 0
     write_rows(args.output, answers.results)
     metrics = measure(answers, describe_protocol(answers, protocol, spec, path, args), args)

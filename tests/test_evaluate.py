@@ -105,7 +105,7 @@ def test_images_that_are_missing_truncated_or_outside_are_counted_errors(tiny_ch
     assert results[0]["n_tokens"] == 0
     assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
     change(items, images=lambda n, item: [{"path": "gone.png"}])
-    assert evaluate.main(flags(items, tiny_checkpoint, "--allow_incomplete")) == 3
+    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
     metrics = metrics_of(items)
     assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
 
@@ -345,10 +345,6 @@ def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_p
             metrics = metrics_of(items)
             assert (metrics["with_judge"]["judge_errors"], metrics["headline"]) == (1, None)
             assert results_of(items)[0]["judged"] == "judge_error"
-            assert evaluate.main([*remote(items, model), *judged_by(judge), "--allow_incomplete"]) == 3
-            metrics = metrics_of(items)
-            assert metrics["headline"] == metrics["with_judge"]["accuracy"]
-            assert metrics["with_judge"]["judge_errors"] == 1
         with serving(tmp_path, name="l.jsonl", faults=False) as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
             assert len(calls_of(tmp_path, "l.jsonl")) == 2  # the preflight, and the one that had failed

@@ -1,7 +1,7 @@
 """Requests to a model, replies, and the backend that runs a checkpoint in this process.
 
-Every backend has an `identity` and `generate(requests, done, stop)`; utils.openai_backend asks a server.
-torch is imported with the model: a run that only reads its journal needs none.
+Every backend has an `identity` and `generate(requests, done, stop)`. torch is imported with the model: a run
+that only reads its journal needs none.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Request(NamedTuple):
     """One model call: images before the text, at most `max_tokens` new tokens.
 
     messages: a conversation in place of system, text and images: (role, text) or (role, parts), each part a
-    text or a Picture. `schema` and `seed` are for servers; the seed depends on the key alone.
+    text or a Picture. schema, seed: for servers.
     """
 
     key: str
@@ -59,8 +59,8 @@ def pictures_of(messages: tuple) -> list[Picture]:
 class Reply:
     """What a backend returns for a request; `error` is why nothing came.
 
-    seconds: of the local batch, or of the last try at a server. A `transient` error is the server's: the next
-    run asks again. served: the model and fingerprint that a server names.
+    seconds: of the local batch, or of the last try at a server. transient: the next run asks again. served:
+    the model and fingerprint that a server names.
     """
 
     key: str
@@ -80,11 +80,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class LocalReply(Reply):
-    """A reply of the local backend.
-
-    raw_text: with latent positions and control tokens. image_grids: patches of each picture (frames, rows,
-    columns). prefill_seconds: part of `seconds`. n_rows: of the batch.
-    """
+    """A reply of the local backend. raw_text: with latent positions and control tokens. image_grids: patches
+    of each picture (frames, rows, columns). n_rows: of the batch."""
 
     raw_text: str = ""
     n_latent: int = 0
@@ -94,7 +91,7 @@ class LocalReply(Reply):
 
 
 class Prepared(NamedTuple):
-    """A batch ready to compute: usable requests, their tensors, and replies to the others."""
+    """A batch: usable requests, their tensors, and replies to the others."""
 
     requests: list[Request]
     inputs: dict | None
@@ -108,9 +105,9 @@ class ErrorRateError(RuntimeError):
 class LocalBackend:
     """Greedy decoding with transformers in this process, in left-padded batches of similar length.
 
-    A batch holds at most `batch_size` requests and `batch_tokens` tokens (prompts padded, replies at full
-    length). Batches depend on the list of requests alone: one that a kill left half done is computed again
-    whole, so that its replies equal those of an uninterrupted run.
+    A batch holds at most `batch_size` requests and `batch_tokens` tokens, replies at full length. Batches
+    depend on the list of requests alone: one that a kill left half done is computed again whole, so that its
+    replies equal those of an uninterrupted run.
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
@@ -128,10 +125,8 @@ class LocalBackend:
 
     def generate(self, requests: Iterable[Request], done: Container[str] = (), stop: Event | None = None
                  ) -> Iterator[Reply]:
-        """Yield replies to all requests whose key is not in `done` (and to others of their batches).
-
-        Once `stop` is set, no further batch is begun.
-        """
+        """Yield replies to all requests whose key is not in `done` (and to others of their batches). Once
+        `stop` is set, no further batch is begun."""
         requests = list(requests)
         for first in range(0, len(requests), WINDOW):
             window = requests[first:first + WINDOW]
@@ -144,7 +139,7 @@ class LocalBackend:
                     yield from self.answer(batch)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Yield batches, the longest prompts first; running out of memory shrinks those still to come."""
+        """Yield batches, the longest prompts first; out of memory shrinks those still to come."""
         sized = sorted(((self.length(request), request) for request in requests),
                        key=lambda pair: (pair[0], len(pair[1].text)), reverse=True)
         batch, longest = [], 0
@@ -158,7 +153,7 @@ class LocalBackend:
             yield batch
 
     def length(self, request: Request) -> int:
-        """Estimate a prompt's tokens: visual ones from the image headers, and one per four characters."""
+        """Estimate a prompt's tokens: visual ones by image headers, and one per four characters."""
         turns = request.messages or [("user", request.text)]
         texts = [text for _, parts in turns for text in ([parts] if isinstance(parts, str) else parts)
                  if isinstance(text, str)]
@@ -196,8 +191,8 @@ class LocalBackend:
         half = len(batch) // 2
         n_tokens = len(batch) * max(self.length(request) + request.max_tokens for request in batch)
         self.batch_tokens = max(1, min(self.batch_tokens, n_tokens // 2))
-        log(f"out of memory with {len(batch)} requests in a batch, which is split in two; expected "
-            f"--batch_tokens {self.batch_tokens} or lower")
+        log(f"out of memory with {len(batch)} requests in a batch, which is split; use --batch_tokens "
+            f"{self.batch_tokens} or lower")
         return [*self.answer(batch[:half]), *self.answer(batch[half:])]
 
     def compute(self, prepared: Prepared) -> list[Reply]:
@@ -233,7 +228,6 @@ def failure(request: Request, error: str) -> Reply:
 
 
 def render(tokenizer, messages: tuple) -> str:
-    """Return a conversation's prompt up to the assistant's turn."""
     turns = []
     for role, parts in messages:
         if isinstance(parts, str):

@@ -1,4 +1,4 @@
-"""Open pictures safely and size them, with a closed reason for each unusable file."""
+"""Open, size and send pictures, with a closed reason for each unusable file."""
 import base64
 import hashlib
 import io
@@ -55,7 +55,7 @@ class Picture(NamedTuple):
 
 # ---- opening
 def resolve_image(root: str | Path, relative: str) -> Path:
-    """Return the path of a file; ImageError if it is missing or, links followed, outside `root`."""
+    """Return the path of a file; ImageError if it is missing or outside `root`, links followed."""
     try:
         path = Path(root, relative).resolve()
         inside, is_file = path.is_relative_to(Path(root).resolve()), path.is_file()
@@ -81,14 +81,12 @@ def read_bytes(path: str | Path) -> bytes:
 
 def open_image(path: str | Path) -> Image.Image:
     """Return the picture as RGB: turned as EXIF says, alpha on white, the first frame of an animation.
-
-    ImageError for a broken file or a size that Qwen cannot take.
-    """
+    ImageError for a broken file or a size that Qwen cannot take."""
     return decode_image(read_bytes(path), path)
 
 
 def decode_image(data: bytes, path: str | Path) -> Image.Image:
-    """`open_image` for bytes already read; `path` is for error messages."""
+    """`open_image` for bytes already read; `path` is for messages."""
     with opened(data, path) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -97,7 +95,7 @@ def decode_image(data: bytes, path: str | Path) -> Image.Image:
 
 @contextmanager
 def opened(data: bytes, path: str | Path) -> Iterator[Image.Image]:
-    """Yield the picture in `data`, its size checked; ImageError for any fault, also in its use."""
+    """Yield the picture in `data`, its size checked; ImageError for any fault in its use."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)
@@ -156,10 +154,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Return Qwen's (width, height): multiples of `factor`, area within bounds.
-
-    The numbers of transformers' `smart_resize` (Qwen2-VL), which takes height before width.
-    """
+    """Return Qwen's (width, height): multiples of `factor`, area within bounds, as in transformers'
+    `smart_resize` (Qwen2-VL), which takes height before width."""
     if max(width, height) / min(width, height) > MAX_ASPECT:
         raise ImageError("image_aspect", f"{width}x{height} pixels, expected an aspect up to {MAX_ASPECT}")
     new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
@@ -173,7 +169,7 @@ def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels
 
 
 def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, factor: int = 28) -> int:
-    """Estimate visual tokens from the header; 0 without one (the call itself will fail)."""
+    """Estimate visual tokens from the header; 0 without one."""
     try:
         width, height = smart_size(*image_size(path), factor, min_pixels, max_pixels)
     except ImageError:
@@ -185,8 +181,8 @@ def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_t
                  factor: int = 28) -> list[tuple[int, int]]:
     """Return the (width, height) of each image of a sample under a budget of visual tokens.
 
-    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py) with its defaults: above the total every
-    image shrinks by one ratio, and only then each is bounded by `image_tokens`.
+    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py): above the total every image shrinks by
+    one ratio, and only then each is bounded by `image_tokens`.
     """
     area, total = factor * factor, sum(width * height for width, height in sizes)
     if total <= total_tokens * area:
@@ -217,9 +213,8 @@ def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
 def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     """Return a picture as a data URL: the file's own bytes if a server would show the model the same pixels.
 
-    A picture larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a rare format is
-    opened as `open_image` does, shrunk as Qwen would (`smart_size` with the model's `factor`, 28 or 32), and
-    sent as JPEG. The MIME type comes from the content.
+    A picture larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a rare format is sent
+    as JPEG, opened by `open_image` and shrunk by `smart_size` with the model's `factor` (28 or 32).
     """
     data = read_bytes(path)
     with opened(data, path) as image:
@@ -243,7 +238,7 @@ def encode_url(kind: str, data: bytes) -> str:
 
 # ---- checking
 class Inspection(NamedTuple):
-    """The closed reason against a sample (None: accepted), its detail, and the sha256 of its images."""
+    """The closed reason against a sample, if any, its detail, and the sha256 of its images."""
 
     reason: str | None
     detail: str
@@ -251,10 +246,7 @@ class Inspection(NamedTuple):
 
 
 def check_images(root: str | Path, images: list[str], helpers: list[str]) -> Inspection:
-    """Check a sample's question images and the images of its steps, the `helpers`.
-
-    A helper that shows no more than the first question image is image_no_op.
-    """
+    """Check a sample's question images and the images of its steps, the `helpers`."""
     hashes, first = [], None
     try:
         for n, name in enumerate([*images, *helpers]):

@@ -1,7 +1,6 @@
 """An OpenAI-compatible server (vLLM, SGLang, transformers serve) as a backend.
 
-Each call has a thread, at most `concurrency` at a time; the scheduler is the caller's loop. Methods on_... of
-`HttpBackend` decide what an answer of the server means.
+Each call has a thread; the scheduler is the caller's loop.
 """
 import heapq
 import json
@@ -27,9 +26,9 @@ from utils.jsonl import DataError
 BUSY_STATUSES = (429, 503)  # the server wants fewer calls
 GATEWAY_STATUSES = (408, 502, 504)  # the server may be gone
 RUN_STATUSES = (401, 402, 403, 404, 405)  # every call would get the same answer: stop and show it
-TRIES_500 = 3  # the fault of the sample (transformers serve: of a bad image) or of the server
-TRIES_LOST = 5  # lost or timed out under one call: it may well break the server
-TRIES_BUSY = 30  # busy answers to one call, with other calls answered in between
+TRIES_500 = 3  # the fault of the sample or of the server
+TRIES_LOST = 5  # the call may break the server
+TRIES_BUSY = 30  # with other calls answered in between
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # backoff: doubled each time, with jitter
 SHORTEST_WAIT_S = 0.5  # even if Retry-After asks for less
 CONNECT_TIMEOUT_S = 10.0
@@ -39,9 +38,9 @@ TICK_S = 0.1
 
 class Result(Enum):
     REPLY = "the server replied"
-    BAD_SAMPLE = "the server, or its image, rules this call out"
+    BAD_SAMPLE = "this call cannot be answered"
     BAD_RUN = "the server would refuse every call"
-    UNCLEAR = "status 500 or no completion: the fault of the sample or of the server"
+    UNCLEAR = "status 500 or no completion"
     BUSY = "the server wants fewer calls"
     LOST = "the connection broke or timed out, and the server is up"
     DIED = "the connection broke, and the server is down"
@@ -51,7 +50,7 @@ class Result(Enum):
 
 @dataclass
 class Try:
-    """What a thread brings back; wait_s: how long the server wants to be left alone."""
+    """What a thread brings back; wait_s: as the server asks."""
 
     result: Result
     message: str = ""
@@ -74,7 +73,7 @@ class Job:
 
 class HttpBackend:
     """Requests to one server, `window` at once: half as many after a busy answer, one when it is down, one
-    more after every reply."""
+    more after every reply. The methods on_... decide what an answer of the server means."""
 
     def __init__(self, model: str, base_url: str, max_pixels: int, image_factor: int = 32,
                  concurrency: int = 64, timeout_s: float = 300.0, server_wait_s: float = 1800.0,
@@ -99,8 +98,8 @@ class HttpBackend:
                  ) -> Iterator[Reply]:
         """Yield replies to all requests whose key is not in `done`, as they come.
 
-        After `stop` nothing is sent, and running calls get DRAIN_S. Raises DataError for an answer about the
-        whole run, ErrorRateError without an answer for `server_wait_s`.
+        After `stop` running calls get DRAIN_S. Raises DataError for an answer about the whole run,
+        ErrorRateError without an answer for `server_wait_s`.
         """
         todo = deque(Job(request) for request in requests if request.key not in done)
         waiting: list[tuple[float, int, Job]] = []  # a heap, by the time to send again
@@ -209,7 +208,7 @@ class HttpBackend:
             tries.put((job, attempt))
 
     def is_up(self) -> bool:
-        """Ask for the models: any answer shows life, except a gateway's in front of a dead server."""
+        """Ask for the models: any answer but a gateway's shows life."""
         try:
             status = self.client.get(f"{self.url}/models", timeout=CONNECT_TIMEOUT_S).status_code
         except httpx.RequestError:

@@ -161,5 +161,5 @@ def test_the_identity_of_a_model_is_of_its_content_not_of_its_path(tiny_checkpoi
 
 def test_an_unknown_model_is_a_clear_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="--model /no/such/folder: neither a folder here nor available on"):
+    with pytest.raises(DataError, match="--model /no/such/folder: neither a folder nor on the hub"):
         LocalBackend("/no/such/folder", 10**6, 1, 1)

@@ -86,9 +86,6 @@ def test_a_long_row_of_brackets_takes_no_time():
     ("untrue", (True, False)), ("", (False, False)), ("Is true", (True, False)), ("0", (False, False))])
 def test_true_or_false(output, verdicts):
     assert (vtabfact(output, "1"), vtabfact(output, "0")) == verdicts
-    for gold in (1, True, "true", ""):
-        with pytest.raises(ValueError, match="gold"):
-            vtabfact(output, gold)
 
 
 @pytest.mark.parametrize("reply, right", [

@@ -24,7 +24,7 @@ def test_unresolved_counts_as_wrong_and_errors_are_left_out():
     assert (scores["n"], scores["accuracy"], scores["incomplete"]) == (3, 1 / 3, True)
     assert scores["ci95"] == wilson(1, 3)
     assert scores["chance"] == 0.25 and scores["emission"]["share"] == 1
-    assert headline(scores, False) is None and headline(scores, True) == 1 / 3
+    assert headline(scores) is None
 
 
 def test_v_star_85_9_comes_out_of_the_counts_of_its_categories():
@@ -69,13 +69,13 @@ def test_a_judge_decides_what_is_unresolved_and_its_failures_block_the_headline(
                judged("correct", "correct", "A") | {"judge": None, "compat": {"vk": "A"}}]
     scores = summarize(records)
     part = scores["with_judge"]
-    assert (scores["accuracy"], part["accuracy"], headline(scores, False)) == (0.5, 0.75, 0.75)
+    assert (scores["accuracy"], part["accuracy"], headline(scores)) == (0.5, 0.75, 0.75)
     assert (part["asked"], part["judged"]) == (3, 1)
     assert (part["rules_right_judge_wrong"], part["rules_wrong_judge_right"]) == (1, 1)
     assert (scores["compat"]["vk"]["correct"], scores["compat"]["vk+judge"]["correct"]) == (1, 3)
     scores = summarize([*records, judged("unresolved", "judge_error", None, "no usable reply")])
     assert scores["with_judge"]["judge_errors"] == 1 and "vk+judge" not in scores["compat"]
-    assert headline(scores, False) is None and headline(scores, True) == 0.6
+    assert headline(scores) is None
 
 
 def test_hrbench_is_averaged_over_rotations_in_total_and_by_category():

@@ -1,11 +1,7 @@
 """Who answers an item: a checkpoint in this process or a server, in one reply or in turns with a tool.
 
-    conversations = [Conversation(item, protocol, root, method, hashes) for item in items]
-    answer_all(system, conversations, journal, rank, world)      # one record per turn
-    results = [conversation.result() for conversation in conversations]
-
-The journal alone decides what was said, so that a run that was killed, or spread over processes, ends like
-one that was not. Seconds are in the journal and in no result.
+The journal alone, with one record per turn, decides what was said, so that a run that was killed, or spread
+over processes, ends like one that was not. Seconds are in the journal and in no result.
 """
 import hashlib
 import json
@@ -30,9 +26,8 @@ NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_
 class Conversation:
     """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
 
-    `ended_by` is None while a turn is due, else reply, error, or how a tool's conversation ends
-    (utils/evaluate/prompts.py). `prompt` and `key` (a hash of words, pictures and regions) are those of the
-    next turn.
+    `ended_by` is None while a turn is due, else reply, error, or how the tool's conversation ended. `prompt`
+    and `key` (a hash of words, pictures and regions) are those of the next turn.
     """
 
     def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
@@ -82,7 +77,7 @@ class Conversation:
                     "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
 
     def result(self) -> dict:
-        """Return a result's fields of the last turn, with the tokens of all turns."""
+        """Return the last turn's fields of a result, with the tokens of all turns."""
         last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
         sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
         result = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
@@ -99,7 +94,7 @@ class Conversation:
 
 
 def image_hash(root: str, path: str, known: dict[str, str]) -> str:
-    """Return the sha256 of a picture's bytes, or "error: <reason>"."""
+    """Return the sha256 of a file, or "error: <reason>"."""
     if path not in known:
         try:
             known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()
@@ -118,11 +113,8 @@ def show_messages(messages: tuple) -> str:
 
 # ---- systems
 class Local:
-    """A checkpoint in this process.
-
-    Batches are made of all conversations, whatever is done and however many processes share them, so that
-    replies are the same to the bit.
-    """
+    """A checkpoint in this process. Batches are made of all conversations, whatever is done and however many
+    processes share them, so that replies are the same to the bit."""
 
     def __init__(self, backend: LocalBackend, max_new_tokens: int):
         backend.load()
@@ -151,7 +143,7 @@ class Local:
         for reply in self.backend.answer(self.requests(batch), prepared):
             if reply.error == OUT_OF_MEMORY:
                 raise DataError(f"item {items[reply.key]!r}: out of memory with it alone; lower "
-                                "--max_new_tokens or --max_pixels, or use a larger device")
+                                "--max_new_tokens or --max_pixels")
             if reply.error:
                 log(f"{items[reply.key]}: {reply.error}")
                 yield {"key": reply.key, "error": reply.error}
@@ -164,10 +156,8 @@ class Local:
 
 
 class Served:
-    """A model behind an OpenAI-compatible server: one call per turn, all conversations at once.
-
-    The server resizes by its own settings; here pictures are shrunk to `max_pixels`.
-    """
+    """A model behind an OpenAI-compatible server: one call per turn, all conversations at once. The server
+    resizes pictures by its own settings, after they were shrunk to `max_pixels`."""
 
     def __init__(self, backend: object, max_new_tokens: int, max_pixels: int):
         self.backend, self.max_new_tokens, self.pixels = backend, max_new_tokens, [None, max_pixels]
@@ -198,8 +188,7 @@ def is_turn(record: dict) -> bool:
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
                world: int) -> bool:
-    """Answer this process's share and end every conversation; False if other processes have not done theirs.
-    """
+    """Answer this process's share and end every conversation; False if others have not done theirs."""
     batches = system.batches(conversations, rank, world)
     for c in (c for batch in batches for c in batch):
         if c.fault and c.ask(system) not in journal:
@@ -224,7 +213,7 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
 
 
 def replay(system: Local | Served, conversations: list[Conversation], journal: Journal) -> bool:
-    """End conversations from the journal alone, all or none of them; False if a record is missing."""
+    """End conversations from the journal alone, all or none; False if a record is missing."""
     unfinished = [c for c in conversations if c.ended_by is None]
     for c in unfinished:
         while c.ended_by is None and c.ask(system) in journal:

@@ -1,7 +1,5 @@
 """Benchmarks by name: their sources, their published sizes, and their rows as items with pictures.
 
-    items = prepare(TABLE["vstar"], folder=Path("bench.images"), source="VStarBench.tsv")
-
 A new benchmark is a function in utils/evaluate/layouts.py and an entry of TABLE.
 """
 import hashlib
@@ -19,7 +17,7 @@ from utils.evaluate.sources import (Hub, Rows, check_digest, dataset_rows, downl
                                     vstar_folder_rows)
 from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
-from utils.jsonl import DataError, call_key, disk_errors, replace_file
+from utils.jsonl import DataError, call_key, check_unique, disk_errors, replace_file
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp",
             "TIFF": ".tif"}
@@ -29,9 +27,9 @@ SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF"
 class Benchmark:
     """A benchmark. `layouts`: (a column that only this layout has, its function in layouts.py).
 
-    n, counts (category -> n) and n_images (pictures per item) are asserted; None and {} are unknown. `group`
-    names an item's cluster in the statistics. `check` returns the fault of all items together. `digests`:
-    file name -> its possible MD5 or SHA-256 digests.
+    n, counts (category -> n) and n_images (pictures per item) are asserted unless None or {}. `group` names
+    an item's cluster. `check` returns the fault of all items together. `digests`: file name -> its possible
+    MD5 or SHA-256 digests.
     """
 
     name: str
@@ -67,18 +65,16 @@ def values_by_group(items: list[dict], value: Callable[[dict], str]) -> dict[str
 
 
 def rotations_fault(items: list[dict]) -> str | None:
-    """HR-Bench: each question occurs in the rotations 0 to 3 of its options."""
     cycles = values_by_group(items, lambda item: str(item["raw"]["cycle_category"]))
     wrong = [group for group, cycle in cycles.items() if sorted(cycle) != ["0", "1", "2", "3"]]
     if not wrong:
         return None
     first = next(item["id"] for item in items if item["group_id"] == wrong[0])
     return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
-            f"{sorted(cycles[wrong[0]])}; expected the rotations 0, 1, 2, 3 of one picture, text and options")
+            f"{sorted(cycles[wrong[0]])}; expected 0, 1, 2, 3 of one picture, text and options")
 
 
 def pairs_fault(items: list[dict]) -> str | None:
-    """MME: as many questions answered yes as no about each picture."""
     golds = values_by_group(items, lambda item: item["answer"]["value"])
     wrong = [group for group, answers in golds.items() if answers.count("yes") != answers.count("no")]
     if not wrong:
@@ -142,7 +138,7 @@ TABLE = {bench.name: bench for bench in (
 
 # ---- rows -> items
 def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None) -> tuple[Rows, Path | None]:
-    """Return the rows of a file, a folder or (without a source) the hub, and the pictures' folder."""
+    """Return the rows of a file, a folder or the hub, and the pictures' folder."""
     hub = bench.hub
     if source is None and hub is None:
         raise DataError(f"{bench.name}: not on the hub; expected its file as --source")
@@ -164,7 +160,7 @@ def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None)
 
 
 def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
-    """Return a row's item by the layout whose column it has; None for a row of another subset."""
+    """Return a row's item; None for a row of another subset."""
     for column, read in bench.layouts:
         if column in row:
             return read(where, row, bench.name, bench.subset)
@@ -177,9 +173,9 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
             revision: str | None = None) -> list[dict]:
     """Return a benchmark's checked items; pictures are written to `folder`, paths start at its parent.
 
-    source: a file, a folder in the hub's layout, or None for the hub at `revision` or the commit that TABLE
-    pins. image_root: where picture paths start (default: next to the source). limit: only the first items,
-    whose counts are not checked.
+    source: a file, a folder in the hub's layout, or None for the hub at `revision` or the pinned commit.
+    image_root: where picture paths start (default: next to the source). limit: only the first items, whose
+    counts are not checked.
     """
     rows, root = open_rows(bench, source, revision)
     root, folder = image_root or root, Path(folder)
@@ -192,10 +188,7 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
         item = read_row(bench, where, row)
         if item is None:
             continue
-        if item["id"] in seen:
-            raise DataError(f"{where}: duplicate id {item['id']!r}, first seen at {seen[item['id']]}; "
-                            "expected each once")
-        seen[item["id"]] = where
+        check_unique(where, item["id"], seen)
         item["images"] = [store_any(where, image, root, folder) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
             stored[str(row.get("index"))] = item["images"]
@@ -222,7 +215,7 @@ def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
 
 
 def store(where: str, data: bytes, folder: Path) -> dict:
-    """Write a picture's unchanged bytes into `folder` under their hash; return {"path", "sha256"}."""
+    """Write a picture's bytes into `folder` under their hash; return {"path", "sha256"}."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             suffix = SUFFIXES[image.format]
@@ -240,8 +233,7 @@ def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
     images = []
     for image in item["images"]:
         if isinstance(image, SameAs) and image.index not in stored:
-            raise DataError(f"{item['source']}: the picture is that of row {image.index!r}, which has none "
-                            "or was not read; expected one")
+            raise DataError(f"{item['source']}: the picture is that of row {image.index!r}, which has none")
         images += stored[image.index] if isinstance(image, SameAs) else [image]
     item["images"] = [dict(image) for image in images]
 

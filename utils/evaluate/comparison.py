@@ -3,11 +3,9 @@
 A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
 changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted.
 
-The table shows our numbers with the paper's in brackets:
-
     --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl mine.jsonl
 
-A name puts a file into that row; a file without one gets a row named after its checkpoint and method.
+shows our numbers with the paper's in brackets. A file without a name gets a row of its own.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from utils.tables import interval, percent, table_lines
 
 
 def read_results(path: str) -> list[dict]:
-    """Read a result file of evaluate.py; check verdicts, benchmarks and groups."""
     rows = read_rows(path, {"id": str, "verdict": str}, hint="evaluate.py writes it")
     for row in rows:
         for name in ("benchmark", "group_id"):
@@ -37,7 +34,7 @@ def read_results(path: str) -> list[dict]:
 
 # ---- --compare
 def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
-    """Return the pairs without an error, and how many were left out."""
+    """Return the pairs without an error, and the number of the others."""
     where = f"--compare {' '.join(paths)}"
     before, after = ({row["id"]: row for row in read_results(path)} for path in paths)
     if set(before) != set(after):
@@ -57,8 +54,7 @@ def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
 def difference(pairs: list[tuple[dict, dict]]) -> dict:
     """Return what changes from the first to the second of each pair, by strict verdicts.
 
-    "p" is exact McNemar's where every item is its own group, else that of a test that flips the signs of
-    whole groups, and None if all items share one group.
+    "p" is exact McNemar's where every item is its own group, else of a test that flips the signs of groups.
     """
     n, groups = len(pairs), [group_of(row) for row, _ in pairs]
     n_groups = len(set(groups))
@@ -92,8 +88,7 @@ def compare(paths: list[str]) -> dict:
 
 
 def compare_all(paths: list[str]) -> dict:
-    """Return `compare` of two files, or {"comparisons": [...]} of several pairs, adjusted by Holm, because
-    they are claimed together."""
+    """Return `compare` of two files, or {"comparisons": [...]} of several pairs, adjusted by Holm."""
     if len(paths) == 2:
         return compare(paths)
     if len(paths) % 2:
@@ -156,7 +151,7 @@ class Result:
 
 
 def read_result(text: str) -> Result:
-    """Read NAME=FILE or FILE, a result file with its metrics."""
+    """Read NAME=FILE or FILE, with its metrics."""
     name, _, path = text.rpartition("=")
     metrics_path = Path(f"{path}.metrics.json")
     if not metrics_path.is_file():
@@ -215,7 +210,7 @@ def overall(scores: dict[str, Score]) -> Score | None:
 
 
 def cell(ours: Score | None, paper: float | None) -> str:
-    """Return a cell: our score (the macro mean of its parts), and the paper's in brackets."""
+    """Return our score (the macro mean of its parts), and the paper's in brackets."""
     if ours is None:
         text = "not run" if paper is not None else "-"
     elif ours.failed:

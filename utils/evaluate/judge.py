@@ -5,9 +5,8 @@
             option that the reply means, or Z
     grade   Monet's reward (RL/tools/api_judge.py): sees question, gold answer and reply, answers yes or no
 
-A reply must be one letter, or one of the two words. Otherwise the judge is asked again, three times in all,
-and then it has failed: no option is drawn. The words are our own. Replies are kept in a journal by judge and
-prompt; the next run repeats what failed.
+After three unusable replies the judge has failed: no option is drawn. The words are our own. The next run
+repeats what failed.
 """
 import re
 from dataclasses import replace
@@ -51,7 +50,7 @@ MARKS = " \t\r\n.,:;!*_#`'\"()[]{}"
 
 
 def question_for(kind: str, item: dict, reply: str) -> str | None:
-    """Return a judge's prompt for a reply; None for a metric unknown to this kind of judge."""
+    """Return a judge's prompt; None for a metric unknown to this kind of judge."""
     if item["metric"] not in (("mcq",) if kind == "map" else GRADED):
         return None
     options = dict(item["options"])
@@ -68,7 +67,7 @@ def question_for(kind: str, item: dict, reply: str) -> str | None:
 
 
 def parse(kind: str, item: dict, text: str) -> str | None:
-    """Return the letter (or Z), or the yes or no, of a judge's reply; None for anything else."""
+    """Return the letter (or Z), or the yes or no, of a judge's reply, if it is one."""
     text = THOUGHT.sub("", text)
     if kind == "map":
         letter = text.strip(MARKS).upper()
@@ -101,11 +100,11 @@ class Judge:
                 text = reply.error or reply.text
             if parse(self.kind, TEST_ITEM, text) == wanted:
                 return
-        raise DataError(f"--judge {self.kind} {self.model}: asked which of two options {TEST_REPLY!r} means, "
-                        f"it said {text[:200]!r}, expected {wanted!r}; name another, or use --judge none")
+        raise DataError(f"--judge {self.kind} {self.model}: asked about {TEST_REPLY!r}, it said "
+                        f"{text[:200]!r}, expected {wanted!r}; name another, or use --judge none")
 
     def decide(self, asked: list[tuple[dict, str]]) -> list[dict | None]:
-        """Return for each (item, reply) a result's "judge", None where this kind of judge has no question."""
+        """Return for each (item, reply) a result's "judge", or None without a question."""
         prompts = [question_for(self.kind, item, reply) for item, reply in asked]
         items = {prompt: item for prompt, (item, _) in zip(prompts, asked) if prompt is not None}
         calls = [Call(item["id"], self.kind, -1, prompt) for prompt, item in items.items()]
@@ -138,10 +137,8 @@ class Judge:
 
 
 def add_verdicts(judge: Judge, items: list[dict], results: list[dict]) -> None:
-    """Give results in place "judge" and "judged": the verdict, or the judge's for an unresolved one.
-
-    The judge is asked where our rules, or with map VLMEvalKit's (whose score needs a judge), resolve nothing.
-    """
+    """Give results in place "judge" and "judged": the verdict, or the judge's for an unresolved one. It is
+    asked where our rules, or with map VLMEvalKit's, resolve nothing."""
     def wants(result: dict) -> bool:
         if result["verdict"] == "error" or not result["clean_output"]:
             return False

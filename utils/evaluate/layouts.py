@@ -1,9 +1,9 @@
 """One function per source layout: a published row -> a benchmark item.
 
 Each takes (where, row, name of the benchmark, subset or None) and returns the item, or None for a row of
-another subset. The item's "images" are as in the row: bytes, a path (str), or the `SameAs` of another row.
-Texts and letters stay verbatim; "raw" keeps the row without its pictures. The columns are those of
-open-compass/VLMEvalKit vlmeval/dataset, EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
+another subset. The item's "images" are as in the row: bytes, a path (str), or the `SameAs` of another row;
+"raw" keeps the row without them. The columns are those of open-compass/VLMEvalKit vlmeval/dataset,
+EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
 """
 import ast
 import base64
@@ -35,8 +35,7 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
     try:
         json.dumps(raw)
     except (TypeError, ValueError) as error:  # bytes or a date in a parquet file
-        raise DataError(f"{where}: a column cannot be kept as JSON ({error}); expected texts and numbers "
-                        "next to pictures") from error
+        raise DataError(f"{where}: a column cannot be kept as JSON ({error})") from error
     item = {"id": f"{name}/{key}", "benchmark": name, "category": category, "group_id": f"{name}/{key}",
             "question": question, "options": options or [],
             "answer": {"type": ANSWER_TYPES[metric], "value": answer}, "images": images, "metric": metric,
@@ -53,7 +52,7 @@ def from_base64(where: str, text: str) -> bytes:
 
 
 def cell_pictures(where: str, row: dict) -> list:
-    """Return the pictures of a TSV's `image` cell: base64, a Python list of it, or another row's index."""
+    """Return the pictures of a TSV's cell: base64, a Python list of it, or another row's index."""
     check_fields(where, row, {"image": str})
     cell = row["image"]
     if cell.startswith("["):
@@ -64,7 +63,7 @@ def cell_pictures(where: str, row: dict) -> list:
 
 
 def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
-    """Return the picture in a column of a data set on the hub: its bytes, or its path."""
+    """Return the bytes or path in a column of a data set on the hub."""
     value = row.get(column)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -74,7 +73,7 @@ def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
 
 
 def python_list(where: str, column: str, value: object) -> list[str]:
-    """Return a list of texts, possibly written as a Python literal, which is never evaluated."""
+    """Return a list of texts, possibly written as a Python literal."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -95,21 +94,19 @@ def column_options(where: str, row: dict) -> list[list[str]]:
 
 
 def bare_question(where: str, question: str, options: list[list[str]]) -> str:
-    """Return a question without options that repeat the columns, as in some copies of HR-Bench; DataError for
-    options that differ from them."""
+    """Return a question without options that repeat the columns, as in some copies of HR-Bench."""
     for mark in ("({}) {}", "{}. {}"):
         tail = "".join("\n" + mark.format(*option) for option in options)
         if question.rstrip().endswith(tail):
             return question.rstrip().removesuffix(tail)
     if re.search(r"\n[^\S\n]*(\(A\)|A[.)]) ", question):
-        raise DataError(f"{where}: the question {question[-60:]!r} has options that differ from the columns "
-                        f"{options}")
+        raise DataError(f"{where}: the question {question[-60:]!r} has other options than {options}")
     return question
 
 
 # ---- V*
 def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """VLMEvalKit's multiple choice: V* and, with `subset` as its category, BLINK."""
+    """VLMEvalKit's multiple choice: V* and BLINK."""
     check_fields(where, row, {"index": str, "question": str, "answer": str, "category": str})
     if subset not in (None, row["category"]):
         return None
@@ -119,10 +116,8 @@ def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | 
 
 
 def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """V* as its authors publish it, for its regions; not scored, as its right option is always the first.
-
-    Boxes are [left, top, width, height] (penghao-wu/vstar, visual_search.py); the region encloses them all.
-    """
+    """V* as its authors publish it, for its regions, which enclose all boxes [left, top, width, height]
+    (penghao-wu/vstar, visual_search.py); not scored, as its right option is always the first."""
     check_fields(where, row, {"question": str, "options": list, "image_file": str, "test_type": str})
     key = row["image_file"].rsplit(".", 1)[0]
     item = make_item(name, where, row, key, "unscored", row["options"][:1], question=row["question"],
@@ -150,8 +145,7 @@ def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """MME-RealWorld-Lite. VLMEvalKit cuts four characters from each option; one without its bracketed letter
-    is an error here, because the cut would take a letter of its text (VLMEvalKit issue 491)."""
+    """MME-RealWorld-Lite; an option without its bracketed letter is an error (VLMEvalKit issue 491)."""
     column = "multi-choice options"
     check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
                               column: (str, list)})
@@ -187,10 +181,8 @@ def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | No
 
 
 def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """TableVQABench with qa_id and gt; or VLMEvalKit's TSV with index, answer and split.
-
-    Golds: values joined with bars, escaped as in WikiTableQuestions; for vtabfact the text "1" or "0".
-    """
+    """TableVQABench with qa_id and gt; or VLMEvalKit's TSV with index, answer and split. Golds are values
+    joined with bars, escaped as in WikiTableQuestions."""
     if row.get("split", subset) != subset:
         return None
     key, gold = ("qa_id", "gt") if "qa_id" in row else ("index", "answer")
@@ -222,7 +214,7 @@ def mme(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """OCRBench-v2 (a TSV with index and answer, kept as one value), for its latents alone: not scored."""
+    """OCRBench-v2 (hub or TSV), for its latents alone: not scored."""
     key, column = ("id" if "id" in row else "index"), ("answers" if "answers" in row else "answer")
     check_fields(where, row, {key: (str, int), "question": str, "type": str, column: (str, list)})
     values = [row[column]] if isinstance(row[column], str) else python_list(where, column, row[column])
@@ -232,7 +224,7 @@ def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
 
 
 def vsp(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """VSP spatial planning as Mirage evaluates it: the text has an <image> marker; the gold is the map."""
+    """VSP spatial planning as Mirage evaluates it; the gold is the map."""
     check_fields(where, row, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list})
     if fault := board_fault(row["map_desc"]):
         raise DataError(f"{where}: map_desc {fault}")

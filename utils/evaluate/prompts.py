@@ -1,13 +1,11 @@
 """How items are asked: prompts and pixel limits by protocol, and the zoom tool of DeepEyes.
 
-A protocol is a system prompt, the user's words, a suffix and pixel limits. Compare numbers of one protocol
-only: the same model moves by ten points on V* between two of them.
+Compare numbers of one protocol only: the same model moves by ten points on V* between two of them.
 
 The zoom tool follows Visual-Agent/DeepEyes, eval/eval_vstar.py (commit cc3ff4d6): its prompts, one tool, the
 first call of a turn, a box in pixels of the stored picture (not of the resized one), the region resized to
 multiples of 28, at most 11 turns. Differences: a call is parsed as JSON and never evaluated, a box is clipped
-to the picture, and a call that cannot be followed or a turn without call or answer ends the conversation (the
-script stops at the first and repeats the prompt at the second). The last turn is scored.
+to the picture, and a call that cannot be followed or a turn without call or answer ends the conversation.
 """
 import json
 import re
@@ -40,7 +38,6 @@ REALWORLD = ("Select the best answer to the above multiple-choice question based
 
 
 def vlmevalkit_words(item: dict) -> str:
-    """Return VLMEvalKit's words for an item; MME-RealWorld-Lite and TableVQABench have their own."""
     question = item["question"]
     if item.get("benchmark") == "mme_realworld_lite":
         options = "".join(f"({letter}) {text}\n" for letter, text in item["options"])
@@ -101,8 +98,8 @@ def deepeyes_words(item: dict) -> str:
 
 
 class Turn(NamedTuple):
-    """What follows a reply: the box to show (left, top, right, bottom) in pixels, or why the conversation
-    ends: answer, no_call or bad_call."""
+    """The box to show next (left, top, right, bottom in pixels), or why the conversation ends: answer,
+    no_call or bad_call."""
 
     box: tuple[int, int, int, int] | None
     ended_by: str | None
@@ -120,7 +117,7 @@ def read_turn(reply: str, size: tuple[int, int]) -> Turn:
 
 
 def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Return the box of a call, clipped to the picture; None if it cannot be followed."""
+    """Return the box of a call, clipped to the picture, if it can be followed."""
     try:
         value = json.loads(call)
         numbers = [float(number) for number in value["arguments"]["bbox_2d"]]
@@ -137,9 +134,8 @@ def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | No
 # ---- protocols
 @dataclass(frozen=True)
 class Protocol:
-    """`system`: None is the chat template's. `words` writes the user's words. `min_pixels`, `max_pixels`:
-    area to which a picture is enlarged or shrunk; None is the checkpoint's.
-    """
+    """`system`: None is the chat template's. `min_pixels`, `max_pixels`: area to which a picture is enlarged
+    or shrunk; None is the checkpoint's."""
 
     system: str | None
     words: Callable[[dict], str]

@@ -23,8 +23,8 @@ ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 
 def vlmevalkit_e8e78f0(output: str, options: dict[str, str]) -> str | None:
     """Return the verdict of `can_infer` (open-compass/VLMEvalKit, vlmeval/utils/matching_util.py, commit
-    e8e78f05 of 2026-08-18): a letter by itself near the end, else the first "answer is A" to "answer is D",
-    else the one option whose text occurs."""
+    e8e78f05): a letter by itself near the end, else the first "answer is A" to "D", else the one option whose
+    text occurs."""
     letter = lone_letter(output, options)
     if letter is None and NO_REPLY not in output:
         match = ANSWER_IS.search(output)
@@ -34,7 +34,7 @@ def vlmevalkit_e8e78f0(output: str, options: dict[str, str]) -> str | None:
 
 
 def lone_letter(output: str, options: dict[str, str]) -> str | None:
-    """Return the only option letter that is a word, if first met near the end; Z for a refusal."""
+    """Return the only option letter that is a word, if near the end; Z for a refusal."""
     if NO_REPLY in output:
         return None
     if any(refusal in output for refusal in REFUSALS):
@@ -47,7 +47,6 @@ def lone_letter(output: str, options: dict[str, str]) -> str | None:
 
 
 def lone_text(output: str, options: dict[str, str]) -> str | None:
-    """Return the only option whose text is anywhere in a short output."""
     output = output.lower()
     if len(output) > 2 * sum(map(len, options.values())):
         return None
@@ -62,12 +61,10 @@ LETTERS = "ABCDE"
 
 
 def mme_realworld(output: str) -> str | None:
-    """Return the verdict of `extract_characters_regex`: the first capital A to E anywhere, inside words too,
-    else the first of "(A)" to "(E)" that holds the whole output, so that an empty output is A.
-
-    VLMEvalKit since commit 1445ec4f (vlmeval/dataset/utils/multiple_choice.py) and lmms-eval 0.7.2 (commit
-    75571cfe, lmms_eval/tasks/mme_realworld/utils.py).
-    """
+    """Return the verdict of `extract_characters_regex` (VLMEvalKit since commit 1445ec4f,
+    vlmeval/dataset/utils/multiple_choice.py, and lmms-eval 0.7.2, lmms_eval/tasks/mme_realworld/utils.py):
+    the first capital A to E anywhere, else the first of "(A)" to "(E)" that holds the whole output, so that
+    an empty output is A."""
     text = output.strip()
     for lead_in in LEAD_INS:
         text = text.replace(lead_in, "")
@@ -83,8 +80,8 @@ def mme_realworld(output: str) -> str | None:
 CLOSE = 1e-6  # between two numbers that are the same
 QUOTES = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”", '"'),
                         **dict.fromkeys("‐‑‒–—−", "-")})
-# At the start, brackets are a citation only if they hold digits. The two cases exclude each other, so that
-# the search does not try every split of a long row of brackets.
+# At the start, brackets are a citation only if they hold digits. The two cases exclude each other: no
+# quadratic search.
 CITATIONS = re.compile(r"(?:(?<!^)\[[^\]]*\]|^\[\d+\]|[•♦†‡*#+])*$")
 DETAILS = re.compile(r"(?<!^)(?: \([^)]*\))*$")
 QUOTED = re.compile(r'^"([^"]*)"$')
@@ -101,10 +98,10 @@ class Value(NamedTuple):
 def vwtq(output: str, gold: str) -> bool:
     """Return whether an output has the gold's denotation, for VWTQ and VWTQ-Syn.
 
-    `evaluate_wtq` (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py, commit 88d0514e; the same in
-    open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05, after `without_label`):
-    both sides are sets of values joined by bars, equally many, and each of the gold's is met. An infinite
-    number ("inf", 400 digits) stops those scripts; here it is a wrong answer, in the gold a ValueError.
+    `evaluate_wtq` (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py, commit 88d0514e; also in
+    VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, after `without_label`): both sides are sets of values
+    joined by bars, equally many, and each of the gold's is met. An infinite number stops those scripts; here
+    it is a wrong answer, in the gold a ValueError.
     """
     targets = read_values(gold)
     try:
@@ -116,19 +113,16 @@ def vwtq(output: str, gold: str) -> bool:
 
 
 def without_label(output: str) -> str:
-    """Return an output without a leading "Answer: ", as VLMEvalKit alone has it
-    (vlmeval/dataset/image_vqa.py, TableVQABench.evaluate, commit e8e78f05)."""
+    """Return an output without a leading "Answer: " (VLMEvalKit, vlmeval/dataset/image_vqa.py)."""
     return output.removeprefix("Answer: ")
 
 
 def vtabfact(output: str, gold: str) -> bool | None:
     """Return whether an output means the gold ("1" or "0"); None (wrong) if it has both words.
 
-    `evaluate_tabfact` (open-compass/VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05;
-    naver-ai's own script differs in the gold's type alone). Words count inside others: "untrue" is true.
+    `evaluate_tabfact` (VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, commit e8e78f05). Words count
+    inside others: "untrue" is true.
     """
-    if gold not in ("0", "1"):
-        raise ValueError(f'gold {gold!r}, expected the string "0" or "1"')
     has_true, has_false = "true" in output.lower(), "false" in output.lower()
     if has_true and has_false:
         return None
@@ -136,7 +130,7 @@ def vtabfact(output: str, gold: str) -> bool | None:
 
 
 def unescape(text: str) -> str:
-    """Undo the escapes of a value of WikiTableQuestions, in the order of these scorers."""
+    """Undo the escapes of a value of WikiTableQuestions."""
     return text.replace(r"\n", "\n").replace(r"\p", "|").replace("\\\\", "\\")
 
 
@@ -149,7 +143,7 @@ def read_values(text: str) -> list[Value]:
 
 
 def parse_value(text: str) -> tuple[str, object]:
-    """Return ("number", amount), ("date", (year, month, day)) or ("string", None); ValueError for inf."""
+    """Return ("number", amount), ("date", (year, month, day)) or ("string", None)."""
     amount = parse_number(text)
     if amount is not None:
         # int() truncates, so 2.9999999 is 2 and not 3: theirs
@@ -212,10 +206,9 @@ LONE_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 
 def yes_or_no(output: str) -> str | None:
     """Return "yes" or "no" if only one of the two is among an output's words, as in YOrN_Extraction
-    (open-compass/VLMEvalKit, vlmeval/dataset/utils/yorn.py, after process_punctuation of its vqa_eval.py).
+    (VLMEvalKit, vlmeval/dataset/utils/yorn.py, after process_punctuation of its vqa_eval.py).
 
-    A mark that touches a space, or a number with a comma, lets marks vanish instead of becoming spaces. Only
-    the first 32 lone periods are removed, because a flag is passed as the count.
+    Only the first 32 lone periods are removed, because a flag is passed as the count.
     """
     text = output.lower()
     before, has_thousands = text, re.search(r"(\d)(,)(\d)", text) is not None
@@ -229,7 +222,7 @@ def yes_or_no(output: str) -> str | None:
 
 # ---- Mirage
 def vsp_moves(text: str) -> str | None:
-    """Return the letters U, D, L, R of the last \\boxed{} in a reply; None if no box closes."""
+    """Return the letters U, D, L, R of the last \\boxed{} in a reply, if it closes."""
     start = text.rfind("\\boxed{")
     begin = start + len("\\boxed{")
     end = closing_braces(text).get(begin) if start >= 0 else None
@@ -237,10 +230,8 @@ def vsp_moves(text: str) -> str | None:
 
 
 def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
-    """Return whether the moves of a reply lead from start (1) to goal (2), as Mirage scores it (src/task.py).
-
-    A move off the map is ignored, a hole (-1) fails at once.
-    """
+    """Return whether the moves of a reply lead from start (1) to goal (2), as in Mirage's src/task.py: a move
+    off the map is ignored, a hole (-1) fails at once."""
     row, column = next((i, line.index(1)) for i, line in enumerate(map_desc) if 1 in line)
     for move in vsp_moves(text) or "":
         step_down, step_right = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}[move]

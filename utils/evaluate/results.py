@@ -1,8 +1,7 @@
 """Scores of a set of results: strict, with a judge and by other harnesses' rules, with intervals and chance.
 
-A result is a line of evaluate.py's output. One with the verdict "error" is not scored and makes a set
-incomplete, without a headline. Shares are from 0 to 1. The 95 % interval is Wilson's; where results share a
-group, the cluster bootstrap's is given next to it.
+A result is a line of evaluate.py's output; one with the verdict "error" is not scored. Shares are from 0 to
+1. The 95 % interval is Wilson's; where results share a group, the cluster bootstrap's is given next to it.
 """
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -38,14 +37,14 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
 
 
 def widest(part: dict) -> tuple[float, float]:
-    """Return the 95 % interval of a `share` to print, over both kinds, since the cluster bootstrap's has no
-    width where all groups score alike."""
+    """Return the 95 % interval of a `share` to print, over both kinds: the cluster bootstrap's has no width
+    where all groups score alike."""
     low, high = zip(part["ci95"], part.get("ci95_clustered", part["ci95"]))
     return min(low), max(high)
 
 
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
-    """Return counts, scores and intervals; "emission" counts the results that `imagines` accepts."""
+    """Return counts, scores and intervals; "emission" counts results that `imagines` accepts."""
     counts = Counter(record["verdict"] for record in records)
     scored = [record for record in records if record["verdict"] != "error"]
     n = len(scored)
@@ -70,8 +69,8 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
 
 
 def compat_shares(records: list[dict]) -> dict:
-    """Return {rules of another harness: share} over the results they apply to, with a judge that matches
-    options also of both together; "no_verdict" counts the results they cannot read."""
+    """Return {rules of another harness: share} over the results they apply to, and of both together with a
+    judge that matches options; "no_verdict" counts what the rules cannot read."""
     shares = {}
     for name in dict.fromkeys(name for record in records for name in record["compat"]):
         covered = [record for record in records if name in record["compat"]]
@@ -86,14 +85,12 @@ def compat_shares(records: list[dict]) -> dict:
 
 
 def right_with_judge(record: dict, name: str) -> bool:
-    """Return whether another harness's rules or, where they read nothing, the judge is right."""
     if record["compat"][name]:
         return compat_right(record, name)
     return (record.get("judge") or {}).get("parsed") == record["gold"]
 
 
 def judge_shares(records: list[dict]) -> dict:
-    """Return the score with a judge, how many results it decided, its failures and disagreements."""
     asked = [record for record in records if record.get("judge")]
     agreement = [(record["verdict"], record["judge"]["right"]) for record in asked
                  if not record["judge"]["error"]]
@@ -127,7 +124,6 @@ def own_scores(records: list[dict]) -> dict:
 
 
 def parts_of(records: list[dict]) -> dict[str, list[dict]]:
-    """Return the results of each category, in alphabetical order."""
     names = sorted({record["category"] for record in records} - {None})
     return {name: [record for record in records if record["category"] == name] for name in names}
 
@@ -143,11 +139,8 @@ def micro(parts: dict[str, list[bool]]) -> float:
 
 
 def macro(parts: dict[str, list[bool]]) -> float:
-    """Return the mean of the parts' shares.
-
-    The paper's TableVQABench overall is this mean over its three splits (64.8 and 70.7 in its table); the
-    benchmark's own script weights by items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py).
-    """
+    """Return the mean of the parts' shares: the paper's overall of TableVQABench, whose own script weights by
+    items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py)."""
     return mean([mean(part, name) for name, part in parts.items()], "macro")
 
 
@@ -159,8 +152,7 @@ def rotations(rows: list[tuple[str, int, bool]]) -> dict:
     """Return HR-Bench's scores of (question, rotation 0 to 3, right).
 
     "average" is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
-    report_acc_hrbench: row cycle = Average; lmms-eval has the same formula). "all_right", which neither
-    harness reports, is the share right in all four rotations of the "complete" questions.
+    report_acc_hrbench; lmms-eval has the same formula), "all_right" the share right in all four rotations.
     """
     questions, cycles = defaultdict(dict), defaultdict(list)
     for question, rotation, right in rows:
@@ -176,7 +168,7 @@ def rotations(rows: list[tuple[str, int, bool]]) -> dict:
 
 def mme_scores(records: list[dict]) -> dict:
     """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums
-    if all subtasks were run (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating)."""
+    over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating)."""
     tasks = {}
     for name, part in parts_of(records).items():
         pictures = defaultdict(list)
@@ -191,11 +183,11 @@ def mme_scores(records: list[dict]) -> dict:
 
 
 # ---- what is printed
-def headline(metrics: dict, allow_incomplete: bool) -> float | None:
-    """Return the number to quote, with any judge; None if results failed, unless `allow_incomplete`."""
-    with_judge = metrics.get("with_judge")
-    failed = metrics["error"] + (with_judge["judge_errors"] if with_judge else 0)
-    return (with_judge or metrics)["accuracy"] if allow_incomplete or not failed else None
+def headline(metrics: dict) -> float | None:
+    """Return the number to quote, with any judge; None if results or judge failed."""
+    judged = metrics.get("with_judge", {})
+    failed = metrics["error"] or judged.get("judge_errors")
+    return None if failed else (judged or metrics)["accuracy"]
 
 
 def protocol_line(protocol: dict) -> str:

@@ -1,12 +1,7 @@
 """Score one reply: our strict verdict and, next to it, those of other harnesses' rules.
 
-    fields = score(item, record)     # {"extraction", "verdict", "compat"}; for wtq also "numeric"
-
 A reply that no rule can read is "unresolved"; no option is ever guessed. `compat` holds the verdicts of
 utils.evaluate.reference_scorers; they never decide ours.
-
-A value of VWTQ is compared by the benchmark's own rule, which takes "1,234" and "1234" for different values;
-`vwtq_numeric` is ours and reported separately.
 """
 import re
 from typing import NamedTuple
@@ -41,10 +36,7 @@ class Reading(NamedTuple):
 
 
 def read_value(output: str) -> Reading:
-    """Return the answer to a VWTQ question. Rules: boxed, boxed_open, tag, whole, empty.
-
-    TeX commands and quotes are removed from a box or tag, "Answer:" from a whole reply.
-    """
+    """Return the answer to a VWTQ question. Rules: boxed, boxed_open, tag, whole, empty."""
     content, rule = answer_part(output)
     content = LABEL.sub("", content) if rule == "whole" else unwrap(content)
     return Reading(content, rule) if content else Reading(None, "empty")
@@ -53,9 +45,9 @@ def read_value(output: str) -> Reading:
 def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     """Return "1" or "0" for a VTabFact reply that means true or false.
 
-    Rules: boxed_truth, boxed_open_truth, tag_truth and whole_truth for a part that is the word alone (ours:
-    also yes, no, 1 and 0), truth_word for the last true or false of a reply without box or tag. A word that
-    is negated, questioned ("true or false?") or cut off (`finish_reason` "length") is unresolved.
+    Rules: boxed_truth, boxed_open_truth, tag_truth, whole_truth for a part that is the word alone (or yes,
+    no, 1, 0), truth_word for the last true or false of a reply without box or tag. A word that is negated,
+    questioned ("true or false?") or cut off (`finish_reason` "length") is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -83,9 +75,8 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
 def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
     """Return "yes" or "no" for a reply to a question of MME.
 
-    Rules: boxed_yesno, boxed_open_yesno, tag_yesno for a part that holds one of the two words, first_word
-    for a reply that opens with it ("No, a cat."), phrase for the last "the answer is no". If first word and
-    phrase disagree, or a reply was cut off (`finish_reason` "length") after its first word, it is unresolved.
+    Rules: boxed_yesno, boxed_open_yesno, tag_yesno, first_word ("No, a cat."), phrase ("answer is no"). If
+    the last two disagree, or a reply was cut off after its first word, it is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -103,7 +94,7 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
 
 
 def answer_part(output: str) -> tuple[str, str]:
-    """Return (text, rule) of the part that gives the answer: the last box, else tag, else the whole reply."""
+    """Return (text, rule) of the last box, else tag, else the whole reply."""
     text = strip_markers(output)
     content, closed = find_box(text)
     if content is not None:
@@ -113,7 +104,7 @@ def answer_part(output: str) -> tuple[str, str]:
 
 
 def vwtq_numeric(value: str, gold: str) -> bool:
-    """Return `vwtq` without thousands' commas, $ and % in numbers (ours)."""
+    """Return `vwtq`, for which "1,234" is not 1234, without thousands' commas, $ and % in numbers (ours)."""
     return vwtq(bare_numbers(value), bare_numbers(gold))
 
 
@@ -125,7 +116,6 @@ def bare_numbers(text: str) -> str:
 
 # ---- scoring a reply
 def score_mcq(item: dict, record: dict) -> dict:
-    """Multiple choice: the option that `extract_choice` reads; compat: VLMEvalKit's letter."""
     options, text = dict(item["options"]), record["clean_output"]
     choice = extract_choice(text, options, record["finish_reason"])
     is_mme = item.get("benchmark") == "mme_realworld_lite"
@@ -135,7 +125,6 @@ def score_mcq(item: dict, record: dict) -> dict:
 
 
 def score_vsp(item: dict, record: dict) -> dict:
-    """A path, walked on the map as Mirage's simulate_vsp does; a reply without a box is unresolved."""
     text = record["clean_output"]
     moves = vsp_moves(text)
     right = moves is not None and walk_vsp(item["answer"]["value"], text)
@@ -143,7 +132,6 @@ def score_vsp(item: dict, record: dict) -> dict:
 
 
 def score_wtq(item: dict, record: dict) -> dict:
-    """VWTQ: the value's denotation; numeric: without marks; compat: of the whole reply."""
     gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
     value, rule = read_value(text)
     known = value is not None
@@ -153,7 +141,6 @@ def score_wtq(item: dict, record: dict) -> dict:
 
 
 def score_tabfact(item: dict, record: dict) -> dict:
-    """VTabFact: true or false; compat: the words anywhere."""
     gold, text = "1" if item["answer"]["value"] else "0", record["clean_output"]
     value, rule = read_truth(text, record["finish_reason"])
     return verdict(value, rule, value == gold) | {
@@ -172,7 +159,7 @@ SCORE = {"mcq": score_mcq, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": s
 
 
 def score(item: dict, record: dict) -> dict:
-    """Return an item's extraction, verdict and compat."""
+    """Return an item's "extraction", "verdict" and "compat"; for wtq also "numeric"."""
     if "error" in record:
         return {"extraction": {"value": None, "rule": record["error"]}, "verdict": "error", "compat": {}}
     return SCORE[item["metric"]](item, record)
@@ -189,7 +176,7 @@ def gold_text(values: list[str]) -> str:
 
 
 def n_options(item: dict) -> int:
-    """Return the number of answers a blind guess chooses from; 0 without options."""
+    """Return the number of answers a guess chooses from; 0 without options."""
     return 2 if item["metric"] in ("tabfact", "yesno_pair") else len(item["options"])
 
 
@@ -202,9 +189,8 @@ def compat_right(record: dict, name: str) -> bool:
 def check_scorable(items: list[dict]) -> None:
     """Raise DataError for items without a scorer and for wrong rotations."""
     if unscored := [item for item in items if item["metric"] not in SCORE]:
-        raise DataError(
-            f"item {unscored[0]['id']!r} and {len(unscored) - 1} more: metric {unscored[0]['metric']!r} has "
-            f"no scorer (it is for probe.py alone); expected one of {', '.join(SCORE)}")
+        raise DataError(f"item {unscored[0]['id']!r} and {len(unscored) - 1} more: metric "
+                        f"{unscored[0]['metric']!r} has no scorer; expected one of {', '.join(SCORE)}")
     seen = set()
     for item in items:
         rotation = rotation_of(item)

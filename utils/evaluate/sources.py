@@ -1,7 +1,6 @@
 """Rows of a benchmark as it is published: a TSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader yields (where, row) one by one: the largest file has 4.6 GB. Pictures stay as they are stored
-(base64 text, {"bytes", "path"}, or a path).
+Every reader yields (where, row) one by one: the largest file has 4.6 GB. Pictures stay as they are stored.
 """
 import csv
 import hashlib
@@ -22,9 +21,8 @@ VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # as vstar_bench_eva
 
 @dataclass(frozen=True)
 class Hub:
-    """A place on the Hugging Face hub: one `file`, or a data set's `config` and `split`; where `revision` (a
-    commit of 40 hex digits) is None, the caller must name one.
-    """
+    """A place on the Hugging Face hub: one `file`, or a data set's `config` and `split`. Without a `revision`
+    (a commit of 40 hex digits) the caller must name one."""
 
     repo: str
     revision: str | None = None
@@ -43,11 +41,8 @@ def file_rows(path: Path) -> Rows:
 
 
 def tsv_rows(path: Path) -> Rows:
-    """Yield a TSV's rows, quoted as pandas writes them; `where` is the row's last line.
-
-    Every cell is text: pandas' own reader turns the option "None" into a missing value and the gold "1" into
-    an integer.
-    """
+    """Yield a TSV's rows, quoted as pandas writes them. Every cell is text: pandas' own reader turns the
+    option "None" into a missing value and the gold "1" into an integer."""
     before = csv.field_size_limit(MAX_CELL)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -82,10 +77,8 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def vstar_folder_rows(root: Path) -> Rows:
-    """Yield V* as its authors publish it: pictures in two folders, each with a JSON file of its name.
-
-    `image_file` and `test_type` (the folder) are added, as in penghao-wu/vstar vstar_bench_eval.py.
-    """
+    """Yield V* as its authors publish it: pictures in two folders, each with a JSON file of its name;
+    `image_file` and `test_type` (the folder) are added, as in penghao-wu/vstar vstar_bench_eval.py."""
     for folder in VSTAR_FOLDERS:
         notes = sorted(Path(root, folder).glob("*.json"))
         if not notes:
@@ -105,14 +98,13 @@ def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
             actual = hashlib.file_digest(file, kind).hexdigest()
         if actual in accepted:
             return
-    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch it again, or "
-                    "rename it if you changed it")
+    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch it again")
 
 
 # ---- hub
 def dataset_rows(place: str | Path, config: str | None, split: str | None,
                  revision: str | None = None) -> Rows:
-    """Yield the rows of a data set on the hub, or of a folder in the same layout, pictures as stored."""
+    """Yield the rows of a data set on the hub, or of a folder in the same layout."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -130,7 +122,7 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None,
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
-    """Return the commit to read: the caller's, or the pinned one; DataError for a branch."""
+    """Return the commit to read: the caller's, or the pinned one."""
     chosen = revision or hub.revision
     if chosen is None:
         raise DataError(f"{hub.repo}: no revision is pinned; give --revision, a commit of 40 hex digits")
@@ -140,7 +132,7 @@ def pinned(hub: Hub, revision: str | None) -> str:
 
 
 def download(hub: Hub, revision: str | None) -> Path:
-    """Return the local copy of a file on the hub, or of V*'s folders if no file is named."""
+    """Return the local copy of a file on the hub, or of V*'s folders."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
