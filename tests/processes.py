@@ -21,10 +21,10 @@ def run_here(main: Callable[[list[str]], int], flags: list[str]) -> int:
 
 
 def words(**flags: object) -> list[str]:
-    """Return flags as words of a command: True is a flag without a value, False none, a list several words."""
-    return [word for name, value in flags.items() if value is not False
-            for word in (f"--{name}", *map(str, value if isinstance(value, list) else
-                                           [] if value is True else [value]))]
+    """Return flags as words of a command; True stands for a flag without a value, False for none."""
+    values = {name: value if isinstance(value, list) else [] if value is True else [value]
+              for name, value in flags.items() if value is not False}
+    return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
 
 
 def command(script: str, flags: list[str], processes: int = 1) -> list[str]:

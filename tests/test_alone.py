@@ -96,7 +96,8 @@ def test_every_script_works_alone_on_another_project_s_data(project, tiny_checkp
         asked = {"model": out / "3 latent", "items": project / "items.jsonl", "latent": "mirage",
                  "max_new_tokens": 8}
         written, kept, trained, scored, changed, probed = run_alone(
-            tmp_path, rewrite_captions=server | {"input": project / "ketten.jsonl", "output": out / "1.jsonl"},
+            tmp_path,
+            rewrite_captions=server | {"input": project / "ketten.jsonl", "output": out / "1.jsonl"},
             filter_data=server | {"input": out / "1.jsonl", "output": out / "2.jsonl"},
             train_sft={"data": out / "2.jsonl", "image_root": project, "model": tiny_checkpoint, "output":
                        out / "3 latent", "imagination": "latent", "max_steps": 2, "global_batch": 3,

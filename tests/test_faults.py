@@ -234,9 +234,8 @@ def split_shards(lost: str, folder: Path) -> None:
     if lost == "file":
         second.unlink()
     else:
-        listed = json.loads(index.read_text())
-        listed["weight_map"] = {key: name for key, name in listed["weight_map"].items() if name != second.name}
-        write_json(index, listed)
+        listed = json.loads(index.read_text())["weight_map"].items()
+        write_json(index, {"weight_map": {key: name for key, name in listed if name != second.name}})
 
 
 CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "preprocessor_config.json",
