@@ -235,7 +235,7 @@ def split_shards(lost: str, folder: Path) -> None:
         second.unlink()
     else:
         listed = json.loads(index.read_text())["weight_map"].items()
-        write_json(index, {"weight_map": {key: name for key, name in listed if name != second.name}})
+        write_json(index, {"metadata": {}, "weight_map": {key: name for key, name in listed if name != second.name}})
 
 
 CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "preprocessor_config.json",
