@@ -234,8 +234,9 @@ def split_shards(lost: str, folder: Path) -> None:
     if lost == "file":
         second.unlink()
     else:
-        listed = json.loads(index.read_text())["weight_map"].items()
-        write_json(index, {"metadata": {}, "weight_map": {key: name for key, name in listed if name != second.name}})
+        files = json.loads(index.read_text())["weight_map"]
+        left = {weight: file for weight, file in files.items() if file != second.name}
+        write_json(index, {"metadata": {}, "weight_map": left})
 
 
 CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "preprocessor_config.json",
