@@ -65,7 +65,7 @@ def test_a_run_writes_one_record_per_item_and_prints_the_metrics(tiny_checkpoint
     assert metrics == metrics_of(items)
     assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and metrics["n"] == 9
     assert sum(metrics[verdict] for verdict in ("correct", "incorrect", "unresolved")) == 9
-    assert "ci95_clustered" in metrics and sum(part["n"] for part in metrics["categories"].values()) == 9
+    assert sum(part["n"] for part in metrics["categories"].values()) == 9
     assert all(r["image_grids"] == [[1, 6, 4]] and 0 < r["n_tokens"] <= 6 for r in results)
     before = (items.parent / "out.jsonl").read_bytes()
     assert evaluate.main(flags(items, tiny_checkpoint)) == 0  # all from the journal

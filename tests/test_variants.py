@@ -58,8 +58,7 @@ def test_means_intervals_and_differences_are_those_computed_by_hand(work):
 
 
 def test_the_table_shows_the_object(work):
-    write_json(work / "evaluate_base.jsonl.metrics.json", {"n": 4, "accuracy": 0.25, "ci95": [0.1, 0.6],
-                                                           "ci95_clustered": [0.0, 0.5]})
+    write_json(work / "evaluate_base.jsonl.metrics.json", {"n": 4, "accuracy": 0.25, "ci95": [0.0, 0.5]})
     result = variants.gather(work, ["text", "direct"], [1, 2])
     assert variants.markdown(json.loads(json.dumps(result))).splitlines() == [
         "| 4 items, chance 25.0 % | accuracy of seeds 1, 2, % | mean, % | 95 % interval over pictures | "

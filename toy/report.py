@@ -71,7 +71,7 @@ def gather(work: Path) -> dict:
     text, latent = metrics_of("intervene_text.jsonl"), metrics_of("intervene_latent.jsonl")
     directed = text["conditions"]["directed"]
     rewritten, kept = metrics_of("rewritten.jsonl"), metrics_of("sft.jsonl")
-    shown = ("n", "accuracy", "ci95", "ci95_clustered", "unresolved")
+    shown = ("n", "accuracy", "ci95", "unresolved")
     return {"accuracy": {name: {key: score[key] for key in shown} for name, score in scores.items()},
             "chance": scores["base"]["chance"], "emission": scores["latent"].get("emission"),
             "do_z": {kind: {name: brief(entry) for name, entry in metrics["conditions"].items()}

@@ -115,7 +115,7 @@ def gather(work: Path, variants: list[str], seeds: list[int]) -> dict:
     base = load_object(path) if path.exists() else None
     return {"level": LEVEL, "seeds": seeds, "items": len(first_right), "chance": first["chance"],
             "groups": len({group for group, _ in first_right}),
-            "base": base and {key: base[key] for key in ("n", "accuracy", "ci95", "ci95_clustered")},
+            "base": base and {"n": base["n"], "accuracy": base["accuracy"], "ci95_clustered": base["ci95"]},
             "variants": {name: over_items([right for _, right in by_seed.values()])
                          | {"runs": {str(seed): numbers for seed, (numbers, _) in by_seed.items()}}
                          for name, by_seed in runs.items()},

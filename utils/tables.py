@@ -112,10 +112,10 @@ def swept(names: Iterable[str]) -> set[str]:
 def evaluate_blocks(metrics: dict) -> list[Block]:
     parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
     rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
-             interval(part.get("ci95_clustered")), percent(part.get("chance")), str(part["unresolved"]),
-             str(part["error"])] for name, part in parts.items()]
-    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "over groups", "chance, %",
-                     "unresolved", "errors"], rows),
+             percent(part.get("chance")), str(part["unresolved"]), str(part["error"])]
+            for name, part in parts.items()]
+    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "chance, %", "unresolved",
+                     "errors"], rows),
               Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
     if emission := metrics.get("emission"):
         blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))

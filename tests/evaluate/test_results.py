@@ -4,8 +4,8 @@ import random
 import pytest
 
 from utils.evaluate.results import (headline, is_right, macro, micro, mme_scores, own_scores, rotations,
-                                    share, summarize, widest)
-from utils.stats import chance, wilson
+                                    share, summarize)
+from utils.stats import chance, share_interval, wilson
 
 BASE = {"group_id": "g", "category": "c", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4,
         "extraction": {"rule": "phrase"}, "n_options": 4, "compat": {}}
@@ -18,7 +18,8 @@ def counted(k, n, **more):
 
 
 def test_unresolved_counts_as_wrong_and_errors_are_left_out():
-    records = [BASE | {"verdict": verdict} for verdict in ("correct", "incorrect", "unresolved")]
+    records = [BASE | {"verdict": verdict, "group_id": verdict}
+               for verdict in ("correct", "incorrect", "unresolved")]
     error = {"verdict": "error", "group_id": "g"}
     scores = summarize([*records, error], lambda record: record["n_latent"] > 0)
     assert (scores["n"], scores["accuracy"], scores["incomplete"]) == (3, 1 / 3, True)
@@ -40,15 +41,10 @@ def test_v_star_85_9_comes_out_of_the_counts_of_its_categories():
     assert 1 < 100 * (scores["ci95"][1] - 0.859) < 5  # half the width is about 4.9 points
 
 
-def test_groups_widen_the_interval():
+def test_the_interval_is_of_groups():
     records = [record | {"group_id": str(n // 4)} for n, record in enumerate(counted(20, 40))]
-    scores = share(records, is_right)
-    (low, high), (clustered_low, clustered_high) = scores["ci95"], scores["ci95_clustered"]
-    assert clustered_high - clustered_low > 1.5 * (high - low)
-    alike = share([BASE | {"verdict": ("correct", "incorrect")[n % 2], "group_id": str(n // 2)}
-                   for n in range(20)], is_right)
-    assert alike["ci95_clustered"] == (0.5, 0.5) and widest(alike) == tuple(alike["ci95"])
-    assert "ci95_clustered" not in share(counted(20, 40), is_right)
+    assert share(records, is_right)["ci95"] == share_interval([1] * 20 + [0] * 20, [n // 4 for n in range(40)])
+    assert share(counted(20, 40), is_right)["ci95"] == wilson(20, 40)
 
 
 def test_other_rules_are_scored_over_the_results_they_apply_to():

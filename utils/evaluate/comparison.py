@@ -10,12 +10,12 @@ shows our numbers with the paper's in brackets. A file without a name gets a row
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.evaluate.results import macro, widest
+from utils.evaluate.results import macro
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
 from utils.jsonl import DataError, load_object, read_rows
 from utils.means import sign_flip
-from utils.stats import cluster_bootstrap, holm, mcnemar_exact, paired_interval
+from utils.stats import holm, mcnemar_exact, paired_interval
 from utils.tables import interval, percent, table_lines
 
 
@@ -69,8 +69,6 @@ def difference(pairs: list[tuple[dict, dict]]) -> dict:
     result["p"] = result["mcnemar_p"]
     if n_groups < n:
         result["p"] = sign_flip(changes, groups) if n_groups > 1 else None
-    if 1 < n_groups < n:
-        result["ci95_clustered"] = cluster_bootstrap(changes, groups, level=0.95)
     return result
 
 
@@ -174,7 +172,7 @@ def read_result(text: str) -> Result:
         if not isinstance(protocol["line"], str):
             raise TypeError("protocol.line is not text")
         details = [row_name, ", ".join(map(str, scores)), str(metrics["n"]),
-                   interval(widest(scored) if scored["ci95"] else None), percent(metrics.get("chance")),
+                   interval(scored["ci95"]), percent(metrics.get("chance")),
                    str(cost["seconds_per_item"]), str(cost["tokens_per_item"]), protocol["line"]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: damaged, or not of one run with {metrics_path} ({type(error).__name__}: "

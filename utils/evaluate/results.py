@@ -1,14 +1,14 @@
 """Scores of a set of results: strict, with a judge and by other harnesses' rules, with intervals and chance.
 
 A result is a line of evaluate.py's output; one with the verdict "error" is not scored. Shares are from 0 to
-1. The 95 % interval is Wilson's; where results share a group, the cluster bootstrap's is given next to it.
+1. The 95 % interval is Wilson's; where results share a group, it lets them vary together.
 """
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from utils.cli import log
 from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right
-from utils.stats import chance, cluster_bootstrap, wilson
+from utils.stats import chance, share_interval
 from utils.tables import interval
 
 # Subtasks of MME, from VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating
@@ -26,21 +26,11 @@ def judged_right(record: dict) -> bool:
 
 
 def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
-    """Return {"correct", "accuracy", "ci95"} and, with groups, "ci95_clustered"."""
-    hits, groups = [right(record) for record in records], [record["group_id"] for record in records]
+    """Return {"correct", "accuracy", "ci95"}; the interval lets the results of one group vary together."""
+    hits, groups = [int(right(record)) for record in records], [record["group_id"] for record in records]
     if not hits:
         return {"correct": 0, "accuracy": None, "ci95": None}
-    result = {"correct": sum(hits), "accuracy": sum(hits) / len(hits), "ci95": wilson(sum(hits), len(hits))}
-    if 1 < len(set(groups)) < len(hits):
-        result["ci95_clustered"] = cluster_bootstrap(hits, groups, level=0.95)
-    return result
-
-
-def widest(part: dict) -> tuple[float, float]:
-    """Return the 95 % interval of a `share` to print, over both kinds: the cluster bootstrap's has no width
-    where all groups score alike."""
-    low, high = zip(part["ci95"], part.get("ci95_clustered", part["ci95"]))
-    return min(low), max(high)
+    return {"correct": sum(hits), "accuracy": sum(hits) / len(hits), "ci95": share_interval(hits, groups)}
 
 
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
@@ -63,8 +53,9 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
     if any(record.get("judge") for record in scored):
         result["with_judge"] = judge_shares(scored)
     if imagines:
-        k = sum(map(imagines, scored))
-        result["emission"] = {"k": k, "n": n, "share": k / n, "ci95": wilson(k, n)}
+        emitted = share(scored, imagines)
+        result["emission"] = {"k": emitted["correct"], "n": n, "share": emitted["accuracy"],
+                              "ci95": emitted["ci95"]}
     return result
 
 
@@ -203,7 +194,7 @@ def show(metrics: dict) -> None:
     for name, part in {**metrics["categories"], "all": metrics}.items():
         if part["n"]:
             log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   "
-                f"{interval(widest(part)):<13}{part['unresolved']:>13}{part['error']:>8}"
+                f"{interval(part['ci95']):<13}{part['unresolved']:>13}{part['error']:>8}"
                 f"{part['mean_tokens']:>8.0f}{part['truncated']:>9}")
     judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
     if judge:
