@@ -8,9 +8,8 @@ Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, pr
 
 Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} of filter_data.py
 Writes  --output: the best checkpoint on held-out rows, in the released layout, at the end
-        <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (exports)
+        <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (export)
 Prints  progress on stderr; on stdout one JSON object, also in <output>.metrics.json
-        --dry_run: the first rows, the plan and the memory; checks every image and trains nothing
 
 --imagination is the training target, made from the same rows:
   text         the chain, each imagination between <think_image> and </think_image> (CapImagine)
@@ -167,8 +166,8 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
             Trainer(acc, qwen, objective, optimizer, run, saver, stop, args).fit(train, held_out)
         saver.close()
     except torch.OutOfMemoryError as error:
-        raise DataError(f"step {run.step + 1}: out of memory; use a smaller --max_tokens or --batch_size, "
-                        f"more devices, or --lora_rank: {error}") from error
+        raise DataError(f"step {run.step + 1}: out of memory; use a smaller --max_tokens or --batch_size, or "
+                        f"--lora_rank: {error}") from error
     except KeyboardInterrupt:
         saver.close()  # writes the checkpoint of this step
         raise
@@ -210,30 +209,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
                         help="cosine (Mirage) or mse (LVR)")
     parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
-    parser.add_argument("--max_steps", type=int, help="optimizer steps in total (overrides --epochs)")
+    parser.add_argument("--max_steps", type=int, help="optimizer steps in all (overrides --epochs)")
     parser.add_argument("--global_batch", type=parse_count, default=128,
                         help="rows per optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=parse_count, default=8192,
-                        help="tokens that a device runs at once, visual ones included")
+                        help="tokens that a device runs at once")
     parser.add_argument("--batch_size", type=parse_count, default=1,
                         help="--imagination latent: rows per forward pass, padded")
-    parser.add_argument("--learning_rate", type=float, default=1e-5, help="peak, reached after the warm-up")
+    parser.add_argument("--learning_rate", type=float, default=1e-5, help="rate after the warm-up")
     parser.add_argument("--warmup_steps", type=int, default=10, help="optimizer steps of linear warm-up")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                         help="decay after the warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--spike", type=float, default=2.0,
-                        help="stop if a loss is so many nats above the median of 50 steps; 0: never")
+                        help="nats above the median of 50 steps at which a loss stops the run; 0: never")
     parser.add_argument("--train_vision", action="store_true",
                         help="also train the vision tower (the paper freezes it)")
     parser.add_argument("--lora_rank", type=int, default=0,
                         help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
     parser.add_argument("--recompute", choices=RECOMPUTED,
-                        help="activations recomputed in the backward pass; mlps is faster than layers and "
-                             "takes more memory (default: none on a CPU, mlps for latents, else layers)")
+                        help="activations recomputed in the backward pass; mlps is faster and takes more "
+                             "memory (default: none on a CPU, mlps for latents, else layers)")
     parser.add_argument("--image_tokens", type=int, default=2000,
-                        help="visual tokens per row above which its images are scaled down")
+                        help="visual tokens per row above which images are scaled down")
     parser.add_argument("--tokens_per_image", type=int, default=1280,
                         help="largest size of one of these images (Monet)")
     parser.add_argument("--system", help="system prompt (default: the chat template's)")

@@ -10,9 +10,7 @@ The rules of `extract_choice`, in order, with the names that results carry:
   tail_text          the last sentence names exactly one option (not in a reply cut off at its token limit)
   unresolved         none of these
 A box, tag or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is a
-letter with another option's text, or with a phrase that chooses another letter. Texts match as whole words,
-the longest where they nest. A negated or questioned text is not an answer, nor is a text next to another
-option's letter.
+letter with another option's text, or with a phrase that chooses another letter.
 """
 import re
 import unicodedata
@@ -63,7 +61,7 @@ class Extraction(NamedTuple):
 
 
 def extract_choice(output: str, options: dict[str, str], finish_reason: str | None = None) -> Extraction:
-    """Return which of {letter: text} a reply chose. `finish_reason` "length": it was cut off."""
+    """Return which of {letter: text} a reply chose."""
     text = strip_markers(output)
     if not text:
         return Extraction(None, "empty")
@@ -120,7 +118,6 @@ def find_box(text: str) -> tuple[str | None, bool]:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the unwrapped content of the last box, if any."""
     content = find_box(text)[0]
     return None if content is None else unwrap(content)
 
@@ -141,10 +138,8 @@ def unwrap(text: str) -> str:
 
 
 def resolve(content: str, options: dict[str, str], label: str = "", strict: bool = False) -> Extraction:
-    """Read a short text that is meant to be the answer; the rule is `label` + an outcome listed above.
-
-    `strict`: a bare reply, in which "answer: B" is a phrase and a first word "A" may be the article.
-    """
+    """Read a short text that is meant to be the answer; the rule is `label` + an outcome listed above. In a
+    bare reply (`strict`) "answer: B" is a phrase and a first word "A" may be the article."""
     text = unwrap((OPTION_WORD if strict else PREFIX).sub("", unwrap(content)))
     if text.upper() in options:
         return Extraction(text.upper(), label + "letter")
@@ -173,7 +168,6 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
 
 
 def find_phrase(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the last "answer is B" or similar phrase."""
     text = TEX.sub(r"\1", text)
     letters = [match[1] for match in PHRASE.finditer(text)
                if match[1] in options and not ARTICLE.match(text, match.start(1))]
@@ -200,10 +194,8 @@ def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str
 
 
 def named_option(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the only option that `text` names, without a negation or a question.
-
-    None also next to another option's letter: "The right one is B" does not name A. right.
-    """
+    """Return the letter of the only option that `text` names, without a negation, a question or another
+    option's letter: "The right one is B" does not name A. right."""
     spans = find_options(text, options)
     if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
         return None
@@ -213,7 +205,7 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
 
 
 def lone_letters(text: str, options: dict[str, str]) -> set[str]:
-    """Return the option letters among the words of `text`, without the article "A" and those in options."""
+    """Return the option letters among the words of `text`, without the article "A"."""
     letters = {match[0] for match in CAPITAL.finditer(text)
                if match[0] in options and not ARTICLE.match(text, match.start())}
     return letters - set(CAPITAL.findall(" ".join(options.values())))
@@ -230,7 +222,7 @@ def normalize(text: str) -> str:
 
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
-    """Return whether two answers are the same (with options, a letter is its text) and not empty."""
+    """Return whether two answers are the same and not empty; with options, a letter is its text."""
     if a == b and a.isalnum():
         return True
     if options:
@@ -243,7 +235,7 @@ def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool
 
 
 def same_quantity(a: str, b: str) -> bool:
-    """Return whether two normalized answers are one number, with one unit, or a unit on only one."""
+    """Return whether two normalized answers are one number, with one unit or a unit on only one."""
     matches = [QUANTITY.fullmatch(text) for text in (a, b)]
     if None in matches or float(matches[0][2]) != float(matches[1][2]):
         return False

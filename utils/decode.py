@@ -2,11 +2,10 @@
 
 A latent step is a one-token step whose input embedding is the previous last hidden state after the final
 norm: position +1, one key-value slot. `utils.latent_families` has the differences between families. With
-`spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for a batch of up to PREFILL_TOKENS
-(for larger ones, row by row).
+`spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for up to PREFILL_TOKENS.
 
-A prompt is read once (`prefill`) and its rows are repeated (`State.select`), so that one batch holds the
-clean run and every `Intervention`.
+A prompt is read once (`prefill`) and its rows are repeated (`State.select`): one batch holds the clean run
+and every `Intervention`.
 """
 import copy
 from collections.abc import Iterator, Sequence
@@ -79,8 +78,8 @@ class Trace:
 
 def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
                  pad_id: int | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden]: text, image features, and each row's `prompt_latents`
-    [n, hidden] at its n latent pads."""
+    """Return the prompt's embeddings [B, L, hidden], with each row's `prompt_latents` [n, hidden] at its n
+    latent pads."""
     embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
     if "pixel_values" in inputs:
         features = torch.cat(image_features(qwen, inputs)).to(embeds)
@@ -174,7 +173,7 @@ def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[t
 
 
 def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
-    """Return the state after one more block of ids per row; `state` itself is kept."""
+    """`prefill_blocks` that keeps `state`; return the new one."""
     return prefill_blocks(qwen, state.select(list(range(len(state.mask)))), blocks)[1]
 
 
@@ -194,11 +193,11 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
            arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
            with_slots: bool = False) -> tuple[list[Generation], State]:
-    """Decode rows that were read, greedily except for their interventions (`arms`).
+    """Decode rows that were read, greedily except for their interventions (`arms`); `state` is used up.
 
     `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_logits` logits,
     `with_slots` the inputs of every layer at latents. Returns the rows, and the state after all ids but the
-    last of the longest row; `state` is used up.
+    last of the longest row.
     """
     arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None

@@ -22,7 +22,7 @@ MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
 
 
 def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:
-    """Read items; DataError with path and id for a bad field, such as a gold that is not an option."""
+    """Read items; DataError for a bad field, such as a gold that is not an option."""
     items = read_rows(path, ITEM_FIELDS, limit, hint="evaluate.py --prepare writes it")
     for item in items:
         if fault := item_fault(item, metrics):
@@ -64,7 +64,7 @@ def item_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
 
 
 def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
-    """Return the fault of an item's region or counterfactual, which interventions use, or None."""
+    """Return the fault of what interventions use, or None."""
     region, edit = item.get("region"), item.get("counterfactual")
     if region is not None and not (isinstance(region, list) and len(region) == 4
                                    and all(type(n) is int and abs(n) < FAR for n in region)
@@ -80,7 +80,6 @@ def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
 
 
 def value_fault(answer: dict) -> str | None:
-    """Return the fault of a gold of type values, bool or yesno, or None."""
     kind, value = answer["type"], answer["value"]
     if kind == "values" and not (isinstance(value, list) and value
                                  and all(isinstance(text, str) for text in value)):
@@ -130,13 +129,13 @@ def region_in(item: dict, size: tuple[int, int]) -> list[int]:
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
     if left >= right or top >= bottom:
         raise DataError(f"item {item['id']!r}: region {item['region']} in an image of {size[0]} x {size[1]} "
-                        "pixels; expected [left, top, right, bottom] inside")
+                        "pixels; expected it inside")
     return [left, top, right, bottom]
 
 
 def question_text(item: dict, suffix: str = "") -> str:
     """Return the user's words: of multiple choice VLMEvalKit's (vlmeval/dataset/image_mcq.py, build_prompt),
-    with their trailing space and newline; of other items the question."""
+    of other items the question."""
     if item.get("metric", "mcq") != "mcq":  # probe items, without a metric, are multiple choice
         return item["question"] + suffix
     hint = f"Hint: {item['hint']}\n" if item.get("hint") else ""
@@ -161,19 +160,18 @@ def open_helper(item: dict, images: list[Image.Image], root: str | Path) -> Imag
 
 # ---- chats
 def plain(text: str) -> str:
-    """Return text with control tokens broken (`<|` becomes `< |`): data cannot end a turn, insert an image or
-    begin a latent (Monet's `<abs_vis_token>`)."""
+    """Return text with control tokens broken (`<|` becomes `< |`): data cannot end a turn or begin a latent.
+    """
     return MARKS.sub("< ", text)
 
 
 def user_content(text: str, n_images: int) -> list[dict]:
-    """Return the content of a user turn: images at the `<image>` marks, or first without marks."""
+    """Return the content of a user turn: images at the `<image>` marks, else first."""
     pieces = plain(text).split("<image>")
     if len(pieces) == 1:
         return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
     if len(pieces) - 1 != n_images:
-        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}; "
-                        "expected one per image or none")
+        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}")
     content = [{"type": "text", "text": pieces[0]}]
     for piece in pieces[1:]:
         content += [{"type": "image"}, {"type": "text", "text": piece}]
@@ -181,9 +179,7 @@ def user_content(text: str, n_images: int) -> list[dict]:
 
 
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
-    """Return the prompt of one user turn, up to the start of the assistant's turn.
-
-    `system` None leaves the system turn to the template (Qwen2.5-VL: "You are a helpful assistant.").
+    """Return the prompt of one user turn, up to the assistant's; without `system`, the template has its own.
     """
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": user_content(text, n_images)})

@@ -1,7 +1,7 @@
 """The families of latent imagination: their tokens, and how a segment of latents begins and ends.
 
-Deliberate differences from the families' own code: a segment records pads, not junk samples; an end of text
-sampled inside a segment does not stop the row, nor does a start re-open it; every row has its own state.
+Unlike in the families' own code, a segment records pads, not junk samples; an end of text sampled inside a
+segment does not stop the row, nor does a start re-open it; every row has its own state.
 """
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """How a family decodes latents.
-
-    `tokens`: the added tokens in the order of the training code, which fixes their ids; `size`: the number K
-    of latents per segment; `overwrite_start`: the first latent replaces the start token's embedding;
-    `force_end`: the end token follows K latents, whatever was sampled; `early_end`: a sampled end token
-    closes the segment before K.
-    """
+    """How a family decodes latents. `tokens`: in the order of the training code, which fixes their ids;
+    `size`: the number K of latents per segment; `overwrite_start`: the first latent replaces the start
+    token's embedding; `force_end`: the end token follows K latents, whatever was sampled; `early_end`: a
+    sampled end token closes the segment before K."""
 
     name: str
     tokens: tuple[str, ...]
@@ -39,8 +36,7 @@ class LatentSpec:
     early_end: bool
 
 
-# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, the LVR repository
-# src/train/train_lvr.py.
+# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, LVR src/train/train_lvr.py
 MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>",
                 "</observation>")
 MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
@@ -63,7 +59,7 @@ PRESETS = {spec.name: spec for spec in (
 
 
 def spec_of(name: str, size: int | None) -> LatentSpec | None:
-    """Return the family that --latent names ("off": None), with `size` latents per segment if given."""
+    """Return the family that --latent names ("off": None), with `size` latents if given."""
     return None if name == "off" else replace(PRESETS[name], size=size or PRESETS[name].size)
 
 
@@ -163,11 +159,10 @@ def pool_features(features: torch.Tensor, size: int) -> torch.Tensor:
 
 @lru_cache(64)  # asked for at every row of a batch
 def special_id(tokenizer, name: str) -> int:
-    """Return the id of an added token; DataError if it is not one token."""
     ids = tokenizer(name, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != name:
-        raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; "
-                        "is this a checkpoint that was trained with that token?")
+        raise DataError(f"{name!r} is {len(ids)} tokens in this tokenizer, expected one added token; was "
+                        "this checkpoint trained with it?")
     return ids[0]
 
 
@@ -176,7 +171,7 @@ def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
     ids = [special_id(tokenizer, name) for name in spec.tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ids in that "
-                        "order; this checkpoint was trained with another family's tokens")
+                        "order; this checkpoint has another family's")
     return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
 
 
@@ -198,7 +193,7 @@ def load_head(path: str, device: torch.device,
     """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
 
     It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
-    come from the same state, as in that repository's decoding by steps. The weights' names tell its form.
+    come from the same state. The weights' names tell its form.
     """
     import torch.nn.functional as F
     from safetensors import safe_open

@@ -1,7 +1,6 @@
 """Figures: begin one, draw what several stages draw, label it, and write a PNG and a CSV of its numbers.
 
-The colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; shape and position repeat
-them. matplotlib is imported with the first figure.
+The colours are Okabe and Ito's (2008), which colour-blind readers can tell apart.
 """
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ SKY, YELLOW, VERMILION, DARK_GREY, BAND = "#56B4E9", "#F0E442", "#D55E00", "#7F7
 
 
 class LineStyle(NamedTuple):
-    """How a curve is drawn. Of two that coincide both show if the later has the smaller marks."""
+    """How a curve is drawn. Of two that coincide the later needs the smaller marks."""
 
     label: str
     color: str
@@ -62,7 +61,7 @@ def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[
 
 def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Sequence[float],
                   style: LineStyle, note: str = "") -> None:
-    """Draw one line of a forest plot: two intervals, thick and thin, and a note at the right edge."""
+    """Draw one line of a forest plot, with a note at the right edge."""
     axes.plot(thin, [y, y], color=style.color, linewidth=1)
     axes.plot(thick, [y, y], color=style.color, linewidth=3)
     axes.plot(value, y, style.mark, color=style.color, markersize=style.size)

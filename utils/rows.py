@@ -51,7 +51,6 @@ NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.D
 
 # ---- imaginations
 def mark(text: str) -> str:
-    """Return a text as an imagination."""
     return f"{OPEN}{text}{CLOSE}"
 
 
@@ -62,7 +61,6 @@ def find_spans(text: str) -> list[tuple[int, int]]:
 
 
 def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
-    """Return the text of each span."""
     return [text[start:end] for start, end in spans]
 
 
@@ -100,9 +98,7 @@ def split_final(text: str) -> tuple[str, str]:
 # ---- captions
 def has_loop(text: str, words: list[str] | None = None) -> bool:
     """Return whether more than MAX_REPEATED of a text's 4-grams are repeats, or a line occurs three times.
-
-    `words`: its lower-case words, if they are known.
-    """
+    `words`: its lower-case words, if known."""
     words = text.lower().split() if words is None else words
     n_grams = len(words) - 3
     # at least len(set(words)) - 3 4-grams differ: most texts need no count
@@ -154,12 +150,9 @@ def check_own(where: str, row: dict) -> None:
 
 
 def row_fault(row: dict) -> str | None:
-    """Return the first of ROW_REASONS that holds for a row of our form, or None.
-
-    structure: no question image, no helper image, or the last step is not a text. question: empty, without
-    the options that it announces, or with a wrong number of <image> markers. answer: empty, not the box of
-    the last step, or not one of the options.
-    """
+    """Return the first of ROW_REASONS that holds for a row of our form, or None. Rows need an image of the
+    question and of a step, a text as last step, the options that the question announces, an <image> marker
+    per image or none, and the answer in the last step's box."""
     steps, question, answer = row["steps"], row["question"], row["answer"]
     if not row["images"] or not any("image" in step for step in steps) or "image" in steps[-1]:
         return "structure"
@@ -177,13 +170,11 @@ def row_fault(row: dict) -> str | None:
 
 def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None] = row_fault,
                image_journal: Journal | None = None) -> list[Inspection]:
-    """Return the inspection of every row: by `fault_of`, then its images, then "duplicate".
-
-    A duplicate repeats the question, question images and answer of an accepted row. Images whose paths,
-    sizes and times are in `image_journal` are not opened.
-    """
+    """Return the inspection of every row: by `fault_of`, then its images, then "duplicate", of an accepted
+    row's question, images and answer. Images whose paths, sizes and times are in `image_journal` are not
+    opened."""
     if not Path(root).is_dir():
-        raise DataError(f"--image_root {root}: no such folder; image paths are relative to it")
+        raise DataError(f"--image_root {root}: no such folder")
     inspections, seen = [], {}
     for row, inspection in zip(rows, inspect_rows(rows, root, fault_of, image_journal), strict=True):
         if inspection.reason is None:
@@ -199,7 +190,7 @@ def check_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], st
 
 def inspect_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], str | None],
                  image_journal: Journal | None) -> Iterator[Inspection]:
-    """Yield the inspection of each row by `fault_of` and its images, noting new ones in the journal."""
+    """Yield the inspection of each row by `fault_of` and its images; note new ones in the journal."""
     pool = ThreadPoolExecutor()  # Pillow decodes outside the interpreter's lock
     try:
         for first in range(0, len(rows), IMAGE_WINDOW):
@@ -219,7 +210,7 @@ def inspect_rows(rows: list[dict], root: str | Path, fault_of: Callable[[dict], 
 
 def recall(row: dict, root: str | Path, fault_of: Callable[[dict], str | None],
            image_journal: Journal | None) -> tuple[str, Inspection | None]:
-    """Return (key of the row's files, the inspection that needs no picture opened, or None)."""
+    """Return (key of the row's files, the inspection if no picture need be opened)."""
     if reason := fault_of(row):
         return "", Inspection(reason, "", [])
     key = files_key(root, row["images"], helper_images(row)) if image_journal is not None else ""
@@ -232,7 +223,7 @@ def helper_images(row: dict) -> list[str]:
 
 
 def files_key(root: str | Path, images: list[str], helpers: list[str]) -> str:
-    """Return a key of a row's image files (paths, sizes, times of change), or "" if one is missing."""
+    """Return a key of files (paths, sizes, times of change), or "" if one is missing."""
     try:
         stats = [os.stat(os.path.join(root, name)) for name in (*images, *helpers)]
     except (OSError, ValueError):

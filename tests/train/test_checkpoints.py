@@ -56,7 +56,7 @@ def test_what_is_written_is_read_and_frozen_weights_are_not_written(tmp_path):
             adam.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     other = torch.nn.Linear(3, 4, bias=False)
-    with pytest.raises(DataError, match=r"holds no weight \(and 0 more\); was it written by another model"):
+    with pytest.raises(DataError, match=r"holds no weight \(and 0 more\); expected those of this model"):
         restore(tmp_path / "step-2", other, torch.optim.AdamW(other.parameters()))
 
 

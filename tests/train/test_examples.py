@@ -109,8 +109,8 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     text = str(caught.value)
     assert text.startswith("32 of 33 rows cannot be trained on") and text.endswith("... and 12 more")
     assert all(part in text for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"))
-    with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included; --max_tokens 20 is less"):
+    with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included, expected at most --max_"):
         make_examples(qwen, [ROW], target, max_tokens=20)
     Q.add_tokens(qwen, MIRAGE.tokens)
-    with pytest.raises(DataError, match="b.png: 6 visual tokens, fewer than the 9 latents"):
+    with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):
         make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))

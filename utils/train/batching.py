@@ -1,9 +1,4 @@
-"""The rows of an optimizer step, as micro-batches on every device; their operations and memory.
-
-A multiplication and an addition are two operations. Recomputed activations do not count, nor does a frozen
-tower's backward pass, nor the last layer's MLP at positions that predict nothing. MFU = operations / (seconds
-x devices x peak).
-"""
+"""The rows of an optimizer step, as micro-batches on every device; their operations and memory."""
 import math
 import random
 from collections.abc import Iterator
@@ -53,8 +48,8 @@ class Work:
 class Steps(torch.utils.data.Dataset):
     """Item (s, k) is this rank's micro-batch k in optimizer step s; every rank has the same number of them.
 
-    The rows of a step depend on (seed, step) alone, so that a run can resume on another number of ranks. Rows
-    are packed; rows with latents, whose recurrence needs common columns, are padded."""
+    The rows of a step depend on (seed, step) alone: a run can resume on another number of ranks. Rows are
+    packed; rows with latents, whose recurrence needs common columns, are padded."""
 
     def __init__(self, qwen: Qwen, examples: list[Example], target: Target, batching: Batching,
                  rank: int, world: int):
@@ -70,7 +65,7 @@ class Steps(torch.utils.data.Dataset):
 
     @lru_cache(16)
     def plan(self, step: int) -> list[list[list[int]]]:
-        """Return plan[k][rank], the rows of a micro-batch; a rank may have none."""
+        """Return plan[k][rank], the rows of a micro-batch."""
         epoch, place = divmod(step, self.per_epoch)
         rows = self.order(epoch)[place * self.batching.global_batch:(place + 1) * self.batching.global_batch]
         if not self.target.spec:
@@ -117,10 +112,10 @@ class Steps(torch.utils.data.Dataset):
 
 
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
-    """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k.
+    """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k; it may have none.
 
     Longest first, each row goes into the least loaded of world * K bins, with the smallest K that keeps bins
-    within `max_tokens`. Bins of similar load share a micro-step; a bin may be empty.
+    within `max_tokens`. Bins of similar load share a micro-step.
     """
     if max(lengths) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens does not fit into {max_tokens}")
@@ -141,11 +136,12 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 # ---- operations
 def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple[int, int, int]],
                    train_vision: bool = False) -> float:
-    """Return the operations of both passes over rows of `lengths` tokens with `n_targets` predictions.
+    """Return the operations of both passes over rows of `lengths` tokens with `n_targets` predictions; a
+    multiplication and an addition are two. `grids` are (frames, rows, columns) of patches per image.
 
-    `grids` are (frames, rows, columns) of patches per image. Terms: weight matrices per token, attention
-    within a row, the head and the last layer's MLP at predictions alone, and the vision tower with full
-    attention in `fullatt_block_indexes` and windowed attention elsewhere."""
+    Terms: weight matrices per token, attention within a row, head and last MLP at predictions alone, and the
+    vision tower with windowed attention outside `fullatt_block_indexes`. Recomputed activations do not count,
+    nor does a frozen tower's backward pass."""
     text, vision = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
     kv_width = text.num_key_value_heads * (width // text.num_attention_heads)
@@ -171,7 +167,7 @@ def peak_flops(device_name: str) -> float | None:
 
 # ---- memory
 def count_parameters(config) -> dict[str, int]:
-    """Return the numbers of weights of the language model's layers, the tower and the rest (root)."""
+    """Return the numbers of weights of the decoder's layers, the tower and the rest (root)."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
@@ -183,8 +179,8 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
                     train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
 
-    `sharded`: in bfloat16 (a GPU run); otherwise whole in float32 (a CPU). `n_targets`: predictions whose
-    logits are held at once.
+    `sharded`: in bfloat16 (GPUs), else whole in float32 (a CPU). `n_targets`: predictions whose logits are
+    held at once.
     """
     text, counts = config.text_config, count_parameters(config)
     n_bytes = 2 if sharded else 4

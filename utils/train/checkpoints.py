@@ -1,7 +1,7 @@
 """Checkpoints to resume from, written in the background and renamed when complete.
 
-A folder step-N holds state.json and one safetensors file per rank: its shards of every trained weight and of
-the optimizer's state. Another number of ranks may read it.
+A folder step-N holds state.json and one safetensors file per rank: its shards of trained weights and of the
+optimizer's state. Another number of ranks may read it.
 """
 import fcntl
 import json
@@ -53,16 +53,14 @@ class Run:
         try:
             return cls(state["step"], state["best"] and Best(**state["best"]), state["recent"])
         except (KeyError, TypeError) as error:
-            raise DataError(f"{where}: written by another version of train_sft.py ({type(error).__name__}: "
-                            f"{error}); move the .run folder away to start again") from error
+            raise DataError(f"{where}: written by another version ({type(error).__name__}: {error}); move "
+                            "the .run folder away") from error
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Make and lock the folder of a run; DataError if another process holds it.
-
-    Forks do not inherit this lock: workers outlive a killed run by seconds and would block the next.
-    """
+    """Make and lock the folder of a run; DataError if another process holds it. Forks do not inherit this
+    lock: workers outlive a killed run by seconds."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")
@@ -70,16 +68,13 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise DataError(
-                f"{folder}: another process trains here; wait for it, or give another --output") from error
+            raise DataError(f"{folder}: another process trains here; give another --output") from error
         yield
 
 
 def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path, dict] | None:
-    """Make or re-enter the folder of a run; return (folder, state) of the last complete checkpoint.
-
-    The first rank must call it before the others. DataError if the run began with other settings.
-    """
+    """Make or re-enter the folder of a run, first on rank 0; return (folder, state) of the last complete
+    checkpoint. DataError if the run began with other settings."""
     path = folder / "settings.json"
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,15 +85,15 @@ def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path
         differing = [f"--{name}: {before.get(name)} then, {settings.get(name)} now"
                      for name in sorted({*settings, *before}) if settings.get(name) != before.get(name)]
         if differing:
-            raise DataError(f"{path}: the run had other settings: {'; '.join(differing)}; give the old ones, "
-                            "or move the .run folder away to start again")
+            raise DataError(f"{path}: the run had other settings: {'; '.join(differing)}; give them, or move "
+                            "the .run folder away")
     elif is_first:
         write_json(path, settings)
     return newest_checkpoint(folder)
 
 
 def keep_lines(path: Path, n_lines: int) -> None:
-    """Cut a log back to the step resumed from, so that no step appears twice."""
+    """Cut a log back to the step resumed from."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
     replace_file(path, lambda file: file.writelines(lines))  # by rename: a kill does not lose the curve
 
@@ -121,8 +116,7 @@ def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int
 
 
 def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU, adapters merged, tied ones once; every rank calls, `keep` ones get them.
-    """
+    """Return all weights on the CPU, adapters merged, to ranks with `keep`; every rank must call it."""
     state = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
@@ -174,11 +168,11 @@ class Saver:
             future.result()
         except (OSError, SafetensorError) as error:
             raise DataError(f"a checkpoint could not be written: {error}; the last complete one is kept, "
-                            "re-run the same command to resume from it") from error
+                            "run the same command again") from error
 
     def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
                    after: Callable[[], None]) -> None:
-        """Write this rank's part of a checkpoint; rank 0 waits for all parts, renames, and calls `after`."""
+        """Write this rank's part; rank 0 waits for all parts, renames, and calls `after`."""
         part = folder.with_name(folder.name + ".part")
         part.mkdir(exist_ok=True)
         path = part / rank_file(self.rank, self.world)
@@ -205,7 +199,7 @@ class Saver:
 
 
 def publish(folder: Path, write: Callable[[str], None]) -> None:
-    """Have `write` fill a temporary folder, then move it into place, so that what exists is complete."""
+    """Have `write` fill a temporary folder, then move it into place."""
     part = folder.with_name(folder.name + ".part")
     for stale in (part, folder):
         shutil.rmtree(stale, ignore_errors=True)
@@ -257,8 +251,8 @@ def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     files = [safe_open(path, "pt") for path in rank_files(folder)]
     parameters, saved = trained_parameters(model), {key for file in files for key in file.keys()}
     if missing := [name for name in parameters if f"model/{name}" not in saved]:
-        raise DataError(f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); was it written by "
-                        "another model?")
+        raise DataError(f"{folder}: holds no {missing[0]} (and {len(missing) - 1} more); expected those of "
+                        "this model")
     by_parameter = {}
     for name, parameter in parameters.items():
         with torch.no_grad():

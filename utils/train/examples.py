@@ -1,8 +1,4 @@
-"""Rows as tokens: the four training targets, which of their tokens are trained, packs and batches of rows.
-
-`text` is the chain, `placeholder` the steps with each image as one bare <think_image>, `latent` the steps
-with each image as start + K latents + end, `direct` the boxed answer alone.
-"""
+"""Rows as tokens: the four training targets (see train_sft.py), their loss masks, packs and batches."""
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +18,8 @@ SHOWN = 20  # bad rows that one error names
 
 @dataclass(frozen=True)
 class Target:
-    """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: Monet's
-    (`utils.images.budget_sizes`); `system`: None is the chat template's.
-    """
+    """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: of
+    `utils.images.budget_sizes`; `system`: None is the chat template's."""
 
     imagination: str = "text"
     image_root: str = "."
@@ -37,8 +32,7 @@ class Target:
 @dataclass
 class Example:
     """A row as tokens, each image still one token. `trained`: the loss mask; `steps`: the imagined images;
-    `grids` and `step_grids`: (rows, columns) of patches per image.
-    """
+    `grids` and `step_grids`: (rows, columns) of patches per image."""
 
     id: str
     ids: list[int]
@@ -71,7 +65,7 @@ def target_text(row: dict, target: Target) -> str:
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
-    """Open images, scaled down to the row's visual token budget (Monet's resize_by_token_budget)."""
+    """Open images, scaled down to the row's budget of visual tokens."""
     images = [open_image(path) for path in paths]
     sizes = budget_sizes([image.size for image in images], target.total_tokens, target.image_tokens, factor)
     return [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
@@ -79,10 +73,8 @@ def load_images(paths: list[Path], target: Target, factor: int) -> list:
 
 
 def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int, int]]:
-    """Return, from file headers, the (rows, columns) of patches that images will have.
-
-    For an image that EXIF rotates the two are swapped; only their product is used.
-    """
+    """Return, from file headers, the (rows, columns) of patches that images will have, swapped where EXIF
+    rotates the image; only their product is used."""
     limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
     sizes = budget_sizes([image_size(path) for path in paths], target.total_tokens, target.image_tokens,
                          qwen.factor)
@@ -92,9 +84,8 @@ def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int
 
 
 def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
-    """Tokenize a row. Trained: the reply and the end of turn, but no latent pads, and no end marker that
-    decoding forces.
-    """
+    """Tokenize a row. Trained: the reply and the end of turn, but neither latent pads nor an end marker that
+    decoding forces."""
     root, spec = Path(target.image_root), target.spec
     images = [resolve_image(root, name) for name in row["images"]]
     prompt = chat(qwen.tokenizer, row["question"], len(images), target.system)
@@ -112,8 +103,7 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
     for path, (rows, columns) in zip(steps, example.step_grids):
         n_visual = rows * columns // 4
         if n_visual < spec.size:
-            raise DataError(
-                f"{path}: {n_visual} visual tokens, fewer than the {spec.size} latents to align to it")
+            raise DataError(f"{path}: {n_visual} visual tokens, expected at least {spec.size}, the latents")
     return example
 
 
@@ -125,8 +115,8 @@ def make_examples(qwen: Qwen, rows: list[dict], target: Target,
         try:
             example = make_example(qwen, row, target)
             if max_tokens is not None and example.n_tokens > max_tokens:
-                raise DataError(f"{example.n_tokens} tokens, visual ones included; --max_tokens {max_tokens} "
-                                "is less: raise it, or remove the row")
+                raise DataError(f"{example.n_tokens} tokens, visual ones included, expected at most "
+                                f"--max_tokens {max_tokens}")
             examples.append(example)
         except DataError as error:
             faults.append(f"{row['id']}: {error}")
@@ -165,7 +155,7 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
         n_tokens = rows[-1]["input_ids"].shape[1]
         if n_tokens != example.n_tokens:
             raise DataError(f"{example.id}: {n_tokens} tokens, expected {example.n_tokens} from its images' "
-                            "headers; was an image changed during the run?")
+                            "headers; was one changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
     pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
@@ -192,8 +182,8 @@ def lay_out(lengths: list[list[int]], n_latents: int,
         row 1    . . t  z z  t t t t
         row 2    . t t  . .  . . . .
 
-    A block that no row has is one column wide. Returns the column of each token of each row, and the column
-    ranges (first, last + 1) of the text blocks, here [(0, 3), (5, 9)].
+    Returns the column of each token of each row, and the column ranges (first, last + 1) of the text blocks,
+    here [(0, 3), (5, 9)]. A block that no row has is one column wide.
     """
     blocks, offset = [], 0
     for block in range(n_blocks):

@@ -26,7 +26,7 @@ RECENT = 50  # steps whose median loss a spike is measured from
 
 
 def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
-    """Return the rate: a linear warm-up, then "linear" decay to 0 at `n_steps` (Monet's) or "constant"."""
+    """Return the rate: a linear warm-up, then "linear" decay to 0 at `n_steps` or "constant"."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
@@ -158,8 +158,8 @@ class Trainer:
         raise DataError(
             f"step {self.run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}, where the last "
             f"{len(recent)} losses had a median of {median:.4g}; nothing was updated. Rows of the highest "
-            f"loss: {shown}. Check or remove them, or lower --learning_rate, in a new run; the same command "
-            "with --spike 0 resumes from the last checkpoint")
+            f"loss: {shown}. Check or remove them, or lower --learning_rate, in a new run; --spike 0 resumes "
+            "this one")
 
     @torch.no_grad()
     def held_out_loss(self, held_out: Steps) -> float:
@@ -173,7 +173,7 @@ class Trainer:
         return nll / n_tokens
 
     def export(self) -> None:
-        """Have the whole weights written as best-N, in the released layout and original type."""
+        """Have the whole weights written as best-N, in their original type."""
         qwen, is_main = self.qwen, self.acc.is_main_process
         state = whole_state(qwen.model, qwen.saved_dtype, keep=is_main)
         if is_main:
