@@ -7,13 +7,15 @@ import torch
 from imagining import make_picture, write_items
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-from toy.known_truth import (COLORS, END, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO, PATCH, QUICK, TOYS,
-                             VOCABULARY, ZEROS, additive, agrees, allowed, check_masks, compare, draw_items,
-                             fed_of, main, make_interventions, make_toy, positions, reproducible, run,
-                             run_interventions)
+from toy import known_truth
+from toy.known_truth import (COLORS, GRID, LATENTS, LAYOUT, MASKS, NON_ZERO, PATCH, QUICK, TOYS, VOCABULARY,
+                             ZEROS, additive, agrees, allowed, check_masks, check_verdicts, compare,
+                             draw_items, fed_of, layout, main, make_interventions, make_toy, positions,
+                             reproducible, run, run_interventions)
 from utils import qwen as Q
 from utils.decode import decode, prefill
-from utils.intervene.effects import Limits, summarize
+from utils.intervene import effects
+from utils.intervene.effects import Declared, Limits, summarize
 from utils.intervene.latent_batch import LatentBatch
 from utils.intervene.latent_case import Calibration
 from utils.intervene.prompts import Settings
@@ -23,6 +25,7 @@ from utils.latent_families import PRESETS, Intervention
 pytestmark = pytest.mark.numeric
 
 MIRAGE = PRESETS["mirage"]
+END, DECLARED = len(LAYOUT) - 1, {"tau": Declared("fed", "do(Z)")}
 EXACT = 1e-5  # two orders of the same sums in float32, of logits of about 1
 
 
@@ -55,27 +58,30 @@ def test_what_a_mask_forbids_makes_no_difference_and_what_it_allows_makes_one(se
 
 def test_another_mask_is_not_taken_for_the_one_that_is_named():
     """Each mask's zeros fail under every other mask but where they are a part of the others'."""
-    for mask, other in (("in", "slot"), ("slot", "open"), ("bypass", "open")):
+    for mask, other in (("in", "slot"), ("slot", "open"), ("bypass", "open"), ("question", "slot"),
+                        ("consume", "in"), ("again", "bypass"), ("dead", "open")):
         with reproducible(0):
             pixels = draw_items(8, torch.Generator().manual_seed(0))
             cells = compare(replace(make_toy(mask), mask=other), pixels, pixels.roll(1, 0))
         assert any(cells[name] > NON_ZERO for name in ZEROS[mask]), (mask, other)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "again"])
+@pytest.mark.parametrize("way, hide", [("", ()), ("", ("latents",)), ("", ("latents", "images")),
+                                       ("stem", ("images",)), ("strict", ())])
 @torch.no_grad()
-def test_steps_over_the_cache_equal_one_pass_with_the_whole_mask(worlds, mask):
+def test_steps_over_the_cache_equal_one_pass_with_the_whole_mask(worlds, mask, way, hide):
     """The second way: everything in one pass without a cache, the captured latents as inputs, positions by
     the library."""
     toy, pixels, _, clean, _ = worlds[mask]
-    for cut in (False, True):
-        mine = run(toy, pixels, fed_of(clean), cut=cut)
-        assert torch.allclose(mine.logits, whole(toy, pixels, clean.fed, allowed(mask, cut)), atol=EXACT)
+    mine, names = run(toy, pixels, fed_of(clean), way=way, hide=hide), layout(mask, way)
+    expected = whole(toy, pixels, clean.fed, names, allowed(mask, way, hide))
+    assert torch.allclose(mine.logits, expected, atol=EXACT)
 
 
-def embed(toy, pixels, fed):
+def embed(toy, pixels, fed, names=LAYOUT):
     """The embeddings of the whole prompt with these latents, the ids, and the grids of the pictures."""
-    ids = torch.tensor([[VOCABULARY[name] for name in LAYOUT]] * len(pixels))
+    ids = torch.tensor([[VOCABULARY[name] for name in names]] * len(pixels))
     embeds, grid = toy.model.get_input_embeddings()(ids), torch.tensor([[1, GRID, GRID]] * len(pixels))
     embeds[ids == VOCABULARY["I"]] = torch.cat(list(toy.model.model.get_image_features(
         pixels.flatten(0, 1), grid, return_dict=True).pooler_output))
@@ -84,14 +90,45 @@ def embed(toy, pixels, fed):
 
 
 @torch.no_grad()
-def whole(toy, pixels, fed, see):
-    embeds, ids, grid = embed(toy, pixels, fed)
+def whole(toy, pixels, fed, names, see):
+    embeds, ids, grid = embed(toy, pixels, fed, names)
     places = toy.model.model.get_rope_index(ids, mm_token_type_ids=(ids == VOCABULARY["I"]).int(),
                                             image_grid_thw=grid)[0]
-    assert torch.equal(places, positions(len(pixels)))
+    assert torch.equal(places, positions(len(pixels), names))
     hidden = toy.model.model(inputs_embeds=embeds, attention_mask=additive(see), position_ids=places,
                              use_cache=False).last_hidden_state
-    return toy.model.lm_head(hidden[:, END])[:, :len(COLORS)]
+    return toy.model.lm_head(hidden[:, -1])[:, :len(COLORS)]
+
+
+# the answer alone, of each mask: what a row after the latents may see
+SEEN = {("open", "strict"): "bos vs z z Q cell end", ("open", "blind"): "bos Q cell start z z end",
+        ("question", ""): "bos vs Q cell start z z end", ("dead", "stem"): "cell", ("again", ""): "z z end",
+        ("consume", "strict"): "bos vs z z Q cell end", ("bypass", "strict"): "bos vs Q cell end"}
+
+
+@pytest.mark.parametrize("mask, way", SEEN)
+def test_the_last_row_sees_what_its_mask_says(mask, way):
+    row = allowed(mask, way)[-1].tolist()
+    assert " ".join(name for name, seen in zip(layout(mask, way), row) if seen) == SEEN[mask, way]
+
+
+@pytest.mark.parametrize("leak", ["I", "Q"])
+@torch.no_grad()
+def test_an_image_or_a_question_row_left_visible_is_no_strict(worlds, leak, monkeypatch):
+    """Equal latents, unlike images: only a leak tells them apart."""
+    toy, pixels, other, clean, _ = worlds["open"]
+
+    def leaky(mask, way="", hide=()):
+        see, names = allowed(mask, way, hide), layout(mask, way)
+        see[names.index("start") + 3:, names.index(leak)] |= way == "strict"
+        return see
+
+    def change():
+        return largest(run(toy, pixels, way="strict"), run(toy, other, slots=clean.slots, way="strict"))
+
+    assert change() == 0
+    monkeypatch.setattr(known_truth, "allowed", leaky)
+    assert change() > NON_ZERO
 
 
 def test_pictures_are_flat_and_laid_out_as_the_image_processor_does(tiny_checkpoint):
@@ -118,9 +155,9 @@ def test_the_class_is_the_librarys_own_and_the_surroundings_are_left_as_they_wer
     with reproducible(0):
         toy = make_toy("open")
     assert type(toy.model.model) is Qwen2_5_VLModel and next(toy.model.parameters()).dtype == torch.float32
-    with pytest.raises(ValueError, match="expected one of open bypass in slot"):
+    with pytest.raises(ValueError, match="expected one of open bypass in slot question consume again dead"):
         make_toy("closed")
-    with pytest.raises(ValueError, match="nor hide the latents in a part of the rows"):
+    with pytest.raises(ValueError, match="nor hide the"):
         run_interventions(toy, draw_items(2, torch.Generator()),
                           [Intervention(), Intervention(hide=("latents",))])
 
@@ -168,7 +205,7 @@ def at_end(toy, pixels, clean, other, donor, shift):
         embeds = embed(toy, pictures, vectors)[0]
         return embeds, toy.model.model(inputs_embeds=embeds[:, :END],
                                        attention_mask=additive(see[:END, :END]),
-                                       position_ids=positions(len(pictures), moved)[..., :END],
+                                       position_ids=positions(len(pictures), shift=moved)[..., :END],
                                        use_cache=True).past_key_values
 
     embeds, cache = read(pixels, clean.fed, 0)
@@ -206,15 +243,33 @@ def test_effects_are_of_items_that_emit_in_their_clean_run():
         after = {"emitted": then, "pred": "B" if emits else "A", "correct": not emits, "degenerate": False,
                  "changed": emits}
         records[item["id"]] = {"clean": clean, "tau": after}
-    found = summarize(items, records, {"tau": "fed"}, Limits(0.05, 0.05, 2))
+    found = summarize(items, records, DECLARED, Limits(0.05, 0.05, 2))
     effect = found["conditions"]["tau"]["effect"]
     assert found["emission"]["k"] == 8 and (effect["n"], effect["b"], effect["c"]) == (8, 8, 0)
     assert effect["delta"] == -1 and effect["delta_all"] == pytest.approx(-8 / 12) and effect[
         "emitted_int"] == 0.5
     swapped = {name: {"clean": {**its["clean"], "emitted": its["tau"]["emitted"]}, "tau": its["tau"]}
                for name, its in records.items()}
-    wrong = summarize(items, swapped, {"tau": "fed"}, Limits(0.05, 0.05, 2))["conditions"]["tau"]["effect"]
+    wrong = summarize(items, swapped, DECLARED, Limits(0.05, 0.05, 2))["conditions"]["tau"]["effect"]
     assert (wrong["n"], wrong["delta"]) == (8, -0.5)
+
+
+def test_an_undone_swap_and_a_blind_readout_would_be_called_equivalent(monkeypatch):
+    """Without the record of a new imagination, and without the positive control, both are false nulls."""
+    assert check_verdicts() == {"found": known_truth.VERDICTS, "ok": True}
+
+    def forgetful(items, records, *rest):
+        return summarize(items, {name: {condition: record | {"again": False}
+                                        for condition, record in by.items()}
+                                 for name, by in records.items()}, *rest)
+
+    monkeypatch.setattr(known_truth, "summarize", forgetful)
+    monkeypatch.setattr(effects, "sensitivity_of", lambda control: dict.fromkeys(effects.READOUTS, {
+        "moves": True, "reason": None}))
+    found = check_verdicts()
+    assert not found["ok"]
+    assert found["found"] == {"dead": {"r2": "effect", "r0": "equivalent"},
+                              "again": {"r2": "equivalent", "r0": "equivalent"}}
 
 
 # ---- trained toys
@@ -223,7 +278,7 @@ def check(found, names):
     assert list(found["toys"]) == list(names)
     for name, toy in found["toys"].items():
         assert toy["ok"], (name, toy["wrong"], toy["found"])
-    assert found["masks"]["ok"] and found["ok"]
+    assert found["masks"]["ok"] and found["verdicts"]["ok"] and found["ok"]
 
 
 def test_the_quick_toys_are_judged_as_they_were_built(capsys):

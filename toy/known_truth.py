@@ -11,9 +11,14 @@ No weights can use a path that the mask forbids: for random weights some differe
 trained ones every verdict is known beforehand:
 
     open     causal attention: image and latents both reach the answer
-    bypass   `end` cannot see the latents: they are irrelevant at every site
+    bypass   nothing after the latents sees them: they carry the image, and no answer uses it
     in       only `start` sees the image, and only `start` sees itself: only the fed vectors carry the image
     slot     as `in`, but the latent positions read the image too: they are needed, fed vectors need not be
+    question only `Q cell` see the image: hiding it after the latents changes nothing, `strict` everything
+    consume  nothing but the image sees itself: the latents carry nothing, and an oracle's are used
+    again    a second `start z z end` follows, and the answer sees its latents alone: edits of the first are
+             undone
+    dead     the fixed stem, read in place of `end`, sees nothing: R0 is blind, the free reply is not
 """
 import argparse
 import json
@@ -28,21 +33,23 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from utils.cli import cli, log
 from utils.decode import layer_inputs
+from utils.intervene.effects import Declared, Limits, summarize
 from utils.intervene.latent_case import Calibration, Case
 from utils.intervene.latent_conditions import find_condition
 from utils.intervene.mediation import mediate
-from utils.latent_families import PRESETS, Generation, Intervention, Segment
+from utils.latent_families import PRESETS, Generation, Intervention, Segment, pool_features
+from utils.option_scores import describe_scores
 from utils.stats import paired_interval, robust_mean, verdict
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "yellow": (230, 220, 40),
           "purple": (140, 40, 170), "cyan": (40, 200, 220), "black": (15, 15, 15), "white": (240, 240, 240)}
 LAYOUT = ("bos", "vs", "I", "I", "I", "I", "ve", "Q", "cell", "start", "z", "z", "end")
 VOCABULARY = {name: i for i, name in enumerate((*COLORS, *dict.fromkeys(LAYOUT)))}  # the answers come first
-MASKS = ("open", "bypass", "in", "slot")
-IMAGE = [i for i, name in enumerate(LAYOUT) if name in ("I", "ve")]  # `ve` has read the image
+MASKS = ("open", "bypass", "in", "slot", "question", "consume", "again", "dead")
+PROMPT, BLIND = LAYOUT[:10], ("bos", "Q", "cell", "start")  # with the image and without
+STEM = "cell"  # the token at which R0 is read; `end` is the free reply's
 LATENTS = [i for i, name in enumerate(LAYOUT) if name == "z"]
-START, END = LAYOUT.index("start"), LAYOUT.index("end")
-N_PROMPT, N_LATENTS = START + 1, len(LATENTS)
+N_LATENTS = len(LATENTS)
 PATCH, GRID = 14, 4  # pixels per side of a patch, patches per side of the picture: 2 x 2 tokens after merging
 SHADE = 0.03  # standard deviation of each item's own shade, as a share of the full range
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,11 +63,19 @@ MARGIN = 0.05  # of accuracy; of the answer's negative log-likelihood in nats
 NON_ZERO = 0.01  # of a logit: allowed differences are larger in these models (the smallest measured is 0.07)
 REMOVALS = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")  # remove the content of fed vectors
 CONDITIONS = (*REMOVALS, "swap_random", "slot_swap_random", "cut_latent")
-ZEROS = {  # columns of `compare` that are exactly 0 under each mask; all others exceed NON_ZERO
-    "open": {"replay", "own_slots"},
-    "bypass": {"replay", "own_slots", "tau", "fed_swap", "slot_swap", "cut_latent"},
-    "in": {"replay", "own_slots", "images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor"},
-    "slot": {"replay", "own_slots", "slot_swap_donor"}}
+ALWAYS = ("replay", "own_slots", "strict_same_slots")
+UNREAD = ("tau", "fed_swap", "slot_swap", "cut_latent", "strict", "strict_fed", "oracle", "oracle_other")
+CONSTANT = ("latents", "tau", "fed_swap", "slot_swap", "cut_image_after", "strict", "strict_fed")
+# columns of `compare` that are exactly 0 under each mask; all others exceed NON_ZERO
+ZEROS = {mask: {*ALWAYS, *names} for mask, names in {
+    "open": (), "bypass": UNREAD,
+    "in": ("images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor", "cut_image_after"),
+    "slot": ("slot_swap_donor", "cut_image_after"), "question": CONSTANT,
+    "consume": (*CONSTANT, "TE", "images_under_tau", "fed_swap_donor", "other_image", "slot_swap_donor",
+                "R0"),
+    "again": (*UNREAD, "R0", "R0_cut_both"), "dead": ("R0", "R0_cut_both")}.items()}
+VERDICTS = {"dead": {"r2": "effect", "r0": "readout insensitive"},
+            "again": {"r2": "undone", "r0": "readout insensitive"}}
 QUICK = ("in", "bypass", "slot_random")
 STEPS = {True: 80, False: 250}  # of training, quick and full
 N_ITEMS = {True: 256, False: 512}
@@ -77,7 +92,8 @@ class Plan:
 
 
 NEEDED = {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}
-UNUSED = {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0}
+UNUSED = {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0,
+          "decoded": 1}  # the latents carry the colour all the same
 TOYS = {
     "in": Plan("in", NEEDED),
     "bypass": Plan("bypass", UNUSED),
@@ -160,15 +176,41 @@ def answers(n: int) -> torch.Tensor:
     return torch.arange(n) % len(COLORS)
 
 
-def allowed(mask: str, cut: bool = False) -> torch.Tensor:
-    """Return which column each row may see, [L, L] bool; `cut`: `end` sees no latents."""
-    see = torch.ones(len(LAYOUT), len(LAYOUT)).tril().bool()
+def layout(mask: str, way: str = "") -> tuple[str, ...]:
+    """Return the tokens of a run: of the free reply (way ""), of the fixed stem ("stem"), with the question
+    once more after the latents ("strict"), or without the image ("blind")."""
+    question = ("Q", "cell") if way == "strict" else ()
+    end = (STEM,) if way == "stem" else ("end", "start", "z", "z", "end") if mask == "again" else ("end",)
+    return (*(BLIND if way == "blind" else PROMPT), "z", "z", *question, *end)
+
+
+def allowed(mask: str, way: str = "", hide: tuple[str, ...] = ()) -> torch.Tensor:
+    """Return which column each row may see, [L, L] bool; `hide`, as in `Intervention`: what the rows after
+    the latents may not."""
+    names = layout(mask, way)
+    see, start = torch.ones(len(names), len(names)).tril().bool(), names.index("start")
+    question, latents = [start - 2, start - 1], [start + 1, start + 2]
+    later = range(start + 3, len(names))
+    image = [i for i, name in enumerate(names) if name in ("I", "ve")]  # `ve` has read the image
+    without = {"in": [*question, *latents, *later], "slot": [*question, *later],
+               "question": [start, *latents, *later], "consume": [*question, start, *latents, *later]}
+    for row in without.get(mask, ()):
+        see[row, image] = False
     if mask in ("in", "slot"):
-        see[START + 1:, START] = False
-        for row in (LAYOUT.index("Q"), LAYOUT.index("cell"), END, *(LATENTS if mask == "in" else ())):
-            see[row, IMAGE] = False
-    if mask == "bypass" or cut:
-        see[END, LATENTS] = False
+        see[start + 1:, start] = False
+    for row in (start, *latents) if mask == "question" else ():
+        see[row, question] = False
+    for row in later:
+        if mask in ("bypass", "again") or "latents" in hide:
+            see[row, latents] = False
+        if "images" in hide:
+            see[row, [i for i in image if names[i] == "I"]] = False
+        if way == "strict":
+            see[row, image[0]:start + 1] = False
+    if mask == "again":
+        see[-1, :-3] = False
+    if mask == "dead" and way == "stem":
+        see[-1, :-1] = False
     return see
 
 
@@ -178,10 +220,12 @@ def additive(see: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"full_attention": mask[None, None]}
 
 
-def positions(n: int, shift: int = 0) -> torch.Tensor:
+def positions(n: int, names: tuple[str, ...] = LAYOUT, shift: int = 0) -> torch.Tensor:
     """Return M-RoPE positions [3, n, L]: the picture's tokens share one time and differ in row and column."""
-    image, side = LAYOUT.index("I"), GRID // 2
-    before, grid, after = torch.arange(image), torch.arange(side), torch.arange(len(LAYOUT) - image - side**2)
+    if "I" not in names:
+        return shift + torch.arange(len(names)).expand(3, n, -1)
+    image, side = names.index("I"), GRID // 2
+    before, grid, after = torch.arange(image), torch.arange(side), torch.arange(len(names) - image - side**2)
     time, row = torch.zeros(side**2, dtype=torch.long), grid.repeat_interleave(side)
     axes = [torch.cat([before, image + axis, image + side + after])
             for axis in (time, row, grid.repeat(side))]
@@ -189,22 +233,25 @@ def positions(n: int, shift: int = 0) -> torch.Tensor:
 
 
 def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-        slots: torch.Tensor | None = None, cut: bool = False, shift: int = 0) -> Run:
-    """Read the pictures up to `start`, then two latent steps and `end`, one at a time over the cache. feed(z
-    [B, hidden], step) acts at site `fed`, slots [B, K, layers, hidden] at `slot`, `cut` at `edge`; `shift`
-    moves all positions. Equal inputs give equal bits."""
-    n, model, see, places = len(pixels), toy.model, allowed(toy.mask, cut), positions(len(pixels), shift)
-    ids = torch.tensor([VOCABULARY[name] for name in LAYOUT])
-    out = model.model(input_ids=ids[:N_PROMPT].expand(n, -1), pixel_values=pixels.flatten(0, 1),
-                      image_grid_thw=torch.tensor([[1, GRID, GRID]]).expand(n, -1), use_cache=True,
-                      attention_mask=additive(see[:N_PROMPT, :N_PROMPT]), position_ids=places[..., :N_PROMPT])
+        slots: torch.Tensor | None = None, hide: tuple[str, ...] = (), way: str = "", shift: int = 0) -> Run:
+    """Read the pictures up to `start`, then all other tokens of the `layout`, one at a time over the cache.
+    feed(z [B, hidden], step) acts at site `fed`, slots [B, K, layers, hidden] at `slot`, both on the first
+    segment, `hide` at `edge`; `shift` moves all positions. Equal inputs give equal bits."""
+    n, model, names = len(pixels), toy.model, layout(toy.mask, way)
+    see, places, n_prompt = allowed(toy.mask, way, hide), positions(n, names, shift), names.index("start") + 1
+    ids, embed = torch.tensor([VOCABULARY[name] for name in names]), model.get_input_embeddings()
+    images = {} if way == "blind" else {"pixel_values": pixels.flatten(0, 1),
+                                        "image_grid_thw": torch.tensor([[1, GRID, GRID]]).expand(n, -1)}
+    out = model.model(input_ids=ids[:n_prompt].expand(n, -1), use_cache=True, **images,
+                      attention_mask=additive(see[:n_prompt, :n_prompt]), position_ids=places[..., :n_prompt])
     latents, fed, read = [], [], []
-    for step, place in enumerate((*LATENTS, END)):
-        if place == END:
-            vector, put, seen = model.get_input_embeddings()(ids[END]).expand(n, -1), {}, None
-        else:
-            latents.append(out.last_hidden_state[:, -1] + toy.shared)
-            vector = feed(latents[-1], step) if feed else latents[-1]
+    for place in range(n_prompt, len(names)):
+        step, put, seen = place - n_prompt, {}, None
+        vector = (out.last_hidden_state[:, -1] + toy.shared if names[place] == "z"
+                  else embed(ids[place]).expand(n, -1))
+        if step < N_LATENTS:
+            latents.append(vector)
+            vector = feed(vector, step) if feed else vector
             fed.append(vector)
             put, seen = {} if slots is None else {i: slots[i, step] for i in range(n)}, []
         with layer_inputs(model, put, seen):
@@ -219,10 +266,9 @@ def run(toy: Toy, pixels: torch.Tensor, feed: Callable[[torch.Tensor, int], torc
 
 @torch.no_grad()
 def run_interventions(toy: Toy, pixels: torch.Tensor, interventions: list[Intervention]) -> Run:
-    """Return the run with one intervention per row; all hide the latents, or none does."""
-    cut = {each.hide == ("latents",) for each in interventions}
-    if len(cut) != 1 or any(each.hide not in ((), ("latents",)) or each.choose or each.spec
-                            for each in interventions):
+    """Return the run with one intervention per row, all with the same `hide`."""
+    hide = {each.hide for each in interventions}
+    if len(hide) != 1 or any(each.choose or each.spec for each in interventions):
         raise ValueError("expected interventions that neither choose ids, change the family, nor hide the "
                          "latents in a part of the rows")
     slots = None
@@ -234,7 +280,7 @@ def run_interventions(toy: Toy, pixels: torch.Tensor, interventions: list[Interv
         return torch.stack([each.feed(row, 0, step) if each.feed else row
                             for each, row in zip(interventions, z)])
 
-    return run(toy, pixels, feed, slots, cut.pop())
+    return run(toy, pixels, feed, slots, hide.pop())
 
 
 def randomised(z: torch.Tensor, step: int) -> torch.Tensor:
@@ -272,10 +318,21 @@ def fed_of(source: Run) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return lambda z, step: source.fed[:, step]
 
 
+def oracle_of(toy: Toy, helper: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Return what feeds the pooled features of these pictures."""
+    grid = torch.tensor([[1, GRID, GRID]] * len(helper))
+    features = toy.model.model.get_image_features(helper.flatten(0, 1), grid, return_dict=True).pooler_output
+    pooled = torch.stack([pool_features(feature, N_LATENTS) for feature in features])
+    return lambda z, step: pooled[:, step]
+
+
 @torch.no_grad()
 def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """Return the largest |difference of a logit| between pairs of runs of x and x'."""
+    """Return the largest |difference of a logit| between pairs of runs of x and x' ("latents": of one of
+    their numbers)."""
     clean, donor = run(toy, pixels), run(toy, other)
+    helped, helped_other = (run(toy, pixels, oracle_of(toy, helper)) for helper in (pixels, other))
+    stem = run(toy, pixels, way="stem")
     fixed = draw_items(len(pixels), torch.Generator().manual_seed(0))[:1].expand_as(pixels)
     tau = fed_of(run(toy, fixed))  # the latents of one picture for all
 
@@ -287,8 +344,18 @@ def compare(toy: Toy, pixels: torch.Tensor, other: torch.Tensor) -> dict[str, fl
              "fed_swap": (swapped, clean), "fed_swap_donor": (swapped, donor),
              "other_image": (run(toy, other, fed_of(clean)), clean),  # Y(x', Z(x)) against Y(x, Z(x))
              "slot_swap": (swapped_slots, clean), "slot_swap_donor": (swapped_slots, donor),
-             "cut_latent": (run(toy, pixels, cut=True), clean)}
-    return {name: float((a.logits - b.logits).abs().max()) for name, (a, b) in pairs.items()}
+             "cut_latent": (run(toy, pixels, hide=("latents",)), clean),
+             "cut_image_after": (run(toy, pixels, hide=("images",)), clean),
+             "strict": (run(toy, pixels, way="strict"), run(toy, other, way="strict")),
+             "strict_same_slots": (run(toy, pixels, way="strict"),
+                                   run(toy, other, slots=clean.slots, way="strict")),
+             "strict_fed": (run(toy, pixels, fed_of(clean), way="blind"),
+                            run(toy, pixels, fed_of(donor), way="blind")),
+             "oracle": (helped, clean), "oracle_other": (helped, helped_other),
+             "R0": (stem, run(toy, other, way="stem")),
+             "R0_cut_both": (run(toy, pixels, hide=("latents", "images"), way="stem"), stem)}
+    return {name: float((a.logits - b.logits).abs().max()) for name, (a, b) in pairs.items()} | {
+        "latents": float((clean.latents - donor.latents).abs().max())}
 
 
 def check_masks(seed: int = 0) -> dict:
@@ -301,6 +368,35 @@ def check_masks(seed: int = 0) -> dict:
     wrong = [f"{mask} {name} {value:.3g}" for mask, cells in columns.items() for name, value in cells.items()
              if not (value == 0 if name in ZEROS[mask] else value > NON_ZERO)]
     return {"columns": columns, "wrong": wrong, "ok": not wrong}
+
+
+def check_verdicts(n: int = 64) -> dict:
+    """Return {mask: {readout: verdict}} of a swap under the masks of VERDICTS, and those that are wrong. The
+    weights are random: the right answer is what the clean run gives."""
+    found, letters = {}, "ABCDEFGH"
+    with reproducible(1), torch.no_grad():
+        for mask in VERDICTS:
+            toy, pixels = make_toy(mask), draw_items(n, torch.Generator().manual_seed(1))
+            swap, blank = fed_of(run(toy, pixels.roll(1, 0))), torch.zeros_like(pixels)
+            worlds = {"clean": (pixels,), "blank": (blank,), "swap_random": (pixels, swap)}
+            logits = {name: [run(toy, *world, way=way).logits.log_softmax(-1) for way in ("", "stem")]
+                      for name, world in worlds.items()}
+            items = [{"id": str(i), "answer": {"type": "letter", "value": letters[row.argmax()]}}
+                     for i, row in enumerate(logits["clean"][0])]
+            records = {item["id"]: {} for item in items}
+            for name, (reply, stem) in logits.items():
+                for item, said, scores in zip(items, reply, stem):
+                    gold, pred = item["answer"]["value"], letters[said.argmax()]
+                    records[item["id"]][name] = {
+                        "emitted": True, "pred": pred, "correct": pred == gold, "degenerate": False,
+                        "again": mask == "again" and name == "swap_random",
+                        "r0": describe_scores(dict(zip(letters, scores.tolist())), gold)}
+            declared = {"blank": Declared("none", "positive control"),
+                        "swap_random": Declared("fed", "do(Z)")}
+            effects = summarize(items, records, declared, Limits(MARGIN, MARGIN, 8))["conditions"]
+            found[mask] = {name: effects["swap_random"][part]["verdict"]
+                           for name, part in (("r2", "effect"), ("r0", "r0"))}
+    return {"found": found, "ok": found == VERDICTS}
 
 
 # ---- trained toys
@@ -320,7 +416,8 @@ def measure(toy: Toy, n: int) -> dict:
     # eight colours in turn: never the same
     other, gold, donor_gold = shades.roll(3, 0), answers(n), answers(n).roll(3)
     with torch.no_grad():
-        known = Calibration.from_runs(run(toy, calibration).rows())
+        before = run(toy, calibration)
+        known = Calibration.from_runs(before.rows())
         clean, donor = run(toy, pixels), run(toy, other)
     runs = {name: run_interventions(toy, pixels, make_interventions(name, clean, donor, known))
             for name in CONDITIONS}
@@ -338,9 +435,12 @@ def measure(toy: Toy, n: int) -> dict:
         mediation[site] = {part: parts[part] for part in ("TE", "NIE", "NIE0", "proportion_mediated")}
         found[f"pm_{site}"] = parts["proportion_mediated"]["value"]
     at_fed = {verdicts[name] for name in (*REMOVALS, "swap_random")}
-    nll, before = (F.cross_entropy(each.logits, gold, reduction="none") for each in (runs["tau_mean"], clean))
-    bounds = [robust_mean((nll - before).tolist(), range(n), level) for level in (0.90, 0.95)]
-    found |= {"fed": at_fed.pop() if len(at_fed) == 1 else "mixed", "slot": verdicts["slot_swap_random"],
+    nll = [F.cross_entropy(each.logits, gold, reduction="none") for each in (runs["tau_mean"], clean)]
+    bounds = [robust_mean((nll[0] - nll[1]).tolist(), range(n), level) for level in (0.90, 0.95)]
+    means = torch.stack([before.fed[gold == color].flatten(1).mean(0) for color in range(len(COLORS))])
+    nearest = torch.cdist(clean.fed.flatten(1), means).argmin(1)
+    found |= {"decoded": float((nearest == gold).double().mean()),
+              "fed": at_fed.pop() if len(at_fed) == 1 else "mixed", "slot": verdicts["slot_swap_random"],
               "edge": verdicts["cut_latent"], "nll": verdict(bounds[0][1:], bounds[1][1:], MARGIN)}
 
     def share(each: Run, answer: torch.Tensor) -> float:
@@ -375,6 +475,8 @@ def check_toys(full: bool = False) -> dict:
     began, toys = time.monotonic(), {}
     masks = check_masks()
     log(f"masks: {'as expected' if masks['ok'] else 'WRONG: ' + ', '.join(masks['wrong'])}")
+    verdicts = check_verdicts()
+    log(f"verdicts: {'as expected' if verdicts['ok'] else 'WRONG'} | {verdicts['found']}")
     for name in TOYS if full else QUICK:
         toy, expected = train_toy(name, STEPS[not full]), TOYS[name].expected
         result = measure(toy, N_ITEMS[not full])
@@ -383,7 +485,8 @@ def check_toys(full: bool = False) -> dict:
         log(f"{name}: {'WRONG: ' + ', '.join(wrong) if wrong else 'as expected'} | "
             f"clean {100 * result['columns']['clean']:.1f} % | "
             + " | ".join(f"{key} {value}" for key, value in result["found"].items()))
-    return {"masks": masks, "toys": toys, "ok": masks["ok"] and all(toy["ok"] for toy in toys.values()),
+    ok = masks["ok"] and verdicts["ok"] and all(toy["ok"] for toy in toys.values())
+    return {"masks": masks, "verdicts": verdicts, "toys": toys, "ok": ok,
             "seconds": round(time.monotonic() - began, 1)}
 
 
