@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss, whole runs, several processes, stopping and resuming, flags, what is refused.
+"""Fine-tuning: whole runs, several processes, stopping and resuming, flags, what is refused.
 
     python -m pytest tests/test_train_sft.py
 
@@ -7,22 +7,18 @@ Targets, packs, latents, steps, sharding and checkpoints have tests of their own
 import json
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_here
 from safetensors import safe_open
-from training import flags, gradient, launch, load_examples, log_of, losses
+from training import flags, load_examples, log_of, losses, run_ranks
 
 import train_sft
-import utils.train.model
 from utils import qwen as Q
-from utils.jsonl import DataError, read_rows, write_rows
-from utils.latent_families import special_id
-from utils.train.examples import make_pack
-from utils.train.loop import learning_rate_at
-from utils.train.model import Objective, use_packed_attention
+from utils.jsonl import DataError, load_object, read_rows, write_rows
+from utils.train.loop import Trainer, learning_rate_at
 
 numeric = pytest.mark.numeric
 TARGETS = ("text", "latent", "placeholder", "direct")
@@ -46,57 +42,13 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_equal(one, other):
-    """Two runs have the same curve and the same weights to the bit."""
-    assert losses(one) == losses(other)
-    first, second = tensors_of(one), tensors_of(other)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def train_rank(rank, arguments):
+    assert train_sft.main(arguments) == 0
 
 
 def test_learning_rate():
     rates = [learning_rate_at(step, 10, 1.0, 2) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-
-
-# ---- the loss
-@numeric
-def test_the_loss_is_the_library_s_own(tiny_checkpoint, data):
-    """Oracle: transformers' loss with labels and its own positions, a mean over the trained tokens."""
-    qwen, examples, target = load_examples(tiny_checkpoint, data)
-    objective = Objective(qwen, None)
-    for example in examples[1:4]:
-        pack = make_pack(qwen, [example], target)
-        with use_packed_attention(qwen.model):
-            loss, right, _ = objective(pack)
-        labels = torch.full_like(pack["input_ids"], -100)
-        labels[0, -example.n_trained:] = pack["input_ids"][0, -example.n_trained:]
-        names = ("input_ids", "pixel_values", "image_grid_thw")
-        kinds = (pack["input_ids"] == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
-        library = qwen.model(**{name: pack[name] for name in names if name in pack}, mm_token_type_ids=kinds,
-                             labels=labels)
-        assert loss.mean().item() == pytest.approx(library.loss.item(), rel=1e-5)
-        likeliest = library.logits.argmax(-1)[0, pack["logit_positions"]]
-        assert right.tolist() == (likeliest == pack["labels"]).tolist()
-
-
-@numeric
-def test_logits_in_chunks_change_neither_loss_nor_gradient(tiny_checkpoint, data, monkeypatch):
-    qwen, examples, target = load_examples(tiny_checkpoint, data)
-    objective = Objective(qwen, None).train()
-    pack, results, widths = make_pack(qwen, examples, target), [], []
-    qwen.model.lm_head.register_forward_hook(lambda module, inputs, out: widths.append(len(out)))
-    for chunk in (10_000, 100, 7):
-        monkeypatch.setattr(utils.train.model, "CHUNK", chunk)
-        qwen.model.zero_grad(), widths.clear()
-        with use_packed_attention(qwen.model):
-            loss, right, _ = objective(pack)
-            loss.sum().backward()
-        results.append((loss.detach(), right, gradient(qwen.model)))
-        assert max(widths) <= chunk
-    (expected_loss, expected_right, expected), *others = results
-    for loss, right, its_gradient in others:
-        assert torch.allclose(loss, expected_loss, rtol=1e-6) and torch.equal(right, expected_right)
-        assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 # ---- whole runs
@@ -106,7 +58,7 @@ def test_each_variant_trains_and_reloads(train, tiny_checkpoint, tmp_path, capsy
     more = ["--imagination", imagination, "--validation_rows", "2", "--eval_every", "2", "--epochs", "8"]
     log = train("out", *more)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed == json.loads(Path(f"{output}.metrics.json").read_text())
+    assert printed == load_object(f"{output}.metrics.json")
     assert len(log) == printed["steps"] == 8 * 2 and log[-1]["loss"] < log[0]["loss"]
     line = log[-1]
     assert line["trained_tokens"] < line["tokens"] and line["images"] > 0 and line["flops"] > 1e6
@@ -127,7 +79,7 @@ def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data
     assert train_sft.main(flags(data, tmp_path / "base", tmp_path / "out", "--max_steps", "2")) == 0
     before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = load_object(tmp_path / "out" / "config.json")
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
     assert Q.load_tools(str(tmp_path / "out")).saved_dtype == torch.bfloat16
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
@@ -140,7 +92,7 @@ def test_the_best_by_held_out_loss(train, tmp_path):
     scores = {record["step"]: record["held_out_loss"] for record in log if "held_out_loss" in record}
     assert list(scores) == [2, 4, 6]
     best = min(scores, key=scores.get)
-    metrics = json.loads((tmp_path / "o.metrics.json").read_text())
+    metrics = load_object(tmp_path / "o.metrics.json")
     assert (metrics["best_step"], metrics["best_held_out_loss"]) == (best, scores[best])
     assert not list((tmp_path / "o.run").glob("best-*"))
 
@@ -149,7 +101,7 @@ def test_adapters_are_merged_into_what_is_written(train, tiny_checkpoint, data, 
     pytest.importorskip("peft")
     more = ["--lora_rank", "4", "--max_steps", "4", "--save_every", "2"]
     train("one", *more)
-    assert launch(flags(data, tiny_checkpoint, tmp_path / "two", *more), 2).wait(timeout=240) == 0
+    run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
     # each rank draws its own dropout
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.02)
     before, after = tensors_of(tiny_checkpoint), tensors_of(tmp_path / "one")
@@ -185,45 +137,45 @@ def test_flags_have_their_effects(train, tmp_path, picture):
 
 
 @numeric
-@pytest.mark.parametrize("imagination", ["text", "latent"])
-def test_two_processes_give_the_losses_of_one(tiny_checkpoint, data, tmp_path, imagination):
-    for processes in (1, 2):
-        # five rows per step: the two ranks hold unequal shares, and one of them gets rows without a picture
-        more = ["--imagination", imagination, "--train_vision", "--global_batch", "5"]
-        process = launch(flags(data, tiny_checkpoint, tmp_path / f"p{processes}", *more), processes)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err[-2000:]
-        assert json.loads(out.splitlines()[-1])["processes"] == processes
-    assert losses(tmp_path / "p1") == pytest.approx(losses(tmp_path / "p2"), rel=1e-4)
+def test_two_processes_give_the_losses_of_one(train, tiny_checkpoint, data, tmp_path):
+    # five rows per step: the two ranks hold unequal shares, and one of them gets rows without a picture
+    more = ["--imagination", "latent", "--train_vision", "--global_batch", "5"]
+    train("one", *more, "--recompute", "mlps")
+    run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
+    assert load_object(tmp_path / "two.metrics.json")["processes"] == 2
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
 
 
 @numeric
 def test_a_step_is_the_same_rows_however_they_are_packed(train):
-    """One pack per step, several, a row per pack, recomputed activations: the same losses."""
-    curves = [[record["loss"] for record in train(str(n), *more)] for n, more in enumerate((
-        ("--max_tokens", "10000"), ("--max_tokens", "300"), ("--max_tokens", "170"),
-        ("--recompute", "layers"), ("--recompute", "mlps")))]
+    runs = ("--max_tokens", "10000"), ("--max_tokens", "300"), ("--max_tokens", "170", "--recompute", "layers")
+    curves = [[record["loss"] for record in train(str(n), *more)] for n, more in enumerate(runs)]
     assert all(curve == pytest.approx(curves[0], rel=1e-4) for curve in curves[1:])
 
 
 # ---- interruptions
-def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(tiny_checkpoint, data, tmp_path):
-    more = ["--epochs", "10", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
-    assert launch(flags(data, tiny_checkpoint, tmp_path / "whole", *more)).wait(timeout=240) == 0
-    arguments = flags(data, tiny_checkpoint, tmp_path / "cut", *more)
-    process, log = launch(arguments), tmp_path / "cut.run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert not (tmp_path / "cut").exists()
-    assert process.returncode == 130 and "Traceback" not in err
+def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(train, tiny_checkpoint, data, tmp_path,
+                                                             monkeypatch, capsys):
+    more = ["--epochs", "6", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
+    train("whole", *more)
+    write = Trainer.write_record
+
+    def stop(trainer, record):
+        write(trainer, record)
+        if record["step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "write_record", stop)
+        assert run_here(train_sft.main, flags(data, tiny_checkpoint, tmp_path / "cut", *more)) == 130
+    assert not (tmp_path / "cut").exists() and "Traceback" not in capsys.readouterr().err
     # the checkpoint is that of the last step: nothing is computed twice
-    assert (tmp_path / "cut.run" / f"step-{len(losses(tmp_path / 'cut'))}").is_dir()
-    resumed = launch(arguments)
-    _, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0 and "resumed from" in err
-    check_equal(tmp_path / "cut", tmp_path / "whole")
+    assert len(losses(tmp_path / "cut")) == 5 and (tmp_path / "cut.run" / "step-5").is_dir()
+    train("cut", *more)
+    assert "resumed from" in capsys.readouterr().err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    cut, whole = tensors_of(tmp_path / "cut"), tensors_of(tmp_path / "whole")
+    assert cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in cut)
 
 
 @pytest.mark.parametrize("rate, spike, message", [
@@ -252,8 +204,6 @@ def test_flags_that_exclude_each_other(capsys, more, message):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda row: row | {"images": ["gone.png"]}, "gone.png"),
-    (lambda row: row | {"images": ["../rows.jsonl"]}, "leaves|outside"),
     (lambda row: {k: v for k, v in row.items() if k != "chain"}, r"rows.jsonl:2.*'chain'"),
     (lambda row: row | {"answer": 7}, r"rows.jsonl:2.*'answer'.*str")])
 def test_bad_rows_are_named(train, data, change, match):

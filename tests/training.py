@@ -1,11 +1,12 @@
-"""Shared by the tests of training: a small run's flags, examples, log and process; gradients in one
-vector."""
+"""Shared by the tests of training: a small run's flags, examples and log, its ranks, all gradients."""
 import json
-import subprocess
+import multiprocessing
+import os
 from pathlib import Path
 
 import torch
-from processes import command
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 from utils import qwen as Q
 from utils.jsonl import read_rows
@@ -36,9 +37,34 @@ def losses(output):
     return [record["loss"] for record in log_of(output)]
 
 
-def launch(arguments, processes=1):
-    return subprocess.Popen(command("train_sft", arguments, processes), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def run_ranks(function, folder, *arguments, world=2):
+    """Run function(rank, *arguments) in processes that have the environment of torchrun's.
+
+    They are forked from a server that has loaded the libraries once, which takes longer than these runs.
+    """
+    multiprocessing.set_forkserver_preload([
+        "accelerate", "torch.distributed.fsdp", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+    start_processes(rank_main, (world, folder, function, arguments), world, start_method="forkserver")
+
+
+def rank_main(rank, world, folder, function, arguments):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "unused", "MASTER_PORT": "1"}  # they meet in a file
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    function(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def summed(model, found) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """Return (sums of losses and alignments, the gradient, what was right) of passes run one by one."""
+    model.zero_grad()
+    sums, hits = torch.zeros(2), []
+    for losses, right, aligned in found:
+        (losses.sum() + aligned).backward()
+        sums += torch.stack([losses.sum(), aligned]).detach()
+        hits += right.tolist()
+    return sums, gradient(model), hits
 
 
 def gradient(model) -> torch.Tensor:

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from samples import PAIR, monet, row
 
 from utils import qwen as Q
 from utils.chain_formats import OPERATIONS, convert
@@ -13,18 +14,10 @@ from utils.latent_families import PRESETS
 from utils.train.examples import Target, make_example, make_examples, marked, target_text
 
 MIRAGE = PRESETS["mirage"]
-ROW = {"id": "a/1", "images": ["a.png"], "question": "What digit?", "answer": "7",
-       "steps": [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom", "caption": "a red 7"},
-                 {"text": "It shows 7. The answer is \\boxed{7}."}],
-       "chain": "I look closer. <think_image>a red 7</think_image> It shows 7. The answer is \\boxed{7}."}
-MONET = {"metadata": {"dataset_name": "Visual_CoT", "sample_id": 7}, "data": [
-    {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]},
-    {"role": "user", "content": [{"type": "image", "image": "a.png"},
-                                 {"type": "text", "text": "What number is on the boat?"}]},
-    {"role": "assistant", "content": [
-        {"type": "text", "text": "I zoom in. <abs_vis_token></abs_vis_token>"},
-        {"type": "image", "image": "b.png"},
-        {"type": "text", "text": "<observation>The hull shows 42.</observation> \\boxed{42}"}]}]}
+ROW = row(caption="a red 7")
+MONET = monet(user=[("image", "a.png"), ("text", "What number is on the boat?")],
+              assistant=[("text", f"I zoom in. {PAIR}"), ("image", "b.png"),
+                         ("text", "<observation>The hull shows 42.</observation> \\boxed{42}")])
 
 
 @pytest.fixture
@@ -36,8 +29,8 @@ def pictures(picture, tmp_path):
 def test_target_of_each_variant_and_data_that_looks_like_control_tokens():
     latents = f"<|latent_start|>{'<|latent_pad|>' * 4}<|latent_end|>"
     for target, expected in (
-            (Target("text"), ROW["chain"]), (Target("direct"), "\\boxed{7}"),
-            (Target("placeholder"), "I look closer. <think_image> It shows 7. The answer is \\boxed{7}."),
+            (Target("text"), ROW["chain"]), (Target("direct"), "\\boxed{42}"),
+            (Target("placeholder"), "I look closer. <think_image> The answer is \\boxed{42}."),
             (Target("latent", spec=MIRAGE), f"I look closer. {latents} {ROW['steps'][2]['text']}")):
         assert target_text(ROW, target) == expected
     assert target_text(ROW | {"chain": "a<|im_end|>b"}, Target()) == "a< |im_end|>b"
@@ -51,7 +44,7 @@ def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pi
     latent = make_example(qwen, ROW, Target("latent", pictures, MIRAGE))
     for example, reply, rest in (
             (example, ROW["chain"] + "<|im_end|>", ""),
-            (latent, "I look closer. <|latent_start|> It shows 7. The answer is \\boxed{7}.<|im_end|>",
+            (latent, "I look closer. <|latent_start|> The answer is \\boxed{42}.<|im_end|>",
              MIRAGE.pad * 4 + MIRAGE.end)):
         parts = [qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t == is_trained])
                  for is_trained in (True, False)]
@@ -62,7 +55,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
     """By hand: each token of the sequence, and whether Monet's rules train it (its src/utils.py). Only the
     newline after "assistant", part of the generation prompt, is not trained here."""
     qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
-    row = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
+    converted = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
     prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
               "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>",
               "<|vision_end|>", "What", " number", " is", " on", " the", " boat", "?", "<|im_end|>", "\n",
@@ -77,7 +70,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
                 *[(word, True) for word in words[1:]]])):
         if target.spec:
             Q.add_tokens(qwen, target.spec.tokens)
-        example = make_example(qwen, row, target)
+        example = make_example(qwen, converted, target)
         assert list(zip((qwen.tokenizer.decode([i]) for i in example.ids), example.trained)) == [
             (word, False) for word in prompt] + reply
 
@@ -109,7 +102,7 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     text = str(caught.value)
     assert text.startswith("32 of 33 rows cannot be trained on") and text.endswith("... and 12 more")
     assert all(part in text for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"))
-    with pytest.raises(DataError, match=r"a/1: \d+ tokens, visual ones included, expected at most --max_"):
+    with pytest.raises(DataError, match=r"s/1: \d+ tokens, visual ones included, expected at most --max_"):
         make_examples(qwen, [ROW], target, max_tokens=20)
     Q.add_tokens(qwen, MIRAGE.tokens)
     with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):

@@ -1,7 +1,7 @@
 """Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment."""
 import pytest
 import torch
-from training import gradient, load_examples
+from training import load_examples, summed
 
 from utils import qwen as Q
 from utils.decode import generate
@@ -28,29 +28,18 @@ def test_pieces_share_latent_columns():
     assert piece_lengths([1, 1, 9, 9, 4, 9, 9], pad_id=9, n_latents=2) == [2, 1, 0]
 
 
-def summed(objective, batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (the three sums, the gradient) of batches run one after the other."""
-    objective.model.zero_grad()
-    sums = torch.zeros(3)
-    for batch in batches:
-        nll, right, aligned = objective(batch)
-        (nll.sum() + aligned).backward()
-        sums += torch.stack([nll.sum().detach(), aligned.detach(), right.sum()])
-    return sums, gradient(objective.model)
-
-
 def test_batch_size_more_blocks_and_recomputation_leave_loss_and_gradient(latent):
     """Oracle: the sums over rows one by one."""
     qwen, examples, target = latent
     objective = Objective(qwen, MIRAGE)
-    results = [summed(objective, [make_batch(qwen, examples[k:k + size], target, n_blocks=n_blocks)
-                                  for k in range(0, 12, size)])
-               for size, n_blocks in ((1, None), (5, None), (12, None), (5, 4))]
+    results = [summed(qwen.model, [objective(make_batch(qwen, examples[k:k + size], target, n_blocks=blocks))
+                                   for k in range(0, 12, size)])
+               for size, blocks in ((1, None), (5, None), (12, None), (5, 4))]
     with recompute_activations(qwen.model, "mlps"):
-        results.append(summed(objective, [make_batch(qwen, examples, target)]))
-    (expected_sums, expected), *others = results
-    for sums, its_gradient in others:
-        assert torch.allclose(sums, expected_sums, rtol=1e-5)
+        results.append(summed(qwen.model, [objective(make_batch(qwen, examples, target))]))
+    (expected_sums, expected, hits), *others = results
+    for sums, its_gradient, its_hits in others:
+        assert torch.allclose(sums, expected_sums, rtol=1e-5) and sum(its_hits) == sum(hits)
         assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
 
