@@ -148,7 +148,8 @@ def test_two_processes_give_the_losses_of_one(train, tiny_checkpoint, data, tmp_
 
 @numeric
 def test_a_step_is_the_same_rows_however_they_are_packed(train):
-    runs = ("--max_tokens", "10000"), ("--max_tokens", "300"), ("--max_tokens", "170", "--recompute", "layers")
+    runs = (("--max_tokens", "10000"), ("--max_tokens", "300"),
+            ("--max_tokens", "170", "--recompute", "layers"))
     curves = [[record["loss"] for record in train(str(n), *more)] for n, more in enumerate(runs)]
     assert all(curve == pytest.approx(curves[0], rel=1e-4) for curve in curves[1:])
 
