@@ -18,12 +18,13 @@ Writes  --output, a folder: states/ (`utils.probe.states`), probes.jsonl (one li
         layers.png, spectra.png; with --probe_items answers.jsonl ({"id", "source", "donor", "condition",
         "gold", "pred", "rule", "correct", "text", "r0"}) and probing.png; metrics.json. Every PNG has a CSV
         with its numbers. <output>.meta.json
-Prints  a table on stderr; on stdout one JSON object: emission, mean similarities, accuracy by condition
+Prints  a table on stderr; on stdout one JSON object: emission, similarity, what a linear probe reads,
+        variance split, accuracy by condition
 
-Kinds of states: `utils.probe.states`; measures: `utils.probe.similarity` and `analysis`; ways to ask the
-probe questions: `utils.probe.questions`. --crossed A B asks the questions of B items about the images of A
-items and splits the variance of the imaginations between the two. --edits changes one thing of every image or
-question and measures how far the imagination moves (`utils.probe.input_edits`).
+Kinds of states: `utils.probe.states`; measures: `utils.probe.similarity`, `analysis` and `linear_probe`;
+ways to ask the probe questions: `utils.probe.questions`. --crossed A B asks the questions of B items about
+the images of A items and splits the variance of the imaginations between the two. --edits changes one thing
+of every image or question and measures how far the imagination moves (`utils.probe.input_edits`).
 """
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ One call per source writes --questions candidates. Each one that passes the rule
 by --answer_model, with --drop_blind also without it; wrong ones are dropped. <output>.run/verdicts.jsonl has
 every candidate with its reason.
 """
+SHOWN = ("spread", "retrieval", "retrieval_chance", "inter_raw")  # of similarity
 STORE_SETTINGS = ("model", "latent", "system", "suffix", "max_new_tokens", "max_pixels", "dtype")
 
 
@@ -159,24 +161,25 @@ def open_store(folder: str | Path, inputs: Inputs) -> States:
 
 def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespace) -> dict:
     """Measure and draw; return the part of metrics.json about it."""
-    from utils.probe.analysis import Analysis, curve_means
+    from utils.probe.analysis import Analysis, summarise
     from utils.probe.input_edits import measure_edits, split_crossed
-    from utils.stats import wilson
+    from utils.probe.similarity import LEVEL
+    from utils.stats import share_interval
     output = Path(args.output)
-    instances = [item for item in inputs.chosen if store.records[item["id"]]["emitted"]]
-    k, n = len(instances), len(inputs.chosen)
-    metrics = {"emission": {"k": k, "n": n, "ci": wilson(k, n)}}
+    emitted = [store.records[item["id"]]["emitted"] for item in inputs.chosen]
+    instances = [item for item, imagined in zip(inputs.chosen, emitted) if imagined]
+    interval_of_share = share_interval(emitted, list(map(group_of, inputs.chosen)), LEVEL)
+    metrics = {"emission": {"k": len(instances), "n": len(emitted), "ci": interval_of_share}}
     edit_rows, summary = measure_edits(store, inputs.edits, args.seed)
     if inputs.edits:
         metrics["edits"] = summary
-    if k >= 4:  # two in each half
+    if len(instances) >= 4:  # two in each half
         analysis = Analysis(store, instances, n_steps, args.seed)
         analysis.run()
         write_rows(output / "probes.jsonl", analysis.rows + edit_rows)
-        curves = analysis.curves()
-        write_json(output / "similarity.json", curves)
+        write_json(output / "similarity.json", analysis.curves())
         analysis.draw(output)
-        metrics["similarity"] = curve_means(curves)
+        metrics["similarity"], metrics["decoding"] = summarise(analysis.rows)
     if inputs.grid and store.find("imagination"):
         metrics["crossed"] = split_crossed(store, inputs.grid, args.seed)
     return metrics
@@ -305,7 +308,8 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
         qwen = fill_store(folder, inputs, spec, n_steps, args)
     store = open_store(folder, inputs)
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent,
-               "steps": n_steps, "level": LEVEL, "similarity": None, "probing": None}
+               "steps": n_steps, "level": LEVEL, "similarity": None, "decoding": None, "crossed": None,
+               "probing": None}
     if args.stage != "all" and path.is_file():  # the other stages of an earlier run
         metrics |= read_settings(output, path.name)
     if args.stage in ("all", "analyse"):
@@ -329,8 +333,17 @@ def show(metrics: dict) -> None:
     if "emission" in metrics:
         log("imagined something: {k} of {n} items".format(**metrics["emission"]))
     for kind, means in (metrics["similarity"] or {}).items():
-        log(f"{kind:<12}" + "  ".join(f"{name} {'-' if mean is None else f'{mean:+.3f}'}"
-                                      for name, mean in means.items()))
+        log(f"{kind:<12}" + "  ".join(f"{name} {'-' if means.get(name) is None else f'{means[name]:.3g}'}"
+                                      for name in SHOWN))
+    for kind, found in (metrics["decoding"] or {}).items():
+        log(f"{kind:<12}right answer by a linear probe {percent(found['accuracy'])} %, from the question "
+            f"alone {percent(found['question_only'])} %, shuffled {percent(found['shuffled'])} %, "
+            f"p {found['p']:.3f}")
+    split = (metrics["crossed"] or {}).get("all_steps")
+    if split and split["image"] is not None:
+        log("variance of imaginations: " + ", ".join(
+            f"{name}s {percent(split[name])} % (chance {percent(split[f'{name}_chance'])} %, p "
+            f"{split[f'{name}_p']:.3f})" for name in ("image", "question")))
     for name, entry in metrics.get("edits", {}).items():
         if name == "selectivity":
             log("selectivity of masks: " + ", ".join(f"{kind} {show_ratio(ratio)}"

@@ -18,11 +18,12 @@ from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
 from utils.probe.figures import draw_heatmaps
-from utils.probe.questions import Prober, derange, list_conditions, rotations, score
+from utils.probe.questions import Prober, derange, held_out_means, list_conditions, rotations, score
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States, find_steps
 from utils.qwen import add_tokens, encode, load, save
 from utils.rows import CLOSE
+from utils.stats import mcnemar_exact, wilson
 
 pytestmark = pytest.mark.numeric
 
@@ -102,9 +103,9 @@ def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
     assert found["imagination"]["adjacent_raw"] > 0.9  # all steps of an item are the same code
     assert len(NAMES) == 4 and found["imagination"]["inter_raw"] < 0.5
     assert {"imagination", "text", "image", "start", "dummy_pad"} <= set(found)
-    split = metrics["crossed"]["steps"][0]
-    assert split["image"] > 0.9
-    assert split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
+    for split in (metrics["crossed"]["steps"][0], metrics["crossed"]["all_steps"]):
+        assert split["image"] > 0.9
+        assert split["image"] + split["question"] + split["interaction"] == pytest.approx(1)
     rows = read_rows(folder / "out" / "probes.jsonl", {"kind": str, "measure": str})
     assert {row["layer"] for row in rows if row["kind"] == "inner"} == {0, 1}
     first = [row for row in rows if (row["kind"], row["measure"]) == ("imagination", "spectrum")][0]
@@ -306,7 +307,7 @@ def test_five_benchmarks_are_compared_by_one_command(tmp_path):
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
     pairs = {row["pairs"] for row in rows if row["measure"] == "inter"}
     assert {"within", "between", "difference", "all"} <= pairs
-    assert {"decode_task", "sensitivity"} <= {row["measure"] for row in rows}
+    assert {"spread", "sensitivity"} <= {row["measure"] for row in rows}
 
 
 def test_a_dry_run_shows_a_prompt_and_counts_decodings(tiny_checkpoint, data, tmp_path, capsys):
@@ -376,6 +377,42 @@ def test_scores_count_what_could_not_be_asked_as_wrong_and_compare_in_pairs():
     difference = found["own_minus_other"]
     assert (difference["delta"], difference["b"], difference["c"]) == (0.5, 1, 5)
     assert difference["r0_nats"]["delta"] == pytest.approx((5 - 1) * 1.5 / 7)
+
+
+def test_intervals_and_p_let_the_questions_about_one_image_vary_together():
+    """40 images with 10 questions each, right or wrong as a whole: 40 facts, not 400."""
+    rng, n_images, rows = np.random.default_rng(0), 40, []
+    ids = [f"{image}/{k}" for image in range(n_images) for k in range(10)]
+    probes = [{"id": id_, "options": [["A", "x"], ["B", "y"]], "answer": {"value": "A"}} for id_ in ids]
+    rights = {"own": (rng.random(n_images) < 0.6).tolist(), "other": (rng.random(n_images) < 0.4).tolist()}
+    for name, right in rights.items():
+        for id_ in ids:
+            letter = "A" if right[int(id_.split("/")[0])] else "B"
+            rows.append({"id": id_, "condition": name, "gold": "A", "pred": letter, "correct": letter == "A",
+                         "r0": {"pred": letter, "nll": 1.0}})
+    found = score(rows, probes, {id_: id_.split("/")[0] for id_ in ids})
+    assert (found["n"], found["images"]) == (400, n_images)
+    for name, right in rights.items():
+        low, high = wilson(sum(right), n_images)
+        entry = found["conditions"][name]
+        for ci in (entry["ci"], entry["r0"]["ci"]):
+            assert ci[0] < low + 1e-9 and high - 1e-9 < ci[1]
+    pairs, difference = list(zip(*rights.values())), found["own_minus_other"]
+    b, c = pairs.count((False, True)), pairs.count((True, False))
+    assert (difference["b"], difference["c"]) == (10 * b, 10 * c)
+    assert difference["p"] == pytest.approx(mcnemar_exact(b, c), abs=0.02)
+
+
+def test_the_mean_given_to_a_question_is_of_other_images():
+    """Latents that are codes of their image: a mean without the own image has nothing of its code."""
+    groups = [f"g{n // 2}" for n in range(12)]
+    codes = [np.eye(6)[[n // 2] * (3 - n % 2)] for n in range(12)]
+    means = held_out_means(codes, groups, 0)
+    assert all(means[group].shape == (3, 6) for group in groups)
+    assert all((means[group][:, int(group[1])] == 0).all() for group in groups)
+    assert all(mean.sum(1) == pytest.approx(1) and (mean[0] > 0).sum() == 3 for mean in means.values())
+    assert {mean.tobytes() for mean in held_out_means(codes, groups, 1).values()} != {
+        mean.tobytes() for mean in means.values()}
 
 
 def test_heat_maps_order_instances_by_task(tmp_path):

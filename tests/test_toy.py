@@ -11,6 +11,7 @@ import pytest
 
 from rewrite_captions import caption_calls, parse_args
 from toy import lessons, make_world
+from toy.report import alike_rows
 from toy.world import (CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text,
                        zoom_in)
 from utils.chain_formats import convert
@@ -125,6 +126,19 @@ def test_every_command_of_the_run_is_understood(tmp_path):
     for words in scripts:
         importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
     assert len(scripts) == 14 and commands[-1][:2] == ["-m", "toy.report"]
+
+
+def test_the_table_of_imaginations_has_what_a_run_measured():
+    part = {"similarity": {"imagination": {"inter_raw": 0.5, "spread": 1e-8, "retrieval": 0.02}},
+            "crossed": {"all_steps": {"image": 0.1, "image_chance": 0.09, "question": 0.2,
+                                      "question_chance": 0.09}},
+            "decoding": {"imagination": {"accuracy": 0.9, "shuffled": 0.3, "question_only": 0.4, "p": 0.001}}}
+    rows = dict((row[0], row[1:]) for row in alike_rows({"text": part, "latent": part}))
+    assert rows["variance over items / squared mean"] == ["1e-08"] * 2
+    assert rows["variance due to the image, % (by chance)"] == ["10.0 (9.0)"] * 2
+    assert rows["p of the linear probe"] == ["0.001"] * 2
+    bare = {"similarity": part["similarity"], "crossed": None, "decoding": {}}
+    assert len(rows) == 9 and len(alike_rows({"text": part, "latent": bare})) == 3
 
 
 @pytest.mark.slow

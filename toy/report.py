@@ -29,6 +29,8 @@ SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "
          "text": ("sham", "irrelevant", "removal", "foreign", "directed", "image_off")}
 SOURCES = {"image": "the image", "text_only": "the question alone", "own": "the imagination alone",
            "other": "another image's imagination"}  # what questions of probe.py are answered from
+ALIKE = {"inter_raw": "mean raw cosine of two items", "spread": "variance over items / squared mean",
+         "retrieval": "share of items found again one step later", "retrieval_chance": "the same by chance"}
 
 
 def filter_quality(work: Path) -> dict:
@@ -104,7 +106,7 @@ def data_blocks(result: dict) -> list[Block]:
 
 
 def probing_lines(probing: dict) -> list[str]:
-    """Return the table of what imaginations reveal without the image, and their mean cosines."""
+    """Return the tables of what imaginations reveal without the image, and of what tells them apart."""
     rows = []
     for name, words in SOURCES.items():
         cells = []
@@ -115,12 +117,29 @@ def probing_lines(probing: dict) -> list[str]:
         rows.append([words, *cells])
     header = ["questions about the same region, answered from", "text: reply, %", "R0, %", "latent: reply, %",
               "R0, %"]
-    alike = []
-    for form in ("raw", "centred"):
-        cosines = {kind: part["similarity"]["imagination"][f"inter_{form}"] for kind, part in probing.items()}
-        alike.append(f"{form} " + ", ".join(f"{kind}: {cosine:.2f}" for kind, cosine in cosines.items()))
     return [*table_lines(header, rows), "",
-            fill(f"Mean cosine between the imaginations of two items: {'; '.join(alike)}.", 110)]
+            *table_lines(["imaginations", "text", "latent"], alike_rows(probing))]
+
+
+def alike_rows(probing: dict) -> list[list[str]]:
+    """Return what tells the imaginations of items apart, text and latent; what a run lacks is left out."""
+    both = [probing["text"], probing["latent"]]
+    found = [part["similarity"]["imagination"] for part in both]
+    rows = [[words, *(f"{means[name]:.3g}" for means in found)] for name, words in ALIKE.items()
+            if all(means.get(name) is not None for means in found)]
+    splits = [(part.get("crossed") or {}).get("all_steps") for part in both]
+    if all(split and split["image"] is not None for split in splits):
+        rows += [[f"variance due to the {name}, % (by chance)",
+                  *(f"{percent(split[name])} ({percent(split[f'{name}_chance'])})" for split in splits)]
+                 for name in ("image", "question")]
+    read = [(part.get("decoding") or {}).get("imagination") for part in both]
+    if all(read):
+        rows += [[f"{words}, %", *(percent(entry[name]) for entry in read)]
+                 for name, words in (("accuracy", "right answer by a linear probe"),
+                                     ("shuffled", "the same on shuffled answers"),
+                                     ("question_only", "right answer from the question alone"))]
+        rows.append(["p of the linear probe", *(f"{entry['p']:.3f}" for entry in read)])
+    return rows
 
 
 def full_tables(result: dict) -> str:

@@ -25,6 +25,7 @@ stage() {
 world=$work/world
 train="python train_sft.py --image_root $world --global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1"
 lessons="$train --train_vision --warmup_steps 20 --learning_rate 3e-3"
+probed="--options text --probe_items $world/probe.jsonl --crossed 10 10"
 asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50 --dtype float32"
 changed="--conditions full --options text --rows 400"
 calls="--image_root $world --backend local --model $work/base --batch_size 50 --max_new_tokens 120 --no_guard"
@@ -62,9 +63,8 @@ stage intervene_text "$work/intervene_text.jsonl" \
 stage intervene_latent "$work/intervene_latent.jsonl" \
   python intervene.py --model "$work/latent" $asked $changed --latent mirage --output "$work/intervene_latent.jsonl"
 stage probe_text "$work/probe_text/metrics.json" \
-  python probe.py --model "$work/text" $asked --options text --probe_items "$world/probe.jsonl" --output "$work/probe_text"
+  python probe.py --model "$work/text" $asked $probed --output "$work/probe_text"
 stage probe_latent "$work/probe_latent/metrics.json" \
-  python probe.py --model "$work/latent" $asked --latent mirage --options text --probe_items "$world/probe.jsonl" \
-  --output "$work/probe_latent"
+  python probe.py --model "$work/latent" $asked $probed --latent mirage --output "$work/probe_latent"
 
 python -m toy.report --work "$work" --seconds "$SECONDS"

@@ -1,10 +1,11 @@
-"""Spectrum, CKA, retrieval and the linear probe on states whose content is known."""
+"""Spectrum, CKA, retrieval and the summary on states whose content is known."""
 import numpy as np
 import pytest
 
-from utils.probe.analysis import adjust, cka, grouped_folds, linear_probe, retrieval, ridge_scores, spectrum
-
-N, D = 96, 200
+from utils.probe.analysis import Analysis, adjust, cka, retrieval, spectrum, summarise
+from utils.probe.input_edits import variance_split
+from utils.probe.similarity import FORMS
+from utils.probe.states import States, StateWriter
 
 
 def test_the_spectrum_of_equal_directions_counts_them():
@@ -52,42 +53,57 @@ def test_adjusting_maps_the_cosine_of_ordinary_tokens_to_zero():
         adjust(row, 1.0)
 
 
-def test_separable_states_are_read_and_shuffled_labels_are_not():
-    rng, labels = np.random.default_rng(0), np.arange(N) % 4
-    states = np.eye(4)[labels] @ rng.normal(size=(4, D)) * 3 + rng.normal(size=(N, D)) + 50
-    found = linear_probe(states, labels, range(N))
-    assert found["accuracy"] == 1 and found["majority"] == 0.25 and found["classes"] == 4
-    assert found["shuffled"] == pytest.approx(0.25, abs=0.05) and found["p"] == pytest.approx(1 / 21)
-    found = linear_probe(rng.normal(size=(N, D)), labels, range(N))  # random states
-    assert abs(found["above_shuffled"]) < 0.12 and found["low"] < 0.25 < found["high"] and found["p"] > 0.02
+def analysed(folder, latents, golds=None):
+    """The analysis of planted latents [n, steps, d]."""
+    n, steps, _ = latents.shape
+    items = [{"id": str(i), "question": "Where?", "options": [],
+              "answer": {"type": "values", "value": [str(golds[i] if golds is not None else i)]}}
+             for i in range(n)]
+    with StateWriter(folder) as writer:
+        for item, own in zip(items, latents):
+            writer.add(item["id"], {"latent": own}, emitted=True, segments=[steps], imagination=None)
+    analysis = Analysis(States(folder), items, steps, 0)
+    analysis.run()
+    return analysis
 
 
-def test_states_that_only_identify_the_group_do_not_give_the_label():
-    """Each group has a code and a random label: a probe is perfect with folds by instance, not by group."""
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(24), 4)
-    labels = rng.permutation(np.arange(24) % 2)[groups]
-    states = rng.normal(size=(24, D))[groups] + 0.01 * rng.normal(size=(N, D))
-    assert linear_probe(states, labels, range(N))["accuracy"] > 0.95
-    by_group = linear_probe(states, labels, groups)
-    assert by_group["accuracy"] < 0.75 and abs(by_group["above_shuffled"]) < 0.3
+def test_the_summary_tells_constant_latents_from_independent_ones_and_no_corrected_cosine_does(tmp_path):
+    rng, (n, steps, d) = np.random.default_rng(0), (60, 3, 64)
+    noise, codes = rng.normal(size=(n, steps, d)), rng.normal(size=(n, 1, d))
+    states = {"constant": rng.normal(size=(1, steps, d)) + 1e-4 * noise, "own": codes + 0.1 * noise}
+    found, split = {}, {}
+    for name, latents in states.items():
+        analysis = analysed(tmp_path / name, latents)
+        similarity, decoding = summarise(analysis.rows)
+        found[name] = similarity["imagination"]
+        assert decoding == {}  # every item has an answer of its own
+        curves = analysis.curves()["imagination"]
+        assert all(abs(point["mean"]) < 0.1 for form in FORMS[1:] for point in curves[f"inter_{form}"])
+        assert not {f"inter_{form}" for form in FORMS[1:]} & set(found[name])
+        image = latents[:12, :1] if name == "own" else latents[:1, :1]  # the same image asked five questions
+        split[name] = variance_split(image + 1e-4 * rng.normal(size=(12, 5, d)), 199)
+    assert found["constant"]["spread"] < 1e-6 and found["own"]["spread"] > 10
+    assert found["constant"]["retrieval"] < 0.1 and found["own"]["retrieval"] == 1
+    assert found["constant"]["retrieval_chance"] == found["own"]["retrieval_chance"] == 1 / n
+    assert split["own"]["image"] > 0.9 and split["own"]["image_p"] == 0.005
+    assert abs(split["constant"]["image"] - 11 / 59) < 0.03 and split["constant"]["image_p"] > 0.05
 
 
-def test_folds_hold_whole_groups_and_have_one_size():
-    groups = [f"g{n % 17}" for n in range(120)]
-    folds = grouped_folds(groups, 5, 3)
-    assert len(set(zip(groups, folds.tolist()))) == 17
-    assert np.ptp(np.bincount(folds, minlength=5)) <= 8 and len(set(folds.tolist())) == 5
-    with pytest.raises(ValueError, match="3 groups for 5 folds"):
-        grouped_folds([1, 2, 3], 5)
-    with pytest.raises(ValueError, match="1 kinds"):
-        linear_probe(np.ones((6, 2)), [1] * 6, range(6))
+def test_cka_of_nearly_constant_states_keeps_its_digits():
+    x, y = np.random.default_rng(11).normal(size=(2, 30, 8))
+    assert cka(1e3 + 1e-4 * x, 1e3 + 1e-4 * y) == pytest.approx(cka(x, y), abs=1e-6)
 
 
-def test_the_kernel_form_equals_ridge_regression():
-    rng = np.random.default_rng(1)
-    train, test, y = rng.normal(size=(30, 5)), rng.normal(size=(7, 5)), rng.normal(size=(30, 2))
-    x = train - train.mean(0)
-    weight = 0.1 * (x**2).sum() / 30
-    w = np.linalg.solve(x.T @ x + weight * np.eye(5), x.T @ (y - y.mean(0)))
-    assert np.allclose(ridge_scores(train, y, test, 0.1), (test - train.mean(0)) @ w + y.mean(0))
+def test_the_summary_of_the_linear_probe_is_corrected_for_the_number_of_steps(tmp_path):
+    """Of three steps the second holds the answer: found, but at three times its own p."""
+    rng, golds = np.random.default_rng(12), np.arange(60) % 3
+    latents = rng.normal(size=(60, 3, 32))
+    latents[:, 1] += 3 * rng.normal(size=(3, 32))[golds]
+    analysis = analysed(tmp_path, latents, golds)
+    rows = [row for row in analysis.rows if row["measure"] == "decode"]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["accuracy"] > 0.95
+    assert rows[1]["value"] == rows[1]["accuracy"] - rows[1]["shuffled"] and rows[1]["p"] == 0.001
+    assert min(rows[0]["p"], rows[2]["p"]) > 0.01
+    found = summarise(analysis.rows)[1]["imagination"]
+    assert found["p"] == pytest.approx(0.003) and found["n"] == 60
+    assert found["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in rows]))

@@ -1,25 +1,18 @@
 """All measures of a store of states: similarity, and what cosines do not show. numpy only.
 
-Spectrum, CKA and retrieval work on [n, n] products, so that d may be large. The linear probe is kernel ridge
-classification with grouped folds and shuffled labels as a control: with one image in training and test it
-would recognise the image instead of the label.
+Spectrum, CKA and retrieval work on [n, n] products, so that d may be large.
 """
-from collections import Counter
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from utils.items import gold_words, group_of
 from utils.probe.figures import draw_curves, draw_heatmaps, draw_layers, draw_spectra
-from utils.probe.similarity import LEVEL, Cell, CellSimilarity, correct, draw_halves, unit
+from utils.probe.linear_probe import FOLDS, LinearProbe, choose_testable, target_of
+from utils.probe.similarity import Cell, CellSimilarity, correct, draw_halves, unit
 from utils.probe.states import STORED, States
-from utils.stats import cluster_bootstrap
+from utils.stats import holm
 
 SHARES = (0.90, 0.95, 0.99)  # of the variance
-RIDGE = 1e-2  # of the mean variance of a training state along its own kernel: enough for n below d
-N_SHUFFLES = 20
-FOLDS = 5
 MOST_ALIKE = 0.99  # ordinary tokens with a higher mean cosine leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper
 
@@ -47,7 +40,9 @@ def cka(x: np.ndarray, y: np.ndarray, debiased: bool = True) -> float:
     """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same instances. The
     debiased form (Song et al. 2012, HSIC_1; n >= 4) has expectation 0 for independent sets, the biased one
     0.97 at n = 100, d = 3584."""
-    k, l = (states @ states.T for states in (x.astype(np.float64), y.astype(np.float64)))
+    # about the mean, which changes neither form: the products of nearly constant states lose their digits
+    offsets = (states - states.mean(0, dtype=np.float64) for states in (x, y))
+    k, l = (own @ own.T for own in offsets)
     hsic = hsic_debiased if debiased else hsic_biased
     return float(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
 
@@ -76,70 +71,6 @@ def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
             "mrr_chance": float(harmonic[n] / n)}
 
 
-# ---- linear probe
-def grouped_folds(groups: Sequence[Hashable], n_folds: int, seed: int = 0) -> np.ndarray:
-    """Return the fold [n] of every instance: whole groups, folds of about the same size."""
-    names, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
-    if len(names) < n_folds or n_folds < 2:
-        raise ValueError(f"{len(names)} groups for {n_folds} folds; expected a group for each, two or more")
-    sizes = np.bincount(members)
-    order = np.random.default_rng(seed).permutation(len(names))
-    order = order[np.argsort(-sizes[order], kind="stable")]  # the largest first, each to the emptiest fold
-    fold_of, filled = np.zeros(len(names), dtype=int), np.zeros(n_folds)
-    for group in order:
-        fold_of[group] = np.argmin(filled)
-        filled[fold_of[group]] += sizes[group]
-    return fold_of[members]
-
-
-def ridge_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray,
-                 ridge: float = RIDGE) -> np.ndarray:
-    """Return scores [m, ...] of `test` [m, d] from a ridge fit of `targets` [n, ...] on `train` [n, d]."""
-    mean, mean_target = train.mean(0, dtype=np.float64), targets.mean(0)
-    train_offsets, test_offsets = ((x - mean).astype(train.dtype) for x in (train, test))
-    kernel = (train_offsets @ train_offsets.T).astype(np.float64)
-    weight = ridge * max(float(np.trace(kernel)) / len(train), 1e-30)
-    flat = (targets - mean_target).reshape(len(targets), -1)
-    solved = np.linalg.solve(kernel + weight * np.eye(len(train)), flat)
-    scores = (test_offsets @ train_offsets.T).astype(np.float64) @ solved
-    return scores.reshape(len(test), *targets.shape[1:]) + mean_target
-
-
-def linear_probe(states: np.ndarray, labels: Sequence[Hashable], groups: Sequence[Hashable],
-                 n_folds: int = FOLDS, seed: int = 0) -> dict:
-    """Return how well `labels` [n] can be read from states [n, d], by folds over `groups`. "low", "high":
-    groups resampled; "majority": share of the commonest label; "shuffled": mean accuracy with permuted
-    labels, "p" that of `accuracy` against them."""
-    names, own = np.unique(np.asarray([repr(label) for label in labels]), return_inverse=True)
-    if len(names) < 2 or not len(states) == len(own) == len(groups):
-        raise ValueError(f"{len(states)} states, {len(own)} labels of {len(names)} kinds, {len(groups)} "
-                         "groups; expected as many of each, and two kinds")
-    folds, rng = grouped_folds(groups, n_folds, seed), np.random.default_rng(seed)
-    # [n, 1 + N_SHUFFLES]
-    columns = np.stack([own, *(shuffle_labels(own, groups, rng) for _ in range(N_SHUFFLES))], axis=1)
-    right = np.zeros(columns.shape, dtype=bool)
-    for fold in range(n_folds):
-        held = folds == fold
-        # [m, 1 + N_SHUFFLES, classes]
-        scores = ridge_scores(states[~held], np.eye(len(names))[columns[~held]], states[held])
-        right[held] = scores.argmax(-1) == columns[held]
-    accuracy, shuffled = right[:, 0].mean(), right[:, 1:].mean(0)
-    low, high = cluster_bootstrap(right[:, 0], list(groups), LEVEL, 2000, seed)
-    return {"accuracy": float(accuracy), "low": low, "high": high,
-            "majority": float(np.bincount(own).max() / len(own)), "shuffled": float(shuffled.mean()),
-            "above_shuffled": float(accuracy - shuffled.mean()),
-            "p": float((1 + (shuffled >= accuracy).sum()) / (1 + N_SHUFFLES)), "n": len(own),
-            "classes": len(names)}
-
-
-def shuffle_labels(labels: np.ndarray, groups: Sequence[Hashable], rng: np.random.Generator) -> np.ndarray:
-    """Permute labels between instances, or between groups that each have one label."""
-    _, members = np.unique(np.asarray([repr(group) for group in groups]), return_inverse=True)
-    first = np.zeros(members.max() + 1, dtype=int)
-    first[members[::-1]] = labels[::-1]
-    return rng.permutation(first)[members] if (first[members] == labels).all() else rng.permutation(labels)
-
-
 # ---- all cells of a store
 def adjust(row: dict, c0: float) -> dict:
     """Return a raw row as "adjusted" for anisotropy by c0."""
@@ -157,9 +88,8 @@ class Analysis:
         self.keys = [item["id"] for item in items]
         field = "benchmark" if len({item.get("benchmark") for item in items}) > 1 else "category"
         self.tasks = np.array([str(item.get(field) or "all") for item in items])
-        self.halves, self.groups = draw_halves(len(items), seed), list(map(group_of, items))
-        self.labels = {"decode": [gold_words(item) or item["id"] for item in items],
-                       "decode_task": self.tasks.tolist()}
+        self.halves, self.targets = draw_halves(len(items), seed), [target_of(item) for item in items]
+        self.probes: dict[bytes, tuple[list[int], LinearProbe | None]] = {}  # by the instances of a cell
         images = [store.load(key, "image") for key in self.keys]
         self.image = {i: image.mean(0) for i, image in enumerate(images) if image is not None}
         shapes = [r["tensors"]["inner"] for r in store.records.values() if "inner" in r["tensors"]]
@@ -197,19 +127,26 @@ class Analysis:
     def measure_cell(self, place: dict, cell: Cell) -> None:
         """Add the spectrum of a cell, what a linear probe reads from it, and its CKA with the images."""
         self.rows.append({**place, "measure": "spectrum", **spectrum(cell.states)})
-        for measure, all_labels in self.labels.items():
-            labels = [all_labels[i] for i in cell.instances]
-            counts = Counter(labels)
-            common = [n for n, label in enumerate(labels) if counts[label] >= FOLDS]
-            groups = [self.groups[cell.instances[n]] for n in common]
-            if len({labels[n] for n in common}) >= 2 and len(set(groups)) >= 2 * FOLDS:
-                result = linear_probe(cell.states[common], [labels[n] for n in common], groups,
-                                      seed=self.seed)
-                self.rows.append({**place, "measure": measure, "value": result["above_shuffled"], **result})
+        testable, probe = self.probe_of(cell)
+        if probe is not None:
+            result = probe.measure(cell.states[testable])
+            self.rows.append({**place, "measure": "decode", "value": result["above_shuffled"], **result})
         shown = [n for n, i in enumerate(cell.instances) if i in self.image]
         if place["kind"] != "image" and len(shown) >= 4:
             images = np.stack([self.image[cell.instances[n]] for n in shown])
             self.add_cka(place, "cka_image", cell.states[shown], images)
+
+    def probe_of(self, cell: Cell) -> tuple[list[int], LinearProbe | None]:
+        """Return the places of a cell's instances that can be probed, and their probe if they are enough.
+        Cells of the same instances share it: the shuffles take longer than what is read from one cell."""
+        key = cell.instances.tobytes()
+        if key not in self.probes:
+            targets = [self.targets[i] for i in cell.instances]
+            testable = choose_testable(targets)
+            chosen = [targets[n] for n in testable]
+            enough = len(chosen) >= 2 * FOLDS and len({target.gold for target in chosen}) > 1
+            self.probes[key] = testable, LinearProbe(chosen, seed=self.seed) if enough else None
+        return self.probes[key]
 
     def compare_cells(self, place: dict, before: Cell, cell: Cell) -> None:
         """Add CKA and retrieval between a step and the one before."""
@@ -264,7 +201,33 @@ def final_cosines(rows: list[dict]) -> list[dict]:
             and row["measure"] in ("inter", "adjacent", "first")]
 
 
-def curve_means(curves: dict) -> dict:
-    """Return {kind: {measure_form: mean over the steps}}."""
-    return {kind: {name: float(np.mean([point["mean"] for point in curve])) for name, curve in named.items()}
-            for kind, named in curves.items()}
+def summarise(rows: list[dict]) -> tuple[dict, dict]:
+    """Return what tells the states of instances apart, and what a linear probe reads from them: {kind:
+    {measure: mean over the steps}} of final states.
+
+    Mean cosines between instances are raw or adjusted only: those of corrected states are near 0 by
+    construction, whatever the states. The p of the linear probe is the least over the steps after Holm.
+    """
+    similarity: dict[str, dict] = {}
+    decoding: dict[str, dict] = {}
+    final = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all"]
+    for kind in dict.fromkeys(row["kind"] for row in final):
+        of = {name: [row for row in final if (row["kind"], row["measure"]) == (kind, name)]
+              for name in ("spread", "retrieval_adjacent", "decode")}
+        similarity[kind] = {
+            "spread": mean_of(of["spread"], "value"), "retrieval": mean_of(of["retrieval_adjacent"], "top1"),
+            "retrieval_chance": mean_of(of["retrieval_adjacent"], "top1_chance")}
+        cosines = [row for row in final_cosines(final) if row["kind"] == kind
+                   and (row["measure"] != "inter" or row["form"] in ("raw", "adjusted"))]
+        for name in dict.fromkeys((row["measure"], row["form"]) for row in cosines):
+            same = [row for row in cosines if (row["measure"], row["form"]) == name]
+            similarity[kind]["_".join(name)] = mean_of(same, "value")
+        if of["decode"]:
+            decoding[kind] = {name: mean_of(of["decode"], name)
+                              for name in ("n", "accuracy", "question_only", "shuffled")}
+            decoding[kind]["p"] = min(holm([row["p"] for row in of["decode"]]))
+    return similarity, decoding
+
+
+def mean_of(rows: list[dict], name: str) -> float | None:
+    return float(np.mean([row[name] for row in rows])) if rows else None

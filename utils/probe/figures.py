@@ -62,8 +62,8 @@ def draw_heatmaps(matrices: dict[tuple[str, str, int], tuple[np.ndarray, np.ndar
 def draw_curves(rows: list[dict], path: Path) -> None:
     """Draw the cosines of final states by step (the paper's Fig. 2b, right; Fig. 4 for text), by form and
     measure."""
-    titles = {"inter": "between instances, same step", "adjacent": "one instance, step t - 1 to t",
-              "first": "one instance, step 1 to t"}
+    titles = {"inter": "between instances, same step\n(corrected: near 0 by construction)",
+              "adjacent": "one instance, step t - 1 to t", "first": "one instance, step 1 to t"}
     forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
     figure, axes = new_figure(12.5, 2.7 * len(forms) + 0.8, len(forms), 3, sharey=True)
     for form, panel in zip(forms, axes):
@@ -115,10 +115,11 @@ def draw_probing(probing: dict, path: Path) -> None:
 
 
 def draw_layers(rows: list[dict], path: Path) -> None:
-    """Draw layers against steps at the latents: raw and centred cosine, accuracy of a linear probe."""
+    """Draw layers against steps at the latents: raw cosine, retrieval of an instance, linear probe."""
     rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all"
-            and row["measure"] in ("inter", "decode")]
-    panels = [("raw cosine", "inter", "raw"), ("centred cosine", "inter", "centred"),
+            and row["measure"] in ("inter", "retrieval_adjacent", "decode")]
+    panels = [("raw cosine", "inter", "raw"),
+              ("found by the step before", "retrieval_adjacent", "centred"),
               ("answer read, above shuffled", "decode", "raw")]
     panels = [panel for panel in panels if any((row["measure"], row["form"]) == panel[1:] for row in rows)]
     n_layers, n_steps = (1 + max(row[name] for row in rows) for name in ("layer", "step"))

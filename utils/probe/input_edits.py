@@ -196,18 +196,23 @@ def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list
 
 
 def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
-    """Return for each step the variance split over the images that always imagined something, and how far
-    swaps of images and of questions move the imagination relative to the first text state."""
+    """Return the variance split over the images that always imagined something, of each step and of all steps
+    together, and how far swaps of images and of questions move the imagination relative to the first text
+    state."""
     name = store.find("imagination")
     whole = [row for row in grid
              if all({name, "text"} <= set(store.records[item["id"]]["tensors"]) for item in row)]
-    result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": []}
+    result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": [],
+              "all_steps": None}
     if len(whole) < 2 or len(grid[0]) < 2:
         return result
     states = [[store.load(item["id"], name) for item in row] for row in whole]
     text = np.array([[store.load(item["id"], "text")[0] for item in row] for row in whole])
-    for step in range(min(len(x) for row in states for x in row)):
-        at = np.array([[x[step] for x in row] for row in states])
+    n_steps = min(len(x) for row in states for x in row)
+    every = np.array([[x[:n_steps] for x in row] for row in states])
+    result["all_steps"] = variance_split(every.reshape(*every.shape[:2], -1), seed=seed)
+    for step in range(n_steps):
+        at = every[:, :, step]
         entry = {"step": step + 1, **variance_split(at, seed=seed)}
         for kind, axis in (("image", 0), ("question", 1)):
             moved, reference = (np.linalg.norm(x - np.roll(x, 1, axis), axis=2).mean(1) for x in (at, text))
@@ -219,18 +224,18 @@ def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
 def variance_split(states: np.ndarray, n_perm: int = 1000, seed: int = 0) -> dict:
     """Split the variance of states [images, questions, d] into images, questions and their interaction; the
     shares sum to 1. "image_chance" is (A - 1) / (AB - 1); "image_p" permutes images within every question,
-    "question_p" questions within every image."""
+    "question_p" questions within every image. Shares and p are None where nothing varies."""
     n_images, n_questions, d = states.shape
     flat = states.reshape(-1, d) - states.reshape(-1, d).mean(0, dtype=np.float64)
     gram, places = flat @ flat.T, np.arange(len(flat)).reshape(n_images, n_questions)
     total, size = float(np.trace(gram)), len(flat)
-    if total <= 1e-24 * float((states.astype(np.float64) ** 2).sum()):
-        raise ValueError("variance_split: the states do not vary; expected shares of some variance")
 
     def between_rows(index: np.ndarray) -> float:
         return float(gram[index[:, :, None], index[:, None, :]].sum() / index.shape[1])
 
     rng, result = np.random.default_rng(seed), {"images": n_images, "questions": n_questions}
+    if total <= 1e-24 * float((states.astype(np.float64) ** 2).sum()):
+        return result | dict.fromkeys(("image", "image_p", "question", "question_p", "interaction"))
     for name, index in (("image", places), ("question", places.T)):
         own = between_rows(index)
         k = sum(between_rows(rng.permuted(index, axis=0)) >= own * (1 - 1e-12) for _ in range(n_perm))

@@ -3,8 +3,9 @@
     tokens_only: a prompt without the image; the imagination begins the reply
       image      the image alone                      image_own   the image and the imagination
       text_only  neither                              own         the imagination of the source
-      other      that of an item with another image   mean        the mean latent of every step
-      random     noise with the lengths of the source's own latents
+      other      that of an item with another image   mean        the mean latent of every step, over the
+      random     noise with the lengths of the                    other half of the images
+                 source's own latents
 
     cut: the source's own prompt is read and decoded up to the imagination; then the image and every later
     token except the imagination are hidden, and the question follows as a new turn
@@ -29,12 +30,13 @@ from utils.decode import State, decode, prefill, prefill_blocks, truncate_cache
 from utils.items import blind_turn, group_of, open_images, prompt_of
 from utils.jsonl import DataError
 from utils.latent_families import Generation, LatentSpec, clean_text, last_latent, latent_ids
+from utils.means import robust_mean, sign_flip
 from utils.option_scores import describe_scores, score_options
-from utils.probe.similarity import LEVEL
+from utils.probe.similarity import LEVEL, draw_halves
 from utils.probe.states import States, batched, find_steps, latent_steps
 from utils.qwen import Qwen, encode
 from utils.rows import CLOSE, OPEN, conclusion
-from utils.stats import chance, mcnemar_exact, paired_interval, robust_mean, wilson
+from utils.stats import chance, paired_interval, share_interval
 
 TOKENS_ONLY = ("image", "image_own", "text_only", "own", "other")
 LATENT_ONLY = ("mean", "random")
@@ -70,6 +72,18 @@ def derange(probes: list[dict], groups: dict[str, str], seed: int) -> dict[str, 
     return {probe["id"]: donor["source"] for probe, donor in zip(order, order[shift:] + order[:shift])}
 
 
+def held_out_means(latents: list[np.ndarray], groups: list[str], seed: int) -> dict[str, np.ndarray]:
+    """Return for every group (of two or more) the mean latents [k, hidden] of the other half of the groups: a
+    mean over its own would tell some of them. `latents`: [k of the source, hidden]."""
+    names, means = sorted(set(groups)), []
+    half_of = dict(zip(names, draw_halves(len(names), seed)))
+    for half in (0, 1):
+        fitted = [own for own, group in zip(latents, groups) if half_of[group] != half]
+        means.append(np.stack([np.mean([own[step] for own in fitted if len(own) > step], axis=0)
+                               for step in range(max(map(len, fitted)))]))
+    return {name: means[half] for name, half in half_of.items()}
+
+
 def beginning(spec: LatentSpec | None, imagination: str | None, n_latents: int) -> str:
     """Return the text of a reply that begins with an imagination, with pads where latents go."""
     if spec is None:
@@ -95,7 +109,7 @@ class Prober:
                  args: argparse.Namespace):
         self.qwen, self.spec, self.items, self.store, self.args = qwen, spec, items, store, args
         self.groups = {name: group_of(item) for name, item in items.items()}
-        self.mean: np.ndarray | None = None
+        self.means: dict[str, np.ndarray] = {}  # by group
         if spec is not None:
             self.check_size()
 
@@ -119,7 +133,9 @@ class Prober:
         """Ask every question in every way; return the rows of answers.jsonl."""
         donors, rows = derange(probes, self.groups, self.args.seed), []
         if "mean" in names:
-            self.fit_mean(sorted({probe["source"] for probe in probes}))
+            sources = sorted({probe["source"] for probe in probes})
+            self.means = held_out_means([self.latents(source) for source in sources],
+                                        [self.groups[source] for source in sources], self.args.seed)
         for name in names:
             for batch in batched(probes, self.args.batch_size, name):
                 sources = [donors[p["id"]] if name in ("other", "cut_other") else p["source"] for p in batch]
@@ -163,18 +179,13 @@ class Prober:
         """Return the latents [k, hidden] that begin the reply."""
         own = self.latents(donor if name == "other" else probe["source"])
         if name == "mean":
-            own = self.mean[:len(own)]
+            own = self.means[self.groups[probe["source"]]][:len(own)]
         if name == "random":
             seed = hashlib.sha256(f"{self.args.seed}/{probe['source']}".encode()).digest()
             noise = np.random.default_rng(list(seed[:8])).normal(size=own.shape)
             lengths, own_lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (noise, own))
             own = noise / lengths * own_lengths
         return torch.tensor(own, dtype=torch.float32, device=self.qwen.device)
-
-    def fit_mean(self, sources: list[str]) -> None:
-        latents = [self.latents(source) for source in sources]
-        self.mean = np.stack([np.mean([x[t] for x in latents if len(x) > t], axis=0)
-                              for t in range(max(map(len, latents)))])
 
     def cut(self, batch: list[dict], sources: list[str], name: str) -> Asked:
         """Decode the sources' prompts, hide what has seen the image, and ask where something was imagined."""
@@ -228,13 +239,15 @@ class Prober:
 
 # ---- scores
 def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
-    """Return accuracy by condition and the gain of the own imagination; `groups`: image of every probe id."""
+    """Return accuracy by condition and the gain of the own imagination. `groups`: image of every probe id;
+    all intervals and p values let the questions about one image vary together."""
     n, by_condition = len(probes), {}
     for row in rows:
         by_condition.setdefault(row["condition"], []).append(row)
     letters = Counter(p["answer"]["value"] for p in probes)
-    result = {"n": n, "chance": chance([len(p["options"]) for p in probes]), "gold_letters": letters,
-              "conditions": {name: score_condition(own, n) for name, own in by_condition.items()}}
+    result = {"n": n, "images": len({groups[p["id"]] for p in probes}),
+              "chance": chance([len(p["options"]) for p in probes]), "gold_letters": letters,
+              "conditions": {name: score_condition(own, groups) for name, own in by_condition.items()}}
     for name, against in COMPARED:
         if name in by_condition and against in by_condition:
             result[f"{name}_minus_{against}"] = compare_conditions(by_condition[name], by_condition[against],
@@ -242,18 +255,23 @@ def score(rows: list[dict], probes: list[dict], groups: dict[str, str]) -> dict:
     return result
 
 
-def score_condition(rows: list[dict], n: int) -> dict:
+def score_condition(rows: list[dict], groups: dict[str, str]) -> dict:
     """Return the accuracy of one condition; questions that could not be asked count as wrong."""
-    correct, asked = sum(row["correct"] for row in rows), [row for row in rows if row["r0"]]
-    entry = {"correct": correct, "accuracy": correct / n, "ci": wilson(correct, n, LEVEL),
-             "parsed": sum(row["pred"] is not None for row in rows) / n,
+    asked = [row for row in rows if row["r0"]]
+    entry = {"correct": sum(row["correct"] for row in rows),
+             **share([row["correct"] for row in rows], [groups[row["id"]] for row in rows]),
+             "parsed": sum(row["pred"] is not None for row in rows) / len(rows),
              "letters": Counter(row["pred"] for row in rows if row["pred"]), "asked": len(asked), "r0": None}
     if asked:
-        k = sum(row["r0"]["pred"] == row["gold"] for row in asked)
-        entry["r0"] = {"accuracy": k / len(asked), "ci": wilson(k, len(asked), LEVEL),
+        right = [row["r0"]["pred"] == row["gold"] for row in asked]
+        entry["r0"] = {**share(right, [groups[row["id"]] for row in asked]),
                        "letters": Counter(row["r0"]["pred"] for row in asked),
                        "nll": sum(row["r0"]["nll"] for row in asked) / len(asked)}
     return entry
+
+
+def share(right: list[bool], names: list[str]) -> dict:
+    return {"accuracy": sum(right) / len(right), "ci": share_interval(right, names, LEVEL)}
 
 
 def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, str]) -> dict:
@@ -270,7 +288,6 @@ def compare_conditions(rows: list[dict], against: list[dict], groups: dict[str, 
 
 
 def paired_change(right: list[bool], right_against: list[bool], names: list[str]) -> dict:
-    pairs = list(zip(right, right_against))
-    b, c = sum(y and not x for x, y in pairs), sum(x and not y for x, y in pairs)
-    return {"delta": (c - b) / len(right), "ci": paired_interval(right_against, right, names, LEVEL), "b": b,
-            "c": c, "mcnemar_p": mcnemar_exact(b, c)}
+    changes = [int(x) - int(y) for x, y in zip(right, right_against)]
+    return {"delta": sum(changes) / len(changes), "ci": paired_interval(right_against, right, names, LEVEL),
+            "b": changes.count(-1), "c": changes.count(1), "p": sign_flip(changes, names)}

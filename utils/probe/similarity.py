@@ -2,7 +2,10 @@
 
 States with one large common direction have a raw cosine of 0.98 however well they tell instances apart. Every
 correction is fitted on the other half of the instances: subtracting the mean of the same set would put the
-cosine of unrelated states at -1 / (n - 1). Pairs of corrected states are taken within halves.
+cosine of unrelated states at -1 / (n - 1). Pairs of corrected states are taken within halves. Their mean
+over all pairs is near 0 by construction, for constant states with noise as for unrelated ones. What tells
+these apart: the spread, whether an instance is found again (`utils.probe.analysis.retrieval`), how the
+variance splits between images and questions (`utils.probe.input_edits.variance_split`).
 
     raw            cos(z, z')
     centred        after subtracting the mean of the calibration half
