@@ -4,16 +4,15 @@
 
 Inputs are valid ones, mutated. Counts go to --result and to stdout; exit code 1 if a failure is counted.
 
-Scripts run in this process, through `cli` as commands do; a sample runs as processes. A failure is an
-exception other than SystemExit, an exit code other than 0, 2, 3, 4, more than 10 s, 2 GiB more memory, a file
-opened outside the case's folder (an audit hook), a control token in a prompt or training row that the
-template does not bring, or a class looked up by a pickle.
+Scripts run in this process, through `cli` as commands do. A failure is an exception other than SystemExit, an
+exit code other than 0, 2, 3, 4, more than 10 s, 2 GiB more memory, a file opened outside the case's folder
+(an audit hook), a control token in a prompt or training row that the template does not bring, or a class
+looked up by a pickle.
 """
 import argparse
 import base64
 import contextlib
 import functools
-import importlib
 import io
 import json
 import math
@@ -23,7 +22,6 @@ import random
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,28 +30,30 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
-ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
+from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the scripts within reach
+from PIL import Image
+from processes import MAINS, words
+from samples import EPS, METRICS, mirage, monet, png, result, row
+from standin import StandIn
 
-from conftest import TEXTS, TINY, TINY_VISION  # noqa: E402
-from PIL import Image  # noqa: E402
-from samples import monet, png, row  # noqa: E402
-from standin import StandIn  # noqa: E402
-
-from toy.make_model import make_model  # noqa: E402
-from utils import qwen as Q  # noqa: E402
-from utils.cli import cli  # noqa: E402
-from utils.evaluate.prompts import PROTOCOLS, user_text  # noqa: E402
-from utils.images import ImageError, data_url, image_size, open_image  # noqa: E402
-from utils.items import END_OF_TURN, chat, question_text, read_items  # noqa: E402
-from utils.jsonl import write_rows  # noqa: E402
-from utils.latent_families import PRESETS  # noqa: E402
-from utils.probe.states import States, StateWriter  # noqa: E402
-from utils.train.examples import make_examples  # noqa: E402
+import filter_data
+import rewrite_captions
+import train_sft
+from toy.make_model import make_model
+from utils import qwen as Q
+from utils.cli import cli
+from utils.evaluate.prompts import PROTOCOLS, user_text
+from utils.images import ImageError, data_url, image_size, open_image
+from utils.items import chat, question_text, read_items
+from utils.jsonl import write_rows
+from utils.latent_families import PRESETS
+from utils.probe.states import States, StateWriter
+from utils.train.examples import END_OF_TURN, make_examples
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
-COUNTED = ("rows", "images", "processes")
+COUNTED = ("rows", "images")
 FAILURES = ("tracebacks", "hangs", "escapes", "tokens", "pickles", "memory")
 LIBRARIES = [os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, ROOT)]
 LIBRARIES += ["/usr", "/dev", "/proc", "/sys", "/lib", "/etc/ld.so.cache", "/etc/localtime",
@@ -75,16 +75,7 @@ VALUES = [None, True, 0, -1, 3.5, 2**63, math.nan, -math.inf, "", "\0", "\ufeff"
 RAW = {"@DEEP@": "[" * 10_000 + "]" * 10_000, "@DEEPER@": '{"a":' * 10_000 + "1" + "}" * 10_000,
        "@HUGE@": "9" * 5000, "@EXPONENT@": "1e999999", "@HALF@": '"\\ud800"', "@NAN@": "NaN"}
 
-
 PICKLE = pickle.dumps({"weights": [1, 2, 3], "trap": print})  # the audit hook sees that print is looked up
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
-
-
-def mirage() -> dict:
-    return {"text_input": "Map: <image>\nSafe?", "image_input": "a.png", "image_output": "b.png",
-            "text_output": "<think> Move on. </think><output_image>The answer is \\boxed{A}."}
-
-
 GOLDS = {"mcq": ("letter", "B"), "wtq": ("values", ["7"]), "tabfact": ("bool", True),
          "vsp_path": ("path_map", [[1, 0], [-1, 2]])}
 
@@ -96,17 +87,6 @@ def item(name: str = "i/1", metric: str = "mcq") -> dict:
             "images": [{"path": "a.png", "sha256": "0"}], "metric": metric, "hint": "look",
             "raw": {"cycle_category": "0"}, "region": [1, 2, 30, 40],
             "counterfactual": {"images": [{"path": "b.png"}], "answer": answer}}
-
-
-def result(name: str = "i/1") -> dict:
-    return {"id": name, "benchmark": "vstar", "category": "a", "group_id": "g", "gold": "B", "n_options": 4,
-            "prompt_sha": "0", "verdict": "correct", "clean_output": "B", "judged": "correct", "n_tokens": 3,
-            "n_latent": 0}
-
-
-METRICS = {"n": 2, "ci95": [0.1, 0.9], "chance": 0.25, "with_judge": {"ci95": [0.1, 0.9], "chance": 0.3},
-           "efficiency": {"seconds_per_item": 1.0, "tokens_per_item": 8.0},
-           "protocol": {"model": "m", "method": "text", "line": "l"}}
 
 
 def picture(seed: int) -> Image.Image:
@@ -333,6 +313,9 @@ class Tally:
                 "more_memory_gib": round((self.peak - self.base) / 2**20, 2), "failures": self.failures[:50]}
 
 
+PROMPTS = {"rewrite_captions": rewrite_captions.PROMPTS, "filter_data": filter_data.PROMPTS}
+
+
 class StandInModel(StandIn):
     """Gives captions, refinements and verdicts that stages 1 and 2 accept."""
     def reply(self, text: str) -> str:
@@ -347,20 +330,14 @@ class StandInModel(StandIn):
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Let scripts load a checkpoint once, and ask a stand-in for the local model."""
-    for script in ("evaluate", "filter_data", "intervene", "probe", "rewrite_captions", "train_sft"):
-        importlib.import_module(script)
     new = {name: functools.cache(getattr(Q, name)) for name in ("load_tools", "load_with", "load_processors")}
     new["LocalBackend"] = StandInModel
-    ours = [module for module in [*sys.modules.values()]
-            if (getattr(module, "__file__", None) or "").startswith(str(ROOT))]
-    old = [(module, name, vars(module)[name]) for module in ours for name in new if name in vars(module)]
-    try:
-        for module, name, _ in old:
-            setattr(module, name, new[name])
+    with contextlib.ExitStack() as stack:
+        for module in [*sys.modules.values()]:
+            if (getattr(module, "__file__", None) or "").startswith(str(ROOT)):
+                for name in new.keys() & vars(module):
+                    stack.enter_context(mock.patch.object(module, name, new[name]))
         yield
-    finally:
-        for module, name, value in old:
-            setattr(module, name, value)
 
 
 class Readers:
@@ -376,10 +353,8 @@ class Readers:
         self.input.write_bytes(as_file(rng, [mutate(rng, rows[0]), *rows[1:]]))
         return self.input
 
-    def run(self, reader: str, script: str, **flags: object) -> int | None:
-        argv = [word for name, value in flags.items() if value is not False
-                for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
-        return self.tally.run(reader, "rows", lambda: importlib.import_module(script).main(argv))
+    def run(self, reader: str, script: str, kind: str = "rows", **flags: object) -> int | None:
+        return self.tally.run(reader, kind, lambda: MAINS[script](words(**flags)))
 
     def stages(self, rng):
         make, script = rng.choice([(monet, "rewrite_captions"), (mirage, "rewrite_captions"),
@@ -394,7 +369,6 @@ class Readers:
                 self.tally.check_tokens(f"{script} call", self.qwen.tokenizer, request.text, "<think_image>")
 
     def training(self, rng):
-        import train_sft
         kind = rng.choice(("text", "latent", "placeholder", "direct"))
         args = train_sft.parse_args(["--data", str(self.write(rng, row(), row("x/2"))), "--image_root",
                                      str(self.root), "--output", str(self.output), "--imagination", kind])
@@ -440,7 +414,7 @@ class Readers:
         write_rows(self.case / "own.jsonl", [row()])
         script = rng.choice(("rewrite_captions", "filter_data"))
         self.run("prompts", script, input=self.case / "own.jsonl", image_root=self.root, output=self.output,
-                 prompts=self.write(rng, importlib.import_module(script).PROMPTS), dry_run=True)
+                 prompts=self.write(rng, PROMPTS[script]), dry_run=True)
 
     def source(self, rng):
         name = rng.choice(("vstar", "tablevqa/vwtq", "mme", "vsp", "ocrbench_v2"))
@@ -491,44 +465,31 @@ class Readers:
 
     def pictures(self, n: int, seed: int, bombs: bool) -> None:
         """Give each picture to everything that opens one: stage 1, training, what is sent to a server."""
-        import train_sft
         path, value = self.root / "hostile.png", row(images=["hostile.png"])
         write_rows(self.input, [value])
         args = train_sft.parse_args(["--data", "x", "--image_root", str(self.root), "--output", "x"])
-        argv = ["--input", str(self.input), "--image_root", str(self.root), "--output", str(self.output),
-                "--dry_run"]
         acts = {"opened": lambda: open_image(path), "measured": lambda: image_size(path),
                 "sent": lambda: data_url(path, 10**6, 28),
                 "trained on": lambda: make_examples(self.qwen, [value], train_sft.make_target(args), 8192)}
+
+        def try_out(act: Callable) -> None:
+            with contextlib.suppress(ImageError):
+                act()
+
         for name, data in pictures(n, seed, bombs):
             path.write_bytes(data)
             self.tally.seed = name
-            self.tally.run("picture in stage 1", "images",
-                           lambda: importlib.import_module("rewrite_captions").main(argv))
+            self.run("picture in stage 1", "rewrite_captions", "images", input=self.input,
+                     image_root=self.root, output=self.output, dry_run=True)
             for reader, act in acts.items():
-                def look() -> None:
-                    with contextlib.suppress(ImageError):
-                        act()
-                self.tally.run(f"picture {reader}", "reads_of_images", look)
-
-    def commands(self, n: int, seed: int) -> None:
-        """Run a sample as processes."""
-        for k in range(n):
-            script, flag = (("rewrite_captions", "--dry_run"), ("filter_data", "--rules_only"))[k % 2]
-            path = self.write(random.Random(f"{seed} command {k}"), row(), row("x/2"))
-            argv = ["--input", path, "--image_root", self.root, "--output", self.case / f"command_{k}", flag]
-            done = subprocess.run([sys.executable, f"{script}.py", *argv], cwd=ROOT, capture_output=True,
-                                  text=True, timeout=90)
-            self.tally.counts["processes"] += 1
-            if done.returncode not in (0, 2, 3, 4) or "Traceback" in done.stderr:
-                self.tally.fail("tracebacks", f"{script} as a command", done.stderr)
+                self.tally.run(f"picture {reader}", "reads_of_images", functools.partial(try_out, act))
 
 
 SHARES = {"stages": 40, "training": 18, "items": 16, "probe_items": 5, "results": 8, "prompts": 4,
           "source": 14, "journal": 6, "states": 4}  # how often each reader's turn comes
 
 
-def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int, bombs: bool) -> dict:
+def run(checkpoint: Path, n_rows: int, n_images: int, seed: int, bombs: bool) -> dict:
     """Run it all; return the counts."""
     watched["allowed"] = [*LIBRARIES, os.path.realpath(checkpoint)]
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder, quick():
@@ -544,21 +505,20 @@ def run(checkpoint: Path, n_rows: int, n_images: int, n_commands: int, seed: int
             if n == 100:
                 readers.tally.base = readers.tally.peak  # libraries are loaded by now
         readers.pictures(n_images, seed, bombs)
-        readers.commands(n_commands, seed)
     return readers.tally.result()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--result", required=True, help="JSON file to write")
-    for name, default in (("rows", 2000), ("images", 500), ("commands", 9), ("seed", 0)):
+    for name, default in (("rows", 2000), ("images", 500), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         tiny, bombs = Path(folder) / "tiny", args.images >= 100
         make_model(TEXTS, tiny, n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
-        counts = run(tiny, args.rows, args.images, args.commands, args.seed, bombs)
+        counts = run(tiny, args.rows, args.images, args.seed, bombs)
     counts |= {"seed": args.seed, "seconds": round(time.monotonic() - began, 1)}
     Path(args.result).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(counts))

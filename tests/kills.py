@@ -34,17 +34,11 @@ from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the script
 from decoding import MIRAGE, load_with
 from fault_server import calls_of, serving
 from imagining import write_items
-from processes import command
+from processes import MAINS, command
 from samples import framed, monet, row
 from training import flags as training_flags
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: F401
 
-import evaluate
-import filter_data
-import intervene
-import probe
-import rewrite_captions
-import train_sft
 from toy.make_model import make_model
 from utils import qwen as Q
 from utils.cli import cli
@@ -59,8 +53,6 @@ FORKS = ForkContext()
 PACE = 1.2  # a kill comes at most this share of the work, divided by the number of kills, after progress
 PROMPTS = {"rewrite_captions": {"SYSTEM": "", "ZOOM": "{question}", "RETRY": "{fault}"},
            "filter_data": {"SYSTEM": "", "JUDGE": "{chain}", "RETRY": "{fault}"}}
-MAINS = {module.__name__: module.main for module in (rewrite_captions, filter_data, train_sft, evaluate,
-                                                     intervene, probe)}
 TIMED = {"seconds", "efficiency", "n_calls", "n_reused", "wall_s", "calls_per_s", "tokens_per_s", "p50_s",
          "p95_s"}  # fields of metrics that may differ
 

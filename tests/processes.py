@@ -1,19 +1,26 @@
 """Scripts run as commands: in this process, as processes of their own or under torchrun, and its ranks."""
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import evaluate
+import filter_data
+import intervene
+import probe
+import rewrite_captions
+import train_sft
 from utils.cli import cli
 
 ROOT = Path(__file__).parents[1]
+MAINS = {script.__name__: script.main
+         for script in (rewrite_captions, filter_data, train_sft, evaluate, intervene, probe)}
 
 
-def run_here(main: Callable[[list[str]], int], flags: list[str]) -> int:
-    """Run a script's `main` in this process as its command would; return the exit code."""
+def run_here(script: str, flags: list[str]) -> int:
+    """Run a script in this process as its command would; return the exit code."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        return cli(lambda: main(flags))
+        return cli(lambda: MAINS[script](flags))
     except SystemExit as stop:
         return stop.code
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 PAIR = "<abs_vis_token></abs_vis_token>"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
 
 
 def framed(path: Path, size: tuple[int, int] = (56, 84), color: str = "red") -> Path:
@@ -38,6 +39,23 @@ def monet(sample_id: object = 7, subset: str = "Visual_CoT", question: str = "Wh
     return {"metadata": {"dataset_name": subset, "sample_id": sample_id},
             "data": [{"role": role, "content": [{"type": kind, kind: value} for kind, value in content]}
                      for role, content in turns]}
+
+
+def mirage(**changes) -> dict:
+    return {"text_input": "Map: <image>\nSafe?", "image_input": "a.png", "image_output": "b.png",
+            "text_output": "<think> Go on. </think><output_image>The answer is \\boxed{A}."} | changes
+
+
+def result(name: str = "i/1", **changes) -> dict:
+    """Return a line that evaluate.py writes about an item."""
+    return {"id": name, "benchmark": "vstar", "category": "a", "group_id": "g", "gold": "B", "n_options": 4,
+            "prompt_sha": "0", "verdict": "correct", "clean_output": "B", "judged": "correct", "n_tokens": 3,
+            "n_latent": 0} | changes
+
+
+METRICS = {"n": 2, "correct": 2, "ci95": [0.1, 0.9], "chance": 0.25, "protocol": {
+    "model": "m", "method": "text", "line": "l"}, "with_judge": {"ci95": [0.1, 0.9], "chance": 0.3},
+    "efficiency": {"seconds_per_item": 1.0, "tokens_per_item": 8.0}}
 
 
 def shortest_path(board):

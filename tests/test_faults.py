@@ -15,8 +15,9 @@ from pathlib import Path
 
 import kills
 import pytest
-from kills import MAINS, final_files
-from processes import command, rank_of, run_here
+from hostile import PICKLE
+from kills import final_files
+from processes import MAINS, command, rank_of, run_here
 from transformers import AutoModelForImageTextToText
 
 from utils.jsonl import write_json
@@ -49,7 +50,7 @@ def world(tmp_path_factory):
 
 
 def run(case, output: Path) -> int:
-    return run_here(MAINS[case.script], [*case.flags, "--output", str(output)])
+    return run_here(case.script, [*case.flags, "--output", str(output)])
 
 
 def refused(capsys, case, output: Path, match: str, otherwise: int = 2) -> bool:
@@ -225,6 +226,11 @@ def truncate(name: str, folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
 
 
+def leave_pickle(name: str, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(PICKLE)
+
+
 def split_shards(lost: str, folder: Path) -> None:
     """Split the weights into files with an index; lose the second file or the entries of it."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -243,6 +249,8 @@ CUT = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "prep
        "tokenizer_config.json", "generation_config.json")
 DAMAGES = {name: partial(truncate, name) for name in CUT} | {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "a pickle": partial(leave_pickle, "model.safetensors"),
+    "another pickle": partial(leave_pickle, "pytorch_model.bin"),
     "no shard": partial(split_shards, "file"), "no entries": partial(split_shards, "entries")}
 
 

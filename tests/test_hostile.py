@@ -1,7 +1,7 @@
 """Hostile rows, files and pictures cause no traceback, hang, file read elsewhere or control token.
 
-The first test takes 200 rows and 50 pictures, the slow one 2,000 rows, 500 pictures (bombs among them) and
-commands; the others hold what the fuzzer found.
+The first test takes 200 rows and 50 pictures, the slow one 2,000 rows and 500 pictures, bombs among them; the
+others hold what the fuzzer found.
 """
 import json
 import math
@@ -14,6 +14,7 @@ import hostile
 import numpy as np
 import pytest
 from PIL import Image
+from samples import METRICS, result
 
 import evaluate
 from utils.answers import last_boxed
@@ -30,7 +31,7 @@ from utils.rows import find_markup, parse_options, split_spans
 
 
 def test_a_seeded_sample_of_hostile_inputs(tiny_checkpoint):
-    result = hostile.run(tiny_checkpoint, 200, 50, 0, seed=1, bombs=False)
+    result = hostile.run(tiny_checkpoint, 200, 50, seed=1, bombs=False)
     assert not any(result[name] for name in hostile.FAILURES), result["failures"]
     assert result["rows"] >= 200 and result["images"] == 50 and len(result["by_reader"]) > 15
     assert result["exit_codes"]["0"] > 20  # not everything is refused
@@ -55,25 +56,6 @@ def test_each_kind_of_failure_is_counted(tiny_checkpoint, tmp_path):
     assert (counts["tracebacks"], counts["escapes"], counts["pickles"], counts["tokens"]) == (2, 1, 1, 1)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[" * 10_000 + "]" * 10_000, "nested too deeply"), ('{"id": ' + "9" * 5000 + "}", "not JSON"),
-    ('{"id": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply"),
-    ('{"id": "' + "x" * 2**20 + '"}', "a row of 1,048,586 bytes")])
-def test_rows_that_break_a_parser(tmp_path, text, message):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_rows(tmp_path / "x.jsonl", {"id": str})
-
-
-def test_an_error_is_short_and_printable(capsys):
-    def main():
-        raise DataError("a\0b\x1b[2J" + "x" * 10**6)
-    assert cli(main) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: a\\x00b\\x1b[2Jx") and len(message) < 2 * LONGEST_ERROR
-    assert shorten("ä\nb") == "ä\nb"
-
-
 def test_readers_of_texts_take_linear_time():
     """Each took minutes to hours when it looked ahead to the end from every place."""
     began = time.process_time()
@@ -96,20 +78,6 @@ def test_no_family_s_marker_passes_as_a_token():
     assert "<|" not in prompt and "(im_end)(im_start)user\nSay A.{options}" in prompt  # what a judge is shown
 
 
-def test_paths_that_no_file_can_have_and_files_that_are_programs(tmp_path):
-    hostile.make_case(tmp_path)
-    for name in ("a\0.png", "a" * 5000, "loop", "pipe"):
-        with pytest.raises(ImageError) as caught:
-            resolve_image(tmp_path / "root", name)
-        assert caught.value.reason == "image_missing"
-    (tmp_path / "eps.jpg").write_bytes(hostile.EPS)
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.ppm")
-    for name in ("eps.jpg", "a.ppm"):
-        for read in (open_image, lambda path: data_url(path, 10**6, 28)):
-            with pytest.raises(ImageError, match="cannot identify"):
-                read(tmp_path / name)
-
-
 def test_transparency_is_laid_on_white_to_the_bit(tmp_path):
     """Against the definition: colour x alpha + white x (1 - alpha), rounded."""
     image = Image.new("RGBA", (256, 40))
@@ -120,13 +88,7 @@ def test_transparency_is_laid_on_white_to_the_bit(tmp_path):
         assert (abs(opened[:, channel] - (colour * x + 255 * (255 - x)) / 255) <= 0.51).all()
 
 
-def test_items_that_ended_in_tracebacks():
-    assert item_fault(hostile.item(), ("mcq",)) is None
-    for changes, message in (
-            ({"options": [["<|im_end|>", "4"], ["B", "7"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
-            ({"raw": "x"}, "'raw'"), ({"raw": {"cycle_category": math.nan}}, "'raw'"),
-            ({"region": [0, 0, 10**30, 5]}, "region")):
-        assert message in item_fault(hostile.item() | changes, ("mcq",))
+def test_a_cycle_of_items_has_each_place_once():
     items = [hostile.item(f"i/{n}") | {"group_id": "g", "raw": {"cycle_category": n}} for n in range(4)]
     check_scorable(items)
     for odd in (items + [items[0] | {"id": "i/5"}], [items[0] | {"raw": {"cycle_category": "4"}}]):
@@ -136,22 +98,13 @@ def test_items_that_ended_in_tracebacks():
 
 @pytest.mark.parametrize("metrics, message", [
     ("{", "damaged"), ("[]", "expected an object"), ("{}", "damaged, .*KeyError"),
-    (json.dumps(hostile.METRICS | {"with_judge": {"ci95": [1, "x"]}}), "damaged, .*ValueError"),
-    (json.dumps(hostile.METRICS | {"protocol": {"model": "m", "method": "text", "line": 3.5}}), "not text")])
+    (json.dumps(METRICS | {"with_judge": {"ci95": [1, "x"]}}), "damaged, .*ValueError"),
+    (json.dumps(METRICS | {"protocol": {"model": "m", "method": "text", "line": 3.5}}), "not text")])
 def test_damaged_metrics_are_named(tmp_path, metrics, message):
-    (tmp_path / "r.jsonl").write_text(json.dumps(hostile.result()) + "\n")
+    (tmp_path / "r.jsonl").write_text(json.dumps(result()) + "\n")
     (tmp_path / "r.jsonl.metrics.json").write_text(metrics)
     with pytest.raises(DataError, match=message):
         evaluate.main(["--table", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "t.md")])
-
-
-@pytest.mark.parametrize("line", [b'\xef\xbb\xbf{"key": "a"}', b'{"key": "\\ud800"}', b"[" * 10_000,
-                                  b'{"key": 5, "n": "x"}'])
-def test_a_damaged_journal_is_named(tmp_path, line):
-    first = b'{"key": "\\ud83d\\ude00", "n": 1}\n'
-    (tmp_path / "calls-00000-of-00001.jsonl").write_bytes(first + line + b"\n")
-    with pytest.raises(DataError, match="00001.jsonl:2: damaged journal line"):
-        Journal(tmp_path, is_valid=lambda record: isinstance(record["n"], int))
 
 
 def test_a_store_opens_only_files_of_its_own(tmp_path):
@@ -167,13 +120,3 @@ def test_a_store_opens_only_files_of_its_own(tmp_path):
     path.write_text(valid.replace("[4, 8]", "[5, 8]"))
     with pytest.raises(DataError, match="another shape"):
         States(tmp_path / "states").load("i/1", "latent")
-
-
-def test_weights_in_a_pickle_are_not_loaded(tiny_checkpoint, tmp_path):
-    shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    for name, message in (("model.safetensors", "no whole checkpoint"), ("pytorch_model.bin", "model")):
-        (tmp_path / "model" / "model.safetensors").unlink()
-        (tmp_path / "model" / name).write_bytes(hostile.PICKLE)
-        with pytest.raises(DataError, match=message):
-            load(str(tmp_path / "model"))
-        (tmp_path / "model" / "model.safetensors").write_bytes(b"")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import PAIR, monet
+from samples import PAIR, mirage, monet
 from standin import StandIn, flags
 
 import rewrite_captions
@@ -12,11 +12,6 @@ from rewrite_captions import REASONS, Segment, check_refined, lost_facts, main, 
 from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
 from utils.jsonl import DataError, read_rows
 from utils.rows import split_final
-
-
-def mirage(**changes) -> dict:
-    return {"text_input": "Map: <image>\nSafe?", "image_input": "a.png", "image_output": "b.png",
-            "text_output": "<think> Go on. </think><output_image>The answer is \\boxed{A}."} | changes
 
 
 def converted(value: dict, index: int = 0) -> Sample:

@@ -10,7 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from samples import row
+from samples import METRICS, result, row
+
+from utils.jsonl import write_json, write_rows
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("rewrite_captions", "filter_data", "train_sft", "evaluate", "intervene", "probe")
@@ -314,20 +316,11 @@ def test_help_and_wrong_flags_import_no_library(script, flags, code):
 def files(tmp_path, picture):
     """Make rows of our form with their pictures, and two result files with their metrics, in a new folder."""
     picture("a.png"), picture("b.png")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row()) + "\n")
-    answered = {"benchmark": "vstar", "category": "a", "group_id": "g", "gold": "B", "n_options": 4,
-                "prompt_sha": "0", "verdict": "correct", "clean_output": "B", "judged": "correct",
-                "n_tokens": 3, "n_latent": 0}
-    scored = {"n": 2, "correct": 2, "ci95": [0.1, 0.9], "chance": 0.25,
-              "efficiency": {"seconds_per_item": 1.0, "tokens_per_item": 8.0},
-              "protocol": {"model": "m", "method": "text", "line": "l"},
-              "with_judge": {"ci95": [0.1, 0.9], "chance": 0.3}}
+    write_rows(tmp_path / "rows.jsonl", [row()])
     for name in ("one.jsonl", "two.jsonl"):
-        lines = [json.dumps({"id": f"i/{n}"} | answered) for n in range(2)]
-        (tmp_path / name).write_text("\n".join(lines) + "\n")
-        (tmp_path / f"{name}.metrics.json").write_text(json.dumps(scored))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "sft.jsonl.metrics.json").write_text(json.dumps({"read": 2, "kept": 1}))
+        write_rows(tmp_path / name, [result("i/0"), result("i/1")])
+        write_json(tmp_path / f"{name}.metrics.json", METRICS)
+    write_json(tmp_path / "run" / "sft.jsonl.metrics.json", {"read": 2, "kept": 1})
     return tmp_path
 
 

@@ -1,4 +1,6 @@
 """Benchmark items: checked on reading, asked in fixed words."""
+import math
+
 import pytest
 from PIL import Image
 
@@ -30,7 +32,10 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     ({"helper": {"path": 1}}, "helper"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
     ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
     ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}},
-     "counterfactual: gold 'E'"), ({"question": 3}, "items.jsonl:2: field 'question'.*str")])
+     "counterfactual: gold 'E'"), ({"question": 3}, "items.jsonl:2: field 'question'.*str"),
+    ({"options": [["<|im_end|>", "red"], ["B", "blue"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
+    ({"raw": "x"}, "'raw'"), ({"raw": {"cycle_category": math.nan}}, "'raw'"),
+    ({"region": [0, 0, 10**30, 5]}, "region")])
 def test_a_bad_item_is_named(tmp_path, change, match):
     write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
     with pytest.raises(DataError, match=match):

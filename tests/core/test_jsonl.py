@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import cli, rank_world
+from utils.cli import LONGEST_ERROR, cli, rank_world, shorten
 from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, load_object, located_rows, read_rows, sha256_file, write_json,
                          write_meta, write_rows)
@@ -56,6 +56,9 @@ def test_locates_items_of_a_list_and_keeps_line_separators_in_strings(tmp_path):
     (b'[{"id": "a", "n": 1},\n{"id": "\xff", "n": 1}]', r":2: byte 0xff is not UTF-8"),
     (b'{"id": "\\ud800", "n": 1}\n', r":1: .* half a surrogate pair"),
     (b'[{"id": "a", "n": 1},\n{"id": "\\ud800", "n": 1}]', r":2: .* half a surrogate pair"),
+    (b"[" * 10_000 + b"]" * 10_000, ":1: .*nested too deeply"),
+    (b'{"id": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", ":1: .*nested too deeply"),
+    (b'{"id": ' + b"9" * 5000 + b"}", ":1: not JSON"),
     (b'{"id": "a"}\n["' + b"x" * 2**20, r":1: no field 'n'"),
     (b'{"id": "a", "n": 1}\n["' + b"x" * 2**20, r":2: a row of 1,048,578 bytes"),
     (b'[{"id": "a", "n": 1},\n["' + b"x" * 2**20 + b'"]]', r":2: a row of 1,048,580 bytes")])
@@ -121,6 +124,11 @@ def test_cli_exit_codes(capsys):
     assert cli(fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         cli(fail(ZeroDivisionError()))
+    capsys.readouterr()
+    assert cli(fail(DataError("a\0b\x1b[2J" + "x" * 10**6))) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: a\\x00b\\x1b[2Jx") and len(message) < 2 * LONGEST_ERROR
+    assert shorten("ä\nb") == "ä\nb"
 
 
 def test_rank_world(monkeypatch):
@@ -153,14 +161,16 @@ def test_a_torn_tail_is_cut_at_every_byte_of_the_last_line(tmp_path):
         assert cut == last or path.with_suffix(".torn").read_bytes() == whole[last:cut] + b"\n"
 
 
-@pytest.mark.parametrize("line", [b"{broken", b"[1]", b'{"no": "key"}', b"\0\0\0", b""])
+@pytest.mark.parametrize("line", [
+    b"{broken", b"[1]", b'{"no": "key"}', b"\0\0\0", b"", b'\xef\xbb\xbf{"key": "a", "text": ""}',
+    b'{"key": "\\ud800", "text": ""}', b"[" * 10_000, b'{"key": "a", "text": 1}'])
 def test_damage_in_the_middle_is_reported_with_its_line(tmp_path, line):
     path = fill_journal(tmp_path / "run", 3)
     lines = path.read_bytes().split(b"\n")
     lines[1] = line
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(DataError, match=r"calls-00000-of-00001\.jsonl:2: damaged journal line"):
-        Journal(tmp_path / "run", SETTINGS)
+        Journal(tmp_path / "run", SETTINGS, is_valid=lambda record: isinstance(record["text"], str))
     path.write_bytes(b"\n".join(lines[:1] + lines[2:]))
     Journal(tmp_path / "run", SETTINGS).__exit__()  # the lock was released, and the advice helps
 

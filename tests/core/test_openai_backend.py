@@ -17,7 +17,6 @@ from processes import command, run_here
 from samples import monet
 from standin import flags
 
-import rewrite_captions
 from utils import openai_backend
 from utils.backends import Request
 from utils.jsonl import DataError, read_rows
@@ -49,7 +48,7 @@ def run(monkeypatch, capsys):
 
     def run_script(path: Path, url: str, *more: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = run_here(rewrite_captions.main, all_flags(path, url, *more))
+        code = run_here("rewrite_captions", all_flags(path, url, *more))
         out, err = capsys.readouterr()
         assert "Traceback" not in err, err
         return code, out, err
