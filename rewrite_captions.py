@@ -50,17 +50,6 @@ for the question. Copy text and numbers exactly. Name what cannot be made out in
 only what is visible: do not answer the question, and do not mention the image, the region or the question.
 "legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
 Reply with JSON: {"caption": "...", "legible": "yes"}""",
-    "ORIGINAL": """\
-The first image is the original. The second image is a region of it, cut out and enlarged, in order to \
-answer this question:
-{question}
-
-Describe what the region shows, in one to three plain sentences of 80 words at most. Use the original only \
-to understand the region. Put first what matters for the question. Copy text and numbers exactly. Name what \
-cannot be made out instead of guessing. Describe only what is visible: do not answer the question, and do \
-not mention the images, the region or the question.
-"legible" says whether the region is clear enough to be described: "yes", "partly" or "no".
-Reply with JSON: {"caption": "...", "legible": "yes"}""",
     "DRAW": """\
 The first image is the original. The second image is the same one after something was drawn on it or changed \
 in it, in order to answer this question:
@@ -151,10 +140,9 @@ def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, s
         if "image" not in step:
             continue
         kind, images, digests = step["operation"], [step["image"]], [next(hashes)]
-        if kind == "draw" or args.with_original:
+        if kind == "draw":
             images, digests = [row["images"][0], *images], [sample.hashes[0], *digests]
-        prompt = prompts["DRAW" if kind == "draw" else "ORIGINAL" if args.with_original else "ZOOM"]
-        calls.append(Call(row["id"], kind, n, fill(prompt, question=row["question"].strip()),
+        calls.append(Call(row["id"], kind, n, fill(prompts[kind.upper()], question=row["question"].strip()),
                           tuple(os.path.join(args.image_root, path) for path in images), tuple(digests),
                           SCHEMAS[kind]))
     return calls
@@ -353,8 +341,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operation", type=parse_operation, action="append", default=[],
                         metavar="SUBSET=zoom|draw",
                         help="the operation of another data set; repeatable")
-    parser.add_argument("--with_original", action="store_true",
-                        help="show the whole image next to the region of a zoom")
     parser.add_argument("--no_refine", action="store_true", help="join captions and texts without refinement")
     parser.add_argument("--max_same_caption", type=parse_count, default=20,
                         help="reject a caption that more different images have")
@@ -372,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
 
     return run_stage(args, Stage(
         args.input, prompts, PROMPTS_VERSION, SCHEMAS,
-        {"stage": "rewrite_captions", "refine": not args.no_refine, "with_original": args.with_original},
+        {"stage": "rewrite_captions", "refine": not args.no_refine},
         read=lambda: read_samples(args), preview=lambda samples: preview(samples, args, prompts),
         work=lambda samples, caller: rewrite(samples, caller, args),
         export=lambda samples, _: export(samples, args), show=show))

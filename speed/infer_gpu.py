@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from train_gpu import ROOT, SIZES, make_checkpoint, noise
 
-from utils.decode import generate
+from utils.decode import decode, prefill
 from utils.items import chat
 from utils.jsonl import load_object, write_json, write_rows
 from utils.latent_families import PRESETS
@@ -53,7 +53,7 @@ def make_latent(model: Path, folder: Path) -> None:
     qwen = load(str(model), "bfloat16")
     start_id = add_tokens(qwen, SPEC.tokens)[SPEC.tokens.index(SPEC.start)]
     inputs = encode(qwen, [chat(qwen.tokenizer, "What is this?", 1)], [[noise(8)]])
-    state = generate(qwen, inputs, 8, capture=True)[0].states.mean(0)
+    state = decode(qwen, prefill(qwen, inputs), 8, capture=True)[0][0].states.mean(0)
     with torch.no_grad():
         qwen.model.lm_head.weight[start_id] = state * 3 / state.norm()
     save(qwen, str(folder))

@@ -3,11 +3,17 @@ import torch
 from PIL import Image
 
 from utils import qwen as Q
-from utils.decode import embed_prompt, generate
+from utils.decode import decode, embed_prompt, prefill
 from utils.items import chat
 from utils.latent_families import PRESETS
 
 MIRAGE = PRESETS["mirage"]
+
+
+def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False, with_logits=False,
+             prompt_latents=None):
+    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture,
+                  with_logits)[0]
 
 
 def load_with(tiny_checkpoint, spec):

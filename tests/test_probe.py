@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, TINY, TINY_VISION
+from decoding import generate
 from imagining import NAMES, make_latent_checkpoint, write_items
 
 import evaluate
 import probe
 from toy.make_model import make_model
-from utils.decode import generate, prefill, prefill_blocks
+from utils.decode import prefill, prefill_blocks
 from utils.items import USER_TURN, chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS

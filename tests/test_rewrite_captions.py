@@ -265,11 +265,10 @@ def test_one_caption_for_many_images_is_rejected(rows_file, captioner, picture, 
     assert len(captioner.asked) == n_asked
 
 
-def test_with_original_shows_the_whole_image_first_and_no_refine_leaves_the_chain(rows_file, captioner):
+def test_a_draw_shows_the_whole_image_first_and_no_refine_leaves_the_chain(rows_file, captioner):
     path = rows_file([monet(1), monet(2, "CogCoM", question="drawn?")])
-    assert main(flags(path, "--with_original", "--no_refine")) == 0
-    assert [names(request) for request in captioner.asked] == [["a.png", "b.png"]] * 2
-    assert "The second image is a region of it, cut out" in captioner.asked[0].text
+    assert main(flags(path, "--no_refine")) == 0
+    assert [names(request) for request in captioner.asked] == [["b.png"], ["a.png", "b.png"]]
     assert not any(row["refined"] for row in result(path)[0].values())
 
 
@@ -383,6 +382,6 @@ def test_ranks_share_the_work_and_the_last_one_writes(rows_file, captioner, monk
 
 
 def test_every_prompt_fills(rows_file, captioner):
-    assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "ORIGINAL", "DRAW", "REFINE", "RETRY"}
+    assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "DRAW", "REFINE", "RETRY"}
     main(flags(rows_file([monet(1), monet(2, "CogCoM"), monet(3, question="stumble?")])))
     assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)

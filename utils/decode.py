@@ -256,14 +256,6 @@ def hide_columns(mask: torch.Tensor, arm: Intervention, segment: Segment, first:
         mask[first + segment.start:first + segment.start + segment.size] = 0
 
 
-def generate(qwen: Qwen, inputs: dict, max_new_tokens: int, spec: LatentSpec | None = None,
-             arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
-             prompt_latents: list[torch.Tensor] | None = None) -> list[Generation]:
-    """`prefill` and `decode` of a left-padded batch from `utils.qwen.encode`."""
-    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture,
-                  with_logits)[0]
-
-
 @contextmanager
 def layer_inputs(model: torch.nn.Module, put: dict[int, Sequence[torch.Tensor | None]] | None = None,
                  seen: list[torch.Tensor] | None = None) -> Iterator[None]:

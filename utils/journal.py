@@ -61,9 +61,6 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self.places
 
-    def __len__(self) -> int:
-        return len(self.places)
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 

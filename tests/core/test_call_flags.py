@@ -118,7 +118,7 @@ def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
         free = "--concurrency 2 --timeout 9 --server_wait 9 --limit 4 --max_same_caption 3".split()
         assert run("rewrite", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
         for more in ("--temperature 0.7", "--model n", "--max_pixels 9000", "--image_factor 28",
-                     '--extra_body {"top_k":1}', "--no_refine", "--with_original"):
+                     '--extra_body {"top_k":1}', "--no_refine"):
             with pytest.raises(DataError, match="begun with other settings"):
                 run("rewrite", path, url, *more.split())
     with pytest.raises(DataError, match="--temperature and --extra_body are for --backend openai"):

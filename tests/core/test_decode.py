@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import MIRAGE, batch_of, embedded, library_generate, load_with, one_pass
+from decoding import MIRAGE, batch_of, embedded, generate, library_generate, load_with, one_pass
 from safetensors.torch import load_file, save_file
 
 from utils import qwen as Q
-from utils.decode import decode, generate, prefill, prefill_more, truncate_cache
+from utils.decode import decode, prefill, prefill_more, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids

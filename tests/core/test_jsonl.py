@@ -195,7 +195,7 @@ def test_ranks_write_to_their_own_files_and_read_all(tmp_path, monkeypatch):
         with open(path, "ab") as file:  # another rank at work: a whole line and the beginning of the next
             file.write(b'{"key": "k1"}\n{"key": "k')
         journal.reload()
-        assert "k1" in journal and len(journal) == 2
+        assert "k1" in journal and len(list(journal)) == 2
         journal.append({"key": "k1", "text": "later"})
         assert journal.get("k1")["text"] == "later" and journal.get("k9") is None
         journal.forget("k1")

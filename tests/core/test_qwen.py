@@ -5,13 +5,12 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, TINY_VISION
-from decoding import library_generate
+from decoding import generate, library_generate
 from PIL import Image
 from transformers import (AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
 from utils import qwen as Q
-from utils.decode import generate
 from utils.images import open_image, smart_size
 from utils.items import chat
 from utils.jsonl import DataError

@@ -1,10 +1,10 @@
 """Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment."""
 import pytest
 import torch
+from decoding import generate
 from training import load_examples, summed
 
 from utils import qwen as Q
-from utils.decode import generate
 from utils.latent_families import PRESETS, pool_features, special_id
 from utils.train.examples import lay_out, load_images, make_batch, piece_lengths
 from utils.train.model import Objective, align, recompute_activations, run_latents
