@@ -13,16 +13,17 @@ Reads   --items: multiple-choice items {"id", "question", "options": [[letter, t
         "hint", "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual"
         ({"images", "answer"} of an answer-changing edit, and "question", "options" where they differ)
 Writes  --output: one JSON line per item and condition, "clean" first: {"id", "group", "category", "gold",
-        "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "n_fed", "rel_change",
-        "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred", "rule", "correct",
-        "changed", "first_diff", "degenerate", "reason"}; <output>.metrics.json; <output>.meta.json; figures
-        with CSV files: <output>.effects.png, .accuracy.png, .mediation.png, .attention.png, .early.png, and
-        of sweeps .map.png, .positions.png, .doses.png; <output>.run/, the journal to resume from
+        "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "again", "n_forbidden",
+        "n_fed", "rel_change", "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred",
+        "rule", "correct", "changed", "first_diff", "degenerate", "reason"; of do(X) also "asked",
+        "same_answer"}; <output>.metrics.json; <output>.meta.json; figures with CSV files:
+        <output>.effects.png, .accuracy.png, .mediation.png, .attention.png, .early.png, and of sweeps
+        .map.png, .positions.png, .doses.png; <output>.run/, the journal to resume from
 Prints  emission and a table of the conditions on stderr; on stdout one JSON object: emission, effects with
         intervals, verdicts
 
-Readouts: R0 scores the options behind a fixed stem right after the imagination, R1 behind the clean run's own
-words there, R2 is the free reply, parsed after the last imagination. Effects are taken only on items that
+Readouts: R0 scores the options behind a stem right after the imagination, R1 behind the clean run's own words
+there, R2 is the free reply, parsed after the last imagination. Effects are taken only on items that
 imagined something in the clean run. "No effect" is claimed only by an equivalence test within --margin
 (points) or --margin_nll (nats), and nothing by a readout that the positive control does not move: "blank",
 the image greyed and all after it generated again, which is always run. Exit codes: 0 complete; 3 complete,
@@ -269,7 +270,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              f"latents: {', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
     parser.add_argument("--calibration", type=int, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")
-    parser.add_argument("--stem", default=" " + STEM, help="text that options are scored behind (R0)")
+    parser.add_argument("--stem", help="text that options are scored behind (R0); by default the clean "
+                        f"reply's own words on the way to its box, for latents {STEM!r}")
+    parser.add_argument("--prior", choices=("none", "question"), default="none",
+                        help="question: from an option's log-probability take the one after the same stem "
+                             "without image and imagination (PMI)")
     parser.add_argument("--margin", type=float, default=0.05,
                         help="equivalence margin, a share of items; choose it before the run")
     parser.add_argument("--margin_nll", type=float, default=0.05, help="the same of R0 and R1, nats")
@@ -298,6 +303,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     names = [name for word in args.conditions for name in presets.get(word, [word])]
     args.conditions = list(dict.fromkeys([*names, POSITIVE_CONTROL]))
     args.image_root = args.image_root or str(Path(args.items).parent)
+    if args.stem is None and args.latent != "off":
+        args.stem = f" {STEM}"
     for name in args.conditions:
         if args.latent == "off" and name not in TEXT_CONDITIONS:
             parser.error(f"--conditions {name}: with --latent off expected some of "
@@ -333,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     if spec:
         args.conditions = with_sweeps(args.conditions, spec, qwen)
     settings = Settings(args.system, args.suffix, args.max_new_tokens, args.stem, args.options, args.seed,
-                        args.rows, args.temperature)
+                        args.rows, args.temperature, args.prior)
     if args.dry_run:
         log(prompt_of(qwen.tokenizer, items[0], len(items[0]["images"]), args.system, args.suffix))
         n_decodings = len(calibration_items) + len(items) * (1 + len(args.conditions))
@@ -368,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = {"stage": "intervene", "model": args.model, "items": args.items,
                "arm": "latent" if spec else "text", "latent": args.latent,
                "latent_size": spec.size if spec else None, "margin": args.margin,
-               "margin_nll": args.margin_nll, "stem": args.stem, "dtype": dtype,
+               "margin_nll": args.margin_nll, "stem": args.stem, "prior": args.prior, "dtype": dtype,
                "calibration": {"items": len(calibration_items),
                                "latents": calibration.n_latents if calibration else 0},
                **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),

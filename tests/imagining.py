@@ -93,7 +93,7 @@ def write_attention(attention):
     output.weight[SHADE, 4:7] = torch.eye(3)
 
 
-def build(folder, chain, follows, spec=None, emitting=tuple(NAMES)):
+def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False):
     """Write a checkpoint that replies by `chain` {word: next word}; "word" and "{word" are the colours."""
     texts = [f"{QUESTION} A. {name} I look. a square ({name}) It is \\boxed{{{name}}}." for name in NAMES] * 4
     make_model(texts, folder, n_tokens=500, sizes=SIZES, vision_sizes=VISION_SIZES)
@@ -130,6 +130,9 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES)):
         head[tokens["word"], COLOR] = 1.2 * torch.eye(4)
         head[tokens["{word"], FOLLOWED if follows else COLOR] = 1.2 * torch.eye(4)
         head[tokens["{word"][NAMES.index(NOTHING)], AT["boxed"]] += 0.25
+        if again:  # an imagination without a colour leads to another; where none can begin, to the answer
+            head[tokens[OPEN], AT[CLOSE]], head[tokens[OPEN], FOLLOWED] = 8, -3
+            head[tokens[" It"], AT[" "]] = 3
         for name in set(NAMES) - set(emitting):  # the answer at once
             head[tokens[" It"], AT["\n"]] = 4
             head[tokens[" It"], COLOR.start + NAMES.index(name)] = 2
@@ -141,10 +144,11 @@ def chain_of(*words):
     return dict(zip(words, words[1:]))
 
 
-def make_text_checkpoint(folder, follows):
-    """A model that imagines a colour in text and answers with it (`follows`) or with the picture's."""
+def make_text_checkpoint(folder, follows, again=False):
+    """A model that imagines a colour in text and answers with it (`follows`) or with the picture's; `again`:
+    it imagines once more after an imagination that names no colour."""
     chain = chain_of("\n", "I", " look", ".", " ", OPEN, "a", " square", " (", "word", ")", *END)
-    return build(folder, chain, follows)
+    return build(folder, chain, follows, again=again)
 
 
 def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES)):

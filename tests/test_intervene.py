@@ -1,18 +1,22 @@
 """Interventions on models whose truth is known by training."""
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from fault_server import calls_of, serving
-from imagining import make_latent_checkpoint, write_items
+from imagining import NOTHING, make_latent_checkpoint, write_items
 
 import intervene
 from utils.intervene.latent_case import Case
 from utils.intervene.latent_conditions import CONDITIONS
-from utils.jsonl import DataError
+from utils.jsonl import DataError, read_rows, write_rows
 from utils.latent_families import PRESETS, Generation
+
+
+STEM = " It is \\boxed{"  # what these models say on the way to their box
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +36,13 @@ def latent_model(request, imagining_model):
 
 def flags(items, model, output):
     return ["--items", str(items), "--model", str(model), "--output", str(output), "--max_new_tokens", "40",
-            "--min_emitters", "8", "--calibration", "8", "--options", "text", "--stem", " It is \\boxed{"]
+            "--min_emitters", "8", "--calibration", "8", "--options", "text"]
 
 
 def run(items, model, output, *more):
     """Return (metrics, records)."""
-    assert intervene.main([*flags(items, model, output), *more]) == 0
+    stem = ["--stem", STEM] if "--latent" in more else []
+    assert intervene.main([*flags(items, model, output), *stem, *more]) == 0
     metrics = json.loads(Path(f"{output}.metrics.json").read_text())
     return metrics, [json.loads(line) for line in Path(output).read_text().splitlines()]
 
@@ -128,13 +133,14 @@ def test_sites_show_who_uses_latents(many):
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
     donors = [record for record in records
               if record["condition"] in ("swap_counterfactual", "slot_swap_counterfactual")]
-    share = sum(record["pred"] == record["donor"]["gold"] for record in donors) / len(donors)
+    share = sum(record["pred"] == record["donor"]["option"] for record in donors) / len(donors)
     assert len(donors) == 64 and (share > 0.9 if follows else share < 0.1)
     assert (effects["cut_latent"]["acc_int"] < 0.6) == follows
     assert (effects["cut_image_after"]["acc_int"] > 0.9) == follows
     # the positive controls move the score of either
     assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0
-    assert effects["x_counterfactual"]["acc_int"] < 0.1
+    # right for the edit, which was asked
+    assert metrics["conditions"]["x_counterfactual"]["asked"]["correct_flip"]["share"] > 0.9
     for site in ("fed", "slot"):
         parts = metrics["mediation"][site]["r0"]
         value = parts["proportion_mediated"]["value"]
@@ -193,8 +199,8 @@ def test_image_off_and_the_worlds_of_text(text_model, items, tmp_path):
     # otherwise the question's words, read before, keep some of the image
     assert not follows or effects["image_off"]["acc_int"] > 0.9
     assert (metrics["mediation"]["text"]["r0"]["proportion_mediated"]["value"] > 0.9) == follows
-    assert all(record["r0"] and record["r1"] for record in records
-               if record["condition"] in ("clean", "sham", "blank_x"))
+    assert all(record["r0"] == record["r1"] and record["r0"]["pi"] for record in records
+               if record["condition"] in ("clean", "sham", "blank_x"))  # the reply's own words are the stem
 
 
 def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_path):
@@ -206,6 +212,37 @@ def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_pa
     assert all((tmp_path / f"r.jsonl.{name}.png").stat().st_size > 10_000 for name in ("early", "attention"))
     assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records
                if record["condition"] == "clean")
+
+
+@pytest.mark.parametrize("kind, latent", [("text", []), ("latent", ["--latent", "mirage"])])
+def test_a_prior_is_what_the_question_alone_says(imagining_model, items, tmp_path, kind, latent):
+    """Without image and imagination the models prefer one colour: its output row reads 0.25 more of the
+    opened box, whose state has length sqrt(32) in that dimension alone."""
+    rows = [{**item, "question": f"<image>\n{item['question']}"} for item in read_rows(items, {})]
+    write_rows(tmp_path / "items.jsonl", rows)
+    asked = (tmp_path / "items.jsonl", imagining_model(kind, True), tmp_path / f"{kind}.jsonl", *latent,
+             "--limit", "16", "--image_root", str(items.parent))
+    metrics, records = run(*asked, "--conditions", "blank", "--prior", "question", "--min_emitters", "4")
+    options = {item["id"]: dict(item["options"]) for item in rows}
+    raw = []
+    for record in records:
+        read, words = record["r0"], options[record["id"]]
+        prior = {words[letter]: value for letter, value in read["prior"].items()}
+        assert [prior[NOTHING] - prior[name] for name in words.values() if name != NOTHING] == pytest.approx(
+            [0.25 * 32**0.5] * 3, abs=1e-4)
+        weights = {letter: math.exp(read["logp"][letter] - value) for letter, value in read["prior"].items()}
+        assert read["pi"] == pytest.approx({letter: weight / sum(weights.values())
+                                            for letter, weight in weights.items()}, rel=1e-6)
+        gold = record["gold"]
+        assert read["nll"] == pytest.approx(-math.log(read["pi"][gold])) and record["r1"] == read
+        assert read["pred"] == max(read["pi"], key=read["pi"].get)
+        assert math.exp(read["margin"]) == pytest.approx(
+            read["pi"][gold] / max(share for letter, share in read["pi"].items() if letter != gold))
+        raw.append(read["logp"])
+    assert metrics["prior"] == "question"
+    _, plain = run(*asked, "--conditions", "blank", "--stem", STEM, "--fresh", "--min_emitters", "4")
+    for record, logp in zip(plain, raw, strict=True):  # the same words, whether read or given
+        assert record["r0"]["logp"] == pytest.approx(logp, abs=1e-4) and "prior" not in record["r0"]
 
 
 def test_an_llm_writes_the_directed_edit_at_its_server(imagining_model, items, tmp_path):
@@ -244,6 +281,12 @@ def test_noise_depends_on_seed_item_segment_and_step_alone():
     for other in (feed(z, 0, 3), feed(z, 1, 2), noise("b")(z, 0, 2)):
         assert not torch.equal(feed(z, 0, 2), other)
     assert feed(z, 0, 0).norm() == pytest.approx(float(z.norm()), rel=1e-5)
+
+
+def test_the_stem_is_fixed_for_latents_and_the_words_of_the_reply_for_text():
+    asked = flags("i.jsonl", "m", "r.jsonl")
+    assert intervene.parse_args([*asked, "--latent", "lvr"]).stem == " The answer is \\boxed{"
+    assert intervene.parse_args(asked).stem is None
 
 
 def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items, tmp_path):

@@ -212,7 +212,7 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
         for i, (row, arm, trace) in enumerate(zip(rows, arms, traces)):
             if row.done:
                 continue
-            if row.advance(arm.choose(logits[i], n_new) if arm.choose else sampled[i]):
+            if row.advance(arm.next_id(logits[i], sampled[i], row.out)):
                 vectors[i] = arm.feed(hidden[i], *row.place) if arm.feed else hidden[i]
                 trace.fed.append(vectors[i])
             if row.just_closed:

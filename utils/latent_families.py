@@ -79,7 +79,8 @@ class Generation:
 
     `states` [len(ids), hidden]: the post-norm states that led to each id; at a latent, the latent before any
     edit. `fed` [n_latents, hidden]: the vectors fed, after the edit. `logits` [len(ids), vocab]. `slots`: for
-    each latent that was read, the inputs of the decoder's layers [layers, hidden].
+    each latent that was read, the inputs of the decoder's layers [layers, hidden]. `n_forbidden`: ids that
+    would have come next but for `Intervention.forbid`.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Generation:
     fed: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     slots: list[torch.Tensor] | None = None
+    n_forbidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ class Intervention:
     """What is done to one row while it decodes; by default nothing.
 
     choose(logits [vocab], n) -> id                    the nth new id (from 0)
+    forbid(row, id) -> bool                            whether this id may not come next
     feed(z [hidden], segment, step) -> [hidden]        site `fed`: the vector fed in place of the latent z
     slot(segment, step) -> [layers, hidden] or None    site `slot`: every layer's input at that latent
                                                        (of a list, those that are not None)
     hide: "latents", "images" or both                  site `edge`: what tokens after a segment cannot see
     spec: another form of the family for this row (other K, say)
+    covers(segment, step) -> bool                      the latents that it reaches (None: all)
     """
 
     choose: Callable[[torch.Tensor, int], int] | None = None
@@ -108,6 +112,19 @@ class Intervention:
     slot: Callable[[int, int], Sequence[torch.Tensor | None] | None] | None = None
     hide: tuple[str, ...] = ()
     spec: LatentSpec | None = None
+    forbid: Callable[[Generation, int], bool] | None = None
+    covers: Callable[[int, int], bool] | None = None
+
+    def next_id(self, logits: torch.Tensor, likeliest: int, row: Generation) -> int:
+        """Return the next id of a row: the chosen or the likeliest, of those that are not forbidden."""
+        choose = self.choose or (lambda logits, n: int(logits.argmax()))
+        found = self.choose(logits, len(row.ids)) if self.choose else likeliest
+        if self.forbid and self.forbid(row, found):
+            row.n_forbidden, logits = row.n_forbidden + 1, logits.clone()
+            while self.forbid(row, found):
+                logits[found] = float("-inf")
+                found = choose(logits, len(row.ids))
+        return found
 
 
 class RowState:

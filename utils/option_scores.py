@@ -3,7 +3,8 @@
 An option's score is the log-probability of its tokens, and if one option is a prefix of another, also of the
 closing brace, which may otherwise share a token with what follows. R0 reads the same stem after the last
 latent (or text imagination) in every condition; R1 reads the clean run's own words there, so that only a path
-around the words can change the score. R2 is the free reply, parsed.
+around the words can change the score: for text they are R0's stem too, unless another is given. R2 is the
+free reply, parsed.
 """
 import math
 
@@ -69,27 +70,16 @@ def score_options(qwen: Qwen, state: State, items: list[dict], stems: list[str],
             for item, of_row in zip(items, scores)]
 
 
-def read_out(qwen: Qwen, state: State, items: list[dict], stem: str, clean_stems: list[str | None],
-             before: list[list[int]], by: str) -> list[dict]:
-    """Return {"r0", "r1"} of each row: the options after `stem`, and after the clean run's words, if any."""
-    golds = [item["answer"]["value"] for item in items]
-    r0 = score_options(qwen, state, items, [stem] * len(items), before, by)
-    readouts = [{"r0": describe_scores(scores, gold), "r1": None} for scores, gold in zip(r0, golds)]
-    own = [n for n, words in enumerate(clean_stems) if words]
-    if own:
-        r1 = score_options(qwen, state.select(own), [items[n] for n in own], [clean_stems[n] for n in own],
-                           [before[n] for n in own], by)
-        for n, scores in zip(own, r1):
-            readouts[n]["r1"] = describe_scores(scores, golds[n])
-    return readouts
-
-
-def describe_scores(scores: dict[str, float], gold: str) -> dict:
+def describe_scores(scores: dict[str, float], gold: str, prior: dict[str, float] | None = None) -> dict:
     """Return {"logp" by letter, "pi" (softmax over the options), "nll" = -log pi(gold), "margin" to the best
-    wrong option, "pred"}."""
+    wrong option, "pred"}. With a `prior` {letter: log-probability} all but "logp" are of logp - prior, as in
+    pointwise mutual information, and "prior" is returned too."""
+    kept = {"logp": scores} | ({"prior": prior} if prior else {})
+    if prior:
+        scores = {letter: value - prior[letter] for letter, value in scores.items()}
     top = max(scores.values())
     total = top + math.log(sum(math.exp(value - top) for value in scores.values()))
     best_wrong = max(value for letter, value in scores.items() if letter != gold)
-    return {"logp": scores, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
+    return {**kept, "pi": {letter: math.exp(value - total) for letter, value in scores.items()},
             "nll": total - scores[gold], "margin": scores[gold] - best_wrong,
             "pred": max(scores, key=scores.get)}

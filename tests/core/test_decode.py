@@ -345,5 +345,18 @@ def test_choices_are_the_arms_own(qwen, batch):
 
     banned = generate(qwen, batch, 16, MIRAGE, [Intervention(choose=without_start)] * 3)
     assert not any(start in row.ids for row in banned)
+    noise = torch.randn(16, qwen.model.lm_head.out_features, generator=torch.Generator().manual_seed(0)) * 9
+
+    def sampled(logits, n):
+        return int((logits + noise[n]).argmax())
+
+    # a forbidden id never comes: the next best does, of the same random numbers
+    masked = generate(qwen, batch, 16, MIRAGE, [Intervention(choose=lambda logits, n: sampled(
+        logits.index_fill(0, torch.tensor([start]), -torch.inf), n))] * 3)
+    for choose, wanted in ((None, banned), (sampled, masked)):
+        arm = Intervention(choose=choose, forbid=lambda row, token: token == start)
+        rows = generate(qwen, batch, 16, MIRAGE, [arm] * 3)
+        assert [row.ids for row in rows] == [row.ids for row in wanted]
+        assert all(0 < row.n_forbidden <= 16 for row in rows) and not wanted[0].n_forbidden
     empty = generate(qwen, batch, 16, MIRAGE, [Intervention(spec=replace(MIRAGE, size=0))] * 3)
     assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)

@@ -1,4 +1,4 @@
-"""Attention of the stem's rows against the library's own full maps."""
+"""Attention of the stems' rows against the library's own full maps."""
 import pytest
 import torch
 from decoding import MIRAGE, batch_of, load_with
@@ -43,13 +43,15 @@ def test_rows_equal_the_librarys_own_maps(qwen):
     with watched(qwen.model, lambda *parts: seen.append(attention_weights(*parts[:2], allowed, parts[2]))):
         prefill_more(qwen, state, [block] * 3)
     assert torch.allclose(torch.stack(seen), expected, atol=1e-5) and len(seen) == 2
-    looks = stem_attention(qwen, state, block[:2], qwen.tokenizer.decode(block[2:]), [[], [], []])
+    lengths = [len(block), len(block), len(block) - 2]  # rows may have stems of their own
+    stems = [qwen.tokenizer.decode(block[2:n]) for n in lengths]
+    looks = stem_attention(qwen, state, block[:2], stems, [[], [], []])
     for i, look in enumerate(looks):  # the same in groups, counted column by column
         kinds = ["said" if c >= state.is_image.shape[1] else "image" if state.is_image[i, c] else "question"
                  for c in columns]
         kinds[int(mask[i].argmax())] = "first"
         for layer in range(2):
-            rows = expected[layer, i, :, 2:].mean((0, 1))
+            rows = expected[layer, i, :, 2:lengths[i]].mean((0, 1))
             for name in GROUPS:
                 wanted = sum(float(rows[c]) for c, kind in enumerate(kinds) if kind == name)
                 assert look["mass"][name][layer] == pytest.approx(wanted, abs=2e-5), (i, layer, name)
@@ -65,7 +67,7 @@ def test_latents_are_a_group_and_each_has_its_mass(qwen):
     segments = [row.segments[0] for row in rows]
     back = truncate_cache(end, begun.select([0, 2]), [s.start + s.size for s in segments])
     places = [[begun.mask.shape[1] + s.start + j for j in range(s.size)] for s in segments]
-    for look, columns in zip(stem_attention(qwen, back, [], STEM, places), places):
+    for look, columns in zip(stem_attention(qwen, back, [], [STEM] * 2, places), places):
         assert len(look["imagined"]) == len(columns) == 4 and min(look["imagined"]) > 0
         assert sum(look["imagined"]) == pytest.approx(sum(look["mass"]["imagination"]) / 2, abs=1e-5)
         assert all(sum(look["mass"][name][layer] for name in GROUPS) == pytest.approx(1, abs=1e-5)

@@ -20,15 +20,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from utils.decode import State, decode, prefill_blocks, truncate_cache
-from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix, likeliest,
-                                         why_no_prompt)
-from utils.intervene.latent_conditions import find_condition
-from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, first_difference, pick_donor,
-                                     stem_of)
+from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix,
+                                         imagines_again, likeliest, why_no_prompt)
+from utils.intervene.latent_conditions import DO_X, find_condition
+from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, donor_fields,
+                                     first_difference, pick_donor, stem_of)
 from utils.items import open_images
 from utils.jsonl import DataError, replace_file
 from utils.latent_families import Generation, Intervention, LatentSpec, clean_text, last_latent, latent_ids
-from utils.option_scores import read_out
 from utils.qwen import Qwen
 
 WATCHED = "sdpa_watched"
@@ -67,28 +66,31 @@ def watched(model: torch.nn.Module,
 
 
 @torch.no_grad()
-def stem_attention(qwen: Qwen, state: State, before: list[int], stem: str,
+def stem_attention(qwen: Qwen, state: State, before: list[int], stems: list[str],
                    imagined: list[list[int]]) -> list[dict]:
-    """Return where the tokens of `stem`, read after the ids `before`, attend in each row of `state` (kept):
-    {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns}, "imagined": [mass
-    of each of the row's columns `imagined`, mean over layers]}. Means over heads and the stem's tokens."""
-    block = before + qwen.tokenizer(stem, add_special_tokens=False).input_ids
-    (n, n_before), rows = state.mask.shape, slice(len(before), len(block))
-    mask = torch.cat([state.mask, state.mask.new_ones(n, len(block))], dim=1).bool()
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    steps = torch.arange(len(block), device=mask.device)
-    allowed = (mask[:, None] & (columns <= n_before + steps[:, None]))[:, rows]
+    """Return where the tokens of each row's stem, read after the ids `before`, attend in that row of `state`
+    (kept): {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns},
+    "imagined": [mass of each of the row's columns `imagined`, mean over layers]}. Means over heads and the
+    stem's tokens."""
+    blocks = [before + qwen.tokenizer(stem, add_special_tokens=False).input_ids for stem in stems]
+    lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)[:, None]
+    steps = torch.arange(int(lengths.max()), device=lengths.device)
+    mask = torch.cat([state.mask, (steps < lengths).to(state.mask)], dim=1).bool()  # padded on the right
+    columns, own = torch.arange(mask.shape[1], device=mask.device), slice(len(before), None)
+    allowed = (mask[:, None] & (columns <= state.mask.shape[1] + steps[:, None]))[:, own]
+    share = (steps < lengths)[:, own] / (lengths - len(before))  # [B, R] of each of the stem's tokens
     layers: list[torch.Tensor] = []  # [B, C] each
-    with watched(qwen.model, lambda query, key, scaling: layers.append(
-            attention_weights(query[:, :, rows], key, allowed, scaling).mean((1, 2)))):
-        prefill_blocks(qwen, state.select(list(range(n))), [block] * n)
+    with watched(qwen.model, lambda query, key, scaling: layers.append(torch.einsum(
+            "bhrc,br->bc", attention_weights(query[:, :, own], key, allowed, scaling), share)
+            / query.shape[1])):
+        prefill_blocks(qwen, state.select(list(range(len(blocks)))), blocks)
     member = column_groups(state, mask, imagined)
     mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
-    uniform = torch.einsum("brc,bgc->bg", allowed / allowed.sum(-1, keepdim=True), member) / allowed.shape[1]
+    uniform = torch.einsum("brc,br,bgc->bg", allowed / allowed.sum(-1, keepdim=True), share, member)
     each = torch.stack(layers).mean(0)
     return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
              "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])}
-            for i in range(n)]
+            for i in range(len(blocks))]
 
 
 def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
@@ -142,7 +144,7 @@ class Planned(NamedTuple):
     """A condition that applies to the item at `place`, and what it does there."""
 
     name: str
-    condition: Condition
+    condition: Condition | None  # None: the clean run
     place: int
     intervention: Intervention
 
@@ -173,11 +175,12 @@ class LatentBatch:
             sampled = [self.settings.sampled(self.items[place], own) for place, own in piece]
             rows, end = decode(self.qwen, begun, at_most or self.settings.max_new_tokens, self.spec, sampled,
                                capture=True, with_slots=True)
-            scores = self.read(begun, end, rows, here) if at_most is None else [None] * len(rows)
+            scores = self.read(kind, begun, end, rows, here) if at_most is None else [None] * len(rows)
             done += map(Decoded, rows, scores)
         return done
 
-    def read(self, begun: State, end: State, rows: list[Generation], places: list[int]) -> list[dict | None]:
+    def read(self, kind: str, begun: State, end: State, rows: list[Generation],
+             places: list[int]) -> list[dict | None]:
         """Score the options behind each row's last segment: R0 and R1; for the clean run also the attention
         of R0's stem."""
         n_read = end.mask.shape[1] - begun.mask.shape[1]
@@ -186,15 +189,14 @@ class LatentBatch:
             return [None] * len(rows)
         kept = [last_latent(row) if k in scored else 0 for k, row in enumerate(rows)]
         state = truncate_cache(end, begun, kept).select(scored)
-        stems = [self.clean_stem(places[k], rows[k]) for k in scored]
-        items = [self.items[places[k]] for k in scored]
-        scores = read_out(self.qwen, state, items, self.settings.stem, stems,
-                          [[self.end_id]] * len(scored), self.settings.options)
+        words = [self.clean_stem(places[k], rows[k]) for k in scored]
+        scores = self.prompts.read_out(state, kind, [places[k] for k in scored], words, [self.end_id])
         if not self.clean:
             n_prompt = begun.mask.shape[1]
             latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)]
                        for k in scored]
-            looks = stem_attention(self.qwen, state, [self.end_id], self.settings.stem, latents)
+            looks = stem_attention(self.qwen, state, [self.end_id], [self.settings.stem] * len(scored),
+                                   latents)
             scores = [row | {"attention": look} for row, look in zip(scores, looks)]
         by_row = dict(zip(scored, scores))
         return [by_row.get(k) for k in range(len(rows))]
@@ -234,7 +236,8 @@ class LatentBatch:
 
     def records(self, names: list[str]) -> list[dict[str, dict]]:
         """Return {condition: record} for each item, including "clean"."""
-        result = [{"clean": self.describe(i, run, None)} for i, run in enumerate(self.clean)]
+        result = [{"clean": self.describe(Planned("clean", None, i, Intervention()), run)}
+                  for i, run in enumerate(self.clean)]
         conditions = {name: find_condition(name) for name in names}
         needs = {kind for condition, _ in conditions.values() for kind in condition.needs}
         cases = {i: self.case(i, needs) for i in self.emitters}
@@ -257,20 +260,27 @@ class LatentBatch:
         for kind, plans in todo.items():
             runs = self.decode(kind, [plan.place for plan in plans], [plan.intervention for plan in plans])
             for plan, run in zip(plans, runs):
-                result[plan.place][plan.name] = self.describe(plan.place, run, plan.condition)
+                result[plan.place][plan.name] = record = self.describe(plan, run)
+                if plan.name in DO_X:
+                    record |= asked_fields(self.prompts.asked(kind, plan.place), self.items[plan.place],
+                                           result[plan.place]["clean"], record)
         return result
 
-    def describe(self, place: int, run: Decoded, condition: Condition | None) -> dict:
+    def describe(self, plan: Planned, run: Decoded) -> dict:
         """Return the record of one run."""
+        _, condition, place, intervention = plan
         (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
         at = [j for s in row.segments for j in range(s.start, s.start + s.size)]
         raw, fed = row.states[at].float(), row.fed.float()
         record = {"emitted": bool(at),
                   "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
                                for s in row.segments],
+                  "again": imagines_again(row, intervention),
+                  "n_forbidden": row.n_forbidden if intervention.forbid else None,
                   "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if at else None,
                   "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if at else None,
-                  **answer_fields(self.items[place], clean_text(tokenizer, row.ids, self.spec),
+                  **answer_fields(self.prompts.asked(condition.prompt if condition else "own", place).item,
+                                  clean_text(tokenizer, row.ids, self.spec),
                                   clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids,
                                   row.finish),
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
@@ -281,6 +291,5 @@ class LatentBatch:
                     default=0.0)
         record |= {"first_diff": first, "changed": first is not None, "reach": reach}
         for kind in condition.needs:
-            donor = self.donors[place][kind][0]
-            record["donor"] = donor and {"item": donor["id"], "gold": donor["answer"]["value"]}
+            record["donor"] = donor_fields(self.donors[place][kind][0], self.items[place])
         return record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.jsonl import call_key
@@ -182,8 +183,9 @@ def feed_constant(vector: torch.Tensor) -> Intervention:
 
 def feed_run(row: Generation) -> Intervention:
     """Feed a captured run's latents at the same positions."""
-    return feed(lambda z, segment, step:
-                latent_at(row, segment, step) if has_latent(row, segment, step) else z)
+    fed = feed(lambda z, segment, step:
+               latent_at(row, segment, step) if has_latent(row, segment, step) else z)
+    return replace(fed, covers=partial(has_latent, row))
 
 
 def put_slots(row: Generation) -> Intervention:
@@ -191,7 +193,32 @@ def put_slots(row: Generation) -> Intervention:
     def states(segment: int, step: int) -> torch.Tensor | None:
         index = latent_index(row, segment, step)
         return row.slots[index] if has_latent(row, segment, step) and index < len(row.slots) else None
-    return Intervention(slot=states)
+    return Intervention(slot=states, covers=partial(has_latent, row))
+
+
+def no_more_segments(case: Case, n: int, **more) -> Intervention:
+    """Forbid the start of a segment after n of them."""
+    def forbid(row: Generation, token: int) -> bool:
+        ending = bool(row.segments) and row.segments[-1].closed_by == "max_tokens" and case.spec.force_end
+        return token == case.start_id and len(row.segments) >= n and not ending  # then the id is ignored
+    return Intervention(forbid=forbid, **more)
+
+
+def markers_only(case: Case) -> Intervention:
+    """The clean run's segments without their latents."""
+    return no_more_segments(case, len(case.clean.segments),
+                            spec=replace(case.spec, size=0, overwrite_start=False))
+
+
+def imagines_again(row: Generation, intervention: Intervention) -> bool | None:
+    """Return whether a run has latents that the intervention does not reach; None where it leaves latents to
+    the model."""
+    if not (intervention.feed or intervention.slot or intervention.hide or intervention.spec
+            or intervention.forbid):
+        return None
+    return intervention.covers is not None and any(
+        not intervention.covers(n, step) for n, segment in enumerate(row.segments)
+        for step in range(segment.size))
 
 
 def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],

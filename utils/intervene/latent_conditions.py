@@ -10,11 +10,22 @@ A condition is named `tau` or, with a number, `add_noise:0.3`. Conditions on ano
 (grey images of the same size), "counterfactual" (the item's own answer-changing edit), "other_image",
 "other_question" (another item's), "masked" (the item's region greyed). Worlds of a mediation, Y(x, Z(x')) and
 so on, keep the words before the latents (`forced_prefix`).
+
+A model may imagine again after an intervention and so undo it; `again` in its record says that it did.
+
+    cannot      conditions that apply to every latent: tau and its kind, noise, doses, dummy_pad, slot_mean_t,
+                cut_*, single positions and rankings
+    forbidden   markers_only, keep_first:0 (a segment more than the clean run's), no_segment (any)
+    may         swap_*, slot_*, blank_x (latents that the donor lacks); replay, first_repeat, permute,
+                keep_first (latents that the clean run lacks)
+    not asked   do(X) and blank, whose latents are the model's own
 """
 from dataclasses import replace
+from functools import partial
 
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, feed_constant, feed_run,
-                                         forced_prefix, has_latent, latent_at, put_slots)
+                                         forced_prefix, has_latent, latent_at, markers_only,
+                                         no_more_segments, put_slots)
 from utils.intervene.sweeps import SWEEPS
 from utils.latent_families import Intervention
 
@@ -70,8 +81,9 @@ def mix(case: Case, number: float) -> Intervention:
 
 
 def first_repeat(case: Case) -> Intervention:
-    return feed(lambda z, segment, step:
-                latent_at(case.clean, segment, 0) if has_latent(case.clean, segment, 0) else z)
+    fed = feed(lambda z, segment, step:
+               latent_at(case.clean, segment, 0) if has_latent(case.clean, segment, 0) else z)
+    return replace(fed, covers=lambda segment, step: has_latent(case.clean, segment, 0))
 
 
 def permute(case: Case) -> Intervention:
@@ -83,20 +95,12 @@ def permute(case: Case) -> Intervention:
         if not has_latent(case.clean, segment, step):
             return z
         return latent_at(case.clean, segment, (step + 1) % segments[segment].size)
-    return feed(vector)
+    return replace(feed(vector), covers=partial(has_latent, case.clean))
 
 
 def slot_mean_t(case: Case) -> Intervention:
     slots_t = case.calibrated().slots_t
     return Intervention(slot=lambda segment, step: slots_t[min(step, len(slots_t) - 1)])
-
-
-def no_segment(case: Case) -> Intervention:
-    def choose(logits, n):
-        logits = logits.clone()
-        logits[case.start_id] = float("-inf")
-        return case.pick(logits, n)
-    return Intervention(choose=choose)
 
 
 def world(case: Case, *intervention: Intervention) -> Intervention:
@@ -133,14 +137,14 @@ CONDITIONS = {
                                       needs=(kind,)) for kind in ("random", "counterfactual")},
     "slot_swap_blank": Condition("slot", lambda case: world(case, put_slots(case.donor("blank"))),
                                  needs=("blank",)),
-    # what later tokens cannot attend to; cut_both must move the answer of any model that uses the image
+    # what later tokens cannot attend to; the question's tokens have read the image before: cut_both need not
+    # move the answer of every model that looks
     "cut_latent": Condition("edge", lambda case: Intervention(hide=("latents",))),
     "cut_image_after": Condition("edge", lambda case: Intervention(hide=("images",))),
     "cut_both": Condition("edge", lambda case: Intervention(hide=("latents", "images"))),
-    # a segment without latents; a start token that cannot be generated, so that the words change too
-    "markers_only": Condition("none", lambda case: Intervention(
-        spec=replace(case.spec, size=0, overwrite_start=False))),
-    "no_segment": Condition("none", no_segment),
+    # segments without latents; a start token that cannot be generated, so that the words change too
+    "markers_only": Condition("none", markers_only),
+    "no_segment": Condition("none", lambda case: no_more_segments(case, 0)),
     # worlds Y(x', Z(x')) and, at both sites, Y(x', Z(x)): are the item's own latents sufficient?
     "blank": Condition("none", world, prompt="blank"),
     "blank_x": Condition("fed", lambda case: world(case, feed_run(case.clean)), prompt="blank"),

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 
 from utils.intervene.figures import ends_of, title_of, write_figures
-from utils.intervene.latent_case import Case, Condition, NotPossible, feed, latent_index, put_slots, seeded
+from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has_latent, latent_index,
+                                         markers_only, put_slots, seeded)
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
@@ -71,7 +72,10 @@ def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervent
 
 
 def keep_first(case: Case, number: float) -> Intervention:
-    return Intervention(spec=replace(case.spec, size=int(number)))
+    if number < 1:
+        return markers_only(case)
+    return Intervention(spec=replace(case.spec, size=int(number)),
+                        covers=lambda segment, step: segment < len(case.clean.segments))
 
 
 def parse_place(word: str) -> tuple[range, range]:
@@ -99,7 +103,8 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
     def states(segment: int, step: int) -> list | None:
         inputs = everywhere(segment, step) if step in steps else None
         return None if inputs is None else [state if n in layers else None for n, state in enumerate(inputs)]
-    return Intervention(slot=states)
+    return Intervention(slot=states, covers=lambda segment, step: has_latent(
+        donor, segment, step if step in steps else 0))
 
 
 SWEEPS = {"keep_one": Condition("fed", keep_one, default=0),

@@ -4,6 +4,7 @@ prompt.
 A reply is cut after its last imagination, edited, fed back as the assistant's own beginning and continued.
 """
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -11,25 +12,46 @@ from PIL import Image
 from utils.decode import State, decode, prefill_more
 from utils.intervene.latent_batch import stem_attention
 from utils.intervene.latent_case import NotPossible, why_no_prompt
-from utils.intervene.prompts import Prompt, Prompts, Settings, answer_fields, pick_donor, stem_of
-from utils.intervene.text_conditions import EDITS, TEXT_CONDITIONS, Context, direct_all, until_last_span
+from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, pick_donor,
+                                     stem_of)
+from utils.intervene.text_conditions import (EDITS, TEXT_CONDITIONS, Context, TextCondition, direct_all,
+                                             until_last_span)
 from utils.intervene.text_edits import NotEditable
-from utils.latent_families import Generation
+from utils.latent_families import Generation, Intervention
 from utils.model_calls import Caller
-from utils.option_scores import read_out
 from utils.qwen import Qwen
-from utils.rows import conclusion, find_spans, passages, put_spans
+from utils.rows import CLOSE, OPEN, conclusion, find_spans, passages, put_spans
+
+BEGINNING = "<think"  # of the opening mark; what completes it is forbidden, not every "<"
+Forbid = Callable[[Generation, int], bool]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a reply to continue; an empty `text`: the whole reply is generated again."""
+    """The beginning of a reply to continue; without an `edit` the whole reply is generated again."""
 
-    condition: str
+    name: str
+    condition: TextCondition
     place: int
     text: str = ""
     edit: dict | None = None
-    sees_image: bool = True
+
+
+# ---- imagining again
+def begins_span(before: str, after: str) -> bool:
+    """Return whether the words added to `before` make an opening mark, or bring one to BEGINNING."""
+    ends = ((start, after[start:start + len(OPEN)]) for start in range(max(0, len(before) - len(OPEN) + 1),
+                                                                       len(after)))
+    return any(OPEN.startswith(piece) and len(piece) >= len(BEGINNING) and start + len(piece) > len(before)
+               for start, piece in ends)
+
+
+def imagines_after(before: str, said: str) -> bool:
+    """Return whether what was `said` after `before` opens or closes an imagination before its box."""
+    text = before + said
+    boxed = text.find("\\boxed", len(before))
+    end = len(text) if boxed < 0 else boxed
+    return any(text.find(mark, max(0, len(before) - len(mark) + 1), end) >= 0 for mark in (OPEN, CLOSE))
 
 
 class TextBatch:
@@ -117,57 +139,78 @@ class TextBatch:
                     if i not in self.prompts.places(condition.prompt):
                         raise NotPossible(why_no_prompt(condition.prompt))
                     edited = self.edited(condition.edit, i) if condition.edit else ("", None)
-                    prefix = Prefix(name, i, *edited, condition.sees_image)
-                    todo.setdefault(condition.prompt, []).append(prefix)
+                    todo.setdefault(condition.prompt, []).append(Prefix(name, condition, i, *edited))
                 except (NotEditable, NotPossible) as fault:
                     result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None,
                                        "correct": False, "reason": fault.args[0],
-                                       "target": self.target(self.items[i])}
+                                       "target": self.target(self.items[i]) if condition.edit else None}
         for kind, prefixes in todo.items():
             for piece in self.settings.pieces(prefixes):
-                # those with a text first: only they are fed back and scored
-                for part in ([p for p in piece if p.text], [p for p in piece if not p.text]):
-                    for prefix, record in self.answered(kind, part):
-                        result[prefix.place][prefix.condition] = record
+                for prefix, record in self.answered(kind, piece):
+                    result[prefix.place][prefix.name] = record
+                    if prefix.edit is None:
+                        record |= asked_fields(self.prompts.asked(kind, prefix.place),
+                                               self.items[prefix.place], result[prefix.place]["clean"],
+                                               record)
         for place, scores in self.scored_clean():
             result[place]["clean"] |= scores
         return result
 
-    def answered(self, kind: str, prefixes: list[Prefix]) -> list[tuple[Prefix, dict]]:
-        """Continue prefixes, all with a text or all without one."""
-        if not prefixes:
-            return []
-        places = [prefix.place for prefix in prefixes]
-        if prefixes[0].text:
-            state, scores = self.read(kind, prefixes)
-        else:
-            state, scores = self.prompts.select(kind, places), [{"r0": None, "r1": None}] * len(places)
-        return [(prefix, score | self.describe(prefix, row))
-                for prefix, score, row in zip(prefixes, scores, self.continued(state, places))]
+    def answered(self, kind: str, prefixes: list[Prefix]) -> Iterator[tuple[Prefix, dict]]:
+        """Continue prefixes. Those without a text are not fed back, those without an edit not scored."""
+        parts: dict[tuple[bool, bool], list[Prefix]] = {}
+        for prefix in prefixes:
+            parts.setdefault((prefix.text == "", prefix.edit is None), []).append(prefix)
+        for (empty, free), part in parts.items():
+            places = [prefix.place for prefix in part]
+            state = self.prompts.select(kind, places) if empty else self.read(kind, part)
+            state.hide_images([n for n, prefix in enumerate(part) if not prefix.condition.sees_image])
+            scores = [{"r0": None, "r1": None}] * len(part) if free else self.scores(state, kind, places)
+            banned = [self.no_more_spans(prefix.text) if prefix.condition.again == "forbidden" else None
+                      for prefix in part]
+            for prefix, score, row in zip(part, scores, self.continued(state, places, banned)):
+                yield prefix, score | self.describe(kind, prefix, row)
 
-    def read(self, kind: str, prefixes: list[Prefix]) -> tuple[State, list[dict]]:
-        """Feed prefixes back; return the state behind them and how the options score there."""
-        places = [prefix.place for prefix in prefixes]
+    def read(self, kind: str, prefixes: list[Prefix]) -> State:
+        """Feed the texts of prefixes back; return the state behind them."""
         ids = [self.qwen.tokenizer(prefix.text, add_special_tokens=False).input_ids for prefix in prefixes]
-        state = prefill_more(self.qwen, self.prompts.select(kind, places), ids)
-        state.hide_images([n for n, prefix in enumerate(prefixes) if not prefix.sees_image])
-        stems = [stem_of(conclusion(self.texts[i])) for i in places]
-        return state, read_out(self.qwen, state, [self.items[i] for i in places], self.settings.stem, stems,
-                               [[]] * len(places), self.settings.options)
+        return prefill_more(self.qwen, self.prompts.select(kind, [prefix.place for prefix in prefixes]), ids)
 
-    def continued(self, state: State, places: list[int]) -> list[Generation]:
-        return decode(self.qwen, state, self.settings.max_new_tokens,
-                      arms=[self.settings.sampled(self.items[i]) for i in places])[0]
+    def words(self, place: int) -> str | None:
+        """Return the words between the clean run's last imagination and its box, with that opened."""
+        return stem_of(conclusion(self.texts[place]))
+
+    def scores(self, state: State, kind: str, places: list[int]) -> list[dict]:
+        return self.prompts.read_out(state, kind, places, list(map(self.words, places)), [])
+
+    def no_more_spans(self, before: str) -> Forbid:
+        """Forbid what would open an imagination in the words that follow `before`."""
+        def forbid(row: Generation, token: int) -> bool:
+            recent = row.ids[-2 * len(OPEN):]  # each token has a character, or is no word
+            said, more = self.text_of(recent), self.text_of([*recent, token])
+            return begins_span(before + said, before + more)
+        return forbid
+
+    def continued(self, state: State, places: list[int],
+                  banned: list[Forbid | None] | None = None) -> list[Generation]:
+        arms = [self.settings.sampled(self.items[i], Intervention(forbid=forbid))
+                for i, forbid in zip(places, banned or [None] * len(places), strict=True)]
+        return decode(self.qwen, state, self.settings.max_new_tokens, arms=arms)[0]
 
     def scored_clean(self) -> list[tuple[int, dict]]:
-        """Return (place, scores and attention of the stem) of the clean replies with an imagination."""
+        """Return (place, scores or attention of the stem) of the clean replies with an imagination."""
         n_prompt, done = self.prompts.read["own"][0].mask.shape[1], []
         for places in self.settings.pieces(self.emitters):
-            prefixes = [Prefix("clean", i, until_last_span(self.texts[i], self.spans[i])) for i in places]
-            state, scores = self.read("own", prefixes)
-            columns = [self.columns(n_prompt, prefix) for prefix in prefixes]
-            attention = stem_attention(self.qwen, state, [], self.settings.stem, columns)
-            done += [(i, score | {"attention": look}) for i, score, look in zip(places, scores, attention)]
+            prefixes = [Prefix("clean", TEXT_CONDITIONS["sham"], i,
+                               until_last_span(self.texts[i], self.spans[i])) for i in places]
+            state = self.read("own", prefixes)
+            done += zip(places, self.scores(state, "own", places))
+            stems = {n: stem for n, i in enumerate(places) if (stem := self.settings.stem or self.words(i))}
+            if stems:
+                columns = [self.columns(n_prompt, prefixes[n]) for n in stems]
+                looks = stem_attention(self.qwen, state.select(list(stems)), [], list(stems.values()),
+                                       columns)
+                done += [(places[n], {"attention": look}) for n, look in zip(stems, looks)]
         return done
 
     def columns(self, first: int, prefix: Prefix) -> list[int]:
@@ -177,19 +220,21 @@ class TextBatch:
         return [first + n for n, (low, high) in enumerate(offsets)
                 if any(low < end and start < high for start, end in self.spans[prefix.place])]
 
-    def describe(self, prefix: Prefix, row: Generation) -> dict:
+    def describe(self, kind: str, prefix: Prefix, row: Generation) -> dict:
         """Return the record of a continued reply, compared with the clean one from there on."""
-        place, reply = prefix.place, self.text_of(row.ids)
-        item, clean, spans = self.items[place], self.texts[place], self.spans[place]
-        emitted, last, clean_words = ((spans, reply, conclusion(clean)) if prefix.text
-                                      else (find_spans(reply), conclusion(reply), clean))
-        return {"emitted": bool(emitted), "spans": spans,
-                **answer_fields(item, prefix.text + reply, last, row.ids, row.finish),
-                "changed": reply.strip() != clean_words.strip(), "edit": prefix.edit,
-                "target": self.target(item), "ids": row.ids}
+        place, said, again = prefix.place, self.text_of(row.ids), prefix.condition.again
+        item, clean, spans = self.items[place], self.texts[place], find_spans(prefix.text + said)
+        clean_words = clean if prefix.edit is None else conclusion(clean)
+        undone = {"own": None, "cannot": False}.get(again, imagines_after(prefix.text, said))
+        return {"emitted": bool(spans), "spans": spans, "again": undone,
+                "n_forbidden": row.n_forbidden if again == "forbidden" else None,
+                **answer_fields(self.prompts.asked(kind, place).item, prefix.text + said, conclusion(said),
+                                row.ids, row.finish),
+                "changed": said.strip() != clean_words.strip(), "edit": prefix.edit,
+                "target": self.target(item) if prefix.edit else None, "ids": row.ids}
 
     def describe_clean(self, place: int) -> dict:
         row, text = self.clean[place], self.texts[place]
-        return {"emitted": bool(self.spans[place]), "spans": self.spans[place], "r0": None, "r1": None,
-                "attention": None, "ids": row.ids,
+        return {"emitted": bool(self.spans[place]), "spans": self.spans[place], "again": None,
+                "n_forbidden": None, "r0": None, "r1": None, "attention": None, "ids": row.ids,
                 **answer_fields(self.items[place], text, conclusion(text), row.ids, row.finish)}

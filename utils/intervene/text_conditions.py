@@ -19,6 +19,11 @@
                                         positive control)
     swap_blank, blank_x, blank          worlds of the mediation
 
+The model may imagine again behind an edit and so undo it; `again` in the record says that it did. Where the
+condition is that nothing is imagined (removal, filler, no_span, bare, truncate_0) it cannot write the opening
+mark: `n_forbidden` counts how often it would have. It may still fill the placeholder of bare. image_off
+cannot be undone; do(X) and blank are not asked, as the imagination is the model's own.
+
 An edit is a function f(text, spans, item, context) -> (new text, edit), or raises NotEditable. `text` is the
 reply up to its last imagination, `spans` its imaginations. The edit is a dict with "editor", "target",
 "before" and "after" (lists of spans), "word_distance" and, where one value replaces another, "from" and "to".
@@ -163,21 +168,25 @@ EDITS: dict[str, Callable[..., Edited]] = {
 # ---- conditions
 @dataclass(frozen=True)
 class TextCondition:
-    """The edit of a reply's beginning (None: generated again from `prompt`), and whether what follows sees
-    the image."""
+    """The edit of a reply's beginning (None: generated again from `prompt`), whether what follows sees the
+    image, and whether the model may undo the edit: it "may", is "forbidden" to, "cannot", or the imagination
+    is its "own"."""
 
     edit: str | None
     prompt: str = "own"
     sees_image: bool = True
+    again: str = "may"
 
 
+ABSENT = ("removal", "filler", "no_span", "bare", "truncate_0")
 TEXT_CONDITIONS = {
-    **{name: TextCondition(name) for name in (*EDITS, "directed_llm")},
-    "image_off": TextCondition("sham", sees_image=False),
+    **{name: TextCondition(name, again="forbidden" if name in ABSENT else "may")
+       for name in (*EDITS, "directed_llm")},
+    "image_off": TextCondition("sham", sees_image=False, again="cannot"),
     "image_off_directed": TextCondition("directed", sees_image=False),
     "swap_blank": TextCondition("swap_blank"), "blank_x": TextCondition("sham", "blank"),
-    "blank": TextCondition("swap_blank", "blank"),
-    **{name: TextCondition(None, kind) for name, kind in DO_X.items()}}
+    "blank": TextCondition("swap_blank", "blank", again="own"),
+    **{name: TextCondition(None, kind, again="own") for name, kind in DO_X.items()}}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in EDITS if name.startswith("truncate"))],
                 "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
