@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 import pytest
-from harness_table import IMAGINED, OPTIONS, REPLIES
+from harness_table import OPTIONS, REPLIES
 from planted import planted
 
 from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers
@@ -45,8 +45,8 @@ def test_extraction_table(name, gold, reply, head, mme, letter, rule):
 def test_the_table_holds_one_wrong_letter():
     """Of 48 replies 40 are right and 7 unresolved; one says red and nothing else, but the gold is blue."""
     assert len(REPLIES) == 48
-    wrong = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
-    assert wrong == [IMAGINED] and sum(row[1] == row[5] for row in REPLIES) == 40
+    [wrong] = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
+    assert wrong.endswith("a matte surface whose colour is clearly red.") and sum(row[1] == row[5] for row in REPLIES) == 40
 
 
 @pytest.mark.parametrize("name, reply, letter, rule", [
@@ -69,7 +69,7 @@ def test_negations_chinese_nested_options_and_latents(reply, options, letter):
 
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
-    reply = f"{IMAGINED} Then I thought about it for quite some time. It could be the red one"
+    reply = "Suppose the cup had been enlarged. I thought for quite some time. It could be the red one"
     assert extract_choice(reply, OPTIONS["COL"]).rule == "tail_text"
     assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
     opening = "A closer look shows that the cup is white in the lower part of"  # "A" is an article

@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 from fault_server import calls_of, serving
 
-from utils.backends import ErrorRateError, Reply
+from utils.backends import Reply
 from utils.evaluate.judge import TRIES, Judge, add_verdicts, parse, question_for
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
@@ -19,11 +19,11 @@ def open_judge(tmp_path):
     """Return open(kind, url, ...) -> judge; all journals lie in one folder."""
     journals = []
 
-    def opened(kind, url, model="judge", wait=2.0, timeout=20.0):
+    def opened(kind, url, model="judge", wait=2.0):
         while journals:
             journals.pop().__exit__()
         journals.append(Journal(tmp_path / "run", name="judge"))
-        return Judge(kind, HttpBackend(model, url, 1, 28, 8, timeout, wait), journals[-1], 64)
+        return Judge(kind, HttpBackend(model, url, 1, 28, 8, 20.0, wait), journals[-1], 64)
     yield opened
     journals and journals[-1].__exit__()
 
@@ -86,27 +86,19 @@ def test_a_garbled_judge_fails_without_a_guess_and_is_asked_again_once_repaired(
         assert len(calls_of(tmp_path, "repaired.jsonl")) == 2  # a usable reply is not asked for again
 
 
-def test_a_judge_that_goes_away_leaves_failures_and_one_that_is_slow_is_waited_for(open_judge, tmp_path):
-    with serving(tmp_path, latency=1.5) as (_, url):
-        slow = open_judge("map", url, wait=20.0, timeout=4.0)
-        assert slow.decide([(ITEM, "fault:half blue")])[0]["parsed"] == "B"  # two broken answers, then one
-        found = open_judge("map", url, wait=1.0).decide([(ITEM, "fault:kill blue")])
-        assert found[0]["error"] and found[0]["parsed"] is None
-    with serving(tmp_path, name="again.jsonl", faults=False) as (_, url):
-        assert open_judge("map", url).decide([(ITEM, "fault:kill blue")])[0]["parsed"] == "B"
+def test_a_judge_that_goes_away_leaves_failures(open_judge, tmp_path):
+    with serving(tmp_path) as (_, url):
+        [found] = open_judge("map", url, wait=1.0).decide([(ITEM, "fault:kill blue")])
+    assert found["error"] == "no server answered" and found["parsed"] is None
 
 
-def test_preflight_stops_where_a_plain_case_is_wrong_or_no_server_answers(open_judge, tmp_path, monkeypatch):
-    with serving(tmp_path) as (process, url):
+def test_preflight_stops_where_a_plain_case_is_wrong(open_judge, tmp_path, monkeypatch):
+    with serving(tmp_path) as (_, url):
         for kind in ("map", "grade"):
             open_judge(kind, url).preflight()
         monkeypatch.setattr("utils.evaluate.judge.TEST_REPLY", "fault:prose It is blue.")
         with pytest.raises(DataError, match="--judge map judge: asked .* it said 'I would rather talk"):
             open_judge("map", url).preflight()
-        process.kill()
-        process.wait()
-        with pytest.raises(ErrorRateError, match="no server has answered"):
-            open_judge("map", url, wait=0.5).preflight()
 
 
 def test_a_verdict_of_ours_is_never_overruled_and_empty_replies_are_not_asked_about(open_judge, tmp_path):
