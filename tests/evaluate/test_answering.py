@@ -6,7 +6,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from fault_server import calls_of, serving
-from PIL import Image
 
 from utils.backends import LocalBackend, render
 from utils.evaluate.answering import Conversation, Local, Served, answer_all, replay
@@ -20,12 +19,10 @@ CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0
 
 
 @pytest.fixture
-def items(tmp_path):
+def items(picture):
     """Nine items whose pictures and questions have different lengths."""
     for n in range(9):
-        image = Image.new("RGB", (56 + 28 * (n % 3), 84), (20 * n, 90, 40))
-        image.paste("white", (0, 0, 20 + n, 30))
-        image.save(tmp_path / f"{n}.png")
+        picture(f"{n}.png", (56 + 28 * (n % 3), 84), (20 * n, 90, 40))
     return [{"id": f"t/{n}", "question": "What is it? " * (1 + 3 * n % 7), "metric": "mcq",
              "options": [["A", "red"], ["B", "blue"]], "answer": {"type": "letter", "value": "A"},
              "images": [{"path": f"{n}.png"}]} for n in range(9)]
@@ -154,13 +151,12 @@ def test_a_server_is_asked_all_at_once_with_pictures_in_their_places(items, talk
         assert (result["n_tokens"], result["image_grids"]) == (18, [])
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_a_picture_that_is_gone_or_cut_off_fails_alone(local, items, talk, journal, tmp_path, remote):
+def test_a_picture_that_is_gone_or_cut_off_fails_alone_at_a_server(items, talk, journal, tmp_path):
     (tmp_path / "1.png").unlink()
     (tmp_path / "2.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
     with serving(tmp_path) as (_, url):
         conversations = talk(items[:4])
-        assert answer_all(served(url) if remote else local(), conversations, journal, 0, 1)
+        assert answer_all(served(url), conversations, journal, 0, 1)
     errors = [c.result().get("error") for c in conversations]
     assert errors == [None, "image_missing", "image_unreadable", None]
 
