@@ -4,10 +4,8 @@ The first test takes 200 rows and 50 pictures, the slow one 2,000 rows and 500 p
 others hold what the fuzzer found.
 """
 import json
-import math
 import pickle
 import re
-import shutil
 import time
 
 import hostile
@@ -18,13 +16,11 @@ from samples import METRICS, result
 
 import evaluate
 from utils.answers import last_boxed
-from utils.cli import LONGEST_ERROR, cli, shorten
 from utils.evaluate.judge import question_for
 from utils.evaluate.scoring import check_scorable
-from utils.images import ImageError, data_url, open_image, resolve_image
-from utils.items import item_fault, plain
-from utils.journal import Journal
-from utils.jsonl import DataError, read_rows
+from utils.images import open_image
+from utils.items import plain
+from utils.jsonl import DataError
 from utils.probe.states import States, StateWriter
 from utils.qwen import load
 from utils.rows import find_markup, parse_options, split_spans
