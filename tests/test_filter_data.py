@@ -7,7 +7,6 @@ import pytest
 from samples import row
 from standin import StandIn, flags
 
-import filter_data
 from filter_data import JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
 from utils.jsonl import DataError, read_rows
 
@@ -43,25 +42,20 @@ def test_find_flags(changes, flags):
     assert find_flags(row(**changes)) == flags
 
 
-@pytest.mark.parametrize("changes, strict, lenient", [
-    ({}, [], []), ({"answerable": "no"}, ["unanswerable"], ["unanswerable"]),
-    ({"answerable": "unclear"}, ["unanswerable_unclear"], []),
+@pytest.mark.parametrize("changes, strict, lenient, required", [
+    ({}, [], [], []), ({"answerable": "no"}, ["unanswerable"], ["unanswerable"], ["unanswerable"]),
+    ({"answerable": "unclear"}, ["unanswerable_unclear"], [], ["required"]),
     ({"observation_supports_answer": "no", "chain_consistent": "unclear"},
-     ["unsupported", "inconsistent_unclear"], ["unsupported"]),
+     ["unsupported", "inconsistent_unclear"], ["unsupported"], ["unsupported"]),
+    ({"chain_consistent": "unclear"}, ["inconsistent_unclear"], [], []),
     ({"problems": ["garbled_text", "wrong_answer", "wrong_answer"]}, ["wrong_answer", "garbled_text"],
-     ["wrong_answer", "garbled_text"]), ({"reason": "I would drop this"}, [], [])])
-def test_code_decides_from_the_fields(changes, strict, lenient):
-    assert decide(JUDGED | changes, False, {}) == strict and set(strict) <= set(JUDGE_REASONS)
+     ["wrong_answer", "garbled_text"], ["wrong_answer", "garbled_text"]),
+    ({"reason": "I would drop this"}, [], [], [])])
+def test_code_decides_from_the_fields(changes, strict, lenient, required):
+    assert decide(JUDGED | changes, False, {}) == strict and set(strict + required) <= set(JUDGE_REASONS)
     assert decide(JUDGED | changes, True, {}) == lenient
-
-
-@pytest.mark.parametrize("required, changes, reasons", [
-    ("answerable", {}, []), ("answerable", {"answerable": "unclear"}, ["required"]),
-    ("answerable", {"answerable": "no"}, ["unanswerable"]),
-    ("answerable", {"chain_consistent": "unclear"}, []),
-    ("chain_consistent", {"chain_consistent": "unclear"}, ["required"])])
-def test_required_fields(required, changes, reasons):
-    assert decide(JUDGED | changes, True, {required: "yes"}) == reasons and set(reasons) <= set(JUDGE_REASONS)
+    assert decide(JUDGED | changes, True, {"answerable": "yes"}) == required
+    assert decide(JUDGED | {"chain_consistent": "unclear"}, True, {"chain_consistent": "yes"}) == ["required"]
 
 
 @pytest.mark.parametrize("text", ["answerable", "answerable=maybe", "problems=yes", "=yes"])
@@ -134,7 +128,9 @@ def test_every_row_has_a_verdict_and_an_error_does_not_drop_it(rows_file, judge,
 
 def test_other_thresholds_change_the_decision_without_new_calls(rows_file, judge):
     path = rows_file(ROWS)
-    main(flags(path))
+    assert main(flags(path, "--limit", "2")) == 0
+    assert list(result(path)[1]) == ["z", "conflict"] and len(judge.asked) == 2
+    assert main(flags(path, "--batch_size", "3")) == 3 and len(judge.asked) == 2 + 4 + 2
     judge.asked.clear()
     for more, kept in [(["--keep_unclear"], ["z", "doubt", "a"]),
                        (["--keep_unclear", "--require", "answerable=yes"], ["z", "a"])]:
@@ -143,15 +139,6 @@ def test_other_thresholds_change_the_decision_without_new_calls(rows_file, judge
     assert result(path)[1]["doubt"]["reasons"] == ["required"]
     assert main(flags(path, "--retry_errors")) == 3 and judge.asked
     assert all("garbage" in request.text or "maybe" in request.text for request in judge.asked)
-
-
-def test_the_judge_sees_question_images_chain_and_answer(rows_file, judge):
-    main(flags(rows_file([row("z")])))
-    request = judge.asked[0]
-    assert set(filter_data.PROMPTS) == {"SYSTEM", "JUDGE", "BLIND", "RETRY"}
-    assert [Path(path).name for path in request.images] == ["a.png"] and "{question}" not in request.text
-    for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"):
-        assert part in request.text
 
 
 def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(rows_file, judge):
@@ -164,35 +151,31 @@ def test_blind_answer_drops_rows_whose_chain_does_not_lead_to_the_answer(rows_fi
     blind = [request for request in judge.asked if "from these notes alone" in request.text]
     assert len(blind) == 3 and not any(request.images for request in blind)
     assert "hull shows a white 42.</think_image>" in blind[0].text and "The answer is" not in blind[0].text
+    seen = next(request for request in judge.asked if request not in blind)  # what the judge is shown
+    assert [Path(path).name for path in seen.images] == ["a.png"] and "{question}" not in seen.text
+    for part in ("What number is on boat z?", row("z")["chain"], "Stated answer: 42"):
+        assert part in seen.text
     with pytest.raises(DataError, match="other settings"):
         main(flags(path))
 
 
-def test_rules_only_needs_no_model(rows_file, judge, capsys):
-    path = rows_file(ROWS)
-    assert main([*flags(path, "--rules_only"), "--model", "/no/such"]) == 0
-    assert result(path)[0] == ["z", "conflict", "doubt", "error", "schema", "a"] and judge.asked == []
-    assert json.loads(capsys.readouterr().out)["rule_rejected"] == 3
-
-
-def test_dry_run_and_limit(rows_file, judge, capsys, tmp_path):
+def test_dry_run_and_rules_alone_need_no_model(rows_file, judge, capsys, tmp_path):
     path = rows_file(ROWS)
     files = sorted(tmp_path.iterdir())
     assert main(flags(path, "--dry_run", "--blind_answer")) == 0 and sorted(tmp_path.iterdir()) == files
     captured = capsys.readouterr()
     assert [counts["calls"] for counts in json.loads(captured.out)["calls"].values()] == [6, 6]
     assert "--- judge, sample z" in captured.err and "--- blind, sample z" in captured.err
-    assert main(flags(path, "--limit", "2")) == 0
-    assert list(result(path)[1]) == ["z", "conflict"] and len(judge.asked) == 2
-    judge.asked.clear()
-    assert main(flags(path)) == 3 and len(judge.asked) == 4 + 2
+    assert main([*flags(path, "--rules_only"), "--model", "/no/such"]) == 0
+    assert result(path)[0] == ["z", "conflict", "doubt", "error", "schema", "a"] and judge.asked == []
+    assert json.loads(capsys.readouterr().out)["rule_rejected"] == 3
 
 
 def test_a_damaged_or_missing_input_is_reported_and_an_empty_one_is_valid(rows_file, judge):
-    with pytest.raises(DataError, match=r"in\.jsonl: id 's/1': step 1 should be"):
-        main(flags(rows_file([row(steps=["text"])])))
-    with pytest.raises(DataError, match=r"in\.jsonl:1: no field 'subset'"):
-        main(flags(rows_file([{"id": "a"}])))
+    for rows, match in (([row(steps=["text"])], "in.jsonl: id 's/1': step 1 should be"),
+                        ([{"id": "a"}], "in.jsonl:1: no field 'subset'")):
+        with pytest.raises(DataError, match=match):
+            main(flags(rows_file(rows)))
     path = rows_file([])
     assert main(flags(path)) == 0 and result(path) == ([], {})
     path.unlink()

@@ -7,15 +7,17 @@ import pytest
 from samples import PAIR, mirage, monet
 from standin import StandIn, flags
 
-import rewrite_captions
-from rewrite_captions import REASONS, Segment, check_refined, lost_facts, main, make_segments, parse_args
-from utils.chain_formats import OPERATIONS, Sample, convert, operation_of
+from rewrite_captions import REASONS, check_refined, lost_facts, main, make_segments, parse_args
+from utils.chain_formats import OPERATIONS, Sample, convert
 from utils.jsonl import DataError, read_rows
 from utils.rows import split_final
 
 
 def converted(value: dict, index: int = 0) -> Sample:
     return convert("in.json:1", value, index, OPERATIONS)
+
+
+LOOK, SEEN = ("text", f"Look. {PAIR}"), ("text", "<observation>x</observation> \\boxed{1}")
 
 
 def test_monet_becomes_a_row():
@@ -25,11 +27,11 @@ def test_monet_becomes_a_row():
         "question": "What number is on the boat?", "answer": "42",
         "steps": [{"text": "I look closer at the boat."}, {"image": "b.png", "operation": "zoom"},
                   {"text": "The hull shows 42. The answer is \\boxed{42}."}]}
-    value = monet()
-    assert converted(value | {"data": value["data"][1:]}).reason == "structure"
-
-
-LOOK, SEEN = ("text", f"Look. {PAIR}"), ("text", "<observation>x</observation> \\boxed{1}")
+    asked = monet(user=[("image", "a"), ("text", "Is this "), ("image", "b"), ("text", " the same?")])
+    row = converted(asked).row  # images inside the question become markers
+    assert row["images"] == ["a", "b"] and row["question"] == "<image>Is this <image> the same?"
+    asked = monet(user=[("image", "a"), ("image", "b"), ("text", "Same?")])
+    assert converted(asked).row["question"] == "Same?"
 
 
 @pytest.mark.parametrize("assistant, reason", [
@@ -45,21 +47,18 @@ def test_monets_discard_rules(assistant, reason):
     sample = converted(monet(assistant=assistant))
     assert sample.reason == reason
     assert not re.search("abs_vis_token|observation>", json.dumps(sample.row["steps"]))
+    value = monet(assistant=assistant)
+    assert converted(value | {"data": value["data"][1:]}).reason == "structure"  # no system turn
 
 
-@pytest.mark.parametrize("subset, keeps", [
-    ("Visual_CoT", False), ("CogCoM", False), ("Zebra_CoT_geometry", False),
-    ("Zebra_CoT_visual_search", True), ("Zebra_CoT_count", True)])
-def test_the_suffix_goes_except_where_monet_keeps_it(subset, keeps):
-    assert converted(monet(subset=subset)).row["question"].endswith("\\boxed{}.") is keeps
-
-
-def test_images_inside_the_question_become_markers():
-    user = [("image", "a"), ("text", "Is this "), ("image", "b"), ("text", " the same?")]
-    row = converted(monet(user=user)).row
-    assert row["images"] == ["a", "b"] and row["question"] == "<image>Is this <image> the same?"
-    user = [("image", "a"), ("image", "b"), ("text", "Same?")]
-    assert converted(monet(user=user)).row["question"] == "Same?"
+@pytest.mark.parametrize("subset, operation, keeps_suffix", [
+    ("Visual_CoT", "zoom", False), ("CogCoM", "draw", False), ("Zebra_CoT_geometry", "zoom", False),
+    ("Zebra_CoT_visual_search", "zoom", True), ("Zebra_CoT_count", "zoom", True), ("ReFocus", "draw", False),
+    ("Toy_zoom", "zoom", False), ("Toy_draw", "draw", False)])
+def test_the_subset_tells_the_operation_and_whether_monet_keeps_the_suffix(subset, operation, keeps_suffix):
+    row = converted(monet(subset=subset)).row
+    assert row["question"].endswith("\\boxed{}.") is keeps_suffix
+    assert row["steps"][1]["operation"] == operation
 
 
 THOUGHTS = ["<think> Go on. </think>", "The answer is \\boxed{A}."]
@@ -82,19 +81,21 @@ def test_mirage_becomes_a_row(changes, texts, images, reason):
     assert [step for step in row["steps"] if "image" in step] == drawn
 
 
-def test_real_mirage_samples(shared_data, capsys):
-    folder = shared_data / "mirage_examples"
-    assert main(flags(folder / "sample.jsonl", "--dry_run")) == 0
-    out = json.loads(capsys.readouterr().out)
-    assert out["read"] == 10 and out["rejected"] == {}
-    assert {kind: counts["calls"] for kind, counts in out["calls"].items()} == {"draw": 10, "refine": 10}
-
-
-@pytest.mark.parametrize("subset, operation", [
-    ("Visual_CoT", "zoom"), ("Zebra_CoT_count", "zoom"), ("ReFocus", "draw"), ("CogCoM", "draw"),
-    ("Mirage", "draw"), ("Toy_zoom", "zoom"), ("Toy_draw", "draw")])
-def test_operation_of_a_subset(subset, operation):
-    assert operation_of("x", subset, OPERATIONS) == operation
+@pytest.mark.parametrize("value, match", [
+    ({"a": 1}, "keys a are of no known form; expected those of monet"),
+    (monet(sample_id=1.5), "field 'sample_id' should be int or str, got float"),
+    (monet(subset="New"), "no operation is known for subset 'New'; .* --operation New=zoom"),
+    ({"metadata": {}, "data": []}, "no field 'dataset_name'"),
+    ({"metadata": {}, "data": {}}, "field 'data' should be list"),
+    ({**monet(), "data": [3]}, "turn 1: expected an object"),
+    ({**monet(), "data": [{"role": "system"}]}, "turn 1: no field 'content'"),
+    (monet(user=[("video", "x")]), "turn 2, item 1: expected type \"text\" or \"image\""),
+    (monet(user=[("image", 3)]), "turn 2, item 1: field 'image' should be str, got int"),
+    (mirage(image_input=[1]), "field 'image_input' should be a path or a list of paths"),
+    (mirage(text_input=1), "field 'text_input' should be str")])
+def test_a_sample_of_no_known_form_is_reported(value, match):
+    with pytest.raises(DataError, match=f"^in.json:1: {match}"):
+        converted(value)
 
 
 @pytest.mark.parametrize("before, final", [
@@ -133,20 +134,16 @@ STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zo
      "segment 1 points at an image that the reader does not have: 'at the image above'"),
     (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."],
      "points at an image"),
-    (["I look at the sign above the image of a boat.", OBSERVED, "So it is."], None)])
+    (["I look at the sign above the image of a boat.", OBSERVED, "So it is."], None),
+    (["<think> a few words </think>", OBSERVED, "So it is clear."], None)])
 def test_check_refined(texts, fault):
     steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
+    steps = [{"text": texts[0]}] + STEPS[1:] if "think>" in texts[0] else steps  # markup that was there stays
     segments, _ = make_segments(steps)
-    value = {"segments": [{"id": n, "text": text} for n, text in enumerate(texts, 1)]}
-    result = check_refined(segments, value)
+    parts = [{"id": n, "text": text} for n, text in enumerate(texts, 1)]
+    result = check_refined(segments, {"segments": parts})
     assert result is None if fault is None else result[0] == "refine" and fault in result[1], result
-
-
-def test_refined_ids_are_in_order_and_may_keep_markup_that_was_there():
-    segments = [Segment("text", "<think> a few words </think>"), Segment("observation", "a red boat")]
-    good = [{"id": n, "text": segment.text} for n, segment in enumerate(segments, 1)]
-    assert check_refined(segments, {"segments": good}) is None
-    assert "the ids were not" in check_refined(segments, {"segments": good[::-1]})[1]
+    assert "the ids were not" in check_refined(segments, {"segments": parts[::-1]})[1]
 
 
 @pytest.mark.parametrize("caption, refined, lost", [
@@ -193,10 +190,6 @@ def result(path: Path) -> tuple[dict, dict]:
     return {row["id"]: row for row in read_rows(path.parent / "out.jsonl", {"id": str})}, rejected_of(path)
 
 
-def written(path: Path) -> list[bytes]:
-    return [(path.parent / name).read_bytes() for name in ("out.jsonl", "out.jsonl.run/rejected.jsonl")]
-
-
 def names(request) -> list[str]:
     return [Path(path).name for path in request.images]
 
@@ -235,6 +228,7 @@ def test_every_sample_ends_once_with_its_reason(rows_file, captioner, capsys):
     zoom, draw = (next(r for r in captioner.asked if word in r.text) for word in ("plain?", "drawn?"))
     assert names(zoom) == ["b.png"] and names(draw) == ["a.png", "b.png"]
     assert not any("42" in request.text for request in (zoom, draw))  # never the answer
+    assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)
 
 
 def test_a_refinement_that_fails_keeps_the_unrefined_chain(rows_file, captioner):
@@ -282,17 +276,8 @@ def test_several_inputs_of_all_forms(rows_file, captioner):
     assert list(rows) == ["Visual_CoT/1", "mirage/0", "x/1"]
     assert rows["x/1"]["steps"][0]["caption"] == "A box marks 42." and "old" not in json.dumps(rows["x/1"])
     assert rows["mirage/0"]["question"] == "Map: <image>\nSafe?"
-
-
-def test_a_second_run_reuses_every_call_and_writes_the_same_bytes(rows_file, captioner, capsys):
-    path = rows_file([monet(n, question=f"{q}?") for n, q in enumerate(("plain", "stumble", "refuse"))])
-    assert main(flags(path, "--limit", "2")) == 0
-    n_asked = len(captioner.asked)
-    assert main(flags(path)) == 0
-    assert len(captioner.asked) == n_asked + 2  # only the third sample, twice
-    before = written(path)
-    assert main(flags(path, "--batch_size", "3")) == 0 and written(path) == before
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
+    with pytest.raises(DataError, match=r"own\.json:1: duplicate id 'x/1', first seen at .*own\.json"):
+        main([*flags(paths[0]), "--input", str(paths[2]), str(paths[2])])
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(rows_file, captioner, tmp_path):
@@ -305,13 +290,6 @@ def test_other_settings_are_refused_and_fresh_starts_over(rows_file, captioner, 
             main(flags(path, *more))
         assert main(flags(path, *more, "--fresh")) == 0
         assert (tmp_path / f"out.jsonl.run.old-{n}" / "meta.json").is_file()
-
-
-def test_the_guard_stops_with_4(rows_file, captioner, capsys):
-    path = rows_file([monet(n, question=f"garbage {n}?") for n in range(25)])
-    assert main(flags(path)) == 4 and not (path.parent / "out.jsonl").exists()
-    assert "stopped: 20 of the last 20 calls failed" in capsys.readouterr().err
-    assert main(flags(path, "--no_guard")) == 3 and len(result(path)[1]) == 25
 
 
 def test_dry_run_shows_prompts_and_writes_nothing(rows_file, captioner, capsys, tmp_path):
@@ -329,29 +307,6 @@ def test_dry_run_shows_prompts_and_writes_nothing(rows_file, captioner, capsys, 
     assert sorted(tmp_path.iterdir()) == files and captioner.asked == []
 
 
-@pytest.mark.parametrize("value, match", [
-    ({"a": 1}, "keys a are of no known form; expected those of monet"),
-    (monet(sample_id=1.5), "field 'sample_id' should be int or str, got float"),
-    (monet(subset="New"), "no operation is known for subset 'New'; .* --operation New=zoom"),
-    ({"metadata": {}, "data": []}, "no field 'dataset_name'"),
-    ({"metadata": {}, "data": {}}, "field 'data' should be list"),
-    ({**monet(), "data": [3]}, "turn 1: expected an object"),
-    ({**monet(), "data": [{"role": "system"}]}, "turn 1: no field 'content'"),
-    (monet(user=[("video", "x")]), "turn 2, item 1: expected type \"text\" or \"image\""),
-    (monet(user=[("image", 3)]), "turn 2, item 1: field 'image' should be str, got int"),
-    (mirage(image_input=[1]), "field 'image_input' should be a path or a list of paths"),
-    (mirage(text_input=1), "field 'text_input' should be str")])
-def test_a_sample_of_no_known_form_is_reported(value, match):
-    with pytest.raises(DataError, match=f"^in.json:1: {match}"):
-        converted(value)
-
-
-def test_a_duplicate_id_is_reported_with_both_places(rows_file, captioner):
-    path = rows_file([monet()])
-    with pytest.raises(DataError, match=r"b\.json:1: duplicate id 'Visual_CoT/7', first seen at .*in\.json"):
-        main([*flags(path), "--input", str(path), str(rows_file([monet()], "b.json"))])
-
-
 def test_operation_flag(rows_file, captioner, capsys):
     path = rows_file([monet(1, subset="New")])
     assert main(flags(path, "--operation", "New=draw", "--operation", "Old=draw")) == 0
@@ -361,27 +316,3 @@ def test_operation_flag(rows_file, captioner, capsys):
     err = capsys.readouterr().err
     assert "--operation Old=draw: no sample read is of that subset" in err
     assert "expected SUBSET=zoom or SUBSET=draw" in err
-
-
-def test_ranks_share_the_work_and_the_last_one_writes(rows_file, captioner, monkeypatch, capsys):
-    questions = ["plain", "stumble", "refuse", "garbage", "plain"]
-    path = rows_file([monet(n, question=f"{q} {n}?") for n, q in enumerate(questions)])
-    assert main(flags(path)) == 3
-    alone = written(path)
-    (path.parent / "out.jsonl").unlink()
-    (path.parent / "out.jsonl.run").rename(path.parent / "old")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    capsys.readouterr()
-    for rank, code in ((2, 0), (0, 0), (1, 3)):
-        monkeypatch.setenv("RANK", str(rank))
-        assert not (path.parent / "out.jsonl").exists() and main(flags(path)) == code
-        assert len(capsys.readouterr().out.splitlines()) == (rank == 1)
-    assert written(path) == alone
-    with pytest.raises(DataError, match="--fresh with 3 processes"):
-        main(flags(path, "--fresh"))
-
-
-def test_every_prompt_fills(rows_file, captioner):
-    assert set(rewrite_captions.PROMPTS) == {"SYSTEM", "ZOOM", "DRAW", "REFINE", "RETRY"}
-    main(flags(rows_file([monet(1), monet(2, "CogCoM"), monet(3, question="stumble?")])))
-    assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)

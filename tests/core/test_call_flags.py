@@ -5,19 +5,17 @@ from pathlib import Path
 
 import pytest
 from fault_server import calls_of, serving
+from processes import MAINS
 from samples import monet, row
 from standin import flags
 
-import filter_data
-import rewrite_captions
 from utils.call_flags import load_prompts, parse_object, parse_shard
 from utils.cli import read_api_key
 from utils.jsonl import DataError, write_rows
 
-MAINS = {"rewrite": rewrite_captions.main, "filter": filter_data.main}
-DERIVED = {"rewrite": "rejected.jsonl", "filter": "verdicts.jsonl"}
+DERIVED = {"rewrite_captions": "rejected.jsonl", "filter_data": "verdicts.jsonl"}
 FAULTS = {3: "fault:prose", 5: "fault:400", 8: "fault:fenced"}
-each_stage = pytest.mark.parametrize("stage", MAINS)
+each_stage = pytest.mark.parametrize("stage", DERIVED)
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def world(tmp_path, picture):
         questions = {n: changed.get(f"q{n}", f"Which boat {1 if n == 11 else n}? {FAULTS.get(n, '')}")
                      for n in numbers}
         path = tmp_path / "in.jsonl"
-        if stage == "rewrite":
+        if stage == "rewrite_captions":
             path.write_text(json.dumps([monet(n, question=question) for n, question in questions.items()]))
         else:
             write_rows(path, [row(f"s/{n}", f"The hull {n} shows 42. {FAULTS.get(n, '')}", question=question)
@@ -48,7 +46,7 @@ def bytes_of(stage: str, folder: Path, output: str = "out.jsonl") -> list[bytes]
 
 
 @each_stage
-def test_any_number_of_shards_writes_the_same_bytes(world, tmp_path, stage, capsys):
+def test_any_number_of_shards_or_ranks_writes_the_same_bytes(world, tmp_path, stage, capsys, monkeypatch):
     path = world(stage, list(range(20)))
     with serving(tmp_path, latency=0) as (_, url):
         def run_shards(output: str, n: int, indices) -> list[int]:
@@ -56,24 +54,30 @@ def test_any_number_of_shards_writes_the_same_bytes(world, tmp_path, stage, caps
 
         assert run(stage, path, url, output="one.jsonl") == 3
         n_calls = len(calls_of(tmp_path))
-        for name, n in (("three.jsonl", 3), ("eight.jsonl", 8)):
-            assert run_shards(name, n, range(n)) == [0] * (n - 1) + [3]
-            assert bytes_of(stage, tmp_path, name) == bytes_of(stage, tmp_path, "one.jsonl")
+        assert run_shards("three.jsonl", 3, range(3)) == [0, 0, 3]
         before = len(calls_of(tmp_path))  # two of three shards, then half of eight, then one process
         assert run_shards("mixed.jsonl", 3, (0, 2)) + run_shards("mixed.jsonl", 8, range(4)) == [0] * 6
         with pytest.raises(DataError, match=r"\d+ calls are missing; run without --export_only"):
             run(stage, path, url, "--export_only", output="mixed.jsonl")
         assert run(stage, path, url, output="mixed.jsonl") == 3
-        assert bytes_of(stage, tmp_path, "mixed.jsonl") == bytes_of(stage, tmp_path, "one.jsonl")
         # the duplicate is asked about where its first is in another shard
         assert len(calls_of(tmp_path)) - before <= n_calls + 2
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        for rank, code in ((2, 0), (0, 0), (1, 3)):  # the last one writes
+            monkeypatch.setenv("RANK", str(rank))
+            assert run(stage, path, url, output="ranks.jsonl") == code
+            assert (tmp_path / "ranks.jsonl").exists() == (rank == 1)
+        with pytest.raises(DataError, match="--fresh with 3 processes"):
+            run(stage, path, url, "--fresh", output="ranks.jsonl")
+    for name in ("three.jsonl", "mixed.jsonl", "ranks.jsonl"):
+        assert bytes_of(stage, tmp_path, name) == bytes_of(stage, tmp_path, "one.jsonl")
     err = capsys.readouterr().err
     assert "this shard is done" in err and "Traceback" not in err
 
 
 @each_stage
 def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
-    per_sample = 2 if stage == "rewrite" else 1
+    per_sample = 2 if stage == "rewrite_captions" else 1
     with serving(tmp_path, latency=0) as (_, url):
         def new_calls(*args, **changed) -> list[str]:
             before = len(calls_of(tmp_path))
@@ -81,7 +85,7 @@ def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
             return [call["text"] for call in calls_of(tmp_path)[before:]]
 
         assert new_calls(list(range(12)))
-        assert new_calls(list(range(12))[::-1]) == [] or stage == "filter"  # the first duplicate is kept
+        assert new_calls(list(range(12))[::-1]) == [] or stage == "filter_data"  # the first duplicate is kept
         assert new_calls(list(range(12))) == []
         assert len(new_calls(list(range(14)))) == 2 * per_sample
         texts = new_calls(list(range(14)), q7="Which yacht?")  # a new caption, hence a new refinement
@@ -111,41 +115,38 @@ def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, ca
 
 
 def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
-    path = world("rewrite", list(range(6)))
+    path = world("rewrite_captions", list(range(6)))
     with serving(tmp_path, latency=0) as (_, url):
-        run("rewrite", path, url)
+        run("rewrite_captions", path, url)
         n_calls = len(calls_of(tmp_path))
         free = "--concurrency 2 --timeout 9 --server_wait 9 --limit 4 --max_same_caption 3".split()
-        assert run("rewrite", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
+        assert run("rewrite_captions", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
         for more in ("--temperature 0.7", "--model n", "--max_pixels 9000", "--image_factor 28",
                      '--extra_body {"top_k":1}', "--no_refine"):
             with pytest.raises(DataError, match="begun with other settings"):
-                run("rewrite", path, url, *more.split())
+                run("rewrite_captions", path, url, *more.split())
     with pytest.raises(DataError, match="--temperature and --extra_body are for --backend openai"):
-        run("rewrite", path, url, "--backend", "local", "--temperature", "0.7")
+        run("rewrite_captions", path, url, "--backend", "local", "--temperature", "0.7")
 
 
 def test_an_image_that_changed_is_inspected_and_asked_about_again(world, tmp_path, picture):
-    path = world("rewrite", [1, 2])
+    path = world("rewrite_captions", [1, 2])
     images = tmp_path / "out.jsonl.run" / "images-00000-of-00001.jsonl"
     with serving(tmp_path, latency=0) as (_, url):
         for _ in range(2):  # both samples have the same images
-            assert run("rewrite", path, url) == 0 and len(images.read_text().splitlines()) == 1
+            assert run("rewrite_captions", path, url) == 0 and len(images.read_text().splitlines()) == 1
         n_calls = len(calls_of(tmp_path))
         picture("b.png", color="green")
-        assert run("rewrite", path, url) == 0 and len(images.read_text().splitlines()) == 2
+        assert run("rewrite_captions", path, url) == 0 and len(images.read_text().splitlines()) == 2
     again = calls_of(tmp_path)[n_calls:]  # the stub's captions depend on the question: no new refinement
     assert len(again) == 2 and all("cut out of a larger" in call["text"] for call in again)
 
 
 def test_a_shard_is_one_of_n_and_extra_body_an_object():
     assert parse_shard("2/3") == (2, 3) and parse_object('{"a": 1}') == {"a": 1}
-    for text in ("1", "3/3", "a/2", "-1/2", "1/", "0/0"):
-        with pytest.raises(ArgumentTypeError, match="expected I/N with I from 0 to N-1"):
-            parse_shard(text)
-    for text in ("[1]", "{"):
-        with pytest.raises(ArgumentTypeError):
-            parse_object(text)
+    for text in ("1", "3/3", "a/2", "-1/2", "1/", "0/0", "[1]", "{"):
+        with pytest.raises(ArgumentTypeError, match="I from 0 to N-1|expected a JSON object|not JSON"):
+            parse_object(text) if text in ("[1]", "{") else parse_shard(text)
 
 
 def test_prompts_of_a_file_replace_those_of_their_names(tmp_path):

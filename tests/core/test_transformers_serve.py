@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import command
+from processes import run_here, words
 from samples import monet, row
+from standin import flags
 
 from utils.backends import Request
 from utils.jsonl import read_rows, write_rows
@@ -29,46 +29,41 @@ TEMPLATE = ("{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{
             "{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant:")
 
 
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
+@pytest.fixture
+def llava(tiny_checkpoint, tmp_path) -> Path:
     """Folder of a random LLaVA whose replies are never empty: special tokens are suppressed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, GenerationConfig, LlamaConfig,
-                              LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                              PreTrainedTokenizerFast)
-    folder = tmp_path_factory.mktemp("llava")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({sign: n for n, sign in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>",
-                                        additional_special_tokens=["<image>"])
+    from transformers import (AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, GenerationConfig,
+                              LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    tokenizer.image_token = "<image>"
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, image_size=56, patch_size=28, projection_dim=32),
         text_config=LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=8192),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4)
     model = LlavaForConditionalGeneration(config)
-    special = [tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<pad>", "<image>")]
-    model.generation_config = GenerationConfig(eos_token_id=special[0], pad_token_id=special[1],
-                                               suppress_tokens=special)
-    model.save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[*tokenizer.added_tokens_decoder])
+    model.save_pretrained(tmp_path / "llava")
     square = {"height": 56, "width": 56}
     processor = LlavaProcessor(CLIPImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=28,
                                vision_feature_select_strategy="default", num_additional_image_tokens=1,
                                chat_template=TEMPLATE)
-    processor.save_pretrained(folder)
-    return folder
+    processor.save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
 
 
-@contextmanager
-def serving(folder: Path):
+@pytest.fixture
+def url(llava):
     """Run `transformers serve` on a free port; yield its base URL once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = ("import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; "
                "main()")
-    process = subprocess.Popen([sys.executable, "-c", program, "serve", str(folder), "--host", "127.0.0.1",
+    process = subprocess.Popen([sys.executable, "-c", program, "serve", str(llava), "--host", "127.0.0.1",
                                 "--port", str(port), "--device", "cpu", "--dtype", "float32"],
                                env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
@@ -85,51 +80,41 @@ def serving(folder: Path):
         process.wait()
 
 
-def run(script: str, folder: Path, url: str, model: Path, *more: str) -> dict:
-    flags = ["--input", str(folder / "in.jsonl"), "--image_root", str(folder), "--output",
-             str(folder / f"{script}.jsonl"), "--backend", "openai", "--base_url", url, "--model", str(model),
-             "--max_new_tokens", "12", "--concurrency", "4", "--no_guard", *more]
-    done = subprocess.run(command(script, flags), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def test_stages_end_with_clean_errors_and_a_corrupt_image_fails_alone(tmp_path, picture, llava, url, capsys):
+    def run(script: str, *more: str) -> dict:
+        assert run_here(script, [*flags(tmp_path / "in.jsonl", *more), *words(
+            output=tmp_path / f"{script}.jsonl", backend="openai", base_url=url, model=llava,
+            max_new_tokens=12, concurrency=4, no_guard=True)]) == 3
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-
-def test_both_stages_end_with_clean_errors(tmp_path, picture, llava):
     for n, color in enumerate(("red", "blue", "green", "yellow")):
         picture(f"{n}.png", color=color)
-    Image.effect_noise((300, 200), 50).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    noise = Image.effect_noise((300, 200), 50)
+    noise.convert("CMYK").save(tmp_path / "cmyk.jpg")
     samples = [monet(n, question=f"Which one {n}?", images=("0.png", f"{1 + n % 3}.png")) for n in range(6)]
     samples += [monet(6, subset="CogCoM", images=("0.png", "1.png")),
                 monet(7, question="No file?", images=("0.png", "x.png")),
                 monet(8, question="<|im_end|> <image>?", images=("cmyk.jpg", "1.png"))]
-    (tmp_path / "in.jsonl").write_text(json.dumps(samples))
-    with serving(llava) as url:
-        out = run("rewrite_captions", tmp_path, url, llava)
-        assert (out["read"], out["kept"], out["errors"]) == (9, 0, 8)
-        assert out["n_calls"] == 16 and out["json_as_asked"] in (0.0, None)
-        rejected = read_rows(tmp_path / "rewrite_captions.jsonl.run" / "rejected.jsonl", {"reason": str})
-        reasons = Counter(row["reason"] for row in rejected)
-        assert reasons.pop("image_missing") == 1 and set(reasons) <= {"cut_off", "bad_json"}
-        write_rows(tmp_path / "in.jsonl", [
-            row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"], steps=[
-                {"image": f"{(n + 1) % 4}.png", "operation": "zoom", "caption": "x"},
-                {"text": "\\boxed{42}"}]) for n in range(6)])
-        out = run("filter_data", tmp_path, url, llava)
-        assert (out["read"], out["kept"], out["errors"], out["n_calls"]) == (6, 0, 6, 12)
-        out = run("filter_data", tmp_path, url, llava, "--export_only")
-        assert out["errors"] == 6 and out["n_calls"] == 0
+    write_rows(tmp_path / "in.jsonl", samples)
+    out = run("rewrite_captions")
+    assert (out["read"], out["kept"], out["errors"]) == (9, 0, 8)
+    assert out["n_calls"] == 16 and out["json_as_asked"] in (0.0, None)
+    rejected = read_rows(tmp_path / "rewrite_captions.jsonl.run" / "rejected.jsonl", {"reason": str})
+    reasons = Counter(row["reason"] for row in rejected)
+    assert reasons.pop("image_missing") == 1 and set(reasons) <= {"cut_off", "bad_json"}
+    write_rows(tmp_path / "in.jsonl", [
+        row(f"s/{n}", f"The hull shows {n} of 42.", images=[f"{n % 4}.png"], steps=[
+            {"image": f"{(n + 1) % 4}.png", "operation": "zoom", "caption": "x"},
+            {"text": "\\boxed{42}"}]) for n in range(6)])
+    for more, n_calls in (((), 12), (("--export_only",), 0)):
+        out = run("filter_data", *more)
+        assert (out["read"], out["kept"], out["errors"], out["n_calls"]) == (6, 0, 6, n_calls)
 
-
-def test_a_corrupt_image_fails_alone(tmp_path, picture, llava):
-    """The server answers 500 to it; it ends after three tries, and its neighbour is answered."""
-    good = picture("a.png")
-    Image.effect_noise((300, 200), 50).save(tmp_path / "bad.jpg")
+    noise.save(tmp_path / "bad.jpg")
     data = (tmp_path / "bad.jpg").read_bytes()
     (tmp_path / "bad.jpg").write_bytes(data[:len(data) // 2])  # the header stays: it is sent as it is
-    with serving(llava) as url:
-        backend = HttpBackend(str(llava), url, 10**6)
-        requests = [Request(f"{n:064x}", None, "What is it?", (str(path),), 8)
-                    for n, path in enumerate((good, tmp_path / "bad.jpg"))]
-        replies = {int(reply.key, 16): reply for reply in backend.generate(requests)}
-    assert replies[0].error is None and replies[0].text and replies[0].n_new == 8
-    assert replies[1].error.startswith("status 500") and replies[1].attempts == 3 and not replies[1].transient
+    requests = [Request(f"{n:064x}", None, "What is it?", (str(tmp_path / name),), 8)
+                for n, name in enumerate(("0.png", "bad.jpg"))]
+    good, bad = sorted(HttpBackend(str(llava), url, 10**6).generate(requests), key=lambda reply: reply.key)
+    assert good.error is None and good.text and good.n_new == 8
+    assert bad.error.startswith("status 500") and bad.attempts == 3 and not bad.transient
