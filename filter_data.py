@@ -31,10 +31,10 @@ from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, sho
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, object_schema, read_rows, write_rows
+from utils.jsonl import check_output, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
-from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_own, check_rows,
-                        find_markup, parse_options, row_fault, split_final, split_spans)
+from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_rows, find_markup,
+                        parse_options, read_own, row_fault, split_final, split_spans)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
@@ -72,6 +72,7 @@ not tell, answer "unknown".
 Reply with JSON: {"answer": "..."}""",
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
 }
+INPUT_FIELDS = OWN_FIELDS | {"chain": str}
 VERDICT = {"type": "string", "enum": ["yes", "no", "unclear"]}
 PROBLEMS = ("ambiguous_question", "wrong_answer", "wrong_observation", "contradiction", "garbled_text")
 SCHEMAS = {
@@ -247,13 +248,6 @@ def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str])
 
 
 # ---- the stage
-def read(args: argparse.Namespace) -> list[dict]:
-    rows = read_rows(args.input, OWN_FIELDS | {"chain": str}, args.limit, "rewrite_captions.py writes it")
-    for row in rows:
-        check_own(f"{args.input}: id {row['id']!r}", row)
-    return rows
-
-
 def parse_require(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if name not in FIELDS or value not in VERDICT["enum"]:
@@ -283,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_stage(args, Stage(
         [args.input], prompts, PROMPTS_VERSION, SCHEMAS,
         {"stage": "filter_data", "blind_answer": args.blind_answer},
-        read=lambda: read(args), preview=lambda rows: preview(rows, args, prompts),
+        read=lambda: read_own(args.input, INPUT_FIELDS, args.limit, "rewrite_captions.py writes it"),
+        preview=lambda rows: preview(rows, args, prompts),
         work=lambda rows, caller: judge(rows, caller, args),
         export=lambda rows, verdicts: export(rows, verdicts, args.output),
         show=show_table, needs_model=not args.rules_only))

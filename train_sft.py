@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from utils.cli import Help, cli, log, parse_count, stop_on_signals
 from utils.images import ImageError, open_image
-from utils.jsonl import DataError, read_rows, write_json, write_meta
+from utils.jsonl import DataError, write_json, write_meta
 from utils.latent_families import PRESETS, spec_of
-from utils.rows import check_own
+from utils.rows import read_own
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch
@@ -60,9 +60,7 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Return (training rows, held-out rows) of all --data files, drawn by --seed."""
     rows = []
     for path in args.data:
-        for row in read_rows(path, INPUT_FIELDS, limit=args.limit, hint="filter_data.py writes it"):
-            check_own(f"{path}: id {row['id']!r}", row)
-            rows.append(row)
+        rows += read_own(path, INPUT_FIELDS, args.limit, "filter_data.py writes it")
     if len({row["id"] for row in rows}) != len(rows):
         raise DataError(f"--data {' '.join(args.data)}: ids are in two files; expected unique ids")
     if not rows:

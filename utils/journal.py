@@ -45,7 +45,7 @@ class Journal:
                 raise DataError(f"{self.path}: another process writes here; wait for it, or give another "
                                 "--output") from error
             if settings is not None:
-                self.check_settings(settings)
+                keep_settings(self.folder / "meta.json", settings)
             self.size = self.cut_torn_tail()
             stack.callback(self.close_readers)
             self.reload()
@@ -67,20 +67,6 @@ class Journal:
     def close_readers(self) -> None:
         for file, _, _ in self.readers.values():
             file.close()
-
-    def check_settings(self, settings: dict) -> None:
-        path = self.folder / "meta.json"
-        settings = json.loads(json.dumps(settings))
-        before = read_settings(self.folder)
-        if before is None:
-            return write_json(path, settings)
-        changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-        if changed:
-            table = [("", "there", "now"),
-                     *((name, before.get(name), settings.get(name)) for name in changed)]
-            lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
-            raise DataError(f"{path}: begun with other settings; use the old ones or another --output, or "
-                            f"move {self.folder} aside (--fresh)\n" + "\n".join(lines))
 
     def cut_torn_tail(self) -> int:
         """Move the unfinished last line that a kill left to `*.torn`; return the size."""
@@ -156,6 +142,19 @@ def move_aside(folder: Path, n_processes: int) -> None:
             raise DataError(f"--fresh with {n_processes} processes: they would race; move {folder} by hand")
         n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old-{n}"))
+
+
+def keep_settings(path: Path, settings: dict) -> None:
+    """Write the settings of a run; DataError if it was begun with others."""
+    settings, before = json.loads(json.dumps(settings)), read_settings(path.parent, path.name)
+    if before is None:
+        return write_json(path, settings)
+    changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+    if changed:
+        table = [("", "there", "now"), *((name, before.get(name), settings.get(name)) for name in changed)]
+        lines = [f"  {name:<16} {str(old)[:44]:<44}  {str(new)[:44]}" for name, old, new in table]
+        raise DataError(f"{path}: begun with other settings; use the old ones or another --output, or move "
+                        f"{path.parent} aside\n" + "\n".join(lines))
 
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:

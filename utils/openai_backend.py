@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from threading import Event
 
@@ -277,13 +275,9 @@ def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | No
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), if usable."""
+    """Return the seconds of a Retry-After header, if it is a number."""
     value = (value or "").strip()
-    try:
-        date = None if value.isdigit() else parsedate_to_datetime(value)
-    except (ValueError, TypeError):
-        return None
-    return max(SHORTEST_WAIT_S, (date - datetime.now(UTC)).total_seconds() if date else float(value))
+    return max(SHORTEST_WAIT_S, float(value)) if value.isdecimal() else None
 
 
 def backoff(n: int) -> float:

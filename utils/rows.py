@@ -15,7 +15,7 @@ from utils.answers import BOX, answers_match, last_boxed
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
-from utils.jsonl import DataError, call_key
+from utils.jsonl import DataError, call_key, read_rows
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
@@ -147,6 +147,14 @@ def check_own(where: str, row: dict) -> None:
         if not is_text and (kinds.get("image") is not str or step.get("operation") not in ("zoom", "draw")):
             expected = '{"text"} or {"image", "operation": zoom or draw}'
             raise DataError(f"{where}: step {n} should be {expected}, got {str(step)[:60]!r}")
+
+
+def read_own(path: str, fields: dict, limit: int | None, hint: str) -> list[dict]:
+    """Read rows of our form that have `fields`."""
+    rows = read_rows(path, fields, limit, hint)
+    for row in rows:
+        check_own(f"{path}: id {row['id']!r}", row)
+    return rows
 
 
 def row_fault(row: dict) -> str | None:

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from utils.evaluate.results import (headline, is_right, macro, micro, mme_scores, own_scores, rotations,
+from utils.evaluate.results import (headline, is_right, macro, micro, mme_scores, own_scores, rotation_scores,
                                     share, summarize)
 from utils.stats import chance, share_interval, wilson
 
@@ -111,23 +111,25 @@ def test_tables_are_averaged_both_ways_and_realworld_by_kind():
     assert (scores["Perception"]["correct"], scores["Reasoning"]["correct"]) == (2, 1)
 
 
+def rotated(question: int, rotation: int, right: bool) -> dict:
+    return {"group_id": question, "rotation": rotation, "verdict": "correct" if right else "incorrect"}
+
+
 def test_rotations_with_missing_rows():
     """Rotation 0: 1 of 4 right; rotation 1: 1 of 2 right. All right needs all four rotations."""
-    rows = [(question, 0, question == 0) for question in range(4)] + [(0, 1, True), (1, 1, False)]
-    assert rotations(rows) == {"average": 0.375, "by_rotation": {0: 0.25, 1: 0.5}, "all_right": None,
-                               "complete": 0}
-    rows = [(question, rotation, (question, rotation) != (1, 3)) for question in range(3)
+    rows = [rotated(question, 0, question == 0) for question in range(4)]
+    assert rotation_scores([*rows, rotated(0, 1, True), rotated(1, 1, False)]) == {
+        "average": 0.375, "by_rotation": {0: 0.25, 1: 0.5}, "all_right": None, "complete": 0}
+    rows = [rotated(question, rotation, (question, rotation) != (1, 3)) for question in range(3)
             for rotation in range(4)]
-    scores = rotations(rows[:-1])  # question 2 lacks a rotation
+    scores = rotation_scores(rows[:-1])  # question 2 lacks a rotation
     assert (scores["all_right"], scores["complete"]) == (0.5, 2)
 
 
-@pytest.mark.parametrize("score, of", [
-    *((rotations, rows) for rows in ([(1, 4, True)], [(1, "0", True)], [(1, 0, True), (1, 0, True)], [])),
-    (micro, {"a": []}), (macro, {"a": [True], "b": []}), (macro, {}), (chance, []), (chance, [4, 0])])
-def test_what_has_no_score_is_refused(score, of):
+@pytest.mark.parametrize("options", [[], [4, 0]])
+def test_what_has_no_chance_is_refused(options):
     with pytest.raises(ValueError):
-        score(of)
+        chance(options)
 
 
 def test_chance_is_one_in_the_options_of_each_item():

@@ -119,42 +119,32 @@ def parts_of(records: list[dict]) -> dict[str, list[dict]]:
     return {name: [record for record in records if record["category"] == name] for name in names}
 
 
-def mean(values: list[float], name: str) -> float:
-    if not values:
-        raise ValueError(f"{name}: no values; expected at least one")
+def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
 def micro(parts: dict[str, list[bool]]) -> float:
-    return mean([bool(hit) for part in parts.values() for hit in part], "micro")
+    return mean([hit for part in parts.values() for hit in part])
 
 
 def macro(parts: dict[str, list[bool]]) -> float:
     """Return the mean of the parts' shares: the paper's overall of TableVQABench, whose own script weights by
     items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py)."""
-    return mean([mean(part, name) for name, part in parts.items()], "macro")
+    return mean([mean(part) for part in parts.values()])
 
 
 def rotation_scores(records: list[dict]) -> dict:
-    return rotations([(record["group_id"], record["rotation"], is_right(record)) for record in records])
-
-
-def rotations(rows: list[tuple[str, int, bool]]) -> dict:
-    """Return HR-Bench's scores of (question, rotation 0 to 3, right).
-
-    "average" is the mean of the rotations' shares (open-compass/VLMEvalKit, vlmeval/dataset/utils/hrbench.py,
-    report_acc_hrbench; lmms-eval has the same formula), "all_right" the share right in all four rotations.
-    """
-    questions, cycles = defaultdict(dict), defaultdict(list)
-    for question, rotation, right in rows:
-        if rotation not in range(ROTATIONS) or rotation in questions[question]:
-            raise ValueError(f"question {question!r}: rotation {rotation!r} is out of range or given twice")
-        questions[question][rotation] = bool(right)
-        cycles[rotation].append(bool(right))
-    shares = {rotation: mean(hits, "rotations") for rotation, hits in sorted(cycles.items())}
-    complete = [all(hits.values()) for hits in questions.values() if len(hits) == ROTATIONS]
-    return {"average": mean(list(shares.values()), "rotations"), "by_rotation": shares,
-            "all_right": sum(complete) / len(complete) if complete else None, "complete": len(complete)}
+    """Return HR-Bench's scores. "average" is the mean of the rotations' shares (open-compass/VLMEvalKit,
+    vlmeval/dataset/utils/hrbench.py, report_acc_hrbench; lmms-eval has the same formula), "all_right" the
+    share right in all four rotations."""
+    questions, rotations = defaultdict(list), defaultdict(list)
+    for record in records:
+        questions[record["group_id"]].append(is_right(record))
+        rotations[record["rotation"]].append(is_right(record))
+    shares = {rotation: mean(hits) for rotation, hits in sorted(rotations.items())}
+    complete = [all(hits) for hits in questions.values() if len(hits) == ROTATIONS]
+    return {"average": mean(list(shares.values())), "by_rotation": shares,
+            "all_right": mean(complete) if complete else None, "complete": len(complete)}
 
 
 def mme_scores(records: list[dict]) -> dict:

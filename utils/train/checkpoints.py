@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from utils.cli import log
-from utils.jsonl import DataError, disk_errors, load_object, replace_file, write_json
+from utils.journal import keep_settings
+from utils.jsonl import DataError, disk_errors, replace_file
 
 STATE = "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
@@ -75,20 +76,11 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path, dict] | None:
     """Make or re-enter the folder of a run, first on rank 0; return (folder, state) of the last complete
     checkpoint. DataError if the run began with other settings."""
-    path = folder / "settings.json"
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.part"):
             shutil.rmtree(stale)
-    if path.exists():
-        before = load_object(path, f"move {folder} away to start again")
-        differing = [f"--{name}: {before.get(name)} then, {settings.get(name)} now"
-                     for name in sorted({*settings, *before}) if settings.get(name) != before.get(name)]
-        if differing:
-            raise DataError(f"{path}: the run had other settings: {'; '.join(differing)}; give them, or move "
-                            "the .run folder away")
-    elif is_first:
-        write_json(path, settings)
+    keep_settings(folder / "settings.json", settings)
     return newest_checkpoint(folder)
 
 
