@@ -49,8 +49,8 @@ def test_every_file_named_exists(name):
 
 
 TABLES = {"results/toy.json": lambda: full_tables(results("toy")),
-          "results/toy.json, results/toy_second.json":
-              lambda: short_table(results("toy"), results("toy_second")),
+          "results/toy.json, results/toy_second.json, results/toy_third.json":
+              lambda: short_table([results(name) for name in ("toy", "toy_second", "toy_third")]),
           "results/variants.json": lambda: markdown(results("variants")), "results of speed/": table}
 MARKED = [(name, *marked) for name, text in TEXTS.items()
           for marked in re.findall(r"<!-- (results.*?) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)]

@@ -25,8 +25,10 @@ MODELS = ("base", "text", "latent")
 TIMED = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",
          "intervene_text.jsonl", "intervene_latent.jsonl")  # outputs whose metrics hold their seconds
 SHOWN = {"latent": ("identity", "tau", "add_noise", "norm_noise", "near_zero", "swap_counterfactual",
-                    "slot_swap_counterfactual", "cut_latent", "cut_image_after", "cut_both"),
-         "text": ("sham", "irrelevant", "removal", "foreign", "directed", "image_off")}
+                    "slot_swap_counterfactual", "cut_latent", "cut_image_after", "cut_both",
+                    "strict", "markers_only", "blank"),
+         "text": ("sham", "paraphrase", "irrelevant", "removal", "no_span", "foreign", "directed",
+                  "image_off", "strict", "blank")}
 SOURCES = {"image": "the image", "text_only": "the question alone", "own": "the imagination alone",
            "other": "another image's imagination"}  # what questions of probe.py are answered from
 ALIKE = {"inter_raw": "mean raw cosine of two items", "spread": "variance over items / squared mean",
@@ -57,9 +59,11 @@ def filter_quality(work: Path) -> dict:
 
 def brief(entry: dict) -> dict:
     """Return what the tables show of a condition; "effect" and "r0" are None if it was not measured."""
-    keys = {"effect": "n acc_clean acc_int delta ci90 ci95 b c verdict changed degenerate_int",
-            "r0": "delta_nll ci90 ci95 kl verdict"}
-    return {"site": entry["site"], "reason": entry["reason"], "follow": entry.get("follow"),
+    keys = {"effect": "n n_effective acc_clean acc_int delta ci90 ci95 b c p holm_p verdict changed "
+                      "degenerate_int",
+            "r0": "delta_nll ci90 ci95 acc_clean kl p holm_p large verdict"}
+    return {**{key: entry[key] for key in ("site", "role", "reason", "asked", "again")},
+            "follow": entry.get("follow"),
             **{part: entry[part] and {key: entry[part][key] for key in names.split()}
                for part, names in keys.items()}}
 
@@ -80,7 +84,9 @@ def gather(work: Path) -> dict:
                      for kind, metrics in (("latent", latent), ("text", text))},
             "text_directed": {"coverage": directed["coverage"], "follow_rate": directed["follow"]["share"],
                               "follow": directed["follow"]},
-            "mediation": {site: parts["r0"] for metrics in (latent, text)
+            "sensitivity": {"latent": latent["sensitivity"], "text": text["sensitivity"]},
+            "specific": text["specific"],
+            "mediation": {site: parts for metrics in (latent, text)
                           for site, parts in metrics["mediation"].items()},
             "rewrite": {key: rewritten[key] for key in ("read", "kept", "errors", "refined_share")},
             "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
@@ -146,23 +152,30 @@ def full_tables(result: dict) -> str:
     """Return what docs/toy.md shows of a run, between the markers of results/toy.json."""
     rows = [[name, percent(part["accuracy"]), interval(part["ci95"])]
             for name, part in result["accuracy"].items()]
-    emission, follow = result["emission"], result["text_directed"]["follow"]
-    text = ("The text model's imagination was edited so that it states another option: it answered that "
-            f"option on {follow['k']} of {follow['n']} items. The latent model emitted latents on "
-            f"{emission['k']} of {emission['n']} items.")
+    emission, follow, specific = result["emission"], result["text_directed"]["follow"], result["specific"]
+    text = (f"The text model's imagination could be edited on {follow['n']} items so that it states another "
+            f"option, most of them items that it had answered rightly: {follow['k']} answers became that "
+            f"option. On the {specific['n']} items that an irrelevant edit of that size also reaches, "
+            f"{percent(specific['directed'])} % follow the directed edit and "
+            f"{percent(specific['irrelevant'])} % give that option after the irrelevant one. The latent model "
+            f"emitted latents on {emission['k']} of {emission['n']} items.")
+    silent = [f"{readout.upper()} of the {kind} model" for kind, found in result["sensitivity"].items()
+              for readout in ("r2", "r0") if not found[readout]["moves"]]
+    text += f" The positive control does not move {' and '.join(silent)}." if silent else ""
     header = [f"held-out items, chance {100 * result['chance']:.0f} %", "accuracy, %", "95 % interval"]
     effects = [[kind, *effect_row(name, result["do_z"][kind][name])]
                for kind, names in SHOWN.items() for name in names]
     return "\n".join([
         *table_lines(header, rows), "", fill(text, 110), "",
         *table_lines(["imagination", *EFFECTS], effects), "",
-        "Against a blank image, log-probability of the right option (R0), nats with 95 % intervals:", "",
+        "Against a blank image, with 95 % intervals: accuracy of the reply (R2) and log-probability of the",
+        "right option among the options (R0).", "",
         *table_lines(*mediation_table(result["mediation"])), "", *probing_lines(result["probing"])])
 
 
-def short_table(first: dict, second: dict) -> str:
-    """Return README.md's table of two runs, between the markers of both results files."""
-    runs, rows = (first, second), []
+def short_table(runs: list[dict]) -> str:
+    """Return README.md's table of runs on several machines, between the markers of their results files."""
+    rows = []
     for name, words in (("base", "of the base model"), ("text", "with text imagination"),
                         ("latent", "with latent imagination")):
         scores = [run["accuracy"][name] for run in runs]
@@ -174,8 +187,9 @@ def short_table(first: dict, second: dict) -> str:
     effects = [run["do_z"]["latent"]["tau"]["effect"] for run in runs]
     rows.append(["one shared latent in place of all (tau), change in accuracy",
                  *(f"{percent(effect['delta'])} ({interval(effect['ci90'])})" for effect in effects)])
-    n, chance = first["accuracy"]["base"]["n"], f"{100 * first['chance']:.0f} %"
-    header = [f"{n} held-out questions, chance {chance}", "first machine", "second machine"]
+    n, chance = runs[0]["accuracy"]["base"]["n"], f"{100 * runs[0]['chance']:.0f} %"
+    header = [f"{n} held-out questions, chance {chance}",
+              *(f"machine {k}" for k in range(1, len(runs) + 1))]
     return "\n".join(table_lines(header, rows))
 
 
