@@ -157,7 +157,7 @@ def full_tables(result: dict) -> str:
             f"option, most of them items that it had answered rightly: {follow['k']} answers became that "
             f"option. On the {specific['n']} items that an irrelevant edit of that size also reaches, "
             f"{percent(specific['directed'])} % follow the directed edit and "
-            f"{percent(specific['irrelevant'])} % give that option after the irrelevant one. The latent model "
+            f"{percent(specific['irrelevant'])} % give that option after the other. The latent model "
             f"emitted latents on {emission['k']} of {emission['n']} items.")
     silent = [f"{readout.upper()} of the {kind} model" for kind, found in result["sensitivity"].items()
               for readout in ("r2", "r0") if not found[readout]["moves"]]
