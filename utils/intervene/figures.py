@@ -12,7 +12,6 @@ from pathlib import Path
 
 from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
                          draw_estimate, draw_line, legend, new_figure, tidy, write_figure)
-from utils.stats import wilson
 from utils.tables import swept
 
 VERDICTS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN),
@@ -72,11 +71,11 @@ def accuracy_figure(metrics: dict, shown: dict) -> tuple:
     rows = []
     for y, (name, entry) in enumerate(shown.items()):
         effect = entry["effect"]
-        bars = [("clean", effect["acc_clean"], GREY), ("intervened", effect["acc_int"], BLUE)]
-        if entry.get("follow"):
-            bars.append(("follows the edit", entry["follow"]["share"], ORANGE))
-        for j, (label, share, color) in enumerate(bars):
-            low, high = wilson(round(share * effect["n"]), effect["n"])
+        bars = [("clean", effect["acc_clean"], effect["acc_ci95"][0], GREY),
+                ("intervened", effect["acc_int"], effect["acc_ci95"][1], BLUE)]
+        if follow := entry.get("follow"):
+            bars.append(("follows the edit", follow["share"], follow["ci95"], ORANGE))
+        for j, (label, share, (low, high), color) in enumerate(bars):
             draw_bars(axes, [y + 0.27 * (j - (len(bars) - 1) / 2)], [100 * share], [(100 * low, 100 * high)],
                       0.25, horizontal=True, color=color, label=label)
             rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label,
@@ -117,27 +116,33 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
 
 
 def mediation_figure(metrics: dict) -> tuple:
-    sites = {site: readouts["r0"] for site, readouts in metrics["mediation"].items() if readouts["r0"]}
-    if not sites:
+    if not any(parts for readouts in metrics["mediation"].values() for parts in readouts.values()):
         return None, []
-    figure, [[axes]] = new_figure(8, 4.5)
+    figure, [panels] = new_figure(11, 4.5, 1, 2)
     rows, width = [], 0.8 / len(PARTS)
-    for j, (name, (label, color)) in enumerate(PARTS.items()):
-        parts = [effects[name] for effects in sites.values()]
-        draw_bars(axes, [x + width * (j - 2) for x in range(len(sites))], [part["mean"] for part in parts],
-                  [part["ci95"] for part in parts], 0.9 * width, color=color, edgecolor="black",
-                  linewidth=0.5, label=label)
-    for site, effects in sites.items():
-        rows += [{"site": site, "effect": name, "n": effects["n"], "mean": effects[name]["mean"],
-                  **ends_of(effects[name], "ci95")} for name in PARTS]
-    legend(figure, [axes], fontsize=8)
-    shares = [effects["proportion_mediated"]["value"] for effects in sites.values()]
-    axes.set_xticks(range(len(sites)), [f"site {site}\nmediated: {'-' if share is None else f'{share:.0%}'}"
-                                        for site, share in zip(sites, shares)])
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel("log-probability of the right option, nats")
-    axes.set_title(f"{title_of(metrics)}\nagainst a blank image, 95 % intervals", fontsize=10)
-    tidy(axes)
+    for axes, readout, unit, label in (
+            (panels[0], "r2", 100, "right replies (R2), points"),
+            (panels[1], "r0", 1, "log-probability among the options (R0), nats")):
+        sites = {site: readouts[readout] for site, readouts in metrics["mediation"].items()
+                 if readouts[readout]}
+        for j, (name, (part_label, color)) in enumerate(PARTS.items()):
+            parts = [effects[name] for effects in sites.values()]
+            draw_bars(axes, [x + width * (j - 2) for x in range(len(sites))],
+                      [unit * part["mean"] for part in parts],
+                      [[unit * end for end in part["ci95"]] for part in parts], 0.9 * width, color=color,
+                      edgecolor="black", linewidth=0.5, label=part_label)
+        for site, effects in sites.items():
+            rows += [{"site": site, "readout": readout.upper(), "effect": name, "n": effects["n"],
+                      "mean": effects[name]["mean"], **ends_of(effects[name], "ci95")} for name in PARTS]
+        shares = [effects["proportion_mediated"]["value"] for effects in sites.values()]
+        axes.set_xticks(range(len(sites)),
+                        [f"site {site}\nmediated: {'-' if share is None else f'{share:.0%}'}"
+                         for site, share in zip(sites, shares)])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel(label)
+        tidy(axes)
+    legend(figure, [panels[0]], fontsize=8)
+    figure.suptitle(f"{title_of(metrics)}\nagainst a blank image, 95 % intervals", fontsize=10)
     return figure, rows
 
 
