@@ -42,7 +42,7 @@ from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, rea
 from utils.journal import read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
-from utils.report import collect, write_report
+from utils.probe.report import collect, write_report
 from utils.tables import interval, percent, plain_text
 
 if TYPE_CHECKING:

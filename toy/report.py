@@ -4,7 +4,7 @@
 
 Reads   in --work: *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections,
         world/truth.jsonl
-Writes  in --work: report.html (`utils.report`, and the data), report.json
+Writes  in --work: report.html (`utils.probe.report`, and the data), report.json
 Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, recall of
         the filter, seconds
 """
@@ -17,7 +17,7 @@ from textwrap import fill
 from toy.make_world import BAD
 from utils.cli import cli, log
 from utils.jsonl import load_object, read_rows, write_json
-from utils.report import collect, write_report
+from utils.probe.report import collect, write_report
 from utils.tables import (EFFECTS, Block, Table, Text, effect_row, interval, mediation_table, percent,
                           table_lines)
 

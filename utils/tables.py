@@ -146,10 +146,11 @@ def intervene_blocks(metrics: dict) -> list[Block]:
     asked = {name: entry["asked"] for name, entry in entries.items() if entry["asked"]}
     if asked:
         shares = ("same_answer", "correct", "correct_flip")
-        blocks += [Text("Where another prompt was asked, on items that imagined something: the same answer in "
-                        "words; the right answer of what was asked; the same of items that were right before."),
+        blocks += [Text("Where another prompt was asked, on items that imagined something: the same answer "
+                        "in words; the right answer of what was asked; and that of items right before."),
                    Table(["condition", "same answer, %", "right, %", "right of those right before, %"],
-                         [[name, *(share_cell(part[key]) for key in shares)] for name, part in asked.items()])]
+                         [[name, *(share_cell(part[key]) for key in shares)]
+                          for name, part in asked.items()])]
     if specific := metrics["specific"]:
         blocks.append(Text(
             f"On the {specific['n']} items ({percent(specific['coverage'])} % of those that imagined "
@@ -179,15 +180,27 @@ def probe_blocks(metrics: dict) -> list[Block]:
     blocks: list[Block] = [Text(text)]
     if kinds := metrics["similarity"]:
         measures = dict.fromkeys(name for means in kinds.values() for name in means)
-        rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:+.3f}"
+        rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:.3g}"
                                            for means in kinds.values())] for name in measures]
-        blocks += [Text("Mean cosine over the steps, by kind of states:"), Table(["measure", *kinds], rows)]
+        blocks += [Text("Means over the steps, by kind of states:"), Table(["measure", *kinds], rows)]
+    if decoding := metrics["decoding"]:
+        rows = [[kind, str(part["n"]), percent(part["accuracy"]), percent(part["question_only"]),
+                 percent(part["shuffled"]), f"{part['p']:.3f}"] for kind, part in decoding.items()]
+        blocks += [Text("The answer by a linear probe, from the states, from the question alone, and after "
+                        "answers were exchanged within a question; Holm's p over the steps."),
+                   Table(["states", "items", "accuracy, %", "question only, %", "exchanged, %", "p"], rows)]
+    if crossed := (metrics["crossed"] or {}).get("all_steps"):
+        rows = [[name, percent(crossed[name]), percent(crossed[f"{name}_chance"]),
+                 "-" if crossed[f"{name}_p"] is None else f"{crossed[f'{name}_p']:.3f}"]
+                for name in ("image", "question")]
+        blocks += [Text("Variance of the states over crossed images and questions:"),
+                   Table(["explained by", "share, %", "by chance, %", "p"], rows)]
     if probing := metrics["probing"]:
         rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
                  percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
                 for name, entry in probing["conditions"].items()]
-        blocks += [Text(f"{probing['n']} questions about what was imagined, chance "
-                             f"{percent(probing['chance'])} %:"),
+        blocks += [Text(f"{probing['n']} questions about what was imagined, on {probing['images']} images; "
+                        f"chance {percent(probing['chance'])} %:"),
                    Table(["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
     return blocks
 

@@ -43,7 +43,8 @@ def test_v_star_85_9_comes_out_of_the_counts_of_its_categories():
 
 def test_the_interval_is_of_groups():
     records = [record | {"group_id": str(n // 4)} for n, record in enumerate(counted(20, 40))]
-    assert share(records, is_right)["ci95"] == share_interval([1] * 20 + [0] * 20, [n // 4 for n in range(40)])
+    groups = [n // 4 for n in range(40)]
+    assert share(records, is_right)["ci95"] == share_interval([1] * 20 + [0] * 20, groups)
     assert share(counted(20, 40), is_right)["ci95"] == wilson(20, 40)
 
 

@@ -15,8 +15,7 @@ import probe
 from toy.report import data_blocks
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.report import STAGES, collect, page
-from utils.tables import interval, nats, percent
+from utils.probe.report import STAGES, collect, page
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +31,6 @@ def runs(tiny_checkpoint, tmp_path_factory):
                            "4", "--limit", "8", "--output", str(folder / "do z.jsonl")]) == 0
     assert probe.main([*flags, "--output", str(folder / "looks")]) == 0
     return folder
-
-
-def test_numbers_are_written_in_one_form():
-    assert (percent(0.1234), percent(None)) == ("12.3", "-")
-    assert (interval([0.1, 0.25]), interval(None)) == ("10.0 to 25.0", "-")
-    assert nats(0.5, [-0.25, 1]) == "+0.500 (-0.250 to +1.000)"
 
 
 def test_the_page_shows_everything_and_needs_no_other_file(runs, capsys):
