@@ -9,7 +9,7 @@ OPTIONS = {name: dict(zip("ABCDE", texts)) for name, texts in {
             "To the left of the recycle bin"),
     "SNOW": ("red", "white", "blue", "green"), "JIG": ("the second image", "the third image"),
     "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color")}.items()}
-# per line: a name of OPTIONS, gold, reply, the letters of VLMEvalKit at e8e78f0, of MME-RealWorld's function on
-# bare letters and of our rules, and our rule
+# a line: a name of OPTIONS, gold, reply, the letters of VLMEvalKit at e8e78f0, of MME-RealWorld's function on
+# bare letters and of our rules, our rule
 LINES = (Path(__file__).parent / "evaluate" / "files" / "harness_replies.jsonl").read_text(encoding="utf-8")
 REPLIES = [tuple(json.loads(line).values()) for line in LINES.splitlines()]
