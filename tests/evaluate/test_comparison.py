@@ -12,7 +12,8 @@ def files(tmp_path):
     def write(*sides, name="f", **fields):
         for side, verdicts in enumerate(sides):
             write_rows(tmp_path / f"{name}{side}", [
-                {"id": str(n), "verdict": verdict, **{key: make(n) for key, make in fields.items()}}
+                {"id": str(n), "benchmark": None, "group_id": None, "verdict": verdict,
+                 **{key: make(n) for key, make in fields.items()}}
                 for n, verdict in enumerate(verdicts)])
         return [str(tmp_path / f"{name}{side}") for side in range(len(sides))]
     return write
@@ -75,7 +76,7 @@ def test_other_prompts_are_counted(files):
 def result(tmp_path):
     """Return write(name, verdicts by benchmark, fields of metrics) -> path of a result file."""
     def write(name, verdicts, **more):
-        rows = [{"id": f"{benchmark}/{n}", "benchmark": benchmark, "verdict": verdict}
+        rows = [{"id": f"{benchmark}/{n}", "benchmark": benchmark, "group_id": None, "verdict": verdict}
                 for benchmark, row in verdicts.items() for n, verdict in enumerate(row)]
         write_rows(tmp_path / name, rows)
         write_json(f"{tmp_path / name}.metrics.json", {
@@ -117,11 +118,11 @@ def test_files_that_cannot_be_tabulated(result, tmp_path):
     with pytest.raises(DataError, match="vstar is already in row 'mine"):
         make_table([path, path])
     (tmp_path / "alone.jsonl").write_text("")
-    with pytest.raises(DataError, match="expected a result file with its metrics"):
+    with pytest.raises(DataError, match="alone.jsonl.metrics.json: damaged .*run evaluate.py again"):
         make_table([str(tmp_path / "alone.jsonl")])
     for field in ({"ci95": "wide"}, {"ci95": [0.5]}, {"chance": "a third"}, {"protocol": {"model": "m"}},
                   {"efficiency": None}):
         with pytest.raises(DataError, match="damaged, or not of one run with .*metrics.json"):
             make_table([result("v.jsonl", {"vstar": ["correct"]}, **field)])
-    with pytest.raises(DataError, match="'vstar/0' has no verdict 'judged'"):
+    with pytest.raises(DataError, match="not of one run with .*KeyError: 'judged'"):
         make_table([result("v.jsonl", {"vstar": ["correct"]}, with_judge={"ci95": None})])

@@ -20,12 +20,9 @@ from utils.tables import interval, percent, table_lines
 
 
 def read_results(path: str) -> list[dict]:
-    rows = read_rows(path, {"id": str, "verdict": str}, hint="evaluate.py writes it")
+    fields = {"id": str, "verdict": str, "benchmark": (str, type(None)), "group_id": (str, type(None))}
+    rows = read_rows(path, fields, hint="evaluate.py writes it")
     for row in rows:
-        for name in ("benchmark", "group_id"):
-            if not isinstance(row.get(name), (str, type(None))):
-                raise DataError(f"{path}: id {row['id']!r}: {name} {str(row[name])[:40]!r}, expected a "
-                                "string or null")
         if row["verdict"] not in VERDICTS:
             raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of "
                             f"{', '.join(VERDICTS)}")
@@ -77,9 +74,9 @@ def compare(paths: list[str]) -> dict:
     pairs, n_errors = read_pair(paths)
     result = {"files": list(paths), **difference(pairs), "errors": n_errors, "incomplete": n_errors > 0,
               "other_prompts": sum(a.get("prompt_sha") != b.get("prompt_sha") for a, b in pairs)}
-    names = list(dict.fromkeys(row.get("benchmark") for row, _ in pairs))
+    names = list(dict.fromkeys(row["benchmark"] for row, _ in pairs))
     if len(names) > 1:
-        result["benchmarks"] = {name: difference([pair for pair in pairs if pair[0].get("benchmark") == name])
+        result["benchmarks"] = {name: difference([pair for pair in pairs if pair[0]["benchmark"] == name])
                                 for name in names}
         adjust(list(result["benchmarks"].values()))
     return result
@@ -117,6 +114,7 @@ COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_rea
            "tablevqa/vwtq": "VWTQ", "tablevqa/vwtq_syn": "VWTQ-Syn", "tablevqa/vtabfact": "VTabFact"}
 TABLES = tuple(name for name in COLUMNS if name.startswith("tablevqa/"))
 OVERALL = "TableVQA"  # the paper's overall is the macro mean of the three
+AGAIN = "run evaluate.py again, its replies are kept"
 DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds per item", "tokens per item",
            "protocol"]
 # CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None: not reported
@@ -151,18 +149,12 @@ class Result:
 def read_result(text: str) -> Result:
     """Read NAME=FILE or FILE, with its metrics."""
     name, _, path = text.rpartition("=")
-    metrics_path = Path(f"{path}.metrics.json")
-    if not metrics_path.is_file():
-        raise DataError(f"--table {text}: no {metrics_path}; expected a result file with its metrics")
-    metrics = load_object(metrics_path, "run evaluate.py again, its replies are kept")
-    rows, scores = read_results(path), {}
+    metrics_path = f"{path}.metrics.json"
+    metrics, rows, scores = load_object(metrics_path, AGAIN), read_results(path), {}
     judged = "judged" if "with_judge" in metrics else "verdict"
-    if unjudged := [row["id"] for row in rows if not isinstance(row.get(judged), str)]:
-        raise DataError(f"{path}: id {unjudged[0]!r} has no verdict {judged!r}, but its metrics are of a run "
-                        "with a judge; expected both of one run")
     try:
         for row in rows:
-            benchmark = row.get("benchmark")
+            benchmark = row["benchmark"]
             score = scores.setdefault(benchmark, Score({benchmark: []}, 0))
             score.parts[benchmark].append(row[judged] == "correct")
             score.failed += row["verdict"] == "error" or row.get("judged") == "judge_error"
@@ -176,7 +168,7 @@ def read_result(text: str) -> Result:
                    str(cost["seconds_per_item"]), str(cost["tokens_per_item"]), protocol["line"]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: damaged, or not of one run with {metrics_path} ({type(error).__name__}: "
-                        f"{error}); run evaluate.py again, its replies are kept") from error
+                        f"{error}); {AGAIN}") from error
     return Result(path, row_name, scores, details)
 
 
