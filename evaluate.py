@@ -199,7 +199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME",
                         help=f"make the items: {', '.join(TABLE)}")
     parser.add_argument("--source", help="the benchmark's own file or folder (default: the hub)")
-    parser.add_argument("--revision", help="commit on the hub, 40 hex digits (default: the pinned one)")
+    parser.add_argument("--revision", help="commit on the hub (default: the pinned one)")
     parser.add_argument("--prepare", action="store_true", help="write the items and stop")
     parser.add_argument("--compare", nargs="+", metavar="RESULTS",
                         help="two result files on the same items, or several pairs")
@@ -226,7 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local.add_argument("--latent_size", type=parse_count, help="latents per segment (default: the family's)")
     local.add_argument("--batch_size", type=parse_count, default=32, help="items per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=65536,
-                       help="tokens per batch, at most, with full replies")
+                       help="tokens per batch, at most")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="auto: bfloat16 on a GPU, else float32")
     add_server_flags(parser, "--backend openai, and the judge", 28)
@@ -237,7 +237,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--judge_base_url", default="http://127.0.0.1:8001/v1", help="the judge's server")
     judge.add_argument("--judge_key_file", help="file with its key (default: $OPENAI_API_KEY, if set)")
     judge.add_argument("--judge_wait", type=float, default=60.0,
-                       help="seconds without any reply until it counts as gone")
+                       help="seconds without reply until it counts as gone")
     return check_args(parser, parser.parse_args(argv))
 
 

@@ -36,9 +36,9 @@ def parse_object(text: str) -> dict:
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--output", required=True,
-                        help="JSONL to write; <output>.run/ next to it holds the journal")
+                        help="JSONL to write; <output>.run/ holds the journal")
     parser.add_argument("--image_root", required=True,
-                        help="folder that image paths are relative to and may not leave")
+                        help="folder of the images, which paths may not leave")
     parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct",
                         help="folder or hub name; with --backend openai, the server's name for it")
     parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
@@ -46,7 +46,7 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area of an image")
     parser.add_argument("--prompts", help="JSON object of prompts that replace those of the script")
     parser.add_argument("--limit", type=parse_count,
-                        help="only the first N samples; a longer run reuses their calls")
+                        help="only the first N samples")
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where the model failed before")
     parser.add_argument("--export_only", action="store_true", help="write the output without calls")
@@ -54,13 +54,13 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--no_guard", action="store_true", help="continue however many calls fail")
     parser.add_argument("--shard", type=parse_shard, metavar="I/N",
                         help="every Nth sample from the Ith on, in place of torchrun's rank; the last shard "
-                        "to finish, or --export_only, writes the output")
+                        "writes the output")
     parser.add_argument("--backend", choices=("local", "openai"), default="local",
-                        help="local: transformers in this process; openai: any OpenAI-compatible server")
+                        help="openai: any OpenAI-compatible server")
     local = parser.add_argument_group("--backend local (free to change between restarts)")
     local.add_argument("--batch_size", type=parse_count, default=16, help="calls per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=32768,
-                       help="tokens per batch, at most, replies at full length")
+                       help="tokens per batch, at most")
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
 
 
@@ -71,7 +71,7 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
     server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
     server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without reply to exit 4")
-    server.add_argument("--api_key_file", help="file with the key; without it $OPENAI_API_KEY, if set")
+    server.add_argument("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
     server.add_argument("--temperature", type=float, default=0.0,
                         help="seeds come from the content of each call")
     server.add_argument("--image_factor", type=parse_count, default=image_factor,

@@ -63,7 +63,7 @@ def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
 
 # ---- Monet-SFT
 def convert_monet(where: str, value: dict, operations: dict[str, str]) -> Sample:
-    """Convert a Monet-SFT sample as Monet does; latent pairs and observation tags go."""
+    """Convert a Monet-SFT sample as Monet does, without latent pairs and observation tags."""
     check_fields(where, value["metadata"], {"dataset_name": str, "sample_id": (int, str)})
     subset = value["metadata"]["dataset_name"]
     operation = operation_of(where, subset, operations)
@@ -114,7 +114,6 @@ def monet_steps(sample: Sample, content: list[tuple[str, str]], operation: str) 
 
 
 def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
-    """Return (role, [(kind, text or path)]) of a turn."""
     if not isinstance(turn, dict):
         raise DataError(f"{where}: expected an object with role and content, got {str(turn)[:40]!r}")
     check_fields(where, turn, {"role": str, "content": list})
@@ -160,6 +159,5 @@ def convert_own(where: str, value: dict) -> Sample:
 
 
 def final_answer(steps: list[dict]) -> str:
-    """Return the boxed answer of the last text step, or ""."""
     texts = [step["text"] for step in steps if "text" in step]
     return (last_boxed(texts[-1]) or "") if texts else ""

@@ -67,7 +67,6 @@ def parse_count(text: str) -> int:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags with which stages 5 and 6 decode."""
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens; off: text imaginations")

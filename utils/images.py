@@ -63,7 +63,7 @@ def resolve_image(root: str | Path, relative: str) -> Path:
         raise ImageError("image_missing", f"{relative[:200]!r}: no file can be there ({error})") from error
     if not inside:
         raise ImageError("image_outside_root",
-                         f"{relative}: leaves the image root {root}; paths are relative to it")
+                         f"{relative}: leaves the image root {root}")
     if not is_file:
         raise ImageError("image_missing", f"{path}: no such image; is --image_root {root} right?")
     return path
@@ -95,7 +95,7 @@ def decode_image(data: bytes, path: str | Path) -> Image.Image:
 
 @contextmanager
 def opened(data: bytes, path: str | Path) -> Iterator[Image.Image]:
-    """Yield the picture in `data`, its size checked; ImageError for any fault in its use."""
+    """Yield the picture in `data`, its size checked; ImageError for any fault."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, path)

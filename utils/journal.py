@@ -114,7 +114,6 @@ class Journal:
         return json.loads(file.read(length).decode("utf-8"))
 
     def forget(self, key: str) -> None:
-        """Treat a piece of work as not done."""
         self.places.pop(key, None)
 
     def append(self, record: dict) -> None:

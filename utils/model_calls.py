@@ -129,7 +129,6 @@ class Caller:
         return Request(key, self.prompts["SYSTEM"] or None, text, call.images, max_tokens, call.schema)
 
     def read(self, request: Request, call: Call, attempt: int, check: Check) -> Outcome:
-        """Return the journal's outcome of a request, and count its call."""
         record = self.journal.get(request.key)
         outcome = read_outcome(record, call, check)
         as_asked = None
@@ -213,7 +212,7 @@ def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: boo
 
 
 def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int) -> None:
-    """Forget the records of calls that ended as an error, so that they are made again."""
+    """Forget calls that ended as an error, so that they are made again."""
     for call in calls:
         outcome, keys = None, []
         for attempt in range(1 + retries):
@@ -230,8 +229,6 @@ def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int)
 
 
 class Guard:
-    """Stops a run whose new calls fail, in one phase."""
-
     def __init__(self, on: bool):
         self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
 

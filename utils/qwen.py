@@ -116,7 +116,7 @@ def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixel
 
 
 def find_file(path: str, name: str) -> str | None:
-    """Return where a checkpoint's file is, here or in the hub's cache, if it has one."""
+    """Return where a checkpoint's file is, if it has one."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
 
 
