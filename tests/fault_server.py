@@ -1,12 +1,9 @@
 """A real OpenAI-compatible server process that misbehaves if a prompt asks for it: "fault:NAME" in its text.
 
-    python tests/fault_server.py --log calls.jsonl [--port 8001] [--latency 0.05] [--no_faults]
-
 Otherwise it answers by rule from the request alone: the same request, the same bytes. Without a schema it is
-a model that is shown items, or a judge of its replies. Prints its port. Every POST is a line in --log:
+a model that is shown items, or a judge of its replies. Prints its port. Every POST is a line in its log:
 {"text", "fault", "n" (how often this text came), "images" (sha256), "key" (Authorization), "model", ...}.
 """
-import argparse
 import base64
 import hashlib
 import json
@@ -17,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,9 +29,8 @@ TEXTS = {"empty": "", "null": None, "prose": "I would rather talk about the weat
 def serving(folder: Path, name: str = "calls.jsonl", port: int = 0, latency: float = 0.02, faults: bool = True
             ) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run this server in a process of its own; yield it and its base URL."""
-    command = [sys.executable, __file__, "--log", str(folder / name), "--port", str(port), "--latency",
-               str(latency), *([] if faults else ["--no_faults"])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, folder / name, port, latency, int(faults)]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
     try:
         yield process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
@@ -52,10 +49,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, args: argparse.Namespace):
-        super().__init__(("127.0.0.1", args.port), Handler)
-        self.log, self.latency = open(args.log, "a", encoding="utf-8"), args.latency
-        self.lock, self.counts, self.faults = threading.Lock(), {}, not args.no_faults
+    def __init__(self, log: str, port: str, latency: str, faults: str):
+        super().__init__(("127.0.0.1", int(port)), Handler)
+        self.log, self.latency, self.faults = open(log, "a", encoding="utf-8"), float(latency), faults == "1"
+        self.lock, self.counts = threading.Lock(), Counter()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Be silent about clients that were killed."""
@@ -68,14 +65,17 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
+    def answer(self, status: int, body: bytes, length: int | None = None) -> None:
+        """Send a body, or less than the `length` that is announced."""
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)),
-                            **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(body)))
+        if status in (429, 503):
+            self.send_header("Retry-After", "0")
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
+        self.close_connection |= length is not None
 
     def do_GET(self) -> None:
         # as transformers serve without a Hugging Face cache
@@ -90,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         match = re.search(r"fault:(\w+)", text)
         fault = match[1] if match and self.server.faults else None
         with self.server.lock:
-            n = self.server.counts[text] = self.server.counts.get(text, 0) + 1
+            self.server.counts[text] += 1
+            n = self.server.counts[text]
             line = {"text": text, "fault": fault, "n": n, "key": self.headers.get("Authorization"),
                     "images": [hashlib.sha256(image).hexdigest() for image in images],
                     **{name: data[name] for name in ("model", "seed", "max_tokens", "temperature")}}
@@ -109,8 +110,7 @@ class Handler(BaseHTTPRequestHandler):
     def misbehave(self, fault: str | None, n: int) -> bool:
         """Do what a fault asks for; return whether it was an answer (or the end of the connection)."""
         if fault in TWICE and n <= 2:
-            headers = {"Retry_After": "0"} if fault in ("429", "503") else {}
-            self.answer(int(fault), b'{"error": "busy"}', **headers)
+            self.answer(int(fault), b'{"error": "busy"}')
         elif fault and fault.isdigit() and fault not in TWICE or fault == "500once" and n == 1:
             body = f'{{"error": "fault {fault} for {self.headers["Authorization"]}"}}'
             self.answer(int(fault[:3]), body.encode())
@@ -122,12 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         elif fault == "half" and n <= 2:
-            self.send_response(200)
-            self.send_header("Content-Length", "400")
-            self.end_headers()
-            self.wfile.write(b'{"choices": [{"mess')
-            self.wfile.flush()
-            self.close_connection = True
+            self.answer(200, b'{"choices": [{"mess', length=400)
         elif fault in ("notjson", "nochoices"):
             self.answer(200, b"hello" if fault == "notjson" else b'{"choices": []}')
         elif fault == "length":
@@ -192,17 +187,16 @@ DEFECTS = [  # of a written question, and the reason that it must be given
 
 def write_questions(text: str, mark: str) -> list[dict]:
     """Return as many questions as are asked for, or one per DEFECT; the right option says "seen"."""
-    source = re.search(r"^Someone was asked this about it:\n(.*)$", text, re.MULTILINE)[1]
     good = {"attribute": "colour", "question": "Which colour has the rim?", "answer": "seen white",
             "wrong": ["blue", "green", "red"]}
     if "fault:rules" in text:
-        copied = {"question": source}
-        return [good | changes | (copied if changes.get("question") == "SOURCE" else {})
-                for changes, _ in DEFECTS]
+        source = re.search(r"^Someone was asked this about it:\n(.*)$", text, re.MULTILINE)[1]
+        questions = [good | changes for changes, _ in DEFECTS]
+        return [one | {"question": one["question"].replace("SOURCE", source)} for one in questions]
     n = int(re.search(r"Write (\d+) other", text)[1]) - ("fault:few" in text)
+    attributes = "colour material shape size count text position pattern part state".split()
     return [good | {"question": f"What {name} has thing {mark}?", "attribute": name}
-            for name in ("colour", "material", "shape", "size", "count", "text", "position", "pattern",
-                         "part", "state")[:n]]
+            for name in attributes[:n]]
 
 
 def choose_letter(text: str) -> str:
@@ -235,19 +229,7 @@ def say(data: dict, text: str) -> str:
     return "<think>I see.</think> <answer>A</answer>"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--log", required=True)
-    parser.add_argument("--latency", type=float, default=0.0)
-    parser.add_argument("--no_faults", action="store_true")
-    server = Server(parser.parse_args())
-    print(server.server_address[1], flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        sys.exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    served = Server(*sys.argv[1:])
+    print(served.server_address[1], flush=True)
+    served.serve_forever()
