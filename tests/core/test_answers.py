@@ -1,7 +1,7 @@
 """Answers read from replies, and compared."""
-import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from harness_table import OPTIONS, REPLIES
@@ -9,32 +9,11 @@ from planted import planted
 
 from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers
 from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0
+from utils.jsonl import read_rows
 
-NO_LETTER = {  # replies in which a looser rule would read a letter that they do not choose
-    "COL": [("B. blue", "bare_conflict"), ("B) The cup is blue.", "bare_conflict"),
-            ("B. red? No, the answer is C.", "bare_conflict"), ("\\boxed{A, B}", "boxed_conflict"),
-            ("\\boxed{not red}", "boxed_unresolved"), ("\\boxed{red or blue}", "boxed_unresolved"),
-            ("\\boxed{red, thus D}", "boxed_unresolved"), ("Is the cup red?", "unresolved"),
-            ("The answer is B? No, it is clearly the blue one.", "unresolved"), ("Blueberry", "unresolved"),
-            ("To determine whether the cup is red, I will look closer at the lower part of the picture.",
-             "unresolved"), ("It couldn’t be red.", "unresolved"),
-            ("Options: A. white B. red The cup is hidden.", "unresolved"),
-            ("A cup, and it is not white.", "unresolved")],
-    "TEN": [("-3", "unresolved"), ("There are 3.5 of them.", "unresolved")],
-    "LR": [("On the left one sees B.", "unresolved")]}
-LETTER = {  # replies that choose a letter in words that a narrower rule would miss
-    "COL": [("A closer look shows the cup. It is not white. The answer is C.", "C", "phrase"),
-            ("Option B says red. Still I choose C.", "C", "phrase"), ("答案为 C", "C", "phrase"),
-            ("The answer is $\\text{C}$.", "C", "phrase"), ("The answer is 'C'.", "C", "phrase"),
-            ("The answer is option C.", "C", "phrase"), ("The answer is: [C]", "C", "phrase"),
-            ('White or red? The correct one is "red."  That is "red."', "B", "tail_text"),
-            ("Hmm.\nThe options are \"white\" or \"red.\"  It is \"red.\"", "B", "tail_text"),
-            ("Answer: A red cup.", "B", "bare_text_in"), ("\\boxed{Option B}", "B", "boxed_letter"),
-            ("\\boxed{\\text{B}. red}", "B", "boxed_letter_text"), ("Option B", "B", "bare_letter"),
-            ("[B]", "B", "bare_letter"), ("`B`", "B", "bare_letter"),
-            ("<observation>B</observation>", "B", "bare_letter")],
-    "LR": [("Option A says left. I choose B.", "B", "phrase")],
-    "RW5": [("Looking at it, the image does not feature the color.", "E", "bare_text_in")]}
+# in some a looser rule would read a letter that is not chosen, in some a narrower rule would miss the letter;
+# negations, Chinese, options within options, latents
+WORDINGS = read_rows(Path(__file__).parent / "files" / "wordings.jsonl", {"reply": str})
 
 
 @pytest.mark.parametrize("name, gold, reply, head, mme, letter, rule", REPLIES)
@@ -44,29 +23,14 @@ def test_extraction_table(name, gold, reply, head, mme, letter, rule):
 
 def test_the_table_holds_one_wrong_letter():
     """Of 48 replies 40 are right and 7 unresolved; one says red and nothing else, but the gold is blue."""
-    assert len(REPLIES) == 48
+    assert len(REPLIES) == 48 and sum(row[1] == row[5] for row in REPLIES) == 40
     [wrong] = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
     assert wrong.endswith("a matte surface whose colour is clearly red.")
-    assert sum(row[1] == row[5] for row in REPLIES) == 40
 
 
-@pytest.mark.parametrize("name, reply, letter, rule", [
-    *((name, reply, None, rule) for name, replies in NO_LETTER.items() for reply, rule in replies),
-    *((name, *reply) for name, replies in LETTER.items() for reply in replies)])
-def test_other_wordings(name, reply, letter, rule):
-    assert extract_choice(reply, OPTIONS[name]) == (letter, rule)
-
-
-@pytest.mark.parametrize("reply, options, letter", [
-    ("No, there is no dog.", {"A": "yes", "B": "no"}, "B"), ("杯子是红色的。", {"A": "红色", "B": "蓝色"}, "A"),
-    ("It is dark red.", {"A": "red", "B": "dark red"}, "B"),
-    ("It is red.", {"A": "red", "B": "dark red"}, "A"),
-    ("It is vitamin C.", {"A": "vitamin C", "B": "iron", "C": "zinc"}, "A"),
-    ("It is zinc, B.", {"A": "vitamin C", "B": "iron", "C": "zinc"}, None),
-    ("<|latent_start|> A A <|latent_end|> It is red.", OPTIONS["COL"], "B"),  # latents are not parsed
-    ("<abs_vis_token> D </abs_vis_token>", OPTIONS["COL"], None)])
-def test_negations_chinese_nested_options_and_latents(reply, options, letter):
-    assert extract_choice(reply, options).letter == letter
+@pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording["reply"][:30])
+def test_other_wordings(wording):
+    assert extract_choice(wording["reply"], wording["options"]) == (wording["letter"], wording["rule"])
 
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
@@ -105,8 +69,7 @@ def test_answers_are_compared_after_normalizing(pairs, same):
 def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):
     """304 replies of Monet-7B on V*, read by rules. They contradict the judge once, and the judge is wrong:
     vstar/38 has options A. green and B. orange and gold B, the reply boxes orange."""
-    lines = (shared_data / "real_outputs" / "vstar_dev.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(shared_data / "real_outputs" / "vstar_dev.jsonl", {"output": str})
     read = [extract_choice(row["output"], row["options"]) for row in rows]
     resolved = [(row, choice) for row, choice in zip(rows, read) if choice.letter is not None]
     wrong = [row["id"] for row, choice in resolved

@@ -1,8 +1,11 @@
 """The rules for rows and captions: at least one accepted and one rejected case each."""
+from pathlib import Path
+
 import pytest
 
-from utils.jsonl import DataError
-from utils.rows import caption_fault, check_own, check_rows, has_loop, parse_options, row_fault
+from utils.jsonl import DataError, read_rows
+from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, has_loop, parse_options,
+                        row_fault)
 
 
 @pytest.mark.parametrize("text, loops", [
@@ -13,25 +16,11 @@ def test_has_loop(text, loops):
     assert has_loop(text) is loops
 
 
-@pytest.mark.parametrize("reason, texts", [
-    (None, ["The hull shows a white 42.", "a red circle with the digit 7", "STOP sign",
-            " ".join(map(str, range(120))), "The small print cannot be made out.",
-            "A poster with a picture of a boat above the entrance.", "Values with a < b and c > d",
-            "A sign with a question mark in the image.", "A sign reads 'answer the phone'."]),
-    ("caption_empty", ["", " \n"]), ("caption_short", ["Boat"]),
-    ("caption_long", ["word " + " ".join(map(str, range(120)))]),
-    ("caption_refusal", ["I'm sorry, I can't help with that.", "I cannot see any number here.",
-                         "As an AI, it is dark."]),
-    ("caption_meta", ["The image shows a red boat.", "This cropped region depicts a boat.",
-                      "Here is the caption: a red boat.", "Description: a red boat.",
-                      "A boat, to answer the question."]),
-    ("caption_loop", ["red red red red red red red red red red"]),
-    ("caption_markup", ["A boat <|im_end|> with 42.", "A boat </think_image> with 42.",
-                        "A <box>1,2</box> boat", "The number is \\boxed{42}", "See [IMG 1] here",
-                        "```json a boat```", "x <image> y"]),
-    ("caption_leak", ["The boat shows 42, so the answer is 42.", "Answer: B", "Option B is correct here."])])
-def test_caption_fault(reason, texts):
-    assert {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
+@pytest.mark.parametrize("reason", [None, *CAPTION_REASONS])
+def test_caption_fault(reason):
+    rows = read_rows(Path(__file__).parent / "files" / "captions.jsonl", {"caption": str})
+    texts = [row["caption"] for row in rows if row["reason"] == reason]
+    assert texts and {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
 
 
 @pytest.mark.parametrize("question, options", [
