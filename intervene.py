@@ -207,12 +207,13 @@ def declare(args: argparse.Namespace) -> dict[str, Declared]:
 
 
 def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
-    """Return the share of the imagination that each truncating condition keeps."""
+    """Return the share of the imagination that each truncating condition keeps; one condition for a share."""
     if spec is None:
         return {name: int(name[9:]) / 100 for name in names if name.startswith("truncate_")}
-    return {name: 0.0 if name == "markers_only" else find_condition(name)[1] / spec.size for name in names
-            if name == "markers_only"
-            or name.startswith("keep_first") and find_condition(name)[1] < spec.size}
+    kept = {"markers_only": 0.0, **{name: find_condition(name)[1] / spec.size for name in names
+                                    if name.startswith("keep_first")}}
+    by_share = {share: name for name, share in kept.items() if name in names and share < 1}
+    return {name: share for share, name in by_share.items()}
 
 
 def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:

@@ -289,6 +289,12 @@ def test_the_stem_is_fixed_for_latents_and_the_words_of_the_reply_for_text():
     assert intervene.parse_args(asked).stem is None
 
 
+def test_a_share_of_the_imagination_is_one_point_of_the_curve():
+    names = ["tau", "markers_only", "keep_first:0", "keep_first", "keep_first:2", "keep_first:4"]
+    kept = intervene.kept_shares(names, PRESETS["mirage"])
+    assert kept == {"keep_first:0": 0, "keep_first": 0.25, "keep_first:2": 0.5}
+
+
 def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items, tmp_path):
     model, _ = text_model
     run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--conditions", "sham")
