@@ -272,7 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", help="text that options are scored behind (R0); by default the clean "
-                        f"reply's own words on the way to its box, for latents {STEM!r}")
+                        f"reply's own words on the way to its box, for latents \" {STEM}\"")
     parser.add_argument("--prior", choices=("none", "question"), default="none",
                         help="question: from an option's log-probability take the one after the same stem "
                              "without image and imagination (PMI)")
