@@ -168,7 +168,7 @@ def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(train, tiny_checkpo
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "write_record", stop)
-        assert run_here(train_sft.main, flags(data, tiny_checkpoint, tmp_path / "cut", *more)) == 130
+        assert run_here("train_sft", flags(data, tiny_checkpoint, tmp_path / "cut", *more)) == 130
     assert not (tmp_path / "cut").exists() and "Traceback" not in capsys.readouterr().err
     # the checkpoint is that of the last step: nothing is computed twice
     assert len(losses(tmp_path / "cut")) == 5 and (tmp_path / "cut.run" / "step-5").is_dir()

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -66,12 +65,8 @@ class IncompleteError(RuntimeError):
 def fill(template: str, **values: str) -> str:
     """Put values at their {names}, in one pass: braces in a value stay text. So do markers: `<image>` becomes
     (image), `<|im_end|>` (im_end), which a tokenizer would take for a picture or the end of a turn."""
-    return names_in_braces(tuple(values)).sub(lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
-
-
-@cache
-def names_in_braces(names: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"\{{({'|'.join(map(re.escape, names))})\}}")
+    return re.sub(rf"\{{({'|'.join(values)})\}}",
+                  lambda match: MARKER.sub(r"(\1\2)", values[match[1]]), template)
 
 
 # ---- running calls
