@@ -9,7 +9,7 @@ from decoding import MIRAGE, batch_of, embedded, generate, library_generate, loa
 from safetensors.torch import load_file, save_file
 
 from utils import qwen as Q
-from utils.decode import decode, prefill, prefill_more, truncate_cache
+from utils.decode import decode, layer_inputs, prefill, prefill_more, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
@@ -42,14 +42,6 @@ def test_without_latents_equals_generate_bit_for_bit(tiny_checkpoint, dtype):
         assert library.sequences[i, batch["input_ids"].shape[1]:][:len(row.ids)].tolist() == row.ids
         for step, logits in enumerate(row.logits):  # generate returns its logits in float32
             assert torch.equal(logits.float(), library.logits[step][i]), (i, step)
-
-
-def test_a_row_alone_equals_the_row_in_a_batch(qwen):
-    together = generate(qwen, batch_of(qwen), 16, MIRAGE, capture=True)
-    for i in range(3):
-        alone = generate(qwen, batch_of(qwen, slice(i, i + 1)), 16, MIRAGE, capture=True)[0]
-        assert alone.ids == together[i].ids and alone.segments == together[i].segments
-        assert torch.allclose(alone.states, together[i].states, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -104,14 +96,11 @@ def test_state_machine_on_scripted_tokens(name, size, script, ids, fed):
 
 
 @pytest.mark.parametrize("name, distance", [("monet_vllm", 10), ("monet_capimagine", 11), ("mirage", 5)])
-def test_distance_from_start_to_end_marker(name, distance):
+def test_a_segment_ends_at_the_family_s_size_or_with_the_reply(name, distance):
     ids, _, row = run(PRESETS[name], [START] + [7] * 20)
     assert ids.index(END) - ids.index(START) == distance and row.out.segments[0].closed_by == "limit"
-
-
-def test_a_segment_cut_by_max_new_tokens_says_so():
-    ids, fed, row = run(PRESETS["mirage"], [5, START] + [7] * 9, n=4)
-    assert (ids, fed, row.out.segments[0].closed_by) == ([5, START, PAD, PAD], [2, 3], "max_tokens")
+    ids, _, row = run(PRESETS[name], [START] + [7] * 20, n=3)
+    assert (ids, row.out.segments[0].closed_by) == ([START, PAD, PAD], "max_tokens")
 
 
 def replay_of(row):
@@ -169,7 +158,10 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
 @pytest.mark.parametrize("rows_at_once", [1, 2])
 def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, rows_at_once):
     """One row at a time, as alone, to the bit; and latents that are given reach their own rows."""
-    whole = prefill(qwen, batch)
+    padded = batch | {"input_ids": batch["input_ids"].clone()}
+    padded["input_ids"][:, -3:-1] = latent_ids(qwen.tokenizer, MIRAGE)[1]
+    latents = [torch.full((2, 32), value) for value in (0.0, 0.5, 1.0)]
+    whole, given = prefill(qwen, batch), prefill(qwen, padded, MIRAGE, latents)
     monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
     parts = prefill(qwen, batch)
     assert torch.allclose(parts.hidden, whole.hidden, atol=1e-5)
@@ -183,16 +175,8 @@ def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, ro
             assert torch.equal(parts.hidden[i], prefill(qwen, batch_of(qwen, slice(i, i + 1))).hidden[0])
     together, apart = (decode(qwen, state, 16, MIRAGE)[0] for state in (whole, parts))
     assert [row.ids for row in together] == [row.ids for row in apart]
-
-
-def test_latents_of_a_prompt_go_to_their_own_rows_when_it_is_read_in_parts(qwen, batch, monkeypatch):
-    _, pad_id, _ = latent_ids(qwen.tokenizer, MIRAGE)
-    batch["input_ids"][:, -3:-1] = pad_id
-    latents = [torch.full((2, qwen.model.config.text_config.hidden_size), value) for value in (0.0, 0.5, 1.0)]
-    whole = prefill(qwen, batch, MIRAGE, latents)
-    monkeypatch.setattr("utils.decode.PREFILL_TOKENS", 1)
-    assert torch.allclose(prefill(qwen, batch, MIRAGE, latents).hidden, whole.hidden, atol=1e-5)
-    assert not torch.allclose(prefill(qwen, batch, MIRAGE, latents[::-1]).hidden, whole.hidden, atol=1e-3)
+    assert torch.allclose(prefill(qwen, padded, MIRAGE, latents).hidden, given.hidden, atol=1e-5)
+    assert not torch.allclose(prefill(qwen, padded, MIRAGE, latents[::-1]).hidden, given.hidden, atol=1e-3)
 
 
 def test_rows_taken_from_one_prefill_decode_as_they_do_alone(qwen, batch):
@@ -234,6 +218,12 @@ def test_reading_on_and_going_back_equal_reading_the_whole(tiny_checkpoint):
         prefill_more(qwen, state, [[1], [], [1]])
 
 
+def masked_pass(qwen, batch, tail, allowed):
+    """Return the last states where position i sees the columns of `allowed[i]` alone."""
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return one_pass(qwen, batch, tail, attention_mask={"full_attention": additive[None, None]})
+
+
 @torch.no_grad()
 def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
     """Site `edge`: closing columns from the end marker on equals one pass with the matrix written out."""
@@ -247,10 +237,9 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
     after, first = n + segment.start + segment.size, n + segment.start
     allowed[after:, first:after] = False
     allowed[after:, :n] &= batch["input_ids"][0] != Q.special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
-    additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
     tail = embedded(qwen, row.ids)
     tail[0, segment.start:segment.start + segment.size] = row.fed
-    hidden = one_pass(qwen, batch, tail, attention_mask={"full_attention": additive})
+    hidden = masked_pass(qwen, batch, tail, allowed)
     assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
     clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
     upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
@@ -275,8 +264,7 @@ def test_all_but_some_columns_hidden_equal_a_mask_in_four_dimensions(qwen, i):
     allowed = torch.ones(total, total).tril().bool()
     allowed[length + n:, before:length + n] = False
     allowed[length + n:, kept] = True
-    additive = torch.zeros(total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
-    hidden = one_pass(qwen, batch, embedded(qwen, words + block), attention_mask={"full_attention": additive})
+    hidden = masked_pass(qwen, batch, embedded(qwen, words + block), allowed)
     assert torch.allclose(prefill_more(qwen, state, [block]).hidden[0], hidden[-1], atol=1e-5)
 
 
@@ -360,3 +348,54 @@ def test_choices_are_the_arms_own(qwen, batch):
         assert all(0 < row.n_forbidden <= 16 for row in rows) and not wanted[0].n_forbidden
     empty = generate(qwen, batch, 16, MIRAGE, [Intervention(spec=replace(MIRAGE, size=0))] * 3)
     assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)
+
+
+# ---- the slot site: what the layers read at latent positions, noted and replaced
+def slots_of(row):
+    """An arm that puts a captured run's layer inputs at the same latent positions."""
+    sizes = [segment.size for segment in row.segments]
+    return Intervention(slot=lambda segment, step: row.slots[sum(sizes[:segment]) + step])
+
+
+def test_own_slots_change_nothing_and_a_donors_make_its_keys(qwen, batch):
+    """With a donor's layer inputs, keys and values at latent positions are the donor's, whatever was fed."""
+    state = prefill(qwen, batch)
+    clean, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
+    flipped = Intervention(feed=lambda z, *place: z.flip(0))
+    donor, donor_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [flipped] * 2, with_slots=True)
+    same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
+                     capture=True)
+    assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
+    _, end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(donor[0]), Intervention()], capture=True)
+    segment = clean[0].segments[0]
+    columns = slice(state.mask.shape[1] + segment.start, state.mask.shape[1] + segment.start + segment.size)
+    for layer, given in zip(end.cache.layers, donor_end.cache.layers):
+        assert torch.allclose(layer.keys[0, :, columns], given.keys[0, :, columns], atol=1e-5)
+        assert torch.allclose(layer.values[0, :, columns], given.values[0, :, columns], atol=1e-5)
+        assert not torch.allclose(layer.values[1, :, columns], given.values[1, :, columns], atol=1e-3)
+
+
+def test_hooks_are_taken_away_even_after_an_error(qwen):
+    layers = qwen.model.model.language_model.layers
+    with pytest.raises(RuntimeError), layer_inputs(qwen.model, {0: torch.zeros(len(layers), 32)}):
+        assert all(layer._forward_pre_hooks for layer in layers)
+        raise RuntimeError
+    assert not any(layer._forward_pre_hooks for layer in layers)
+    with pytest.raises(ValueError, match="states for 1 layers, expected 2"), layer_inputs(
+        qwen.model, {0: torch.zeros(1, 32)}):
+        pass
+
+
+def test_what_is_none_is_left_to_the_bit(qwen, batch):
+    """A map's cell: no layer replaced changes nothing; one replaced changes its keys and no earlier ones."""
+    state = prefill(qwen, batch)
+    rows = [0, 0]
+    clean, clean_end = decode(qwen, state.select(rows), 9, MIRAGE, capture=True)
+    nothing = Intervention(slot=lambda *place: [None, None])
+    none, _ = decode(qwen, state.select(rows), 9, MIRAGE, [nothing] * 2, capture=True)
+    assert torch.equal(none[0].states, clean[0].states)
+    one = Intervention(slot=lambda *place: [None, torch.ones(32)])
+    _, end = decode(qwen, state.select(rows), 9, MIRAGE, [one, Intervention()], capture=True)
+    column = state.mask.shape[1] + clean[0].segments[0].start
+    edited, clean = ([layer.keys[0, :, column] for layer in run.cache.layers] for run in (end, clean_end))
+    assert torch.equal(edited[0], clean[0]) and not torch.allclose(edited[1], clean[1], atol=1e-3)
