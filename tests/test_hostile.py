@@ -12,9 +12,7 @@ import hostile
 import numpy as np
 import pytest
 from PIL import Image
-from samples import METRICS, result
 
-import evaluate
 from utils.answers import last_boxed
 from utils.evaluate.judge import question_for
 from utils.evaluate.scoring import check_scorable
@@ -90,17 +88,6 @@ def test_a_cycle_of_items_has_each_place_once():
     for odd in (items + [items[0] | {"id": "i/5"}], [items[0] | {"raw": {"cycle_category": "4"}}]):
         with pytest.raises(DataError, match="expected each of 0 to 3 once"):
             check_scorable(odd)
-
-
-@pytest.mark.parametrize("metrics, message", [
-    ("{", "damaged"), ("[]", "expected an object"), ("{}", "damaged, .*KeyError"),
-    (json.dumps(METRICS | {"with_judge": {"ci95": [1, "x"]}}), "damaged, .*ValueError"),
-    (json.dumps(METRICS | {"protocol": {"model": "m", "method": "text", "line": 3.5}}), "not text")])
-def test_damaged_metrics_are_named(tmp_path, metrics, message):
-    (tmp_path / "r.jsonl").write_text(json.dumps(result()) + "\n")
-    (tmp_path / "r.jsonl.metrics.json").write_text(metrics)
-    with pytest.raises(DataError, match=message):
-        evaluate.main(["--table", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "t.md")])
 
 
 def test_a_store_opens_only_files_of_its_own(tmp_path):
