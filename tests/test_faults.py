@@ -153,15 +153,17 @@ def test_an_output_that_cannot_be_written(world, capsys, tmp_path, script):
 def test_an_output_at_which_another_process_is_at_work(world, capsys, tmp_path, script):
     """The other process only holds the lock; its files stay as they were."""
     case, output = world[0][script], tmp_path / "out"
-    path, call = Path(f"{output}{case.lock}"), "lockf" if script == "train_sft" else "flock"
-    path.parent.mkdir(parents=True)
-    code = (f"import fcntl, time; file = open({str(path)!r}, 'a'); fcntl.{call}(file, fcntl.LOCK_EX); "
-            "print(flush=True); time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    path = Path(f"{output}{case.lock}")
+    part = path.parent / "step-4.part"
+    part.mkdir(parents=True)  # as if the other process were saving
+    module, lock = ("journal", f"Journal(path.parent, name={path.name.partition('-')[0]!r})")
+    if script == "train_sft":
+        module, lock = "train.checkpoints", "lock_run_folder(path.parent)"
+    code = (f"import pathlib, time; from utils.{module} import *; path = pathlib.Path({str(path)!r})\n"
+            f"with {lock}: print(flush=True), time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=kills.ROOT)
     try:
         holder.stdout.readline()
-        part = path.parent / "step-4.part"
-        part.mkdir()  # as if the other process were saving
         refused(capsys, case, output, "another process")
         assert sorted(path.parent.iterdir()) == sorted([path, part]) and path.read_bytes() == b""
     finally:
@@ -182,21 +184,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, "the process ended too early"
         time.sleep(0.005)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["filter_data", "train_sft", "probe"])  # each its own way to lock
-def test_the_second_of_two_processes_is_refused_and_the_first_unharmed(world, tmp_path, script):
-    case, output, alone = world[0][script], tmp_path / "out", tmp_path / "alone" / "out"
-    first = start(case, output)
-    wait_for(lambda: Path(f"{output}{case.lock}").exists(), first)
-    time.sleep(0.02)  # from the file to its lock
-    first.send_signal(signal.SIGSTOP)  # it must still run when the second has been loaded
-    assert start(case, output).wait(timeout=300) == 2
-    assert "another process" in output.with_name("log.txt").read_text()
-    first.send_signal(signal.SIGCONT)
-    assert first.wait(timeout=300) == start(case, alone).wait(timeout=300) == case.code
-    assert final_files(case, output) == final_files(case, alone)
 
 
 @pytest.mark.slow

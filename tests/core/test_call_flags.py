@@ -53,7 +53,12 @@ def test_any_number_of_shards_or_ranks_writes_the_same_bytes(world, tmp_path, st
             return [run(stage, path, url, "--shard", f"{i}/{n}", output=output) for i in indices]
 
         assert run(stage, path, url, output="one.jsonl") == 3
-        n_calls = len(calls_of(tmp_path))
+        n_calls, written = len(calls_of(tmp_path)), bytes_of(stage, tmp_path, "one.jsonl")
+        (tmp_path / "one.jsonl").unlink()  # the backend and the model are those of the journal
+        other = ("--backend", "local", "--model", "/no/such")
+        assert run(stage, path, url, "--export_only", *other, output="one.jsonl") == 3
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
+        assert bytes_of(stage, tmp_path, "one.jsonl") == written
         assert run_shards("three.jsonl", 3, range(3)) == [0, 0, 3]
         before = len(calls_of(tmp_path))  # two of three shards, then half of eight, then one process
         assert run_shards("mixed.jsonl", 3, (0, 2)) + run_shards("mixed.jsonl", 8, range(4)) == [0] * 6
@@ -70,7 +75,7 @@ def test_any_number_of_shards_or_ranks_writes_the_same_bytes(world, tmp_path, st
         with pytest.raises(DataError, match="--fresh with 3 processes"):
             run(stage, path, url, "--fresh", output="ranks.jsonl")
     for name in ("three.jsonl", "mixed.jsonl", "ranks.jsonl"):
-        assert bytes_of(stage, tmp_path, name) == bytes_of(stage, tmp_path, "one.jsonl")
+        assert bytes_of(stage, tmp_path, name) == written
     err = capsys.readouterr().err
     assert "this shard is done" in err and "Traceback" not in err
 
@@ -96,37 +101,24 @@ def test_changed_input_repeats_only_what_changed(world, tmp_path, stage):
     assert metrics["n_orphaned"] >= metrics["n_calls"] == per_sample
 
 
-@each_stage
-def test_export_only_makes_no_call_and_needs_no_model(world, tmp_path, stage, capsys):
-    path = world(stage, list(range(12)))
-    with pytest.raises(DataError, match="no journal here; run without --export_only first"):
-        run(stage, path, "http://127.0.0.1:9/v1", "--export_only")
-    with serving(tmp_path, latency=0) as (_, url):
-        run(stage, path, url)
-    before = bytes_of(stage, tmp_path)
-    (tmp_path / "out.jsonl").unlink()  # the backend and the model are those of the journal
-    assert run(stage, path, url, "--export_only", "--backend", "local", "--model", "/no/such") == 3
-    assert bytes_of(stage, tmp_path) == before
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_calls"] == 0
-    with pytest.raises(DataError, match="cannot go with --retry_errors"):
-        run(stage, path, url, "--export_only", "--retry_errors")
-    with pytest.raises(DataError, match=r"(?s)other settings.*max_new_tokens +\d+ +7"):
-        run(stage, path, url, "--export_only", "--max_new_tokens", "7")
-
-
 def test_what_may_change_between_restarts_and_what_may_not(world, tmp_path):
     path = world("rewrite_captions", list(range(6)))
+    with pytest.raises(DataError, match="no journal here; run without --export_only first"):
+        run("rewrite_captions", path, "http://127.0.0.1:9/v1", "--export_only")
     with serving(tmp_path, latency=0) as (_, url):
         run("rewrite_captions", path, url)
         n_calls = len(calls_of(tmp_path))
-        free = "--concurrency 2 --timeout 9 --server_wait 9 --limit 4 --max_same_caption 3".split()
-        assert run("rewrite_captions", path, url, *free) in (0, 3) and len(calls_of(tmp_path)) == n_calls
-        for more in ("--temperature 0.7", "--model n", "--max_pixels 9000", "--image_factor 28",
-                     '--extra_body {"top_k":1}', "--no_refine"):
-            with pytest.raises(DataError, match="begun with other settings"):
-                run("rewrite_captions", path, url, *more.split())
-    with pytest.raises(DataError, match="--temperature and --extra_body are for --backend openai"):
-        run("rewrite_captions", path, url, "--backend", "local", "--temperature", "0.7")
+        free = "--concurrency 2 --timeout 9 --server_wait 9 --limit 4 --max_same_caption 3"
+        assert run("rewrite_captions", path, url, *free.split()) in (0, 3)
+        assert len(calls_of(tmp_path)) == n_calls
+    settings = ("--temperature 0.7", "--model n", "--max_pixels 9000", "--image_factor 28", "--no_refine",
+                '--extra_body {"top_k":1}', "--export_only --max_new_tokens 7")
+    for more, match in (*((one, "begun with other settings") for one in settings),
+                        ("--export_only --retry_errors", "cannot go with --retry_errors"),
+                        ("--backend local --temperature 0.7",
+                         "--temperature and --extra_body are for --backend openai")):
+        with pytest.raises(DataError, match=match):
+            run("rewrite_captions", path, url, *more.split())
 
 
 def test_an_image_that_changed_is_inspected_and_asked_about_again(world, tmp_path, picture):
