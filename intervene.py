@@ -11,7 +11,8 @@ Stage 5 of 6:  train_sft.py -> [intervene.py] -> figures; items from evaluate.py
 Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer": {"type":
         "letter", "value"}, "images": [{"path"}], "metric": "mcq"} and optionally "group_id", "category",
         "hint", "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual"
-        ({"images", "answer"} of an answer-changing edit, and "question", "options" where they differ)
+        ({"images", "answer"} of an answer-changing edit, and "question", "options" where they differ),
+        "helper" ({"path"} of the image that an imagination should show; by default the region, cropped)
 Writes  --output: one JSON line per item and condition, "clean" first: {"id", "group", "category", "gold",
         "condition", "site", "emitted_clean", "emitted", "segments" or "spans", "again", "n_forbidden",
         "n_fed", "rel_change", "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred",
@@ -50,7 +51,7 @@ from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, DO_X, PRESET
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_for_items
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
-from utils.items import STEM, group_of, open_images, prompt_of, read_items
+from utils.items import STEM, group_of, open_helper, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
 from utils.jsonl import DataError, call_key, check_output, sha256_file, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
@@ -108,15 +109,16 @@ def run_batch(run: Run, batch: list[dict]) -> None:
     root, opened = run.args.image_root, []
     for item in batch:
         try:
-            opened.append((item, open_images(item, root), open_counterfactual(item, root)))
+            images = open_images(item, root)
+            opened.append((item, images, open_others(item, images, root)))
         except ImageError as error:
             log(f"{item['id']}: {error}")
             if run.get(item, "clean") is None:
                 run.put(item, "clean", {"error": error.reason})
     if not opened:
         return
-    items, images, edits = map(list, zip(*opened))
-    for item, records in zip(items, run.decode(items, images, edits)):
+    items, images, others = map(list, zip(*opened))
+    for item, records in zip(items, run.decode(items, images, others)):
         for name in run.names:
             record = records[name]
             if run.latent and name != "clean" and "reason" not in record:
@@ -125,12 +127,16 @@ def run_batch(run: Run, batch: list[dict]) -> None:
                 run.put(item, name, record)
 
 
-def open_counterfactual(item: dict, root: str) -> Prompt | None:
-    """Return (item, images) of the item's answer-changing edit, if any."""
-    if not item.get("counterfactual"):
-        return None
-    edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
-    return edited, open_images(edited, root)
+def open_others(item: dict, images: list, root: str) -> dict[str, Prompt]:
+    """Return (item, images) of the item's answer-changing edit, and with its helper image in place of its
+    own, as far as it has them."""
+    others = {}
+    if item.get("counterfactual"):
+        edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
+        others["counterfactual"] = edited, open_images(edited, root)
+    if helper := open_helper(item, images, root):
+        others["helper"] = item, [helper] * max(1, len(images))
+    return others
 
 
 def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bool) -> None:
@@ -201,7 +207,7 @@ def declare(args: argparse.Namespace) -> dict[str, Declared]:
         entry = TEXT_CONDITIONS[name] if is_text else find_condition(name)[0]
         role = ("positive control" if name == POSITIVE_CONTROL else "control" if name in controls
                 else "point" if name in points else "do(X)" if name in DO_X
-                else "do(Z)" if entry.prompt == "own" else "world")
+                else "do(Z)" if entry.prompt in ("own", "blind") else "world")
         declared[name] = Declared("text" if is_text else entry.site, role)
     return declared
 

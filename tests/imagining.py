@@ -44,7 +44,7 @@ def make_picture(color, tall):
 
 def write_items(folder, n):
     """Write items about flat squares and return (path, items). The gold option is the colour shown; two items
-    per group, of one colour if n is a multiple of 8."""
+    per group, of one colour if n is a multiple of 8. The edit's picture is also the helper."""
     rng, items = random.Random(0), []
     for i in range(n):
         options, shown = rng.sample(NAMES, 4), []
@@ -54,7 +54,8 @@ def write_items(folder, n):
                           "answer": {"type": "letter", "value": "ABCD"[options.index(color)]}})
         items.append({"id": f"item/{i}", "group_id": f"group/{i % (n // 2)}", "category": "color",
                       "question": QUESTION, "options": [list(pair) for pair in zip("ABCD", options)],
-                      "metric": "mcq", **shown[0], "counterfactual": shown[1]})
+                      "metric": "mcq", **shown[0], "counterfactual": shown[1],
+                      "helper": shown[1]["images"][0]})
     write_rows(folder / "items.jsonl", items)
     return folder / "items.jsonl", items
 

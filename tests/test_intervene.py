@@ -113,8 +113,9 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(items
 # ---- three sites
 MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x",
         "slot_swap_random", "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent",
-        "cut_image_after", "cut_both", "markers_only", "x_counterfactual", "slot_swap_at:0-3/0-1",
-        "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2", "top_random:2", "keep_first:2"]
+        "cut_image_after", "cut_both", "strict", "strict_fed", "oracle", "slot_oracle", "markers_only",
+        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2",
+        "top_random:2", "keep_first:2"]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,10 @@ def test_sites_show_who_uses_latents(many):
     share = sum(record["pred"] == record["donor"]["option"] for record in donors) / len(donors)
     assert len(donors) == 64 and (share > 0.9 if follows else share < 0.1)
     assert (effects["cut_latent"]["acc_int"] < 0.6) == follows
-    assert (effects["cut_image_after"]["acc_int"] > 0.9) == follows
+    for name in ("cut_image_after", "strict", "strict_fed"):
+        assert (effects[name]["acc_int"] > 0.9) == follows and (effects[name]["acc_int"] > 0.6) == follows
+    assert (effects["slot_oracle"]["acc_int"] < 0.1) == follows  # the helper shows the edit's colour
+    assert (effects["slot_oracle"]["acc_int"] > 0.9) != follows
     # the positive controls move the score of either
     assert metrics["conditions"]["cut_both"]["r0"]["ci95"][0] > 0
     # right for the edit, which was asked
@@ -193,11 +197,12 @@ def test_conditions_together_equal_each_alone(many, items, tmp_path):
 def test_image_off_and_the_worlds_of_text(text_model, items, tmp_path):
     model, follows = text_model
     metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "sham", "directed",
-                           "swap_blank", "blank_x", "blank", "image_off", "x_counterfactual")
+                           "swap_blank", "blank_x", "blank", "image_off", "strict", "x_counterfactual")
     effects = {name: entry["effect"] for name, entry in metrics["conditions"].items()}
     assert (effects["blank_x"]["acc_int"] > 0.9) == follows
     # otherwise the question's words, read before, keep some of the image
     assert not follows or effects["image_off"]["acc_int"] > 0.9
+    assert (effects["strict"]["acc_int"] > 0.9) == follows and (effects["strict"]["acc_int"] > 0.6) == follows
     assert (metrics["mediation"]["text"]["r0"]["proportion_mediated"]["value"] > 0.9) == follows
     assert all(record["r0"] == record["r1"] and record["r0"]["pi"] for record in records
                if record["condition"] in ("clean", "sham", "blank_x"))  # the reply's own words are the stem

@@ -346,7 +346,7 @@ def test_every_site_through_the_batch_of_the_product(follower):
     names = ["identity", "replay", "tau", "swap_random", "swap_blank", "blank_x", "slot_mean_t",
              "slot_swap_random", "slot_swap_blank",
              "slot_blank_x", "cut_latent", "cut_both"]
-    batch = LatentBatch(qwen, MIRAGE, known, settings, items, images, [None] * len(items))
+    batch = LatentBatch(qwen, MIRAGE, known, settings, items, images, [{}] * len(items))
     records = batch.records(names)
     assert len(batch.emitters) == len(items)
     for item, record in zip(items, records):

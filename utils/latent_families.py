@@ -197,6 +197,11 @@ def last_latent(row: Generation) -> int:
     return max((segment.start + segment.size for segment in row.segments), default=0)
 
 
+def latent_steps(row: Generation) -> list[int]:
+    """Return the index in a row's ids of every latent."""
+    return [step for segment in row.segments for step in range(segment.start, segment.start + segment.size)]
+
+
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
     """Decode recorded ids without latents and special tokens."""
     if spec:

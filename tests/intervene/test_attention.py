@@ -4,7 +4,7 @@ import torch
 from decoding import MIRAGE, batch_of, load_with
 
 from utils.decode import decode, embed_prompt, prefill, prefill_more, truncate_cache
-from utils.intervene.latent_batch import GROUPS, WATCHED, attention_weights, stem_attention, watched
+from utils.intervene.attention import GROUPS, WATCHED, attention_weights, stem_attention, watched
 
 pytestmark = pytest.mark.numeric
 

@@ -52,7 +52,7 @@ def test_donors_are_of_another_group_and_another_gold_where_there_is_one():
 
 
 def test_other_prompts_keep_what_they_should():
-    edits = [None] * 5 + [({**ITEMS[5], "id": "5#edit"}, PICTURES[0])]
+    edits = [{}] * 5 + [{"counterfactual": ({**ITEMS[5], "id": "5#edit"}, PICTURES[0])}]
     own, images, holds = other_prompt("blank", 0, ITEMS, PICTURES, edits)
     assert own is ITEMS[0] and images[0].size == PICTURES[0][0].size
     assert images[0].getcolors() == [(28 * 56, MASK_GREY)]
@@ -74,7 +74,7 @@ def test_other_prompts_keep_what_they_should():
 
 def test_a_reply_is_cut_before_its_first_imagination_and_its_columns_are_those_of_the_words(tiny_checkpoint):
     qwen, settings = load_with(tiny_checkpoint, MIRAGE), Settings(None, "", 4, " \\boxed{", "letter", 0, 8)
-    batch = TextBatch(qwen, settings, ITEMS[:1], PICTURES[:1], [None])
+    batch = TextBatch(qwen, settings, ITEMS[:1], PICTURES[:1], [{}])
     reply = "I look closer. <think_image>a blue square</think_image> It is blue."
     ids = qwen.tokenizer(reply, add_special_tokens=False).input_ids
     batch.clean[0].ids, batch.texts[0] = ids, reply
@@ -89,13 +89,14 @@ def test_a_reply_is_cut_before_its_first_imagination_and_its_columns_are_those_o
 
 # ---- imagining again
 BY_DONOR = {*(f"swap_{kind}" for kind in ("random", "question", "image", "counterfactual", "blank")),
-            *(f"slot_swap_{kind}" for kind in ("random", "counterfactual", "blank")), "slot_swap_at:0-3/0"}
+            *(f"slot_swap_{kind}" for kind in ("random", "counterfactual", "blank")), "slot_swap_at:0-3/0",
+            "oracle", "slot_oracle"}
 BY_CLEAN = {"replay", "first_repeat", "permute", "blank_x", "slot_blank_x", "keep_first:2"}
-OWN = {*DO_X, "blank"}
+OWN = {*DO_X, "blank", "strict"}  # the record of `strict` says never: what is imagined again has no image
 FORBIDDEN = {"markers_only", "no_segment", "keep_first:0"}
 NEVER = {"identity", "tau", "tau_mean", "tau_first", "mean_t", "near_zero", "add_noise", "norm_noise",
          "moment_noise", "mix", "dummy_pad", "slot_mean_t", "cut_latent", "cut_image_after", "cut_both",
-         "keep_one", "drop_one", "top_k", "top_random"}
+         "keep_one", "drop_one", "top_k", "top_random", "strict_fed"}
 
 
 def run_of(*sizes):
@@ -111,7 +112,8 @@ def test_latents_that_an_intervention_does_not_reach_undo_it():
     assert {name.partition(":")[0] for name in everything} == set(CONDITIONS)
     donor, known = run_of(4, 2), Calibration.from_runs([run_of(4)])
     case = Case(ITEMS[0], run_of(4), MIRAGE, torch.ones(8), 1, 0, known, attention=[0.25] * 4, donors={
-        kind: donor for kind in ("random", "question", "image", "counterfactual", "blank")})
+        kind: donor for kind in ("random", "question", "image", "counterfactual", "blank", "helper",
+                                 "features")})
 
     def undone(name):
         condition, number = find_condition(name)
@@ -129,7 +131,7 @@ def test_latents_that_an_intervention_does_not_reach_undo_it():
 def test_a_model_that_likes_latents_is_kept_from_them_where_they_must_be_absent(tiny_checkpoint, temperature):
     qwen = load_with(tiny_checkpoint, MIRAGE)
     settings = Settings(None, "", 30, " \\boxed{", "letter", 0, 64, temperature)
-    batch = LatentBatch(qwen, MIRAGE, None, settings, ITEMS[:3], PICTURES[:3], [None] * 3)
+    batch = LatentBatch(qwen, MIRAGE, None, settings, ITEMS[:3], PICTURES[:3], [{}] * 3)
     for records in batch.records(["identity", *FORBIDDEN, "keep_first:1"]):
         clean = records["clean"]
         assert clean["again"] is clean["n_forbidden"] is records["identity"]["n_forbidden"] is None
@@ -145,7 +147,7 @@ def test_an_opening_mark_is_not_spelled_whatever_its_tokens(tiny_checkpoint):
     """The id that completes "<think" on the way to the mark is forbidden, in pieces of all lengths, and no
     other."""
     qwen, settings = load_with(tiny_checkpoint, MIRAGE), Settings(None, "", 4, " \\boxed{", "letter", 0, 8)
-    batch, rng = TextBatch(qwen, settings, ITEMS[:1], PICTURES[:1], [None]), random.Random(0)
+    batch, rng = TextBatch(qwen, settings, ITEMS[:1], PICTURES[:1], [{}]), random.Random(0)
     words = ("a", " <", "<", "<t", "think", "hink_im", "<think", "<think>", "_image>", "age>", OPEN, CLOSE,
              "<|im_end|>")  # the last is no word
     pieces = [qwen.tokenizer(word, add_special_tokens=False).input_ids for word in words]
@@ -187,7 +189,7 @@ def test_a_text_model_is_kept_from_imagining_where_nothing_may_be_imagined(reope
     """Under every condition the record tells a mark behind the beginning that was fed back."""
     qwen, items, images = reopening
     settings = Settings(None, "", 40, None, "text", 0, 64, temperature)
-    batch = TextBatch(qwen, settings, items, images, [None] * 8)
+    batch = TextBatch(qwen, settings, items, images, [{}] * 8)
     names, seen = [name for name in TEXT_CONDITIONS if name != "directed_llm"], Counter()
     for records in batch.records(names):
         assert records["clean"]["again"] is records["clean"]["n_forbidden"] is None
@@ -214,7 +216,7 @@ def test_a_text_model_is_kept_from_imagining_where_nothing_may_be_imagined(reope
 def test_a_reply_that_begins_with_its_imagination_is_continued_from_nothing(reopening):
     qwen, items, images = reopening
     settings = Settings(None, "", 40, " It is \\boxed{", "text", 0, 64)
-    batch = TextBatch(qwen, settings, items[:2], images[:2], [None] * 2)
+    batch = TextBatch(qwen, settings, items[:2], images[:2], [{}] * 2)
     for place, text in enumerate(batch.texts):
         batch.texts[place] = text.removeprefix("I look. ")
         batch.spans[place] = find_spans(batch.texts[place])
@@ -241,7 +243,7 @@ def test_an_outcome_belongs_to_the_item_that_was_asked(imagining_model, tmp_path
     images = [images[n] for n in (0, 1, 0, 2, 3, 3)]
     edits = [(asking(first, "#0", "Which is it?", turned, "red"), [make_picture("red", 0)]),
              (asking(second, "#1", second["question"], turned, "green"), [make_picture("green", 1)])]
-    edits += [None] * 4
+    edits = [{"counterfactual": edit} for edit in edits] + [{}] * 4
     settings = Settings(None, "", 40, " It is \\boxed{" if kind == "latent" else None, "text", 0, 64)
     qwen = Q.load(str(imagining_model(kind, True)), device="cpu", dtype="float32")
     batch = (TextBatch(qwen, settings, items, images, edits) if kind == "text"

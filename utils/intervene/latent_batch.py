@@ -1,12 +1,9 @@
 """A batch of items, clean and under every condition on its latents, from one reading of each prompt.
 
 The clean run captures what it feeds and what its layers read. All conditions of all items then decode side by
-side from copies of the prompts' caches. The attention of the answer's stem is read in an attention function
-that calls the library's own, without a matrix of all tokens by all tokens. Mass is not use: a model may
-attend to latents that no intervention on them can move.
+side from copies of the prompts' caches.
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,97 +12,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from utils.decode import State, decode, prefill_blocks, truncate_cache
+from utils.intervene.attention import stem_attention
 from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix,
-                                         imagines_again, likeliest, why_no_prompt)
+                                         go_on, imagines_again, joined, likeliest, why_no_prompt)
 from utils.intervene.latent_conditions import DO_X, find_condition
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, donor_fields,
                                      first_difference, pick_donor, stem_of)
-from utils.items import open_images
+from utils.items import blind_turn, open_images
 from utils.jsonl import DataError, replace_file
-from utils.latent_families import Generation, Intervention, LatentSpec, clean_text, last_latent, latent_ids
-from utils.qwen import Qwen
-
-WATCHED = "sdpa_watched"
-GROUPS = ("first", "image", "question", "imagination", "said")  # of columns; "said": the rest of the reply
-
-
-# ---- attention of the stem
-def attention_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor,
-                      scaling: float) -> torch.Tensor:
-    """Return weights [B, heads, R, C] in float32 of queries [B, heads, R, d] over keys [B, groups of heads,
-    C, d]; `allowed` is bool [B, R, C]."""
-    grouped = query.float().unflatten(1, (key.shape[1], -1))  # heads that share a key: keys are not repeated
-    scores = torch.einsum("bkgrd,bkcd->bkgrc", grouped, key.float()).flatten(1, 2) * scaling
-    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-
-
-@contextmanager
-def watched(model: torch.nn.Module,
-            note: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Iterator[None]:
-    """Call note(query, key, scaling) for every decoder layer inside the block."""
-    config = model.config.text_config
-    before = config._attn_implementation  # sdpa, which utils.qwen.load asks for
-
-    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        note(query, key, scaling)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling,
-                                               **kwargs)
-
-    AttentionInterface.register(WATCHED, attend)
-    AttentionMaskInterface.register(WATCHED, sdpa_mask)
-    config._attn_implementation = WATCHED
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-@torch.no_grad()
-def stem_attention(qwen: Qwen, state: State, before: list[int], stems: list[str],
-                   imagined: list[list[int]]) -> list[dict]:
-    """Return where the tokens of each row's stem, read after the ids `before`, attend in that row of `state`
-    (kept): {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns},
-    "imagined": [mass of each of the row's columns `imagined`, mean over layers]}. Means over heads and the
-    stem's tokens."""
-    blocks = [before + qwen.tokenizer(stem, add_special_tokens=False).input_ids for stem in stems]
-    lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)[:, None]
-    steps = torch.arange(int(lengths.max()), device=lengths.device)
-    mask = torch.cat([state.mask, (steps < lengths).to(state.mask)], dim=1).bool()  # padded on the right
-    columns, own = torch.arange(mask.shape[1], device=mask.device), slice(len(before), None)
-    allowed = (mask[:, None] & (columns <= state.mask.shape[1] + steps[:, None]))[:, own]
-    share = (steps < lengths)[:, own] / (lengths - len(before))  # [B, R] of each of the stem's tokens
-    layers: list[torch.Tensor] = []  # [B, C] each
-    with watched(qwen.model, lambda query, key, scaling: layers.append(torch.einsum(
-            "bhrc,br->bc", attention_weights(query[:, :, own], key, allowed, scaling), share)
-            / query.shape[1])):
-        prefill_blocks(qwen, state.select(list(range(len(blocks)))), blocks)
-    member = column_groups(state, mask, imagined)
-    mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
-    uniform = torch.einsum("brc,br,bgc->bg", allowed / allowed.sum(-1, keepdim=True), share, member)
-    each = torch.stack(layers).mean(0)
-    return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
-             "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])}
-            for i in range(len(blocks))]
-
-
-def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
-    """Return [B, groups, C] of 0 and 1; the first visible token has a group of its own."""
-    group = torch.full(mask.shape, GROUPS.index("said"), device=mask.device)
-    n_prompt = state.is_image.shape[1]
-    group[:, :n_prompt] = torch.where(state.is_image, GROUPS.index("image"), GROUPS.index("question"))
-    for row, columns in enumerate(imagined):
-        group[row, columns] = GROUPS.index("imagination")
-    group[torch.arange(len(mask)), mask.int().argmax(1)] = GROUPS.index("first")
-    return torch.stack([group == g for g in range(len(GROUPS))], dim=1).float()
-
-
-def rounded(values: torch.Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]
+from utils.latent_families import (Generation, Intervention, LatentSpec, clean_text, last_latent, latent_ids,
+                                   latent_steps, pool_features)
+from utils.qwen import Qwen, image_features, process_images
 
 
 # ---- calibration
@@ -117,7 +36,7 @@ def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, item
         for first in tqdm(range(0, len(items), batch_size), desc="calibration"):
             batch = items[first:first + batch_size]
             images = [open_images(item, image_root) for item in batch]
-            prompts = Prompts(qwen, settings, batch, images, [None] * len(batch))
+            prompts = Prompts(qwen, settings, batch, images, [{}] * len(batch))
             state = prompts.select("own", list(range(len(batch))))
             rows += decode(qwen, state, settings.max_new_tokens, spec, capture=True, with_slots=True)[0]
         calibration = Calibration.from_runs(rows)
@@ -153,11 +72,11 @@ class LatentBatch:
     """The runs of one batch."""
 
     def __init__(self, qwen: Qwen, spec: LatentSpec, calibration: Calibration | None, settings: Settings,
-                 items: list[dict], images: list[list[Image.Image]], edits: list[Prompt | None]):
+                 items: list[dict], images: list[list[Image.Image]], others: list[dict[str, Prompt]]):
         self.qwen, self.spec, self.calibration, self.settings = qwen, spec, calibration, settings
-        self.items, self.edits = items, edits
+        self.items, self.others = items, others
         self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
-        self.prompts = Prompts(qwen, settings, items, images, edits)
+        self.prompts = Prompts(qwen, settings, items, images, others)
         # place -> kind -> (the donor's item, its run)
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
         self.other_worlds: dict[str, dict[int, Generation]] = {}  # kind of prompt -> place -> run
@@ -166,8 +85,9 @@ class LatentBatch:
         self.emitters = [i for i, (row, _) in enumerate(self.clean) if row.slots]
 
     def decode(self, kind: str, places: list[int], interventions: list[Intervention],
-               at_most: int | None = None) -> list[Decoded]:
-        """Decode interventions on the items at `places`; `at_most` new ids, then without scores."""
+               at_most: int | None = None, strict: bool = False) -> list[Decoded]:
+        """Decode interventions on the items at `places`; `at_most` new ids, then without scores, or `strict`
+        from there on."""
         done = []
         for piece in self.settings.pieces(list(zip(places, interventions))):
             here = [place for place, _ in piece]
@@ -175,9 +95,30 @@ class LatentBatch:
             sampled = [self.settings.sampled(self.items[place], own) for place, own in piece]
             rows, end = decode(self.qwen, begun, at_most or self.settings.max_new_tokens, self.spec, sampled,
                                capture=True, with_slots=True)
+            if strict:
+                done += self.ask_again(kind, begun, end, rows, here)
+                continue
             scores = self.read(kind, begun, end, rows, here) if at_most is None else [None] * len(rows)
             done += map(Decoded, rows, scores)
         return done
+
+    def ask_again(self, kind: str, begun: State, end: State, rows: list[Generation],
+                  places: list[int]) -> list[Decoded]:
+        """Return the runs after their last latent, the question read again over the latents alone: all else
+        that has read the image is hidden from it and from what follows."""
+        tokenizer, settings, n_prompt = self.qwen.tokenizer, self.settings, begun.mask.shape[1]
+        state = truncate_cache(end, begun, list(map(last_latent, rows)))
+        state.hide_all_but({k: [n_prompt + step for step in latent_steps(row)] for k, row in enumerate(rows)})
+        turns = [blind_turn(tokenizer, self.prompts.asked(kind, place).item, settings.system, settings.suffix)
+                 for place in places]
+        state = prefill_blocks(self.qwen, state, tokenizer(turns, add_special_tokens=False).input_ids)[1]
+        scores = self.prompts.read_out(state, kind, places, list(map(self.clean_stem, places, rows)),
+                                       [self.end_id])
+        after = [go_on(row, self.spec, self.end_id, settings.pick(self.items[place]))
+                 for row, place in zip(rows, places)]
+        rest, _ = decode(self.qwen, state, settings.max_new_tokens, self.spec, after, capture=True,
+                         with_slots=True)
+        return list(map(Decoded, map(joined, rows, rest), scores))
 
     def read(self, kind: str, begun: State, end: State, rows: list[Generation],
              places: list[int]) -> list[dict | None]:
@@ -192,9 +133,7 @@ class LatentBatch:
         words = [self.clean_stem(places[k], rows[k]) for k in scored]
         scores = self.prompts.read_out(state, kind, [places[k] for k in scored], words, [self.end_id])
         if not self.clean:
-            n_prompt = begun.mask.shape[1]
-            latents = [[n_prompt + s.start + j for s in rows[k].segments for j in range(s.size)]
-                       for k in scored]
+            latents = [[begun.mask.shape[1] + step for step in latent_steps(rows[k])] for k in scored]
             looks = stem_attention(self.qwen, state, [self.end_id], [self.settings.stem] * len(scored),
                                    latents)
             scores = [row | {"attention": look} for row, look in zip(scores, looks)]
@@ -217,12 +156,29 @@ class LatentBatch:
                     self.settings.pick(item), scores and scores["attention"]["imagined"])
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
-        """Return the item (None: this one, blank) and the run of a donor of this kind."""
-        if kind in ("blank", "counterfactual"):
+        """Return the item (None: this one, under another image) and the run of a donor of this kind."""
+        if kind == "features":
+            run = self.oracle(place)
+            return run and (None, run)
+        if kind in ("blank", "counterfactual", "helper"):
             run = self.other_world(kind).get(place)
-            return run and (self.edits[place][0] if kind == "counterfactual" else None, run)
+            return run and (self.others[place][kind][0] if kind == "counterfactual" else None, run)
         j = pick_donor(kind, place, self.items, self.emitters)
         return None if j is None else (self.items[j], self.clean[j].row)
+
+    @torch.no_grad()
+    def oracle(self, place: int) -> Generation | None:
+        """Return a run that feeds, in each segment, what training aligns latents to: the features of the
+        item's helper image, pooled. None without one, or if it has fewer visual tokens than latents."""
+        if "helper" not in self.others[place]:
+            return None
+        pixels = process_images(self.qwen.image_processor, self.others[place]["helper"][1][:1])
+        features, = image_features(self.qwen, {name: x.to(self.qwen.device) for name, x in pixels.items()})
+        if len(features) < self.spec.size:
+            return None
+        segments = [replace(segment, size=self.spec.size) for segment in self.clean[place].row.segments]
+        pooled = pool_features(features, self.spec.size)
+        return Generation(segments=segments, fed=pooled.repeat(len(segments), 1))
 
     def other_world(self, kind: str) -> dict[int, Generation]:
         """Return Z(x'): each emitter's run under another prompt, after its own words."""
@@ -241,7 +197,7 @@ class LatentBatch:
         conditions = {name: find_condition(name) for name in names}
         needs = {kind for condition, _ in conditions.values() for kind in condition.needs}
         cases = {i: self.case(i, needs) for i in self.emitters}
-        todo: dict[str, list[Planned]] = {}  # by kind of prompt
+        todo: dict[tuple[str, bool], list[Planned]] = {}  # by kind of prompt and whether it is strict
         for name, (condition, number) in conditions.items():
             for i in range(len(self.items)):
                 if i not in cases and condition.prompt == "own":  # without latents nothing can change
@@ -253,12 +209,16 @@ class LatentBatch:
                     if i not in self.prompts.places(condition.prompt):
                         raise NotPossible(why_no_prompt(condition.prompt))
                     intervention = condition.make(cases[i], number)
-                    todo.setdefault(condition.prompt, []).append(Planned(name, condition, i, intervention))
+                    todo.setdefault((condition.prompt, condition.strict), []).append(
+                        Planned(name, condition, i, intervention))
                 except NotPossible as fault:
                     result[i][name] = {"emitted": i in cases, "pred": None, "rule": None, "correct": False,
                                        "reason": str(fault)}
-        for kind, plans in todo.items():
-            runs = self.decode(kind, [plan.place for plan in plans], [plan.intervention for plan in plans])
+        for (kind, strict), plans in todo.items():
+            places = [plan.place for plan in plans]
+            longest = max(last_latent(self.clean[i].row) for i in places) + 1  # reads the last
+            runs = self.decode(kind, places, [plan.intervention for plan in plans],
+                               longest if strict else None, strict)
             for plan, run in zip(plans, runs):
                 result[plan.place][plan.name] = record = self.describe(plan, run)
                 if plan.name in DO_X:
@@ -270,12 +230,12 @@ class LatentBatch:
         """Return the record of one run."""
         _, condition, place, intervention = plan
         (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
-        at = [j for s in row.segments for j in range(s.start, s.start + s.size)]
+        at = latent_steps(row)
         raw, fed = row.states[at].float(), row.fed.float()
         record = {"emitted": bool(at),
                   "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
                                for s in row.segments],
-                  "again": imagines_again(row, intervention),
+                  "again": False if condition and condition.strict else imagines_again(row, intervention),
                   "n_forbidden": row.n_forbidden if intervention.forbid else None,
                   "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if at else None,
                   "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if at else None,

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 class NotPossible(ValueError):
     """A condition that does not apply to an item: no_latents, no_donor, no_calibration, no_counterfactual,
-    no_region, one_latent, no_such_position, no_attention."""
+    no_region, no_helper, one_latent, no_such_position, no_attention."""
 
 
 def why_no_prompt(kind: str) -> str:
-    return {"masked": "no_region", "counterfactual": "no_counterfactual"}.get(kind, "no_donor")
+    return {"masked": "no_region", "counterfactual": "no_counterfactual", "helper": "no_helper",
+            "features": "no_helper"}.get(kind, "no_donor")
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 @dataclass
 class Case:
     """An item, its clean run and what a condition may draw on: donors' runs by kind ("random", "question",
-    "image", "counterfactual", "blank"), the embedding of the latent `pad` [hidden], `start_id` that opens a
-    segment, `pick(logits, n)` for the nth id, and the stem's `attention` to each latent."""
+    "image", "counterfactual", "blank", "helper", "features"), the embedding of the latent `pad` [hidden],
+    `start_id` that opens a segment, `pick(logits, n)` for the nth id, and the stem's `attention` to each
+    latent."""
 
     item: dict
     clean: Generation
@@ -147,7 +149,7 @@ class Case:
         row = self.donors.get(kind)
         if row is None or len(row.segments) < len(self.clean.segments) or any(
                 theirs.size < ours.size for theirs, ours in zip(row.segments, self.clean.segments)):
-            raise NotPossible("no_counterfactual" if kind == "counterfactual" and row is None else "no_donor")
+            raise NotPossible(why_no_prompt(kind) if row is None else "no_donor")
         return row
 
 
@@ -156,7 +158,8 @@ class Case:
 class Condition:
     """An intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
     or raises NotPossible. `default` is the number unless the name gives another, read by `parse`; `prompt`
-    the kind of prompt, `needs` the kinds of donors."""
+    the kind of prompt, `needs` the kinds of donors; `strict`: after the latents the question is read again
+    over them alone."""
 
     site: str
     build: Callable[..., Intervention]
@@ -164,6 +167,7 @@ class Condition:
     prompt: str = "own"
     needs: tuple[str, ...] = ()
     parse: Callable[[str], object] = float
+    strict: bool = False
 
     def make(self, case: Case, number: object) -> Intervention:
         return self.build(case) if self.default is None else self.build(case, number)
@@ -228,3 +232,33 @@ def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],
     ended = bool(clean.segments) and clean.segments[-1].closed_by == "end"
     ids = clean.ids[:last_latent(clean) + ended]
     return replace(intervention, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))
+
+
+def latents_alone(case: Case) -> Intervention:
+    """Feed the clean run's latents in its segments, whose marks are forced without the words between."""
+    ids, spec = [], case.spec
+    for segment in case.clean.segments:
+        last = segment.start + segment.size
+        ids += case.clean.ids[segment.start - (not spec.overwrite_start):last]
+        # at the limit the end follows whatever is chosen
+        ids += case.clean.ids[last:last + 1] if segment.closed_by == "end" else ids[-1:] * spec.force_end
+    return replace(feed_run(case.clean), covers=None,
+                   choose=lambda logits, n: ids[n] if n < len(ids) else case.pick(logits, n))
+
+
+def go_on(row: Generation, spec: LatentSpec, end_id: int,
+          pick: Callable[[torch.Tensor, int], int]) -> Intervention:
+    """Choose the ids after a run's last latent: the segment's end if that was written, then by `pick`."""
+    ending = [end_id] if spec.force_end or row.segments[-1].closed_by == "end" else []
+    skipped = last_latent(row)
+    return Intervention(choose=lambda logits, n: ending[n] if n < len(ending) else pick(logits, n + skipped))
+
+
+def joined(row: Generation, rest: Generation) -> Generation:
+    """Return a run up to its last latent and what followed instead."""
+    import torch
+    n = last_latent(row)
+    return Generation(row.ids[:n] + rest.ids, rest.finish,
+                      row.segments + [replace(later, start=later.start + n) for later in rest.segments],
+                      torch.cat([row.states[:n], rest.states]), torch.cat([row.fed, rest.fed]),
+                      slots=row.slots + rest.slots)

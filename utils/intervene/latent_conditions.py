@@ -7,16 +7,21 @@
     site none   the latents are left out, or the prompt is changed: do(X)
 
 A condition is named `tau` or, with a number, `add_noise:0.3`. Conditions on another prompt name it: "blank"
-(grey images of the same size), "counterfactual" (the item's own answer-changing edit), "other_image",
-"other_question" (another item's), "masked" (the item's region greyed). Worlds of a mediation, Y(x, Z(x')) and
-so on, keep the words before the latents (`forced_prefix`).
+(grey images of the same size), "blind" (no images), "helper" (the item's helper image in their place),
+"counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's),
+"masked" (the item's region greyed). Worlds of a mediation, Y(x, Z(x')) and so on, keep the words before the
+latents (`forced_prefix`).
+
+`strict` hides the image, and all but the latents that has read it, from the question, which is read again
+after the latents, and from the answer. cut_image_after does not: the question's tokens have read the image.
+`oracle` feeds what training aligns latents to, so that their use is seen apart from their making.
 
 A model may imagine again after an intervention and so undo it; `again` in its record says that it did.
 
     cannot      conditions that apply to every latent: tau and its kind, noise, doses, dummy_pad, slot_mean_t,
-                cut_*, single positions and rankings
+                cut_*, strict*, single positions and rankings
     forbidden   markers_only, keep_first:0 (a segment more than the clean run's), no_segment (any)
-    may         swap_*, slot_*, blank_x (latents that the donor lacks); replay, first_repeat, permute,
+    may         swap_*, slot_*, oracle, blank_x (latents that the donor lacks); replay, first_repeat, permute,
                 keep_first (latents that the clean run lacks)
     not asked   do(X) and blank, whose latents are the model's own
 """
@@ -24,8 +29,8 @@ from dataclasses import replace
 from functools import partial
 
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, feed_constant, feed_run,
-                                         forced_prefix, has_latent, latent_at, markers_only,
-                                         no_more_segments, put_slots)
+                                         forced_prefix, has_latent, latent_at, latents_alone,
+                                         markers_only, no_more_segments, put_slots)
 from utils.intervene.sweeps import SWEEPS
 from utils.latent_families import Intervention
 
@@ -132,16 +137,22 @@ CONDITIONS = {
     **{f"swap_{kind}": Condition("fed", lambda case, kind=kind: feed_run(case.donor(kind)), needs=(kind,))
        for kind in ("random", "question", "image", "counterfactual")},
     "swap_blank": Condition("fed", lambda case: world(case, feed_run(case.donor("blank"))), needs=("blank",)),
+    # what training would have taught: the helper image's features, or its run's states
+    "oracle": Condition("fed", lambda case: feed_run(case.donor("features")), needs=("features",)),
+    "slot_oracle": Condition("slot", lambda case: world(case, put_slots(case.donor("helper"))),
+                             needs=("helper",)),
     "slot_mean_t": Condition("slot", slot_mean_t),
     **{f"slot_swap_{kind}": Condition("slot", lambda case, kind=kind: put_slots(case.donor(kind)),
                                       needs=(kind,)) for kind in ("random", "counterfactual")},
     "slot_swap_blank": Condition("slot", lambda case: world(case, put_slots(case.donor("blank"))),
                                  needs=("blank",)),
-    # what later tokens cannot attend to; the question's tokens have read the image before: cut_both need not
-    # move the answer of every model that looks
+    # what later tokens cannot attend to; cut_both need not move the answer of every model that looks
     "cut_latent": Condition("edge", lambda case: Intervention(hide=("latents",))),
     "cut_image_after": Condition("edge", lambda case: Intervention(hide=("images",))),
     "cut_both": Condition("edge", lambda case: Intervention(hide=("latents", "images"))),
+    # the latents alone can carry the image: by their keys and values, or as vectors that are fed again
+    "strict": Condition("edge", lambda case: Intervention(), strict=True),
+    "strict_fed": Condition("fed", latents_alone, prompt="blind"),
     # segments without latents; a start token that cannot be generated, so that the words change too
     "markers_only": Condition("none", markers_only),
     "no_segment": Condition("none", lambda case: no_more_segments(case, 0)),
@@ -153,5 +164,5 @@ CONDITIONS = {
 # the paper's conditions: Monet (Fig. 2(c), Table 4) is tau; Mirage is tau, + noise, noise, near zero
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
-    "full": [name for name in CONDITIONS if name != "x_region"]}
+    "full": [name for name in CONDITIONS if name not in ("x_region", "oracle", "slot_oracle")]}
 CONDITIONS |= SWEEPS

@@ -60,16 +60,18 @@ class Settings:
 
 
 def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[Prompt | None]) -> Prompt | None:
+                 others: list[dict[str, Prompt]]) -> Prompt | None:
     """Return the prompt of a kind for the item at `place`; None if the batch has none. Another question is
-    one about the same images, if the batch has one: its gold answer holds."""
+    one about the same images, if the batch has one: its gold answer holds. `others`: see `Prompts`."""
     item, own = items[place], images[place]
     if kind == "own":
         return Prompt(item, own)
     if kind == "blank":
         return Prompt(item, [Image.new("RGB", image.size, MASK_GREY) for image in own])
-    if kind == "counterfactual":
-        return edits[place] and Prompt(*edits[place])
+    if kind == "blind":
+        return Prompt(item, [])
+    if kind in ("counterfactual", "helper"):
+        return Prompt(*others[place][kind]) if kind in others[place] else None
     if kind == "masked":
         if not item.get("region"):
             return None
@@ -105,11 +107,12 @@ def pick_donor(kind: str, place: int, items: list[dict], able: list[int]) -> int
 
 
 class Prompts:
-    """The prompts of a batch of items, by kind, each read once; `edits` are the items' counterfactuals."""
+    """The prompts of a batch of items, by kind, each read once; `others` are the items' prompts with images
+    from other files, by kind: "counterfactual", "helper"."""
 
     def __init__(self, qwen: Qwen, settings: Settings, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[Prompt | None]):
-        self.qwen, self.settings, self.items, self.images, self.edits = qwen, settings, items, images, edits
+                 others: list[dict[str, Prompt]]):
+        self.qwen, self.settings, self.items, self.images, self.others = qwen, settings, items, images, others
         # by kind: the state after the prompts, and the prompts by the places of their items
         self.read: dict[str, tuple[State | None, dict[int, Prompt]]] = {}
         self.known_priors: dict[tuple[str, str], dict[str, float]] = {}  # by id of the item asked, and stem
@@ -118,9 +121,9 @@ class Prompts:
         """Return the places of the items that have a prompt of this kind."""
         if kind not in self.read:
             prompts = {i: prompt for i in range(len(self.items))
-                       if (prompt := other_prompt(kind, i, self.items, self.images, self.edits)) is not None}
+                       if (prompt := other_prompt(kind, i, self.items, self.images, self.others)) is not None}
             system, suffix = self.settings.system, self.settings.suffix
-            texts = [prompt_of(self.qwen.tokenizer, item, len(images), system, suffix)
+            texts = [prompt_of(self.qwen.tokenizer, item, len(images), system, suffix, blind=kind == "blind")
                      for item, images, _ in prompts.values()]
             images = [prompt.images for prompt in prompts.values()]
             state = prefill(self.qwen, encode(self.qwen, texts, images)) if prompts else None

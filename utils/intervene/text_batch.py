@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from utils.decode import State, decode, prefill_more
-from utils.intervene.latent_batch import stem_attention
+from utils.intervene.attention import stem_attention
 from utils.intervene.latent_case import NotPossible, why_no_prompt
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, pick_donor,
                                      stem_of)
@@ -58,9 +58,9 @@ class TextBatch:
     """The runs of one batch."""
 
     def __init__(self, qwen: Qwen, settings: Settings, items: list[dict], images: list[list[Image.Image]],
-                 edits: list[Prompt | None], editor: Caller | None = None):
+                 others: list[dict[str, Prompt]], editor: Caller | None = None):
         self.qwen, self.settings, self.items, self.editor = qwen, settings, items, editor
-        self.prompts = Prompts(qwen, settings, items, images, edits)
+        self.prompts = Prompts(qwen, settings, items, images, others)
         everyone = list(range(len(items)))
         self.clean, _ = decode(qwen, self.prompts.select("own", everyone), settings.max_new_tokens,
                                arms=[settings.sampled(item) for item in items])

@@ -43,7 +43,7 @@ from utils.intervene.word_forms import SOMETHING, others, replace_values, reword
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
-from utils.rows import OPEN, after_marks, passages, put_spans
+from utils.rows import CLOSE, OPEN, after_marks, passages, put_spans
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]
@@ -142,6 +142,12 @@ def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     return replaced(text, spans, list(context.donor[:len(spans)]), context)
 
 
+def alone(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Keep the imaginations in their marks, without the words around them."""
+    before = passages(text, spans)
+    return " ".join(f"{OPEN}{span}{CLOSE}" for span in before), edit_fields(before, before, context)
+
+
 def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> Edited:
     """Keep the first `percent` of the words of all imaginations together, rounded half up. A short one may
     stay whole, so that a curve keeps all items."""
@@ -160,7 +166,7 @@ EDITS: dict[str, Callable[..., Edited]] = {
     "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": partial(each, lambda span: ""),
     "something": something, "filler": partial(each, lambda span: " ".join("..." for _ in span.split())),
     "no_span": partial(around, ""), "bare": partial(around, OPEN),  # as --imagination placeholder trains
-    "constant": partial(each, lambda span: CONSTANT), "foreign": foreign,
+    "constant": partial(each, lambda span: CONSTANT), "foreign": foreign, "strict": alone,
     "directed": lambda text, spans, item, context: direct(text, spans, item, context.target),
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
@@ -182,6 +188,7 @@ ABSENT = ("removal", "filler", "no_span", "bare", "truncate_0")
 TEXT_CONDITIONS = {
     **{name: TextCondition(name, again="forbidden" if name in ABSENT else "may")
        for name in (*EDITS, "directed_llm")},
+    "strict": TextCondition("strict", "blind", again="cannot"),
     "image_off": TextCondition("sham", sees_image=False, again="cannot"),
     "image_off_directed": TextCondition("directed", sees_image=False),
     "swap_blank": TextCondition("swap_blank"), "blank_x": TextCondition("sham", "blank"),

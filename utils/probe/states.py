@@ -36,7 +36,7 @@ from utils.decode import State, decode, prefill
 from utils.items import prompt_of
 from utils.journal import Journal, read_settings
 from utils.jsonl import DataError, replace_file
-from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids
+from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids, latent_steps
 from utils.probe.similarity import Cell
 from utils.qwen import Qwen, encode, image_features
 from utils.rows import CLOSE, find_spans
@@ -243,10 +243,6 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]
     feed_pad = Intervention(feed=lambda z, segment, step: pad)
     again, _ = decode(qwen, begun, max(ends), spec, [feed_pad] * len(rows), capture=True)
     return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
-
-
-def latent_steps(row: Generation) -> list[int]:
-    return [step for segment in row.segments for step in range(segment.start, segment.start + segment.size)]
 
 
 class Imagined(NamedTuple):
