@@ -134,7 +134,7 @@ def test_a_wrong_family_leaves_no_run_that_refuses_the_right_flags(project, tiny
     flags = ["--model", str(tiny_checkpoint), "--items", str(project / "items.jsonl"),
              "--output", str(project / "out"), "--max_new_tokens", "4"]
     wrong = ["--latent", "mirage", *(["--calibration", "2"] if script is intervene else [])]
-    with pytest.raises(DataError, match="expected one added token; is this a checkpoint that was trained"):
+    with pytest.raises(DataError, match="expected one added token; was this checkpoint trained"):
         script.main([*flags, *wrong])
     assert script.main(flags) == 0
 
