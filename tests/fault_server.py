@@ -171,18 +171,9 @@ def reply(data: dict, text: str) -> str:
     return json.dumps(value).replace("\\n", "\n").replace("\\t", "\t")
 
 
-DEFECTS = [  # of a written question, and the reason that it must be given
-    ({"question": " "}, "empty"), ({"wrong": ["blue", "green <image>", "red"]}, "markup"),
-    ({"wrong": ["blue", "red"]}, "options"), ({"wrong": ["blue", "Blue.", "red"]}, "options"),
-    ({"wrong": ["blue", "red", "none of these"]}, "catch_all"),
-    ({"wrong": ["blue", "B. red", "green"]}, "letter"),
-    ({"question": "Is the lid seen white or what?"}, "gold_in_stem"),
-    ({"question": "SOURCE"}, "source_question"),
-    ({"answer": "seen 42 times", "question": "Beside 42, what is on the lid?"}, "source_answer"),
-    ({"question": "What colour has the lid, which is misread?"}, "image_wrong"),
-    ({"question": "What colour has the lid, which is unclear?"}, "image_none"),
-    ({"question": "What colour has the lid, which is guessable?"}, "blind_right"),
-    ({"question": "What colour has the lid?"}, None), ({"question": "What colour has the lid?"}, "repeated")]
+# of a written question, and the reason that it must be given
+DEFECTS = [tuple(json.loads(line).values()) for line in
+           (Path(__file__).parent / "files" / "defects.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def write_questions(text: str, mark: str) -> list[dict]:

@@ -8,8 +8,8 @@ Prints one JSON object: {case: {"kills": those that came before the end, "record
 and speeds in metrics excepted), ...}}.
 
 A run is a fork of this process, which has imported the scripts: imports take ten times as long as the work,
-and few kills would hit the work. Of eight kills, one hits a process of its own, imports included; two come at
-any moment before the work begins or, where no work is left, while results are written; five come during work.
+and few kills would hit the work. Of eight kills, three come at any moment before the work begins or, where no
+work is left, while results are written; five come during work.
 """
 import argparse
 import importlib
@@ -34,7 +34,7 @@ from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the script
 from decoding import MIRAGE, load_with
 from fault_server import calls_of, serving
 from imagining import write_items
-from processes import MAINS, command
+from processes import MAINS
 from samples import framed, monet, row
 from training import flags as training_flags
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: F401
@@ -140,16 +140,12 @@ def cases(folder: Path, n: int) -> dict[str, Case]:
 
 
 # ---- kills
-def start(case: Case, output: Path, alone: bool = False) -> ForkProcess:
-    """Start a run as a fork whose messages go to log.txt, `alone` in a process that imports by itself."""
-    flags = [*case.flags, "--output", str(output)]
-
+def start(case: Case, output: Path) -> ForkProcess:
+    """Start a run as a fork whose messages go to log.txt."""
     def work() -> None:
         log = os.open(output.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
-        if alone:
-            os.execv(sys.executable, command(case.script, flags))
-        sys.exit(cli(lambda: MAINS[case.script](flags)))
+        sys.exit(cli(lambda: MAINS[case.script]([*case.flags, "--output", str(output)])))
 
     process = FORKS.Process(target=work)
     process.start()
@@ -181,20 +177,17 @@ def is_trained(case: Case, output: Path) -> bool:
     return case.script == "train_sft" and output.exists()
 
 
-def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], pause: float, place: int,
+def kill_once(case: Case, output: Path, whole: tuple[float, float, float, int], pause: float, anywhere: bool,
               rng: random.Random) -> bool:
     """Start a run and kill it; return whether it was still running.
 
-    place: 0 a process with its own imports; 1, 2 at any moment before the work; otherwise up to `pause`
-    seconds after progress or, where no work is left, at any moment.
+    The kill comes `anywhere` before the work, or up to `pause` seconds after progress or, where no work is
+    left, at any moment.
     """
     (before, _, after, full), done = whole, case.progress(output)
-    began, until = time.monotonic(), None
-    process = start(case, output, alone=place == 0)
-    if place == 0 and rng.random() < 0.5:
-        until = began + rng.uniform(0.1, 3.0)
-    elif place in (1, 2) or done > 0.98 * full:
-        until = began + rng.uniform(0, before + after)
+    process, until = start(case, output), None
+    if anywhere or done > 0.98 * full:
+        until = time.monotonic() + rng.uniform(0, before + after)
     while process.is_alive():
         now = time.monotonic()
         if until is None and case.progress(output) > done:
@@ -238,7 +231,7 @@ def try_case(case: Case, folder: Path, n: int, rng: random.Random) -> dict:
             shutil.rmtree(killed.parent)
             killed.parent.mkdir()
             hits = 0
-        hit = kill_once(case, killed, undisturbed, pause, (tries + 4) % 8 if n > 7 else 3, rng)
+        hit = kill_once(case, killed, undisturbed, pause, n > 7 and tries % 8 > 4, rng)
         # the machine may be quicker by now
         hits, tries, pause = hits + hit, tries + 1, pause if hit else pause / 2
     if not is_trained(case, killed):

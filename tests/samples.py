@@ -1,4 +1,5 @@
 """Inputs that several test files share: a row of our form, a Monet-SFT sample, a shortest path, a span."""
+import json
 import re
 import struct
 import zlib
@@ -9,6 +10,12 @@ from PIL import Image
 
 PAIR = "<abs_vis_token></abs_vis_token>"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
+
+
+def table(name: str) -> list[dict]:
+    """Return the cases in a file of tests/files."""
+    text = (Path(__file__).parent / "files" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def framed(path: Path, size: tuple[int, int] = (56, 84), color: str = "red") -> Path:

@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from samples import row
+from samples import row, table
 from standin import StandIn, flags
 
 from filter_data import JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
@@ -15,21 +15,10 @@ JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": 
 OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({}, None), ({"images": []}, "structure"), ({"question": ""}, "question"), ({"answer": "43"}, "answer"),
-    ("I look. <think_image>A hull with 42.</think_image> The answer is \\boxed{43}.", "answer"),
-    ("I look. <think_image>A hull with 42.</think_image> The answer is 42.", "answer"),
-    ("I look. The answer is \\boxed{42}.", "chain"),
-    ("<think_image>A hull.</think_image> <think_image>With 42.</think_image> \\boxed{42}", "chain"),
-    ("<think_image>A hull.</think_image> <think_image> \\boxed{42}", "chain"),
-    ("<abs_vis_token></abs_vis_token> <think_image>A hull with 42.</think_image> \\boxed{42}", "chain"),
-    ("<think>I look.</think> <think_image>A hull with 42.</think_image> \\boxed{42}", None),
-    ("I look. <think_image></think_image> \\boxed{42}", "caption_empty"),
-    ("I look. <think_image>The answer is 42.</think_image> \\boxed{42}", "caption_leak"),
-    ("I look. <think_image>I'm sorry, I see nothing.</think_image> \\boxed{42}", "caption_refusal")])
-def test_chain_fault(changes, reason):
-    assert chain_fault(row(**({"chain": changes} if isinstance(changes, str) else changes))) == reason
-    assert reason is None or reason in RULE_REASONS
+def test_chain_fault():
+    for case in table("chains"):
+        assert chain_fault(row(**case["changes"])) == case["reason"], case
+        assert case["reason"] is None or case["reason"] in RULE_REASONS
 
 
 @pytest.mark.parametrize("changes, flags", [

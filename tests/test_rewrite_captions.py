@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import PAIR, mirage, monet
+from samples import PAIR, mirage, monet, table
 from standin import StandIn, flags
 
 from rewrite_captions import REASONS, check_refined, lost_facts, main, make_segments, parse_args
@@ -108,40 +108,16 @@ def test_split_final(before, final):
         assert split_final(f"{before}{between}{final}") == (before, final)
 
 
-OBSERVED = 'A red hull with "Anna" and 42.'
-STEPS = [{"text": "I look closer at the boat."}, {"image": "b", "operation": "zoom", "caption": OBSERVED},
+STEPS = [{"text": "I look closer at the boat."},
+         {"image": "b", "operation": "zoom", "caption": 'A red hull with "Anna" and 42.'},
          {"text": "So the number is clear. The answer is \\boxed{42}."}]
 
 
-@pytest.mark.parametrize("texts, fault", [
-    (["I look closely at the boat.", 'Its red hull says "Anna" and 42.', "So the number is clear."], None),
-    (["I look closely at the boat.", 'Its red hull says "Anna" and 42.'], "the ids were not 1 to 3"),
-    (["I look.", 'Its red hull says "Anna".', "So it is clear."], "segment 2 lost 42"),
-    (["I look.", "Its red hull says Ann and 42.", "So it is clear."], "segment 2 lost Anna"),
-    (["I look.", '"Anna" 42', "So the number is clear, I am sure of it."],
-     "segment 2 lost too much of what was seen: hull"),
-    (["I look at 7 boats.", OBSERVED, "So it is clear."], "segment 1 has new numbers: 7"),
-    (["I look.", 'A red hull with "Anna" and 42 <image>.', "So it is."], "segment 2 was rejected: markup"),
-    (["I look.", OBSERVED, "So \\boxed{42}"], "segment 3 has markup"),
-    (["", OBSERVED, "So it is clear."], "segment 1 is empty"),
-    (["I look I look I look I look I look I look", OBSERVED, "So."], "segment 1 repeats itself"),
-    (["I look closer at the boat. " + " ".join(f"{a}word" for a in "abcdefghijklmnopqrstuvwxyz"), OBSERVED,
-      "So it is clear."], "characters where the segments had"),
-    (["Look.", 'red hull, "Anna" 42.', "So."], "characters where the segments had"),
-    (["I look closer at the boat.", 'This region shows a red hull with "Anna" and 42.', "So it is clear."],
-     "segment 2 was rejected: meta"),
-    (["I look closer at the image above.", OBSERVED, "So it is clear."],
-     "segment 1 points at an image that the reader does not have: 'at the image above'"),
-    (["I look closer at the boat.", 'The attached crop: a red hull with "Anna" and 42.', "So it is."],
-     "points at an image"),
-    (["I look at the sign above the image of a boat.", OBSERVED, "So it is."], None),
-    (["<think> a few words </think>", OBSERVED, "So it is clear."], None)])
-def test_check_refined(texts, fault):
-    steps = [{"text": "I look closer and closer at it."}] + STEPS[1:] if "Look." in texts else STEPS
-    steps = [{"text": texts[0]}] + STEPS[1:] if "think>" in texts[0] else steps  # markup that was there stays
-    segments, _ = make_segments(steps)
-    parts = [{"id": n, "text": text} for n, text in enumerate(texts, 1)]
-    result = check_refined(segments, {"segments": parts})
+@pytest.mark.parametrize("case", table("refinements"), ids=lambda case: case["fault"])
+def test_check_refined(case):
+    segments, _ = make_segments([{"text": case.get("first", STEPS[0]["text"])}, *STEPS[1:]])
+    parts = [{"id": n, "text": text} for n, text in enumerate(case["texts"], 1)]
+    result, fault = check_refined(segments, {"segments": parts}), case["fault"]
     assert result is None if fault is None else result[0] == "refine" and fault in result[1], result
     assert "the ids were not" in check_refined(segments, {"segments": parts[::-1]})[1]
 

@@ -1,11 +1,11 @@
 """Answers read from replies, and compared."""
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from harness_table import OPTIONS, REPLIES
 from planted import planted
+from samples import table
 
 from utils.answers import answers_match, extract_choice, last_boxed, normalize, strip_markers
 from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0
@@ -13,7 +13,7 @@ from utils.jsonl import read_rows
 
 # in some a looser rule would read a letter that is not chosen, in some a narrower rule would miss the letter;
 # negations, Chinese, options within options, latents
-WORDINGS = read_rows(Path(__file__).parent / "files" / "wordings.jsonl", {"reply": str})
+WORDINGS = table("wordings")
 
 
 @pytest.mark.parametrize("name, gold, reply, head, mme, letter, rule", REPLIES)

@@ -1,9 +1,8 @@
 """The rules for rows and captions: at least one accepted and one rejected case each."""
-from pathlib import Path
-
 import pytest
+from samples import table
 
-from utils.jsonl import DataError, read_rows
+from utils.jsonl import DataError
 from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, has_loop, parse_options,
                         row_fault)
 
@@ -18,8 +17,7 @@ def test_has_loop(text, loops):
 
 @pytest.mark.parametrize("reason", [None, *CAPTION_REASONS])
 def test_caption_fault(reason):
-    rows = read_rows(Path(__file__).parent / "files" / "captions.jsonl", {"caption": str})
-    texts = [row["caption"] for row in rows if row["reason"] == reason]
+    texts = [case["caption"] for case in table("captions") if case["reason"] == reason]
     assert texts and {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
 
 
