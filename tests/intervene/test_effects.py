@@ -235,14 +235,15 @@ def test_early_answering_by_hand():
 
     records = [{"clean": reply("A"), "t0": reply("A" if n == 0 else "B"),
                 "t50": reply("A" if n < 2 else None)} for n in range(3)]
-    records.append({"clean": reply("A"), "t0": {"reason": "no_span"}, "t50": reply("A")})  # left out
-    early = early_curve(records, {"t50": 0.5, "t0": 0.0}, "abcd")
+    left_out = [{"reason": "no_span"}, reply("A") | {"again": True}]
+    records += [{"clean": reply("A"), "t0": first, "t50": reply("A")} for first in left_out]
+    early = early_curve(records, {"t50": 0.5, "t0": 0.0}, "abcde")
     points = early["r2"]["curve"]
     assert early["n"] == 3 and [point["same"] for point in points] == pytest.approx([1 / 3, 2 / 3, 1])
     assert early["r2"]["aoc"] == pytest.approx(1 / 3) and early["r0"]["aoc"] == 0
     for point in points[:2]:
         assert 0 <= point["ci95"][0] < point["same"] < point["ci95"][1] <= 1
-    assert early_curve(records, {"t50": 0.5}, "abcd") is None
+    assert early_curve(records, {"t50": 0.5}, "abcde") is None
     assert early_curve(records[:1], {"t50": 0.5, "t0": 0}, "a") is None
 
 

@@ -22,11 +22,13 @@ def early_answering(curve: Curve) -> float:
 def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
                 groups: Sequence[Hashable]) -> dict | None:
     """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
-    whose `records` hold the clean run and all truncations of `kept`. The mean of the items' areas is the area
-    over the mean curve. None below two groups, or without a share of 0 and another."""
+    whose `records` hold the clean run and all truncations of `kept`, none of which the model filled in again.
+    The mean of the items' areas is the area over the mean curve. None below two groups, or without a share of
+    0 and another."""
     names = sorted(kept, key=kept.get)
     complete = [(by, group) for by, group in zip(records, groups)
-                if all(by[name].get("r0") and not by[name].get("reason") for name in ("clean", *names))]
+                if all(by[name].get("r0") and not by[name].get("reason") and not by[name].get("again")
+                       for name in ("clean", *names))]
     groups = [group for _, group in complete]
     if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
         return None
