@@ -54,6 +54,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def plain_figures(monkeypatch):
+    """A figure is a file without a drawing, which takes longer than the run itself."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, file, **options: file.write(bytes(50_000)))
+
+
+@pytest.fixture
 def picture(tmp_path):
     """Return make(name, size, color) -> path of a PNG that is not one flat colour."""
     from samples import framed

@@ -22,16 +22,11 @@ from transformers import AutoModelForImageTextToText
 
 from utils.jsonl import write_json
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 LOCAL = list(MAINS)  # the six scripts, each with a model in its process
 each_script = pytest.mark.parametrize("script", LOCAL)
 DISK = "No space left on device|File too large|I/O error"
-
-
-@pytest.fixture(autouse=True)
-def plain_figures(monkeypatch):
-    """A figure is a file without a drawing, which takes most of the time of a run of probe.py."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda figure, file, **options: file.write(bytes(50_000)))
 
 
 @pytest.fixture(scope="module")

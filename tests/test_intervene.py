@@ -15,6 +15,7 @@ from utils.intervene.latent_conditions import CONDITIONS
 from utils.jsonl import DataError, read_rows, write_rows
 from utils.latent_families import PRESETS, Generation
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
 
 STEM = " It is \\boxed{"  # what these models say on the way to their box
 

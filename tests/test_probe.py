@@ -26,7 +26,7 @@ from utils.qwen import add_tokens, encode, load, save
 from utils.rows import CLOSE
 from utils.stats import mcnemar_exact, wilson
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("plain_figures")]
 
 MIRAGE = PRESETS["mirage"]
 PROBE = ("question", "options", "answer")
