@@ -10,7 +10,6 @@ exit code other than 0, 2, 3, 4, more than 10 s, 2 GiB more memory, a file opene
 looked up by a pickle.
 """
 import argparse
-import base64
 import contextlib
 import functools
 import io
@@ -32,7 +31,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from conftest import ROOT, TEXTS, TINY, TINY_VISION  # first: it puts the scripts within reach
+from conftest import ROOT, TEXTS, TINY, TINY_VISION  # it puts the scripts within reach
+
+# isort: split
+from benchmark_fixtures import FILES, read_rows
 from PIL import Image
 from processes import MAINS, words
 from samples import EPS, METRICS, mirage, monet, png, result, row
@@ -80,6 +82,13 @@ GOLDS = {"mcq": ("letter", "B"), "wtq": ("values", ["7"]), "tabfact": ("bool", T
          "vsp_path": ("path_map", [[1, 0], [-1, 2]])}
 
 
+# a row or two of each benchmark, as published
+SOURCES = {name: read_rows(f"{file}.tsv")[:2] for name, file in (
+    ("vstar", "vstar"), ("tablevqa/vwtq", "tables"), ("mme", "mme"), ("ocrbench_v2", "ocr"),
+    ("hrbench_4k", "hrbench"), ("mme_realworld_lite", "realworld"))}
+SOURCES["vsp"] = [json.loads(line) for line in (FILES / "vsp.jsonl").read_text().splitlines()]
+
+
 def item(name: str = "i/1", metric: str = "mcq") -> dict:
     answer = dict(zip(("type", "value"), GOLDS[metric]))
     return {"id": name, "benchmark": "toy", "category": "zoom", "group_id": f"g/{name}", "answer": answer,
@@ -97,17 +106,6 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def source_rows(name: str) -> list[dict]:
-    image = base64.b64encode(encoded(picture(1), "JPEG")).decode("ascii")
-    own = {"vstar": {"index": 0, "A": "red", "B": "blue", "C": "", "D": "", "answer": "A", "category": "x"},
-           "tablevqa/vwtq": {"qa_id": "vwtq_0", "gt": "Apple|10"},
-           "mme": {"question_id": "count/0.jpg", "answer": "Yes", "category": "count"},
-           "vsp": {"text_input": "Map: <image>", "image_input": "a.png", "map_id": "0",
-                   "map_desc": [[1, 0], [-1, 2]]},
-           "ocrbench_v2": {"id": 0, "type": "text recognition en", "answers": ["Stop"]}}[name]
-    return [{"question": "Is it?", "image": image} | own for _ in range(2)]
 
 
 def make_case(folder: Path) -> Path:
@@ -181,7 +179,7 @@ def as_file(rng: random.Random, rows: list[dict]) -> bytes:
 
 def damage(rng: random.Random, path: Path) -> None:
     """Mutate the first row of a JSON file; flip, cut or replace the bytes of another file."""
-    data = bytearray(path.read_bytes())
+    data = path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
         text = data.decode()
         rows = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
@@ -189,10 +187,17 @@ def damage(rng: random.Random, path: Path) -> None:
     elif rng.random() < 0.2:
         data = PICKLE
     else:
-        data = data[:rng.randint(1, len(data))] if rng.random() < 0.2 else data
-        for _ in range(rng.choice((1, 2, 5, 30))):
-            data[rng.randrange(min(len(data), rng.choice((40, 200, len(data)))))] = rng.randrange(256)
+        data = flip(rng, data[:rng.randint(1, len(data))] if rng.random() < 0.2 else data)
     path.write_bytes(data)
+
+
+def flip(rng: random.Random, data: bytes) -> bytes:
+    """Return bytes of which a few are replaced, removed or put in, mostly near the beginning."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 2, 5, 30))):
+        at = rng.randrange(min(len(data), rng.choice((40, 200, len(data)))))
+        data[at:at + rng.randint(0, 4)] = rng.choice((b"\xff" * 4, bytes(4), rng.randbytes(1), b""))
+    return bytes(data)
 
 
 def pictures(n: int, seed: int, bombs: bool) -> Iterator[tuple[str, bytes]]:
@@ -230,11 +235,7 @@ def pictures(n: int, seed: int, bombs: bool) -> Iterator[tuple[str, bytes]]:
     yield from made[:n // 2]
     for k in range(n - len(made[:n // 2])):
         name, data = rng.choice([*valid.items()])
-        data = bytearray(data)
-        for _ in range(rng.choice((1, 2, 5, 30))):
-            at = rng.randrange(min(len(data), rng.choice((40, 200, len(data)))))
-            data[at:at + rng.randint(0, 4)] = rng.choice((b"\xff" * 4, bytes(4), rng.randbytes(1), b""))
-        yield f"flip_{k}_{name}", bytes(data)
+        yield f"flip_{k}_{name}", flip(rng, data)
 
 
 def audit(event: str, args: tuple) -> None:
@@ -274,7 +275,7 @@ class Tally:
                 code = cli(act) or 0
         except SystemExit as error:
             code = error.code
-        except BaseException:  # noqa: B036: any exception is a failure to report
+        except BaseException:  # any exception is a failure to report
             self.fail("tracebacks", reader, traceback.format_exc())
         finally:
             watched["case"] = None
@@ -417,15 +418,14 @@ class Readers:
                  prompts=self.write(rng, PROMPTS[script]), dry_run=True)
 
     def source(self, rng):
-        name = rng.choice(("vstar", "tablevqa/vwtq", "mme", "vsp", "ocrbench_v2"))
-        kind = rng.choice(("tsv", "jsonl"))
-        rows, path = source_rows(name), self.case / f"source.{kind}"
-        rows[1] = mutate(rng, rows[1])
+        name, kind = rng.choice([*SOURCES]), rng.choice(("tsv", "jsonl"))
+        first, second = SOURCES[name]
+        rows, path = [first, mutate(rng, second)], self.case / f"source.{kind}"
         if kind == "jsonl":
             path.write_bytes(as_file(rng, rows))
         else:
             cells = [[as_line(value).strip('"') for value in source.values()] for source in rows]
-            text = "\n".join("\t".join(line) for line in (list(rows[0]), *cells))
+            text = "\n".join("\t".join(line) for line in (list(first), *cells))
             path.write_bytes(text.encode("utf-8", "replace"))
             if rng.random() < 0.15:
                 damage(rng, path)

@@ -40,32 +40,34 @@ def test_locates_items_of_a_list_and_keeps_line_separators_in_strings(tmp_path):
     assert read_rows(write(path, b'{"n": 1}\n'), {"n": (int, float)}) == [{"n": 1}]
 
 
+ROW = b'{"id": "a", "n": 1}'
+
+
+@pytest.mark.parametrize("row, match", [
+    (b'{"id": "b", "n": }', r"not JSON \(Expecting value"), (b'{"id": "b" "n": 1}', "not JSON"),
+    (b"[1]", "expected a JSON object, got list"), (b"3", "expected a JSON object, got int"),
+    (b'{"id": "b"}', r"no field 'n' \(expected int\)"),
+    (b'{"id": "b", "n": true}', "field 'n' should be int, got bool"),
+    (b'{"id": "b", "n": "1"}', "field 'n' should be int, got str '1'"),
+    (b'{"id": "a", "n": 2}', r"duplicate id 'a', first seen at .*in\.jsonl:1"),
+    (b'{"id": "\xff", "n": 1}', "byte 0xff is not UTF-8"), (b'{"id": "\\ud800"}', ".* half a surrogate pair"),
+    (b"[" * 10_000 + b"]" * 10_000, ".*nested too deeply"), (b'{"id": ' + b"9" * 5000 + b"}", "not JSON"),
+    (b'{"id": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", ".*nested too deeply"),
+    (b'["' + b"x" * 2**20 + b'"]', "a row of 1,048,58[01] bytes")])
+def test_a_damaged_row_is_reported_with_its_line(tmp_path, row, match):
+    for form, line in ((b"%b\n%b\n", 2), (b"%b\n\n%b", 3), (b"[%b,\n%b]", 2)):
+        data = form % (ROW, row)
+        with pytest.raises(DataError, match=rf"in\.jsonl:{line}: {match}"):
+            read_rows(write(tmp_path / "in.jsonl", data), FIELDS)
+
+
 @pytest.mark.parametrize("data, match", [
-    (b'{"id": "a", "n": 1}\n{"id": "b", "n": }\n', r":2: not JSON \(Expecting value at column 18\)"),
-    (b'{"id": "a", "n": 1}\n[1]\n', r":2: expected a JSON object, got list"),
-    (b'[{"id": "a", "n": 1},\n{"id": "b" "n": 1}]', r":2: not JSON"),
-    (b'[{"id": "a", "n": 1}\n{"id": "b", "n": 1}]', r":2: not JSON \(Expecting ','"),
-    (b'[{"id": "a", "n": 1},\n]', r":2: not JSON"), (b'[{"id": "a", "n": 1},\n', r":2: not JSON"),
-    (b'[{"id": "a", "n": 1}]\n,', r":2: not JSON \(Extra data"),
-    (b'[{"id": "a", "n": 1},\n3]', r":2: expected a JSON object, got int"),
-    (b'{"id": "a"}\n', r":1: no field 'n' \(expected int\)"),
-    (b'{"id": "a", "n": true}\n', r":1: field 'n' should be int, got bool"),
-    (b'{"id": "a", "n": "1"}\n', r":1: field 'n' should be int, got str '1'"),
-    (b'{"id": "a", "n": 1}\n\n{"id": "a", "n": 2}\n', r":3: duplicate id 'a', first seen at .*in\.jsonl:1"),
-    (b'{"id": "a", "n": 1}\n{"id": "\xff", "n": 1}\n', r":2: byte 0xff is not UTF-8"),
-    (b'[{"id": "a", "n": 1},\n{"id": "\xff", "n": 1}]', r":2: byte 0xff is not UTF-8"),
-    (b'{"id": "\\ud800", "n": 1}\n', r":1: .* half a surrogate pair"),
-    (b'[{"id": "a", "n": 1},\n{"id": "\\ud800", "n": 1}]', r":2: .* half a surrogate pair"),
-    (b"[" * 10_000 + b"]" * 10_000, ":1: .*nested too deeply"),
-    (b'{"id": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", ":1: .*nested too deeply"),
-    (b'{"id": ' + b"9" * 5000 + b"}", ":1: not JSON"),
-    (b'{"id": "a"}\n["' + b"x" * 2**20, r":1: no field 'n'"),
-    (b'{"id": "a", "n": 1}\n["' + b"x" * 2**20, r":2: a row of 1,048,578 bytes"),
-    (b'[{"id": "a", "n": 1},\n["' + b"x" * 2**20 + b'"]]', r":2: a row of 1,048,580 bytes")])
-def test_a_damaged_row_is_reported_with_its_line(tmp_path, data, match):
-    path = write(tmp_path / "in.jsonl", data)
+    (b"[%b\n%b]" % (ROW, ROW), r":2: not JSON \(Expecting ','"), (b"[%b,\n]" % ROW, ":2: not JSON"),
+    (b"[%b,\n" % ROW, ":2: not JSON"), (b"[%b]\n," % ROW, r":2: not JSON \(Extra data"),
+    (b'{"id": "a"}\n["' + b"x" * 2**20, ":1: no field 'n'")])  # before the next line is read
+def test_a_damaged_list_is_reported_with_its_line(tmp_path, data, match):
     with pytest.raises(DataError, match=r"in\.jsonl" + match):
-        read_rows(path, FIELDS)
+        read_rows(write(tmp_path / "in.jsonl", data), FIELDS)
 
 
 @pytest.mark.parametrize("data", [b'{"id": "a"}\n["' + b"x" * 2**20, b'[{"id": "a"},\n["' + b"x" * 2**20])
@@ -132,11 +134,10 @@ def test_cli_exit_codes(capsys):
 
 
 def test_rank_world(monkeypatch):
-    with monkeypatch.context() as patch:
-        for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
-            patch.setenv(name, value)
-        assert rank_world() == (9, 16, 1)
     assert rank_world() == (0, 1, 0)
+    for name, value in (("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert rank_world() == (9, 16, 1)
 
 
 def fill_journal(folder: Path, n: int) -> Path:
