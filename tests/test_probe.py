@@ -2,7 +2,6 @@
 import csv
 import json
 
-import benchmark_fixtures as made
 import numpy as np
 import pytest
 import torch
@@ -10,11 +9,10 @@ from conftest import TEXTS, TINY, TINY_VISION
 from decoding import generate
 from imagining import NAMES, make_latent_checkpoint, write_items
 
-import evaluate
 import probe
 from toy.make_model import make_model
 from utils.decode import prefill, prefill_blocks
-from utils.items import USER_TURN, chat, open_images, question_text, read_items
+from utils.items import ANSWER_TYPES, USER_TURN, chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
@@ -263,40 +261,32 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
 
 
 def write_five(folder):
-    """Prepare 20 pictures of each of the paper's five benchmarks; return the paths of the items."""
-    def repeated(rows):
-        rows = (rows * 20)[:20]
-        return [row | {"index": n, "image": made.text_of(made.picture(n))} for n, row in enumerate(rows)]
-
-    mme = [{"index": 2 * n + k, "image": made.text_of(made.picture(n)), "answer": gold, "category": "count",
-            "question": f"Is there {thing} in the picture? Please answer yes or no."}
-           for n in range(20) for k, (thing, gold) in enumerate((("a dog", "Yes"), ("a cat", "No")))]
-    vwtq = [row for row in made.read_rows("tables.tsv") if row["split"] == "vwtq"]
-    sources = {"vstar": repeated(made.read_rows("vstar.tsv")), "mme": mme,
-               "mme_realworld_lite": repeated(made.read_rows("realworld.tsv")),
-               "ocrbench_v2": repeated(made.read_rows("ocr.tsv")), "tablevqa/vwtq": repeated(vwtq)}
+    """Write 40 items of 20 pictures for each of the paper's five benchmarks; return the paths."""
     files = []
-    for name, rows in sources.items():
-        place = folder / name.replace("/", "_")
-        place.mkdir()
-        source = made.write_tsv(place / "source.tsv", rows)
-        assert evaluate.main(["--benchmark", name, "--source", str(source), "--limit", "40", "--prepare",
-                              "--output", str(place / "b")]) == 0
-        files.append(str(place / "b.items.jsonl"))
+    for name, metric, value in (("vstar", "mcq", None), ("mme", "yesno_pair", "yes"), ("vwtq", "wtq", ["red"]),
+                                ("mme_realworld_lite", "mcq", None), ("ocrbench_v2", "unscored", ["red"])):
+        (folder / name).mkdir()
+        path, items = write_items(folder / name, 40)
+        for item in items:
+            item |= {"benchmark": name, "metric": metric, "id": f"{name}/{item['id']}",
+                     "group_id": f"{name}/{item['group_id']}", "counterfactual": None}
+            if metric != "mcq":
+                item |= {"options": [], "answer": {"type": ANSWER_TYPES[metric], "value": value}}
+        write_rows(path, items)
+        files.append(str(path))
     return files
 
 
 @pytest.mark.slow
-def test_five_benchmarks_are_compared_by_one_command(tmp_path):
+def test_five_benchmarks_are_compared_by_one_command(tmp_path, monkeypatch):
     """The paper's protocol: 100 instances, 20 of each, the benchmark as the task, and every figure; the
     model imagines whatever it is asked."""
+    monkeypatch.undo()  # figures are drawn
     files = write_five(tmp_path)
-    asked = [item for path in files for item in read_rows(path, {"id": str})]
     model = make_latent_checkpoint(tmp_path / "model")
     write_rows(tmp_path / "probe.jsonl", [
-        {"id": f"p/{i}", "source": item["id"], "question": "Which colour is it?",
-         "answer": {"type": "letter", "value": "B"}, "options": [list(pair) for pair in zip("ABCD", NAMES)]}
-        for i, item in enumerate(asked[:12])])
+        {"id": f"p/{i}", "source": item["id"], **{name: item[name] for name in PROBE}}
+        for i, item in enumerate(read_rows(files[0], {"id": str})[:12])])
     assert probe.main(["--items", *files, "--model", str(model), "--output", str(tmp_path / "out"),
                        "--latent", "mirage", "--max_new_tokens", "24", "--n_items", "100", "--crossed", "4",
                        "3", "--batch_size", "16", "--probe_items", str(tmp_path / "probe.jsonl"), "--edits",
@@ -322,9 +312,15 @@ def test_a_dry_run_shows_a_prompt_and_counts_decodings(tiny_checkpoint, data, tm
     assert json.loads(out) == {"instances": 8, "probe_items": 16, "decodings_at_most": 16 + 16 * 4 * 5}
 
 
-def test_an_id_is_in_one_file_only(data):
-    with pytest.raises(DataError, match="duplicate id"):
-        probe.main(["--items", str(data), str(data), "--model", "m", "--output", "o"])
+def test_items_in_two_files_and_probe_items_without_their_source_are_named(data, tmp_path):
+    write_rows(tmp_path / "probe.jsonl", [
+        {"id": "p", "source": "nobody", "question": "?", "options": [["A", "a"], ["B", "b"]],
+         "answer": {"type": "letter", "value": "A"}}])
+    for more, match in (([str(data)], "duplicate id"),
+                        (["--probe_items", str(tmp_path / "probe.jsonl")], "source 'nobody' is not in")):
+        with pytest.raises(DataError, match=match):
+            probe.main(["--model", "m", "--output", str(tmp_path / "o"), "--items", str(data),
+                        *more])
 
 
 def test_instances_are_taken_evenly_from_files():
@@ -334,15 +330,6 @@ def test_instances_are_taken_evenly_from_files():
     assert [sum(i["file"] == name for i in chosen) for name in "abc"] == [8, 5, 7]  # b has only five pictures
     assert len({i["group_id"] for i in chosen}) == len(chosen)
     assert [i["id"] for i in probe.choose(items[:40], 4)] == ["a/0", "a/10", "a/20", "a/30"]
-
-
-def test_a_probe_item_without_its_source_is_named(data, tmp_path):
-    write_rows(tmp_path / "probe.jsonl", [
-        {"id": "p", "source": "nobody", "question": "?", "options": [["A", "a"], ["B", "b"]],
-         "answer": {"type": "letter", "value": "A"}}])
-    with pytest.raises(DataError, match="source 'nobody' is not in"):
-        probe.main(["--items", str(data), "--probe_items", str(tmp_path / "probe.jsonl"), "--model", "m",
-                    "--output", str(tmp_path / "o")])
 
 
 # ---- parts
