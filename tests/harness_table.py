@@ -1,6 +1,5 @@
 """Forty-eight replies and what VLMEvalKit, MME-RealWorld's function and our rules read in each."""
-import json
-from pathlib import Path
+from samples import table
 
 OPTIONS = {name: dict(zip("ABCDE", texts)) for name, texts in {
     "MAT": ("rubber", "cotton", "kevlar", "leather"), "COL": ("white", "red", "blue", "black"),
@@ -11,5 +10,4 @@ OPTIONS = {name: dict(zip("ABCDE", texts)) for name, texts in {
     "RW5": ("Red", "Green", "Yellow", "White", "The image does not feature the color")}.items()}
 # a line: a name of OPTIONS, gold, reply, the letters of VLMEvalKit at e8e78f0, of MME-RealWorld's function on
 # bare letters and of our rules, our rule
-LINES = (Path(__file__).parent / "evaluate" / "files" / "harness_replies.jsonl").read_text(encoding="utf-8")
-REPLIES = [tuple(json.loads(line).values()) for line in LINES.splitlines()]
+REPLIES = [tuple(case.values()) for case in table("harness_replies")]

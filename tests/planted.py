@@ -8,7 +8,7 @@ from harness_table import OPTIONS
 
 # {L} the letter, {l} in lower case, {T} its text; {X}, {Y} two options' texts, {O} any letter, {N} a thing.
 # A claim names an option: never among sentences that choose nothing.
-TEMPLATES = json.loads((Path(__file__).parent / "core" / "planted.json").read_text(encoding="utf-8"))
+TEMPLATES = json.loads((Path(__file__).parent / "files" / "planted.json").read_text(encoding="utf-8"))
 FORMS = ("bare", "boxed", "nothing", "phrase", "tail")
 
 

@@ -1,5 +1,6 @@
 """What a reply is worth, by our rules and by other harnesses' rules."""
 import pytest
+from samples import table
 
 from utils.evaluate import reference_scorers
 from utils.evaluate.reference_scorers import vwtq
@@ -66,42 +67,14 @@ def test_errors_and_items_without_a_scorer():
     assert [n_options(item) for item in (MCQ, WTQ, FACT, YES, PATH)] == [3, 0, 2, 2, 0]
 
 
-@pytest.mark.parametrize("output, value, rule", [
-    ("2004", "2004", "whole"), ("Answer: 2004", "2004", "whole"), ("answer:2004", "2004", "whole"),
-    ("It was won in 2000, then \\boxed{2004}", "2004", "boxed"),
-    ("\\boxed{1} \\boxed{\\text{Apple}||Pear}", "Apple||Pear", "boxed"),
-    ("<think>2000?</think><answer>2004</answer>", "2004", "tag"), ("So \\boxed{2004", "2004", "boxed_open"),
-    ("The year is 2004", "The year is 2004", "whole"), ("", None, "empty"), ("\\boxed{}", None, "empty"),
-    ("<|latent_start|> 7 <|latent_end|>", None, "empty"), ("\\boxed{50\\%}", "50%", "boxed")])
-def test_values(output, value, rule):
-    assert read_value(output) == (value, rule)
+READERS = {"value": read_value, "truth": read_truth, "yes_no": read_yes_no}
 
 
-@pytest.mark.parametrize("output, value, rule", [
-    ("False.", "0", "whole_truth"), ("Answer: false", "0", "whole_truth"), ("Yes", "1", "whole_truth"),
-    ("\\boxed{\\text{False}}", "0", "boxed_truth"), ("At first true. \\boxed{0}", "0", "boxed_truth"),
-    ("\\boxed{The statement is true}", "1", "boxed_truth"), ("<answer>true</answer> false", "1", "tag_truth"),
-    ("\\boxed{true", "1", "boxed_open_truth"), ("True? \\boxed{maybe}", None, "boxed_unresolved"),
-    ("\\boxed{not true}", None, "boxed_unresolved"), ("\\boxed{true or false}", None, "boxed_unresolved"),
-    ("It is not false, so True", "1", "truth_word"), ("It is true. The table shows 6.", "1", "truth_word"),
-    ("It says true, which it is not. So false!", "0", "truth_word"), ("", None, "empty"),
-    *((text, None, "unresolved") for text in (
-        "The statement is not true.", "Is it true or false?", "I cannot say whether it is true.",
-        "Both true and false rows", "Neither true nor false.", "It is untrue", "The answer is no, as 5"))])
-def test_truth(output, value, rule):
-    assert read_truth(output) == (value, rule)
-
-
-@pytest.mark.parametrize("text, value, rule, theirs", [
-    ("Yes", "yes", "first_word", "yes"), ("No, the picture shows a cat.", "no", "first_word", "no"),
-    ("**Yes**, it does", "yes", "first_word", None), ("\\boxed{Yes}", "yes", "boxed_yesno", "yes"),
-    ("<answer>no</answer>", "no", "tag_yesno", "no"), ("\\boxed{yes or no}", None, "boxed_unresolved", None),
-    ("The answer is no", "no", "phrase", "no"), ("No dog is there.", None, "unresolved", "no"),
-    ("Yes, but wait. The answer is no.", None, "unresolved", None),
-    ("There is no dog.", None, "unresolved", "no"), ("", None, "empty", None),
-    ("Nothing", None, "unresolved", None), ("Is the answer yes or no?", None, "unresolved", None)])
-def test_yes_and_no(text, value, rule, theirs):
-    assert (*read_yes_no(text), reference_scorers.yes_or_no(text)) == (value, rule, theirs)
+@pytest.mark.parametrize("case", table("readings"), ids=lambda case: case["text"])
+def test_what_is_read_in_a_reply(case):
+    assert READERS[case["reader"]](case["text"]) == (case["value"], case["rule"])
+    if case["reader"] == "yes_no":
+        assert reference_scorers.yes_or_no(case["text"]) == case["vlmevalkit"]
 
 
 def test_a_word_before_the_token_limit_decides_nothing_unless_it_is_the_whole_answer():
@@ -112,11 +85,6 @@ def test_a_word_before_the_token_limit_decides_nothing_unless_it_is_the_whole_an
     assert read_yes_no("So \\boxed{yes}", "length").value == "yes"
 
 
-@pytest.mark.parametrize("value, gold, official, numeric", [
-    ("1,234", "1234", False, True), ("$5", "5", False, True), ("50%", "50", False, True),
-    ("-1,234.5", "-1234.5", False, True), ("1,234||$5", "5|1234", False, True),
-    ("3 goals", "3", False, False), ("1,23", "123", False, False), ("5", "6", False, False),
-    ("Smith, 1,234", "Smith 1234", False, False), ("2004", "2004", True, True), ("$", "", False, False),
-    ("-$5", "-5", False, True)])
+@pytest.mark.parametrize("value, gold, official, numeric", [case.values() for case in table("numbers")])
 def test_numbers_with_and_without_their_marks(value, gold, official, numeric):
     assert (vwtq(value, gold), vwtq_numeric(value, gold)) == (official, numeric)
