@@ -263,8 +263,9 @@ def test_edits_of_the_inputs_move_latents_that_are_codes_of_the_colour(latent_ru
 def write_five(folder):
     """Write 40 items of 20 pictures for each of the paper's five benchmarks; return the paths."""
     files = []
-    for name, metric, value in (("vstar", "mcq", None), ("mme", "yesno_pair", "yes"), ("vwtq", "wtq", ["red"]),
-                                ("mme_realworld_lite", "mcq", None), ("ocrbench_v2", "unscored", ["red"])):
+    for name, metric, value in (("vstar", "mcq", None), ("mme", "yesno_pair", "yes"),
+                                ("mme_realworld_lite", "mcq", None), ("ocrbench_v2", "unscored", ["red"]),
+                                ("vwtq", "wtq", ["red"])):
         (folder / name).mkdir()
         path, items = write_items(folder / name, 40)
         for item in items:
