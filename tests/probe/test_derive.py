@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fault_server import DEFECTS, calls_of, serving
 from PIL import Image
+from samples import table
 
 import probe
 from utils.items import region_in
@@ -57,25 +58,10 @@ def world(tmp_path, picture):
 VALID = {"question": "What colour is the hull?", "gold": "white", "wrong": ("red", "green", "dark blue")}
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({}, None), ({"question": ""}, "empty"), ({"wrong": ("red", "", "blue")}, "empty"),
-    ({"question": "What is in <image>?"}, "markup"), ({"wrong": ("red", "green")}, "options"),
-    ({"wrong": ("red", "the red", "blue")}, "options"),
-    ({"gold": "2", "wrong": ("two", "3", "4")}, "options"),
-    ({"wrong": ("red", "All of these", "blue")}, "catch_all"),
-    ({"wrong": ("red", "blue", "cannot be told")}, "catch_all"), ({"gold": "none"}, "catch_all"),
-    ({"wrong": ("red", "(C) green", "blue")}, "letter"),
-    ({"question": "Is option B the colour of the hull?"}, "letter"),
-    ({"question": "What is painted white?"}, "gold_in_stem"),
-    ({"question": "Is the hull white, red, green or dark blue?"}, None),
-    ({"question": "Who painted the whitened hull?"}, None),
-    ({"question": "What number is on the boat 0?"}, "source_question"),
-    ({"question": "What colour is the 42 on the boat?"}, "source_answer"),
-    ({"gold": "forty-two", "wrong": ("one", "two", "three")}, None),
-    ({"gold": "42", "wrong": ("1", "2", "3")}, "source_answer")])
-def test_every_rule_finds_its_fault_and_no_other(changes, reason):
-    fault = broken_rule(Candidate("c", item(0), "colour", **(VALID | changes)))
-    assert (fault and fault[0]) == reason and (reason is None or reason in RULES)
+@pytest.mark.parametrize("case", table("candidates"))
+def test_every_rule_finds_its_fault_and_no_other(case):
+    fault = broken_rule(Candidate("c", item(0), "colour", **(VALID | case["changes"])))
+    assert (fault and fault[0]) == case["reason"] and case["reason"] in (None, *RULES)
 
 
 def test_a_yes_no_source_does_not_forbid_the_word():

@@ -1,7 +1,7 @@
 """do(X): edited inputs, how far planted states are moved by them, and the variance split."""
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
 from probe import EDITS
 from utils.probe.input_edits import edit_items, measure_edits, open_edited, other_box, variance_split
@@ -28,13 +28,11 @@ def test_the_box_elsewhere_is_of_one_size_and_drawn_from_all_that_do_not_touch()
 
 
 @pytest.fixture
-def items(tmp_path):
-    rng, made = np.random.default_rng(0), []
-    for n in range(3):
-        Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
-        made.append({"id": str(n), "question": f"What is {n}?", "options": [["A", "x"], ["B", "y"]],
-                     "metric": "mcq", "answer": {"type": "letter", "value": "A"},
-                     "images": [{"path": f"{n}.png"}], "root": str(tmp_path)})
+def items(tmp_path, picture):
+    made = [{"id": str(n), "question": f"What is {n}?", "options": [["A", "x"], ["B", "y"]], "metric": "mcq",
+             "answer": {"type": "letter", "value": "A"}, "root": str(tmp_path),
+             "images": [{"path": picture(f"{n}.png", (90, 60), color).name}]}
+            for n, color in enumerate(("red", "blue", "green"))]
     made[0]["region"], made[1]["region"] = [10, 10, 40, 30], [5, 5, 85, 55]
     return made
 
