@@ -37,8 +37,7 @@ from conftest import ROOT, TEXTS, TINY, TINY_VISION  # it puts the scripts withi
 from benchmark_fixtures import FILES, read_rows
 from PIL import Image
 from processes import MAINS, words
-from samples import EPS, METRICS, mirage, monet, png, result, row
-from standin import StandIn
+from samples import EPS, METRICS, StandIn, mirage, monet, png, result, row
 
 import filter_data
 import rewrite_captions

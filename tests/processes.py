@@ -1,4 +1,5 @@
 """Scripts run as commands: in this process, as processes of their own or under torchrun, and its ranks."""
+import argparse
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ def words(**flags: object) -> list[str]:
     values = {name: value if isinstance(value, list) else [] if value is True else [value]
               for name, value in flags.items() if value is not False}
     return [word for name in values for word in (f"--{name}", *map(str, values[name]))]
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """Return the flags of a command that runs a script, as the script reads them."""
+    place = next(n for n, word in enumerate(words) if word.removesuffix(".py") in MAINS)
+    return sys.modules[words[place].removesuffix(".py")].parse_args(words[place + 1:])
 
 
 def command(script: str, flags: list[str], processes: int = 1) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from utils.backends import Reply
+
 PAIR = "<abs_vis_token></abs_vis_token>"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 60\n%%EndComments\n(x) (w) file\nshowpage\n%%EOF\n"
 
@@ -96,3 +98,31 @@ def png(width: int, height: int, depth: int, colour: int, n_bytes: int, *extra: 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return (b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*pair) for pair in extra)
             + chunk(b"IDAT", zlib.compress(bytes(n_bytes), 1)) + chunk(b"IEND", b""))
+
+
+# ---- a model that answers at once
+class StandIn:
+    """A subclass defines `reply(text)`; `asked` lists the requests of all instances since the last test."""
+
+    identity, asked = {"model": "scripted"}, []
+
+    def __init__(self, model_path, max_pixels, batch_size, batch_tokens):
+        pass
+
+    @classmethod
+    def replace_backend(cls, monkeypatch):
+        monkeypatch.setattr("utils.call_flags.LocalBackend", cls)
+        cls.asked = []
+        return cls
+
+    def generate(self, requests, done=(), stop=None):
+        for request in requests:
+            if request.key not in done:
+                self.asked.append(request)
+                yield Reply(request.key, self.reply(request.text), "stop", 10, 5, 0.1)
+
+
+def flags(path: Path, *more: str) -> list[str]:
+    """Return the flags of a run over `path`, with images and output in the same folder."""
+    return ["--input", str(path), "--image_root", str(path.parent), "--model", "m",
+            "--output", str(path.parent / "out.jsonl"), *more]

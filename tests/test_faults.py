@@ -1,4 +1,4 @@
-"""Real faults: full and read-only disks, wrong clocks, two processes, dead ranks, truncated files."""
+"""Real faults: full and read-only disks, wrong clocks, dead ranks, truncated files, kills."""
 import json
 import os
 import re
@@ -269,3 +269,22 @@ def test_truncated_settings_of_a_training_are_refused(world, capsys, tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "settings.json").write_text('{"data": ')
     refused(capsys, world[0]["train_sft"], tmp_path / "out", "settings.json: damaged")
+
+
+# ---- SIGKILL at random moments: a kill of some scripts, or 25 of each
+# four ways to resume: calls to a server, checkpoints, answers, decodings
+SOME = ["rewrite_captions openai", "train_sft", "evaluate", "intervene"]
+SLOW = [pytest.param(25, seed, [], marks=pytest.mark.slow) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("n, seed, cases", [(1, 0, ["--cases", *SOME]), *SLOW])
+def test_kills(n, seed, cases):
+    done = subprocess.run([sys.executable, kills.__file__, "--kills", str(n), "--seed",
+                           str(seed), *cases], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    results = json.loads(done.stdout)
+    assert len(results) == (len(SOME) if cases else 8)
+    for name, its in results.items():
+        assert its["kills"] >= 0.8 * n and its["records"] > 0 and its["files"] > 1, name
+        assert (its["lost"], its["doubled"], its["identical"]) == (0, 0, True), name
+        assert 0 <= its.get("calls_made_again", 0) <= 8 * its["kills"], name  # 8 are under way

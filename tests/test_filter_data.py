@@ -4,8 +4,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from samples import row, table
-from standin import StandIn, flags
+from samples import StandIn, flags, row, table
 
 from filter_data import JUDGE_REASONS, RULE_REASONS, chain_fault, decide, find_flags, main, parse_require
 from utils.jsonl import DataError, read_rows

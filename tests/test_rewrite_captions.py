@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import PAIR, mirage, monet, table
-from standin import StandIn, flags
+from samples import PAIR, StandIn, flags, mirage, monet, table
 
 from rewrite_captions import REASONS, check_refined, lost_facts, main, make_segments, parse_args
 from utils.chain_formats import OPERATIONS, Sample, convert

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from fault_server import calls_of, serving
 from processes import MAINS
-from samples import monet, row
-from standin import flags
+from samples import flags, monet, row
 
 from utils.call_flags import load_prompts, parse_object, parse_shard
 from utils.cli import read_api_key

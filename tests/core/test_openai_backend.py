@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from fault_server import calls_of, serving
 from processes import command, run_here
-from samples import monet
-from standin import flags
+from samples import flags, monet
 
 from utils import openai_backend
 from utils.backends import Request

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from processes import run_here, words
-from samples import monet, row
-from standin import flags
+from samples import flags, monet, row
 
 from utils.backends import Request
 from utils.jsonl import read_rows, write_rows
