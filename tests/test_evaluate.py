@@ -59,10 +59,15 @@ def change(items, **changes):
                        for n, item in enumerate(rows(items))])
 
 
+def answer(items, checkpoint, *more, code=0):
+    """Run over the items; return (metrics, results)."""
+    assert evaluate.main(flags(items, checkpoint, *more)) == code
+    return metrics_of(items), results_of(items)
+
+
 def test_a_run_writes_one_record_per_item_and_prints_the_metrics(tiny_checkpoint, items, capsys):
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    metrics, results = json.loads(capsys.readouterr().out.splitlines()[-1]), results_of(items)
-    assert metrics == metrics_of(items)
+    metrics, results = answer(items, tiny_checkpoint)
+    assert metrics == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [r["id"] for r in results] == [f"t/{n}" for n in range(9)] and metrics["n"] == 9
     assert sum(metrics[verdict] for verdict in ("correct", "incorrect", "unresolved")) == 9
     assert sum(part["n"] for part in metrics["categories"].values()) == 9
@@ -86,8 +91,7 @@ def latent_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("more, size", [([], 4), (["--latent_size", "2"], 2)])
 def test_latents_are_counted(latent_checkpoint, items, more, size):
-    assert evaluate.main(flags(items, latent_checkpoint, "--latent", "mirage", *more)) == 0
-    metrics = metrics_of(items)
+    metrics, _ = answer(items, latent_checkpoint, "--latent", "mirage", *more)
     assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == size
     assert (metrics["protocol"]["method"], metrics["protocol"]["protocol"]) == ("latent", "plain")
 
@@ -96,8 +100,7 @@ def test_images_that_are_missing_truncated_or_outside_are_counted_errors(tiny_ch
     (items.parent / "cut.png").write_bytes((items.parent / "0.png").read_bytes()[:60])
     wrong = {0: "gone.png", 4: "cut.png", 5: "../items.jsonl"}
     change(items, images=lambda n, item: [{"path": wrong[n]}] if n in wrong else item["images"])
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
-    results, metrics = results_of(items), metrics_of(items)
+    metrics, results = answer(items, tiny_checkpoint, code=3)
     assert [r["verdict"] == "error" for r in results] == [n in wrong for n in range(9)]
     assert [r["error"] for r in results if "error" in r] == [
         "image_missing", "image_unreadable", "image_outside_root"]
@@ -105,42 +108,39 @@ def test_images_that_are_missing_truncated_or_outside_are_counted_errors(tiny_ch
     assert results[0]["n_tokens"] == 0
     assert (metrics["n"], metrics["error"], metrics["incomplete"]) == (6, 3, True)
     change(items, images=lambda n, item: [{"path": "gone.png"}])
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
-    metrics = metrics_of(items)
+    metrics, _ = answer(items, tiny_checkpoint, code=3)
     assert (metrics["n"], metrics["accuracy"], metrics["incomplete"]) == (0, None, True)
 
 
 def test_a_changed_image_is_asked_again_and_a_changed_gold_scored_without_the_model(tiny_checkpoint, items,
                                                                                    picture):
     (items.parent / "0.png").rename(items.parent / "away.png")
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 3
+    answer(items, tiny_checkpoint, code=3)
     (items.parent / "away.png").rename(items.parent / "0.png")
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
+    answer(items, tiny_checkpoint)
     picture("0.png", size=(112, 112), color="black")
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    assert [r["image_grids"] for r in results_of(items)[2:4]] == [[[1, 8, 8]], [[1, 6, 4]]]
+    _, results = answer(items, tiny_checkpoint)
+    assert [r["image_grids"] for r in results[2:4]] == [[[1, 8, 8]], [[1, 6, 4]]]
     journal = next((items.parent / "out.jsonl.run").glob("calls-*"))
     write_rows(journal, [record | {"clean_output": "\\boxed{B}"} for record in rows(journal)])
     change(items, answer=lambda n, item: {"type": "letter", "value": "B"})
-    assert evaluate.main(flags(items, tiny_checkpoint)) == 0
-    assert {r["verdict"] for r in results_of(items)} == {"correct"}
+    assert {r["verdict"] for r in answer(items, tiny_checkpoint)[1]} == {"correct"}
 
 
 def test_other_weights_under_the_same_name_are_refused(tiny_checkpoint, items, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "named")
-    assert evaluate.main(flags(items, tmp_path / "named")) == 0
+    answer(items, tmp_path / "named")
     qwen = load(str(tmp_path / "named"), device="cpu")
     qwen.model.lm_head.weight.data.neg_()
     save(qwen, str(tmp_path / "other"))
     shutil.rmtree(tmp_path / "named")
     (tmp_path / "other").rename(tmp_path / "named")
     with pytest.raises(DataError, match="weights"):
-        evaluate.main(flags(items, tmp_path / "named"))
+        answer(items, tmp_path / "named")
 
 
 @pytest.mark.parametrize("changes, match", [
     ({"question": "<image> or <image>?"}, "'t/3': 2 <image> markers for 1 images"),
-    ({"category": 3}, "'t/3': field 'category'"),
     ({"metric": "vsp_path", "answer": {"type": "path_map", "value": [[1, 0], [0, 0]]}}, "'t/3': answer"),
     (None, "no items")])
 def test_items_that_cannot_be_asked_are_named(tiny_checkpoint, items, changes, match):
@@ -313,11 +313,8 @@ def test_a_judge_reads_what_no_rule_does_and_changes_nothing_else(items, tmp_pat
 def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_path):
     change(items, question=lambda n, item: "vague? " + ("" if n else "fault:prose"))
     with serving(tmp_path, name="m.jsonl", faults=False) as (_, model):
-        with serving(tmp_path, name="j.jsonl") as (process, judge):
-            process.kill()
-            process.wait()
-            assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 4
-            assert not calls_of(tmp_path, "m.jsonl")  # no judge, no start
+        assert evaluate.main([*remote(items, model), *judged_by("http://127.0.0.1:9/v1")]) == 4
+        assert not calls_of(tmp_path, "m.jsonl")  # no judge, no start
         with serving(tmp_path, name="k.jsonl") as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 3
             metrics = metrics_of(items)
