@@ -1,12 +1,14 @@
 """The rules of this repository, checked by reading the source and by starting the scripts."""
 import ast
 import functools
+import graphlib
 import importlib
 import json
 import re
 import subprocess
+import symtable
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -50,11 +52,6 @@ def tree_of(name: str) -> ast.Module:
 
 def nodes(name: str, *kinds: type) -> list:
     return [node for node in ast.walk(tree_of(name)) if isinstance(node, kinds)]
-
-
-def targets_of(node: ast.stmt) -> list[ast.expr]:
-    """Return what a statement assigns to."""
-    return getattr(node, "targets", [node.target] if hasattr(node, "target") else [])
 
 
 def length(name: str) -> int:
@@ -112,29 +109,14 @@ def test_a_core_module_serves_two_stages_or_the_core(module):
 
 
 def test_no_import_cycle():
-    done, path = set(), []
-
-    def visit(name: str) -> None:
-        assert name not in path, " -> ".join([*path[path.index(name):], name])
-        if name not in done:
-            path.append(name)
-            for module in imports_of(name):
-                visit(module)
-            done.add(path.pop())
-    for name in SOURCES:
-        visit(name)
+    graphlib.TopologicalSorter({name: imports_of(name) for name in SOURCES}).prepare()  # the error names it
 
 
 def test_top_level_names_of_the_core_are_unique():
-    places = defaultdict(list)
-    for module in CORE:
-        for node in tree_of(module).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                places[node.name].append(module)
-            for name in (name for target in targets_of(node) for name in ast.walk(target)):
-                if isinstance(name, ast.Name):
-                    places[name.id].append(module)
-    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+    counts = Counter(symbol.get_name() for module in CORE
+                     for symbol in symtable.symtable(text_of(module), module, "exec").get_symbols()
+                     if symbol.is_assigned() and not symbol.is_imported())
+    assert not [name for name, n in counts.items() if n > 1]
 
 
 @each_source
@@ -163,11 +145,10 @@ def test_a_library_s_forward_is_replaced_only_inside_a_context_manager(name):
     safe = {id(node) for function in nodes(name, ast.FunctionDef)
             if any("contextmanager" in ast.unparse(decorator) for decorator in function.decorator_list)
             for node in ast.walk(function)}
-    for node in nodes(name, ast.Assign, ast.AugAssign, ast.AnnAssign):
-        replaced = any(getattr(target, "attr", None) == "forward" for target in targets_of(node))
-        assert not replaced or id(node) in safe, f"{name}:{node.lineno}"
-    for call in nodes(name, ast.Call):
-        assert ast.unparse(call.func) != "setattr" or '"forward"' not in ast.unparse(call).replace("'", '"')
+    for node in nodes(name, ast.Attribute):
+        stored = node.attr == "forward" and isinstance(node.ctx, ast.Store)
+        assert not stored or id(node) in safe, f"{name}:{node.lineno}"
+    assert not re.search(r"""setattr\([^)]*["']forward["']""", text_of(name))
 
 
 # ---- sizes
