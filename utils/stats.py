@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from scipy import special
 from utils.means import group_sums, mean_and_error, robust_mean, t_quantile, t_tail
 
 BISECTIONS = 60  # far below float resolution
+ALPHA, POWER = 0.05, 0.8
+Z = NormalDist().inv_cdf
+Z_EQUIVALENCE = Z(1 - ALPHA) + Z((1 + POWER) / 2)  # both of two one-sided tests have to reject
+Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -257,3 +262,28 @@ def chance(n_options: Sequence[int]) -> float:
     if min(n_options, default=0) < 1:
         raise ValueError(f"chance of items with {list(n_options)[:9]} options: expected at least one each")
     return sum(1 / n for n in n_options) / len(n_options)
+
+
+# ---- sample sizes: normal approximations with a true effect of 0 and independent items. Discordance is the
+# share of items whose answer changes either way, (b + c) / n
+def items_for_margin(discordance: float, margin: float) -> int:
+    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
+    one-sided tests have to reject. The exact power of Tango's test is 76 to 80 % where the margin is at most
+    half the discordance, 67 % where they are equal: plan with more items there."""
+    return math.ceil(discordance * (Z_EQUIVALENCE / margin) ** 2)
+
+
+def margin_for_items(discordance: float, n: float) -> float:
+    """Return the smallest margin that n items can show: the inverse of `items_for_margin`."""
+    return Z_EQUIVALENCE * math.sqrt(discordance / n)
+
+
+def items_with_no_change(margin: float) -> int:
+    """Return how many items Tango's score test needs even if no answer changes."""
+    return math.floor(Z(1 - ALPHA) ** 2 * (1 - margin) / margin) + 1
+
+
+def detectable_difference(discordance: float, n: float) -> float:
+    """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
+    discordance means that n items cannot show any change."""
+    return Z_DIFFERENCE * math.sqrt(discordance / n)

@@ -6,10 +6,10 @@ import pytest
 from analytic import most_misses
 from PIL import Image
 
-from utils.intervene.curves import attention_by_layer, early_answering, early_curve
-from utils.intervene.effects import (Declared, Limits, Pair, change_of_accuracy, change_of_score,
-                                     effect_of, settle, settle_all, specific_effect, summarize)
+from utils.intervene.effects import (Declared, Limits, Pair, change_of_accuracy, change_of_score, effect_of,
+                                     settle, settle_all, specific_effect, summarize)
 from utils.intervene.figures import draw_effects
+from utils.intervene.mediation import attention_by_layer, early_answering, early_curve
 from utils.intervene.prompts import first_difference, is_degenerate, stem_of
 from utils.stats import tango_ci
 

@@ -24,14 +24,13 @@ from math import ceil
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.curves import attention_by_layer, early_curve
-from utils.intervene.mediation import WORLDS, items_for_margin, margin_for_items, mediation_at
+from utils.intervene.mediation import WORLDS, attention_by_layer, early_curve, mediation_at
 from utils.items import group_of
 from utils.means import robust_mean, sign_flip, t_test, tost_mean
-from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_interval,
-                         paired_readings, share_interval, share_test, tost, upper_share)
+from utils.stats import (ALPHA, Interval, effective_groups, holm, items_for_margin, kl, margin_for_items,
+                         mcnemar_exact, paired_interval, paired_readings, share_interval, share_test, tost,
+                         upper_share)
 
-ALPHA = 0.05
 POSITIVE_CONTROL = "blank"  # the image greyed and all after it generated again: a readout has to show that
 READOUTS = {"r2": "effect", "r0": "r0", "r1": "r1"}  # name -> part of an entry
 OTHER_QUESTION = "another item was asked: its answers say nothing about this one's accuracy"

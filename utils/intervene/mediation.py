@@ -1,30 +1,22 @@
-"""Effects along X -> Z -> Y from four worlds that were all run, and how many items a claim needs.
+"""Effects along X -> Z -> Y from four worlds that were all run, how early the answer settles, where it looks.
 
 Y(x, z) is an item's outcome with the prompt x and the imagination forced to z; Z(x) is the imagination that x
 brings about, x' the contrast prompt (a blank image). Definitions: Pearl 2001; Vig et al. 2020 apply them to
 parts of a language model.
-
-The sample sizes use normal approximations with a true effect of 0. Discordance is the share of items whose
-answer changes either way, (b + c) / n. Items count as independent: groups of m items correlated by rho need 1
-+ (m - 1) rho times as many (Kish 1965).
 """
 import math
 from collections.abc import Hashable, Sequence
-from statistics import NormalDist
 
 import numpy as np
 
 from utils.items import group_of
 from utils.means import mean_and_error, t_quantile
-from utils.stats import Interval
+from utils.stats import Interval, paired_interval, robust_mean
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
           "text": ("swap_blank", "blank_x")}
-ALPHA, POWER = 0.05, 0.8
-Z = NormalDist().inv_cdf
-Z_EQUIVALENCE = Z(1 - ALPHA) + Z((1 + POWER) / 2)  # both of two one-sided tests have to reject
-Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
+Curve = Sequence[tuple[float, float]]
 
 
 # ---- four worlds
@@ -102,25 +94,58 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
     return {"value": above / below, "ci95": [(b - root) / a, (b + root) / a], "reason": None}
 
 
-# ---- sample sizes
-def items_for_margin(discordance: float, margin: float) -> int:
-    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
-    one-sided tests have to reject. The exact power of Tango's test is 76 to 80 % where the margin is at most
-    half the discordance, 67 % where they are equal: plan with more items there."""
-    return math.ceil(discordance * (Z_EQUIVALENCE / margin) ** 2)
+# ---- curves
+def early_answering(curve: Curve) -> float:
+    """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
+    2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole
+    reply's) from share 0 to 1. At an area of 0 the answer never depends on the imagination; ValueError for a
+    curve that does not rise from 0 to 1 or leaves [0, 1]."""
+    kept = [x for x, _ in curve]
+    if len(kept) < 2 or kept[0] != 0 or kept[-1] != 1 or any(a >= b for a, b in zip(kept, kept[1:])):
+        raise ValueError(f"curve over the shares {kept}, expected rising shares from 0 to 1")
+    if any(not 0 <= y <= 1 for _, y in curve):
+        raise ValueError(f"curve {list(curve)}, expected shares of answers within 0 and 1")
+    return 1 - sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:]))
 
 
-def margin_for_items(discordance: float, n: float) -> float:
-    """Return the smallest margin that n items can show: the inverse of `items_for_margin`."""
-    return Z_EQUIVALENCE * math.sqrt(discordance / n)
+def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
+                groups: Sequence[Hashable]) -> dict | None:
+    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
+    whose `records` hold the clean run and all truncations of `kept`, none of which the model filled in again.
+    The mean of the items' areas is the area over the mean curve. None below two groups, or without a share of
+    0 and another."""
+    names = sorted(kept, key=kept.get)
+    complete = [(by, group) for by, group in zip(records, groups)
+                if all(by[name].get("r0") and not by[name].get("reason") and not by[name].get("again")
+                       for name in ("clean", *names))]
+    groups = [group for _, group in complete]
+    if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
+        return None
+    result = {"n": len(complete)}
+    for readout, answer in (("r2", lambda record: record["pred"]),
+                            ("r0", lambda record: record["r0"]["pred"])):
+        same = [[int(answer(by[name]) == answer(by["clean"])) for name in names] for by, _ in complete]
+        areas = [early_answering([*((kept[name], y) for name, y in zip(names, row)), (1, 1)]) for row in same]
+        mean, *ends = robust_mean(areas, groups, 0.95)
+        points = []
+        for name, column in zip(names, zip(*same)):
+            change = paired_interval([1] * len(column), column, groups, 0.95)
+            points.append({"kept": kept[name], "same": sum(column) / len(column),
+                           "ci95": [min(1.0, max(0.0, 1 + end)) for end in change]})
+        points.append({"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]})
+        result[readout] = {"aoc": mean, "ci95": ends, "curve": points}
+    return result
 
 
-def items_with_no_change(margin: float) -> int:
-    """Return how many items Tango's score test needs even if no answer changes."""
-    return math.floor(Z(1 - ALPHA) ** 2 * (1 - margin) / margin) + 1
-
-
-def detectable_difference(discordance: float, n: float) -> float:
-    """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
-    discordance means that n items cannot show any change."""
-    return Z_DIFFERENCE * math.sqrt(discordance / n)
+def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:
+    """Return {"n", "mass": {columns: [{"mean", "ci95"} per layer]}, "uniform": {columns: share}} of the
+    items' `stem_attention`; None below two groups of items."""
+    if len(set(groups)) < 2:
+        return None
+    mass = {}
+    for name, layers in looks[0]["mass"].items():
+        means = [robust_mean([look["mass"][name][n] for look in looks], groups, 0.95)
+                 for n in range(len(layers))]
+        mass[name] = [{"mean": mean, "ci95": ends} for mean, *ends in means]
+    return {"n": len(looks), "mass": mass,
+            "uniform": {name: sum(look["uniform"][name] for look in looks) / len(looks) for name in mass}}
