@@ -48,14 +48,6 @@ def run(data, model, output, *more):
     return load_object(output / "metrics.json")
 
 
-def prober_of(model, spec, data, store):
-    """A Prober with the model's own flags, and its items by id."""
-    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
-    args = probe.parse_args(["--model", str(model), "--items", str(data), "--output", "o", "--max_new_tokens",
-                             "40"])
-    return Prober(load(str(model), "float32", "cpu"), spec, items, States(store), args), items
-
-
 # ---- whole runs
 @pytest.fixture(scope="module")
 def latent_run(imagining_model, data, tmp_path_factory):
@@ -79,21 +71,6 @@ def test_latents_that_are_codes_of_the_colour_tell_it_without_the_image(latent_r
     rows = read_rows(folder / "out" / "answers.jsonl", {"condition": str})
     assert len(rows) == 16 * len(list_conditions(MIRAGE, ["tokens_only", "cut"])) == 160
     assert all(row["rule"] != "not_asked" and row["r0"] for row in rows)
-
-
-def test_what_is_cut_has_no_way_to_the_image_but_the_latents(latent_run, data):
-    """Two pictures of one size: the same question is answered alike without the latents, and differently with
-    them."""
-    folder, _ = latent_run
-    prober, items = prober_of(folder / "model", MIRAGE, data, folder / "out" / "states")
-    questions, gap = [items["item/1"]] * 2, {}
-    for name in ("cut", "cut_none"):
-        asked = prober.cut(questions, ["item/0", "item/2"], name)
-        assert asked.places == [0, 1]
-        one, two = score_options(prober.qwen, asked.state, questions, ["It is \\boxed{"] * 2,
-                                 asked.forced_ids, "text")
-        gap[name] = max(abs(one[letter] - two[letter]) for letter in one)
-    assert gap["cut_none"] < 1e-4 and gap["cut"] > 1e-2
 
 
 def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
@@ -160,25 +137,27 @@ def text_model(imagining_model):
 
 
 def test_a_text_imagination_tells_the_colour_without_the_image(text_model, data, tmp_path):
-    metrics = run(data, text_model, tmp_path / "out", "--circular")
+    metrics = run(data, text_model, tmp_path / "out", "--circular", "--variants", "tokens_only", "cut")
     assert metrics["probing"]["n"] == 64 and set(metrics["probing"]["gold_letters"].values()) == {16}
     assert metrics["similarity"]["imagination"]["inter_raw"] is not None
-    accuracy = {name: entry["accuracy"] for name, entry in metrics["probing"]["conditions"].items()}
+    found = metrics["probing"]["conditions"]
+    accuracy = {name: entry["accuracy"] for name, entry in found.items()}
     assert accuracy["image"] > 0.9 and accuracy["own"] > 0.9 and accuracy["other"] < 0.1
     assert "mean" not in accuracy
+    assert [found[name]["asked"] for name in ("cut", "cut_other", "cut_none")] == [64] * 3
 
 
-def test_a_cut_text_imagination_has_its_own_words_and_nothing_of_the_image(text_model, data, tmp_path):
-    """With the words hidden too, the scores are those of a prompt that ends before the image, with the
+@pytest.mark.parametrize("kind", ["text", "latent"])
+def test_what_is_cut_has_its_imagination_and_nothing_of_the_image(kind, imagining_model, latent_run, data):
+    """With the imagination hidden too, the scores are those of a prompt that ends before the image, with the
     question at the same distance."""
-    run(data, text_model, tmp_path / "out", "--variants", "cut", "--options", "text", "--stem", BOX)
-    rows = read_rows(tmp_path / "out" / "answers.jsonl", {"condition": str})
-    assert [sum(row["condition"] == name for row in rows if row["r0"])
-            for name in ("cut", "cut_other", "cut_none")] == [16] * 3
-    prober, items = prober_of(text_model, None, data, tmp_path / "out" / "states")
-    qwen, question, found = prober.qwen, items["item/1"], {}
+    spec, qwen = {"latent": MIRAGE}.get(kind), load(str(imagining_model(kind, True)), "float32", "cpu")
+    items = {item["id"]: item | {"root": str(data.parent)} for item in read_items(data)}
+    args = probe.parse_args(["--model", "m", "--items", "i", "--output", "o", "--max_new_tokens", "40"])
+    prober = Prober(qwen, spec, items, States(latent_run[0] / "out" / "states"), args)
+    question, found = items["item/1"], {}
     turn = chat(qwen.tokenizer, question_text(question), 0)
-    block = [i for text in (CLOSE, "<|im_end|>\n" + turn[turn.rindex(USER_TURN):])
+    block = [i for text in (spec.end if spec else CLOSE, "<|im_end|>\n" + turn[turn.rindex(USER_TURN):])
              for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
     for source in ("item/0", "item/3"):
         for name in ("cut", "cut_none"):
