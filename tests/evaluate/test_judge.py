@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 from fault_server import calls_of, serving
+from samples import table
 
 from utils.backends import Reply
 from utils.evaluate.judge import TRIES, Judge, add_verdicts, parse, question_for
@@ -28,14 +29,10 @@ def open_judge(tmp_path):
     journals and journals[-1].__exit__()
 
 
-@pytest.mark.parametrize("kind, text, parsed", [
-    ("map", " (b). ", "B"), ("map", "**B**", "B"), ("map", "Z", "Z"), ("map", "<think>A?</think>\nB", "B"),
-    ("map", "(B) red", None), ("map", "The answer is blue.", None), ("map", "C", None), ("map", "", None),
-    ("map", "A or B", None), ("grade", "No.", "no"), ("grade", "Yes, it is right", "yes"),
-    ("grade", "I do not know", None), ("grade", "yes and no", None), ("grade", "Nothing", None)])
-def test_which_replies_of_a_judge_count(kind, text, parsed):
+@pytest.mark.parametrize("case", table("judge_replies"))
+def test_which_replies_of_a_judge_count(case):
     """VLMEvalKit's own parser reads "The answer is blue." as B, Monet's reads "I do not know" as no."""
-    assert parse(kind, ITEM, text) == parsed
+    assert parse(case["kind"], ITEM, case["reply"]) == case["parsed"]
 
 
 def test_map_never_sees_the_gold_answer_and_grade_does():

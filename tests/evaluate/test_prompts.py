@@ -48,32 +48,10 @@ def test_system_prompts_and_pixel_limits():
     assert json.dumps(EXAMPLE) in TOOL_SYSTEM
 
 
-def call(box, name="image_zoom_in_tool"):
-    arguments = json.dumps({"name": name, "arguments": {"bbox_2d": box}})
-    return f"<think>Closer.</think><tool_call>{arguments}</tool_call>"
-
-
-BOX = [10, 20, 60, 70]
-
-
-@pytest.mark.parametrize("reply, box, ended_by", [
-    (call(BOX), (10, 20, 60, 70), None), (call([10.9, 20, 60, 70.2]), (10, 20, 60, 70), None),
-    (call([-5, 20, 600, 70]), (0, 20, 100, 70), None),  # clipped to the picture
-    (call(BOX).replace("</tool_call>", ""), (10, 20, 60, 70), None),
-    (call([0, 0, 9, 9]) + call([50, 50, 60, 60]), (0, 0, 9, 9), None),  # the first call
-    *((call(box), None, "bad_call") for box in (
-        [60, 20, 10, 70], [10, 20, 10, 70], [10, 20, 60], [10, 20, 60, 70, 80], [200, 20, 300, 70],
-        ["a", 20, 60, 70], [float("nan"), 20, 60, 70])),
-    (call(BOX, "rotate"), None, "bad_call"), ("<tool_call>__import__('os')</tool_call>", None, "bad_call"),
-    ("<tool_call>[1]</tool_call>", None, "bad_call"), ("I see a boat.", None, "no_call"),
-    ("<answer>A</answer>", None, "answer"), (call(BOX) + "<answer>A</answer>", None, "answer")])
-def test_what_a_reply_asks_for(reply, box, ended_by):
-    assert read_turn(reply, (100, 80)) == (box, ended_by)
-
-
-def test_a_region_thinner_than_any_picture_is_refused():
-    assert read_turn(call([0, 0, 1000, 4]), (1000, 80)).ended_by == "bad_call"
-    assert read_turn(call([0, 0, 1000, 5]), (1000, 80)).box == (0, 0, 1000, 5)
+@pytest.mark.parametrize("case", table("turns"))
+def test_what_a_reply_asks_for(case):
+    assert read_turn(case["reply"], tuple(case["size"])) == (
+        case["box"] and tuple(case["box"]), case["ended_by"])
 
 
 def test_a_region_is_cut_out_and_enlarged_to_whole_tokens(tmp_path):

@@ -21,15 +21,12 @@ def said(text, finish="stop"):
     return {"clean_output": text, "finish_reason": finish}
 
 
-@pytest.mark.parametrize("item, text, verdict", [
-    (MCQ, "\\boxed{B}", "correct"), (MCQ, "\\boxed{red}", "incorrect"), (MCQ, "It is nice.", "unresolved"),
-    (MCQ, "", "unresolved"), (PATH, "\\boxed{R}", "correct"), (PATH, "\\boxed{L}", "incorrect"),
-    (PATH, "R", "unresolved"), (WTQ, "\\boxed{a\\p b||1234}", "incorrect"), (WTQ, "a\\pb||1234.0", "correct"),
-    (WTQ, "", "unresolved"), (FACT, "\\boxed{False}", "correct"), (FACT, "True", "incorrect"),
-    (FACT, "Is it true or false?", "unresolved"), (YES, "Yes, a dog.", "correct"),
-    (YES, "\\boxed{no}", "incorrect"), (YES, "There is no cat.", "unresolved")])
-def test_strict_verdicts(item, text, verdict):
-    assert score(item, said(text))["verdict"] == verdict
+ITEMS = {item["metric"]: item for item in (MCQ, WTQ, FACT, YES, PATH)}
+
+
+@pytest.mark.parametrize("case", table("verdicts"))
+def test_strict_verdicts(case):
+    assert score(ITEMS[case["metric"]], said(case["text"]))["verdict"] == case["verdict"]
 
 
 def test_a_reply_that_no_rule_reads_is_unresolved_whatever_other_rules_make_of_it():
@@ -64,7 +61,7 @@ def test_errors_and_items_without_a_scorer():
         "extraction": {"value": None, "rule": "image_missing"}, "verdict": "error", "compat": {}}
     with pytest.raises(DataError, match="'ocr/1' and 0 more: metric 'unscored' has no scorer"):
         check_scorable([MCQ, {"id": "ocr/1", "metric": "unscored"}])
-    assert [n_options(item) for item in (MCQ, WTQ, FACT, YES, PATH)] == [3, 0, 2, 2, 0]
+    assert [n_options(item) for item in ITEMS.values()] == [3, 0, 2, 2, 0]
 
 
 READERS = {"value": read_value, "truth": read_truth, "yes_no": read_yes_no}
