@@ -129,21 +129,19 @@ def test_no_script_replaces_its_input(project, monkeypatch, script, flags):
     assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
 
 
-@pytest.mark.parametrize("script", [evaluate, intervene, probe])
-def test_a_wrong_family_leaves_no_run_that_refuses_the_right_flags(project, tiny_checkpoint, script):
-    flags = ["--model", str(tiny_checkpoint), "--items", str(project / "items.jsonl"),
-             "--output", str(project / "out"), "--max_new_tokens", "4"]
-    wrong = ["--latent", "mirage", *(["--calibration", "2"] if script is intervene else [])]
-    with pytest.raises(DataError, match="expected one added token; was this checkpoint trained"):
-        script.main([*flags, *wrong])
-    assert script.main(flags) == 0
+STAGES = "--input rows.jsonl --image_root . --model ."
+DECODED = "--items items.jsonl --latent mirage --max_new_tokens 4 --model"
 
 
-@pytest.mark.parametrize("script", [rewrite_captions, filter_data])
-def test_a_folder_without_a_model_leaves_no_run(project, tmp_path, script):
+@pytest.mark.parametrize("script, flags, match", [
+    (rewrite_captions, STAGES, "no config.json here"), (filter_data, STAGES, "no config.json here"),
+    (evaluate, DECODED, "one added token"), (intervene, f"--calibration 2 {DECODED}", "one added token"),
+    (probe, DECODED, "one added token")])
+def test_a_wrong_model_leaves_no_run(project, tiny_checkpoint, monkeypatch, script, flags, match):
     rows = [row | {"chain": "It costs that."} for _, row in located_rows(project / "ketten.jsonl")]
     write_rows(project / "rows.jsonl", rows)
-    with pytest.raises(DataError, match="no config.json here; expected a checkpoint folder"):
-        script.main(["--input", str(project / "rows.jsonl"), "--image_root", str(project),
-                     "--output", str(tmp_path / "out"), "--model", str(project)])
-    assert not list(tmp_path.glob("out*"))
+    monkeypatch.chdir(project)
+    model = [] if flags.endswith(".") else [str(tiny_checkpoint)]  # of no family
+    with pytest.raises(DataError, match=match):
+        script.main([*flags.split(), *model, "--output", "out"])
+    assert not list(project.glob("out*/**/meta.json"))  # settings that would refuse the right flags
