@@ -150,7 +150,7 @@ def alike_rows(probing: dict) -> list[list[str]]:
 
 def full_tables(result: dict) -> str:
     """Return what docs/toy.md shows of a run, between the markers of results/toy.json."""
-    rows = [[name, percent(part["accuracy"]), interval(part["ci95"])]
+    rows = [[name, percent(part["accuracy"]), interval(part["ci95"]), f"{part['unresolved']} of {part['n']}"]
             for name, part in result["accuracy"].items()]
     emission, follow, specific = result["emission"], result["text_directed"]["follow"], result["specific"]
     text = (f"The text model's imagination could be edited on {follow['n']} items so that it states another "
@@ -162,7 +162,8 @@ def full_tables(result: dict) -> str:
     silent = [f"{readout.upper()} of the {kind} model" for kind, found in result["sensitivity"].items()
               for readout in ("r2", "r0") if not found[readout]["moves"]]
     text += f" The positive control does not move {' and '.join(silent)}." if silent else ""
-    header = [f"held-out items, chance {100 * result['chance']:.0f} %", "accuracy, %", "95 % interval"]
+    header = [f"held-out items, chance {100 * result['chance']:.0f} %", "accuracy, %", "95 % interval",
+              "replies that no rule can parse"]
     effects = [[kind, *effect_row(name, result["do_z"][kind][name])]
                for kind, names in SHOWN.items() for name in names]
     return "\n".join([
