@@ -19,7 +19,7 @@ def entry(verdict, r0_verdict, **more):
 
 def metrics(r0_moves=True, **conditions):
     speaks = {"moves": True, "reason": None}
-    silent = {"moves": False, "reason": "the positive control (blank) changes it by [-0.100, 0.200] (95 %)"}
+    silent = {"moves": False, "reason": "the positive control (blank) does not make it worse (+0.1 nats)"}
     return {"model": "m", "arm": "latent", "margin": 0.05, "margin_nll": 0.05, "specific": None,
             "emission": {"k": 60, "n": 80, "ci95": [0.6, 0.9]}, "mediation": {}, "conditions": conditions,
             "sensitivity": {"r2": speaks, "r0": speaks if r0_moves else silent, "r1": silent}}
@@ -39,5 +39,5 @@ def test_a_readout_without_sensitivity_makes_no_sentence():
     text = plain_text(intervene_blocks(metrics(tau=entry("effect", "effect"))))
     assert "Verdicts by R2, after Holm's correction: effect: tau." in text and "Verdicts by R0" in text
     text = plain_text(intervene_blocks(metrics(False, tau=entry("effect", "readout insensitive"))))
-    assert "R0 says nothing: the positive control (blank) changes it by" in text
+    assert "R0 says nothing: the positive control (blank) does not make it worse" in text
     assert "Verdicts by R0" not in text

@@ -12,8 +12,10 @@ A verdict is, in this order:
                                     bound, the share of items that change by more than the margin is below
                                     --margin
     small effect inside the margin  the same, and an effect
-    effect                          the 95 % interval excludes 0, and p <= .05 after Holm's correction over
-                                    the conditions of the same role (`Declared`) for this readout
+    effect                          p <= .05 after Holm's correction over the conditions of the same role
+                                    (`Declared`) for this readout: McNemar's exact test, sign flips of whole
+                                    groups, or a cluster-robust t test. The grouped interval of accuracy is
+                                    wider than such a test needs and may include 0
     effect, not after Holm          p <= .05 before the correction alone
     inconclusive                    none of these
 """
@@ -31,6 +33,7 @@ from utils.stats import (ALPHA, Interval, effective_groups, holm, items_for_marg
                          mcnemar_exact, paired_interval, paired_readings, share_interval, share_test, tost,
                          upper_share)
 
+INSIDE = ("equivalent", "small effect inside the margin")
 POSITIVE_CONTROL = "blank"  # the image greyed and all after it generated again: a readout has to show that
 READOUTS = {"r2": "effect", "r0": "r0", "r1": "r1"}  # name -> part of an entry
 OTHER_QUESTION = "another item was asked: its answers say nothing about this one's accuracy"
@@ -118,8 +121,8 @@ def change_of_score(pairs: list[Pair], readout: str, limits: Limits) -> dict | N
     tost_p = max(tost_mean(changes, groups, margin), share_test(k, n, n_effective, limits.margin))
     interval = Interval.of_mean(changes, groups)
     said = interval.verdict(margin)
-    if tost_p >= ALPHA and said in ("equivalent", "small effect inside the margin"):
-        said = "inconclusive" if said == "equivalent" else "effect"
+    if tost_p >= ALPHA and said in INSIDE:
+        said = "inconclusive"
     return {"n": n, "delta_nll": robust_mean(changes, groups, 0.90)[0], "ci90": interval.ci90,
             "ci95": interval.ci95, "margin": margin, "p": t_test(changes, groups), "tost_p": tost_p,
             "large": {"k": k, "n": n, "upper95": upper_share(k, n, n_effective)}, "verdict": said,
@@ -197,16 +200,12 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
 
 # ---- verdicts
 def settle(said: str, p: float, holm_p: float, is_undone: bool, is_sensitive: bool) -> str:
-    """Return the verdict of the module's docstring from one that looked at the interval alone (`said`)."""
+    """Return the verdict of the module's docstring from one that looked at the intervals alone (`said`)."""
     if not is_sensitive:
         return "readout insensitive"
-    if said in ("equivalent", "small effect inside the margin"):
-        if is_undone:
-            return "undone"
-        return said if holm_p <= ALPHA else "equivalent"
-    if said == "effect":
-        return "effect" if holm_p <= ALPHA else "effect, not after Holm" if p <= ALPHA else "inconclusive"
-    return said
+    if said in INSIDE:
+        return "undone" if is_undone else INSIDE[holm_p <= ALPHA]
+    return "effect" if holm_p <= ALPHA else "effect, not after Holm" if p <= ALPHA else "inconclusive"
 
 
 def sensitivity_of(control: dict | None) -> dict[str, dict]:
@@ -218,11 +217,12 @@ def sensitivity_of(control: dict | None) -> dict[str, dict]:
             found[readout] = {"moves": False, "reason": f"the positive control ({POSITIVE_CONTROL}) was not "
                                                         "run, or on too few items"}
             continue
-        low, high = effect["ci95"]
-        moves = (high < 0 if readout == "r2" else low > 0) and effect["p"] <= ALPHA
+        change = effect["delta"] if readout == "r2" else -effect["delta_nll"]
+        shown = f"{100 * change:+.1f} points" if readout == "r2" else f"{change:+.3f} nats"
+        moves = change < 0 and effect["p"] <= ALPHA
         found[readout] = {"moves": moves, "reason": None if moves else
-                          f"the positive control ({POSITIVE_CONTROL}) changes it by [{low:.3f}, {high:.3f}] "
-                          "(95 %)"}
+                          f"the positive control ({POSITIVE_CONTROL}) does not make it worse ({shown}, p "
+                          f"{effect['p']:.3f})"}
     return found
 
 
