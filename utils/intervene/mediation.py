@@ -78,7 +78,8 @@ def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence
 def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequence[Hashable],
                         total_ci95: Sequence[float]) -> dict:
     """Return {"value", "ci95", "reason"} of mean mediated / mean total, with Fieller's interval (1954). The
-    value is None where the interval of the total effect includes 0: a ratio to nothing has none.
+    value is None where the interval of the total effect is not above 0: nothing was gained that could be
+    mediated.
     """
     low, high = total_ci95
     above, error_above, df = mean_and_error(mediated, groups)
@@ -86,9 +87,9 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
     plus, minus = (mean_and_error(mediated + sign * total, groups)[1] for sign in (1, -1))
     covariance, q = (plus**2 - minus**2) / 4, t_quantile(0.95, df) ** 2
     a = below**2 - q * error_below**2
-    if low <= 0 <= high or a <= 0:
+    if low <= 0 or a <= 0:
         return {"value": None, "ci95": None,
-                "reason": f"the 95 % interval of TE, [{low:.4g}, {high:.4g}], includes 0"}
+                "reason": f"the 95 % interval of TE, [{low:.4g}, {high:.4g}], is not above 0"}
     b, c = above * below - q * covariance, above**2 - q * error_above**2
     root = math.sqrt(max(0.0, b * b - a * c))
     return {"value": above / below, "ci95": [(b - root) / a, (b + root) / a], "reason": None}
