@@ -215,14 +215,6 @@ def test_bad_rows_are_named(train, data, change, match):
         train("o")
 
 
-def test_lengths_of_rows(tiny_checkpoint, data):
-    _, examples, _ = load_examples(tiny_checkpoint, data)
-    lengths = sorted(example.n_tokens for example in examples)
-    stats = train_sft.describe_lengths(examples)
-    assert stats["median"] == lengths[5] and stats["max"] == stats["p95"] == lengths[-1]
-    assert stats["tokens"] == sum(lengths) and stats["images"] == 9
-
-
 def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
     arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
     assert train_sft.main(arguments) == 0
@@ -231,6 +223,9 @@ def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, d
     assert "memory per device, estimated: fits" in captured.err
     printed = json.loads(captured.out)
     assert printed["steps"] == 4 and printed["unreadable_images"] == 0 and not list(tmp_path.glob("o*"))
+    lengths = sorted(example.n_tokens for example in load_examples(tiny_checkpoint, data)[1])
+    assert printed["median"] == lengths[5] and printed["max"] == printed["p95"] == lengths[-1]
+    assert printed["tokens"] == sum(lengths) and printed["images"] == 9
     path = data.parent / "1_0.png"
     path.write_bytes(path.read_bytes()[:-40])  # its header is complete
     assert train_sft.main(arguments) == 2

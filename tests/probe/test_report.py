@@ -95,9 +95,3 @@ def test_a_damaged_file_is_named(runs, tmp_path, name, damage, match):
     path.write_text(damage(path.read_text()))
     with pytest.raises(DataError, match=f"do z.jsonl.{name}.json: .*{match}"):
         collect(folder)
-
-
-def test_without_a_subcommand_the_output_is_required(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        probe.parse_args(["--model", "m", "--items", "i"])
-    assert "--output" in capsys.readouterr().err

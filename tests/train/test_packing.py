@@ -96,29 +96,16 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute, monk
     assert (leaked - expected).norm() > 0.05 * expected.norm()
 
 
-def test_the_last_mlp_computes_what_predicts_alone(rows):
-    qwen, examples, target = rows
-    pack, layers, widths = make_pack(qwen, examples, target), qwen.model.model.language_model.layers, []
-    for layer in layers[-2:]:
-        layer.mlp.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
-    with use_packed_attention(qwen.model):
-        assert len(run_packed(qwen.model, pack)) == len(pack["labels"])
-    assert widths == [pack["input_ids"].shape[1], len(pack["labels"])]
-
-
-def test_the_frozen_tower_runs_once_and_without_gradients(rows):
+def test_a_frozen_tower_runs_once_and_the_last_mlp_where_something_is_predicted(rows):
     qwen, examples, target = rows
     qwen.model.train()
-    tower, runs = qwen.model.model.visual.requires_grad_(False), []
+    tower, layers = qwen.model.model.visual.requires_grad_(False), qwen.model.model.language_model.layers
+    pack, runs, widths = make_pack(qwen, examples, target), [], []
     tower.blocks[0].register_forward_hook(lambda module, inputs, out: runs.append(out.requires_grad))
+    layers[1].mlp.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
     with use_packed_attention(qwen.model), recompute_activations(qwen.model, "layers"):
-        run_packed(qwen.model, make_pack(qwen, examples, target)).sum().backward()
-    assert runs == [False]
-
-
-def test_labels_belong_to_their_rows(rows):
-    qwen, examples, target = rows
-    pack = make_pack(qwen, examples, target)
+        run_packed(qwen.model, pack).sum().backward()
+    assert runs == [False] and widths == [len(pack["labels"])]
     assert pack["row"].bincount().tolist() == [example.n_trained for example in examples]
     assert pack["row_ids"] == [example.id for example in examples] and pack["weight"] == 1.0
     assert pack["max_length"] == max(example.n_tokens for example in examples)
