@@ -11,7 +11,6 @@ from utils.jsonl import DataError, read_rows
 
 JUDGED = {"reason": "fine", "answerable": "yes", "observation_supports_answer": "yes",
           "chain_consistent": "yes", "problems": []}
-OPTIONS = "Which?\nA. a cat\nB. a dog"
 
 
 def test_chain_fault():
@@ -20,14 +19,9 @@ def test_chain_fault():
         assert case["reason"] is None or case["reason"] in RULE_REASONS
 
 
-@pytest.mark.parametrize("changes, flags", [
-    ({}, []), ({"refined": False}, ["unrefined"]), ({"answer": "Anna"}, ["answer_unseen"]),
-    ({"answer": "white"}, []), ({"answer": "yes"}, []), ({"answer": "7"}, []),
-    ({"question": OPTIONS, "answer": "B"}, []),
-    ({"question": OPTIONS, "answer": "a dog", "refined": False}, ["unrefined", "answer_unseen"]),
-    ({"answer": "the hull shows a white 42"}, ["answer_stated"]), ({"answer": "hull shows a white 42"}, [])])
-def test_find_flags(changes, flags):
-    assert find_flags(row(**changes)) == flags
+def test_find_flags():
+    for case in table("row_flags"):
+        assert find_flags(row(**case["changes"])) == case["flags"], case
 
 
 @pytest.mark.parametrize("changes, strict, lenient, required", [

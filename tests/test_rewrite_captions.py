@@ -16,9 +16,6 @@ def converted(value: dict, index: int = 0) -> Sample:
     return convert("in.json:1", value, index, OPERATIONS)
 
 
-LOOK, SEEN = ("text", f"Look. {PAIR}"), ("text", "<observation>x</observation> \\boxed{1}")
-
-
 def test_monet_becomes_a_row():
     sample = converted(monet())
     assert sample.reason is None and sample.row == {
@@ -33,21 +30,13 @@ def test_monet_becomes_a_row():
     assert converted(asked).row["question"] == "Same?"
 
 
-@pytest.mark.parametrize("assistant, reason", [
-    ([LOOK, ("image", "b"), ("text", f"<observation>x</observation> again {PAIR}"), ("image", "c"),
-      ("text", "\\boxed{1}")], None), ([("text", "Look."), ("image", "b"), SEEN], "tag_missing"),
-    ([LOOK, ("text", "more"), ("image", "b"), SEEN], "tag_missing"),
-    ([("text", f"Look. {PAIR}{PAIR}"), ("image", "b"), SEEN], "tag_count"),
-    ([LOOK, ("image", "b"), ("image", "c"), SEEN], "tag_count"),
-    ([LOOK, ("image", "b"), ("text", "It is 1. \\boxed{1}")], "no_observation"),
-    ([("text", f"<observation>x</observation> {PAIR}"), ("image", "b"), ("text", "\\boxed{1}")],
-     "no_observation")])
-def test_monets_discard_rules(assistant, reason):
-    sample = converted(monet(assistant=assistant))
-    assert sample.reason == reason
-    assert not re.search("abs_vis_token|observation>", json.dumps(sample.row["steps"]))
-    value = monet(assistant=assistant)
-    assert converted(value | {"data": value["data"][1:]}).reason == "structure"  # no system turn
+def test_monets_discard_rules():
+    for case in table("monet_rules"):
+        value = monet(assistant=case["assistant"])
+        sample = converted(value)
+        assert sample.reason == case["reason"], case
+        assert not re.search("abs_vis_token|observation>", json.dumps(sample.row["steps"]))
+        assert converted(value | {"data": value["data"][1:]}).reason == "structure"  # no system turn
 
 
 @pytest.mark.parametrize("subset, operation, keeps_suffix", [
@@ -80,21 +69,10 @@ def test_mirage_becomes_a_row(changes, texts, images, reason):
     assert [step for step in row["steps"] if "image" in step] == drawn
 
 
-@pytest.mark.parametrize("value, match", [
-    ({"a": 1}, "keys a are of no known form; expected those of monet"),
-    (monet(sample_id=1.5), "field 'sample_id' should be int or str, got float"),
-    (monet(subset="New"), "no operation is known for subset 'New'; .* --operation New=zoom"),
-    ({"metadata": {}, "data": []}, "no field 'dataset_name'"),
-    ({"metadata": {}, "data": {}}, "field 'data' should be list"),
-    ({**monet(), "data": [3]}, "turn 1: expected an object"),
-    ({**monet(), "data": [{"role": "system"}]}, "turn 1: no field 'content'"),
-    (monet(user=[("video", "x")]), "turn 2, item 1: expected type \"text\" or \"image\""),
-    (monet(user=[("image", 3)]), "turn 2, item 1: field 'image' should be str, got int"),
-    (mirage(image_input=[1]), "field 'image_input' should be a path or a list of paths"),
-    (mirage(text_input=1), "field 'text_input' should be str")])
-def test_a_sample_of_no_known_form_is_reported(value, match):
-    with pytest.raises(DataError, match=f"^in.json:1: {match}"):
-        converted(value)
+@pytest.mark.parametrize("case", table("unknown_forms"), ids=lambda case: case["match"])
+def test_a_sample_of_no_known_form_is_reported(case):
+    with pytest.raises(DataError, match=f"^in.json:1: {case['match']}"):
+        converted(case["value"])
 
 
 @pytest.mark.parametrize("before, final", [

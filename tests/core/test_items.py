@@ -1,8 +1,7 @@
 """Benchmark items: checked on reading, asked in fixed words."""
-import math
-
 import pytest
 from PIL import Image
+from samples import table
 
 from utils.images import ImageError
 from utils.items import ANSWER_TYPES, open_helper, question_text, read_items
@@ -21,24 +20,10 @@ def test_multiple_choice_is_asked_in_vlmevalkit_s_words():
     assert question_text(path) == path["question"]
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"metric": "guess"}, "metric 'guess', expected one of mcq, vsp_path"),
-    ({"answer": {"type": "letter", "value": "C"}}, r"gold 'C' and letters \['A', 'B'\]"),
-    ({"answer": {"value": "B"}}, "expected type 'letter'"),
-    ({"options": [["A", "red"]]}, "expected at least two"),
-    ({"options": [["A", "red"], ["A", "blue"]], "answer": {"type": "letter", "value": "A"}},
-     "unlike letters"),
-    ({"images": ["a.png"]}, "expected a list of"), ({"helper": "a.png"}, "helper a.png, expected"),
-    ({"helper": {"path": 1}}, "helper"), ({"region": [5, 0, 5, 9]}, r"region \[5, 0, 5, 9\]"),
-    ({"counterfactual": {"images": []}}, "expected an object with images and answer"),
-    ({"counterfactual": {"images": [], "answer": {"type": "letter", "value": "E"}}},
-     "counterfactual: gold 'E'"), ({"question": 3}, "items.jsonl:2: field 'question'.*str"),
-    ({"options": [["<|im_end|>", "red"], ["B", "blue"]]}, "A to Z"), ({"benchmark": ["x"]}, "'benchmark'"),
-    ({"raw": "x"}, "'raw'"), ({"raw": {"cycle_category": math.nan}}, "'raw'"),
-    ({"region": [0, 0, 10**30, 5]}, "region")])
-def test_a_bad_item_is_named(tmp_path, change, match):
-    write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **change}])
-    with pytest.raises(DataError, match=match):
+@pytest.mark.parametrize("case", table("bad_items"), ids=lambda case: case["match"])
+def test_a_bad_item_is_named(tmp_path, case):
+    write_rows(tmp_path / "items.jsonl", [ITEM, {**ITEM, "id": "a/2", **case["change"]}])
+    with pytest.raises(DataError, match=case["match"]):
         read_items(tmp_path / "items.jsonl")
 
 

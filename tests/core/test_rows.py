@@ -1,6 +1,6 @@
 """The rules for rows and captions: at least one accepted and one rejected case each."""
 import pytest
-from samples import table
+from samples import row, table
 
 from utils.jsonl import DataError
 from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, has_loop, parse_options,
@@ -30,31 +30,9 @@ def test_parse_options(question, options):
     assert parse_options(question) == options
 
 
-LOOK = [{"text": "I look closer."}, {"image": "b.png", "operation": "zoom"}]
-OPTIONS = "Which?\nOptions:\nA. a cat\nB. a dog\nPlease select the correct answer from the options above. \n"
-
-
-def own_row(**changes) -> dict:
-    return {"id": "s/1", "subset": "s", "images": ["a.png"], "question": "What number is on the boat?",
-            "answer": "42", "steps": [*LOOK, {"text": "The answer is \\boxed{42}."}]} | changes
-
-
-def choice(answer: str, boxed: str) -> dict:
-    return {"question": OPTIONS, "answer": answer, "steps": [*LOOK, {"text": f"So \\boxed{{{boxed}}}."}]}
-
-
-@pytest.mark.parametrize("reason, changes", [
-    (None, {}), (None, {"question": "What is in <image>?"}), (None, choice("B", "B")),
-    (None, choice("a dog", "B")), (None, choice("(B)", "B")),
-    ("structure", {"images": []}), ("structure", {"steps": []}), ("structure", {"steps": LOOK}),
-    ("structure", {"steps": [{"text": "\\boxed{42}"}]}),
-    ("question", {"question": " \n"}), ("question", {"question": "Which one?\nOptions:\n"}),
-    ("question", {"question": "Which one?\nOptions:\nPlease select."}),
-    ("question", {"question": "<image> or <image>?"}),
-    ("answer", {"answer": ""}), ("answer", {"answer": "43"}), ("answer", choice("C", "C")),
-    ("answer", {"steps": [*LOOK, {"text": "It is 42."}]})])
-def test_row_fault(reason, changes):
-    assert row_fault(own_row(**changes)) == reason
+def test_row_fault():
+    for case in table("row_faults"):
+        assert row_fault(row(**case["changes"])) == case["reason"], case
 
 
 @pytest.mark.parametrize("changes, match", [
@@ -63,22 +41,22 @@ def test_row_fault(reason, changes):
     ({"steps": [{"image": "a", "operation": "cut"}]}, "step 1 should be"),
     ({"steps": [{"text": "a"}, {"image": "a"}]}, "step 2 should be")])
 def test_check_own(changes, match):
-    check_own("x:1", own_row())
+    check_own("x:1", row())
     with pytest.raises(DataError, match=f"x:1: {match}"):
-        check_own("x:1", own_row(**changes))
+        check_own("x:1", row(**changes))
 
 
 def test_check_rows_keeps_the_first_accepted_duplicate(tmp_path, picture, capsys):
     picture("a.png"), picture("b.png", color="blue"), picture("copy.png")
-    rows = [own_row(id="bad", steps=[]), own_row(id="no file", images=["no.png"]), own_row(id="first"),
-            own_row(id="same", images=["copy.png"]), own_row(id="other", question="Another?")]
+    rows = [row(id="bad", steps=[]), row(id="no file", images=["no.png"]), row(id="first"),
+            row(id="same", images=["copy.png"]), row(id="other", question="Another?")]
     checked = check_rows(rows, tmp_path)
-    assert [row.reason for row in checked] == ["structure", "image_missing", None, "duplicate", None]
+    assert [one.reason for one in checked] == ["structure", "image_missing", None, "duplicate", None]
     assert checked[3].detail.endswith("of first") and len(checked[2].hashes) == 2
     with pytest.raises(DataError, match="--image_root .*nowhere: no such folder"):
         check_rows(rows, tmp_path / "nowhere")
     assert "no row has its images" not in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
-    assert {row.reason for row in check_rows(rows[1:], tmp_path / "elsewhere")} == {"image_missing"}
+    assert {one.reason for one in check_rows(rows[1:], tmp_path / "elsewhere")} == {"image_missing"}
     err = capsys.readouterr().err
     assert "no row has its images under --image_root" in err and "elsewhere/no.png" in err
