@@ -14,7 +14,6 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 import pickle
 import random
