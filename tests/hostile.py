@@ -61,7 +61,8 @@ LIBRARIES += ["/usr", "/dev", "/proc", "/sys", "/lib", "/etc/ld.so.cache", "/etc
 FORBIDDEN = ("/dev/zero", "/proc/self/mem", "/etc/passwd")
 watched = {"case": None, "allowed": LIBRARIES, "opened": [], "pickles": 0}
 # tokens of every family and marks; paths; strings that are repeated up to 10 MB; values of all types
-SPECIAL, PATHS, REPEATED, VALUES = json.loads((ROOT / "tests" / "files" / "hostile.json").read_text()).values()
+STRINGS = json.loads((ROOT / "tests" / "files" / "hostile.json").read_text())
+SPECIAL, PATHS, REPEATED, VALUES = STRINGS.values()
 RAW = {"@DEEP@": "[" * 10_000 + "]" * 10_000, "@DEEPER@": '{"a":' * 10_000 + "1" + "}" * 10_000,
        "@HUGE@": "9" * 5000, "@EXPONENT@": "1e999999", "@HALF@": '"\\ud800"', "@NAN@": "NaN"}
 
