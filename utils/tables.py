@@ -157,6 +157,10 @@ def intervene_blocks(metrics: dict) -> list[Block]:
             f"something) on which both edits could be made, {percent(specific['directed'])} % of the answers "
             f"follow the directed edit, and {percent(specific['irrelevant'])} % are that option after an "
             f"irrelevant edit: {points(specific['difference'], specific['ci95'])} points, 95 % interval."))
+    if markers := metrics["markers_share"]:
+        found = markers["reason"] or f"{percent(markers['value'])} % ({interval(markers['ci95'])})"
+        blocks.append(Text("Of the accuracy gained over no imagination at all, empty markers keep: "
+                           f"{found}."))
     if any(readouts[name] for readouts in metrics["mediation"].values() for name in readouts):
         blocks += [Text("Against a blank image, with 95 % intervals: accuracy of the reply (R2) and "
                         "log-probability of the right option among the options (R0)."),

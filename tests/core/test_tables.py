@@ -21,7 +21,8 @@ def metrics(r0_moves=True, **conditions):
     speaks = {"moves": True, "reason": None}
     silent = {"moves": False, "reason": "the positive control (blank) does not make it worse (+0.1 nats)"}
     return {"model": "m", "arm": "latent", "margin": 0.05, "margin_nll": 0.05, "specific": None,
-            "emission": {"k": 60, "n": 80, "ci95": [0.6, 0.9]}, "mediation": {}, "conditions": conditions,
+            "markers_share": None, "emission": {"k": 60, "n": 80, "ci95": [0.6, 0.9]}, "mediation": {},
+            "conditions": conditions,
             "sensitivity": {"r2": speaks, "r0": speaks if r0_moves else silent, "r1": silent}}
 
 

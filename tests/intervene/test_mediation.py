@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from analytic import AnalyticModel, draw
 
-from utils.intervene.mediation import mediate
+from utils.intervene.mediation import markers_share, mediate
 from utils.stats import paired_interval, robust_mean, verdict
 
 EFFECTS = ("TE", "NIE", "NIE0", "NDE", "NDE1", "interaction")
@@ -83,6 +83,19 @@ def test_the_ratio_of_effects_that_vary_together_is_exact():
     worlds = dict(y_xz=total, y_xz0=0.6 * total, y_x0z=0.4 * total, y_x0z0=0 * total)
     share = mediate(**worlds, groups=np.arange(300) // 3)["proportion_mediated"]
     assert [share["value"], *share["ci95"]] == pytest.approx([0.4] * 3)
+
+
+def test_the_share_that_markers_keep():
+    """Of 40 items 30 are right as they are, 20 with the markers alone and 10 without imagination."""
+    items = [{"id": f"i{k}", "answer": {"type": "letter", "value": "A"}} for k in range(41)]
+    records = {f"i{k}": {name: {"correct": k < n} for name, n in
+                         (("clean", 30), ("markers_only", 20), ("no_segment", 10))} for k in range(41)}
+    records["i40"]["markers_only"] = {"reason": "no_latents"}
+    share = markers_share(items, records)
+    assert (share["n"], share["value"]) == (40, 0.5) and 0 < share["ci95"][0] < 0.5 < share["ci95"][1] < 1
+    for by in records.values():
+        by["clean"] = by["no_segment"]
+    assert markers_share(items, records)["value"] is None and markers_share(items[:1], records) is None
 
 
 @pytest.mark.parametrize("change, words", [

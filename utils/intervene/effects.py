@@ -26,7 +26,7 @@ from math import ceil
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.mediation import WORLDS, attention_by_layer, early_curve, mediation_at
+from utils.intervene.mediation import WORLDS, attention_by_layer, early_curve, markers_share, mediation_at
 from utils.items import group_of
 from utils.means import robust_mean, sign_flip, t_test, tost_mean
 from utils.stats import (ALPHA, Interval, effective_groups, holm, items_for_margin, kl, margin_for_items,
@@ -279,12 +279,14 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
               "emission": share(read, "emitted"), "acc_clean_emitters": share(emitters, "correct"),
               "acc_clean_others": share(others, "correct"), "segments": len(segments),
               "closed_by": dict(Counter(segment["closed_by"] for segment in segments)),
-              "sensitivity": sensitivity, "conditions": conditions, "specific": None, "mediation": {},
-              "early_answering": None, "attention": None}
+              "sensitivity": sensitivity, "conditions": conditions, "specific": None,
+              "markers_share": None, "mediation": {}, "early_answering": None, "attention": None}
     if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
     if {"directed", "irrelevant"} <= set(declared):
         result["specific"] = specific_effect(pairs["directed"], pairs["irrelevant"])
+    if {"markers_only", "no_segment"} <= set(declared):
+        result["markers_share"] = markers_share(emitters, records)
     is_text = any(condition.site == "text" for condition in declared.values())
     for site in ("text",) if is_text else ("fed", "slot"):
         if {*WORLDS[site], "blank"} <= set(declared):

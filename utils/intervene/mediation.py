@@ -89,10 +89,26 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
     a = below**2 - q * error_below**2
     if low <= 0 or a <= 0:
         return {"value": None, "ci95": None,
-                "reason": f"the 95 % interval of TE, [{low:.4g}, {high:.4g}], is not above 0"}
+                "reason": f"the 95 % interval of the total, [{low:.4g}, {high:.4g}], is not above 0"}
     b, c = above * below - q * covariance, above**2 - q * error_above**2
     root = math.sqrt(max(0.0, b * b - a * c))
     return {"value": above / below, "ci95": [(b - root) / a, (b + root) / a], "reason": None}
+
+
+def markers_share(emitters: list[dict], records: dict[str, dict[str, dict]]) -> dict | None:
+    """Return the share of the accuracy gained by imagining that the markers alone keep, (markers_only -
+    no_segment) / (clean - no_segment), as `proportion_mediated` with "n" (arXiv 2606.01287); None below two
+    groups."""
+    worlds = ("markers_only", "no_segment", "clean")
+    complete = [item for item in emitters
+                if all(has_readout(records[item["id"]].get(name), "r2") for name in worlds)]
+    groups = list(map(group_of, complete))
+    if len(set(groups)) < 2:
+        return None
+    markers, without, clean = (np.array([int(records[item["id"]][name]["correct"]) for item in complete])
+                               for name in worlds)
+    total = paired_interval(without, clean, groups, 0.95)
+    return {"n": len(complete), **proportion_mediated(markers - without, clean - without, groups, total)}
 
 
 # ---- curves
