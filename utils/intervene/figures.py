@@ -90,11 +90,12 @@ def accuracy_figure(metrics: dict, shown: dict) -> tuple:
 def forest_figure(metrics: dict, shown: dict) -> tuple:
     """Return the forest plot: 90 % intervals thick, 95 % thin, margins as bands."""
     figure, [panels] = new_figure(11, 1.8 + 0.36 * len(shown), 1, 2)
-    rows = []
+    rows, scored = [], [entry["r0"] for entry in shown.values() if entry["r0"]]
+    accuracy = f"{100 * max(scored, key=lambda r0: r0['n'])['acc_clean']:.0f} %" if scored else "-"
     for axes, readout, label, part, value, unit, margin in (
             (panels[0], "R2", "change in accuracy, points", "effect", "delta", 100, metrics["margin"]),
-            (panels[1], "R0", "change in R0 negative log-likelihood, nats", "r0", "delta_nll", 1,
-             metrics["margin_nll"])):
+            (panels[1], "R0", f"change in R0 negative log-likelihood, nats (clean R0 right: {accuracy})",
+             "r0", "delta_nll", 1, metrics["margin_nll"])):
         axes.axvspan(-unit * margin, unit * margin, color=BAND, zorder=0)
         axes.axvline(0, color="black", linewidth=0.8)
         for y, (name, entry) in enumerate(shown.items()):
@@ -107,6 +108,7 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
                           effect["verdict"].replace(" inside the margin", ""))
             rows.append({"condition": name, "site": entry["site"], "readout": readout, "n": effect["n"],
                          "change": effect[value], **ends_of(effect, "ci90", "ci95"), "margin": margin,
+                         "acc_clean": effect["acc_clean"], "p": effect["p"], "holm_p": effect["holm_p"],
                          "verdict": effect["verdict"]})
         label_lines(axes, shown, named=axes is panels[0])
         axes.set_xlabel(label)
