@@ -154,14 +154,14 @@ def full_tables(result: dict) -> str:
             for name, part in result["accuracy"].items()]
     emission, follow, specific = result["emission"], result["text_directed"]["follow"], result["specific"]
     text = (f"The text model's imagination could be edited on {follow['n']} items so that it states another "
-            f"option, most of them items that it had answered rightly: {follow['k']} answers became that "
-            f"option. On the {specific['n']} items that an irrelevant edit of that size also reaches, "
+            f"option, nearly all of which it had answered rightly: {follow['k']} answers became that "
+            f"option. On the {specific['n']} items that also allow an irrelevant edit of the same size, "
             f"{percent(specific['directed'])} % follow the directed edit and "
-            f"{percent(specific['irrelevant'])} % give that option after the other. The latent model "
-            f"emitted latents on {emission['k']} of {emission['n']} items.")
+            f"{percent(specific['irrelevant'])} % give that option after the irrelevant one. The latent "
+            f"model emitted latents on {emission['k']} of {emission['n']} items.")
     silent = [f"{readout.upper()} of the {kind} model" for kind, found in result["sensitivity"].items()
               for readout in ("r2", "r0") if not found[readout]["moves"]]
-    text += f" The positive control does not move {' and '.join(silent)}." if silent else ""
+    text += f" The positive control does not worsen {' and '.join(silent)}." if silent else ""
     header = [f"held-out items, chance {100 * result['chance']:.0f} %", "accuracy, %", "95 % interval",
               "replies that no rule can parse"]
     effects = [[kind, *effect_row(name, result["do_z"][kind][name])]

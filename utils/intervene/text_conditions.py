@@ -15,9 +15,8 @@
     directed            a wrong option's value for the right one's          whether the answer follows
     directed_llm        the same edit, made by an LLM
     truncate_N          the first N % of its words                          when the answer is settled
-    image_off, image_off_directed       as sham and directed, with the image hidden from what follows (the
-                                        positive control)
-    swap_blank, blank_x, blank          worlds of the mediation
+    image_off, image_off_directed       as sham and directed, with the image hidden from what follows
+    swap_blank, blank_x, blank          worlds of the mediation; blank is the positive control
 
 The model may imagine again behind an edit and so undo it; `again` in the record says that it did. Where the
 condition is that nothing is imagined (removal, filler, no_span, bare, truncate_0) it cannot write the opening
