@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -47,16 +48,18 @@ from tqdm import tqdm
 from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
 from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
-from utils.intervene.latent_conditions import CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, find_condition
+from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
+                                               find_condition)
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_helper, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
-from utils.jsonl import DataError, call_key, check_output, sha256_file, write_json, write_meta, write_rows
+from utils.jsonl import (DataError, call_key, check_output, load_object, sha256_file, write_json, write_meta,
+                         write_rows)
 from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller
 from utils.openai_backend import HttpBackend
-from utils.stats import detectable_difference, effective_groups, items_with_no_change, margin_for_items
+from utils.stats import detectable_difference, effective_groups, items_with_no_change, margin_shown
 from utils.tables import intervene_blocks, plain_text, swept
 
 if TYPE_CHECKING:
@@ -68,6 +71,8 @@ PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry
 # may change between restarts: settings of the summary, and conditions, which may be added
 FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margin_nll", "min_emitters",
                  "fresh", "dry_run", "editor_url", "api_key_file")
+
+DECLARED = ("conditions", "margin", "margin_nll", "min_emitters")
 
 
 # ---- decoding
@@ -242,7 +247,7 @@ def plan(args: argparse.Namespace, items: list[dict]) -> dict:
     """Return what these items can show at 80 % power, for shares of changed answers. Groups count, not
     items: the data may not show that the items of a group vary on their own."""
     n = effective_groups(list(map(group_of, items)))
-    changed = {psi: {"smallest_margin": round(margin_for_items(psi, n), 4),
+    changed = {psi: {"smallest_margin": margin_shown(psi, n),
                      "difference_found": round(detectable_difference(psi, n), 4)} for psi in PSI}
     return {"effective_groups": round(n, 1), "groups_if_nothing_changes": items_with_no_change(args.margin),
             "with_changed_answers": changed}
@@ -254,6 +259,15 @@ def open_journal(args: argparse.Namespace) -> Journal:
         move_aside(folder, rank_world()[1])
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     return Journal(folder, {**settings, "items": sha256_file(args.items)})
+
+
+def declared_anew(args: argparse.Namespace, folder: Path) -> dict[str, list]:
+    """Return {flag: [value of the first start, value now]} of what verdicts have to be declared by."""
+    path, now = folder / "declared.json", {name: getattr(args, name) for name in DECLARED}
+    if not path.is_file():
+        write_json(path, now)
+    first = load_object(path, "move the folder away, or use --fresh")
+    return {name: [first.get(name), value] for name, value in now.items() if first.get(name) != value}
 
 
 def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
@@ -317,12 +331,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
                          f"{' '.join(TEXT_CONDITIONS)}")
         if args.latent != "off" and name != "maps":
             try:
-                find_condition(name)
+                canonical(name)
             except ValueError as error:
                 parser.error(f"--conditions {error}")
+    if args.latent != "off":
+        args.conditions = list(dict.fromkeys(map(canonical, args.conditions)))
     if "directed_llm" in args.conditions and not args.editor_model:
         parser.error("--conditions directed_llm needs --editor_model")
-    if not 0 < args.margin < 1 or not args.margin_nll > 0:
+    if not 0 < args.margin < 1 or not 0 < args.margin_nll < math.inf:
         parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}: expected a share, nats > 0")
 
 
@@ -358,6 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(args))
         editor, calibration = open_editor(args, stack), None
+        anew = declared_anew(args, journal.folder)
         if calibration_items:
             calibration = calibrate(journal.folder / "calibration.safetensors", qwen, spec, settings,
                                     calibration_items, args.image_root, args.batch_size)
@@ -381,11 +398,12 @@ def main(argv: list[str] | None = None) -> int:
     metrics = {"stage": "intervene", "model": args.model, "items": args.items,
                "arm": "latent" if spec else "text", "latent": args.latent,
                "latent_size": spec.size if spec else None, "margin": args.margin,
-               "margin_nll": args.margin_nll, "stem": args.stem, "prior": args.prior, "dtype": dtype,
+               "margin_nll": args.margin_nll, "declared_anew": anew, "stem": args.stem,
+               "prior": args.prior, "dtype": dtype,
                "calibration": {"items": len(calibration_items),
                                "latents": calibration.n_latents if calibration else 0},
                **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),
-               "dose_trends": dose_trends(items, records),
+               "dose_trends": dose_trends(items, records, args.min_emitters),
                "seconds": round(time.monotonic() - began, 1)}
     draw_effects(metrics, args.output)
     draw_sweeps(metrics, args.output)

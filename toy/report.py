@@ -61,8 +61,8 @@ def brief(entry: dict) -> dict:
     """Return what the tables show of a condition; "effect" and "r0" are None if it was not measured."""
     keys = {"effect": "n n_effective acc_clean acc_int delta ci90 ci95 b c p holm_p verdict changed "
                       "degenerate_int",
-            "r0": "delta_nll ci90 ci95 acc_clean kl p holm_p large verdict"}
-    return {**{key: entry[key] for key in ("site", "role", "reason", "asked", "again")},
+            "r0": "n delta_nll ci90 ci95 acc_clean kl p holm_p large verdict"}
+    return {**{key: entry[key] for key in ("site", "role", "reason", "asked", "again", "coverage")},
             "follow": entry.get("follow"),
             **{part: entry[part] and {key: entry[part][key] for key in names.split()}
                for part, names in keys.items()}}
@@ -169,8 +169,8 @@ def full_tables(result: dict) -> str:
     return "\n".join([
         *table_lines(header, rows), "", fill(text, 110), "",
         *table_lines(["imagination", *EFFECTS], effects), "",
-        "Against a blank image, with 95 % intervals: accuracy of the reply (R2) and log-probability of the",
-        "right option among the options (R0).", "",
+        "Against a blank image, 95 % intervals: accuracy of replies (R2), log-probability of the right option (R0).",
+        "",
         *table_lines(*mediation_table(result["mediation"])), "", *probing_lines(result["probing"])])
 
 

@@ -19,7 +19,6 @@ from utils.means import group_sums, mean_and_error, robust_mean, t_quantile, t_t
 BISECTIONS = 60  # far below float resolution
 ALPHA, POWER = 0.05, 0.8
 Z = NormalDist().inv_cdf
-Z_EQUIVALENCE = Z(1 - ALPHA) + Z((1 + POWER) / 2)  # both of two one-sided tests have to reject
 Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
 
 
@@ -266,16 +265,23 @@ def chance(n_options: Sequence[int]) -> float:
 
 # ---- sample sizes: normal approximations with a true effect of 0 and independent items. Discordance is the
 # share of items whose answer changes either way, (b + c) / n
-def items_for_margin(discordance: float, margin: float) -> int:
+def items_needed(discordance: float, margin: float) -> int:
     """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
-    one-sided tests have to reject. The exact power of Tango's test is 76 to 80 % where the margin is at most
-    half the discordance, 67 % where they are equal: plan with more items there."""
-    return math.ceil(discordance * (Z_EQUIVALENCE / margin) ** 2)
+    one-sided score tests have to reject. At least `items_with_no_change`."""
+    z, b = margin, discordance / 2
+    qb, qc = 2 * z - discordance, -b * z * (1 - z)  # as in `tango_z`, per item
+    null = (math.sqrt(qb * qb - 8 * qc) - qb) / 2 + z * (1 - z)  # the variance where the change is the margin
+    root = Z(1 - ALPHA) * math.sqrt(null) + Z((1 + POWER) / 2) * math.sqrt(discordance)
+    return max(math.ceil((root / margin) ** 2), items_with_no_change(margin))
 
 
-def margin_for_items(discordance: float, n: float) -> float:
-    """Return the smallest margin that n items can show: the inverse of `items_for_margin`."""
-    return Z_EQUIVALENCE * math.sqrt(discordance / n)
+def margin_shown(discordance: float, n: float) -> float:
+    """Return the smallest margin that n items can show: the inverse of `items_needed`."""
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS // 2):
+        middle = (low + high) / 2
+        low, high = (low, middle) if items_needed(discordance, middle) <= n else (middle, high)
+    return high
 
 
 def items_with_no_change(margin: float) -> int:

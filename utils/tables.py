@@ -8,7 +8,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 90 % interval", "Holm p",
-           "verdict", "R0 clean, %", "R0, nats", "Holm p", "verdict", "imagines again", "follows, %"]
+           "verdict", "R0 items", "R0 clean, %", "R0, nats", "Holm p", "verdict", "imagines again",
+           "follows, %"]
 PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
 
 
@@ -75,12 +76,14 @@ def effect_row(name: str, entry: dict) -> list[str]:
     effect, r0, again = entry["effect"], entry["r0"], entry["again"]
     if effect is None:
         return [name, entry["site"], entry["reason"], *[""] * (len(EFFECTS) - 3)]
-    readout = ["-"] * 4
+    readout = ["-"] * 5
     if r0:
-        readout = [percent(r0["acc_clean"]), nats(r0["delta_nll"], r0["ci90"]), f"{r0['holm_p']:.3f}",
-                   r0["verdict"]]
-    return [name, entry["site"], str(effect["n"]), percent(effect["acc_clean"]), percent(effect["acc_int"]),
-            points(effect["delta"], effect["ci90"]), f"{effect['holm_p']:.3f}", effect["verdict"], *readout,
+        readout = [str(r0["n"]), percent(r0["acc_clean"]), nats(r0["delta_nll"], r0["ci90"]),
+                   f"{r0['holm_p']:.3f}", r0["verdict"]]
+    n, n_all = entry["coverage"]["k"], entry["coverage"]["n"]
+    return [name, entry["site"], str(n) if n == n_all else f"{n} of {n_all}",
+            percent(effect["acc_clean"]), percent(effect["acc_int"]), points(effect["delta"], effect["ci90"]),
+            f"{effect['holm_p']:.3f}", effect["verdict"], *readout,
             f"{again['k']} of {again['n']}" if again["k"] else "-",
             percent(entry["follow"]["share"]) if entry.get("follow") else "-"]
 
@@ -91,10 +94,12 @@ def mediation_table(sites: dict[str, dict[str, dict | None]]) -> tuple[list[str]
     for site, readouts in sites.items():
         for readout, shown in (("r2", points), ("r0", nats)):
             if parts := readouts[readout]:
-                rows.append([site, "R2, points" if readout == "r2" else "R0, nats",
+                share = parts["proportion_mediated"]
+                rows.append([site, "R2, points" if readout == "r2" else "R0, nats", str(parts["n"]),
                              *(shown(parts[name]["mean"], parts[name]["ci95"]) for name in PARTS),
-                             percent(parts["proportion_mediated"]["value"])])
-    return ["site", "readout", *PARTS, "mediated, %"], rows
+                             f"{percent(share['value'])} ({interval(share['ci95'])})"
+                             if share["ci95"] else "-"])
+    return ["site", "readout", "items", *PARTS, "mediated, %"], rows
 
 
 def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -129,6 +134,10 @@ def intervene_blocks(metrics: dict) -> list[Block]:
         f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items "
         f"imagined something (95 % interval {interval(emission['ci95'])} %). Margins: "
         f"{percent(metrics['margin'])} points, {metrics['margin_nll']} nats of R0.")]
+    if anew := metrics["declared_anew"]:
+        flags = ", ".join(f"--{name}" for name in anew)
+        blocks.append(Text(f"Changed after this run was first started: {flags}. The verdicts are "
+                           "exploratory: what was tested was not declared before."))
     for readout, part in (("R2", "effect"), ("R0", "r0")):
         control = metrics["sensitivity"][readout.lower()]
         verdicts: dict[str, list[str]] = {}
@@ -142,7 +151,8 @@ def intervene_blocks(metrics: dict) -> list[Block]:
             blocks.append(Text(f"Verdicts by {readout}, after Holm's correction: {words}."))
     blocks.append(Table(EFFECTS, [effect_row(name, entry) for name, entry in entries.items()]))
     if in_sweeps:
-        blocks.append(Text(f"{len(in_sweeps)} points of sweeps are in the figures and their CSV, not here."))
+        blocks.append(Text(f"{len(in_sweeps)} points of sweeps are in the metrics, and in figures where "
+                           "enough points were run, not here."))
     asked = {name: entry["asked"] for name, entry in entries.items() if entry["asked"]}
     if asked:
         shares = ("same_answer", "correct", "correct_flip")
@@ -168,7 +178,7 @@ def intervene_blocks(metrics: dict) -> list[Block]:
     effects = {name: entry["effect"] for name, entry in entries.items() if entry["effect"]}
     rows = [[name, percent(effect["psi"]), str(effect["n"]), f"{effect['n_effective']:.0f}",
              str(effect["items_needed"]), percent(effect["margin_shown"])]
-            for name, effect in effects.items() if effect["items_needed"]]
+            for name, effect in effects.items()]
     if rows:
         blocks += [Text("Items at which the margin could be shown if the same share of answers changed and "
                         "the changes cancelled out; the margin that these items can show (power 80 %)."),

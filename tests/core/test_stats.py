@@ -8,10 +8,9 @@ import pytest
 from analytic import trinomial
 
 from utils.means import mean_and_error, robust_mean, sign_flip, t_quantile, t_tail, t_test, tost_mean
-from utils.stats import (cluster_bootstrap, detectable_difference, effective_groups, holm, items_for_margin,
-                         items_with_no_change, margin_for_items, mcnemar_exact, paired_interval,
-                         paired_readings, share_interval, tango_ci, tango_z, tost, tost_tango, upper_share,
-                         verdict, wilson)
+from utils.stats import (cluster_bootstrap, detectable_difference, effective_groups, holm, items_needed,
+                         items_with_no_change, margin_shown, mcnemar_exact, paired_interval, paired_readings,
+                         share_interval, tango_ci, tango_z, tost, tost_tango, upper_share, verdict, wilson)
 
 
 def test_golden_values():
@@ -287,19 +286,12 @@ def test_no_data_or_no_sense_is_an_error_and_never_a_number(call):
 
 
 # ---- sample sizes
-def test_planned_items_by_hand():
-    planned = [items_for_margin(*case) for case in ((0.1, 0.01), (0.04, 0.05), (0.09, 0.05), (0.25, 0.1))]
-    assert planned == [8564, 138, 309, 215] and items_with_no_change(0.01) == 268
-
-
-@pytest.mark.parametrize("discordance, items, points", [
-    (0.02, (1713, 429, 191, 69), (3.0, 1.5, 0.9)), (0.05, (4283, 1071, 476, 172), (4.7, 2.3, 1.5)),
-    (0.1, (8565, 2142, 952, 343), (6.7, 3.3, 2.1)), (0.2, (17129, 4283, 1904, 686), (9.5, 4.6, 3.0))])
-def test_items_and_margins_of_the_tables(discordance, items, points):
-    """The table of items was computed with quantiles of four digits: one item more in places."""
-    planned = [items_for_margin(discordance, margin) for margin in (0.01, 0.02, 0.03, 0.05)]
-    assert all(table - 1 <= n <= table for n, table in zip(planned, items))
-    assert [round(100 * margin_for_items(discordance, n), 1) for n in (191, 800, 1919)] == list(points)
+@pytest.mark.parametrize("discordance, items", [
+    (0.02, (1713, 429)), (0.05, (4283, 1071)), (0.1, (8565, 2142)), (0.2, (17129, 4283))])
+def test_planned_items_are_near_the_normal_approximation_where_it_holds(discordance, items):
+    """8.564 discordance / margin^2 at 1 and 2 points; the score test takes more where the margin is large."""
+    for margin, table in zip((0.01, 0.02), items):
+        assert table <= items_needed(discordance, margin) < table * (1 + 0.5 * margin / discordance)
 
 
 def test_detectable_differences_of_the_table():
@@ -311,21 +303,23 @@ def test_detectable_differences_of_the_table():
 def test_no_fewer_items_do(margin):
     """For an equivalence margin at some discordance, and where no answer changes."""
     for discordance in (0.02, 0.1):
-        n = items_for_margin(discordance, margin)
-        assert margin_for_items(discordance, n) <= margin < margin_for_items(discordance, n - 1)
+        n = items_needed(discordance, margin)
+        assert margin_shown(discordance, n) <= margin + 1e-6 < margin_shown(discordance, n - 2) + 2e-6
     n = items_with_no_change(margin)
     assert tost_tango(0, 0, n, margin) < 0.05 <= tost_tango(0, 0, n - 1, margin)
+    assert items_needed(0, margin) == n and margin_shown(0.02, 1) > 0.5
 
 
-@pytest.mark.parametrize("discordance, margin, expected", [
-    (0.02, 0.02, 0.67), (0.05, 0.05, 0.67), (0.02, 0.01, 0.76), (0.1, 0.05, 0.76), (0.1, 0.03, 0.79),
-    (0.2, 0.05, 0.80)])
-def test_the_planned_items_have_the_power_that_the_docstring_states(discordance, margin, expected):
-    """Exact power of the score test at the planned number of items, summed over all data."""
-    n = items_for_margin(discordance, margin)
+@pytest.mark.parametrize("discordance, margin", [
+    (0.005, 0.05), (0.02, 0.05), (0.02, 0.02), (0.05, 0.05), (0.1, 0.05), (0.1, 0.03), (0.2, 0.05)])
+def test_the_planned_items_have_the_power_that_they_are_planned_for(discordance, margin):
+    """Exact power of the score test at the planned number of items, summed over all data. It jumps from item
+    to item where a single change decides."""
+    n = items_needed(discordance, margin)
     counts = trinomial(n, discordance / 2, discordance / 2)
     power = sum(p for b, c, p in counts if tost_tango(b, c, n, margin) < 0.05)
-    assert power == pytest.approx(expected, abs=0.006)
+    print(f"{100 * discordance} % change, margin {margin}: {n} items, power {power:.3f}")
+    assert power > (0.68 if discordance < 0.01 else 0.8)
 
 
 def test_mcnemar_finds_the_detectable_difference_as_often_as_planned():

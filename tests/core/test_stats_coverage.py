@@ -10,7 +10,7 @@ from analytic import AnalyticModel, draw, most_misses
 
 from utils.intervene.mediation import mediate
 from utils.means import sign_flip
-from utils.stats import (items_for_margin, items_with_no_change, paired_interval, paired_readings,
+from utils.stats import (items_needed, items_with_no_change, paired_interval, paired_readings,
                          robust_mean, share_interval, tost, verdict)
 
 N_SETS = 500
@@ -107,15 +107,15 @@ def test_intervals_of_shares_and_means_cover_in_groups(design, rho):
 @pytest.mark.numeric
 @pytest.mark.parametrize("rho", [0, 1])
 def test_as_many_groups_as_planned_show_the_margin(rho):
-    """docs/interventions.md: 343 groups of 4 for 5 points if 10 % of the answers change and cancel out."""
+    """docs/interventions.md: 374 groups of 4 for 5 points if 10 % of the answers change and cancel out."""
     rng, shown = np.random.default_rng(0), 0
-    assert items_for_margin(0.1, 0.05) == 343 and items_with_no_change(0.05) == 52
+    assert items_needed(0.1, 0.05) == 374 and items_with_no_change(0.05) == 52
     for _ in range(200):
-        changes, groups = draw_shared(rng, [4] * 343, rho, lambda n: rng.choice(
+        changes, groups = draw_shared(rng, [4] * 374, rho, lambda n: rng.choice(
             (-1, 0, 1), size=n, p=(0.05, 0.9, 0.05)))
         readings = paired_readings((changes < 0).astype(int), (changes > 0).astype(int), groups)
         shown += tost(readings, 0.05) < 0.05
-    print(f"343 groups of 4, rho {rho}: the margin is shown in {shown / 2:.1f} %")
+    print(f"374 groups of 4, rho {rho}: the margin is shown in {shown / 2:.1f} %")
     assert shown >= 200 * 0.8 - 3 * math.sqrt(200 * 0.8 * 0.2)
 
 

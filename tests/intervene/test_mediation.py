@@ -91,11 +91,12 @@ def test_the_share_that_markers_keep():
     records = {f"i{k}": {name: {"correct": k < n} for name, n in
                          (("clean", 30), ("markers_only", 20), ("no_segment", 10))} for k in range(41)}
     records["i40"]["markers_only"] = {"reason": "no_latents"}
-    share = markers_share(items, records)
+    share = markers_share(items, records, 20)
     assert (share["n"], share["value"]) == (40, 0.5) and 0 < share["ci95"][0] < 0.5 < share["ci95"][1] < 1
     for by in records.values():
         by["clean"] = by["no_segment"]
-    assert markers_share(items, records)["value"] is None and markers_share(items[:1], records) is None
+    assert markers_share(items, records, 20)["value"] is None
+    assert markers_share(items, records, 41) is markers_share(items[:1], records, 1) is None
 
 
 @pytest.mark.parametrize("change, words", [

@@ -116,7 +116,8 @@ def test_a_map_covers_every_layer_once(size, n_layers, n_cells):
 
 def test_figures_show_the_effects_that_they_are_given(tmp_path):
     entries = {name: {"site": "fed", "effect": None,
-                      "r0": {"n": 30, "delta_nll": 0.01 * n, "ci95": [0.01 * n - 0.1, 0.01 * n + 0.1]}}
+                      "r0": {"n": 30, "delta_nll": 0.01 * n, "ci95": [0.01 * n - 0.1, 0.01 * n + 0.1],
+                             "holm_p": 1.0, "verdict": "inconclusive"}}
                for n, name in enumerate(sweep_conditions(4, 8))}
     metrics = {"model": "m", "arm": "latent", "latent_size": 4, "margin_nll": 0.05, "conditions": entries,
                "emission": {"k": 30, "n": 30}}
@@ -182,6 +183,6 @@ def test_trends_of_a_run_take_the_items_with_all_doses():
 
     records = {"a": by(0, 1, 2, 9), "b": by(0, 3, 2, 9), "c": by(0, None, 2, 9),
                "d": {"clean": {"error": "x"}}}
-    found = dose_trends([{"id": name} for name in records], records)
+    found = dose_trends([{"id": name} for name in records], records, 2)
     assert set(found) == {"mix"}  # one dose of noise is no sweep
     assert found["mix"]["n"] == 2 and found["mix"]["trend"] == pytest.approx((1 + 1 / 3) / 2)

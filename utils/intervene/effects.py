@@ -9,8 +9,8 @@ A verdict is, in this order:
     readout insensitive             the positive control (POSITIVE_CONTROL) does not worsen this readout
     undone                          within the margin, but the model imagined again past the intervention
     equivalent                      the 90 % interval is inside the margin; of a score also, by an exact 95 %
-                                    bound, the share of items that change by more than the margin is below
-                                    --margin
+                                    bound, fewer than --margin of the items change by more than the margin.
+                                    A mean that fewer items than that carry is not excluded
     small effect inside the margin  the same, and an effect
     effect                          p <= .05 after Holm's correction over the conditions of the same role
                                     (`Declared`) for this readout: McNemar's exact test, sign flips of whole
@@ -22,21 +22,23 @@ A verdict is, in this order:
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.mediation import WORLDS, attention_by_layer, early_curve, markers_share, mediation_at
+from utils.intervene.mediation import (WORLDS, attention_by_layer, early_curve, markers_share, mediation_at,
+                                       specific_effect)
 from utils.items import group_of
-from utils.means import robust_mean, sign_flip, t_test, tost_mean
-from utils.stats import (ALPHA, Interval, effective_groups, holm, items_for_margin, kl, margin_for_items,
-                         mcnemar_exact, paired_interval, paired_readings, share_interval, share_test, tost,
-                         upper_share)
+from utils.jsonl import DataError
+from utils.means import RESOLUTION, robust_mean, sign_flip, t_test, tost_mean
+from utils.stats import (ALPHA, Interval, effective_groups, holm, items_needed, kl, margin_shown,
+                         mcnemar_exact, paired_readings, share_interval, share_test, tost, upper_share)
 
 INSIDE = ("equivalent", "small effect inside the margin")
+UNBOUNDED = "the mean is inside the margin, large changes are not excluded"
 POSITIVE_CONTROL = "blank"  # the image greyed and all after it generated again: a readout has to show that
 READOUTS = {"r2": "effect", "r0": "r0", "r1": "r1"}  # name -> part of an entry
-OTHER_QUESTION = "another item was asked: its answers say nothing about this one's accuracy"
+OTHER_QUESTION = "another question or image was shown: the answers say nothing about this item's accuracy"
 
 
 class Pair(NamedTuple):
@@ -100,31 +102,36 @@ def change_of_accuracy(pairs: list[Pair], n_all: int | None, margin: float) -> d
             "delta_all": n_all and (c - b) / n_all, "p": p, "test": test,
             "tost_p": tost(paired_readings(clean, after, groups), margin), "margin": margin,
             "verdict": interval.verdict(margin),
-            "items_needed": ceil(items_for_margin(psi, margin) * n / n_effective) if psi else None,
-            "margin_shown": margin_for_items(psi, n_effective) if psi else None}
+            "items_needed": ceil(items_needed(psi, margin) * n / n_effective),
+            "margin_shown": margin_shown(psi, n_effective)}
 
 
 def change_of_score(pairs: list[Pair], readout: str, limits: Limits) -> dict | None:
-    """Return the effect on the right option's negative log-likelihood, in nats; None below two groups.
+    """Return the effect on the right option's negative log-likelihood, in nats; None below min_emitters.
 
-    "large" are the changes beyond the margin: a mean says nothing of a few large ones.
+    "large" are the changes beyond the margin: a mean says nothing of a few large ones. A mean within
+    RESOLUTION is no effect. DataError for a score that is not finite.
     """
     pairs = [pair for pair in pairs if pair.clean.get(readout) and pair.after.get(readout)]
     groups, n, margin = groups_of(pairs), len(pairs), limits.margin_nll
-    if len(set(groups)) < 2:
+    if effective_groups(groups) < max(2, limits.min_emitters):
         return None
     clean, after = ([record[readout] for record in side] for side in records_of(pairs))
     golds = [pair.item["answer"]["value"] for pair in pairs]
     changes = [y["nll"] - x["nll"] for x, y in zip(clean, after)]
+    if odd := [pair.item["id"] for pair, change in zip(pairs, changes) if not isfinite(change)]:
+        raise DataError(f"item {odd[0]!r}: {readout.upper()} is not a finite number; check the checkpoint")
     divergence = [kl(x["pi"], y["pi"]) for x, y in zip(clean, after)]
     k, n_effective = sum(abs(change) > margin for change in changes), effective_groups(groups)
     tost_p = max(tost_mean(changes, groups, margin), share_test(k, n, n_effective, limits.margin))
     interval = Interval.of_mean(changes, groups)
     said = interval.verdict(margin)
     if tost_p >= ALPHA and said in INSIDE:
-        said = "inconclusive"
-    return {"n": n, "delta_nll": robust_mean(changes, groups, 0.90)[0], "ci90": interval.ci90,
-            "ci95": interval.ci95, "margin": margin, "p": t_test(changes, groups), "tost_p": tost_p,
+        said = UNBOUNDED
+    mean = robust_mean(changes, groups, 0.90)[0]
+    return {"n": n, "n_effective": n_effective, "delta_nll": mean, "ci90": interval.ci90,
+            "ci95": interval.ci95, "margin": margin, "tost_p": tost_p,
+            "p": t_test(changes, groups) if abs(mean) > RESOLUTION else 1.0,
             "large": {"k": k, "n": n, "upper95": upper_share(k, n, n_effective)}, "verdict": said,
             "kl": sum(divergence) / n, "kl_upper95": robust_mean(divergence, groups, 0.90)[2],
             "flips": sum(x["pred"] != y["pred"] for x, y in zip(clean, after)) / n,
@@ -177,7 +184,7 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
               "acc_clean_not_covered": share_of([pair.clean["correct"] for pair in rest], groups_of(rest)),
               "again": {"k": sum(bool(pair.after.get("again")) for pair in covered), "n": len(covered)}}
     if (n_effective := effective_groups(groups)) < limits.min_emitters:
-        return result | {"reason": f"{len(covered)} items in {n_effective:.0f} effective groups imagined "
+        return result | {"reason": f"{len(covered)} items in {n_effective:.1f} effective groups imagined "
                                    "something and could be intervened on, fewer than --min_emitters "
                                    f"{limits.min_emitters}"}
     if len(set(groups)) < 2:
@@ -205,7 +212,9 @@ def settle(said: str, p: float, holm_p: float, is_undone: bool, is_sensitive: bo
         return "readout insensitive"
     if said in INSIDE:
         return "undone" if is_undone else INSIDE[holm_p <= ALPHA]
-    return "effect" if holm_p <= ALPHA else "effect, not after Holm" if p <= ALPHA else "inconclusive"
+    if said == UNBOUNDED or p > ALPHA:
+        return "inconclusive"
+    return "effect" if holm_p <= ALPHA else "effect, not after Holm"
 
 
 def sensitivity_of(control: dict | None) -> dict[str, dict]:
@@ -217,12 +226,14 @@ def sensitivity_of(control: dict | None) -> dict[str, dict]:
             found[readout] = {"moves": False, "reason": f"the positive control ({POSITIVE_CONTROL}) was not "
                                                         "run, or on too few items"}
             continue
-        change = effect["delta"] if readout == "r2" else -effect["delta_nll"]
-        shown = f"{100 * change:+.1f} points" if readout == "r2" else f"{change:+.3f} nats"
-        moves = change < 0 and effect["p"] <= ALPHA
+        if readout == "r2":
+            worse, shown = effect["delta"] < 0, f"{100 * effect['delta']:+.1f} points"
+        else:
+            worse, shown = effect["delta_nll"] > 0, f"{effect['delta_nll']:+.3f} nats"
+        moves = worse and effect["p"] <= ALPHA and effect["verdict"] not in (*INSIDE, UNBOUNDED)
         found[readout] = {"moves": moves, "reason": None if moves else
-                          f"the positive control ({POSITIVE_CONTROL}) does not make it worse ({shown}, p "
-                          f"{effect['p']:.3f})"}
+                          f"the positive control ({POSITIVE_CONTROL}) does not make it worse beyond the "
+                          f"margin ({shown}, p {effect['p']:.3f})"}
     return found
 
 
@@ -239,20 +250,6 @@ def settle_all(conditions: dict[str, dict], sensitivity: dict[str, dict]) -> Non
                 effect |= {"holm_p": holm_p, "family": len(entries)}
                 effect["verdict"] = settle(effect["verdict"], effect["p"], holm_p, entry["again"]["k"] > 0,
                                            moves or entry["role"] == "positive control")
-
-
-def specific_effect(directed: list[Pair], irrelevant: list[Pair]) -> dict | None:
-    """Return how much more often answers follow a directed edit than an irrelevant one of that size, over
-    the items on which both could be made; None below two groups of these."""
-    both = [(x, y) for x, y in zip(directed, irrelevant)
-            if not x.after.get("reason") and not y.after.get("reason")]
-    groups, n = groups_of([x for x, _ in both]), len(both)
-    if len(set(groups)) < 2:
-        return None
-    after, before = ([int(pair[k].after["pred"] == pair[0].after["target"]) for pair in both] for k in (0, 1))
-    return {"n": n, "coverage": n / len(directed), "directed": sum(after) / n, "irrelevant": sum(before) / n,
-            "difference": (sum(after) - sum(before)) / n,
-            "ci95": list(paired_interval(before, after, groups, 0.95))}
 
 
 # ---- all conditions
@@ -284,14 +281,15 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
     if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
     if {"directed", "irrelevant"} <= set(declared):
-        result["specific"] = specific_effect(pairs["directed"], pairs["irrelevant"])
+        result["specific"] = specific_effect(emitters, records, limits.min_emitters)
     if {"markers_only", "no_segment"} <= set(declared):
-        result["markers_share"] = markers_share(emitters, records)
+        result["markers_share"] = markers_share(emitters, records, limits.min_emitters)
     is_text = any(condition.site == "text" for condition in declared.values())
     for site in ("text",) if is_text else ("fed", "slot"):
         if {*WORLDS[site], "blank"} <= set(declared):
-            result["mediation"][site] = {readout: mediation_at(site, emitters, records, readout)
-                                         for readout in ("r0", "r2")}
+            result["mediation"][site] = {
+                readout: mediation_at(site, emitters, records, readout, limits.min_emitters)
+                for readout in ("r0", "r2")}
     result["early_answering"] = early_curve([records[item["id"]] for item in emitters], kept or {},
                                             list(map(group_of, emitters)))
     looking = [item for item in emitters if clean[item["id"]].get("attention")]

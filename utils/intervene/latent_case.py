@@ -6,6 +6,7 @@ conditions can be listed and checked without it.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -154,6 +155,19 @@ class Case:
 
 
 # ---- conditions
+def finite(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{word!r}, expected a finite number")
+    return number
+
+
+def whole(word: str) -> int:
+    if not word.isdecimal():
+        raise ValueError(f"{word!r}, expected a whole number, 0 or more")
+    return int(word)
+
+
 @dataclass(frozen=True)
 class Condition:
     """An intervention: `build(case)` or, with a number, `build(case, number)` returns the Intervention
@@ -166,7 +180,7 @@ class Condition:
     default: object = None
     prompt: str = "own"
     needs: tuple[str, ...] = ()
-    parse: Callable[[str], object] = float
+    parse: Callable[[str], object] = finite
     strict: bool = False
 
     def make(self, case: Case, number: object) -> Intervention:

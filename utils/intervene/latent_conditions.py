@@ -29,8 +29,8 @@ from dataclasses import replace
 from functools import partial
 
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, feed_constant, feed_run,
-                                         forced_prefix, has_latent, latent_at, latents_alone,
-                                         markers_only, no_more_segments, put_slots)
+                                         forced_prefix, has_latent, latent_at, latents_alone, markers_only,
+                                         no_more_segments, put_slots)
 from utils.intervene.sweeps import SWEEPS
 from utils.latent_families import Intervention
 
@@ -51,6 +51,12 @@ def find_condition(name: str) -> tuple[Condition, object]:
     if colon and entry.default is None:
         raise ValueError(f"{name!r}: {base} takes no number")
     return entry, entry.parse(number) if colon else entry.default
+
+
+def canonical(name: str) -> str:
+    """Return the one name of a condition and its number: "mix:0.50" is "mix:0.5"."""
+    number = find_condition(name)[1] if ":" in name else None
+    return f"{name.partition(':')[0]}:{number:g}" if isinstance(number, (int, float)) else name
 
 
 # ---- longer builders

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.items import group_of
 from utils.means import mean_and_error, t_quantile
-from utils.stats import Interval, paired_interval, robust_mean
+from utils.stats import Interval, effective_groups, paired_interval, robust_mean
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
@@ -37,27 +37,34 @@ def mediate(y_xz: Sequence[float], y_xz0: Sequence[float], y_x0z: Sequence[float
             "proportion_mediated": share}
 
 
-def mediation_at(site: str, emitters: list[dict], records: dict[str, dict[str, dict]],
-                 readout: str) -> dict | None:
-    """Return the effects of `mediate` at a site against a blank image, over the items that have all four
-    worlds; None below two groups. The outcome is the log-probability of the right option ("r0") or whether
-    the answer is right ("r2")."""
-    worlds = ("clean", *WORLDS[site], "blank")
+def complete_items(names: Sequence[str], emitters: list[dict], records: dict[str, dict[str, dict]],
+                   readout: str, min_groups: float) -> list[dict]:
+    """Return the items on which all conditions could be run, none of them undone, and scored; [] below
+    `min_groups` effective groups, or two."""
     complete = [item for item in emitters
-                if all(has_readout(records[item["id"]].get(name), readout) for name in worlds)]
-    groups = list(map(group_of, complete))
-    if len(set(groups)) < 2:
-        return None
+                if all(has_readout(records[item["id"]].get(name), readout) for name in names)]
+    enough = effective_groups(list(map(group_of, complete))) >= max(2, min_groups)
+    return complete if enough else []
+
+
+def mediation_at(site: str, emitters: list[dict], records: dict[str, dict[str, dict]], readout: str,
+                 min_groups: float) -> dict | None:
+    """Return the effects of `mediate` at a site against a blank image, over the `complete_items` of all four
+    worlds, if any. The outcome is the log-probability of the right option ("r0") or whether the answer is
+    right ("r2")."""
+    worlds = ("clean", *WORLDS[site], "blank")
+    complete = complete_items(worlds, emitters, records, readout, min_groups)
 
     def outcome(record: dict) -> float:
         return float(record["correct"]) if readout == "r2" else -record[readout]["nll"]
 
     outcomes = [[outcome(records[item["id"]][name]) for item in complete] for name in worlds]
-    return mediate(*outcomes, groups, binary=readout == "r2")
+    return mediate(*outcomes, list(map(group_of, complete)), binary=readout == "r2") if complete else None
 
 
 def has_readout(record: dict | None, readout: str) -> bool:
-    return bool(record) and not record.get("reason") and (readout == "r2" or bool(record.get(readout)))
+    return (bool(record) and not record.get("reason") and not record.get("again")
+            and (readout == "r2" or bool(record.get(readout))))
 
 
 def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence[Hashable],
@@ -95,20 +102,36 @@ def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequenc
     return {"value": above / below, "ci95": [(b - root) / a, (b + root) / a], "reason": None}
 
 
-def markers_share(emitters: list[dict], records: dict[str, dict[str, dict]]) -> dict | None:
+# ---- contrasts of two conditions
+def markers_share(emitters: list[dict], records: dict[str, dict[str, dict]],
+                  min_groups: float) -> dict | None:
     """Return the share of the accuracy gained by imagining that the markers alone keep, (markers_only -
-    no_segment) / (clean - no_segment), as `proportion_mediated` with "n" (arXiv 2606.01287); None below two
-    groups."""
+    no_segment) / (clean - no_segment), as `proportion_mediated` with "n" (arXiv 2606.01287), over the
+    `complete_items`, if any."""
     worlds = ("markers_only", "no_segment", "clean")
-    complete = [item for item in emitters
-                if all(has_readout(records[item["id"]].get(name), "r2") for name in worlds)]
-    groups = list(map(group_of, complete))
-    if len(set(groups)) < 2:
+    complete = complete_items(worlds, emitters, records, "r2", min_groups)
+    if not complete:
         return None
+    groups = list(map(group_of, complete))
     markers, without, clean = (np.array([int(records[item["id"]][name]["correct"]) for item in complete])
                                for name in worlds)
     total = paired_interval(without, clean, groups, 0.95)
     return {"n": len(complete), **proportion_mediated(markers - without, clean - without, groups, total)}
+
+
+def specific_effect(emitters: list[dict], records: dict[str, dict[str, dict]],
+                    min_groups: float) -> dict | None:
+    """Return how much more often answers follow a directed edit than an irrelevant one of that size, over
+    the `complete_items` of both, if any."""
+    complete = complete_items(("irrelevant", "directed"), emitters, records, "r2", min_groups)
+    if not complete:
+        return None
+    n, of = len(complete), [records[item["id"]] for item in complete]
+    before, after = ([int(by[name]["pred"] == by["directed"]["target"]) for by in of]
+                     for name in ("irrelevant", "directed"))
+    return {"n": n, "coverage": n / len(emitters), "directed": sum(after) / n, "irrelevant": sum(before) / n,
+            "difference": (sum(after) - sum(before)) / n,
+            "ci95": list(paired_interval(before, after, list(map(group_of, complete)), 0.95))}
 
 
 # ---- curves
@@ -128,13 +151,13 @@ def early_answering(curve: Curve) -> float:
 def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
                 groups: Sequence[Hashable]) -> dict | None:
     """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
-    whose `records` hold the clean run and all truncations of `kept`, none of which the model filled in again.
-    The mean of the items' areas is the area over the mean curve. None below two groups, or without a share of
-    0 and another."""
+    whose `records` hold the clean run and all truncations of `kept`, none of which the model filled in again,
+    and a clean answer. The mean of the items' areas is the area over the mean curve. None below two groups,
+    or without a share of 0 and another."""
     names = sorted(kept, key=kept.get)
     complete = [(by, group) for by, group in zip(records, groups)
                 if all(by[name].get("r0") and not by[name].get("reason") and not by[name].get("again")
-                       for name in ("clean", *names))]
+                       for name in ("clean", *names)) and by["clean"]["pred"] is not None]
     groups = [group for _, group in complete]
     if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
         return None
@@ -143,14 +166,16 @@ def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
                             ("r0", lambda record: record["r0"]["pred"])):
         same = [[int(answer(by[name]) == answer(by["clean"])) for name in names] for by, _ in complete]
         areas = [early_answering([*((kept[name], y) for name, y in zip(names, row)), (1, 1)]) for row in same]
-        mean, *ends = robust_mean(areas, groups, 0.95)
+        mean, low, high = robust_mean(areas, groups, 0.95)
         points = []
         for name, column in zip(names, zip(*same)):
             change = paired_interval([1] * len(column), column, groups, 0.95)
             points.append({"kept": kept[name], "same": sum(column) / len(column),
                            "ci95": [min(1.0, max(0.0, 1 + end)) for end in change]})
         points.append({"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]})
-        result[readout] = {"aoc": mean, "ci95": ends, "curve": points}
+        # a mean of equal areas has no width of its own: at least that of the points
+        far = [early_answering([(point["kept"], point["ci95"][end]) for point in points]) for end in (1, 0)]
+        result[readout] = {"aoc": mean, "ci95": [min(low, far[0]), max(high, far[1])], "curve": points}
     return result
 
 

@@ -12,13 +12,14 @@ from functools import partial
 
 from utils.intervene.figures import ends_of, title_of, write_figures
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has_latent, latent_index,
-                                         markers_only, put_slots, seeded)
+                                         markers_only, put_slots, seeded, whole)
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
 from utils.means import dose_trend
 from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, draw_line, legend, new_figure,
                          tidy)
+from utils.stats import effective_groups
 
 MAX_WINDOWS = 8  # of layers in a map
 LINES = {"keep_one": LineStyle("only this position kept", BLUE),
@@ -107,10 +108,11 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
         donor, segment, step if step in steps else 0))
 
 
-SWEEPS = {"keep_one": Condition("fed", keep_one, default=0),
-          "drop_one": Condition("fed", drop_one, default=0),
-          "top_k": Condition("fed", top_k, default=1), "top_random": Condition("fed", top_random, default=1),
-          "keep_first": Condition("none", keep_first, default=1),
+SWEEPS = {"keep_one": Condition("fed", keep_one, default=0, parse=whole),
+          "drop_one": Condition("fed", drop_one, default=0, parse=whole),
+          "top_k": Condition("fed", top_k, default=1, parse=whole),
+          "top_random": Condition("fed", top_random, default=1, parse=whole),
+          "keep_first": Condition("none", keep_first, default=1, parse=whole),
           "slot_swap_at": Condition("slot", slot_swap_at, default=(range(1), range(1)), needs=("random",),
                                     parse=parse_place)}
 
@@ -129,9 +131,10 @@ def sweep_conditions(size: int, n_layers: int) -> list[str]:
 
 
 # ---- trends
-def dose_trends(items: list[dict], records: dict[str, dict[str, dict]]) -> dict[str, dict]:
+def dose_trends(items: list[dict], records: dict[str, dict[str, dict]], min_groups: float) -> dict[str, dict]:
     """Return `dose_trend` of R0's negative log-likelihood by condition ("mix", "add_noise") that was run with
-    at least two doses, over the items that have all of them. Dose 0 is the clean run."""
+    at least two doses, over the items that have all of them, if these are enough effective groups. Dose 0 is
+    the clean run."""
     result = {}
     for base in ("mix", "add_noise"):
         names = {name for by in records.values() for name in by if name.startswith(f"{base}:")}
@@ -139,7 +142,7 @@ def dose_trends(items: list[dict], records: dict[str, dict[str, dict]]) -> dict[
         complete = [item for item in items if all((records[item["id"]].get(name) or {}).get("r0")
                                                   for name in doses)]
         groups = list(map(group_of, complete))
-        if len(names) > 1 and len(set(groups)) > 1:
+        if len(names) > 1 and effective_groups(groups) >= max(2, min_groups):
             nats = [[records[item["id"]][name]["r0"]["nll"] for name in doses] for item in complete]
             result[base] = dose_trend(list(doses.values()), nats, groups)
     return result
@@ -162,7 +165,7 @@ def draw_sweeps(metrics: dict, output: str) -> None:
 
 
 def map_figure(metrics: dict, effects: Effects) -> tuple:
-    """Return a grid of positions by layers; a dot where the 95 % interval excludes 0."""
+    """Return a grid of positions by layers; a dot where the verdict is "effect"."""
     cells = {place: effect for place, effect in effects.get("slot_swap_at", {}).items() if place is not None}
     if len(cells) < 2:
         return None, []
@@ -177,7 +180,7 @@ def map_figure(metrics: dict, effects: Effects) -> tuple:
     shown = draw_grid(axes, grid, bound, aspect="auto", origin="lower")
     for (cell_steps, cell_layers), effect in cells.items():
         x, y, change = steps.index(cell_steps), layers.index(cell_layers), effect["delta_nll"]
-        dot = " •" if effect["ci95"][0] > 0 or effect["ci95"][1] < 0 else ""
+        dot = " •" if effect["verdict"] == "effect" else ""
         axes.annotate(f"{change:+.3f}{dot}", (x, y), ha="center", va="center", fontsize=8,
                       color="white" if abs(change) > 0.6 * bound else "black")
     axes.set_xticks(range(len(steps)), map(from_one, steps))
@@ -186,7 +189,7 @@ def map_figure(metrics: dict, effects: Effects) -> tuple:
     figure.colorbar(shown, ax=axes, label=CHANGE)
     whole = effects.get("slot_swap_random", {}).get(None)
     total = f"all positions and layers at once: {whole['delta_nll']:+.3f} nats" if whole else ""
-    axes.set_title(f"{title_of(metrics)}\na random donor's state at one place; •: 95 % interval without 0\n"
+    axes.set_title(f"{title_of(metrics)}\na random donor's state at one place; •: effect, after Holm\n"
                    f"{total}", fontsize=9)
     return figure, [{"position": from_one(place[0]), "layers": from_one(place[1]), **csv_row(effect)}
                     for place, effect in cells.items()]
@@ -198,7 +201,8 @@ def from_one(numbers: range) -> str:
 
 
 def csv_row(effect: dict) -> dict:
-    return {"n": effect["n"], "change": effect["delta_nll"], **ends_of(effect, "ci95")}
+    return {"n": effect["n"], "change": effect["delta_nll"], **ends_of(effect, "ci95"),
+            "holm_p": effect["holm_p"], "verdict": effect["verdict"]}
 
 
 def points_of(effects: Effects, name: str, *ends: tuple[str, float], shift: int = 0) -> dict[float, dict]:
