@@ -169,7 +169,7 @@ def full_tables(result: dict) -> str:
     return "\n".join([
         *table_lines(header, rows), "", fill(text, 110), "",
         *table_lines(["imagination", *EFFECTS], effects), "",
-        "Against a blank image, 95 % intervals: accuracy of replies (R2), log-probability of the right option (R0).",
+        "Against a blank image, 95 % intervals: accuracy (R2) and log-probability of the right option (R0).",
         "",
         *table_lines(*mediation_table(result["mediation"])), "", *probing_lines(result["probing"])])
 
