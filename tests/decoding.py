@@ -1,4 +1,8 @@
 """A batch of prompts, and a random model that likes to imagine."""
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from PIL import Image
 
@@ -8,6 +12,11 @@ from utils.items import chat
 from utils.latent_families import PRESETS
 
 MIRAGE = PRESETS["mirage"]
+LOWERED = (os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2")
+           and "avx512" in Path("/proc/cpuinfo").read_text())
+# RuntimeError: pack_vnni2 is only supported when avx512 is supported (torch 2.13)
+needs_bfloat16 = pytest.mark.skipif(LOWERED, reason="torch has no bfloat16 attention on an AVX-512 processor "
+                                                    "whose instructions ATEN_CPU_CAPABILITY lowers")
 
 
 def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False, with_logits=False,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from decoding import needs_bfloat16
 from torch.distributed.tensor import DTensor
 from training import flags, load_examples, run_ranks
 
@@ -109,6 +110,7 @@ def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data
     check_near(whole_state(again[0].qwen.model, torch.float32, True), expected["state"], NEAR)
 
 
+@needs_bfloat16
 def test_in_low_precision_loss_gradients_and_master_weights_are_float32(tiny_checkpoint, data):
     qwen, examples, target = load_examples(tiny_checkpoint, data, dtype="bfloat16")
     qwen.model.model.visual.requires_grad_(False)
