@@ -26,13 +26,14 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from utils.answers import answers_match, last_boxed, normalize
+from utils.answers import answers_match, normalize
 from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
 from utils.cli import Help, cli, log
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import check_output, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
+from utils.reply_text import last_boxed
 from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_rows, find_markup,
                         parse_options, read_own, row_fault, split_final, split_spans)
 

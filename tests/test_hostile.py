@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.answers import last_boxed
 from utils.evaluate.judge import question_for
 from utils.evaluate.scoring import check_scorable
 from utils.images import open_image
@@ -21,6 +20,7 @@ from utils.items import plain
 from utils.jsonl import DataError
 from utils.probe.states import States, StateWriter
 from utils.qwen import load
+from utils.reply_text import last_boxed
 from utils.rows import find_markup, parse_options, split_spans
 
 

@@ -1,55 +1,56 @@
-"""Read an answer from a model's reply, and compare answers. An unclear reply stays unresolved.
+r"""Read an answer from a model's reply, and compare answers. An unclear reply stays unresolved.
 
-The rules of `extract_choice`, in order, with the names that results carry:
-  empty              nothing is left without special tokens and latent spans
-  boxed_*            the last \boxed{} or \fbox{} decides, no rule below is tried (boxed_open_*: none closes)
-  tag_*              the last <answer>...</answer>, read like a box
+The places in which `extract_choice` looks, in order, with the names that results carry:
+  empty              nothing is left without thoughts, tool calls, special tokens and latent spans
+  boxed_*            the last \boxed{}, \fbox{} or GLM box (boxed_open_*: none closes)
+  tag_*              the last <answer>...</answer>, <conclusion>, <final_answer> or <solution>
+  json_*             the last value of a key "answer"
   bare_*             a reply of one line that is a letter, "B. red" or exactly an option's text
-  phrase             the last "answer is" / "answer:" / "choose" ... followed by a capital option letter
+  phrase             the last "answer is" / "answer:" / "I choose" / "B is correct" ... (utils.phrases)
+  first_letter       a first line that is, or begins with, an option's letter and a mark
+  last_letter        a last line that is a letter, or a letter with its text
   bare_text_in       a short reply of one line that names exactly one option
   tail_text          the last sentence names exactly one option (not in a reply cut off at its token limit)
   unresolved         none of these
-A box, tag or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is a
-letter with another option's text, or with a phrase that chooses another letter.
+A box, tag, value or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is
+a letter with another option's text, or two places that differ. What a box leaves open, only a phrase after it
+decides. A later "wait" or "but" that names another option takes a letter back ("corrected").
 """
 import re
-import unicodedata
 from typing import NamedTuple
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-           "sixteen seventeen eighteen nineteen twenty").split()
+from utils.phrases import (CAPITAL, find_options, find_phrase, is_corrected, lone_letters, named_option,
+                           split_sentences)
+from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap, visible
+
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
-# never words: Monet, Mirage, LVR, the chat format; ltnt: the log of a Monet fork
-LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
-                         r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
-SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox)\s*\{([^{}]*)\}")
-MAX_DEPTH = 50  # nested commands that are taken off an answer
+TAG = re.compile(r"<(?:answer|conclusion|final_answer|solution)>(.*?)"
+                 r"(?:</(?:answer|conclusion|final_answer|solution)>|\Z)", re.DOTALL | re.IGNORECASE)
+JSON_KEY = re.compile(r"[\"'](?:final[_ ]?|correct[_ ]?)?(?:answer|choice|option|letter)[\"']\s*:\s*"
+                      r"(?:\"([^\"\n]*)\"|'([^'\n]*)'|([\w.+-]+))", re.IGNORECASE)
+PLACEHOLDER = re.compile(
+    r"[\s.…_]*|(?i:\W*(?:(?:your|the|final|correct|option|insert)\s+)*(?:answer|letter|choice)"
+    r"(?:\s+(?:letter|here|choice))*\W*)|(?:[A-H]\s*[/|]\s*){2,}[A-H]")
 BARE_LENGTH = 200  # characters of a one-line reply that is read as an answer
 SHORT_LENGTH = 30  # characters; a reply of twice the options' summed length is short too (VLMEvalKit's bound)
 PREFIX = re.compile(
     r"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.I)
-OPTION_WORD = re.compile(r"^(?:option|choice)\s+", re.I)
-LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*[.):,\-–]+\s*|\s+)(\S.*)", re.DOTALL)
-PHRASE = re.compile(
-    r"(?:(?i:answer\s+is|answer\s*[:：]|(?:option|choice)\s+is|choose|答案)\s*[是为:：]*)"
-    r"\s*(?i:(?:the\s+)?(?:option|choice)\s+)?[\s*\"'“‘(\[{$（:]*([A-Z])(?![A-Za-z0-9]|['’]s|\W?\?)")
-ARTICLE = re.compile(r"A\s+(?!because|since|as\b|for\b|which|based|given|is\b)[a-z]")  # "A red cup"
-NEGATION = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether)\b"
-    r"|n['’]t\b|\?")
-CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
-SENTENCE_END = re.compile(  # the period of "A. red B. blue" ends no sentence
-    r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
-EDGES = " \t\n.,;:!\"'“”‘’*_`。"
-NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)}
-UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$",
-         "centimeters": "cm", "centimeter": "cm", "meters": "m", "meter": "m", "kilometers": "km",
-         "kilometer": "km", "inches": "inch", "seconds": "s", "second": "s", "minutes": "min",
-         "minute": "min", "hours": "h", "hour": "h", "years": "year"}
-QUANTITY = re.compile(r"(\$?)\s*([-+]?\d+(?:\.\d+)?)\s*(%|°|\$|[a-z]*)")
+OPTION_WORD = re.compile(
+    r"^(?:(?:final|correct)\s+)?(?:option|choice|letter|答案|选项)\s*[:：]?\s*(?=\W*[A-Z]\b)", re.I)
+LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、．：）/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
+LONE = re.compile(r"[\s()\[\]{}<>*_|:.]*([A-Za-z])[\s()\[\]{}<>*_|:.]*")
+LIST_ITEM = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])[.):]\s+\S")
+LINE_MARK = re.compile(r"^(?:\s*(?:[-*•>#✅→]+|\d+[.)])\s+)+|^\s*[✅→]+\s*|^#+\s*")
+LEAD_WORD = re.compile(
+    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option)\b)[\s,:]*(?=\W*[A-Z]\b)")
+OR = re.compile(r"[\s$.]*(?:or|and|,|/|或|oder|ou|o)[\s$.]*")
+DENIED = re.compile(
+    r"\b(?:is|was|are|seems|looks|would be|can be)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|excluded|ruled out"
+    r"|impossible|not (?:the )?(?:correct|right|answer|it))\b|^\W*[^.]{0,60}[:–—-]\s*(?:no|wrong|incorrect)\b"
+    r"|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
+YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=[\s*_)]*(?:[,.;:!–—-]|\n|$))", re.IGNORECASE)
+QUANTITY = re.compile(
+    r"(\$?)\s*([-+]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(?:/(\d+(?:\.\d+)?))?\s*(%|°|\$|[a-z]*)")
 BARE_UNITS = {*UNITS, *UNITS.values(), ""}
 
 
@@ -62,87 +63,121 @@ class Extraction(NamedTuple):
 
 def extract_choice(output: str, options: dict[str, str], finish_reason: str | None = None) -> Extraction:
     """Return which of {letter: text} a reply chose."""
-    text = strip_markers(output)
+    text = without_options(visible(output), options)
     if not text:
         return Extraction(None, "empty")
-    content, closed = find_box(text)
-    if content is not None:
-        return resolve(content, options, "boxed_" if closed else "boxed_open_")
-    if tags := TAG.findall(text):
-        return resolve(tags[-1], options, "tag_")
-    one_line = "\n" not in text and len(text) <= BARE_LENGTH
-    letter = find_phrase(text, options)
-    if one_line:
+    phrase, place = find_phrase(text, options)
+    marked, label = find_marked(text)
+    if marked:
+        choice, end = read_marked(marked, label, text, options, finish_reason)
+        if place >= end and choice.letter is None and phrase and not choice.rule.endswith("conflict"):
+            return Extraction(phrase, "phrase")
+        if choice.letter and (place >= end and phrase != choice.letter
+                              or is_corrected(text[end:], choice.letter, options)):
+            return Extraction(None, label + "conflict")
+        return choice
+    choice = read_plain(text, options, phrase)
+    if choice is None:
+        return read_text(text, options, finish_reason)
+    start = place if choice.rule == "phrase" else 0
+    if choice.letter and choice.rule != "last_letter" and is_corrected(
+            text[start:], choice.letter, options, skip=choice.rule != "phrase"):
+        return Extraction(None, "corrected")
+    return choice
+
+
+def read_plain(text: str, options: dict[str, str], phrase: str | None) -> Extraction | None:
+    """Return what a letter in a reply without box, tag or key says; None if there is none."""
+    if "\n" not in text and len(text) <= BARE_LENGTH:
         bare = resolve(text, options, "bare_", strict=True)
         if bare.rule not in ("bare_text_in", "bare_unresolved"):
-            if letter and bare.letter not in (letter, None):  # "A. red? No, the answer is B."
+            if phrase and bare.letter not in (phrase, None):  # "A. red? No, the answer is B."
                 return Extraction(None, "bare_conflict")
             return bare
-    if letter:
-        return Extraction(letter, "phrase")
-    if one_line and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values()))):
-        if letter := named_option(text, options):
-            return Extraction(letter, "bare_text_in")
-    sentences = [sentence for sentence in SENTENCE_END.split(text) if sentence.strip(EDGES)]
+    if phrase:
+        return Extraction(phrase, "phrase")
+    lines = [line for line in text.split("\n") if line.strip(EDGES)]
+    heads = [LETTER_TEXT.match(unwrap(line)) for line in lines]
+    listed = {head[1] for head in heads if head and head[1] in options and head[2].strip()}
+    first = first_letter(lines[0], options) if lines else None
+    last = line_letter(lines[-1], options) if len(lines) > 1 else None
+    if len(listed) > 1:  # a list of options
+        first = line_letter(lines[0], options, alone=True)
+        last = line_letter(lines[-1], options, alone=True)
+    stated = resolve(lines[-1], options, strict=True) if first and len(lines) > 1 else Extraction(None, "")
+    if first and (last or stated.rule == "text" and stated.letter) not in (first, None, False):
+        return Extraction(None, "bare_conflict")
+    if last:
+        return Extraction(last, "last_letter")
+    return Extraction(first, "first_letter") if first else None
+
+
+def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> Extraction:
+    """Return the option that a reply without any letter names in words."""
+    if letter := leading_yes_no(text, options):
+        return Extraction(letter, "bare_text_in")
+    if "\n" not in text and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values()))):
+        if finish_reason != "length" and len(split_sentences(text)) == 1:
+            if letter := named_option(text, options):
+                return Extraction(letter, "bare_text_in")
+    sentences = split_sentences(text)
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
     return Extraction(letter, "tail_text" if letter else "unresolved")
 
 
-def strip_markers(output: str) -> str:
-    return SPECIAL_TOKEN.sub("", LATENT_SPAN.sub("", output)).strip()
-
-
-def closing_braces(text: str, start: int = 0) -> dict[int, int]:
-    """Return {place after an opening brace: place of its closing brace} from `start` on."""
-    closing, opened = {}, []
-    for match in re.finditer("[{}]", text[start:]):
-        if match[0] == "{":
-            opened.append(start + match.end())
-        elif opened:
-            closing[opened.pop()] = start + match.start()
-    return closing
-
-
-def find_box(text: str) -> tuple[str | None, bool]:
-    """Return (content of the last box that closes, True), else (rest of an open box's line, False)."""
-    boxes = list(BOX.finditer(text))
-    closing = closing_braces(text, boxes[0].start()) if boxes else {}
-    content, end = None, 0
-    for match in boxes:
-        if match.start() >= end and match.end() in closing:  # not inside another box
-            end = closing[match.end()]
-            content = text[match.end():end]
-    if content is None and boxes:
-        return text[boxes[-1].end():].split("\n")[0], False
-    return content, content is not None
-
-
-def last_boxed(text: str) -> str | None:
-    content = find_box(text)[0]
-    return None if content is None else unwrap(content)
-
-
-def unwrap(text: str) -> str:
-    """Remove TeX text commands, and marks and brackets around all of `text`."""
-    if text.isalnum():
+def without_options(text: str, options: dict[str, str]) -> str:
+    """Return text without lines that repeat the list of options."""
+    lines = text.split("\n")
+    if len(lines) < 2:
         return text
-    for _ in range(MAX_DEPTH):
-        before = text
-        text = TEX.sub(r"\1", text).replace("\\%", "%").strip(EDGES)
-        enclosed = len(text) > 1 and text[0] + text[-1] in ("()", "[]", "{}", "（）", "$$")
-        if enclosed and not set(text[1:-1]) & set("()[]{}"):
-            text = text[1:-1]
-        if text == before:
-            break
-    return text
+    echoes = {}
+    for number, line in enumerate(lines):
+        head = LETTER_TEXT.fullmatch(line.strip(" \t*_-"))
+        if head and head[2].strip() and head[1] in options and fold(head[3]) == fold(options[head[1]]):
+            echoes[number] = head[1]
+    if len(set(echoes.values())) < 2:
+        return text
+    return "\n".join(line for number, line in enumerate(lines) if number not in echoes).strip()
+
+
+def find_marked(text: str) -> tuple[list[tuple[int, int, str, bool]], str]:
+    """Return the boxes, else tags, else JSON values, as (start, end, content, closed), and a name."""
+    tags = [(m.start(), m.end(), m[1], m[0].endswith(">")) for m in TAG.finditer(text)]
+    keys = [(m.start(), m.end(), m[1] or m[2] or m[3] or "", True) for m in JSON_KEY.finditer(text)]
+    for found, label in ((find_boxes(text), "boxed_"), (tags, "tag_"), (keys, "json_")):
+        real = [place for place in found if not PLACEHOLDER.fullmatch(place[2])]
+        if real:
+            return real, label
+    return [], ""
+
+
+def read_marked(marked: list, label: str, text: str, options: dict[str, str],
+                finish_reason: str | None) -> tuple[Extraction, int]:
+    """Return what the last marked place says, and where it ends."""
+    start, end, content, closed = marked[-1]
+    if not closed and label == "boxed_":
+        if finish_reason == "length":
+            return Extraction(None, "boxed_open_unresolved"), end
+        return resolve(content, options, "boxed_open_"), end
+    nested, _ = find_phrase(content, options)
+    choice = resolve(content, options, label)
+    if choice.letter is None and nested and label == "tag_" and not choice.rule.endswith("conflict"):
+        choice = Extraction(nested, label + "letter")
+    if not closed and finish_reason == "length" and not choice.rule.endswith("letter"):
+        choice = Extraction(None, label + "unresolved")
+    if len(marked) > 1 and OR.fullmatch(text[marked[-2][1]:start]):
+        if resolve(marked[-2][2], options).letter != choice.letter:
+            choice = Extraction(None, label + "conflict")
+    return choice, end
 
 
 def resolve(content: str, options: dict[str, str], label: str = "", strict: bool = False) -> Extraction:
     """Read a short text that is meant to be the answer; the rule is `label` + an outcome listed above. In a
     bare reply (`strict`) "answer: B" is a phrase and a first word "A" may be the article."""
     text = unwrap((OPTION_WORD if strict else PREFIX).sub("", unwrap(content)))
-    if text.upper() in options:
-        return Extraction(text.upper(), label + "letter")
+    lone = LONE.fullmatch(text)
+    if lone and lone[1].upper() in options:
+        return Extraction(lone[1].upper(), label + "letter")
     exact = [letter for letter, option in options.items() if fold(text) == fold(option)]
     if len(exact) == 1:
         return Extraction(exact[0], label + "text")
@@ -150,10 +185,12 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
     if match and match[1].upper() in options:
         letter, mark, rest = match[1].upper(), match[2].strip(), match[3]
         spans = find_options(rest, options)
-        agrees = unwrap(rest) == options[letter] or any(
+        agrees = unwrap(rest) == options[letter] or fold(rest) == fold(options[letter]) or any(
             start == 0 and named == letter for start, _, named in spans)
         if mark or not strict:
             agrees = agrees or named_option(rest, options) == letter
+        if agrees and (DENIED.search(rest) or any(m[1] in options for m in LIST_ITEM.finditer(rest))):
+            return Extraction(None, label + "unresolved")
         if agrees:
             return Extraction(letter, label + "letter_text")
         if mark:  # the letter was meant as an option's
@@ -163,62 +200,47 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
                 return Extraction(None, label + "conflict")
             if not names and not strict:
                 return Extraction(letter, label + "letter_text")
-    letter = named_option(text, options)
+    letter = leading_yes_no(text, options) or named_option(text, options)
     return Extraction(letter, label + ("text_in" if letter else "unresolved"))
 
 
-def find_phrase(text: str, options: dict[str, str]) -> str | None:
-    text = TEX.sub(r"\1", text)
-    letters = [match[1] for match in PHRASE.finditer(text)
-               if match[1] in options and not ARTICLE.match(text, match.start(1))]
-    return letters[-1] if letters else None
+def leading_yes_no(text: str, options: dict[str, str]) -> str | None:
+    """Return the letter of the option Yes or No with which a text begins: "No, the cup is not red"."""
+    letters = {fold(option): letter for letter, option in options.items()}
+    first = YES_NO_FIRST.match(text) if {"yes", "no"} <= set(letters) else None
+    return letters[first[1].lower()] if first else None
 
 
-def fold(text: str) -> str:
-    """Return text in lower case and single spaces, without outer marks or leading article."""
-    text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).lower()).strip(EDGES)
-    return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
-
-
-def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
-    """Return (start, end, letter) of each option in `fold(text)`: whole words, the longest if nested."""
-    text, spans = fold(text), []
-    for letter, option in options.items():
-        word = re.escape(fold(option))
-        if word and word[-1].isascii():  # Chinese has no spaces between words
-            sign = r"(?<!-)" if word[0].isdigit() else ""
-            word = rf"(?<![a-z0-9à-ÿ])(?<!\d[.,]){sign}{word}(?![a-z0-9à-ÿ])(?![.,]\d)"
-        spans += [(m.start(), m.end(), letter) for m in re.finditer(word, text) if m[0]]
-    return [(start, end, letter) for start, end, letter in spans
-            if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)]
-
-
-def named_option(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the only option that `text` names, without a negation, a question or another
-    option's letter: "The right one is B" does not name A. right."""
-    spans = find_options(text, options)
-    if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
+def first_letter(line: str, options: dict[str, str]) -> str | None:
+    """Return the letter with which a reply begins: alone, with its text, or with an explanation."""
+    if letter := line_letter(line, options):
+        return letter
+    head = LETTER_TEXT.match(line.lstrip(" \t*_#>-("))
+    if not head or head[1] not in options or not set(head[2]) & set(".):：．）*"):
         return None
-    covered = {i for start, end, _ in spans for i in range(start, end)}
-    around = "".join(" " if i in covered else character for i, character in enumerate(fold(text)))
-    return None if NEGATION.search(around) or text.rstrip().endswith("?") else spans[0][2]
+    names = {named for _, _, named in find_options(split_sentences(head[3])[0], options)}
+    others = lone_letters(head[3], options) - {head[1]}
+    asks = "?" in head[3] or DENIED.search(head[3]) or (names and head[1] not in names)
+    return None if asks or others else head[1]
 
 
-def lone_letters(text: str, options: dict[str, str]) -> set[str]:
-    """Return the option letters among the words of `text`, without the article "A"."""
-    letters = {match[0] for match in CAPITAL.finditer(text)
-               if match[0] in options and not ARTICLE.match(text, match.start())}
-    return letters - set(CAPITAL.findall(" ".join(options.values())))
+def line_letter(line: str, options: dict[str, str], alone: bool = False) -> str | None:
+    """Return the letter that a line is, or is with its option's text."""
+    if len(line) > BARE_LENGTH:
+        return None
+    line = LEAD_WORD.sub("", line)
+    choice = resolve(LINE_MARK.sub("", line), options, strict=True)
+    return choice.letter if choice.rule in (("letter",) if alone else ("letter", "letter_text")) else None
 
 
+# ---- comparing answers
 def normalize(text: str) -> str:
     """Return an answer in one spelling of case, articles, number words, units and marks."""
     box = last_boxed(text)
-    text = unwrap(unicodedata.normalize("NFKC", text if box is None else box)).lower()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r",(?=\S)", ", ", fold(unwrap(text if box is None else box)))
     text = re.sub(r"(?<!^)\bthe |^(?:the|an|a) |(?<=\s)(?:an|a) (?=\w)", "", text)
     words = [word.strip(EDGES) or word for word in text.split()]
-    return " ".join(UNITS.get(word, word) for word in (NUMBER_WORDS.get(word, word) for word in words))
+    return " ".join(UNITS.get(word, word) for word in words)
 
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
@@ -237,9 +259,12 @@ def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool
 def same_quantity(a: str, b: str) -> bool:
     """Return whether two normalized answers are one number, with one unit or a unit on only one."""
     matches = [QUANTITY.fullmatch(text) for text in (a, b)]
-    if None in matches or float(matches[0][2]) != float(matches[1][2]):
+    if None in matches:
         return False
-    units = [UNITS.get(unit, unit) for unit in (match[1] or match[3] for match in matches)]
+    below = [float(match[3] or 1) for match in matches]
+    if 0 in below or float(matches[0][2]) / below[0] != float(matches[1][2]) / below[1]:
+        return False
+    units = [UNITS.get(unit, unit) for unit in (match[1] or match[4] for match in matches)]
     return units[0] == units[1] or ("" in units and set(units) <= BARE_UNITS)
 
 

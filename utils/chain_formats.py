@@ -2,8 +2,8 @@
 import re
 from dataclasses import dataclass, field
 
-from utils.answers import last_boxed
 from utils.jsonl import DataError, check_fields
+from utils.reply_text import last_boxed
 from utils.rows import OWN_FIELDS, check_own
 
 INPUTS = {"monet": {"metadata": dict, "data": list},

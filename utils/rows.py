@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.answers import BOX, answers_match, last_boxed
+from utils.answers import answers_match
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key, read_rows
+from utils.reply_text import BOX, last_boxed
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from samples import before_conclusion
 
-from utils.answers import NUMBERS
+from utils.reply_text import NUMBERS
 from utils.intervene.text_conditions import (CONSTANT, EDITS, TEXT_CONDITIONS, TEXT_PRESETS, Context,
                                              until_last_span)
 from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, direct, word_distance

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from utils.answers import closing_braces
+from utils.reply_text import closing_braces
 
 # ---- VLMEvalKit
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",

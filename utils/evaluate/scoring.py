@@ -6,11 +6,13 @@ utils.evaluate.reference_scorers; they never decide ours.
 import re
 from typing import NamedTuple
 
-from utils.answers import NEGATION, SENTENCE_END, TAG, extract_choice, find_box, strip_markers, unwrap
+from utils.answers import extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq,
                                               walk_vsp, without_label, yes_or_no)
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
+from utils.phrases import NEGATION, SENTENCE_END
+from utils.reply_text import find_boxes, unwrap, visible
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
 VLMEVALKIT = "vlmevalkit_e8e78f0"  # the harness and its commit
@@ -18,12 +20,23 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 
 
 # ---- reading a reply
-LABEL = re.compile(r"^answer\s*[:：]\s*", re.IGNORECASE)
-TRUTH_WORD = re.compile(r"\b(true|false)\b", re.IGNORECASE)
+LABEL = re.compile(
+    r"^[\s*_#>]*(?:(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:[\s*_]*[:：]|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    r"|答案[是为]?[\s*]*[:：]?|(?:antwort|respuesta|réponse|resposta|ответ|答え|정답)[\s*_]*[:：])[\s*_]*", re.I)
+TRUTH_WORD = re.compile(r"\b(true(?!\s+(?:value|number|total|count|amount))|false)\b", re.IGNORECASE)
+TRUTH_FIRST = re.compile(r"\W*(true|false)\b(?=[\s*_)]*(?:[,.;:!–—]|\n|$))", re.IGNORECASE)
+TRUTH_SAID = re.compile(
+    r"\b(?:answer|statement|claim)\s*(?:is|:)[\s*_:\"]*(true|false)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
+HEDGE = re.compile(r"\b(?:partially|partly|half|mostly|would be|could be|might be|may be|if)\W+$")
+TURN_OF_TRUTH = re.compile(r"\b(?:so|thus|therefore|hence|but|which|not)\b|,")
+DENIED = re.compile(r"\W*(?:is|was|would be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
 YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=[\s*_)]*(?:[,.;:!]|$))", re.IGNORECASE)
-YES_NO_SAID = re.compile(r"\banswer\s*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
+YES_NO_FIRST = re.compile(
+    r"\W*(yes|no)\b(?=[\s*_)\"]*(?:[,.;:!–—-]|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as)\b)",
+    re.IGNORECASE)
+YES_NO_LAST = re.compile(r"(?:[,.;:!?\n]|\bso|\bis)[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
+YES_NO_SAID = re.compile(r"\banswer[\s*_]*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
 AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
 
@@ -36,9 +49,14 @@ class Reading(NamedTuple):
 
 
 def read_value(output: str) -> Reading:
-    """Return the answer to a VWTQ question. Rules: boxed, boxed_open, tag, whole, empty."""
+    """Return the answer to a VWTQ question. Rules: boxed, boxed_open, tag, json, whole, empty."""
     content, rule = answer_part(output)
-    content = LABEL.sub("", content) if rule == "whole" else unwrap(content)
+    if rule == "whole":
+        content = LABEL.sub("", content)
+        inner = unwrap(content)
+        content = inner if len(inner) < len(content.rstrip(".")) and "\n" not in inner else content
+    else:
+        content = unwrap(content)
     return Reading(content, rule) if content else Reading(None, "empty")
 
 
@@ -46,7 +64,8 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     """Return "1" or "0" for a VTabFact reply that means true or false.
 
     Rules: boxed_truth, boxed_open_truth, tag_truth, whole_truth for a part that is the word alone (or yes,
-    no, 1, 0), truth_word for the last true or false of a reply without box or tag. A word that is negated,
+    no, 1, 0), first_word ("True. The table ..."), truth_word for the last true or false of a reply without
+    box or tag, phrase ("the statement is false") where that word decides nothing. A word that is negated,
     questioned ("true or false?") or cut off (`finish_reason` "length") is unresolved.
     """
     content, rule = answer_part(output)
@@ -60,23 +79,32 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
         if len(words) == 1 and not NEGATION.search(content.lower()):
             return Reading(TRUTH[words.pop()], f"{rule}_truth")
         return Reading(None, f"{rule}_unresolved")
+    first, said = TRUTH_FIRST.match(LABEL.sub("", content)), TRUTH_SAID.findall(content)
+    if first and finish_reason != "length":
+        agrees = not said or said[-1].lower() == first[1].lower()
+        return Reading(TRUTH[first[1].lower()], "first_word") if agrees else Reading(None, "unresolved")
     sentences = [sentence for sentence in SENTENCE_END.split(content) if TRUTH_WORD.search(sentence)]
     if not sentences or finish_reason == "length":
         return Reading(None, "unresolved")
     last = sentences[-1]
     words = list(TRUTH_WORD.finditer(last))
     before = last[words[-2].end() if len(words) > 1 else 0:words[-1].start()].lower()
-    questioned = "?" in last[words[-1].end():] or re.fullmatch(r"\W*(?:or|nor|and)\W*", before)
-    if questioned or NEGATION.search(before):
-        return Reading(None, "unresolved")
+    after = last[words[-1].end():]
+    questioned = "?" in after or re.fullmatch(r"\W*(?:or|nor|and)?\W*", before)
+    both = len({word[1].lower() for word in words[-2:]}) > 1 and not TURN_OF_TRUTH.search(before)
+    if questioned or both or NEGATION.search(before) or HEDGE.search(before) or DENIED.match(after):
+        words = {word.lower() for word in said}
+        plain = len(words) == 1 and not questioned and len(sentences) > 1
+        return Reading(TRUTH[words.pop()], "phrase") if plain else Reading(None, "unresolved")
     return Reading(TRUTH[words[-1][1].lower()], "truth_word")
 
 
 def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
     """Return "yes" or "no" for a reply to a question of MME.
 
-    Rules: boxed_yesno, boxed_open_yesno, tag_yesno, first_word ("No, a cat."), phrase ("answer is no"). If
-    the last two disagree, or a reply was cut off after its first word, it is unresolved.
+    Rules: boxed_yesno, boxed_open_yesno, tag_yesno, first_word ("No, a cat."), phrase ("answer is no"),
+    last_word ("..., so yes."). If two of these disagree, or a reply was cut off after its
+    first word, it is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -86,8 +114,14 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
         if len(words) == 1:
             return Reading(words.pop(), f"{rule}_yesno")
         return Reading(None, f"{rule}_unresolved")
-    first, phrases = YES_NO_FIRST.match(content), YES_NO_SAID.findall(content)
+    content = re.sub(r"^[^?\n.]*\?\s*(?=\S)", "", content)
+    first, last = YES_NO_FIRST.match(content), YES_NO_LAST.search(content)
+    phrases = YES_NO_SAID.findall(content)
     word, phrase = first and first[1].lower(), phrases[-1].lower() if phrases else None
+    if last and finish_reason != "length":
+        if {word, phrase} <= {None, last[1].lower()}:
+            return Reading(last[1].lower(), "first_word" if word else "phrase" if phrase else "last_word")
+        return Reading(None, "unresolved")
     if word and phrase in (None, word) and (phrase or finish_reason != "length"):
         return Reading(word, "first_word")
     return Reading(phrase, "phrase") if phrase and not word else Reading(None, "unresolved")
@@ -95,12 +129,14 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
 
 def answer_part(output: str) -> tuple[str, str]:
     """Return (text, rule) of the last box, else tag, else the whole reply."""
-    text = strip_markers(output)
-    content, closed = find_box(text)
-    if content is not None:
-        return content.strip(), "boxed" if closed else "boxed_open"
-    tags = TAG.findall(text)
-    return (tags[-1].strip(), "tag") if tags else (text, "whole")
+    text = visible(output)
+    marked, label = find_marked(text)
+    if not marked and not find_boxes(text):
+        return text, "whole"
+    if not marked:  # \boxed{}
+        return "", "boxed"
+    _, _, content, closed = marked[-1]
+    return content.strip(), label[:-1] + ("" if closed or label != "boxed_" else "_open")
 
 
 def vwtq_numeric(value: str, gold: str) -> bool:
@@ -125,7 +161,7 @@ def score_mcq(item: dict, record: dict) -> dict:
 
 
 def score_vsp(item: dict, record: dict) -> dict:
-    text = record["clean_output"]
+    text = visible(record["clean_output"])
     moves = vsp_moves(text)
     right = moves is not None and walk_vsp(item["answer"]["value"], text)
     return verdict(moves, "no_box" if moves is None else "boxed_path", right) | {"compat": {}}

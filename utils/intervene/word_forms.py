@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-from utils.answers import NUMBERS, strip_label
+from utils.answers import strip_label
+from utils.reply_text import NUMBERS
 
 COLORS = "red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ae]y"
 SOMETHING = "something"  # replaces a removed value; it takes no ending

@@ -1,0 +1,92 @@
+"""What chooses an option and what does not, over kinds of replies and over generated ones."""
+import json
+import random
+import time
+
+import pytest
+from harness_table import OPTIONS
+from planted import planted
+from samples import table
+
+from utils.answers import answers_match, extract_choice
+from utils.evaluate.reference_scorers import vwtq
+from utils.evaluate.scoring import read_truth, read_value, read_yes_no
+from utils.phrases import find_phrase, named_option
+from utils.reply_text import fold, visible
+
+COLOURS = OPTIONS["COL"]
+THOUGHTS = ["<think>The answer is A. \\boxed{C}</think>", "It is white.\nThe answer is D.</think>\n",
+            "[THINK]B[/THINK]", "◁think▷<answer>A</answer>◁/think▷", "<seed:think>C?</seed:think>",
+            "<REASONING>White is A.</REASONING>", "<|begin_of_thought|>D<|end_of_thought|>",
+            "<|channel|>analysis<|message|>The answer is A<|end|><|start|>assistant"
+            "<|channel|>final<|message|>",
+            '<tool_call>{"name": "zoom", "arguments": {"label": "black laptop"}}</tool_call>\n']
+
+
+@pytest.mark.parametrize("case", table("reply_kinds"), ids=lambda case: case["reply"][:30])
+def test_replies_by_kind(case):
+    """"-" stands for no letter; some replies may be read or left open."""
+    options = dict(zip("ABCDE", case["options"].split(" | ")))
+    assert (extract_choice(case["reply"], options).letter or "-") in case["letters"]
+
+
+def test_replies_in_published_shapes(shared_data):
+    """A wrong letter is never read; nearly all are read as a careful reader reads them."""
+    def rows(name):
+        lines = (shared_data / "replies" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    read = [(extract_choice(row["output"], row["options"], row["finish_reason"]).letter, row["expected"])
+            for row in rows("choice")]
+    assert not [row for row in read if row[0] and row[0] not in row[1]]
+    assert sum((letter or "-") in expected for letter, expected in read) >= 0.98 * len(read)
+    found = [(answers_match(row["a"], row["b"]), row["same"]) for row in rows("match")]
+    assert sum(one == same for one, same in found) >= 0.97 * len(found)
+    values = [(read_value(row["output"]).value, row) for row in rows("table_value")]
+    right = [(value is not None and vwtq(value, row["gold"])) == row["right"] for value, row in values]
+    assert sum(right) >= 0.97 * len(right)
+    for name, reader in (("table_truth", read_truth), ("yes_no", read_yes_no)):
+        read = [(reader(row["output"]).value or "-") in row["expected"] for row in rows(name)]
+        assert sum(read) >= 0.97 * len(read), name
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_a_thought_in_front_changes_nothing(thought):
+    for _, options, _, reply in planted(300, seed=1):
+        assert extract_choice(thought + reply, options) == extract_choice(reply, options), reply
+    assert read_truth(thought + "True").value == "1" and read_yes_no(thought + "No").value == "no"
+    assert read_value(thought + "2004").value == "2004" and visible(thought) == ""
+
+
+@pytest.mark.parametrize("reply", ["{}", "({})", "Answer: {}", "The answer is {} in this case.",
+                                   "**Answer**: {}", "It stands there.\n\n{}", "{}\n\nIt stands there.",
+                                   "\\boxed{{{}}}",
+                                   "选{}",
+                                   "I choose {} with high confidence.", "The answer is {} and not Z.",
+                                   "{} is correct.", "Die Antwort ist {}.", "정답: {}", '{{"answer": "{}"}}'])
+def test_all_letters_are_read_alike(reply):
+    options = dict(zip("ABCDEFGH", "sun moon rain snow wind hail mist dust".split()))
+    assert [extract_choice(reply.format(letter), options).letter for letter in options] == list(options)
+
+
+def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():
+    rng = random.Random(0)
+    for letter, text in COLOURS.items():
+        for form in ("It is not {}.", "不是{}", "Es ist nicht {}.", "It isn't {}.", "No es {}.", "{}?",
+                     "It is never {}.", "Ce n'est pas {}.", "It stands next to the {} laptop."):
+            assert named_option(form.format(text), COLOURS) is None, form
+        assert find_phrase(f"The answer is not {letter}.", COLOURS) == (None, -1)
+        assert extract_choice(f"The answer is {letter}. Wait, it may be {rng.choice(['E', 'none'])}.",
+                              COLOURS).letter == letter
+    for _, _, _, reply in planted(300, seed=2):
+        assert visible(visible(reply)) == visible(reply) and fold(fold(reply)) == fold(reply)
+
+
+def test_replies_are_read_in_little_time():
+    """2,000 replies of 1,000 characters; 60 s for 100,000 are 1.2 s."""
+    filler = "A closer look shows the cup on the table, next to the laptop and a plate. " * 13
+    replies = [f"{filler}{number} {reply}" for number, (*_, reply) in enumerate(planted(2000, seed=3))]
+    began = time.process_time()
+    for reply in replies:
+        extract_choice(reply, COLOURS)
+    assert time.process_time() - began < 2.4  # twice that, for slow machines

@@ -1,0 +1,179 @@
+"""Phrases that choose an option, in nine languages, and options named in words.
+
+A phrase counts only as a statement: never in a question, after a negation, in a list of letters, or where its
+letter may be the article "A". All letters are treated alike. A named option counts only if it is the only
+one, not denied, and not a mark of something else ("next to the black laptop").
+"""
+import re
+from functools import lru_cache
+
+from utils.reply_text import EDGES, TEX, fold
+
+
+def either(words: str) -> str:
+    """Return a pattern of words; an underscore is a space within one."""
+    return "|".join(words.split()).replace("_", " ")
+
+
+NOUN = either("answer ans option choice letter selection conclusion antwort lösung auswahl respuesta opción "
+              "alternativa réponse choix resposta opção ответ вариант выбор")
+VERB = either("i(?:'d|_would|_will|'ll)?_(?:choose|pick|select|go_(?:with|for)|opt_for) choose pick select "
+              "opt_for (?:right|correct|best)_one ich_wähle elijo escojo je_choisis escolho выбираю")
+WEAK = either("it_is it's it’s it_must_be it_should_be so hence therefore thus final also donc por_tanto "
+              "portanto поэтому es_ist so_it_is")
+CJK = either("答案 选项 選項 結論 结论 答え 答 解答 回答 正解 정답 답변 답 故选 应选 选择 選択 选 選")
+FILLER = either("is was be are should would must will has to the correct right best final option choice "
+                "answer letter clear clearly simply just probably definitely therefore thus hence ist lautet "
+                "die richtige antwort es la el correcta opción letra respuesta sería est réponse bonne "
+                "lettre é a o opção correta resposta это правильный правильная вариант ответ буква")
+CJK_FILLER = either("应该 应當 應該 应当 选项 选择 正确 是 为 爲 应 選 选 は が 은 는 이 가")
+GAP = r"[\s*_`\"'“”‘’«»(\[{<$（【「『:：=,，>–—#-]"
+LABEL = re.compile(
+    rf"(?:(?<![\w</])(?i:(?P<noun>{NOUN})|(?P<verb>{VERB})|(?P<weak>{WEAK}))(?!\w)|(?P<cjk>{CJK}))"
+    rf"(?P<gap>(?:{GAP}|(?<!\w)(?i:{FILLER})(?=\W)|{CJK_FILLER})*)"
+    r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
+LETTER_FIRST = re.compile(
+    r"(?<![\w'’])([A-Z])[)\]\"'*_.:）】」]*\s*(?:(?i:(?:is|must be|should be|would be)\s+(?:(?:the|my|our)\s+)?"
+    r"(?:(?:only|most)\s+)?(?:correct|right|best|final|answer|choice)(?!\w))|(?:选?项)?是?正确|が正|を選|です"
+    r"|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:richtig|korrekt)|es (?:la )?correct"
+    r"|est (?:la )?(?:bonne|correct)|é (?:a )?corret)")
+LISTED = re.compile(
+    r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|和|または|또는)\s*)+"
+    r"(?:(?:option|choice)\s+)?[(\[*\"']*([A-Z])(?![A-Za-z0-9])")
+FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another word "A" would be the article
+    "a[st] in on with from and or but because since for which that this based given is was are to by due not "
+    "so here if when where while the it of according corresponding rather instead has will would should must "
+    "can then than also there i we after before over under out only again indeed matches shows says fits "
+    "without weil da porque car parce pois denn y et und e") + r")\b")
+NEGATION = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether|wrong"
+    r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|не|нет|ни)\b|n['’]t\b"
+    r"|\?|不|没|沒|非|无法|未|ない|なく|ません|아니|않|없")
+UNSURE = re.compile(r"\b(?:if|could|can|might|maybe|perhaps|first|initially)\b", re.IGNORECASE)
+SINGLE = re.compile(r"(?<![A-Za-z0-9À-ÿ])[A-Za-z](?![A-Za-z0-9À-ÿ]|['’][a-z])")
+WORD_AFTER = re.compile(r"\s+([a-zà-ÿ]+)")
+LABEL_WINDOW = 80  # characters in which a phrase before its letter is looked for
+CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
+SENTENCE_END = re.compile(  # the period of "A. red B. blue" ends no sentence
+    r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
+CLAUSE_END = re.compile(r"[.,;:!?\n。，；：！？]|\b(?:so|thus|hence|therefore|but|The)\b")
+CLOSED = re.compile(
+    r"[\s*_`\"'”’)\]}>$）】」]*(?:[.!,;:。，；：]|$|\n|\(|because|since|as\b|[一-鿿])")
+SMALL_CLOSED = re.compile(r"[\s*_`\"'”’)\]}>$]*(?:[.!,;:](?!\w)|$|\n)")
+TURNED = re.compile(
+    r"\b(?:wait|actually|hold on|correction|hmm+|on second thought|looking (?:again|closer)|i was wrong|sorry"
+    r"|let me (?:re)?check|moment mal|espera|attendez|espere|подождите)\b|不对|等等|等一下|待って|잠깐")
+BUT = re.compile(r"\b(?:but|however|no,|aber|pero|mais|mas|но)(?!\w)|但|しかし|하지만")
+BESIDE = re.compile(
+    r"(?:next to|beside|near|close to|behind|adjacent to|against|alongside|in front of|with|holding|wearing"
+    r"|like|unlike|than)\s+(?:the |an? |its |their |his |her |some |another )?$")
+PLAN = re.compile(r"\b(?:let me|let's|i will|i'll|i need to|i should|i must|to determine|going to|label)\b")
+
+
+def split_sentences(text: str) -> list[str]:
+    return [sentence for sentence in SENTENCE_END.split(text) if sentence.strip(EDGES)]
+
+
+def find_phrase(text: str, options: dict[str, str]) -> tuple[str | None, int]:
+    """Return the letter of the last phrase that chooses one, and where the phrase ends (-1 without one)."""
+    text = TEX.sub(same_length, text)
+    for letter in reversed(list(SINGLE.finditer(text))):  # the last first, each with the words before it
+        place = letter.end()
+        if letter[0].upper() not in options or letter[0].islower() and not SMALL_CLOSED.match(text, place):
+            continue
+        word = WORD_AFTER.match(text, place)
+        option = fold(options[letter[0].upper()])
+        if word and not FUNCTION_WORD.match(word[1]) and option.split(" ")[0] != word[1]:
+            continue  # the article: "A red cup"
+        labels = LABEL.finditer(text, max(0, letter.start() - LABEL_WINDOW), place)
+        matches = [match for match in labels if match.end() == place]
+        for match in filter(None, [*matches, LETTER_FIRST.match(text, letter.start())]):
+            if chooses(text, match, letter[0], place, options):
+                return letter[0].upper(), match.end()
+    return None, -1
+
+
+def same_length(match: re.Match) -> str:
+    """Return the content of a TeX command in its place, blanks for the rest; a box stays."""
+    return match[0] if "box" in match[0] else " " * (len(match[0]) - len(match[1]) - 1) + match[1] + " "
+
+
+def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str, str]) -> bool:
+    """Return whether a phrase is no question, negation, list or article, before no other option's text."""
+    after = text[end:end + 200]
+    before = CLAUSE_END.split(text[max(0, match.start() - 100):match.start()])[-1]
+    if NEGATION.search(before.lower()) or UNSURE.search(before):
+        return False
+    listed = LISTED.match(after)
+    if (listed and listed[1] in options) or re.match(r"[^.!\n]{0,80}\?", after):
+        return False
+    if match.re is LABEL:
+        if match["weak"] and not CLOSED.match(after):
+            return False
+        direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
+        if direct and match["noun"] and match["noun"].lower() not in ("answer", "ans"):
+            return False
+        if letter.islower() and (not match["noun"] or not SMALL_CLOSED.match(after)):
+            return False
+    rest = re.match(r"[\s*_)\]]*[.:,)–-]?[\s*_(]*", after).end()
+    names = find_options(after[rest:].split("\n")[0], options)
+    other = [n for start, _, n in names if start == 0 and n != letter.upper()]
+    return not other or bool(NEGATION.search(after.lower()))
+
+
+def is_corrected(rest: str, letter: str, options: dict[str, str], skip: bool = False) -> bool:
+    """Return whether a later sentence takes an answer back: "Wait", "but", and another option."""
+    turned = False
+    for sentence in split_sentences(rest)[skip:]:
+        low = sentence.lower()
+        turned = turned or bool(TURNED.search(low))
+        if not turned and not BUT.match(low.lstrip(" ,;.*")):
+            continue
+        names = {named for _, _, named in find_options(sentence, options)} | lone_letters(sentence, options)
+        denied = NEGATION.search(low)
+        if (names - {letter} and not denied) or (turned and letter in names and denied):
+            return True
+    return False
+
+
+@lru_cache(maxsize=4096)
+def option_pattern(option: str) -> re.Pattern:
+    word = re.escape(fold(option, prose=True))
+    if word and word[-1].isascii():  # Chinese has no spaces between words
+        sign = r"(?<!-)" if word[0].isdigit() else ""
+        word = rf"(?<![a-z0-9à-ÿ])(?<!\d[.,:/]){sign}{word}(?![a-z0-9à-ÿ])(?![.,:/]\d)"
+    return re.compile(word)
+
+
+def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
+    """Return (start, end, letter) of each option in `fold(text, prose=True)`: whole words, the longest if
+    nested."""
+    text, spans = fold(text, prose=True), []
+    for letter, option in options.items():
+        spans += [(m.start(), m.end(), letter) for m in option_pattern(option).finditer(text) if m[0]]
+    return [(start, end, letter) for start, end, letter in spans
+            if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)]
+
+
+def named_option(text: str, options: dict[str, str]) -> str | None:
+    """Return the letter of the only option that `text` names, without a negation, a question or another
+    option's letter: "The right one is B" does not name A. right. "Next to the black laptop" names nothing."""
+    folded = fold(text, prose=True)
+    spans = [(start, end, letter) for start, end, letter in find_options(text, options)
+             if not (BESIDE.search(folded[:start]) and re.match(r" [a-z]", folded[end:]))]
+    if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
+        return None
+    covered = {i for start, end, _ in spans for i in range(start, end)}
+    around = "".join(" " if i in covered else character for i, character in enumerate(folded))
+    refused = NEGATION.search(around) or PLAN.search(around) or text.rstrip().endswith("?")
+    return None if refused else spans[0][2]
+
+
+def lone_letters(text: str, options: dict[str, str]) -> set[str]:
+    """Return the option letters among the words of `text`, without those that may be the article "A"."""
+    letters = set()
+    for match in CAPITAL.finditer(text):
+        word = re.match(r"\s+([a-z]+)", text[match.end():match.end() + 30])
+        if match[0] in options and not (word and not FUNCTION_WORD.match(word[1])):
+            letters.add(match[0])
+    return letters - set(CAPITAL.findall(" ".join(options.values())))

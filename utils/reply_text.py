@@ -1,0 +1,206 @@
+r"""What of a model's reply can be an answer, and one spelling of what it says.
+
+`visible` removes what is no answer, for every reader: latent spans and special tokens, thoughts in the
+published formats (Qwen3, GLM, Magistral, Kimi-VL, Seed-OSS, LLaVA-CoT, Sky-T1, Cohere, gpt-oss), tool calls,
+and the next question of a model that runs on. A thought that is not closed hides what follows, a closing mark
+alone what stands before it, a tool call all before it, for no answer was given yet. `fold` writes numbers,
+fractions, hyphens and TeX in one way, for options and open answers alike.
+"""
+import re
+import unicodedata
+from functools import lru_cache
+
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+           "sixteen seventeen eighteen nineteen twenty").split()
+TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
+SMALL = {**{word: number for number, word in enumerate(NUMBERS)}, **TENS}
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6}
+ORDINALS = dict(zip(("first second third fourth fifth sixth seventh eighth ninth tenth eleventh "
+                     "twelfth").split(), "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split()))
+
+# ---- what is no answer
+# never words: Monet, Mirage, LVR, the chat format; ltnt: the log of a Monet fork
+LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
+                         r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>|</s>")
+GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
+TURN = re.compile(r"<\|(?:im_start|start)\|>assistant(?!\w)")
+TURN_END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|return)\|>|</s>")
+HARMONY = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|<\|call\|>|\Z)"
+                     r"|<\|channel\|>\s*final[^<]*(?=<\|message\|>)", re.DOTALL)
+THOUGHT_NAMES = (r"(?:seed:)?think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad|reflection|analysis|summary"
+                 r"|caption|reasoning_content|inner_monologue|rationale")
+CALL_NAMES = (r"tool_calls?|tool_responses?|tool_code|tool_output|tool_result|function_calls?"
+              r"|function_results?|function|invoke|action|python_tag")
+HIDDEN = re.compile(
+    rf"(?:<\|?|\[|◁)(?P<close>/?)(?:(?P<thought>{THOUGHT_NAMES})|(?P<call>{CALL_NAMES}))(?=[\s=>\]▷|])"
+    r"[^<>\[\]▷\n]*[>\]▷]|<\|(?:(?P<opened>begin_of_thought|START_THINKING|START_ACTION)|end_of_thought"
+    r"|END_THINKING|END_ACTION)\|>|<unused9[45]>", re.IGNORECASE)
+CALL_BODY = re.compile(r"\s*(?:[{\[<]|[\w.-]+\s*[({<\n]|\Z)")
+BARE_CALL = re.compile(
+    r"\{\s*\"name\"\s*:\s*\"[^\"]*\"\s*,\s*\"(?:arguments|parameters)\"\s*:.*?(?:\}\s*\}|\Z)"
+    r"|```(?:python|tool_call|tool_code)\b.*?(?:```|\Z)|(?:^|(?<=\n))Action(?: Input)?:[^\n]*", re.DOTALL)
+NEXT_QUESTION = re.compile(r"\n[ \t]*(?:#+ *|\*+)?(?:Question|Human|User|Q|问题|問題) ?\d*\**[ \t]*[:：]")
+WIDE = {ord("Ａ") + i: ord("A") + i for i in range(26)} | {ord("ａ") + i: ord("a") + i for i in range(26)}
+HTML = re.compile(r"</?(?:p|b|i|u|em|strong|span|div|br|code|center|h[1-6])\s*/?>")  # <B> is an answer
+
+
+def strip_markers(output: str) -> str:
+    return SPECIAL_TOKEN.sub("", LATENT_SPAN.sub("", output)).strip()
+
+
+@lru_cache(maxsize=1024)
+def visible(output: str) -> str:
+    """Return the part of a reply in which an answer is looked for."""
+    text = LATENT_SPAN.sub("", output).translate(WIDE)
+    text = re.sub(r"\\boxed\s+([A-Za-z0-9])(?![\w{])", r"\\boxed{\1}", text)
+    if "<" in text or "[" in text or "◁" in text:
+        text = GLM_BOX.sub(r"\\boxed{\1}", HARMONY.sub("", TURN.split(text)[-1]))
+        text = HTML.sub("", without_hidden(text))
+        text = next((part for part in TURN_END.split(text) if part.strip()), "")
+    if calls := list(BARE_CALL.finditer(text)):
+        text = text[calls[-1].end():]
+    return NEXT_QUESTION.split(SPECIAL_TOKEN.sub("", text).strip())[0].strip()
+
+
+def without_hidden(text: str) -> str:
+    pieces, start, inside = [], 0, False
+    for match in HIDDEN.finditer(text):
+        opens = bool(match["opened"]) or match[0] == "<unused94>" or (
+            bool(match["thought"] or match["call"]) and not match["close"])
+        if opens and not inside:
+            pieces.append(text[start:match.start()])
+        elif not opens and not inside:
+            pieces = []
+        if match["call"] and (not opens or CALL_BODY.match(text, match.end())):
+            pieces = []
+        elif match["call"]:  # a stray mark in prose
+            opens, pieces = inside, pieces if inside else [*pieces[:-1], text[start:match.start()]]
+        start, inside = match.end(), opens
+    return "".join(pieces if inside else [*pieces, text[start:]])
+
+
+# ---- boxes and TeX
+BOX = re.compile(r"(?:\\+|\x08)?(?:(?<=\\)boxed|(?<=\\)fbox|(?<=\x08)oxed|(?<![A-Za-z\\])boxed)\s*\{")
+TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox)\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
+MAX_DEPTH = 50  # nested commands that are taken off an answer
+EDGES = " \t\n.,;:!\"'“”‘’*_`。"
+PAIRS = ("()", "[]", "{}", "（）", "$$", "【】", "「」", "<>", "“”")
+
+
+def closing_braces(text: str, start: int = 0) -> dict[int, int]:
+    """Return {place after an opening brace: place of its closing brace} from `start` on."""
+    closing, opened = {}, []
+    for match in re.finditer("[{}]", text[start:]):
+        if match[0] == "{":
+            opened.append(start + match.end())
+        elif opened:
+            closing[opened.pop()] = start + match.start()
+    return closing
+
+
+def find_boxes(text: str) -> list[tuple[int, int, str, bool]]:
+    """Return (start, end, content, closed) of the outer boxes, or of the last that is open if none closes."""
+    boxes = list(BOX.finditer(text)) if "box" in text or "oxed" in text else []
+    closing = closing_braces(text, boxes[0].start()) if boxes else {}
+    found, end = [], 0
+    for match in boxes:
+        if match.start() >= end and match.end() in closing:  # not inside another box
+            end = closing[match.end()]
+            found.append((match.start(), end + 1, text[match.end():end], True))
+    if boxes and not found:
+        content = text[boxes[-1].end():].split("\n")[0]
+        found = [(boxes[-1].start(), boxes[-1].end() + len(content), content, False)]
+    return found
+
+
+def last_boxed(text: str) -> str | None:
+    boxes = find_boxes(text)
+    return unwrap(boxes[-1][2]) if boxes else None
+
+
+def plain_tex(text: str) -> str:
+    """Return text without the escapes and spaces of TeX."""
+    if "\\" not in text and "{,}" not in text:
+        return text
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text.replace("{,}", ","))
+    text = re.sub(r"\\([$%#&_])", r"\1", text)
+    return re.sub(r"\\[,;:!> ]|\\q?quad\b|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
+
+
+def unwrap(text: str) -> str:
+    """Remove TeX text commands, and marks and brackets around all of `text`."""
+    if text.isalnum():
+        return text
+    text = re.sub(r"^\s*\.(?=\d)", "0.", text)
+    for _ in range(MAX_DEPTH):
+        before = text
+        text = plain_tex(TEX.sub(r"\1", text)).strip(EDGES)
+        enclosed = len(text) > 1 and text[0] + text[-1] in PAIRS
+        if enclosed and not set(text[1:-1]) & set("()[]{}<>"):
+            text = text[1:-1]
+        if text == before:
+            break
+    return text
+
+
+# ---- one spelling
+MONTHS = ("january february march april may june july august september october november december").split()
+UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$",
+         **{name + end: short for name, short in {
+             "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
+             "metre": "m", "kilometer": "km", "kilometre": "km", "kilogram": "kg", "gram": "g", "pound": "lb",
+             "second": "s", "sec": "s", "minute": "min", "min": "min", "hour": "h", "hr": "h", "lb": "lb",
+             "mile": "mile", "year": "year", "kg": "kg"}.items() for end in ("", "s")},
+         "inches": "inch", "feet": "ft", "foot": "ft"}
+WORDS = {**ORDINALS, **{month[:3]: month for month in MONTHS}, "sept": "september", "grey": "gray",
+         "colour": "color"}
+WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
+DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−﹣－", "-") | {"⁄": "/", "∕": "/", "’": "'"})
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b(?:[\s-]+(?:and[\s-]+)?"
+                         rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b)*")
+
+
+def number_of(words: str) -> str:
+    """Return the digits of a number in words; words that are no number stay."""
+    total = group = 0
+    last = 10 ** 9
+    parts = [word for word in re.split(r"[\s-]+", words) if word != "and"]
+    for word in parts:
+        if word in SCALES:
+            scale = SCALES[word]
+            if scale == 100:
+                group = (group or 1) * 100
+            else:
+                total, group = total + (group or 1) * scale, 0
+            last = scale
+        elif SMALL[word] < last and (last >= 100 or (last in TENS.values() and SMALL[word] < 10)):
+            group, last = group + SMALL[word], SMALL[word]
+        else:
+            return " ".join(str(SMALL.get(part, part)) for part in parts)
+    return str(total + group)
+
+
+def simple_number(match: re.Match) -> str:
+    whole, decimals = match[1].lstrip("0") or "0", (match[2] or "").rstrip("0")
+    return whole + (f".{decimals}" if decimals else "")
+
+
+@lru_cache(maxsize=4096)
+def fold(text: str, prose: bool = False) -> str:
+    """Return text in lower case and one spelling, without outer marks or leading article. In `prose` the word
+    "one" is no number."""
+    text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", plain_tex(text))
+    text = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[½¼¾⅓⅔])", " ", text)).lower().translate(DASHES)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = NUMBER_WORD.sub(lambda m: m[0] if prose and m[0] == "one" else number_of(m[0]), text)
+    text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text)
+    text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
+    text = re.sub(r"(?<![\w.])(\d+)\.(\d+)(?![\w.]*\d)", simple_number, text)
+    text = re.sub(r"(\d)\s*([:/])\s*(?=\d)", r"\1\2", text)
+    text = re.sub(r"(?<=\d)(?=(?:cm|mm|km|kg|ft|m|g|s|h|%|°)(?!\w))", " ", text)
+    text = re.sub(r"(?<=\d )(?:[a-z]+|°)(?!\w)", lambda m: UNITS.get(m[0], m[0]), text)
+    text = WORD.sub(lambda m: WORDS[m[0]], re.sub(r"\b([ap])\.m\b\.?", r"\1m", text))
+    text = re.sub(r"\s+", " ", text).strip(EDGES)
+    return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
