@@ -38,7 +38,7 @@ PREFIX = re.compile(
 OPTION_WORD = re.compile(
     r"^(?:(?:final|correct)\s+)?(?:option|choice|letter|答案|选项)\s*[:：]?\s*(?=\W*[A-Z]\b)", re.I)
 LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、．：）/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
-LONE = re.compile(r"[\s()\[\]{}<>*_|:.]*([A-Za-z])[\s()\[\]{}<>*_|:.]*")
+LONE = re.compile(r"[^\w?？°%+&]*([A-Za-z])[\s()\[\]{}<>*_|:.,;!，。、；：！）】」]*")
 LIST_ITEM = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])[.):]\s+\S")
 LINE_MARK = re.compile(r"^(?:\s*(?:[-*•>#✅→]+|\d+[.)])\s+)+|^\s*[✅→]+\s*|^#+\s*")
 LEAD_WORD = re.compile(

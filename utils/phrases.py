@@ -25,7 +25,8 @@ CJK = either("答案 选项 選項 結論 结论 答え 答 解答 回答 正解
 FILLER = either("is was be are should would must will has to the correct right best final option choice "
                 "answer letter clear clearly simply just probably definitely therefore thus hence ist lautet "
                 "die richtige antwort es la el correcta opción letra respuesta sería est réponse bonne "
-                "lettre é a o opção correta resposta это правильный правильная вариант ответ буква")
+                "correcte finale richtig korrekte lettre é a o opção correta resposta это правильный "
+                "правильная вариант ответ буква")
 CJK_FILLER = either("应该 应當 應該 应当 选项 选择 正确 是 为 爲 应 選 选 は が 은 는 이 가")
 GAP = r"[\s*_`\"'“”‘’«»(\[{<$（【「『:：=,，>–—#-]"
 LABEL = re.compile(
@@ -38,7 +39,7 @@ LETTER_FIRST = re.compile(
     r"|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:richtig|korrekt)|es (?:la )?correct"
     r"|est (?:la )?(?:bonne|correct)|é (?:a )?corret)")
 LISTED = re.compile(
-    r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|和|または|또는)\s*)+"
+    r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|还是|還是|和|または|또는)\s*)+"
     r"(?:(?:option|choice)\s+)?[(\[*\"']*([A-Z])(?![A-Za-z0-9])")
 FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another word "A" would be the article
     "a[st] in on with from and or but because since for which that this based given is was are to by due not "
@@ -49,6 +50,7 @@ NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether|wrong"
     r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|не|нет|ни)\b|n['’]t\b"
     r"|\?|不|没|沒|非|无法|未|ない|なく|ません|아니|않|없")
+DENIED_AFTER = re.compile(r"[)）」\s]*(?:では?な|じゃな|(?:이|가)?\s*아니|不|nicht\b|(?:is|was)(?:n['’]t| not| wrong)\b)")
 UNSURE = re.compile(r"\b(?:if|could|can|might|maybe|perhaps|first|initially)\b", re.IGNORECASE)
 SINGLE = re.compile(r"(?<![A-Za-z0-9À-ÿ])[A-Za-z](?![A-Za-z0-9À-ÿ]|['’][a-z])")
 WORD_AFTER = re.compile(r"\s+([a-zà-ÿ]+)")
@@ -105,7 +107,9 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
     if NEGATION.search(before.lower()) or UNSURE.search(before):
         return False
     listed = LISTED.match(after)
-    if (listed and listed[1] in options) or re.match(r"[^.!\n]{0,80}\?", after):
+    if (listed and listed[1] in options) or DENIED_AFTER.match(after):
+        return False
+    if re.match(r"[^.!\n。]{0,80}[?？]", after):
         return False
     if match.re is LABEL:
         if match["weak"] and not CLOSED.match(after):
@@ -130,7 +134,7 @@ def is_corrected(rest: str, letter: str, options: dict[str, str], skip: bool = F
         if not turned and not BUT.match(low.lstrip(" ,;.*")):
             continue
         names = {named for _, _, named in find_options(sentence, options)} | lone_letters(sentence, options)
-        denied = NEGATION.search(low)
+        denied = NEGATION.search(re.sub(r"^\W*no\b", "", TURNED.sub("", low).strip(" ,")))
         if (names - {letter} and not denied) or (turned and letter in names and denied):
             return True
     return False

@@ -195,7 +195,7 @@ def fold(text: str, prose: bool = False) -> str:
     text = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[½¼¾⅓⅔])", " ", text)).lower().translate(DASHES)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = NUMBER_WORD.sub(lambda m: m[0] if prose and m[0] == "one" else number_of(m[0]), text)
-    text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text)
+    text = re.sub(r"\b(?:negative|minus) (?=\d)", "-", re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text))
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<![\w.])(\d+)\.(\d+)(?![\w.]*\d)", simple_number, text)
     text = re.sub(r"(\d)\s*([:/])\s*(?=\d)", r"\1\2", text)

@@ -11,11 +11,14 @@ repeats what failed.
 import re
 from dataclasses import replace
 
+from utils.answers import extract_choice
 from utils.backends import ErrorRateError, Request
 from utils.cli import log
+from utils.evaluate.scoring import read_yes_no
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
 from utils.model_calls import Call, Caller, Check, IncompleteError, Outcome, ask, fill
+from utils.reply_text import visible
 
 KINDS = ("map", "grade")
 TRIES = 3  # as VLMEvalKit's
@@ -45,8 +48,6 @@ GRADED = ("mcq", "wtq", "tabfact", "yesno_pair")  # metrics whose gold answer ca
 TEST_ITEM = {"id": "preflight", "metric": "mcq", "question": "What colour is the kite?",
              "options": [["A", "green"], ["B", "blue"]], "answer": {"type": "letter", "value": "B"}}
 TEST_REPLY = "The kite in the picture is clearly blue."
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-MARKS = " \t\r\n.,:;!*_#`'\"()[]{}"
 
 
 def question_for(kind: str, item: dict, reply: str) -> str | None:
@@ -68,12 +69,12 @@ def question_for(kind: str, item: dict, reply: str) -> str | None:
 
 def parse(kind: str, item: dict, text: str) -> str | None:
     """Return the letter (or Z), or the yes or no, of a judge's reply, if it is one."""
-    text = THOUGHT.sub("", text)
     if kind == "map":
-        letter = text.strip(MARKS).upper()
-        return letter if letter in (*dict(item["options"]), NONE_OF_THEM) else None
-    words = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
-    return words.pop() if len(words) == 1 else None
+        choice = extract_choice(text, dict(item["options"]) | {NONE_OF_THEM: "none of them"})
+        by_words = choice.rule.endswith(("text", "text_in")) and not choice.rule.endswith("letter_text")
+        return None if by_words else choice.letter
+    words = {word.lower() for word in re.findall(r"\b(?:yes|no)\b", visible(text), re.IGNORECASE)}
+    return read_yes_no(text).value or (words.pop() if len(words) == 1 else None)
 
 
 class JudgeCaller(Caller):
