@@ -19,7 +19,7 @@ decides. A later "wait" or "but" that names another option takes a letter back (
 import re
 from typing import NamedTuple
 
-from utils.phrases import (CAPITAL, find_options, find_phrase, is_corrected, lone_letters, named_option,
+from utils.phrases import (find_options, find_phrase, is_corrected, lone_letters, named_option,
                            split_sentences)
 from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap, visible
 
