@@ -50,6 +50,7 @@ from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
                                                find_condition)
+from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_shown
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_helper, open_images, prompt_of, read_items
@@ -59,7 +60,7 @@ from utils.jsonl import (DataError, call_key, check_output, load_object, sha256_
 from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller
 from utils.openai_backend import HttpBackend
-from utils.stats import detectable_difference, effective_groups, items_with_no_change, margin_shown
+from utils.stats import effective_groups
 from utils.tables import intervene_blocks, plain_text, swept
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,6 @@ from scipy import special
 from utils.means import group_sums, mean_and_error, robust_mean, t_quantile, t_tail
 
 BISECTIONS = 60  # far below float resolution
-ALPHA, POWER = 0.05, 0.8
-Z = NormalDist().inv_cdf
-Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -261,35 +257,3 @@ def chance(n_options: Sequence[int]) -> float:
     if min(n_options, default=0) < 1:
         raise ValueError(f"chance of items with {list(n_options)[:9]} options: expected at least one each")
     return sum(1 / n for n in n_options) / len(n_options)
-
-
-# ---- sample sizes: normal approximations with a true effect of 0 and independent items. Discordance is the
-# share of items whose answer changes either way, (b + c) / n
-def items_needed(discordance: float, margin: float) -> int:
-    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
-    one-sided score tests have to reject. At least `items_with_no_change`."""
-    z, b = margin, discordance / 2
-    qb, qc = 2 * z - discordance, -b * z * (1 - z)  # as in `tango_z`, per item
-    null = (math.sqrt(qb * qb - 8 * qc) - qb) / 2 + z * (1 - z)  # the variance where the change is the margin
-    root = Z(1 - ALPHA) * math.sqrt(null) + Z((1 + POWER) / 2) * math.sqrt(discordance)
-    return max(math.ceil((root / margin) ** 2), items_with_no_change(margin))
-
-
-def margin_shown(discordance: float, n: float) -> float:
-    """Return the smallest margin that n items can show: the inverse of `items_needed`."""
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS // 2):
-        middle = (low + high) / 2
-        low, high = (low, middle) if items_needed(discordance, middle) <= n else (middle, high)
-    return high
-
-
-def items_with_no_change(margin: float) -> int:
-    """Return how many items Tango's score test needs even if no answer changes."""
-    return math.floor(Z(1 - ALPHA) ** 2 * (1 - margin) / margin) + 1
-
-
-def detectable_difference(discordance: float, n: float) -> float:
-    """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
-    discordance means that n items cannot show any change."""
-    return Z_DIFFERENCE * math.sqrt(discordance / n)

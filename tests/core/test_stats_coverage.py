@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from analytic import AnalyticModel, draw, most_misses
 
-from utils.intervene.mediation import mediate
+from utils.intervene.mediation import items_needed, items_with_no_change, mediate
 from utils.means import sign_flip
-from utils.stats import (items_needed, items_with_no_change, paired_interval, paired_readings,
-                         robust_mean, share_interval, tost, verdict)
+from utils.stats import paired_interval, paired_readings, robust_mean, share_interval, tost, verdict
 
 N_SETS = 500
 INSIDE = ("equivalent", "small effect inside the margin")

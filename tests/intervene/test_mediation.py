@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from analytic import AnalyticModel, draw
+from analytic import AnalyticModel, draw, trinomial
 
-from utils.intervene.mediation import markers_share, mediate
-from utils.stats import paired_interval, robust_mean, verdict
+from utils.intervene.mediation import (detectable_difference, items_needed, items_with_no_change,
+                                       margin_shown, markers_share, mediate)
+from utils.stats import paired_interval, robust_mean, tost_tango, verdict
 
 EFFECTS = ("TE", "NIE", "NIE0", "NDE", "NDE1", "interaction")
 # log-probabilities of the gold answer
@@ -106,3 +107,48 @@ def test_the_share_that_markers_keep():
 def test_no_effect_of_outcomes_that_make_no_sense(change, words):
     with pytest.raises(ValueError, match=words):
         mediate(**{**HAND, "groups": "aabc"} | change)
+
+
+# ---- sample sizes
+@pytest.mark.parametrize("discordance, items", [
+    (0.02, (1713, 429)), (0.05, (4283, 1071)), (0.1, (8565, 2142)), (0.2, (17129, 4283))])
+def test_planned_items_are_near_the_normal_approximation_where_it_holds(discordance, items):
+    """8.564 discordance / margin^2 at 1 and 2 points; the score test takes more where the margin is large."""
+    for margin, table in zip((0.01, 0.02), items):
+        assert table <= items_needed(discordance, margin) < table * (1 + 0.5 * margin / discordance)
+
+
+def test_detectable_differences_of_the_table():
+    for n, points in ((191, [4.5, 6.4, 9.1]), (72, [7.4, 10.4, 14.8])):
+        assert [round(100 * detectable_difference(share, n), 1) for share in (0.05, 0.1, 0.2)] == points
+
+
+@pytest.mark.parametrize("margin", [0.005, 0.01, 0.05, 0.1])
+def test_no_fewer_items_do(margin):
+    """For an equivalence margin at some discordance, and where no answer changes."""
+    for discordance in (0.02, 0.1):
+        n = items_needed(discordance, margin)
+        assert margin_shown(discordance, n) <= margin + 1e-6 < margin_shown(discordance, n - 2) + 2e-6
+    n = items_with_no_change(margin)
+    assert tost_tango(0, 0, n, margin) < 0.05 <= tost_tango(0, 0, n - 1, margin)
+    assert items_needed(0, margin) == n and margin_shown(0.02, 1) > 0.5
+
+
+@pytest.mark.parametrize("discordance, margin", [
+    (0.005, 0.05), (0.02, 0.05), (0.02, 0.02), (0.05, 0.05), (0.1, 0.05), (0.1, 0.03), (0.2, 0.05)])
+def test_the_planned_items_have_the_power_that_they_are_planned_for(discordance, margin):
+    """Exact power of the score test at the planned number of items, summed over all data. It jumps from item
+    to item where a single change decides."""
+    n = items_needed(discordance, margin)
+    counts = trinomial(n, discordance / 2, discordance / 2)
+    power = sum(p for b, c, p in counts if tost_tango(b, c, n, margin) < 0.05)
+    print(f"{100 * discordance} % change, margin {margin}: {n} items, power {power:.3f}")
+    assert power > (0.68 if discordance < 0.01 else 0.8)
+
+
+def test_mcnemar_finds_the_detectable_difference_as_often_as_planned():
+    n, discordance = 400, 0.1
+    change = detectable_difference(discordance, n)
+    counts = trinomial(n, (discordance - change) / 2, (discordance + change) / 2)
+    power = sum(p for b, c, p in counts if abs(c - b) > 1.959964 * math.sqrt(b + c))
+    assert power == pytest.approx(0.8, abs=0.03)

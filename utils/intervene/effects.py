@@ -26,13 +26,13 @@ from math import ceil, isfinite
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.mediation import (WORLDS, attention_by_layer, early_curve, markers_share, mediation_at,
-                                       specific_effect)
+from utils.intervene.mediation import (ALPHA, WORLDS, attention_by_layer, early_curve, items_needed,
+                                       margin_shown, markers_share, mediation_at, specific_effect)
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.means import RESOLUTION, robust_mean, sign_flip, t_test, tost_mean
-from utils.stats import (ALPHA, Interval, effective_groups, holm, items_needed, kl, margin_shown,
-                         mcnemar_exact, paired_readings, share_interval, share_test, tost, upper_share)
+from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_readings, share_interval,
+                         share_test, tost, upper_share)
 
 INSIDE = ("equivalent", "small effect inside the margin")
 UNBOUNDED = "the mean is inside the margin, large changes are not excluded"

@@ -1,4 +1,4 @@
-"""Effects along X -> Z -> Y from four worlds that were all run, how early the answer settles, where it looks.
+"""Effects along X -> Z -> Y from four worlds that were all run, curves of a run, and sizes of samples.
 
 Y(x, z) is an item's outcome with the prompt x and the imagination forced to z; Z(x) is the imagination that x
 brings about, x' the contrast prompt (a blank image). Definitions: Pearl 2001; Vig et al. 2020 apply them to
@@ -6,6 +6,7 @@ parts of a language model.
 """
 import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from utils.stats import Interval, effective_groups, paired_interval, robust_mean
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
           "text": ("swap_blank", "blank_x")}
 Curve = Sequence[tuple[float, float]]
+ALPHA, POWER = 0.05, 0.8
+Z = NormalDist().inv_cdf
+Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
+HALVINGS = 30  # far below the digits that are shown
 
 
 # ---- four worlds
@@ -191,3 +196,35 @@ def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dic
         mass[name] = [{"mean": mean, "ci95": ends} for mean, *ends in means]
     return {"n": len(looks), "mass": mass,
             "uniform": {name: sum(look["uniform"][name] for look in looks) / len(looks) for name in mass}}
+
+
+# ---- sample sizes: normal approximations with a true effect of 0 and independent items. Discordance is the
+# share of items whose answer changes either way, (b + c) / n
+def items_needed(discordance: float, margin: float) -> int:
+    """Return how many items show equivalence within the margin with 80 % power if the mean change is 0: both
+    one-sided score tests have to reject. At least `items_with_no_change`."""
+    z, b = margin, discordance / 2
+    qb, qc = 2 * z - discordance, -b * z * (1 - z)  # as in `tango_z`, per item
+    null = (math.sqrt(qb * qb - 8 * qc) - qb) / 2 + z * (1 - z)  # the variance where the change is the margin
+    root = Z(1 - ALPHA) * math.sqrt(null) + Z((1 + POWER) / 2) * math.sqrt(discordance)
+    return max(math.ceil((root / margin) ** 2), items_with_no_change(margin))
+
+
+def margin_shown(discordance: float, n: float) -> float:
+    """Return the smallest margin that n items can show: the inverse of `items_needed`."""
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if items_needed(discordance, middle) <= n else (middle, high)
+    return high
+
+
+def items_with_no_change(margin: float) -> int:
+    """Return how many items Tango's score test needs even if no answer changes."""
+    return math.floor(Z(1 - ALPHA) ** 2 * (1 - margin) / margin) + 1
+
+
+def detectable_difference(discordance: float, n: float) -> float:
+    """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
+    discordance means that n items cannot show any change."""
+    return Z_DIFFERENCE * math.sqrt(discordance / n)
