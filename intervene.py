@@ -326,17 +326,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.image_root = args.image_root or str(Path(args.items).parent)
     if args.stem is None and args.latent != "off":
         args.stem = f" {STEM}"
-    for name in args.conditions:
-        if args.latent == "off" and name not in TEXT_CONDITIONS:
-            parser.error(f"--conditions {name}: with --latent off expected some of "
-                         f"{' '.join(TEXT_CONDITIONS)}")
-        if args.latent != "off" and name != "maps":
-            try:
-                canonical(name)
-            except ValueError as error:
-                parser.error(f"--conditions {error}")
     if args.latent != "off":
-        args.conditions = list(dict.fromkeys(map(canonical, args.conditions)))
+        try:
+            names = [name if name == "maps" else canonical(name) for name in args.conditions]
+        except ValueError as error:
+            parser.error(f"--conditions {error}")
+        args.conditions = list(dict.fromkeys(names))
+    elif odd := [name for name in args.conditions if name not in TEXT_CONDITIONS]:
+        parser.error(f"--conditions {odd[0]}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
     if "directed_llm" in args.conditions and not args.editor_model:
         parser.error("--conditions directed_llm needs --editor_model")
     if not 0 < args.margin < 1 or not 0 < args.margin_nll < math.inf:

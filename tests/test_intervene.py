@@ -307,7 +307,8 @@ def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items
     with pytest.raises(DataError, match="max_new_tokens"):
         run(items, model, tmp_path / "r.jsonl", "--limit", "8", "--max_new_tokens", "41")
     for wrong in (["--conditions", "tau"], ["--conditions", "directed_llm"], ["--margin", "1"],
-                  ["--margin_nll", "0"], ["--latent", "mirage", "--conditions", "tau:1"]):
+                  ["--margin_nll", "0"], ["--latent", "mirage", "--conditions", "tau:1"],
+                  ["--latent", "mirage", "--conditions", "nonsense"]):
         with pytest.raises(SystemExit):
             run(items, model, tmp_path / "o.jsonl", *wrong)
 

@@ -54,9 +54,10 @@ def find_condition(name: str) -> tuple[Condition, object]:
 
 
 def canonical(name: str) -> str:
-    """Return the one name of a condition and its number: "mix:0.50" is "mix:0.5"."""
-    number = find_condition(name)[1] if ":" in name else None
-    return f"{name.partition(':')[0]}:{number:g}" if isinstance(number, (int, float)) else name
+    """Return the one name of a condition and its number: "mix:0.50" is "mix:0.5"; ValueError as above."""
+    number = find_condition(name)[1]
+    base, colon, _ = name.partition(":")
+    return f"{base}:{number:g}" if colon and isinstance(number, (int, float)) else name
 
 
 # ---- longer builders
