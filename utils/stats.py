@@ -149,7 +149,11 @@ def paired_interval(clean: Sequence[int], intervened: Sequence[int], groups: Seq
                     level: float = 0.90) -> tuple[float, float]:
     """Return the interval of the change of a 0/1 outcome from clean to intervened, one entry per item: each
     end is the wider of `paired_readings`. (-1, 1) for a single group of several items."""
-    ends = [reading.interval(level) for reading in paired_readings(clean, intervened, groups)]
+    return widest(paired_readings(clean, intervened, groups), level)
+
+
+def widest(readings: Sequence[Reading], level: float) -> tuple[float, float]:
+    ends = [reading.interval(level) for reading in readings]
     return min((low for low, _ in ends), default=-1.0), max((high for _, high in ends), default=1.0)
 
 
@@ -211,9 +215,8 @@ class Interval:
     ci95: list[float]
 
     @classmethod
-    def paired(cls, clean: Sequence[int], intervened: Sequence[int],
-               groups: Sequence[Hashable]) -> "Interval":
-        return cls(*(list(paired_interval(clean, intervened, groups, level)) for level in (0.90, 0.95)))
+    def paired(cls, readings: Sequence[Reading]) -> "Interval":
+        return cls(*(list(widest(readings, level)) for level in (0.90, 0.95)))
 
     @classmethod
     def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":

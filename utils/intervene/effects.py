@@ -95,12 +95,13 @@ def change_of_accuracy(pairs: list[Pair], n_all: int | None, margin: float) -> d
         p, test = sign_flip(changes, groups), "sign flips of groups"
     else:
         p, test = mcnemar_exact(b, c), "McNemar, exact"
-    interval, psi, n_effective = Interval.paired(clean, after, groups), (b + c) / n, effective_groups(groups)
+    readings, psi, n_effective = paired_readings(clean, after, groups), (b + c) / n, effective_groups(groups)
+    interval = Interval.paired(readings)
     return {"acc_clean": sum(clean) / n, "acc_int": sum(after) / n,
             "acc_ci95": [list(share_interval(side, groups)) for side in (clean, after)],
             "b": b, "c": c, "psi": psi, "delta": (c - b) / n, "ci90": interval.ci90, "ci95": interval.ci95,
             "delta_all": n_all and (c - b) / n_all, "p": p, "test": test,
-            "tost_p": tost(paired_readings(clean, after, groups), margin), "margin": margin,
+            "tost_p": tost(readings, margin), "margin": margin,
             "verdict": interval.verdict(margin),
             "items_needed": ceil(items_needed(psi, margin) * n / n_effective),
             "margin_shown": margin_shown(psi, n_effective)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.items import group_of
 from utils.means import mean_and_error, t_quantile
-from utils.stats import Interval, effective_groups, paired_interval, robust_mean
+from utils.stats import Interval, effective_groups, paired_interval, paired_readings, robust_mean
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
@@ -82,7 +82,7 @@ def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence
         return {"mean": mean, "ci90": interval.ci90, "ci95": interval.ci95}
     k = len(pairs)
     plus, minus = (np.concatenate(side) for side in zip(*pairs))
-    interval = Interval.paired(minus, plus, list(groups) * k)
+    interval = Interval.paired(paired_readings(minus, plus, list(groups) * k))
     return {"mean": mean, "ci90": [k * end for end in interval.ci90],
             "ci95": [k * end for end in interval.ci95]}
 
@@ -161,8 +161,8 @@ def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
     or without a share of 0 and another."""
     names = sorted(kept, key=kept.get)
     complete = [(by, group) for by, group in zip(records, groups)
-                if all(by[name].get("r0") and not by[name].get("reason") and not by[name].get("again")
-                       for name in ("clean", *names)) and by["clean"]["pred"] is not None]
+                if all(has_readout(by[name], "r0") for name in ("clean", *names))
+                and by["clean"]["pred"] is not None]
     groups = [group for _, group in complete]
     if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
         return None
