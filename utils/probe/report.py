@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.jsonl import DataError, load_object, replace_file
-from utils.tables import Block, Figure, Table, Text, evaluate_blocks, intervene_blocks, probe_blocks
+from utils.tables import Block, Figure, Table, Text, interval, intervene_blocks, percent
 
 STAGES = ("evaluate", "intervene", "probe")
 EARLIER_FIELDS = ("kept", "imagination")  # in metrics of stages 1 to 3, not shown
@@ -109,6 +109,52 @@ def settings_block(path: Path) -> Block:
     rows += [[f"sha256 of {name}", str(value)] for name, value in meta["inputs"].items()]
     rows += [["seconds", str(meta["seconds"])], ["hardware", ", ".join(map(str, meta["hardware"].values()))]]
     return Table(["setting", "value"], rows)
+
+
+# ---- one function per stage; intervene.py shows its own too
+def evaluate_blocks(metrics: dict) -> list[Block]:
+    parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
+    rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
+             percent(part.get("chance")), str(part["unresolved"]), str(part["error"])]
+            for name, part in parts.items()]
+    blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "chance, %", "unresolved",
+                     "errors"], rows),
+              Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
+    if emission := metrics.get("emission"):
+        blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))
+    return blocks
+
+
+def probe_blocks(metrics: dict) -> list[Block]:
+    text = f"{metrics['model']}: latents {metrics['latent']}, {metrics['steps']} steps."
+    if emission := metrics.get("emission"):
+        text += f" Imagined something: {emission['k']} of {emission['n']} items."
+    blocks: list[Block] = [Text(text)]
+    if kinds := metrics["similarity"]:
+        measures = dict.fromkeys(name for means in kinds.values() for name in means)
+        rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:.3g}"
+                                           for means in kinds.values())] for name in measures]
+        blocks += [Text("Means over the steps, by kind of states:"), Table(["measure", *kinds], rows)]
+    if decoding := metrics["decoding"]:
+        rows = [[kind, str(part["n"]), percent(part["accuracy"]), percent(part["question_only"]),
+                 percent(part["shuffled"]), f"{part['p']:.3f}"] for kind, part in decoding.items()]
+        blocks += [Text("The answer by a linear probe, from the states, from the question alone, and after "
+                        "answers were exchanged within a question; Holm's p over the steps."),
+                   Table(["states", "items", "accuracy, %", "question only, %", "exchanged, %", "p"], rows)]
+    if crossed := (metrics["crossed"] or {}).get("all_steps"):
+        rows = [[name, percent(crossed[name]), percent(crossed[f"{name}_chance"]),
+                 "-" if crossed[f"{name}_p"] is None else f"{crossed[f'{name}_p']:.3f}"]
+                for name in ("image", "question")]
+        blocks += [Text("Variance of the states over crossed images and questions:"),
+                   Table(["explained by", "share, %", "by chance, %", "p"], rows)]
+    if probing := metrics["probing"]:
+        rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
+                 percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
+                for name, entry in probing["conditions"].items()]
+        blocks += [Text(f"{probing['n']} questions about what was imagined, on {probing['images']} images; "
+                        f"chance {percent(probing['chance'])} %:"),
+                   Table(["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
+    return blocks
 
 
 SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
