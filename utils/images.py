@@ -177,29 +177,6 @@ def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, 
     return width * height // factor**2
 
 
-def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
-                 factor: int = 28) -> list[tuple[int, int]]:
-    """Return the (width, height) of each image of a sample under a budget of visual tokens.
-
-    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py): above the total every image shrinks by
-    one ratio, and only then each is bounded by `image_tokens`.
-    """
-    area, total = factor * factor, sum(width * height for width, height in sizes)
-    if total <= total_tokens * area:
-        return list(sizes)
-
-    def shrink(width: int, height: int, ratio: float) -> tuple[int, int]:
-        return tuple(max(factor, int(side * ratio) // factor * factor) for side in (width, height))
-
-    budgeted = []
-    for width, height in sizes:
-        width, height = shrink(width, height, math.sqrt(total_tokens * area / total))
-        if width * height > image_tokens * area:
-            width, height = shrink(width, height, math.sqrt(image_tokens * area / (width * height)))
-        budgeted.append((width, height))
-    return budgeted
-
-
 # ---- sending
 def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
     """Return a picture as a data URL: a file as `data_url` sends it, a region as PNG."""

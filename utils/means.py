@@ -98,27 +98,6 @@ def sign_flip(values: Sequence[float], groups: Sequence[Hashable], n_perm: int =
     return (1 + k) / (1 + n_perm)
 
 
-def dose_trend(doses: Sequence[float], outcomes: Sequence[Sequence[float]],
-               groups: Sequence[Hashable]) -> dict:
-    """Return {"n", "trend", "ci95", "p"}: how steadily outcomes [items, doses] in nats rise with the dose.
-
-    An item's trend is Kendall's tau-a, from -1 to 1: of all pairs of doses, the share between which the
-    outcome rises minus the share between which it falls, changes up to RESOLUTION being neither. "trend" is
-    their mean, as in Jonckheere's test of m rankings against an order (1954, Brit. J. Stat. Psychol. 7:93);
-    "ci95" is `robust_mean`'s. p flips the signs of groups: exact where without a trend rises and falls are
-    as likely, whatever the spread at each dose. ValueError for fewer than two doses or groups.
-    """
-    values, order = np.asarray(outcomes, dtype=float), np.argsort(doses)
-    if len(set(doses)) < max(2, len(doses)) or values.shape != (len(groups), len(doses)):
-        raise ValueError(f"doses {list(doses)}, outcomes {values.shape}, {len(groups)} groups: expected at "
-                         "least two doses, all unlike, and a row per item")
-    low, high = np.triu_indices(len(doses), k=1)
-    steps = values[:, order[high]] - values[:, order[low]]
-    taus = (np.sign(steps) * (np.abs(steps) > RESOLUTION)).mean(axis=1)
-    mean, *ends = robust_mean(taus, groups, 0.95)
-    return {"n": len(taus), "trend": mean, "ci95": ends, "p": sign_flip(taus, groups)}
-
-
 def t_quantile(level: float, df: float = math.inf) -> float:
     """Return t such that Student's t of df degrees of freedom (inf: a normal) lies in (-t, t) with
     probability level."""

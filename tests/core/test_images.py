@@ -10,8 +10,8 @@ from PIL import Image
 from samples import EPS, png
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from utils.images import (IMAGE_REASONS, ImageError, budget_sizes, check_images, data_url, image_size,
-                          open_image, resolve_image, smart_size)
+from utils.images import (IMAGE_REASONS, ImageError, check_images, data_url, image_size, open_image,
+                          resolve_image, smart_size)
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -107,22 +107,6 @@ def test_smart_size_equals_transformers():
         else:
             expected = smart_resize(height, width, factor, low, high)
             assert smart_size(width, height, factor, low, high) == expected[::-1]
-
-
-@pytest.mark.parametrize("sizes, budget, expected", [
-    ([(100, 100)], (2000, 1280, 28), [(100, 100)]),  # within the total: unchanged, not even rounded
-    ([(1253, 1251)], (2000, 1280, 28), [(1253, 1251)]),  # 1,567,503 of 1,568,000 pixels
-    ([(1120, 1120)], (2000, 1280, 28), [(1120, 1120)]),  # above the bound of one image, within the total
-    # r = sqrt(1568000 / 4000000) = .6261; 1252 -> 44 * 28; 1232^2 > 1280 * 784; s = .8131: 1001 -> 35 * 28
-    ([(2000, 2000)], (2000, 1280, 28), [(980, 980)]),
-    # r = sqrt(1568000 / 3000000) = 0.72296: 1445 x 722 -> 1428 x 700 < 1003520; 722 x 722 -> 700 x 700
-    ([(2000, 1000), (1000, 1000)], (2000, 1280, 28), [(1428, 700), (700, 700)]),
-    # r = sqrt(7840 / 90000) = 0.2951: 88 -> 84, never below one token: 2 -> 28
-    ([(300, 290), (300, 10)], (10, 10, 28), [(84, 84), (84, 28)]),
-    ([(640, 640)], (100, 25, 32), [(160, 160)]),  # r = 0.5 -> 320 = 100 tokens > 25: s = 0.5 -> 160
-    ([], (2000, 1280, 28), [])])
-def test_budget_sizes_by_hand(sizes, budget, expected):
-    assert budget_sizes(sizes, *budget) == expected
 
 
 def test_resolve_image_stays_in_the_root(tmp_path, picture):

@@ -8,10 +8,9 @@ from samples import PAIR, monet, row
 
 from utils import qwen as Q
 from utils.chain_formats import OPERATIONS, convert
-from utils.images import budget_sizes
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
-from utils.train.examples import Target, make_example, make_examples, marked, target_text
+from utils.train.examples import Target, budget_sizes, make_example, make_examples, marked, target_text
 
 MIRAGE = PRESETS["mirage"]
 ROW = row(caption="a red 7")
@@ -107,3 +106,19 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     Q.add_tokens(qwen, MIRAGE.tokens)
     with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):
         make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))
+
+
+@pytest.mark.parametrize("sizes, budget, expected", [
+    ([(100, 100)], (2000, 1280, 28), [(100, 100)]),  # within the total: unchanged, not even rounded
+    ([(1253, 1251)], (2000, 1280, 28), [(1253, 1251)]),  # 1,567,503 of 1,568,000 pixels
+    ([(1120, 1120)], (2000, 1280, 28), [(1120, 1120)]),  # above the bound of one image, within the total
+    # r = sqrt(1568000 / 4000000) = .6261; 1252 -> 44 * 28; 1232^2 > 1280 * 784; s = .8131: 1001 -> 35 * 28
+    ([(2000, 2000)], (2000, 1280, 28), [(980, 980)]),
+    # r = sqrt(1568000 / 3000000) = 0.72296: 1445 x 722 -> 1428 x 700 < 1003520; 722 x 722 -> 700 x 700
+    ([(2000, 1000), (1000, 1000)], (2000, 1280, 28), [(1428, 700), (700, 700)]),
+    # r = sqrt(7840 / 90000) = 0.2951: 88 -> 84, never below one token: 2 -> 28
+    ([(300, 290), (300, 10)], (10, 10, 28), [(84, 84), (84, 28)]),
+    ([(640, 640)], (100, 25, 32), [(160, 160)]),  # r = 0.5 -> 320 = 100 tokens > 25: s = 0.5 -> 160
+    ([], (2000, 1280, 28), [])])
+def test_budget_sizes_by_hand(sizes, budget, expected):
+    assert budget_sizes(sizes, *budget) == expected

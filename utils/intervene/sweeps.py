@@ -7,8 +7,11 @@ doses      effect against the dose: mixed with tau, or noise added
 A point of a sweep is a condition with a number: `keep_one:2` keeps position 2 (from 0), `keep_first:2` two
 latents of each segment. Other positions get their calibration mean.
 """
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from utils.intervene.figures import ends_of, title_of, write_figures
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has_latent, latent_index,
@@ -16,7 +19,7 @@ from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
-from utils.means import dose_trend
+from utils.means import RESOLUTION, robust_mean, sign_flip
 from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, draw_line, legend, new_figure,
                          tidy)
 from utils.stats import effective_groups
@@ -131,6 +134,27 @@ def sweep_conditions(size: int, n_layers: int) -> list[str]:
 
 
 # ---- trends
+def dose_trend(doses: Sequence[float], outcomes: Sequence[Sequence[float]],
+               groups: Sequence[Hashable]) -> dict:
+    """Return {"n", "trend", "ci95", "p"}: how steadily outcomes [items, doses] in nats rise with the dose.
+
+    An item's trend is Kendall's tau-a, from -1 to 1: of all pairs of doses, the share between which the
+    outcome rises minus the share between which it falls, changes up to RESOLUTION being neither. "trend" is
+    their mean, as in Jonckheere's test of m rankings against an order (1954, Brit. J. Stat. Psychol. 7:93);
+    "ci95" is `robust_mean`'s. p flips the signs of groups: exact where without a trend rises and falls are
+    as likely, whatever the spread at each dose. ValueError for fewer than two doses or groups.
+    """
+    values, order = np.asarray(outcomes, dtype=float), np.argsort(doses)
+    if len(set(doses)) < max(2, len(doses)) or values.shape != (len(groups), len(doses)):
+        raise ValueError(f"doses {list(doses)}, outcomes {values.shape}, {len(groups)} groups: expected at "
+                         "least two doses, all unlike, and a row per item")
+    low, high = np.triu_indices(len(doses), k=1)
+    steps = values[:, order[high]] - values[:, order[low]]
+    taus = (np.sign(steps) * (np.abs(steps) > RESOLUTION)).mean(axis=1)
+    mean, *ends = robust_mean(taus, groups, 0.95)
+    return {"n": len(taus), "trend": mean, "ci95": ends, "p": sign_flip(taus, groups)}
+
+
 def dose_trends(items: list[dict], records: dict[str, dict[str, dict]], min_groups: float) -> dict[str, dict]:
     """Return `dose_trend` of R0's negative log-likelihood by condition ("mix", "add_noise") that was run with
     at least two doses, over the items that have all of them, if these are enough effective groups. Dose 0 is

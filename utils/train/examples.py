@@ -1,4 +1,5 @@
 """Rows as tokens: the four training targets (see train_sft.py), their loss masks, packs and batches."""
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.images import budget_sizes, image_size, open_image, resolve_image, smart_size
+from utils.images import image_size, open_image, resolve_image, smart_size
 from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids
@@ -19,7 +20,7 @@ SHOWN = 20  # bad rows that one error names
 @dataclass(frozen=True)
 class Target:
     """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: of
-    `utils.images.budget_sizes`; `system`: None is the chat template's."""
+    `budget_sizes`; `system`: None is the chat template's."""
 
     imagination: str = "text"
     image_root: str = "."
@@ -62,6 +63,29 @@ def target_text(row: dict, target: Target) -> str:
     mark = PLACEHOLDER if spec is None else spec.start + spec.pad * spec.size + spec.end
     pieces = [mark if "image" in step else plain(step["text"].strip()) for step in row["steps"]]
     return " ".join(piece for piece in pieces if piece)
+
+
+def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
+                 factor: int = 28) -> list[tuple[int, int]]:
+    """Return the (width, height) of each image of a sample under a budget of visual tokens.
+
+    Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py): above the total every image shrinks by
+    one ratio, and only then each is bounded by `image_tokens`.
+    """
+    area, total = factor * factor, sum(width * height for width, height in sizes)
+    if total <= total_tokens * area:
+        return list(sizes)
+
+    def shrink(width: int, height: int, ratio: float) -> tuple[int, int]:
+        return tuple(max(factor, int(side * ratio) // factor * factor) for side in (width, height))
+
+    budgeted = []
+    for width, height in sizes:
+        width, height = shrink(width, height, math.sqrt(total_tokens * area / total))
+        if width * height > image_tokens * area:
+            width, height = shrink(width, height, math.sqrt(image_tokens * area / (width * height)))
+        budgeted.append((width, height))
+    return budgeted
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
