@@ -42,8 +42,9 @@ from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.comparison import compare_all, describe, make_table
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import MAX_TOKENS, PROTOCOLS, Protocol
-from utils.evaluate.results import headline, own_scores, parts_of, protocol_line, show, summarize
-from utils.evaluate.scoring import check_scorable, n_options, score
+from utils.evaluate.results import (headline, judged_right, own_scores, parts_of, protocol_line, show,
+                                    summarize)
+from utils.evaluate.scoring import check_scorable, n_options, score, vsp_floors
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
@@ -168,7 +169,9 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
     results, test = answers.results, imagination_test(args.method)
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
-               "own_scores": own_scores(results), "protocol": protocol}
+               "own_scores": own_scores(results), "vsp_floors": vsp_floors(results), "protocol": protocol}
+    if "with_judge" in metrics:
+        metrics["with_judge"]["own_scores"] = own_scores(results, judged_right)
     metrics["headline"] = headline(metrics)
     seconds, prefill = (sum(c.seconds(name) for c in answers.conversations)
                         for name in ("seconds", "prefill_seconds"))
@@ -266,6 +269,8 @@ def compare_files(args: argparse.Namespace) -> dict:
     write_json(args.output, result)
     for part in result.get("comparisons", [result]):
         log(f"{part['files'][0]} -> {part['files'][1]}: {describe(part)}")
+        if "judged" in part:
+            log(f"with the judge {', '.join(part['judged']['judges'])}: {describe(part['judged'])}")
     return result
 
 

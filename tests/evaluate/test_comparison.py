@@ -67,6 +67,21 @@ def test_results_that_cannot_be_compared(files, sides, golds, match):
         compare(paths)
 
 
+def test_judged_verdicts_are_compared_where_a_judge_read_both(files):
+    verdicts, judge = ["correct"] + ["unresolved"] * 4, {"kind": "map", "model": "j"}
+    paths = [files(verdicts, name=name, judge=lambda n: judge,
+                   judged=["correct", "correct", third, "correct", "incorrect"].__getitem__)[0]
+             for name, third in (("a", "incorrect"), ("b", "judge_error"))]
+    found = compare(paths)
+    assert found["accuracy"] == [0.2, 0.2] and found["judged"]["accuracy"] == [0.75, 0.75]
+    assert (found["judged"]["judge_errors"], found["judged"]["judges"]) == (1, ["map:j"])
+    assert "judged" not in compare([paths[0], files(verdicts, name="c")[0]])
+    swapped = files(["correct"] * 5, name="d", judged=lambda n: "incorrect")[0]
+    both = compare_all([paths[0], swapped, paths[1], swapped])["comparisons"]
+    assert [part["judged"]["p_holm"] for part in both] == holm([part["judged"]["p"] for part in both])
+    assert both[0]["judged"]["difference"] == -0.6 and both[0]["difference"] == 0.8
+
+
 def test_other_prompts_are_counted(files):
     sides = [files(["correct"] * 2, name=name, prompt_sha=name.__getitem__)[0] for name in ("xx", "xy")]
     assert compare(sides)["other_prompts"] == 1

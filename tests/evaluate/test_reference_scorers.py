@@ -6,8 +6,9 @@ import pytest
 from harness_table import OPTIONS, REPLIES
 from samples import shortest_path, table
 
-from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0, vtabfact, vwtq,
-                                              walk_vsp, without_label)
+from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0, vsp_moves,
+                                              vtabfact, vwtq, walk_vsp, without_label)
+
 
 @pytest.mark.parametrize("name, gold, reply, letter, mme, ours, rule", REPLIES)
 def test_frozen_columns(name, gold, reply, letter, mme, ours, rule):
@@ -22,7 +23,7 @@ SCORERS = {  # the four texts of COL sum to 17 characters, so a text counts in u
     "mme_realworld": lambda case: mme_realworld(case["reply"]),
     "vwtq": lambda case: vwtq(case["reply"], case["gold"]),
     "vtabfact": lambda case: vtabfact(case["reply"], case["gold"]),
-    "vsp": lambda case: walk_vsp([[1, -1], [0, 0], [0, 2]], case["reply"])}
+    "vsp": lambda case: walk_vsp([[1, -1], [0, 0], [0, 2]], vsp_moves(case["reply"]) or "")}
 
 
 @pytest.mark.parametrize("case", table("reference_verdicts"))
@@ -59,5 +60,5 @@ def test_the_shortest_path_solves_every_real_map(shared_data):
     assert len(lines) == 400
     for board in (json.loads(line)["map_desc"] for line in lines):
         path = shortest_path(board)
-        assert path and walk_vsp(board, f"\\boxed{{{','.join(path)}}}")
-        assert not walk_vsp(board, f"\\boxed{{{path[:-1]}}}")
+        assert path and walk_vsp(board, path)
+        assert not walk_vsp(board, path[:-1])

@@ -1,14 +1,18 @@
 """Scores of sets of results, by hand, against counts behind the published numbers."""
+import json
 import random
 
 import pytest
+from samples import shortest_path as other_shortest_path
 
-from utils.evaluate.results import (headline, is_right, macro, micro, mme_scores, own_scores, rotation_scores,
-                                    share, summarize)
+from utils.evaluate.reference_scorers import needs_detour, shortest_path
+from utils.evaluate.results import (constant_answer, headline, is_right, judged_right, macro, micro,
+                                    mme_scores, own_scores, rotation_scores, share, show, summarize)
+from utils.evaluate.scoring import vsp_floors
 from utils.stats import chance, share_interval, wilson
 
 BASE = {"group_id": "g", "category": "c", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4,
-        "extraction": {"rule": "phrase"}, "n_options": 4, "compat": {}}
+        "extraction": {"rule": "phrase"}, "n_options": 4, "compat": {}, "gold": "A", "clean_output": "A"}
 
 
 def counted(k, n, **more):
@@ -98,6 +102,87 @@ def test_mme_adds_accuracy_and_accuracy_plus():
     assert own_scores(records)["mme"] == scores
 
 
+def test_a_picture_with_an_error_does_not_count_in_accuracy_plus():
+    records = [BASE | {"verdict": verdict, "category": "count", "group_id": group, "benchmark": "mme"}
+               for group, verdict in zip("aabb", ("correct", "error", "correct", "incorrect"))]
+    assert own_scores(records)["mme"]["tasks"]["count"] == {
+        "accuracy": 2 / 3, "accuracy_plus": 0, "score": pytest.approx(200 / 3)}
+    assert own_scores(records[:2])["mme"]["tasks"] == {}
+
+
+@pytest.mark.parametrize("name, fields, score", [
+    ("hrbench_4k", {"rotation": 0}, lambda part: part["all"]["average"]),
+    ("mme", {"category": "count"}, lambda part: part["tasks"]["count"]["score"] / 200),
+    ("mme_realworld_lite", {"category": "Perception/x"}, lambda part: part["Perception"]["accuracy"]),
+    ("tablevqa/vwtq", {}, lambda part: part["macro"])])
+def test_every_score_of_a_benchmark_has_a_judged_version(name, fields, score):
+    pairs = (("correct", "correct"), ("unresolved", "correct"), ("unresolved", "incorrect"),
+             ("incorrect", "incorrect"))
+    records = [BASE | fields | {"benchmark": name, "group_id": str(n), "verdict": verdict, "judged": judged}
+               for n, (verdict, judged) in enumerate(pairs)]
+    key = name.partition("/")[0]
+    assert [score(own_scores(records, right)[key]) for right in (is_right, judged_right)] == [
+        0.25, 0.5]
+
+
+# ---- floors
+def test_vsp_s_trivial_policies_solve_the_published_shares_of_its_boards(shared_data):
+    """In percent, by size and in all. The best path is one for each size; one for all sizes solves 7.0."""
+    lines = (shared_data / "vsp" / "test.jsonl").read_text().splitlines()
+    boards = [json.loads(line)["map_desc"] for line in lines]
+    floors = vsp_floors([{"gold": board, "verdict": "incorrect"} for board in boards])
+    assert {policy: [round(100 * part[policy], 2) for part in floors.values()] for policy in floors["all"]
+            if policy != "n"} == {
+        "constant": [13, 11, 9, 5, 9.5], "hole_blind_horizontal": [79, 75, 75, 48, 69.25],
+        "hole_blind_vertical": [78, 78, 77, 58, 72.75], "greedy_horizontal": [96, 86, 86, 71, 84.75],
+        "greedy_vertical": [95, 88, 89, 69, 85.25], "no_detour": [98, 90, 93, 79, 90]}
+    records = [BASE | {"gold": board, "verdict": "incorrect" if needs_detour(board) else "correct",
+                       "group_id": str(n), "benchmark": "vsp"} for n, board in enumerate(boards)]
+    scores = own_scores(records)["vsp"]
+    assert [(part["n"], part["accuracy"]) for part in scores.values()] == [(40, 0.0), (360, 1.0)]
+    assert all(shortest_path(board) == other_shortest_path(board) for board in boards)
+
+
+def test_a_board_without_a_way_needs_a_detour():
+    closed = [[1, -1], [-1, 2]]
+    assert shortest_path(closed) is None and needs_detour(closed)
+    assert vsp_floors([{"gold": closed, "verdict": "correct"}])["all"] == {
+        "n": 1, "constant": 0, "no_detour": 0, **{f"{name}_{order}": 0 for name in ("hole_blind", "greedy")
+                                                  for order in ("horizontal", "vertical")}}
+    assert vsp_floors([BASE | {"verdict": "error", "gold": closed}, BASE | {"verdict": "correct"}]) == {}
+
+
+@pytest.mark.parametrize("golds, answers, accuracy", [
+    ("AABC", {"": "A"}, 0.5), ([True, False, True], {"": "True"}, 2 / 3), (["yes"], {"": "yes"}, 1),
+    ([["a", "b"], ["b"], ["a", "b"]], {"": "a|b"}, 2 / 3)])
+def test_the_best_constant_answer(golds, answers, accuracy):
+    found = constant_answer([BASE | {"gold": gold} for gold in golds])
+    assert found == {"answers": answers, "accuracy": accuracy}
+
+
+def test_constants_are_of_each_benchmark_and_of_the_options_as_shown():
+    records = [BASE | {"gold": "A", "benchmark": name, "shown": {"gold": shown}}
+               for name, letters in (("a", "BBA"), ("b", "CCC")) for shown in letters]
+    assert constant_answer(records) == {"answers": {"a": "B", "b": "C"}, "accuracy": 5 / 6}
+
+
+def test_how_replies_ended_is_counted_and_shown(capsys):
+    ends = [("correct", "stop", "A", "phrase"), ("unresolved", "length", "so", "unresolved"),
+            ("unresolved", "stop", "", "empty"), ("unresolved", None, "?", "unresolved")]
+    scores = summarize([BASE | {"verdict": verdict, "group_id": text, "finish_reason": finish,
+                                "clean_output": text, "extraction": {"rule": rule}}
+                        for verdict, finish, text, rule in ends])
+    assert scores["finish_reasons"] == {"stop": 2, "length": 1, "unknown": 1}
+    assert (scores["empty"], scores["unresolved_rules"]) == (1, {"unresolved": 2, "empty": 1})
+    show(scores | {"categories": {}, "vsp_floors": {}, "protocol": {
+        "pixels": [1, 2], "protocol": "plain", "method": "text", "prompt_sha": "0", "judge": "none"}})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].split()[:10] == "all 4 1 25.0% 4.6 to 69.9 25.0 100.0 3".split()
+    assert lines[3] == ("ended: stop 2 (50.0%), length 1 (25.0%), unknown 1 (25.0%) | without text 1 | "
+                        "unresolved: unresolved 2 (50.0%), empty 1 (25.0%)")
+
+
+# ---- tables
 def test_tables_are_averaged_both_ways_and_realworld_by_kind():
     """The rows of Monet and CapImagine in TableVQABench: the published 64.8 and 70.7 are means of splits."""
     for counts, shown in (((415, 151, 197), (64.8, 61.0)), ((457, 170, 208), (70.7, 66.8))):

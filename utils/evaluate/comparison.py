@@ -2,6 +2,7 @@
 
 A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
 changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted.
+Where a judge read both files, the same follows for its verdicts, as "judged".
 
     --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl mine.jsonl
 
@@ -48,14 +49,14 @@ def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
     return pairs, len(before) - len(pairs)
 
 
-def difference(pairs: list[tuple[dict, dict]]) -> dict:
-    """Return what changes from the first to the second of each pair, by strict verdicts.
+def difference(pairs: list[tuple[dict, dict]], verdict: str = "verdict") -> dict:
+    """Return what changes from the first to the second of each pair, by this field.
 
     "p" is exact McNemar's where every item is its own group, else of a test that flips the signs of groups.
     """
     n, groups = len(pairs), [group_of(row) for row, _ in pairs]
     n_groups = len(set(groups))
-    right = [[int(row["verdict"] == "correct") for row in side] for side in zip(*pairs)]
+    right = [[int(row[verdict] == "correct") for row in side] for side in zip(*pairs)]
     changes = [after - before for before, after in zip(*right)]
     lost, won = ([row["id"] for (row, _), change in zip(pairs, changes) if change == sign]
                  for sign in (-1, 1))
@@ -74,6 +75,13 @@ def compare(paths: list[str]) -> dict:
     pairs, n_errors = read_pair(paths)
     result = {"files": list(paths), **difference(pairs), "errors": n_errors, "incomplete": n_errors > 0,
               "other_prompts": sum(a.get("prompt_sha") != b.get("prompt_sha") for a, b in pairs)}
+    judged = [pair for pair in pairs
+              if not {pair[0].get("judged"), pair[1].get("judged")} & {None, "judge_error"}]
+    if judged and all(row.get("judged") for pair in pairs for row in pair):
+        judges = sorted({f"{judge.get('kind')}:{judge.get('model')}" for pair in pairs for row in pair
+                         if isinstance(judge := row.get("judge"), dict)})
+        result["judged"] = {**difference(judged, "judged"), "judge_errors": len(pairs) - len(judged),
+                            "judges": judges}
     names = list(dict.fromkeys(row["benchmark"] for row, _ in pairs))
     if len(names) > 1:
         result["benchmarks"] = {name: difference([pair for pair in pairs if pair[0]["benchmark"] == name])
@@ -90,6 +98,7 @@ def compare_all(paths: list[str]) -> dict:
         raise DataError(f"--compare: {len(paths)} files, expected pairs of them (A B, or A1 B1 A2 B2 ...)")
     comparisons = [compare(paths[i:i + 2]) for i in range(0, len(paths), 2)]
     adjust(comparisons)
+    adjust([part["judged"] for part in comparisons if "judged" in part])
     return {"comparisons": comparisons}
 
 

@@ -6,6 +6,7 @@ verdict. The environment variable VERBOSE, which changes its verdicts, is taken 
 import math
 import re
 import unicodedata
+from collections import deque
 from typing import NamedTuple
 
 from utils.reply_text import closing_braces
@@ -221,6 +222,9 @@ def yes_or_no(output: str) -> str | None:
 
 
 # ---- Mirage
+STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # row, column
+
+
 def vsp_moves(text: str) -> str | None:
     """Return the letters U, D, L, R of the last \\boxed{} in a reply, if it closes."""
     start = text.rfind("\\boxed{")
@@ -229,14 +233,57 @@ def vsp_moves(text: str) -> str | None:
     return None if end is None else "".join(move for move in text[begin:end].upper() if move in "UDLR")
 
 
-def walk_vsp(map_desc: list[list[int]], text: str) -> bool:
-    """Return whether the moves of a reply lead from start (1) to goal (2), as in Mirage's src/task.py: a move
-    off the map is ignored, a hole (-1) fails at once."""
-    row, column = next((i, line.index(1)) for i, line in enumerate(map_desc) if 1 in line)
-    for move in vsp_moves(text) or "":
-        step_down, step_right = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}[move]
-        if 0 <= row + step_down < len(map_desc) and 0 <= column + step_right < len(map_desc[0]):
-            row, column = row + step_down, column + step_right
-        if map_desc[row][column] == -1:
+def walk_vsp(map_desc: list[list[int]], moves: str) -> bool:
+    """Return whether moves lead from start (1) to goal (2), as in Mirage's src/task.py: a move off the map is
+    ignored, a hole (-1) fails at once."""
+    place = find_cell(map_desc, 1)
+    for move in moves:
+        row, column = (n + step for n, step in zip(place, STEPS[move]))
+        if 0 <= row < len(map_desc) and 0 <= column < len(map_desc[0]):
+            place = row, column
+        if map_desc[place[0]][place[1]] == -1:
             return False
-    return map_desc[row][column] == 2
+    return map_desc[place[0]][place[1]] == 2
+
+
+def find_cell(map_desc: list[list[int]], value: int) -> tuple[int, int]:
+    return next((row, line.index(value)) for row, line in enumerate(map_desc) if value in line)
+
+
+# ---- VSP without a model
+def straight_path(board: list[list[int]], vertical_first: bool, looks: bool = False) -> str:
+    """Return moves that go straight to the goal, one direction first. Without `looks` they ignore holes; with
+    it each is the first of the two that does not end in a hole, and they stop where both do."""
+    (row, column), goal, moves = find_cell(board, 1), find_cell(board, 2), ""
+    while (row, column) != goal:
+        wanted = ("U" if row > goal[0] else "D" if row < goal[0] else "",
+                  "L" if column > goal[1] else "R" if column < goal[1] else "")
+        for move in filter(None, wanted if vertical_first else wanted[::-1]):
+            down, right = STEPS[move]
+            if not looks or board[row + down][column + right] != -1:
+                row, column, moves = row + down, column + right, moves + move
+                break
+        else:
+            return moves
+    return moves
+
+
+def shortest_path(board: list[list[int]]) -> str | None:
+    """Return the shortest moves from start to goal, if there is a way (breadth first)."""
+    paths, size = {find_cell(board, 1): ""}, len(board)
+    queue = deque(paths)
+    while queue:
+        row, column = queue.popleft()
+        for move, (down, right) in STEPS.items():
+            cell = row + down, column + right
+            inside = 0 <= min(cell) and max(cell) < size
+            if inside and cell not in paths and board[cell[0]][cell[1]] != -1:
+                paths[cell] = paths[row, column] + move
+                queue.append(cell)
+    return paths.get(find_cell(board, 2))
+
+
+def needs_detour(board: list[list[int]]) -> bool:
+    """Return whether every way is longer than start and goal are apart in rows and columns."""
+    path = shortest_path(board)
+    return path is None or len(path) > len(straight_path(board, True))

@@ -4,12 +4,13 @@ A result is a line of evaluate.py's output; one with the verdict "error" is not 
 1. The 95 % interval is Wilson's; where results share a group, it lets them vary together.
 """
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from utils.cli import log
-from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right
+from utils.evaluate.reference_scorers import needs_detour
+from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right, gold_text, is_board
 from utils.stats import chance, share_interval
-from utils.tables import interval
+from utils.tables import interval, percent
 
 # Subtasks of MME, from VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating
 MME_PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position",
@@ -42,11 +43,15 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
               "incomplete": counts["error"] > 0}
     if not n:
         return result
-    options = [record["n_options"] for record in scored]
-    result |= {"chance": chance(options) if all(options) else None,
-               "truncated": sum(record["finish_reason"] == "length" for record in scored),
-               "mean_tokens": sum(record["n_tokens"] for record in scored) / n,
-               "rules": dict(Counter(record["extraction"]["rule"] for record in scored).most_common()),
+    options, tokens = ([record[name] for record in scored] for name in ("n_options", "n_tokens"))
+    finishes = counted(record["finish_reason"] or "unknown" for record in scored)
+    result |= {"chance": chance(options) if all(options) else None, "constant": constant_answer(scored),
+               "finish_reasons": finishes, "truncated": finishes.get("length", 0),
+               "empty": sum(not record["clean_output"] for record in scored),
+               "mean_tokens": None if None in tokens else mean(tokens),
+               "rules": counted(record["extraction"]["rule"] for record in scored),
+               "unresolved_rules": counted(record["extraction"]["rule"] for record in scored
+                                           if record["verdict"] == "unresolved"),
                "compat": compat_shares(scored)}
     if any("numeric" in record for record in scored):
         result["numeric"] = share(scored, lambda record: record.get("numeric", False))
@@ -57,6 +62,24 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
         result["emission"] = {"k": emitted["correct"], "n": n, "share": emitted["accuracy"],
                               "ci95": emitted["ci95"]}
     return result
+
+
+def counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def constant_answer(records: list[dict]) -> dict | None:
+    """Return {"answers", "accuracy"} of the best fixed answer to each benchmark, as the options were shown;
+    None if a gold is a map: see utils.evaluate.scoring.vsp_floors."""
+    golds = defaultdict(Counter)
+    for record in records:
+        gold = record.get("shown", record)["gold"]
+        if is_board(gold):
+            return None
+        golds[record.get("benchmark") or ""][gold_text(gold) if isinstance(gold, list) else str(gold)] += 1
+    best = {name: counts.most_common(1)[0] for name, counts in golds.items()}
+    return {"answers": {name: answer for name, (answer, _) in best.items()},
+            "accuracy": sum(n for _, n in best.values()) / len(records)}
 
 
 def compat_shares(records: list[dict]) -> dict:
@@ -93,25 +116,37 @@ def judge_shares(records: list[dict]) -> dict:
 
 
 # ---- a benchmark's own scores
-def own_scores(records: list[dict]) -> dict:
+def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
     by_name, scores = defaultdict(list), {}
     for record in records:
-        if record["verdict"] != "error":
-            by_name[record.get("benchmark") or ""].append(record)
-    for name, rows in by_name.items():
+        by_name[record.get("benchmark") or ""].append(record)
+    by_name = {name: rows for name, rows in by_name.items() if without_errors(rows)}
+    tables = {}
+    for name, everything in by_name.items():
+        rows = without_errors(everything)
         if all("rotation" in record for record in rows):
-            scores[name] = {"all": rotation_scores(rows)} | {
-                category: rotation_scores(part) for category, part in parts_of(rows).items()}
+            scores[name] = {"all": rotation_scores(rows, right)} | {
+                category: rotation_scores(part, right) for category, part in parts_of(rows).items()}
         elif name == "mme":
-            scores[name] = mme_scores(rows)
+            scores[name] = mme_scores(everything, right)
         elif name == "mme_realworld_lite":
             scores[name] = {
-                kind: share([row for row in rows if (row["category"] or "").startswith(f"{kind}/")], is_right)
+                kind: share([row for row in rows if (row["category"] or "").startswith(f"{kind}/")], right)
                 for kind in ("Perception", "Reasoning")}
-    if tables := {name: list(map(is_right, rows)) for name, rows in by_name.items()
-                  if name.startswith("tablevqa/")}:
+        elif name.startswith("tablevqa/"):
+            tables[name] = list(map(right, rows))
+        elif all(is_board(record["gold"]) for record in rows):
+            detour = [needs_detour(record["gold"]) for record in rows]
+            scores[name or "vsp"] = {
+                kind: share([row for row, far in zip(rows, detour) if far is wanted], right)
+                | {"n": detour.count(wanted)} for kind, wanted in (("detour", True), ("no_detour", False))}
+    if tables:
         scores["tablevqa"] = {"macro": macro(tables), "micro": micro(tables), "splits": len(tables)}
     return scores
+
+
+def without_errors(records: list[dict]) -> list[dict]:
+    return [record for record in records if record["verdict"] != "error"]
 
 
 def parts_of(records: list[dict]) -> dict[str, list[dict]]:
@@ -133,31 +168,35 @@ def macro(parts: dict[str, list[bool]]) -> float:
     return mean([mean(part) for part in parts.values()])
 
 
-def rotation_scores(records: list[dict]) -> dict:
+def rotation_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
     """Return HR-Bench's scores. "average" is the mean of the rotations' shares (open-compass/VLMEvalKit,
     vlmeval/dataset/utils/hrbench.py, report_acc_hrbench; lmms-eval has the same formula), "all_right" the
     share right in all four rotations."""
     questions, rotations = defaultdict(list), defaultdict(list)
     for record in records:
-        questions[record["group_id"]].append(is_right(record))
-        rotations[record["rotation"]].append(is_right(record))
+        questions[record["group_id"]].append(right(record))
+        rotations[record["rotation"]].append(right(record))
     shares = {rotation: mean(hits) for rotation, hits in sorted(rotations.items())}
     complete = [all(hits) for hits in questions.values() if len(hits) == ROTATIONS]
     return {"average": mean(list(shares.values())), "by_rotation": shares,
             "all_right": mean(complete) if complete else None, "complete": len(complete)}
 
 
-def mme_scores(records: list[dict]) -> dict:
+def mme_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
     """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums
-    over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating)."""
+    over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating). A picture with an error does
+    not count in accuracy+."""
     tasks = {}
     for name, part in parts_of(records).items():
+        failed = {record["group_id"] for record in part if record["verdict"] == "error"}
         pictures = defaultdict(list)
         for record in part:
-            pictures[record["group_id"]].append(is_right(record))
-        accuracy = sum(map(is_right, part)) / len(part)
-        plus = sum(map(all, pictures.values())) / len(pictures)
-        tasks[name] = {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus}
+            if record["group_id"] not in failed:
+                pictures[record["group_id"]].append(right(record))
+        if pictures:
+            accuracy = mean(list(map(right, without_errors(part))))
+            plus = mean(list(map(all, pictures.values())))
+            tasks[name] = {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus}
     sums = {kind: sum(tasks[name]["score"] for name in names) if set(names) <= set(tasks) else None
             for kind, names in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING))}
     return {**sums, "tasks": tasks}
@@ -178,20 +217,32 @@ def protocol_line(protocol: dict) -> str:
 
 
 def show(metrics: dict) -> None:
-    """Log a table by category, other scores, and the protocol."""
-    log(f"{'category':<24}{'n':>6}{'correct':>9}{'accuracy':>10}   95 % interval{'unresolved':>13}"
-        f"{'errors':>8}{'tokens':>8}{'cut off':>9}")
+    """Log a table by category with its floors, other scores, how replies ended, and the protocol."""
+    log(f"{'category':<24}{'n':>6}{'correct':>9}{'accuracy':>10}   95 % interval{'chance':>8}{'constant':>10}"
+        f"{'unresolved':>12}{'errors':>8}{'tokens':>8}")
     for name, part in {**metrics["categories"], "all": metrics}.items():
         if part["n"]:
+            constant, tokens = part["constant"], part["mean_tokens"]
             log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   "
-                f"{interval(part['ci95']):<13}{part['unresolved']:>13}{part['error']:>8}"
-                f"{part['mean_tokens']:>8.0f}{part['truncated']:>9}")
+                f"{interval(part['ci95']):<13}{percent(part['chance']):>8}"
+                f"{percent(constant and constant['accuracy']):>10}{part['unresolved']:>12}{part['error']:>8}"
+                f"{'-' if tokens is None else round(tokens):>8}")
+    for size, floors in metrics["vsp_floors"].items():
+        log(f"without a model, size {size}: " + " | ".join(
+            f"{name} {100 * value:.4g} %" for name, value in floors.items() if name != "n"))
     judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
     if judge:
         shares["with judge"] = judge["accuracy"]
     shares |= {name: part["accuracy"] for name, part in metrics.get("compat", {}).items()}
-    shares["chance"] = metrics.get("chance")
     log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
+    if metrics["n"]:
+        log("ended: " + rates(metrics["finish_reasons"], metrics["n"])
+            + f" | without text {metrics['empty']}"
+            + f" | unresolved: {rates(metrics['unresolved_rules'], metrics['n']) or 'none'}")
     if judge and judge["judge_errors"]:
         log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
     log(protocol_line(metrics["protocol"]))
+
+
+def rates(counts: dict[str, int], n: int) -> str:
+    return ", ".join(f"{name} {count} ({count / n:.1%})" for name, count in counts.items())

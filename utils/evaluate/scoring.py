@@ -4,11 +4,13 @@ A reply that no rule can read is "unresolved"; no option is ever guessed. `compa
 utils.evaluate.reference_scorers; they never decide ours.
 """
 import re
+from statistics import fmean
 from typing import NamedTuple
 
 from utils.answers import extract_choice, find_marked
-from utils.evaluate.reference_scorers import (mme_realworld, vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq,
-                                              walk_vsp, without_label, yes_or_no)
+from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, shortest_path, straight_path,
+                                              vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq, walk_vsp,
+                                              without_label, yes_or_no)
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
 from utils.phrases import NEGATION, SENTENCE_END
@@ -161,9 +163,8 @@ def score_mcq(item: dict, record: dict) -> dict:
 
 
 def score_vsp(item: dict, record: dict) -> dict:
-    text = visible(record["clean_output"])
-    moves = vsp_moves(text)
-    right = moves is not None and walk_vsp(item["answer"]["value"], text)
+    moves = vsp_moves(visible(record["clean_output"]))
+    right = moves is not None and walk_vsp(item["answer"]["value"], moves)
     return verdict(moves, "no_box" if moves is None else "boxed_path", right) | {"compat": {}}
 
 
@@ -235,3 +236,32 @@ def check_scorable(items: list[dict]) -> None:
             raise DataError(f"item {item['id']!r}: rotation {rotation} of question {place[1]!r}; expected "
                             f"each of 0 to {ROTATIONS - 1} once")
         seen.add(place)
+
+
+# ---- VSP without a model
+def is_board(gold: object) -> bool:
+    return isinstance(gold, list) and isinstance(gold[0], list)
+
+
+def vsp_floors(records: list[dict]) -> dict[str, dict]:
+    """Return {size: {policy: share of its boards solved}}, and their means weighted by boards as "all": the
+    one path that solves most boards of a size, of all shortest paths; a straight path that ignores holes, one
+    direction first; one that looks one square ahead; any path that needs no detour."""
+    boards = [record["gold"] for record in records
+              if record["verdict"] != "error" and is_board(record["gold"])]
+    paths = sorted({shortest_path(board) or "" for board in boards})
+    floors = {}
+    for size in sorted({len(board) for board in boards}):
+        own = [board for board in boards if len(board) == size]
+        straight = {f"{name}_{order}": fmean(
+            walk_vsp(board, straight_path(board, order == "vertical", looks)) for board in own)
+            for name, looks in (("hole_blind", False), ("greedy", True))
+            for order in ("horizontal", "vertical")}
+        floors[str(size)] = {
+            "n": len(own), "constant": max(fmean(walk_vsp(board, path) for board in own) for path in paths),
+            **straight, "no_detour": fmean(not needs_detour(board) for board in own)}
+    if boards:
+        floors["all"] = {"n": len(boards)} | {
+            name: sum(part["n"] * part[name] for part in floors.values()) / len(boards)
+            for name in floors[str(len(boards[0]))] if name != "n"}
+    return floors
