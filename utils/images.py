@@ -14,9 +14,8 @@ from PIL import Image, ImageChops, ImageOps
 
 from utils.jsonl import DataError
 
-IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_unreadable", "image_too_small",
-                 "image_too_large", "image_aspect", "image_flat", "image_no_op")
-MIN_SIDE = 28  # pixels; one visual token of Qwen2.5-VL
+IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_unreadable", "image_too_large",
+                 "image_aspect", "image_flat", "image_no_op")
 MAX_ASPECT = 200  # Qwen's smart_resize refuses more
 MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit
 REGION_PIXELS = 16384 * 28 * 28  # to which a region is shrunk
@@ -113,7 +112,6 @@ def check_size(size: tuple[int, int], path: str | Path) -> None:
     low, high = min(size), max(size)
     for reason, is_wrong, expected in (
             ("image_too_large", low * high > MAX_PIXELS, f"at most {MAX_PIXELS:,} in total"),
-            ("image_too_small", low < MIN_SIDE, f"at least {MIN_SIDE} a side"),
             ("image_aspect", high > MAX_ASPECT * low, f"an aspect up to {MAX_ASPECT}")):
         if is_wrong:
             raise ImageError(reason, f"{path}: {size[0]}x{size[1]} pixels, expected {expected}")

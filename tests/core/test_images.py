@@ -84,7 +84,7 @@ def saved(size: tuple[int, int] = (80, 80), ending: str = "png", kept: float = 1
     ("short.png", png(300, 300, 8, 2, 64), "image_unreadable"),
     *((f"cut.{ending}", saved(ending=ending, kept=0.5), "image_unreadable")
       for ending in ("png", "jpg", "webp", "gif")),
-    ("dot.png", saved((1, 1)), "image_too_small"), ("low.png", saved((27, 500)), "image_too_small"),
+    ("dot.png", saved((1, 1)), None), ("low.png", saved((332, 27)), None),
     ("thin.png", saved((28, 28 * 201)), "image_aspect"), ("limit.png", saved((28, 28 * 200)), None)])
 def test_files_that_cannot_be_used_have_a_reason(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)

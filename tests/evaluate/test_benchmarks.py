@@ -10,14 +10,14 @@ import pytest
 from benchmark_fixtures import EXPECTED, FILES, prepared, sized, write_tsv
 
 from utils.evaluate.benchmarks import TABLE, prepare
-from utils.evaluate.sources import dataset_rows, file_rows, tsv_rows
+from utils.evaluate.sources import dataset_rows, file_rows, table_rows
 from utils.jsonl import DataError
 
 
 def test_a_picture_cell_of_ten_megabytes_is_read(tmp_path):
     before = csv.field_size_limit()
     path = write_tsv(tmp_path / "big.tsv", [{"index": 1, "image": "A" * 10_000_000}])
-    assert [len(row["image"]) for _, row in tsv_rows(path)] == [10_000_000]
+    assert [len(row["image"]) for _, row in table_rows(path)] == [10_000_000]
     assert csv.field_size_limit() == before
 
 
@@ -47,18 +47,18 @@ def test_the_size_of_a_benchmark_is_checked_unless_limited(tmp_path, name, sourc
 def test_a_file_of_the_published_name_must_have_the_published_digest(tmp_path):
     path = shutil.copy(FILES / "vstar.tsv", tmp_path / "VStarBench.tsv")
     bench, data = sized("vstar", "vstar.tsv"), path.read_bytes()
-    with pytest.raises(DataError, match=f"sha256 {hashlib.sha256(data).hexdigest()}, expected 9826a55e"):
+    with pytest.raises(DataError, match=f"md5 {hashlib.md5(data).hexdigest()}, expected b18854d7"):
         prepare(bench, tmp_path / "images", path)
-    for digest in (hashlib.sha256(data).hexdigest(), hashlib.md5(data).hexdigest()):
-        accepted = {"VStarBench.tsv": ("0" * len(digest), digest)}
-        assert prepare(replace(bench, digests=accepted), tmp_path / "images", path)
+    accepted = {"VStarBench.tsv": ("0" * 32, hashlib.md5(data).hexdigest())}
+    assert prepare(replace(bench, digests=accepted), tmp_path / "images", path)
 
 
 @pytest.mark.parametrize("name, text, match", [
     ("a.tsv", "index\timage\n1\t2\t3\n", "a.tsv:2: 3 cells, expected 2"),
     ("a.tsv", "index,image\n", "a.tsv:1: columns"),
-    ("a.tsv", 'index\timage\n1\t"open\n', "not a TSV"), ("a.tsv", "", "a.tsv:1: columns"),
-    ("a.parquet", "PAR1", "not a parquet file"), ("a.csv", "a,b", "kind '.csv'")])
+    ("a.tsv", 'index\timage\n1\t2\n3\t"open\n5\t6\n', "a.tsv:3: not a row of a TSV or CSV"),
+    ("a.csv", 'index,image\n1,"Stop" sign\n', "a.csv:2: not a row"), ("a.tsv", "", "a.tsv:1: columns"),
+    ("a.parquet", "PAR1", "not a parquet file"), ("a.xlsx", "a,b", "kind '.xlsx'")])
 def test_a_damaged_file_is_named(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=match):
@@ -121,9 +121,11 @@ def test_the_table_holds_the_published_sizes():
     assert {name: bench.n for name, bench in TABLE.items() if bench.n} == {
         "vstar": 191, "vstar_regions": 191, "hrbench_4k": 800, "hrbench_8k": 800, "mme_realworld_lite": 1919,
         "blink/Jigsaw": 150, "blink/Multi-view_Reasoning": 133, "tablevqa/vwtq": 750,
-        "tablevqa/vwtq_syn": 250, "tablevqa/vtabfact": 250, "mme": 2374, "ocrbench_v2": 10000, "vsp": 400}
+        "tablevqa/vwtq_syn": 250, "tablevqa/vtabfact": 250, "mmvp": 300, "cv_bench/2D": 1438,
+        "cv_bench/3D": 1200, "mmstar": 1500, "mme": 2374, "ocrbench_v2": 10000, "vsp": 400}
     vstar, hrbench = {"direct_attributes": 115, "relative_position": 76}, {"single": 400, "cross": 400}
-    assert {name: bench.counts for name, bench in TABLE.items() if bench.counts} == {
+    assert set(TABLE["mmstar"].counts.values()) == {250} and len(TABLE["mmstar"].counts) == 6
+    assert {name: bench.counts for name, bench in TABLE.items() if bench.counts and name != "mmstar"} == {
         "vstar": vstar, "vstar_regions": vstar, "hrbench_4k": hrbench, "hrbench_8k": hrbench,
         "vsp": {f"level_{n}": 100 for n in (3, 4, 5, 6)}}
     assert (TABLE["blink/Jigsaw"].n_images, TABLE["blink/Multi-view_Reasoning"].n_images) == (3, 2)

@@ -58,10 +58,11 @@ def test_a_broken_file_is_named(tmp_path, case):
 
 
 @pytest.mark.parametrize("name, fields, match", [
-    ("tablevqa/vtabfact", {"qa_id": "1", "text_markdown_table": "", "gt": 1}, "'gt' should be str, got int"),
+    ("tablevqa/vtabfact", {"qa_id": "1", "gt": 2}, "gold '2', expected the text '1' or '0'"),
+    ("tablevqa/vwtq", {"qa_id": "1", "gt": " "}, "row 0: column 'gt' is empty"),
     ("mme", {"question_id": "a.jpg", "answer": "Yes", "category": "c"},
      r"1 of 1 pictures have no pair.*\['yes'\]; expected as many")])
-def test_an_integer_gold_and_an_unpaired_picture_are_named(tmp_path, name, fields, match):
+def test_an_odd_gold_and_an_unpaired_picture_are_named(tmp_path, name, fields, match):
     path = write_parquet(tmp_path / "t.parquet", [{"image": struct(picture(1)), "question": "q"} | fields])
     with pytest.raises(DataError, match=match):
         prepare(replace(TABLE[name], n=1), tmp_path / "images", path)
@@ -70,7 +71,7 @@ def test_an_integer_gold_and_an_unpaired_picture_are_named(tmp_path, name, field
 @pytest.mark.parametrize("change, match", [
     ({"image_3": None}, r"row 1: item 'blink/Jigsaw/val_Jigsaw_1': 2 pictures, expected 3"),
     ({"image_2": None}, "pictures in image_1, image_3, expected them from image_1 on without a gap"),
-    ({"answer": "B"}, r"answer 'B', expected a bracketed letter"),
+    ({"answer": "hidden"}, r"answer 'hidden', expected a letter"),
     ({"answer": "(C)"}, "gold 'C' and letters")])
 def test_a_broken_blink_is_named(tmp_path, change, match):
     first, second = read_rows(HUB_BLINK)

@@ -4,20 +4,20 @@ A new benchmark is a function in utils/evaluate/layouts.py and an entry of TABLE
 """
 import hashlib
 import io
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
+from utils.cli import log
 from utils.evaluate import layouts
-from utils.evaluate.layouts import SameAs
-from utils.evaluate.sources import (Hub, Rows, check_digest, dataset_rows, download, file_rows, pinned,
-                                    vstar_folder_rows)
+from utils.evaluate.sources import (Hub, Rows, SameAs, check_digest, dataset_rows, download, file_rows,
+                                    key_of, pinned, vstar_folder_rows)
 from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
-from utils.jsonl import DataError, call_key, check_unique, disk_errors, replace_file
+from utils.jsonl import DataError, check_unique, disk_errors, replace_file
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp",
             "TIFF": ".tif"}
@@ -27,9 +27,10 @@ SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF"
 class Benchmark:
     """A benchmark. `layouts`: (a column that only this layout has, its function in layouts.py).
 
-    n, counts (category -> n) and n_images (pictures per item) are asserted unless None or {}. `group` names
-    an item's cluster. `check` returns the fault of all items together. `digests`: file name -> its possible
-    MD5 or SHA-256 digests.
+    n, counts (category -> n) and n_images (pictures per item) are asserted unless None or {}. `subset`: the
+    value of the first of `subset_columns` that its rows have. `group` names an item's cluster, from the item
+    and its place. `check` returns the fault of all items together. `digests`: file name -> its possible MD5
+    digests.
     """
 
     name: str
@@ -39,95 +40,72 @@ class Benchmark:
     counts: dict[str, int] = field(default_factory=dict)
     n_images: int | None = 1
     subset: str | None = None
-    group: Callable[[dict], str] | None = None
+    subset_columns: tuple[str, ...] = ()
+    group: Callable[[dict, int], str] | None = None
     check: Callable[[list[dict]], str | None] | None = None
     digests: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-# ---- clusters
-def by_question(item: dict) -> str:
-    """One group for all rotations of a question."""
-    key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
-                   gold=dict(item["options"]).get(item["answer"]["value"]),
-                   texts=sorted(text for _, text in item["options"]))
-    return f"{item['benchmark']}/{key[:16]}"
-
-
-def by_image(item: dict) -> str:
-    return f"{item['benchmark']}/{item['category']}/{item['images'][0]['sha256'][:16]}"
-
-
-def values_by_group(items: list[dict], value: Callable[[dict], str]) -> dict[str, list[str]]:
-    groups = defaultdict(list)
-    for item in items:
-        groups[item["group_id"]].append(value(item))
-    return groups
-
-
-def rotations_fault(items: list[dict]) -> str | None:
-    cycles = values_by_group(items, lambda item: str(item["raw"]["cycle_category"]))
-    wrong = [group for group, cycle in cycles.items() if sorted(cycle) != ["0", "1", "2", "3"]]
-    if not wrong:
-        return None
-    first = next(item["id"] for item in items if item["group_id"] == wrong[0])
-    return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
-            f"{sorted(cycles[wrong[0]])}; expected 0, 1, 2, 3 of one picture, text and options")
-
-
-def pairs_fault(items: list[dict]) -> str | None:
-    golds = values_by_group(items, lambda item: item["answer"]["value"])
-    wrong = [group for group, answers in golds.items() if answers.count("yes") != answers.count("no")]
-    if not wrong:
-        return None
-    return (f"{len(wrong)} of {len(golds)} pictures have no pair, first {wrong[0]} with {golds[wrong[0]]}; "
-            "expected as many golds 'yes' as 'no'")
-
-
 # ---- the table
-# Digests: VLMEvalKit vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite, BLINK), image_vqa.py
-# (TableVQABench, OCRBench-v2) and image_yorn.py (MME). Sizes: the data cards; V*'s from its 191 rows,
-# OCRBench-v2's from arXiv 2501.00321, VSP's from UMass-Embodied-AGI/Mirage.
+# MD5 digests: VLMEvalKit, commit e8e78f05, vlmeval/dataset/image_mcq.py (V*, HR-Bench, MME-RealWorld-Lite,
+# BLINK, MMVP, CV-Bench, MMStar), image_vqa.py (TableVQABench, OCRBench-v2) and image_yorn.py (MME). Sizes:
+# the data cards; V*'s from its 191 rows, OCRBench-v2's from arXiv 2501.00321, MMVP's from lmms-eval
+# (lmms_eval/tasks/mmvp), CV-Bench's halves from arXiv 2406.16860, VSP's from UMass-Embodied-AGI/Mirage.
 VSTAR = {"n": 191, "counts": {"direct_attributes": 115, "relative_position": 76}}
 HRBENCH = {"layouts": (("cycle_category", layouts.hrbench),), "n": 800,
-           "counts": {"single": 400, "cross": 400}, "group": by_question, "check": rotations_fault}
+           "counts": {"single": 400, "cross": 400}, "group": layouts.by_question,
+           "check": layouts.rotations_fault}
 HRBENCH_HUB = Hub("DreamMr/HR-Bench", "83b9013d6293b85dc507e87199ca52517536939c",
                   config="hrbench_version_split")
-# VLMEvalKit's file since 2026-05-11 and before it: only labels of Relative_Reflectance differ
+# VLMEvalKit's file since commit fbd4d504 and before it: only labels of Relative_Reflectance differ
 BLINK_DIGESTS = {"BLINK.tsv": ("d5e8af148b10ac69f535ff7b23f3f989", "3b6649b6a662184ea046908e5506260e")}
 BLINK_SIZES = {"Jigsaw": (150, 3), "Multi-view_Reasoning": (133, 2)}  # items, pictures per item
 BLINK_SUBTASKS = ("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test",
                   "Jigsaw", "Multi-view_Reasoning", "Object_Localization", "Relative_Depth",
                   "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
                   "Visual_Correspondence", "Visual_Similarity")
+MMSTAR_ABILITIES = ("coarse perception", "fine-grained perception", "instance reasoning",
+                    "logical reasoning", "math", "science & technology")
 TABLEVQA_SIZES = {"vwtq": 750, "vwtq_syn": 250, "vtabfact": 250}  # the paper leaves fintabnetqa out
 
 TABLE = {bench.name: bench for bench in (
-    Benchmark("vstar", (("index", layouts.choices_tsv),), **VSTAR,
+    Benchmark("mcq", (("question", layouts.choices),), n_images=None),  # a file of one's own
+    Benchmark("vstar", (("index", layouts.choices),), **VSTAR,
               hub=Hub("xjtupanda/VStar_Bench", "b1312e6fbf89ace5a50cc5b0214010aeb0f69bdc",
                       file="VStarBench.tsv"),
-              digests={"VStarBench.tsv": (
-                  "9826a55e0e0992a59a91b28c991f07e0ac75be9f183ed3802151985425f4002e",)}),
+              digests={"VStarBench.tsv": ("b18854d7075574be06b631cd5f7d2d6a",)}),
     Benchmark("vstar_regions", (("test_type", layouts.vstar_original),), Hub("craigwu/vstar_bench"), **VSTAR),
     Benchmark("hrbench_4k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_4k"),
-              digests={"hr_bench_4k.tsv": (
-                  "a2147a5525fd6c7246e1891b738e1987d16d6ce2df2ee0c4f96946a959e76e18",)}),
+              digests={"hr_bench_4k.tsv": ("f6b041b03d49543494b8a56d2e35be65",)}),
     Benchmark("hrbench_8k", **HRBENCH, hub=replace(HRBENCH_HUB, split="hrbench_8k"),
               digests={"hr_bench_8k.tsv": ("274c9c7f89329b804a4723178a00219c",)}),
-    Benchmark("mme_realworld_lite", (("multi-choice options", layouts.mme_realworld),), n=1919,
+    Benchmark("mme_realworld_lite", (("multi-choice options", layouts.mme_realworld),
+                                     ("Answer choices", layouts.mme_realworld_official)), n=1919,
               hub=Hub("yifanzhang114/MME-RealWorld-Base64", "93310bbe383ad164ef4afadd329090679c52d7c4",
                       file="mme_realworld_lite.tsv"),
-              digests={"mme_realworld_lite.tsv": (
-                  "d66abee0758232d75d1586c27a39a19059d7e9bb4c855d3ecceab283a7488065",)}),
-    *(Benchmark(f"blink/{task}", (("sub_task", layouts.blink_hub), ("category", layouts.choices_tsv)),
+              digests={"mme_realworld_lite.tsv": ("4c17057d7d3b6c4a0d4397c3dae0881c",)}),
+    *(Benchmark(f"blink/{task}", (("sub_task", layouts.blink_hub), ("category", layouts.choices)),
                 Hub("BLINK-Benchmark/BLINK", config=task, split="val"), n, n_images=n_images, subset=task,
-                digests=BLINK_DIGESTS)
+                subset_columns=("sub_task", "category"), digests=BLINK_DIGESTS)
       for task in BLINK_SUBTASKS for n, n_images in [BLINK_SIZES.get(task, (None, None))]),
     *(Benchmark(f"tablevqa/{split}", (("qa_id", layouts.tablevqa), ("split", layouts.tablevqa)),
-                Hub("terryoo/TableVQA-Bench", split=split), n, subset=split,
+                Hub("terryoo/TableVQA-Bench", split=split), n, subset=split, subset_columns=("split",),
                 digests={"tablevqa-bench.tsv": ("2550adc61bdc82d8e62f3b003de7c62d",)})
       for split, n in TABLEVQA_SIZES.items()),
+    Benchmark("mmvp", (("Index", layouts.mmvp), ("lndex", layouts.mmvp), ("index", layouts.choices)),
+              Hub("lmms-lab-eval/MMVP", split="train"), 300, group=layouts.by_two, check=layouts.halves_fault,
+              digests={"MMVP.tsv": ("8cb732b141a0cba5b42159df2839e557",)}),
+    *(Benchmark(f"cv_bench/{half}", (("source", layouts.cv_bench),),
+                Hub("nyu-visionx/CV-Bench", config=half, split="test"), n, subset=half,
+                subset_columns=("type", "split"), digests={f"CV-Bench-{half}.tsv": (digest,)})
+      for half, n, digest in (("2D", 1438, "a7cff4cc2857cc237ee2b89e62bccb2d"),
+                              ("3D", 1200, "bb94c0d568d652d15b60e001ac40a170"))),
+    Benchmark("mmstar", (("category", layouts.mmstar),),
+              Hub("Lin-Chen/MMStar", "bc98d668301da7b14f648724866e57302778ab27", split="val"), 1500,
+              counts=dict.fromkeys(MMSTAR_ABILITIES, 250),
+              digests={"MMStar.tsv": ("e1ecd2140806c1b1bbf54b43372efb9e",)}),
     Benchmark("mme", (("question_id", layouts.mme), ("index", layouts.mme)),
-              Hub("lmms-lab/MME", split="test"), 2374, group=by_image, check=pairs_fault,
+              Hub("lmms-lab/MME", split="test"), 2374, group=layouts.by_image, check=layouts.pairs_fault,
               digests={"MME.tsv": ("b36b43c3f09801f5d368627fb92187c3",)}),
     Benchmark("ocrbench_v2", (("id", layouts.ocrbench_v2), ("index", layouts.ocrbench_v2)),
               Hub("ling99/OCRBench_v2", split="test"), 10000,
@@ -159,11 +137,11 @@ def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None)
     return vstar_folder_rows(path), path
 
 
-def read_row(bench: Benchmark, where: str, row: dict) -> dict | None:
-    """Return a row's item; None for a row of another subset."""
+def read_row(bench: Benchmark, where: str, row: dict) -> dict:
+    """Return a row's item."""
     for column, read in bench.layouts:
         if column in row:
-            return read(where, row, bench.name, bench.subset)
+            return read(where, row, bench.name)
     raise DataError(f"{where}: columns {', '.join(row)} are not a known layout of {bench.name}; expected "
                     f"{' or '.join(repr(column) for column, _ in bench.layouts)}")
 
@@ -181,51 +159,65 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     root, folder = image_root or root, Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    items, stored, seen = [], {}, {}
+    items, stored, seen, kept, others = [], {}, {}, {}, Counter()
     for where, row in rows:
         if limit is not None and len(items) == limit:
             break
-        item = read_row(bench, where, row)
-        if item is None:
+        subset = next((row[column] for column in bench.subset_columns if column in row), bench.subset)
+        if subset != bench.subset:
+            others[subset] += 1
             continue
+        item = read_row(bench, where, row)
         check_unique(where, item["id"], seen)
-        item["images"] = [store_any(where, image, root, folder) for image in item["images"]]
+        item["images"] = [store_any(where, image, root, folder, kept) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
-            stored[str(row.get("index"))] = item["images"]
+            stored[key_of(where, row, "index") if "index" in row else ""] = item["images"]
         items.append(item)
-    for item in items:
+    if not items:
+        found = f"{others.total()} rows of {', '.join(map(repr, others))}" if others else "no rows"
+        raise DataError(f"{source or bench.hub.repo}: {found}; expected rows of {bench.name}")
+    for place, item in enumerate(items):
         resolve_same(item, stored)
         check_item(item, bench)
-        item["group_id"] = bench.group(item) if bench.group else item["group_id"]
+        item["group_id"] = bench.group(item, place) if bench.group else item["group_id"]
+    tell_equal_options(items)
     if limit is None:
         check_all(items, bench, source or bench.hub.repo)
     return items
 
 
 # ---- pictures
-def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None,
-              folder: Path) -> dict | SameAs:
+def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None, folder: Path,
+              kept: dict[str, dict]) -> dict | SameAs:
     if isinstance(image, SameAs):
         return image  # resolved later
     if isinstance(image, bytes):
-        return store(where, image, folder)
+        return store(where, image, folder, kept)
     if root is None:
         raise DataError(f"{where}: the picture is the path {image!r}, expected bytes; give --image_root")
-    return store(where, read_bytes(resolve_image(root, image)), folder)
-
-
-def store(where: str, data: bytes, folder: Path) -> dict:
-    """Write a picture's bytes into `folder` under their hash; return {"path", "sha256"}."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+        return store(where, read_bytes(resolve_image(root, image)), folder, kept)
+    except ImageError as error:
+        raise ImageError(error.reason, f"{where}: {error}") from error
+
+
+def store(where: str, data: bytes, folder: Path, kept: dict[str, dict]) -> dict:
+    """Write a picture's bytes into `folder` under their hash, decoded once to find damage; return {"path",
+    "sha256"}. `kept`: the pictures of this run by hash."""
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in kept:
+        return kept[digest]
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
             suffix = SUFFIXES[image.format]
     except BROKEN as error:
         raise ImageError("image_unreadable",
-                         f"{where}: {len(data)} bytes are not a picture ({error})") from error
-    digest = hashlib.sha256(data).hexdigest()
+                         f"{where}: {len(data)} bytes are not a whole picture ({error})") from error
     path = folder / f"{digest[:16]}{suffix}"
     replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
-    return {"path": f"{folder.name}/{path.name}", "sha256": digest}
+    kept[digest] = {"path": f"{folder.name}/{path.name}", "sha256": digest}
+    return kept[digest]
 
 
 def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
@@ -245,6 +237,15 @@ def check_item(item: dict, bench: Benchmark) -> None:
     if bench.n_images not in (None, len(item["images"])) or not item["images"]:
         raise DataError(f"{item['source']}: item {item['id']!r}: {len(item['images'])} pictures, "
                         f"expected {bench.n_images or 'at least one'}")
+
+
+def tell_equal_options(items: list[dict]) -> None:
+    """Log how many items have options of the same text, between which no answer can decide."""
+    equal = [item for item in items
+             if len({text.strip() for _, text in item["options"]}) < len(item["options"])]
+    if equal:
+        log(f"{len(equal)} of {len(items)} items have equal options, first {equal[0]['id']} at "
+            f"{equal[0]['source']}: {equal[0]['options']}")
 
 
 def check_all(items: list[dict], bench: Benchmark, source: object) -> None:

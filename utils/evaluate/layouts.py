@@ -1,37 +1,37 @@
-"""One function per source layout: a published row -> a benchmark item.
+"""One function per source layout, a published row -> a benchmark item; and which items belong together.
 
-Each takes (where, row, name of the benchmark, subset or None) and returns the item, or None for a row of
-another subset. The item's "images" are as in the row: bytes, a path (str), or the `SameAs` of another row;
-"raw" keeps the row without them. The columns are those of open-compass/VLMEvalKit vlmeval/dataset,
-EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks, and the data cards.
+A layout takes (where, row, name of the benchmark) and returns the item. Its "images" are as in the row:
+bytes, a path (str), or the `SameAs` of another row; "raw" keeps the row without them. Columns are those of
+open-compass/VLMEvalKit vlmeval/dataset (commit e8e78f05), EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks (commit
+75571cfe), and the data cards.
 """
-import ast
-import base64
-import binascii
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
 
 from utils.evaluate.reference_scorers import unescape
+from utils.evaluate.sources import (PICTURES, cell, column_options, is_missing, is_nan, key_of, letter_of,
+                                    lettered, option_text, pictures_in, text_list)
 from utils.items import ANSWER_TYPES
-from utils.jsonl import DataError, check_fields
+from utils.jsonl import DataError, call_key, check_fields
 
-LETTERS = "ABCDE"
-SHORTEST_PICTURE = 65  # a shorter cell names another row (VLMEvalKit vlmeval/dataset/image_base.py)
+REALWORLD_KINDS = ("Perception", "Reasoning")
+REALWORLD_DOMAINS = ("Monitoring", "Autonomous_Driving", "OCR with Complex Context", "Diagram and Table",
+                     "Remote Sensing")  # VLMEvalKit vlmeval/dataset/utils/multiple_choice.py
+MMSTAR_FORMS = tuple(re.compile(form, re.DOTALL) for form in (
+    r"(.*?)\s*\bOptions:\s*A: ?(.*?),\s*B: ?(.*?)(?:,\s*C: ?(.*?))?(?:,\s*D: ?(.*?))?",
+    r"(.*?)\s*\bChoices:\s*\(A\) ?(.*?)\s*\(B\) ?(.*?)(?:\s*\(C\) ?(.*?))?(?:\s*\(D\) ?(.*?))?"))
 YES_NO = {"Yes": "yes", "No": "no"}
 
 
-@dataclass(frozen=True)
-class SameAs:
-    index: str
-
-
-def make_item(name: str, where: str, row: dict, key: object, metric: str, answer: object, *, question: str,
+def make_item(name: str, where: str, row: dict, key: str, metric: str, answer: object, *, question: str,
               images: list, options: list | None = None, category: str | None = None,
-              pictures: tuple[str, ...] = ("image",)) -> dict:
+              pictures: tuple[str, ...] = PICTURES) -> dict:
     """Return an item called `name`/`key`; `pictures` are the columns that stay out of "raw"."""
-    raw = {column: value for column, value in row.items() if column not in pictures}
+    raw = {column: None if is_nan(value) else value for column, value in row.items()
+           if column not in pictures}
     try:
         json.dumps(raw)
     except (TypeError, ValueError) as error:  # bytes or a date in a parquet file
@@ -40,82 +40,20 @@ def make_item(name: str, where: str, row: dict, key: object, metric: str, answer
             "question": question, "options": options or [],
             "answer": {"type": ANSWER_TYPES[metric], "value": answer}, "images": images, "metric": metric,
             "source": where, "raw": raw}
-    return item | ({"hint": row["hint"]} if row.get("hint") else {})
+    return item | ({"hint": hint} if (hint := option_text(row.get("hint"))) else {})
 
 
-# ---- parts of a row
-def from_base64(where: str, text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: the picture {text[:20]!r}... is not base64 ({error})") from error
+# ---- multiple choice
+def choices(where: str, row: dict, name: str) -> dict:
+    """VLMEvalKit's multiple choice (V*, BLINK, MMVP, MMStar), and a file of one's own: index or id, question,
+    A, B, ..., answer, image or image_path, optionally category and hint."""
+    options = column_options(where, row)
+    return make_item(name, where, row, key_of(where, row, "index", "id"), "mcq",
+                     letter_of(where, row, "answer"), question=cell(where, row, "question"), options=options,
+                     category=option_text(row.get("category")), images=pictures_in(where, row))
 
 
-def cell_pictures(where: str, row: dict) -> list:
-    """Return the pictures of a TSV's cell: base64, a Python list of it, or another row's index."""
-    check_fields(where, row, {"image": str})
-    cell = row["image"]
-    if cell.startswith("["):
-        return [from_base64(where, text) for text in python_list(where, "image", cell)]
-    if not cell:
-        raise DataError(f"{where}: column 'image' is empty; expected base64, a list, or a row's index")
-    return [from_base64(where, cell) if len(cell) >= SHORTEST_PICTURE else SameAs(cell)]
-
-
-def stored_picture(where: str, row: dict, column: str = "image") -> bytes | str:
-    """Return the bytes or path in a column of a data set on the hub."""
-    value = row.get(column)
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, (bytes, str)) or not value:
-        raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, expected bytes or a path")
-    return value
-
-
-def python_list(where: str, column: str, value: object) -> list[str]:
-    """Return a list of texts, possibly written as a Python literal."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise DataError(f"{where}: column {column!r} {value[:40]!r} is not a Python list "
-                            f"({error})") from error
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
-    return value
-
-
-def column_options(where: str, row: dict) -> list[list[str]]:
-    """Return [[letter, text]] of the columns A to E that are not empty."""
-    options = [[letter, row[letter]] for letter in LETTERS if row.get(letter) not in (None, "")]
-    if wrong := [text for _, text in options if not isinstance(text, str)]:
-        raise DataError(f"{where}: option {wrong[0]!r} is {type(wrong[0]).__name__}, expected text")
-    return options
-
-
-def bare_question(where: str, question: str, options: list[list[str]]) -> str:
-    """Return a question without options that repeat the columns, as in some copies of HR-Bench."""
-    for mark in ("({}) {}", "{}. {}"):
-        tail = "".join("\n" + mark.format(*option) for option in options)
-        if question.rstrip().endswith(tail):
-            return question.rstrip().removesuffix(tail)
-    if re.search(r"\n[^\S\n]*(\(A\)|A[.)]) ", question):
-        raise DataError(f"{where}: the question {question[-60:]!r} has other options than {options}")
-    return question
-
-
-# ---- V*
-def choices_tsv(where: str, row: dict, name: str, subset: str | None) -> dict | None:
-    """VLMEvalKit's multiple choice: V* and BLINK."""
-    check_fields(where, row, {"index": str, "question": str, "answer": str, "category": str})
-    if subset not in (None, row["category"]):
-        return None
-    return make_item(name, where, row, row["index"], "mcq", row["answer"], question=row["question"],
-                     options=column_options(where, row), category=row["category"],
-                     images=cell_pictures(where, row))
-
-
-def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict:
+def vstar_original(where: str, row: dict, name: str) -> dict:
     """V* as its authors publish it, for its regions, which enclose all boxes [left, top, width, height]
     (penghao-wu/vstar, visual_search.py); not scored, as its right option is always the first."""
     check_fields(where, row, {"question": str, "options": list, "image_file": str, "test_type": str})
@@ -133,99 +71,206 @@ def vstar_original(where: str, row: dict, name: str, subset: str | None) -> dict
     return item
 
 
-# ---- the others
-def hrbench(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """HR-Bench, TSV or parquet; cycle_category is the rotation, image is base64."""
-    check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
-                              "cycle_category": (str, int)})
-    options = column_options(where, row)
-    return make_item(name, where, row, f"{row['index']}/{row['cycle_category']}", "mcq", row["answer"],
-                     options=options, category=row["category"], images=cell_pictures(where, row),
-                     question=bare_question(where, row["question"], options))
+def hrbench(where: str, row: dict, name: str) -> dict:
+    """HR-Bench, TSV or parquet; cycle_category is the rotation."""
+    row = row | {"cycle_category": key_of(where, row, "cycle_category")}
+    item = choices(where, row, name)
+    return item | {"id": f"{item['id']}/{row['cycle_category']}",
+                   "question": bare_question(where, item["question"], item["options"])}
 
 
-def mme_realworld(where: str, row: dict, name: str, subset: str | None) -> dict:
-    """MME-RealWorld-Lite; an option without its bracketed letter is an error (VLMEvalKit issue 491)."""
-    column = "multi-choice options"
-    check_fields(where, row, {"index": (str, int), "question": str, "answer": str, "category": str,
-                              column: (str, list)})
-    texts = python_list(where, column, row[column])
-    matches = [re.fullmatch(rf"\({letter}\) ?(.*)", text, re.DOTALL) for letter, text in zip(LETTERS, texts)]
-    if len(texts) != len(LETTERS) or not all(matches):
+def bare_question(where: str, question: str, options: list[list[str]]) -> str:
+    """Return a question without options that repeat the columns, as in some copies of HR-Bench."""
+    for mark in ("({}) {}", "{}. {}"):
+        tail = "".join("\n" + mark.format(*option) for option in options)
+        if question.rstrip().endswith(tail):
+            return question.rstrip().removesuffix(tail)
+    if re.search(r"\n[^\S\n]*(\(A\)|A[.)]) ", question):
+        raise DataError(f"{where}: the question {question[-60:]!r} has other options than {options}")
+    return question
+
+
+def mme_realworld(where: str, row: dict, name: str) -> dict:
+    """MME-RealWorld-Lite for VLMEvalKit and lmms-eval; an option without its bracketed letter is an error
+    (VLMEvalKit issue 491)."""
+    options = bracketed(where, "multi-choice options", row)
+    return make_item(name, where, row, key_of(where, row, "index"), "mcq", letter_of(where, row, "answer"),
+                     question=cell(where, row, "question"), options=options,
+                     category=cell(where, row, "category"), images=pictures_in(where, row))
+
+
+def mme_realworld_official(where: str, row: dict, name: str) -> dict:
+    """MME-RealWorld-Lite's own JSON (yfzhang114/MME-RealWorld, evaluation/output_test_template.json, commit
+    1cd8d116). Copies differ in which field is called Task, Subtask or Category."""
+    fields = [cell(where, row, column) for column in ("Task", "Subtask", "Category")]
+    kinds = [field for field in fields if field in REALWORLD_KINDS]
+    domains = [field for field in fields if field in REALWORLD_DOMAINS]
+    if len(kinds) != 1 or len(domains) != 1:
+        raise DataError(f"{where}: Task, Subtask, Category {fields}, expected one of {REALWORLD_KINDS} and "
+                        f"one of {REALWORLD_DOMAINS}")
+    return make_item(name, where, row, key_of(where, row, "Question_id"), "mcq",
+                     letter_of(where, row, "Ground truth"), question=cell(where, row, "Text"),
+                     options=bracketed(where, "Answer choices", row), category=f"{kinds[0]}/{domains[0]}",
+                     images=pictures_in(where, row, ("Image",)), pictures=("Image",))
+
+
+def bracketed(where: str, column: str, row: dict) -> list[list[str]]:
+    """Return [[letter, text]] of MME-RealWorld's five options, "(A) ..." to "(E) ..."."""
+    texts = text_list(where, column, row.get(column))
+    matches = [re.fullmatch(rf"\({letter}\) ?(.*)", str(text), re.DOTALL)
+               for letter, text in zip("ABCDE", texts)]
+    if len(texts) != 5 or not all(matches):
         raise DataError(f"{where}: options {texts}, expected five, '(A) ...' to '(E) ...'")
-    has_bytes = isinstance(row.get("bytes"), str)
-    images = [from_base64(where, row["bytes"])] if has_bytes else cell_pictures(where, row)
-    return make_item(name, where, row, row["index"], "mcq", row["answer"], question=row["question"],
-                     images=images, category=row["category"], pictures=("image", "bytes"),
-                     options=[[letter, match[1]] for letter, match in zip(LETTERS, matches)])
+    return [[letter, match[1]] for letter, match in zip("ABCDE", matches)]
 
 
-def blink_hub(where: str, row: dict, name: str, subset: str | None) -> dict | None:
+def blink_hub(where: str, row: dict, name: str) -> dict:
     """BLINK; image_1 to image_4 are null beyond the last."""
-    check_fields(where, row, {"idx": str, "question": str, "sub_task": str, "choices": list, "answer": str,
-                              "prompt": str})
-    if subset not in (None, row["sub_task"]):
-        return None
     columns = sorted(column for column in row if re.fullmatch(r"image_\d", column))
-    filled = [column for column in columns if row[column] is not None]
+    filled = [column for column in columns if not is_missing(row[column])]
     if filled != columns[:len(filled)]:
         raise DataError(f"{where}: pictures in {', '.join(filled)}, "
                         "expected them from image_1 on without a gap")
-    gold = re.fullmatch(r"\(([A-E])\)", row["answer"])
-    if not gold:
-        raise DataError(f"{where}: answer {row['answer']!r}, expected a bracketed letter such as '(A)'")
-    return make_item(name, where, row, row["idx"], "mcq", gold[1], question=row["question"],
-                     category=row["sub_task"], pictures=tuple(columns),
-                     options=[list(pair) for pair in zip(LETTERS, row["choices"])],
-                     images=[stored_picture(where, row, column) for column in filled])
+    return make_item(name, where, row, key_of(where, row, "idx"), "mcq", letter_of(where, row, "answer"),
+                     question=cell(where, row, "question"), category=cell(where, row, "sub_task"),
+                     options=lettered(where, "'choices'", text_list(where, "choices", row.get("choices"))),
+                     images=[picture for column in filled for picture in pictures_in(where, row, (column,))],
+                     pictures=tuple(columns))
 
 
-def tablevqa(where: str, row: dict, name: str, subset: str | None) -> dict | None:
+def cv_bench(where: str, row: dict, name: str) -> dict:
+    """CV-Bench: its card's parquet, JSONL with `filename`, or VLMEvalKit's TSV (vlmeval/dataset/image_mcq.py,
+    CVBench). The category is source/task, as the score is of sources."""
+    options = (lettered(where, "'choices'", text_list(where, "choices", row["choices"])) if "choices" in row
+               else column_options(where, row))
+    parts = [cell(where, row, "source"), *([cell(where, row, "task")] if "task" in row else [])]
+    columns = (*PICTURES, "filename")
+    return make_item(name, where, row, key_of(where, row, "idx", "index"), "mcq",
+                     letter_of(where, row, "answer"), question=cell(where, row, "question"), options=options,
+                     category="/".join(parts), images=pictures_in(where, row, columns))
+
+
+def mmvp(where: str, row: dict, name: str) -> dict:
+    """MMVP as published (Questions.csv, in some copies with "lndex", and "MMVP Images" next to it; after
+    tsb0601/MMVP, evaluate_mllm) and on the hub (lmms-lab-eval/MMVP, with `image`)."""
+    key = key_of(where, row, "Index", "lndex")
+    texts = re.split(r"\s*\([a-z]\)\s*", cell(where, row, "Options").strip())
+    if texts[0] or len(texts) < 3:
+        raise DataError(f"{where}: options {row['Options']!r}, expected '(a) ... (b) ...'")
+    images = pictures_in(where, row) if "image" in row else [f"MMVP Images/{key}.jpg"]
+    return make_item(name, where, row, key, "mcq", letter_of(where, row, "Correct Answer"), images=images,
+                     question=cell(where, row, "Question"), options=lettered(where, "'Options'", texts[1:]))
+
+
+def mmstar(where: str, row: dict, name: str) -> dict:
+    """MMStar: Lin-Chen/MMStar, whose questions end in "Options: A: ..., B: ..." or "Choices: (A) ... (B)
+    ...", or VLMEvalKit's TSV. A right option that is "nan" (MMStar issue 12) keeps that text: without it the
+    question would have no answer."""
+    gold = letter_of(where, row, "answer")
+    if "A" in row:
+        return choices(where, row | ({gold: "nan"} if is_missing(row.get(gold)) else {}), name)
+    question = cell(where, row, "question")
+    match = next(filter(None, (form.fullmatch(question.strip()) for form in MMSTAR_FORMS)), None)
+    if match is None:
+        raise DataError(f"{where}: the question {question[-80:]!r} ends in no options; expected 'Options: A: "
+                        "..., B: ...' or 'Choices: (A) ... (B) ...'")
+    options = [[letter, text.strip()] for letter, text in zip("ABCD", match.groups()[1:]) if text is not None
+               and (letter == gold or option_text(text) is not None)]
+    return make_item(name, where, row, key_of(where, row, "index"), "mcq", gold, question=match[1],
+                     options=options, category=cell(where, row, "category"), images=pictures_in(where, row))
+
+
+# ---- the others
+def tablevqa(where: str, row: dict, name: str) -> dict:
     """TableVQABench with qa_id and gt; or VLMEvalKit's TSV with index, answer and split. Golds are values
     joined with bars, escaped as in WikiTableQuestions."""
-    if row.get("split", subset) != subset:
-        return None
-    key, gold = ("qa_id", "gt") if "qa_id" in row else ("index", "answer")
-    check_fields(where, row, {key: (str, int), "question": str, gold: str})
-    if subset == "vtabfact":
-        if row[gold] not in ("0", "1"):
-            raise DataError(f"{where}: gold {row[gold]!r}, expected the text '1' or '0'")
-        metric, value = "tabfact", row[gold] == "1"
+    split = name.rpartition("/")[2]
+    gold = cell(where, row, "gt", "answer").strip()
+    if split == "vtabfact":
+        if gold not in ("0", "1"):
+            raise DataError(f"{where}: gold {gold!r}, expected the text '1' or '0'")
+        metric, value = "tabfact", gold == "1"
     else:
-        metric, value = "wtq", [unescape(text) for text in row[gold].split("|")]
-    images = [stored_picture(where, row)] if "qa_id" in row else cell_pictures(where, row)
-    return make_item(name, where, row, row[key], metric, value, question=row["question"], category=subset,
-                     images=images)
+        metric, value = "wtq", [unescape(text) for text in cell(where, row, "gt", "answer").split("|")]
+    return make_item(name, where, row, key_of(where, row, "qa_id", "index"), metric, value,
+                     question=cell(where, row, "question"), category=split, images=pictures_in(where, row))
 
 
-def mme(where: str, row: dict, name: str, subset: str | None) -> dict:
+def mme(where: str, row: dict, name: str) -> dict:
     """MME, where question_id names the picture; or VLMEvalKit's TSV with index."""
-    check_fields(where, row, {"question": str, "answer": str, "category": str})
-    if row["answer"] not in YES_NO:
-        raise DataError(f"{where}: answer {row['answer']!r}, expected {' or '.join(YES_NO)}")
-    gold = YES_NO[row["answer"]]
-    if "question_id" in row:
-        key, images = f"{row['question_id']}/{gold}", [stored_picture(where, row)]
-    else:
-        check_fields(where, row, {"index": str})
-        key, images = row["index"], cell_pictures(where, row)
-    return make_item(name, where, row, key, "yesno_pair", gold, question=row["question"],
-                     category=row["category"], images=images)
+    answer = cell(where, row, "answer").strip()
+    if answer not in YES_NO:
+        raise DataError(f"{where}: answer {answer!r}, expected {' or '.join(YES_NO)}")
+    key = f"{row['question_id']}/{YES_NO[answer]}" if "question_id" in row else key_of(where, row, "index")
+    return make_item(name, where, row, key, "yesno_pair", YES_NO[answer],
+                     question=cell(where, row, "question"), category=cell(where, row, "category"),
+                     images=pictures_in(where, row))
 
 
-def ocrbench_v2(where: str, row: dict, name: str, subset: str | None) -> dict:
+def ocrbench_v2(where: str, row: dict, name: str) -> dict:
     """OCRBench-v2 (hub or TSV), for its latents alone: not scored."""
-    key, column = ("id" if "id" in row else "index"), ("answers" if "answers" in row else "answer")
-    check_fields(where, row, {key: (str, int), "question": str, "type": str, column: (str, list)})
-    values = [row[column]] if isinstance(row[column], str) else python_list(where, column, row[column])
-    images = cell_pictures(where, row) if isinstance(row.get("image"), str) else [stored_picture(where, row)]
-    return make_item(name, where, row, row[key], "unscored", values, question=row["question"],
-                     category=row["type"], images=images)
+    golds = row.get("answers", row.get("answer"))
+    values = list(map(str, golds)) if isinstance(golds, list) else [cell(where, row, "answers", "answer")]
+    return make_item(name, where, row, key_of(where, row, "id", "index"), "unscored", values,
+                     question=cell(where, row, "question"), category=cell(where, row, "type"),
+                     images=pictures_in(where, row))
 
 
-def vsp(where: str, row: dict, name: str, subset: str | None) -> dict:
+def vsp(where: str, row: dict, name: str) -> dict:
     """VSP spatial planning as Mirage evaluates it; the gold is the map."""
     check_fields(where, row, {"text_input": str, "image_input": str, "map_id": str, "map_desc": list})
     level = f"level_{len(row['map_desc'])}"
     return make_item(name, where, row, f"{level}/{row['map_id']}", "vsp_path", row["map_desc"],
                      question=row["text_input"], category=level, images=[row["image_input"]])
+
+
+# ---- clusters
+def by_question(item: dict, place: int) -> str:
+    """One group for all rotations of a question."""
+    key = call_key(images=[image["sha256"] for image in item["images"]], question=item["question"].strip(),
+                   gold=dict(item["options"]).get(item["answer"]["value"]),
+                   texts=sorted(text for _, text in item["options"]))
+    return f"{item['benchmark']}/{key[:16]}"
+
+
+def by_image(item: dict, place: int) -> str:
+    return f"{item['benchmark']}/{item['category']}/{item['images'][0]['sha256'][:16]}"
+
+
+def by_two(item: dict, place: int) -> str:
+    """MMVP: rows 1 and 2 are a pair, 3 and 4 (tsb0601/MMVP, gpt_grader)."""
+    return f"{item['benchmark']}/{place // 2}"
+
+
+def values_by_group(items: list[dict], value: Callable[[dict], str]) -> dict[str, list[str]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[item["group_id"]].append(value(item))
+    return groups
+
+
+def rotations_fault(items: list[dict]) -> str | None:
+    cycles = values_by_group(items, lambda item: str(item["raw"]["cycle_category"]))
+    wrong = [group for group, cycle in cycles.items() if sorted(cycle) != ["0", "1", "2", "3"]]
+    if not wrong:
+        return None
+    first = next(item["id"] for item in items if item["group_id"] == wrong[0])
+    return (f"{len(wrong)} of {len(cycles)} questions do not occur in four rotations, first {first} with "
+            f"{sorted(cycles[wrong[0]])}; expected 0, 1, 2, 3 of one picture, text and options")
+
+
+def halves_fault(items: list[dict]) -> str | None:
+    """Return the fault of MMVP's pairs, which ask one question about two pictures."""
+    for first, second in zip(items[::2], items[1::2]):
+        if first["question"].strip().lower() != second["question"].strip().lower():
+            return f"{first['id']} and {second['id']} are no pair; expected one question about two pictures"
+    return None
+
+
+def pairs_fault(items: list[dict]) -> str | None:
+    golds = values_by_group(items, lambda item: item["answer"]["value"])
+    wrong = [group for group, answers in golds.items() if answers.count("yes") != answers.count("no")]
+    if not wrong:
+        return None
+    return (f"{len(wrong)} of {len(golds)} pictures have no pair, first {wrong[0]} with {golds[wrong[0]]}; "
+            "expected as many golds 'yes' as 'no'")

@@ -1,22 +1,40 @@
-"""Rows of a benchmark as it is published: a TSV, parquet, JSONL, a folder, or a data set on the hub.
+"""Rows and cells of a published benchmark: a TSV, CSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader yields (where, row) one by one: the largest file has 4.6 GB. Pictures stay as they are stored.
+Every reader of rows yields (where, row) one by one: the largest file has 4.6 GB. The readers of cells, the
+same for all layouts, take what pandas and the datasets library make of a cell; their errors name `where` and
+the column.
 """
+import ast
+import base64
+import binascii
 import csv
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
 from utils.jsonl import DataError, load_object, located_rows
 
 Rows = Iterator[tuple[str, dict]]
 MAX_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
+SHORTEST_PICTURE = 65  # a shorter cell names another row (VLMEvalKit vlmeval/dataset/image_base.py)
+PICTURES = ("image", "image_path", "bytes")  # the first that is filled; VLMEvalKit writes image_path
+PICTURE_PATH = re.compile(r"[^\n]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)  # base64 has no "."
+LONGEST_PATH = 4096  # characters
+DATA_URL = re.compile(r"^data:[^,]{0,100},")
+URL_SAFE = str.maketrans("-_", "+/")
 VSTAR_FOLDERS = ("direct_attributes", "relative_position")  # as vstar_bench_eval.py reads
+
+
+@dataclass(frozen=True)
+class SameAs:
+    index: str
 
 
 @dataclass(frozen=True)
@@ -34,31 +52,38 @@ class Hub:
 # ---- files
 def file_rows(path: Path) -> Rows:
     json_rows = partial(located_rows, longest=MAX_CELL)  # lines may hold pictures
-    readers = {".tsv": tsv_rows, ".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows}
+    readers = {".tsv": table_rows, ".csv": partial(table_rows, delimiter=","), ".parquet": parquet_rows,
+               ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:
         raise DataError(f"{path}: kind {path.suffix!r}, expected one of {', '.join(readers)} or a folder")
     return readers[path.suffix](path)
 
 
-def tsv_rows(path: Path) -> Rows:
-    """Yield a TSV's rows, quoted as pandas writes them. Every cell is text: pandas' own reader turns the
-    option "None" into a missing value and the gold "1" into an integer."""
-    before = csv.field_size_limit(MAX_CELL)
+def table_rows(path: Path, delimiter: str = "\t") -> Rows:
+    """Yield a TSV's or CSV's rows, quoted as pandas writes them. Every cell is text: pandas' own reader turns
+    the option "None" into a missing value and the gold "1" into an integer."""
+    before, line = csv.field_size_limit(MAX_CELL), 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
             names = next(reader, [])
             if len(set(names)) < max(2, len(names)):
                 raise DataError(f"{path}:1: columns {str(names)[:80]}, expected two or more different names")
+            line = reader.line_num + 1
             for cells in reader:
-                where = f"{path}:{reader.line_num}"
-                if len(cells) != len(names):
-                    raise DataError(f"{where}: {len(cells)} cells, expected {len(names)}: {', '.join(names)}")
-                yield where, dict(zip(names, cells))
+                if len(cells) not in (0, len(names)):
+                    raise DataError(f"{path}:{line}: {len(cells)} cells, expected {len(names)}: "
+                                    f"{', '.join(names)}")
+                if cells:  # not a blank line
+                    yield f"{path}:{line}", dict(zip(names, cells))
+                line = reader.line_num + 1
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a TSV in UTF-8 ({error}); fetch the file again") from error
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not a row of a TSV or CSV ({error}); expected quotes around a cell "
+                        "that holds a quote, and the inner one doubled") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{line}: not UTF-8 ({error}); fetch the file again") from error
     finally:
         csv.field_size_limit(before)
 
@@ -92,13 +117,11 @@ def vstar_folder_rows(root: Path) -> Rows:
 
 
 def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
-    """Raise DataError unless the file has one of these digests: MD5 (32 digits) or SHA-256."""
-    for kind in {"md5" if len(digest) == 32 else "sha256" for digest in accepted}:
-        with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, kind).hexdigest()
-        if actual in accepted:
-            return
-    raise DataError(f"{path}: {kind} {actual}, expected {' or '.join(accepted)}; fetch it again")
+    """Raise DataError unless the file has one of these MD5 digests."""
+    with open(path, "rb") as file:
+        actual = hashlib.file_digest(file, "md5").hexdigest()
+    if actual not in accepted:
+        raise DataError(f"{path}: md5 {actual}, expected {' or '.join(accepted)}; fetch it again")
 
 
 # ---- hub
@@ -147,3 +170,129 @@ def download(hub: Hub, revision: str | None) -> Path:
                                       allow_patterns=[f"{folder}/*" for folder in VSTAR_FOLDERS]))
     except (OSError, HfHubHTTPError) as error:
         raise DataError(f"{hub.repo}@{commit}: cannot be fetched ({error})") from error
+
+
+# ---- cells
+def is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a cell is empty: null, NaN, or blank."""
+    return value is None or is_nan(value) or (isinstance(value, str) and not value.strip())
+
+
+def as_text(value: object) -> str | None:
+    """Return a cell as text: a string as it is, a number as it was before pandas gave its column a NaN (1.0
+    is 1); None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not is_nan(value)
+    return value if isinstance(value, str) else str(value) if is_number else None
+
+
+def cell(where: str, row: dict, *columns: str) -> str:
+    """Return the text of the first of `columns` that a row has; DataError if it is missing or not text."""
+    column = next((column for column in columns if column in row), None)
+    if column is None:
+        raise DataError(f"{where}: no column {' or '.join(map(repr, columns))}; it has {', '.join(row)}")
+    if is_missing(row[column]):
+        raise DataError(f"{where}: column {column!r} is empty; expected text")
+    if (text := as_text(row[column])) is None:
+        raise DataError(f"{where}: column {column!r} is {type(row[column]).__name__} "
+                        f"{str(row[column])[:40]!r}, expected text or a number")
+    return text
+
+
+def key_of(where: str, row: dict, *columns: str) -> str:
+    """Return an index or a rotation: 0, "0", 0.0 and "0.0" are one."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", cell(where, row, *columns).strip())
+
+
+def option_text(value: object) -> str | None:
+    """Return the text of an option or a hint, None for a missing one; "nan" is one (MMStar issue 12)."""
+    text = None if is_missing(value) else as_text(value)
+    return None if text is None or text.strip().lower() == "nan" else text
+
+
+def letter_of(where: str, row: dict, *columns: str) -> str:
+    """Return a gold letter: "B", "b" or "(B)"."""
+    match = re.fullmatch(r"\(?([A-Za-z])\)?", text := cell(where, row, *columns).strip())
+    if not match:
+        raise DataError(f"{where}: answer {text[:40]!r}, expected a letter such as 'B' or '(B)'")
+    return match[1].upper()
+
+
+def lettered(where: str, column: str, values: list) -> list[list[str]]:
+    """Return [[letter, text]] of the values that are not missing; a letter belongs to its place."""
+    if len(values) > len(ascii_uppercase):
+        raise DataError(f"{where}: {len(values)} options in {column}, expected at most 26")
+    if wrong := [value for value in values if not is_missing(value) and as_text(value) is None]:
+        raise DataError(f"{where}: option {str(wrong[0])[:40]!r} in {column} is {type(wrong[0]).__name__}, "
+                        "expected text or a number")
+    return [[letter, text] for letter, value in zip(ascii_uppercase, values)
+            if (text := option_text(value)) is not None]
+
+
+def column_options(where: str, row: dict) -> list[list[str]]:
+    """Return [[letter, text]] of the columns A, B and so on that are not empty."""
+    n = next(n for n, letter in enumerate(f"{ascii_uppercase}.") if letter not in row)
+    if late := [letter for letter in ascii_uppercase[n:] if not is_missing(row.get(letter))]:
+        raise DataError(f"{where}: option column {late[0]!r} without {ascii_uppercase[n]!r}; expected A, B, "
+                        "... without a gap")
+    return lettered(where, "columns A, B, ...", [row[letter] for letter in ascii_uppercase[:n]])
+
+
+def text_list(where: str, column: str, value: object) -> list:
+    """Return a list, possibly written as a Python literal."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise DataError(f"{where}: column {column!r} {value[:40]!r} is not a Python list "
+                            f"({error})") from error
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
+    return value
+
+
+# ---- pictures
+def pictures_in(where: str, row: dict, columns: tuple[str, ...] = PICTURES) -> list:
+    """Return the pictures of the first of `columns` that is filled."""
+    for column in columns:
+        if not is_missing(row.get(column)):
+            return read_pictures(where, column, row[column])
+    found = [column for column in columns if column in row]
+    raise DataError(f"{where}: {f'column {found[0]!r} is empty' if found else 'no picture'}; expected it in "
+                    f"{' or '.join(columns)}: bytes, base64, a path, a list of them, or a row's index")
+
+
+def read_pictures(where: str, column: str, value: object) -> list:
+    """Return the pictures of a cell: bytes, {"bytes", "path"}, a path, base64 (as a data URL, wrapped,
+    unpadded or URL-safe too), another row's index, or a list of these, also as a Python literal."""
+    if isinstance(value, dict):  # as the datasets library stores it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = text_list(where, column, value.strip())
+    if isinstance(value, list) and value:
+        return [picture for part in value for picture in read_pictures(where, column, part)]
+    if isinstance(value, bytes) and value:
+        return [value]
+    if (text := as_text(value)) is None or not text.strip():
+        raise DataError(f"{where}: column {column!r} holds {type(value).__name__} {str(value)[:20]!r}, "
+                        "expected bytes, base64 or a path")
+    text = text.strip()
+    if column == "image_path" or (len(text) < LONGEST_PATH and PICTURE_PATH.fullmatch(text)):
+        return [text]
+    if len(text) < SHORTEST_PICTURE and not text.startswith("data:"):
+        return [SameAs(text)]
+    return [from_base64(where, column, text)]
+
+
+def from_base64(where: str, column: str, text: str) -> bytes:
+    data = "".join(DATA_URL.sub("", text).split()).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{where}: column {column!r}: the picture {text[:20]!r}... is neither base64 "
+                        f"({error}) nor a path that ends as a picture's") from error
