@@ -19,39 +19,45 @@ decides. A later "wait" or "but" that names another option takes a letter back (
 import re
 from typing import NamedTuple
 
-from utils.phrases import (find_options, find_phrase, is_corrected, lone_letters, named_option,
-                           split_sentences)
+from utils.phrases import (CJK, CJK_OPTION, NOUN, OPTION_NOUN, find_options, find_phrase, is_corrected,
+                           lone_letters, named_option, split_sentences, without_contrast)
 from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap, visible
 
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
-TAG = re.compile(r"<(?:answer|conclusion|final_answer|solution)>(.*?)"
-                 r"(?:</(?:answer|conclusion|final_answer|solution)>|\Z)", re.DOTALL | re.IGNORECASE)
-JSON_KEY = re.compile(r"[\"'](?:final[_ ]?|correct[_ ]?)?(?:answer|choice|option|letter)[\"']\s*:\s*"
-                      r"(?:\"([^\"\n]*)\"|'([^'\n]*)'|([\w.+-]+))", re.IGNORECASE)
+TAG_NAME = r"(?:final_?)?(?:answer|ans|choice|option|result)|conclusion|solution|final"
+TAG = re.compile(rf"<(?:{TAG_NAME})>(.*?)(?:</(?:{TAG_NAME})>|\Z)", re.DOTALL | re.IGNORECASE)
+JSON_KEY = re.compile(r"[\"'](?:(?:final|correct|selected|chosen|predicted|best)[_ ]?)?(?:answer|choice"
+                      r"|option|letter|result|prediction|答案)(?:[_ ]?(?:letter|choice|option))?[\"']\s*:\s*"
+                      r"\[?\s*(?:\"([^\"\n]*)\"|'([^'\n]*)'|([\w.+-]+))", re.IGNORECASE)
 PLACEHOLDER = re.compile(
     r"[\s.…_]*|(?i:\W*(?:(?:your|the|final|correct|option|insert)\s+)*(?:answer|letter|choice)"
     r"(?:\s+(?:letter|here|choice))*\W*)|(?:[A-H]\s*[/|]\s*){2,}[A-H]")
 BARE_LENGTH = 200  # characters of a one-line reply that is read as an answer
 SHORT_LENGTH = 30  # characters; a reply of twice the options' summed length is short too (VLMEvalKit's bound)
-PREFIX = re.compile(
-    r"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.I)
-OPTION_WORD = re.compile(
-    r"^(?:(?:final|correct)\s+)?(?:option|choice|letter|答案|选项)\s*[:：]?\s*(?=\W*[A-Z]\b)", re.I)
-LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、．：）/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
-LONE = re.compile(r"[^\w?？°%+&]*([A-Za-z])[\s()\[\]{}<>*_|:.,;!，。、；：！）】」]*")
+PREFIX = re.compile(rf"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:(?:{NOUN})(?!\w)|{CJK})"
+                    r"(?:\s+(?:is|ist|es|est|é|è)(?!\w)|[是为])?\s*:?\s*(?=\S)", re.I)
+OPTION_WORD = re.compile(rf"^(?:(?:final|correct)\s+)?(?:(?:{OPTION_NOUN})(?!\w)|{CJK_OPTION}|答案)\s*:?\s*"
+                         r"(?=\W*[A-Z]\b)", re.I)
+LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
+LONE = re.compile(r"[^\w?°%+&!≠~❌✗✘]*([A-Za-z])[^\w?°%+&#=/'’–—❌✗✘-]*")
 LIST_ITEM = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])[.):]\s+\S")
 LINE_MARK = re.compile(r"^(?:\s*(?:[-*•>#✅→]+|\d+[.)])\s+)+|^\s*[✅→]+\s*|^#+\s*")
 LEAD_WORD = re.compile(
-    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option)\b)[\s,:]*(?=\W*[A-Z]\b)")
+    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option|probably|sure|okay|certainly)\b)[\s,:!]*"
+    r"(?=\W*[A-Z]\b)")
+REASON = re.compile(r"(?:because|since|as (?:it|the|they)|due to|denn|weil|car|porque|因为)(?![A-Za-z])")
 OR = re.compile(r"[\s$.]*(?:or|and|,|/|或|oder|ou|o)[\s$.]*")
 DENIED = re.compile(
     r"\b(?:is|was|are|seems|looks|would be|can be)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|excluded|ruled out"
     r"|impossible|not (?:the )?(?:correct|right|answer|it))\b|^\W*[^.]{0,60}[:–—-]\s*(?:no|wrong|incorrect)\b"
     r"|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
-YES_NO_FIRST = re.compile(r"\W*(yes|no)\b(?=[\s*_)]*(?:[,.;:!–—-]|\n|$))", re.IGNORECASE)
+YES_NO_FIRST = re.compile(
+    r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
+    r"(?:[,.;:!(–—、。-]|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1)\b)", re.IGNORECASE)
+HEAD_END = re.compile(rf"[.!]\s|\n|,?\s+(?={REASON.pattern})")
 QUANTITY = re.compile(
-    r"(\$?)\s*([-+]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(?:/(\d+(?:\.\d+)?))?\s*(%|°|\$|[a-z]*)")
-BARE_UNITS = {*UNITS, *UNITS.values(), ""}
+    r"([$€£¥]?)\s*([-+]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(?:/(\d+(?:\.\d+)?))?\s*([%°$€£¥]|km/h|[a-z]*)")
+BARE_UNITS = {*UNITS.values(), *"£¥", "mph", "km/h", ""}
 
 
 class Extraction(NamedTuple):
@@ -114,15 +120,12 @@ def read_plain(text: str, options: dict[str, str], phrase: str | None) -> Extrac
 
 def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> Extraction:
     """Return the option that a reply without any letter names in words."""
-    if letter := leading_yes_no(text, options):
+    if letter := leading_option(text, options):
         return Extraction(letter, "bare_text_in")
-    if "\n" not in text and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values()))):
-        if finish_reason != "length" and len(split_sentences(text)) == 1:
-            if letter := named_option(text, options):
-                return Extraction(letter, "bare_text_in")
     sentences = split_sentences(text)
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
-    return Extraction(letter, "tail_text" if letter else "unresolved")
+    short = len(sentences) == 1 and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values())))
+    return Extraction(letter, ("bare_text_in" if short else "tail_text") if letter else "unresolved")
 
 
 def without_options(text: str, options: dict[str, str]) -> str:
@@ -179,8 +182,11 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
     if lone and lone[1].upper() in options:
         return Extraction(lone[1].upper(), label + "letter")
     exact = [letter for letter, option in options.items() if fold(text) == fold(option)]
+    exact = exact or [letter for letter, option in options.items() if same_quantity(fold(text), fold(option))]
     if len(exact) == 1:
         return Extraction(exact[0], label + "text")
+    if (kept := without_contrast(text, options)) != text:
+        return resolve(kept, options, label, strict)
     match = LETTER_TEXT.fullmatch(text)
     if match and match[1].upper() in options:
         letter, mark, rest = match[1].upper(), match[2].strip(), match[3]
@@ -200,15 +206,19 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
                 return Extraction(None, label + "conflict")
             if not names and not strict:
                 return Extraction(letter, label + "letter_text")
-    letter = leading_yes_no(text, options) or named_option(text, options)
+    letter = leading_option(text, options) or named_option(text, options)
     return Extraction(letter, label + ("text_in" if letter else "unresolved"))
 
 
-def leading_yes_no(text: str, options: dict[str, str]) -> str | None:
-    """Return the letter of the option Yes or No with which a text begins: "No, the cup is not red"."""
+def leading_option(text: str, options: dict[str, str]) -> str | None:
+    """Return the letter of the option with which a text begins: "Red, because ...", "No, it is not red"."""
     letters = {fold(option): letter for letter, option in options.items()}
-    first = YES_NO_FIRST.match(text) if {"yes", "no"} <= set(letters) else None
-    return letters[first[1].lower()] if first else None
+    first = YES_NO_FIRST.match(text)
+    known = first and first[1].lower() in letters
+    head, *rest = [first[1], ""] if known else HEAD_END.split(text, maxsplit=1)
+    letter = letters.get(fold(head)) if rest else None
+    others = {letters.get(fold(line)) for line in split_sentences("".join(rest))} - {letter, None}
+    return None if others or letter and is_corrected(rest[0], letter, options) else letter
 
 
 def first_letter(line: str, options: dict[str, str]) -> str | None:
@@ -216,10 +226,10 @@ def first_letter(line: str, options: dict[str, str]) -> str | None:
     if letter := line_letter(line, options):
         return letter
     head = LETTER_TEXT.match(line.lstrip(" \t*_#>-("))
-    if not head or head[1] not in options or not set(head[2]) & set(".):：．）*"):
+    if not head or head[1] not in options or not (set(head[2]) & set(".):*") or REASON.match(head[3])):
         return None
     names = {named for _, _, named in find_options(split_sentences(head[3])[0], options)}
-    others = lone_letters(head[3], options) - {head[1]}
+    others = lone_letters(head[3], options) - {head[1]} if not REASON.match(head[3]) else set()
     asks = "?" in head[3] or DENIED.search(head[3]) or (names and head[1] not in names)
     return None if asks or others else head[1]
 
@@ -239,8 +249,7 @@ def normalize(text: str) -> str:
     box = last_boxed(text)
     text = re.sub(r",(?=\S)", ", ", fold(unwrap(text if box is None else box)))
     text = re.sub(r"(?<!^)\bthe |^(?:the|an|a) |(?<=\s)(?:an|a) (?=\w)", "", text)
-    words = [word.strip(EDGES) or word for word in text.split()]
-    return " ".join(UNITS.get(word, word) for word in words)
+    return " ".join(word.strip(EDGES) or word for word in text.split())
 
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
@@ -264,7 +273,7 @@ def same_quantity(a: str, b: str) -> bool:
     below = [float(match[3] or 1) for match in matches]
     if 0 in below or float(matches[0][2]) / below[0] != float(matches[1][2]) / below[1]:
         return False
-    units = [UNITS.get(unit, unit) for unit in (match[1] or match[4] for match in matches)]
+    units = [match[1] or match[4] for match in matches]
     return units[0] == units[1] or ("" in units and set(units) <= BARE_UNITS)
 
 

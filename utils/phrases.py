@@ -15,52 +15,66 @@ def either(words: str) -> str:
     return "|".join(words.split()).replace("_", " ")
 
 
-NOUN = either("answer ans option choice letter selection conclusion antwort lösung auswahl respuesta opción "
-              "alternativa réponse choix resposta opção ответ вариант выбор")
-VERB = either("i(?:'d|_would|_will|'ll)?_(?:choose|pick|select|go_(?:with|for)|opt_for) choose pick select "
-              "opt_for (?:right|correct|best)_one ich_wähle elijo escojo je_choisis escolho выбираю")
-WEAK = either("it_is it's it’s it_must_be it_should_be so hence therefore thus final also donc por_tanto "
-              "portanto поэтому es_ist so_it_is")
-CJK = either("答案 选项 選項 結論 结论 答え 答 解答 回答 正解 정답 답변 답 故选 应选 选择 選択 选 選")
+OPTION_NOUN = either("option choice letter auswahl opción alternativa letra choix lettre opção opzione "
+                     "alternative lettera вариант выбор буква")
+NOUN = OPTION_NOUN + "|" + either(
+    "answer ans\\.? solution selection selected conclusion result response output guess verdict prediction "
+    "assistant antwort lösung respuesta réponse resposta risposta ответ antwoord odpowiedź cevap "
+    "jawaban(?:nya)? đáp_án")
+VERB = either("(?:i|we)(?:['’]d|_would|_will|['’]ll|['’]m|_am)?_(?:choose|pick|select|go(?:ing)?_(?:with|for)"
+              "|opt_for|say|answer) choose pick select opt_for go_with "
+              "(?:right|correct|best|closest)_(?:one|match|statement|description|image|order|value) "
+              "richtig_ist ich_wähle elijo escojo je_choisis escolho scelgo выбираю")
+WEAK = either("it_is it['’]s it_(?:must|should|has_to)_be so hence therefore thus final also donc por_tanto "
+              "portanto quindi поэтому es_ist so_it_is i_(?:think|believe|guess) matches corresponds_to "
+              "c['’]est es_la (?:la_)?correcta_es")
+CJK_OPTION = either("选项 選項 選択肢 보기 선택지")
+CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 正解 正答 정답 답변 답 故选 应选 选择 選択 选 選 "
+                                "正确的是 应该是")
 FILLER = either("is was be are should would must will has to the correct right best final option choice "
-                "answer letter clear clearly simply just probably definitely therefore thus hence ist lautet "
-                "die richtige antwort es la el correcta opción letra respuesta sería est réponse bonne "
-                "correcte finale richtig korrekte lettre é a o opção correta resposta это правильный "
-                "правильная вариант ответ буква")
-CJK_FILLER = either("应该 应當 應該 应当 选项 选择 正确 是 为 爲 应 選 选 は が 은 는 이 가")
-GAP = r"[\s*_`\"'“”‘’«»(\[{<$（【「『:：=,，>–—#-]"
+                "answer letter clear clearly simply just probably likely most seems appears definitely "
+                "therefore thus hence ist lautet die richtige antwort es la el correcta opción letra "
+                "respuesta sería est réponse bonne correcte finale richtig korrekte lettre opção correta "
+                "certa resposta è corretta giusta opzione lettera это правильный правильная вариант ответ "
+                "буква adalah đúng là")
+SMALL_FILLER = either("é a o l 就 应该 应當 應該 应当 选项 选择 正确 是 为 為 应 選 选 は が 은 는 이 가")
+GAP = r"[\s*_`\"'“”‘’«»(\[{<$【】「」『』:=,>→–—#-]"
 LABEL = re.compile(
-    rf"(?:(?<![\w</])(?i:(?P<noun>{NOUN})|(?P<verb>{VERB})|(?P<weak>{WEAK}))(?!\w)|(?P<cjk>{CJK}))"
-    rf"(?P<gap>(?:{GAP}|(?<!\w)(?i:{FILLER})(?=\W)|{CJK_FILLER})*)"
+    rf"(?:(?<![^\W_])(?<![</])(?i:(?P<noun>{NOUN})|(?P<verb>{VERB})|(?P<weak>{WEAK}))(?![^\W_])"
+    rf"|(?P<cjk>{CJK}))(?P<which>\s+(?:that|which|to|for|of|among|from|in|here)\b"
+    r"[^.,;:!?\n]{1,60}?\b(?:is|must be|would be)\b)?"
+    rf"(?P<gap>(?:{GAP}|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
     r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
 LETTER_FIRST = re.compile(
-    r"(?<![\w'’])([A-Z])[)\]\"'*_.:）】」]*\s*(?:(?i:(?:is|must be|should be|would be)\s+(?:(?:the|my|our)\s+)?"
-    r"(?:(?:only|most)\s+)?(?:correct|right|best|final|answer|choice)(?!\w))|(?:选?项)?是?正确|が正|を選|です"
+    r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be|seems|looks)\s+"
+    r"(?:(?:the|my|our)\s+)?|(?<=[A-Z] )the\s+)(?:(?:only|most)\s+)?"
+    r"(?:correct|right|best|final|answer|choice)(?!\w)|it is[.!]*\s*$)|(?:选?项)?是?正确|が正|を選|です"
     r"|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:richtig|korrekt)|es (?:la )?correct"
-    r"|est (?:la )?(?:bonne|correct)|é (?:a )?corret)")
+    r"|est (?:la )?(?:bonne|correct)|[éè] (?:[al]a? )?corret)")
 LISTED = re.compile(
     r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|还是|還是|和|または|또는)\s*)+"
-    r"(?:(?:option|choice)\s+)?[(\[*\"']*([A-Z])(?![A-Za-z0-9])")
+    r"(?:(?:option|choice|possibly|maybe|perhaps)\s+)*[(\[*\"']*([A-Z])(?![A-Za-z0-9])")
 FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another word "A" would be the article
     "a[st] in on with from and or but because since for which that this based given is was are to by due not "
     "so here if when where while the it of according corresponding rather instead has will would should must "
     "can then than also there i we after before over under out only again indeed matches shows says fits "
-    "without weil da porque car parce pois denn y et und e") + r")\b")
+    "without weil da porque car parce pois denn y et und e ist est es é è") + r")\b")
 NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether|wrong"
-    r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|не|нет|ни)\b|n['’]t\b"
-    r"|\?|不|没|沒|非|无法|未|ない|なく|ません|아니|않|없")
-DENIED_AFTER = re.compile(r"[)）」\s]*(?:では?な|じゃな|(?:이|가)?\s*아니|不|nicht\b|(?:is|was)(?:n['’]t| not| wrong)\b)")
+    r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|non|не|нет|ни)\b"
+    r"|n['’]t\b|\?|不|没|沒|非|无法|未|ない|なく|ません|아[니닙닌]|않|없")
+DENIED_AFTER = re.compile(r"[)」\s]*(?:(?:では?|じゃ)(?:な|あり)|(?:이|가)?\s*아[니닙닌]|不|错|nicht\b"
+                          r"|(?:is|was|ist|est|es)(?:n['’]t| not| (?:wrong|incorrect|falsch|faux))\b)")
 UNSURE = re.compile(r"\b(?:if|could|can|might|maybe|perhaps|first|initially)\b", re.IGNORECASE)
 SINGLE = re.compile(r"(?<![A-Za-z0-9À-ÿ])[A-Za-z](?![A-Za-z0-9À-ÿ]|['’][a-z])")
 WORD_AFTER = re.compile(r"\s+([a-zà-ÿ]+)")
 LABEL_WINDOW = 80  # characters in which a phrase before its letter is looked for
 CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 SENTENCE_END = re.compile(  # the period of "A. red B. blue" ends no sentence
-    r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*\s+|(?<=[。！？])|\n+")
-CLAUSE_END = re.compile(r"[.,;:!?\n。，；：！？]|\b(?:so|thus|hence|therefore|but|The)\b")
+    r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*(?:\s+|(?=[一-鿿]))|(?<=。)|\n+")
+CLAUSE_END = re.compile(r"[.,;:!?\n。]|\b(?:so|thus|hence|therefore|but|The)\b")
 CLOSED = re.compile(
-    r"[\s*_`\"'”’)\]}>$）】」]*(?:[.!,;:。，；：]|$|\n|\(|because|since|as\b|[一-鿿])")
+    r"[\s*_`\"'”’)\]}>$】」]*(?:[.!,;:。]|$|\n|\(|because|since|as\b|[一-鿿])")
 SMALL_CLOSED = re.compile(r"[\s*_`\"'”’)\]}>$]*(?:[.!,;:](?!\w)|$|\n)")
 TURNED = re.compile(
     r"\b(?:wait|actually|hold on|correction|hmm+|on second thought|looking (?:again|closer)|i was wrong|sorry"
@@ -69,6 +83,9 @@ BUT = re.compile(r"\b(?:but|however|no,|aber|pero|mais|mas|но)(?!\w)|但|し�
 BESIDE = re.compile(
     r"(?:next to|beside|near|close to|behind|adjacent to|against|alongside|in front of|with|holding|wearing"
     r"|like|unlike|than)\s+(?:the |an? |its |their |his |her |some |another )?$")
+CONTRAST = re.compile(
+    r"(?:(?:\s*[,;–—-]\s*|\s+(?=and|but))(?:and |but )?not\b|,?\s+(?:rather than|instead of|as opposed to)\b"
+    r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
 PLAN = re.compile(r"\b(?:let me|let's|i will|i'll|i need to|i should|i must|to determine|going to|label)\b")
 
 
@@ -84,12 +101,12 @@ def find_phrase(text: str, options: dict[str, str]) -> tuple[str | None, int]:
         if letter[0].upper() not in options or letter[0].islower() and not SMALL_CLOSED.match(text, place):
             continue
         word = WORD_AFTER.match(text, place)
-        option = fold(options[letter[0].upper()])
-        if word and not FUNCTION_WORD.match(word[1]) and option.split(" ")[0] != word[1]:
+        option, first = fold(options[letter[0].upper()]), LETTER_FIRST.match(text, letter.start())
+        if word and not first and not FUNCTION_WORD.match(word[1]) and option.split(" ")[0] != word[1]:
             continue  # the article: "A red cup"
         labels = LABEL.finditer(text, max(0, letter.start() - LABEL_WINDOW), place)
         matches = [match for match in labels if match.end() == place]
-        for match in filter(None, [*matches, LETTER_FIRST.match(text, letter.start())]):
+        for match in filter(None, [*matches, first]):
             if chooses(text, match, letter[0], place, options):
                 return letter[0].upper(), match.end()
     return None, -1
@@ -104,18 +121,20 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
     """Return whether a phrase is no question, negation, list or article, before no other option's text."""
     after = text[end:end + 200]
     before = CLAUSE_END.split(text[max(0, match.start() - 100):match.start()])[-1]
+    before += match["which"] or "" if match.re is LABEL else ""
     if NEGATION.search(before.lower()) or UNSURE.search(before):
         return False
     listed = LISTED.match(after)
     if (listed and listed[1] in options) or DENIED_AFTER.match(after):
         return False
-    if re.match(r"[^.!\n。]{0,80}[?？]", after):
+    if re.match(r"[^.!\n。]{0,80}\?", after):
         return False
     if match.re is LABEL:
         if match["weak"] and not CLOSED.match(after):
             return False
         direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
-        if direct and match["noun"] and match["noun"].lower() not in ("answer", "ans"):
+        said = (match["noun"] or "ans")[:3].lower() in ("ans", "ant", "отв")
+        if direct and not said and not match["which"]:
             return False
         if letter.islower() and (not match["noun"] or not SMALL_CLOSED.match(after)):
             return False
@@ -162,6 +181,7 @@ def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str
 def named_option(text: str, options: dict[str, str]) -> str | None:
     """Return the letter of the only option that `text` names, without a negation, a question or another
     option's letter: "The right one is B" does not name A. right. "Next to the black laptop" names nothing."""
+    text = without_contrast(text, options)
     folded = fold(text, prose=True)
     spans = [(start, end, letter) for start, end, letter in find_options(text, options)
              if not (BESIDE.search(folded[:start]) and re.match(r" [a-z]", folded[end:]))]
@@ -171,6 +191,13 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
     around = "".join(" " if i in covered else character for i, character in enumerate(folded))
     refused = NEGATION.search(around) or PLAN.search(around) or text.rstrip().endswith("?")
     return None if refused else spans[0][2]
+
+
+def without_contrast(text: str, options: dict[str, str]) -> str:
+    """Return text without ", not B" and "rather than red", unless an option says such a thing."""
+    if not CONTRAST.search(text) or any(CONTRAST.search(option) for option in options.values()):
+        return text
+    return CONTRAST.sub("", text)
 
 
 def lone_letters(text: str, options: dict[str, str]) -> set[str]:

@@ -22,10 +22,13 @@ ORDINALS = dict(zip(("first second third fourth fifth sixth seventh eighth ninth
 # never words: Monet, Mirage, LVR, the chat format; ltnt: the log of a Monet fork
 LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
                          r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
-SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>|</s>")
+SPECIAL_TOKEN = re.compile(
+    r"<[|｜][^<>|｜]*[|｜]>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>|</?s>|\[/?INST\]"
+    r"|<(?:start_of_turn|end_of_turn|bos|eos|pad)>")
 GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
-TURN = re.compile(r"<\|(?:im_start|start)\|>assistant(?!\w)")
-TURN_END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|return)\|>|</s>")
+TURN = re.compile(r"<\|(?:im_start|start)\|>assistant(?!\w)|\[/INST\]|<start_of_turn>model\b")
+TURN_END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|return)\|>|</s>|<(?:eos|end_of_turn)>"
+                      r"|<｜end▁of▁sentence｜>")
 HARMONY = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|<\|call\|>|\Z)"
                      r"|<\|channel\|>\s*final[^<]*(?=<\|message\|>)", re.DOTALL)
 THOUGHT_NAMES = (r"(?:seed:)?think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad|reflection|analysis|summary"
@@ -41,8 +44,9 @@ BARE_CALL = re.compile(
     r"\{\s*\"name\"\s*:\s*\"[^\"]*\"\s*,\s*\"(?:arguments|parameters)\"\s*:.*?(?:\}\s*\}|\Z)"
     r"|```(?:python|tool_call|tool_code)\b.*?(?:```|\Z)|(?:^|(?<=\n))Action(?: Input)?:[^\n]*", re.DOTALL)
 NEXT_QUESTION = re.compile(r"\n[ \t]*(?:#+ *|\*+)?(?:Question|Human|User|Q|问题|問題) ?\d*\**[ \t]*[:：]")
-WIDE = {ord("Ａ") + i: ord("A") + i for i in range(26)} | {ord("ａ") + i: ord("a") + i for i in range(26)}
-HTML = re.compile(r"</?(?:p|b|i|u|em|strong|span|div|br|code|center|h[1-6])\s*/?>")  # <B> is an answer
+WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width letters, digits and marks
+HTML = re.compile(  # <B> is an answer
+    r"</?(?:p|b|i|u|em|strong|span|div|br|code|center|h[1-6]|li|ul|ol|response|output|assistant)\s*/?>")
 
 
 def strip_markers(output: str) -> str:
@@ -56,7 +60,7 @@ def visible(output: str) -> str:
     text = re.sub(r"\\boxed\s+([A-Za-z0-9])(?![\w{])", r"\\boxed{\1}", text)
     if "<" in text or "[" in text or "◁" in text:
         text = GLM_BOX.sub(r"\\boxed{\1}", HARMONY.sub("", TURN.split(text)[-1]))
-        text = HTML.sub("", without_hidden(text))
+        text = re.sub(r"(?i)^([^<]+)</answer>", r"\1", HTML.sub("", without_hidden(text)))
         text = next((part for part in TURN_END.split(text) if part.strip()), "")
     if calls := list(BARE_CALL.finditer(text)):
         text = text[calls[-1].end():]
@@ -82,11 +86,11 @@ def without_hidden(text: str) -> str:
 
 # ---- boxes and TeX
 BOX = re.compile(r"(?:\\+|\x08)?(?:(?<=\\)boxed|(?<=\\)fbox|(?<=\x08)oxed|(?<![A-Za-z\\])boxed)\s*\{")
-TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox)\s*\{([^{}]*)\}")
+TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox|underline|boldsymbol|bm)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 MAX_DEPTH = 50  # nested commands that are taken off an answer
 EDGES = " \t\n.,;:!\"'“”‘’*_`。"
-PAIRS = ("()", "[]", "{}", "（）", "$$", "【】", "「」", "<>", "“”")
+PAIRS = ("()", "[]", "{}", "$$", "【】", "「」", "『』", "<>", "“”")
 
 
 def closing_braces(text: str, start: int = 0) -> dict[int, int]:
@@ -126,7 +130,8 @@ def plain_tex(text: str) -> str:
         return text
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text.replace("{,}", ","))
     text = re.sub(r"\\([$%#&_])", r"\1", text)
-    return re.sub(r"\\[,;:!> ]|\\q?quad\b|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
+    return re.sub(
+        r"\\[,;:!> ]|\\(?:q?quad|rm|bf|displaystyle)\b|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
 
 
 def unwrap(text: str) -> str:
@@ -147,17 +152,22 @@ def unwrap(text: str) -> str:
 
 # ---- one spelling
 MONTHS = ("january february march april may june july august september october november december").split()
-UNITS = {"percent": "%", "°": "degree", "degrees": "degree", "dollars": "$", "dollar": "$",
-         **{name + end: short for name, short in {
-             "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
-             "metre": "m", "kilometer": "km", "kilometre": "km", "kilogram": "kg", "gram": "g", "pound": "lb",
-             "second": "s", "sec": "s", "minute": "min", "min": "min", "hour": "h", "hr": "h", "lb": "lb",
-             "mile": "mile", "year": "year", "kg": "kg"}.items() for end in ("", "s")},
-         "inches": "inch", "feet": "ft", "foot": "ft"}
+UNITS = dict(pair.split(":") for pair in (  # without the s of the plural
+    "percent:% °:degree degree:degree dollar:$ euro:€ inche:inch in:inch feet:ft foot:ft mi:mile mile:mile "
+    "centimeter:cm centimetre:cm millimeter:mm millimetre:mm meter:m metre:m kilometer:km kilometre:km "
+    "kilogram:kg kg:kg gram:g pound:lb lb:lb second:s sec:s minute:min min:min hour:h hr:h "
+    "year:year").split())
 WORDS = {**ORDINALS, **{month[:3]: month for month in MONTHS}, "sept": "september", "grey": "gray",
-         "colour": "color"}
+         "colour": "color", "mile per hour": "mph", "km per hour": "km/h",
+         **{f"{a} {side}": f"{b} {side}" for a, b in (("top", "upper"), ("bottom", "lower"))
+            for side in ("left", "right")}}
 WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
-DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−﹣－", "-") | {"⁄": "/", "∕": "/", "’": "'"})
+DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−﹣－", "-") | {"⁄": "/", "∕": "/", "’": "'", "×": "x"})
+MATHS = re.compile(r"\$(?=\S)([^$\n]*[^$\s])\$(?!\d)")  # as Pandoc reads dollars
+MIXED = re.compile(r"(?<![\w.:/])(\d{1,3}) (\d{1,2})/(\d{1,2})(?![\w/]|\.\d)")  # 1 1/2
+DECIMAL = re.compile(r"(?<![\w.])0*(?=\d)(\d+)\.(\d*?)0*(?![\w.]*\d)")  # 05.10 is 5.1
+INITIALS = re.compile(r"\b(?:[a-z]\.)+[a-z]\b\.?")  # p.m., U.S.A.
+COUNTED = re.compile(r"\b(?:there is|only|just|exactly) $")
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b(?:[\s-]+(?:and[\s-]+)?"
                          rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b)*")
 
@@ -182,25 +192,25 @@ def number_of(words: str) -> str:
     return str(total + group)
 
 
-def simple_number(match: re.Match) -> str:
-    whole, decimals = match[1].lstrip("0") or "0", (match[2] or "").rstrip("0")
-    return whole + (f".{decimals}" if decimals else "")
-
-
 @lru_cache(maxsize=4096)
 def fold(text: str, prose: bool = False) -> str:
     """Return text in lower case and one spelling, without outer marks or leading article. In `prose` the word
     "one" is no number."""
-    text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", plain_tex(text))
-    text = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[½¼¾⅓⅔])", " ", text)).lower().translate(DASHES)
+    text = re.sub(r"(?<=\d)(?=[½¼¾⅐-⅞]|\\[dt]?frac)", " ", plain_tex(text))
+    text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", MATHS.sub(r"\1", text))
+    text = unicodedata.normalize("NFKC", text).lower().translate(DASHES)
+    text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = NUMBER_WORD.sub(lambda m: m[0] if prose and m[0] == "one" else number_of(m[0]), text)
+    text = NUMBER_WORD.sub(
+        lambda m: m[0] if prose and m[0] == "one" and not COUNTED.search(text[:m.start()])
+        else number_of(m[0]), text)
     text = re.sub(r"\b(?:negative|minus) (?=\d)", "-", re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text))
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
-    text = re.sub(r"(?<![\w.])(\d+)\.(\d+)(?![\w.]*\d)", simple_number, text)
-    text = re.sub(r"(\d)\s*([:/])\s*(?=\d)", r"\1\2", text)
-    text = re.sub(r"(?<=\d)(?=(?:cm|mm|km|kg|ft|m|g|s|h|%|°)(?!\w))", " ", text)
-    text = re.sub(r"(?<=\d )(?:[a-z]+|°)(?!\w)", lambda m: UNITS.get(m[0], m[0]), text)
-    text = WORD.sub(lambda m: WORDS[m[0]], re.sub(r"\b([ap])\.m\b\.?", r"\1m", text))
-    text = re.sub(r"\s+", " ", text).strip(EDGES)
+    text = DECIMAL.sub(lambda m: f"{m[1]}.{m[2]}".rstrip("."), text)
+    text = re.sub(r"(?<=\w)\s*([:/=])\s*(?=[\d-])|(?<=\d)\s*([x×])\s*(?=\d)", r"\1\2", text)
+    text = re.sub(r"(?<=\d)(?=(?:cm|mm|km|kg|ft|m|g|s|h|%)(?!\w))|(?<=\d)\s*(?=°)|(?<=°)(?=\w)", " ", text)
+    text = re.sub(r"(?<=\d )(?:[a-z]+|°)(?!\w)", lambda m: UNITS.get(m[0].removesuffix("s"), m[0]), text)
+    text = WORD.sub(lambda m: WORDS[m[0]], INITIALS.sub(lambda m: m[0].replace(".", ""), text))
+    text = re.sub(r"(?<=[2-9])0[ -](?=[1-9](?:st|nd|rd|th)\b)", "", text)  # 20 1st
+    text = re.sub(r"(?<=[a-z]{2})\.(?= )", "", re.sub(r"\s+", " ", text)).strip(EDGES)
     return re.sub(r"^(?:the|an|a) (?=\S)", "", text)

@@ -7,13 +7,13 @@ import re
 from statistics import fmean
 from typing import NamedTuple
 
-from utils.answers import extract_choice, find_marked
+from utils.answers import YES_NO_FIRST, extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, shortest_path, straight_path,
                                               vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq, walk_vsp,
                                               without_label, yes_or_no)
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
-from utils.phrases import NEGATION, SENTENCE_END
+from utils.phrases import CJK, NEGATION, NOUN, SENTENCE_END
 from utils.reply_text import find_boxes, unwrap, visible
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
@@ -23,8 +23,8 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 
 # ---- reading a reply
 LABEL = re.compile(
-    r"^[\s*_#>]*(?:(?:the\s+)?(?:(?:final|correct)\s+)?answer(?:[\s*_]*[:：]|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
-    r"|答案[是为]?[\s*]*[:：]?|(?:antwort|respuesta|réponse|resposta|ответ|答え|정답)[\s*_]*[:：])[\s*_]*", re.I)
+    rf"^[\s*_#>]*(?:(?:the\s+)?(?:(?:final|correct)\s+)?(?:{NOUN})(?:[\s*_]*:|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    rf"|(?:正确|最终)?(?:{CJK})\s*[是为は은는:][\s*:]*)[\s*_]*", re.I)
 TRUTH_WORD = re.compile(r"\b(true(?!\s+(?:value|number|total|count|amount))|false)\b", re.IGNORECASE)
 TRUTH_FIRST = re.compile(r"\W*(true|false)\b(?=[\s*_)]*(?:[,.;:!–—]|\n|$))", re.IGNORECASE)
 TRUTH_SAID = re.compile(
@@ -34,10 +34,7 @@ TURN_OF_TRUTH = re.compile(r"\b(?:so|thus|therefore|hence|but|which|not)\b|,")
 DENIED = re.compile(r"\W*(?:is|was|would be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
 YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-YES_NO_FIRST = re.compile(
-    r"\W*(yes|no)\b(?=[\s*_)\"]*(?:[,.;:!–—-]|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as)\b)",
-    re.IGNORECASE)
-YES_NO_LAST = re.compile(r"(?:[,.;:!?\n]|\bso|\bis)[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
+YES_NO_LAST = re.compile(r"(?:[,.;:!?\n]|\b(?:so|is|say|think))[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
 YES_NO_SAID = re.compile(r"\banswer[\s*_]*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
 AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
@@ -91,8 +88,8 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     last = sentences[-1]
     words = list(TRUTH_WORD.finditer(last))
     before = last[words[-2].end() if len(words) > 1 else 0:words[-1].start()].lower()
-    after = last[words[-1].end():]
-    questioned = "?" in after or re.fullmatch(r"\W*(?:or|nor|and)?\W*", before)
+    before, after = re.sub(r"^\W*no,", "", before), last[words[-1].end():]
+    questioned = "?" in after or len(words) > 1 and re.fullmatch(r"\W*(?:or|nor|and)?\W*", before)
     both = len({word[1].lower() for word in words[-2:]}) > 1 and not TURN_OF_TRUTH.search(before)
     if questioned or both or NEGATION.search(before) or HEDGE.search(before) or DENIED.match(after):
         words = {word.lower() for word in said}
