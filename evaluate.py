@@ -5,13 +5,15 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
     python evaluate.py --model checkpoint --items bench.jsonl --output results.jsonl
     python evaluate.py --model monet --benchmark hrbench_4k --latent monet_vllm --output hr4k.jsonl
     python evaluate.py --benchmark vsp --source vsp/test.jsonl --prepare --output vsp.jsonl
+    python evaluate.py --responses replies.jsonl --items bench.jsonl --output results.jsonl
     python evaluate.py --compare base.jsonl text.jsonl --output base_text.json
     python evaluate.py --table CapImagine=vstar.jsonl Monet=monet_vstar.jsonl --output table.md
 
 Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "answer": {"type", "value"},
         "images": [{"path"}], "metric": mcq | wtq | tabfact | yesno_pair | vsp_path}, optionally "benchmark",
         "category", "group_id", "hint"; or --source (default: the hub), which --benchmark turns into
-        <output>.items.jsonl and <output>.images
+        <output>.items.jsonl and <output>.images; --responses: replies made elsewhere, JSONL {"id", "text"
+        [, "finish_reason"]}, VLMEvalKit's predictions or lmms-eval's samples
 Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "category", "group_id", "gold",
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
@@ -37,11 +39,11 @@ from pathlib import Path
 from utils.backends import ErrorRateError, LocalBackend, render
 from utils.call_flags import add_server_flags, open_server
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
-from utils.evaluate.answering import Conversation, Local, Served, answer_all, is_turn, show_messages
+from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies
 from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.comparison import compare_all, describe, make_table
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
-from utils.evaluate.prompts import MAX_TOKENS, PROTOCOLS, Protocol
+from utils.evaluate.prompts import MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages
 from utils.evaluate.results import (headline, judged_right, own_scores, parts_of, protocol_line, show,
                                     summarize)
 from utils.evaluate.scoring import check_scorable, n_options, score, vsp_floors
@@ -115,16 +117,31 @@ def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Nam
 
 @dataclass
 class Answers:
-    """The results of all items, their conversations, and the pixel limits of their pictures."""
+    """The results of all items, as they were asked; their conversations, none if the replies were made
+    elsewhere; the pixel limits of their pictures."""
 
+    items: list[dict]
     results: list[dict]
     conversations: list[Conversation]
     pixels: list[int | None]
+    responses: dict | None = None
 
 
-def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
+def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentSpec | None,
                      args: argparse.Namespace) -> Answers | None:
     """Answer, score and judge all items; None if other processes are not done."""
+    with Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts:
+        judge = None if args.judge == "none" else open_judge(args, verdicts)
+        if judge and rank_world()[0] == 0:
+            judge.preflight()  # before hours of answering
+        answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
+        if answers and judge:
+            add_verdicts(judge, answers.items, answers.results)
+    return answers
+
+
+def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
+           args: argparse.Namespace) -> Answers | None:
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
@@ -132,25 +149,28 @@ def answer_and_judge(items: list[dict], protocol: Protocol, spec: LatentSpec | N
              "max_new_tokens", "latent", "latent_size", "dtype")
     # drop_format_hints: a former flag, kept so that older journals stay valid
     settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
-    with (Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal,
-          Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts):
+    with Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal:
         for key in list(journal):
             if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
                 journal.forget(key)
-        judge = None if args.judge == "none" else open_judge(args, verdicts)
-        if judge and rank == 0:
-            judge.preflight()  # before hours of answering
         if not answer_all(system, conversations, journal, rank, world):
             return None
-        results = [result_of(c, system.pixels, args) for c in conversations]
-        if judge:
-            add_verdicts(judge, items, results)
-    return Answers(results, conversations, system.pixels)
+    results = [result_of(c.item, c.result(), system.pixels, args) for c in conversations]
+    return Answers([c.item for c in conversations], results, conversations, system.pixels)
+
+
+def adopt(items: list[dict], args: argparse.Namespace) -> Answers:
+    """Return the results of replies made elsewhere; an item without one is an error."""
+    replies, counts = read_replies(args.responses, items)
+    log(", ".join(f"{name} {value}" for name, value in counts.items()))
+    unknown = {"prompt": None, "prompt_sha": None, **NO_REPLY, "n_tokens": None}
+    results = [result_of(item, unknown | reply, [None, None], args) for item, reply in zip(items, replies)]
+    return Answers(items, results, [], [None, None], counts)
 
 
 # ---- results
-def result_of(conversation: Conversation, pixels: list[int | None], args: argparse.Namespace) -> dict:
-    item, reply, rotation = conversation.item, conversation.result(), rotation_of(conversation.item)
+def result_of(item: dict, reply: dict, pixels: list[int | None], args: argparse.Namespace) -> dict:
+    rotation = rotation_of(item)
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
             **({} if rotation is None else {"rotation": rotation}), "protocol": args.protocol,
@@ -173,23 +193,35 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
     if "with_judge" in metrics:
         metrics["with_judge"]["own_scores"] = own_scores(results, judged_right)
     metrics["headline"] = headline(metrics)
-    seconds, prefill = (sum(c.seconds(name) for c in answers.conversations)
-                        for name in ("seconds", "prefill_seconds"))
-    n_tokens = sum(result["n_tokens"] for result in results)
-    metrics["efficiency"] = {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
-                             "seconds_per_item": round(seconds / len(results), 4),
-                             "tokens": n_tokens, "tokens_per_item": round(n_tokens / len(results), 1),
-                             "tokens_per_second": round(n_tokens / seconds, 1) if seconds else None}
+    metrics["efficiency"] = efficiency(answers)
+    if answers.responses:
+        metrics["responses"] = answers.responses
     return metrics
 
 
-def describe_protocol(answers: Answers, protocol: Protocol, spec: LatentSpec | None, path: str,
+def efficiency(answers: Answers) -> dict:
+    """Return seconds and tokens, in total and per item; None where they are unknown."""
+    n, names = len(answers.results), ("seconds", "prefill_seconds", "tokens")
+    if not answers.conversations:
+        return dict.fromkeys((*names, "seconds_per_item", "tokens_per_item", "tokens_per_second"))
+    seconds, prefill = (sum(c.seconds(name) for c in answers.conversations) for name in names[:2])
+    n_tokens = sum(result["n_tokens"] for result in answers.results)
+    return {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
+            "seconds_per_item": round(seconds / n, 4), "tokens": n_tokens,
+            "tokens_per_item": round(n_tokens / n, 1),
+            "tokens_per_second": round(n_tokens / seconds, 1) if seconds else None}
+
+
+def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentSpec | None, path: str,
                       args: argparse.Namespace) -> dict:
-    settings = {"protocol": args.protocol, "method": args.method, "model": args.model,
-                "backend": args.backend, "items": path, "items_sha256": sha256_file(path),
-                "latent": args.latent, "latent_size": spec and spec.size, "system": protocol.system,
-                "suffix": args.suffix, "pixels": answers.pixels, "max_new_tokens": args.max_new_tokens,
-                "prompt_sha": call_key(prompts=[result["prompt_sha"] for result in answers.results])[:16],
+    """Return the settings of a run and a line about them; None for what another program chose."""
+    settings = {"protocol": args.protocol, "method": args.method, "model": args.model or args.responses,
+                "backend": None if args.responses else args.backend,
+                "items": path, "items_sha256": sha256_file(path),
+                "latent": args.latent, "latent_size": spec and spec.size,
+                "system": protocol and protocol.system, "suffix": args.suffix, "pixels": answers.pixels,
+                "max_new_tokens": protocol and args.max_new_tokens,
+                "prompt_sha": protocol and call_key(prompts=[r["prompt_sha"] for r in answers.results])[:16],
                 "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}
     return settings | {"line": protocol_line(settings)}
 
@@ -201,6 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", help="items JSONL")
     parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME",
                         help=f"make the items: {', '.join(TABLE)}")
+    parser.add_argument("--responses", metavar="FILE", help="score replies made elsewhere; no model is asked")
     parser.add_argument("--source", help="the benchmark's own file or folder (default: the hub)")
     parser.add_argument("--revision", help="commit on the hub (default: the pinned one)")
     parser.add_argument("--prepare", action="store_true", help="write the items and stop")
@@ -248,13 +281,19 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
     """Refuse contradictions, and set defaults that depend on other flags."""
     if sum(map(bool, (args.items, args.benchmark, args.compare, args.table))) != 1:
         parser.error("expected one of --items, --benchmark, --compare and --table")
-    if not (args.compare or args.table or args.prepare) and not args.model:
-        parser.error("expected --model")
+    if not (args.compare or args.table or args.prepare or args.responses) and not args.model:
+        parser.error("expected --model, or --responses")
     args.method = args.method or ("direct" if args.latent == "off" else "latent")
     if (args.method == "latent") != (args.latent != "off"):
         parser.error(f"--method {args.method}, --latent {args.latent}: latents need both, others neither")
     if args.latent != "off" and args.backend == "openai":
         parser.error("--latent: servers do not feed latents; expected --backend local")
+    if args.responses:
+        if args.compare or args.table or args.prepare or args.dry_run or args.protocol or args.method not in (
+                "direct", "text"):
+            parser.error("--responses: nothing is asked; expected --items or --benchmark, --method direct or "
+                         "text, and no --protocol")
+        args.protocol = "elsewhere"
     args.protocol = args.protocol or ("deepeyes" if args.method == "tool" else "vlmevalkit")
     if (args.method == "tool") != (args.protocol == "deepeyes"):
         parser.error(f"--method {args.method}, --protocol {args.protocol}: only deepeyes has the tool")
@@ -294,9 +333,8 @@ def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace)
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse_args(argv), time.monotonic()
-    inputs = [args.items] if args.items else args.compare or [
-        text.rpartition("=")[2] for text in args.table or []]
-    check_output(args.output, inputs)
+    tables = [text.rpartition("=")[2] for text in args.table or []]
+    check_output(args.output, filter(None, [args.items, args.responses, *(args.compare or tables)]))
     if args.compare or args.table:
         print(json.dumps(compare_files(args) if args.compare else tabulate_files(args)))
         return 0
@@ -305,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"items": len(items), "categories": Counter(i.get("category") for i in items)}))
         return 0
     check_scorable(items)
-    protocol, spec = find_protocol(args), spec_of(args.latent, args.latent_size)
+    protocol = None if args.responses else find_protocol(args)
+    spec = spec_of(args.latent, args.latent_size)
     if args.dry_run:
         print(json.dumps(show_prompt(items, protocol, args)))
         return 0
@@ -322,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = measure(answers, describe_protocol(answers, protocol, spec, path, args), args)
     metrics["seconds"] = round(time.monotonic() - began, 1)
     write_json(f"{args.output}.metrics.json", metrics)
-    write_meta(args.output, args, [path], metrics["seconds"])
+    write_meta(args.output, args, [path, *filter(None, [args.responses])], metrics["seconds"])
     show(metrics)
     print(json.dumps(metrics))
     return 3 if metrics["error"] or metrics.get("with_judge", {}).get("judge_errors") else 0

@@ -354,7 +354,44 @@ def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
     assert "| CapImagine | 33.3 (85.9) | not run (74.1) |" in table and "| m (tool) | 33.3 | - |" in table
 
 
+def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
+    """The replies of a run, given as a file, have its verdicts; an item without one is an error."""
+    change(items, question=lambda n, item: "vague?" if n == 4 else "What?",
+           options=lambda n, item: item["options"][:2],
+           answer=lambda n, item: {"type": "letter", "value": "AB"[n % 2]})
+    with serving(tmp_path, name="m.jsonl") as (_, model), serving(tmp_path, name="j.jsonl") as (_, judge):
+        assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 0
+        asked, own = results_of(items), metrics_of(items)
+        write_rows(tmp_path / "r.jsonl", [{"id": r["id"], "text": r["raw_output"],
+                                           "finish_reason": r["finish_reason"]} for r in asked[::-1]])
+        given = ["--items", str(items), "--responses", str(tmp_path / "r.jsonl"), *judged_by(judge)]
+        assert evaluate.main([*given, "--output", str(tmp_path / "given.jsonl")]) == 0
+        assert len(calls_of(tmp_path, "m.jsonl")) == 9
+    results, metrics = rows(tmp_path / "given.jsonl"), load_object(tmp_path / "given.jsonl.metrics.json")
+    same = ("id", "verdict", "judged", "extraction", "compat", "gold", "finish_reason", "raw_output")
+    assert [[r[name] for name in same] for r in results] == [[r[name] for name in same] for r in asked]
+    for name in ("n", "accuracy", "ci95", "headline", "with_judge", "constant", "finish_reasons"):
+        assert metrics[name] == own[name], name
+    assert metrics["protocol"]["line"] == ("protocol=elsewhere method=direct prompt=unknown pixels=unknown "
+                                           "judge=map:j")
+    assert (metrics["mean_tokens"], metrics["efficiency"]["seconds"]) == (None, None)
+    pair = [str(tmp_path / "out.jsonl"), str(tmp_path / "given.jsonl")]
+    assert evaluate.main(["--compare", *pair, "--output", str(tmp_path / "c.json")]) == 0
+    found = load_object(tmp_path / "c.json")
+    assert (found["n"], found["difference"], found["judged"]["difference"]) == (9, 0.0, 0.0)
+    assert evaluate.main(["--table", pair[1], "--output", str(tmp_path / "t.md")]) == 0
+    assert "| - | - | protocol=elsewhere" in (tmp_path / "t.md").read_text()
+    write_rows(tmp_path / "r.jsonl", rows(tmp_path / "r.jsonl")[1:])
+    assert evaluate.main([*given[:4], "--output", str(tmp_path / "given.jsonl")]) == 3
+    metrics = load_object(tmp_path / "given.jsonl.metrics.json")
+    assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
+    assert metrics["responses"]["no_response"] == 1
+
+
 @pytest.mark.parametrize("more, match", [
+    (["--responses", "r", "--protocol", "monet"], "nothing is asked"),
+    (["--responses", "r", "--method", "tool"], "nothing is asked"),
+    (["--responses", "r", "--dry_run"], "nothing is asked"),
     (["--method", "latent"], "latents need both"),
     (["--latent", "mirage", "--method", "text"], "latents need both"),
     (["--latent", "mirage", "--backend", "openai"], "do not feed latents"),

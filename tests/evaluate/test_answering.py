@@ -8,8 +8,8 @@ import torch
 from fault_server import calls_of, serving
 
 from utils.backends import LocalBackend, render
-from utils.evaluate.answering import Conversation, Local, Served, answer_all, replay
-from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS
+from utils.evaluate.answering import Local, Served, answer_all, replay
+from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS, Conversation
 from utils.items import chat
 from utils.journal import Journal
 from utils.jsonl import DataError

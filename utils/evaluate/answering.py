@@ -1,114 +1,24 @@
-"""Who answers an item: a checkpoint in this process or a server, in one reply or in turns with a tool.
+"""Who answers an item: a checkpoint in this process or a server, in one reply or in turns with a tool; or a
+file of replies made elsewhere.
 
 The journal alone, with one record per turn, decides what was said, so that a run that was killed, or spread
 over processes, ends like one that was not. Seconds are in the journal and in no result.
 """
-import hashlib
-import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from zipfile import BadZipFile
 
 from tqdm import tqdm
 
-from utils.backends import OUT_OF_MEMORY, LocalBackend, Prepared, Request, pictures_of, render
+from utils.backends import OUT_OF_MEMORY, LocalBackend, Prepared, Request, render
 from utils.cli import log
-from utils.evaluate.prompts import ASKED, MAX_TURNS, Protocol, read_turn, user_text
-from utils.images import ImageError, Picture, open_picture, read_bytes, resolve_image
-from utils.items import user_content
+from utils.evaluate.prompts import NO_REPLY, Conversation, show_messages
+from utils.evaluate.reference_scorers import NO_REPLY as FAILED_CALL
+from utils.evaluate.sources import Rows, as_text, file_rows, is_missing, key_of
 from utils.journal import Journal
-from utils.jsonl import DataError, call_key
-
-NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0,
-            "image_grids": []}
-
-
-# ---- a conversation
-class Conversation:
-    """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
-
-    `ended_by` is None while a turn is due, else reply, error, or how the tool's conversation ended. `prompt`
-    and `key` (a hash of words, pictures and regions) are those of the next turn.
-    """
-
-    def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
-        self.item, self.method = item, method
-        self.hashes = [image_hash(root, image["path"], hashes) for image in item["images"]]
-        self.fault = next((digest.removeprefix("error: ") for digest in self.hashes
-                           if digest.startswith("error: ")), None)
-        pictures = iter([] if self.fault else [Picture(str(resolve_image(root, image["path"])))
-                                               for image in item["images"]])
-        try:
-            content = user_content(user_text(item, protocol), len(item["images"]))
-        except DataError as error:
-            raise DataError(f"item {item['id']!r}: {error}") from error
-        parts = tuple(part["text"] if part["type"] == "text" else next(pictures, None) for part in content)
-        self.opening = ((("system", protocol.system),) if protocol.system else ()) + (("user", parts),)
-        self.prompt = self.key = self.first_prompt = None
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages, self.turns, self.boxes, self.ended_by = self.opening, [], [], None
-
-    def ask(self, system: "Local | Served") -> str:
-        """Settle and return the next turn's key."""
-        self.prompt = system.render(self.messages)
-        self.first_prompt = self.first_prompt or self.prompt
-        shown = {"images": self.hashes} | ({"boxes": self.boxes} if self.boxes else {})
-        self.key = call_key(id=self.item["id"], prompt=self.prompt, **shown)
-        return self.key
-
-    def request(self, max_new_tokens: int) -> Request:
-        return Request(self.key, None, "", (), max_new_tokens, messages=self.messages)
-
-    def advance(self, record: dict) -> None:
-        """Take a turn's record; open the next turn if it asks for one."""
-        self.turns.append(record)
-        if "error" in record:
-            self.ended_by = "error"
-        elif self.method != "tool":
-            self.ended_by = "reply"
-        else:
-            shown = pictures_of(self.messages)[0]
-            turn = read_turn(record["clean_output"], open_picture(shown).size)
-            self.ended_by = turn.ended_by or ("turns" if len(self.turns) == MAX_TURNS else None)
-            if self.ended_by is None:
-                self.boxes.append(list(turn.box))
-                self.messages += (("assistant", record["clean_output"]), ("user", (
-                    "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
-
-    def result(self) -> dict:
-        """Return the last turn's fields of a result, with the tokens of all turns."""
-        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
-        sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
-        result = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
-                  **NO_REPLY, **last, **sums}
-        if self.method == "tool":
-            result |= {"ended_by": self.ended_by, "turns": [
-                {"raw_output": turn.get("raw_output"), "box": box, "n_tokens": turn.get("n_tokens", 0)}
-                for turn, box in zip(self.turns, [*self.boxes, None])]}
-        return result
-
-    def seconds(self, name: str = "seconds") -> float:
-        """Return the sum over the turns; servers report no "prefill_seconds"."""
-        return sum(turn.get(name, 0.0) for turn in self.turns)
-
-
-def image_hash(root: str, path: str, known: dict[str, str]) -> str:
-    """Return the sha256 of a file, or "error: <reason>"."""
-    if path not in known:
-        try:
-            known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()
-        except ImageError as error:
-            known[path] = f"error: {error.reason}"
-    return known[path]
-
-
-def show_messages(messages: tuple) -> str:
-    """Return messages as JSON, "<image>" for a picture."""
-    shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>"
-                                                          for part in parts]]
-             for role, parts in messages]
-    return json.dumps(shown, ensure_ascii=False)
+from utils.jsonl import DataError, check_fields, check_unique
 
 
 # ---- systems
@@ -238,3 +148,119 @@ def look_ahead(system: Local | Served, batches: list[list[Conversation]], journa
             before = after
         if before:
             yield before
+
+
+# ---- replies made elsewhere
+# form -> its columns: VLMEvalKit's predictions (vlmeval/inference.py), lmms-eval's samples
+# (lmms_eval/loggers/evaluation_tracker.py), and ours
+REPLY_FORMS = {"vlmevalkit": {"index": object, "prediction": object},
+               "lmms-eval": {"doc_id": int, "target": object}, "ours": {"id": str, "text": str}}
+GOLDS = {"vlmevalkit": "answer", "lmms-eval": "target"}  # columns
+
+
+def read_replies(path: str, items: list[dict]) -> tuple[list[dict], dict]:
+    """Return for every item {"raw_output", "clean_output", "finish_reason"} or {"error"}, and counts of rows.
+
+    VLMEvalKit's index is that of the items' source; a doc_id of lmms-eval is an item's place. DataError for
+    another form, and for golds that are not the items'.
+    """
+    read = xlsx_rows if Path(path).suffix == ".xlsx" else file_rows
+    rows, found, differing = list(read(Path(path))), defaultdict(list), []
+    if not rows:
+        raise DataError(f"{path}: no rows; expected a reply per item")
+    form = form_of(*rows[0])
+    known = items_by_name(items, form)
+    for where, row in rows:
+        check_fields(where, row, REPLY_FORMS[form])
+        if item := known.get(name_of(where, row, form)):
+            gold = row.get(GOLDS.get(form))
+            if is_other_gold(item, gold):
+                differing.append(f"{where} has {gold!r}, {item['id']!r} {item['answer']['value']!r}")
+            found[item["id"]].append(reply_of(where, row, form))
+    if differing or not found:
+        fault = f"{len(differing)} golds are not the items' ({differing[0]}, ...)" if differing else (
+            f"no row belongs to an item such as {items[0]['id']!r}")
+        raise DataError(f"{path}: {fault}; expected replies to these items, of lmms-eval in their order")
+    replies = [settle(found.get(item["id"], [])) for item in items]
+    errors = Counter(reply.get("error") for reply in replies)
+    return replies, {
+        "file": path, "form": form, "rows": len(rows),
+        "of_no_item": len(rows) - sum(map(len, found.values())),
+        "doubled": sum(len(several) > 1 for several in found.values()),
+        **{error: errors[error] for error in ("no_response", "different_responses", "failed_call")}}
+
+
+def xlsx_rows(path: Path) -> Rows:
+    """Yield the rows of a workbook's first sheet."""
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise DataError(f"{path}: openpyxl is not installed; save the sheet as TSV or CSV, or install "
+                        "it") from error
+    try:
+        lines = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
+        names = [str(name) for name in next(lines, ())]
+    except (OSError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path}: not a workbook ({error}); save it again") from error
+    yield from ((f"{path}:{n}", dict(zip(names, cells))) for n, cells in enumerate(lines, 2))
+
+
+def form_of(where: str, row: dict) -> str:
+    for form, columns in REPLY_FORMS.items():
+        if columns.keys() <= row.keys():
+            return form
+    expected = " or ".join(" and ".join(columns) for columns in REPLY_FORMS.values())
+    raise DataError(f"{where}: columns {', '.join(row)}; expected {expected}")
+
+
+def items_by_name(items: list[dict], form: str) -> dict[str, dict]:
+    benchmarks = {item.get("benchmark") for item in items}
+    if form == "lmms-eval" and len(benchmarks) > 1:
+        raise DataError(f"items of {len(benchmarks)} benchmarks; expected one, in which doc_id is a place")
+    names, known = {}, {}
+    for n, item in enumerate(items):
+        name = {"ours": item["id"], "lmms-eval": str(n)}.get(form) or item["id"].removeprefix(
+            f"{item.get('benchmark')}/")
+        check_unique(f"item {item['id']!r}", name, names)
+        known[name] = item
+    return known
+
+
+def name_of(where: str, row: dict, form: str) -> str:
+    if form != "vlmevalkit":
+        return str(row["id" if form == "ours" else "doc_id"])
+    return "/".join(key_of(where, row, name) for name in ("index", "cycle_category") if name in row)
+
+
+def reply_of(where: str, row: dict, form: str) -> dict:
+    if form == "lmms-eval":  # without "resps" where its filters changed nothing
+        text = row.get("resps", row.get("filtered_resps"))
+        while isinstance(text, list) and len(text) == 1:
+            text = text[0]
+    else:
+        value = row["text" if form == "ours" else "prediction"]
+        text = "" if is_missing(value) else as_text(value)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: reply {str(text)[:40]!r}, expected one text")
+    if form == "vlmevalkit" and FAILED_CALL in text:
+        return {"error": "failed_call"}
+    finish = row.get("finish_reason")
+    return {"raw_output": text, "clean_output": text.strip(),
+            "finish_reason": finish if isinstance(finish, str) else None}
+
+
+def is_other_gold(item: dict, gold: object) -> bool:
+    """Return whether the gold of another file can be read and is not the item's."""
+    text, answer = str(gold).strip(" ().").lower(), item["answer"]
+    values = {"yesno": {"yes": "yes", "no": "no"}, "bool": {"1": True, "0": False}}.get(answer["type"], {})
+    if answer["type"] == "letter":
+        values = {words.strip(" ().").lower(): letter for letter, words in item["options"]}
+        values |= {letter.lower(): letter for letter, _ in item["options"]}
+    return values.get(text, answer["value"]) != answer["value"]
+
+
+def settle(replies: list[dict]) -> dict:
+    """Return the one reply to an item, or the error that there is none or that several differ."""
+    if not replies:
+        return {"error": "no_response"}
+    return replies[0] if all(reply == replies[0] for reply in replies) else {"error": "different_responses"}

@@ -174,7 +174,8 @@ def read_result(text: str) -> Result:
             raise TypeError("protocol.line is not text")
         details = [row_name, ", ".join(map(str, scores)), str(metrics["n"]),
                    interval(scored["ci95"]), percent(metrics.get("chance")),
-                   str(cost["seconds_per_item"]), str(cost["tokens_per_item"]), protocol["line"]]
+                   *("-" if cost[name] is None else str(cost[name])
+                     for name in ("seconds_per_item", "tokens_per_item")), protocol["line"]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: damaged, or not of one run with {metrics_path} ({type(error).__name__}: "
                         f"{error}); {AGAIN}") from error

@@ -1,4 +1,4 @@
-"""How items are asked: prompts and pixel limits by protocol, and the zoom tool of DeepEyes.
+"""How items are asked: prompts and pixel limits by protocol, the zoom tool of DeepEyes, and conversations.
 
 Compare numbers of one protocol only: the same model moves by ten points on V* between two of them.
 
@@ -7,16 +7,21 @@ first call of a turn, a box in pixels of the stored picture (not of the resized 
 multiples of 28, at most 11 turns. Differences: a call is parsed as JSON and never evaluated, a box is clipped
 to the picture, and a call that cannot be followed or a turn without call or answer ends the conversation.
 """
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from utils.images import MAX_ASPECT
-from utils.items import question_text
+from utils.backends import Request, pictures_of
+from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
+from utils.items import question_text, user_content
+from utils.jsonl import DataError, call_key
 
 PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
+NO_REPLY = {"raw_output": None, "clean_output": None, "finish_reason": None, "n_tokens": 0, "n_latent": 0,
+            "image_grids": []}
 
 
 # ---- VLMEvalKit
@@ -159,3 +164,92 @@ PROTOCOLS = {
 
 def user_text(item: dict, protocol: Protocol) -> str:
     return protocol.words(item) + protocol.suffix
+
+
+# ---- a conversation
+class Conversation:
+    """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
+
+    `ended_by` is None while a turn is due, else reply, error, or how the tool's conversation ended. `prompt`
+    and `key` (a hash of words, pictures and regions) are those of the next turn.
+    """
+
+    def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
+        self.item, self.method = item, method
+        self.hashes = [image_hash(root, image["path"], hashes) for image in item["images"]]
+        self.fault = next((digest.removeprefix("error: ") for digest in self.hashes
+                           if digest.startswith("error: ")), None)
+        pictures = iter([] if self.fault else [Picture(str(resolve_image(root, image["path"])))
+                                               for image in item["images"]])
+        try:
+            content = user_content(user_text(item, protocol), len(item["images"]))
+        except DataError as error:
+            raise DataError(f"item {item['id']!r}: {error}") from error
+        parts = tuple(part["text"] if part["type"] == "text" else next(pictures, None) for part in content)
+        self.opening = ((("system", protocol.system),) if protocol.system else ()) + (("user", parts),)
+        self.prompt = self.key = self.first_prompt = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages, self.turns, self.boxes, self.ended_by = self.opening, [], [], None
+
+    def ask(self, system: object) -> str:
+        """Settle and return the next turn's key."""
+        self.prompt = system.render(self.messages)
+        self.first_prompt = self.first_prompt or self.prompt
+        shown = {"images": self.hashes} | ({"boxes": self.boxes} if self.boxes else {})
+        self.key = call_key(id=self.item["id"], prompt=self.prompt, **shown)
+        return self.key
+
+    def request(self, max_new_tokens: int) -> Request:
+        return Request(self.key, None, "", (), max_new_tokens, messages=self.messages)
+
+    def advance(self, record: dict) -> None:
+        """Take a turn's record; open the next turn if it asks for one."""
+        self.turns.append(record)
+        if "error" in record:
+            self.ended_by = "error"
+        elif self.method != "tool":
+            self.ended_by = "reply"
+        else:
+            shown = pictures_of(self.messages)[0]
+            turn = read_turn(record["clean_output"], open_picture(shown).size)
+            self.ended_by = turn.ended_by or ("turns" if len(self.turns) == MAX_TURNS else None)
+            if self.ended_by is None:
+                self.boxes.append(list(turn.box))
+                self.messages += (("assistant", record["clean_output"]), ("user", (
+                    "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
+
+    def result(self) -> dict:
+        """Return the last turn's fields of a result, with the tokens of all turns."""
+        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
+        sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
+        result = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
+                  **NO_REPLY, **last, **sums}
+        if self.method == "tool":
+            result |= {"ended_by": self.ended_by, "turns": [
+                {"raw_output": turn.get("raw_output"), "box": box, "n_tokens": turn.get("n_tokens", 0)}
+                for turn, box in zip(self.turns, [*self.boxes, None])]}
+        return result
+
+    def seconds(self, name: str = "seconds") -> float:
+        """Return the sum over the turns; servers report no "prefill_seconds"."""
+        return sum(turn.get(name, 0.0) for turn in self.turns)
+
+
+def image_hash(root: str, path: str, known: dict[str, str]) -> str:
+    """Return the sha256 of a file, or "error: <reason>"."""
+    if path not in known:
+        try:
+            known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()
+        except ImageError as error:
+            known[path] = f"error: {error.reason}"
+    return known[path]
+
+
+def show_messages(messages: tuple) -> str:
+    """Return messages as JSON, "<image>" for a picture."""
+    shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>"
+                                                          for part in parts]]
+             for role, parts in messages]
+    return json.dumps(shown, ensure_ascii=False)

@@ -212,8 +212,9 @@ def headline(metrics: dict) -> float | None:
 
 def protocol_line(protocol: dict) -> str:
     low, high = protocol["pixels"]
-    return (f"protocol={protocol['protocol']} method={protocol['method']} prompt={protocol['prompt_sha']} "
-            f"pixels={'server' if low is None else low}..{high} judge={protocol['judge']}")
+    pixels = "unknown" if high is None else f"{'server' if low is None else low}..{high}"
+    return (f"protocol={protocol['protocol']} method={protocol['method']} "
+            f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}")
 
 
 def show(metrics: dict) -> None:
