@@ -76,3 +76,10 @@ def test_a_region_is_sent_without_loss_and_a_file_as_it_is(tmp_path):
     assert sent.tobytes() == open_picture(region).tobytes() == Image.open(path).crop(box).tobytes()
     whole = picture_url(Picture(str(path)), 12_845_056, 28)
     assert base64.b64decode(whole.partition(",")[2]) == path.read_bytes()
+
+
+def test_cv_bench_is_asked_in_its_own_words():
+    item = {"benchmark": "cv_bench/2D", "metric": "mcq", "question": "How many?",
+            "options": [["A", "1"], ["B", "2"]], "raw": {"prompt": "How many? Select from (A) 1 (B) 2"}}
+    assert user_text(item, PROTOCOLS["vlmevalkit"]) == "How many? Select from (A) 1 (B) 2"
+    assert user_text(item | {"raw": {}}, PROTOCOLS["plain"]) == question_text(item)

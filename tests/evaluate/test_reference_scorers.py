@@ -6,8 +6,9 @@ import pytest
 from harness_table import OPTIONS, REPLIES
 from samples import shortest_path, table
 
-from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0, vsp_moves,
-                                              vtabfact, vwtq, walk_vsp, without_label)
+from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,
+                                              vlmevalkit_realworld, vsp_moves, vtabfact, vwtq, walk_vsp,
+                                              without_label)
 
 
 @pytest.mark.parametrize("name, gold, reply, letter, mme, ours, rule", REPLIES)
@@ -21,6 +22,7 @@ def test_frozen_columns(name, gold, reply, letter, mme, ours, rule):
 SCORERS = {  # the four texts of COL sum to 17 characters, so a text counts in up to 34 for VLMEvalKit
     "vlmevalkit": lambda case: vlmevalkit_e8e78f0(case["reply"], OPTIONS["COL"]),
     "mme_realworld": lambda case: mme_realworld(case["reply"]),
+    "vlmevalkit_realworld": lambda case: vlmevalkit_realworld(case["reply"]),
     "vwtq": lambda case: vwtq(case["reply"], case["gold"]),
     "vtabfact": lambda case: vtabfact(case["reply"], case["gold"]),
     "vsp": lambda case: walk_vsp([[1, -1], [0, 0], [0, 2]], vsp_moves(case["reply"]) or "")}

@@ -102,24 +102,26 @@ def test_mme_adds_accuracy_and_accuracy_plus():
     assert own_scores(records)["mme"] == scores
 
 
-def test_a_picture_with_an_error_does_not_count_in_accuracy_plus():
+def test_a_picture_with_an_error_or_one_question_does_not_count_in_accuracy_plus():
     records = [BASE | {"verdict": verdict, "category": "count", "group_id": group, "benchmark": "mme"}
                for group, verdict in zip("aabb", ("correct", "error", "correct", "incorrect"))]
     assert own_scores(records)["mme"]["tasks"]["count"] == {
         "accuracy": 2 / 3, "accuracy_plus": 0, "score": pytest.approx(200 / 3)}
-    assert own_scores(records[:2])["mme"]["tasks"] == {}
+    assert own_scores(records[:2])["mme"]["tasks"] == own_scores(records[:1])["mme"]["tasks"] == {}
 
 
 @pytest.mark.parametrize("name, fields, score", [
     ("hrbench_4k", {"rotation": 0}, lambda part: part["all"]["average"]),
     ("mme", {"category": "count"}, lambda part: part["tasks"]["count"]["score"] / 200),
     ("mme_realworld_lite", {"category": "Perception/x"}, lambda part: part["Perception"]["accuracy"]),
+    ("mmvp", {"gold": "A"}, lambda part: part["score"]),
+    ("mmstar", {"gold": "A", "category": "math"}, lambda part: part["score"]),
     ("tablevqa/vwtq", {}, lambda part: part["macro"])])
 def test_every_score_of_a_benchmark_has_a_judged_version(name, fields, score):
     pairs = (("correct", "correct"), ("unresolved", "correct"), ("unresolved", "incorrect"),
              ("incorrect", "incorrect"))
     records = [BASE | fields | {"benchmark": name, "group_id": str(n), "verdict": verdict, "judged": judged}
-               for n, (verdict, judged) in enumerate(pairs)]
+               for n, (verdict, judged) in enumerate(pairs) for _ in range(2)]
     key = name.partition("/")[0]
     assert [score(own_scores(records, right)[key]) for right in (is_right, judged_right)] == [
         0.25, 0.5]
@@ -195,6 +197,31 @@ def test_tables_are_averaged_both_ways_and_realworld_by_kind():
                for kind in ("Perception", "Perception", "Reasoning")]
     scores = own_scores(records)["mme_realworld_lite"]
     assert (scores["Perception"]["correct"], scores["Reasoning"]["correct"]) == (2, 1)
+
+
+def test_mmvp_counts_pairs_and_mmstar_and_cv_bench_average_their_parts():
+    """Expected: what VLMEvalKit's report_acc_MMVP and lmms-eval's cv_bench_default_aggregate_results give."""
+    pairs = [(1, 1), (1, 0), (0, 1), (0, 0), (1, 1)]
+    records = [BASE | {"verdict": "correct" if hit else "incorrect", "benchmark": "mmvp", "n_options": 2,
+                       "group_id": f"p{n}", "gold": gold}
+               for n, pair in enumerate(pairs) for hit, gold in zip(pair, "AB")]
+    assert own_scores(records)["mmvp"] == {"score": 0.4, "chance": 0.25, "constant": 0}
+    failed = [records[0] | {"verdict": "error"}, *records[1:-1]]  # a pair with an error, a pair with one row
+    assert own_scores(failed)["mmvp"]["score"] == 0
+    assert own_scores(records[:1])["mmvp"] == {"score": None, "chance": None, "constant": None}
+    parts = {"cv_bench/2D": {"ADE20K/Count": (3, 4), "ADE20K/Relation": (0, 2), "COCO/Count": (1, 4)},
+             "cv_bench/3D": {"Omni3D/Depth": (2, 2), "Omni3D/Distance": (1, 3)}}
+    records = [record | {"gold": "A", "category": category, "n_options": 4 if name == "cv_bench/2D" else 2}
+               for name, tasks in parts.items() for category, (k, n) in tasks.items()
+               for record in counted(k, n, benchmark=name)]
+    scores = own_scores(records)["cv_bench"]
+    assert scores == {"score": pytest.approx(((3 / 6 + 1 / 4) / 2 + 3 / 5) / 2), "chance": 0.375,
+                      "constant": 1}
+    assert own_scores(records[:10])["cv_bench"]["score"] is None
+    records = [record | {"gold": gold, "category": category, "n_options": options}
+               for category, k, n, gold, options in (("math", 1, 4, "A", 4), ("instances", 1, 1, "B", 2))
+               for record in counted(k, n, benchmark="mmstar")]
+    assert own_scores(records)["mmstar"] == {"score": 0.625, "chance": 0.375, "constant": 0.5}
 
 
 def rotated(question: int, rotation: int, right: bool) -> dict:

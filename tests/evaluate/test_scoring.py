@@ -35,7 +35,9 @@ def test_a_reply_that_no_rule_reads_is_unresolved_whatever_other_rules_make_of_i
     assert result["verdict"] == "unresolved" and result["extraction"]["value"] is None
     assert result["compat"] == {"vlmevalkit_e8e78f0": "B"}
     result = score(MCQ | {"benchmark": "mme_realworld_lite"}, said(""))
-    assert (result["verdict"], result["compat"]) == ("unresolved", {"vlmevalkit_e8e78f0": "A"})
+    assert (result["verdict"], set(result["compat"].values())) == ("unresolved", {"A"})
+    result = score(MCQ | {"benchmark": "mme_realworld_lite"}, said("A cat. <answer>d</answer>"))
+    assert result["compat"] == {"vlmevalkit_e8e78f0": "D", "lmms_eval_75571cf": "A"}
     assert score(MCQ, said("I see that it is blue"))["verdict"] == "correct"
     cut = said("I look and then. I see it may be the blue one", "length")  # its last sentence decides nothing
     assert score(MCQ, cut)["verdict"] == "unresolved"

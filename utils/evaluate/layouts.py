@@ -166,17 +166,20 @@ def mmstar(where: str, row: dict, name: str) -> dict:
     """MMStar: Lin-Chen/MMStar, whose questions end in "Options: A: ..., B: ..." or "Choices: (A) ... (B)
     ...", or VLMEvalKit's TSV. A right option that is "nan" (MMStar issue 12) keeps that text: without it the
     question would have no answer."""
-    gold = letter_of(where, row, "answer")
+    gold, question = letter_of(where, row, "answer"), cell(where, row, "question")
     if "A" in row:
-        return choices(where, row | ({gold: "nan"} if is_missing(row.get(gold)) else {}), name)
-    question = cell(where, row, "question")
-    match = next(filter(None, (form.fullmatch(question.strip()) for form in MMSTAR_FORMS)), None)
-    if match is None:
-        raise DataError(f"{where}: the question {question[-80:]!r} ends in no options; expected 'Options: A: "
-                        "..., B: ...' or 'Choices: (A) ... (B) ...'")
-    options = [[letter, text.strip()] for letter, text in zip("ABCD", match.groups()[1:]) if text is not None
-               and (letter == gold or option_text(text) is not None)]
-    return make_item(name, where, row, key_of(where, row, "index"), "mcq", gold, question=match[1],
+        published, options = {letter for letter in row if len(letter) == 1}, column_options(where, row)
+    else:
+        match = next(filter(None, (form.fullmatch(question.strip()) for form in MMSTAR_FORMS)), None)
+        if match is None:
+            raise DataError(f"{where}: the question {question[-80:]!r} ends in no options; expected "
+                            "'Options: A: ..., B: ...' or 'Choices: (A) ... (B) ...'")
+        question, *texts = match.groups()
+        published = "ABCD"[:4 - texts.count(None)]
+        options = lettered(where, "'question'", texts)
+    if gold in published and gold not in dict(options):
+        options = sorted([*options, [gold, "nan"]])
+    return make_item(name, where, row, key_of(where, row, "index"), "mcq", gold, question=question,
                      options=options, category=cell(where, row, "category"), images=pictures_in(where, row))
 
 

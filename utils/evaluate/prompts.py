@@ -43,7 +43,11 @@ REALWORLD = ("Select the best answer to the above multiple-choice question based
 
 
 def vlmevalkit_words(item: dict) -> str:
+    """Return VLMEvalKit's words. It reads files with pandas, so that an option None, NA or N/A is not shown
+    there, and its letter is left out; here it is. CV-Bench has prompts of its own."""
     question = item["question"]
+    if (item.get("benchmark") or "").startswith("cv_bench/") and (item.get("raw") or {}).get("prompt"):
+        return item["raw"]["prompt"]
     if item.get("benchmark") == "mme_realworld_lite":
         options = "".join(f"({letter}) {text}\n" for letter, text in item["options"])
         return f"{question} The choices are listed below:\n{options}{REALWORLD}"
@@ -140,7 +144,9 @@ def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | No
 @dataclass(frozen=True)
 class Protocol:
     """`system`: None is the chat template's. `min_pixels`, `max_pixels`: area to which a picture is enlarged
-    or shrunk; None is the checkpoint's."""
+    or shrunk; None is the checkpoint's. Pictures are the stored bytes: VLMEvalKit stores those of files above
+    1 GB as JPEG of quality 75 again (vlmeval/smp/file.py, localize_df), lmms-eval all as JPEG of quality 85
+    (lmms_eval/models/simple/qwen2_5_vl.py)."""
 
     system: str | None
     words: Callable[[dict], str]

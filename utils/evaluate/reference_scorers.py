@@ -61,11 +61,18 @@ LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The
 LETTERS = "ABCDE"
 
 
+def vlmevalkit_realworld(output: str) -> str | None:
+    """Return VLMEvalKit's verdict (vlmeval/dataset/image_mcq.py, MMERealWorld.evaluate, commit e8e78f05): the
+    first <answer> in capitals, if there is one, is read in place of the output."""
+    match = re.search(r"<answer>(.*?)</answer>", output, re.DOTALL)
+    return mme_realworld(match[1].strip().upper() if match else output)
+
+
 def mme_realworld(output: str) -> str | None:
-    """Return the verdict of `extract_characters_regex` (VLMEvalKit since commit 1445ec4f,
-    vlmeval/dataset/utils/multiple_choice.py, and lmms-eval 0.7.2, lmms_eval/tasks/mme_realworld/utils.py):
-    the first capital A to E anywhere, else the first of "(A)" to "(E)" that holds the whole output, so that
-    an empty output is A."""
+    """Return the verdict of `extract_characters_regex` (lmms-eval, lmms_eval/tasks/mme_realworld/utils.py,
+    commit 75571cfe, and VLMEvalKit, vlmeval/dataset/utils/multiple_choice.py, since commit 1445ec4f): the
+    first capital A to E anywhere, else the first of "(A)" to "(E)" that holds the whole output, so that an
+    empty output is A."""
     text = output.strip()
     for lead_in in LEAD_INS:
         text = text.replace(lead_in, "")

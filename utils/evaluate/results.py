@@ -121,7 +121,7 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
     for record in records:
         by_name[record.get("benchmark") or ""].append(record)
     by_name = {name: rows for name, rows in by_name.items() if without_errors(rows)}
-    tables = {}
+    tables, halves = {}, []
     for name, everything in by_name.items():
         rows = without_errors(everything)
         if all("rotation" in record for record in rows):
@@ -133,6 +133,12 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
             scores[name] = {
                 kind: share([row for row in rows if (row["category"] or "").startswith(f"{kind}/")], right)
                 for kind in ("Perception", "Reasoning")}
+        elif name == "mmvp":
+            scores[name] = with_floors(pair_score, everything, right)
+        elif name == "mmstar":
+            scores[name] = with_floors(ability_score, rows, right)
+        elif name.startswith("cv_bench/"):
+            halves += rows
         elif name.startswith("tablevqa/"):
             tables[name] = list(map(right, rows))
         elif all(is_board(record["gold"]) for record in rows):
@@ -140,6 +146,8 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
             scores[name or "vsp"] = {
                 kind: share([row for row, far in zip(rows, detour) if far is wanted], right)
                 | {"n": detour.count(wanted)} for kind, wanted in (("detour", True), ("no_detour", False))}
+    if halves:
+        scores["cv_bench"] = with_floors(source_score, halves, right)
     if tables:
         scores["tablevqa"] = {"macro": macro(tables), "micro": micro(tables), "splits": len(tables)}
     return scores
@@ -184,8 +192,8 @@ def rotation_scores(records: list[dict], right: Callable[[dict], bool] = is_righ
 
 def mme_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
     """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums
-    over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating). A picture with an error does
-    not count in accuracy+."""
+    over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating). A picture with an error or
+    without one of its questions does not count in accuracy+."""
     tasks = {}
     for name, part in parts_of(records).items():
         failed = {record["group_id"] for record in part if record["verdict"] == "error"}
@@ -193,13 +201,50 @@ def mme_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
         for record in part:
             if record["group_id"] not in failed:
                 pictures[record["group_id"]].append(right(record))
-        if pictures:
-            accuracy = mean(list(map(right, without_errors(part))))
-            plus = mean(list(map(all, pictures.values())))
+        whole = [all(hits) for hits in pictures.values() if len(hits) % 2 == 0]
+        if whole:
+            accuracy, plus = mean(list(map(right, without_errors(part)))), mean(whole)
             tasks[name] = {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus}
     sums = {kind: sum(tasks[name]["score"] for name in names) if set(names) <= set(tasks) else None
             for kind, names in (("perception", MME_PERCEPTION), ("reasoning", MME_REASONING))}
     return {**sums, "tasks": tasks}
+
+
+# ---- scores with floors; `hit` says how right a record is, 0 to 1
+def with_floors(score: Callable, records: list[dict], right: Callable[[dict], bool]) -> dict:
+    """Return a benchmark's published score, and the same score of a guess and of the best constant answer, as
+    the options were shown."""
+    golds = {record.get("shown", record)["gold"] for record in records}
+    constant = [score(records, lambda record: record.get("shown", record)["gold"] == gold) for gold in golds]
+    return {"score": score(records, right), "chance": score(records, lambda record: 1 / record["n_options"]),
+            "constant": None if None in constant else max(constant)}
+
+
+def pair_score(records: list[dict], hit: Callable[[dict], float]) -> float | None:
+    """MMVP's accuracy: both questions of a pair right (tsb0601/MMVP, gpt_grader; VLMEvalKit
+    vlmeval/dataset/utils/multiple_choice.py, report_acc_MMVP). A pair with an error or one row does not
+    count."""
+    pairs = defaultdict(list)
+    for record in without_errors(records):
+        pairs[record["group_id"]].append(hit(record))
+    whole = [first * second for first, second in (pair for pair in pairs.values() if len(pair) == 2)]
+    return mean(whole) if whole else None
+
+
+def ability_score(records: list[dict], hit: Callable[[dict], float]) -> float:
+    """MMStar's mean of its six abilities (MMStar-Benchmark/MMStar, eval/vlmeval/evaluate)."""
+    return macro({name: list(map(hit, part)) for name, part in parts_of(records).items()})
+
+
+def source_score(records: list[dict], hit: Callable[[dict], float]) -> float | None:
+    """CV-Bench's accuracy: of 2D, the mean of ADE20K and COCO, and of 3D, Omni3D, the mean (its data card);
+    None unless all three were asked."""
+    hits = defaultdict(list)
+    for record in records:
+        hits[record["category"].partition("/")[0]].append(hit(record))
+    if set(hits) != {"ADE20K", "COCO", "Omni3D"}:
+        return None
+    return mean([mean([mean(hits["ADE20K"]), mean(hits["COCO"])]), mean(hits["Omni3D"])])
 
 
 # ---- what is printed

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from utils.answers import YES_NO_FIRST, extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, shortest_path, straight_path,
-                                              vlmevalkit_e8e78f0, vsp_moves, vtabfact, vwtq, walk_vsp,
-                                              without_label, yes_or_no)
+                                              vlmevalkit_e8e78f0, vlmevalkit_realworld, vsp_moves, vtabfact,
+                                              vwtq, walk_vsp, without_label, yes_or_no)
 from utils.items import group_of, rotation_of
 from utils.jsonl import DataError
 from utils.phrases import CJK, NEGATION, NOUN, SENTENCE_END
 from utils.reply_text import find_boxes, unwrap, visible
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
-VLMEVALKIT = "vlmevalkit_e8e78f0"  # the harness and its commit
+VLMEVALKIT, LMMS_EVAL = "vlmevalkit_e8e78f0", "lmms_eval_75571cf"  # harnesses and their commits
 ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (column cycle_category, 0 to 3)
 
 
@@ -153,10 +153,10 @@ def bare_numbers(text: str) -> str:
 def score_mcq(item: dict, record: dict) -> dict:
     options, text = dict(item["options"]), record["clean_output"]
     choice = extract_choice(text, options, record["finish_reason"])
-    is_mme = item.get("benchmark") == "mme_realworld_lite"
-    letter = mme_realworld(text) if is_mme else vlmevalkit_e8e78f0(text, options)
-    return verdict(choice.letter, choice.rule, choice.letter == item["answer"]["value"]) | {
-        "compat": {VLMEVALKIT: letter}}
+    compat = ({VLMEVALKIT: vlmevalkit_realworld(text), LMMS_EVAL: mme_realworld(text)}
+              if item.get("benchmark") == "mme_realworld_lite" else
+              {VLMEVALKIT: vlmevalkit_e8e78f0(text, options)})
+    return verdict(choice.letter, choice.rule, choice.letter == item["answer"]["value"]) | {"compat": compat}
 
 
 def score_vsp(item: dict, record: dict) -> dict:
