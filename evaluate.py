@@ -234,7 +234,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME",
                         help=f"make the items: {', '.join(TABLE)}")
     parser.add_argument("--responses", metavar="FILE", help="score replies made elsewhere; no model is asked")
-    parser.add_argument("--source", help="the benchmark's own file or folder (default: the hub)")
+    parser.add_argument("--source", help="the benchmark's file or folder, or your own for mcq "
+                        "(default: the hub)")
     parser.add_argument("--revision", help="commit on the hub (default: the pinned one)")
     parser.add_argument("--prepare", action="store_true", help="write the items and stop")
     parser.add_argument("--compare", nargs="+", metavar="RESULTS",

@@ -12,14 +12,15 @@ import pytest
 from benchmark_fixtures import EXPECTED, FILES
 from fault_server import calls_of, serving
 from processes import command, rank_of
-from samples import shortest_path
+from samples import framed, shortest_path
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import evaluate
 from utils.backends import LocalBackend
 from utils.evaluate.answering import Local
 from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
-from utils.qwen import add_tokens, load, save
+from utils.qwen import add_tokens, load, load_processors, save
 
 
 @pytest.fixture
@@ -159,6 +160,24 @@ def test_prepared_items_travel_with_their_pictures(tiny_checkpoint, tmp_path, ca
     (tmp_path / "here").rename(tmp_path / "there")
     assert evaluate.main(flags(tmp_path / "there" / "v.items.jsonl", tiny_checkpoint, *limit)) == 0
     assert {result["id"] for result in rows(tmp_path / "there" / "out.jsonl")} == set(made)
+
+
+def test_a_file_of_one_s_own_is_answered_with_pictures_of_any_size(tiny_checkpoint, tmp_path):
+    """332 x 27 and 5 x 5 pixels: transformers enlarges them to 336 x 28 and 28 x 28."""
+    sizes = {"a.png": (332, 27), "b.png": (5, 5)}
+    for name, size in sizes.items():
+        framed(tmp_path / name, size)
+    (tmp_path / "my.csv").write_text("id,image_path,question,A,B,C,answer,category\n"
+                                     "1,a.png,Which?,red,blue,,A,colour\n2,b.png,Which?,red,blue,,b,\n")
+    code = evaluate.main(["--benchmark", "mcq", "--source", str(tmp_path / "my.csv"), "--protocol", "plain",
+                          "--model", str(tiny_checkpoint), "--output", str(tmp_path / "out.jsonl"),
+                          "--max_new_tokens", "4"])
+    results = rows(tmp_path / "out.jsonl")
+    assert (code, [result["gold"] for result in results]) == (0, ["A", "B"])
+    limits = load_processors(str(tiny_checkpoint))[1].size
+    for result, size in zip(results, sizes.values()):
+        expected = smart_resize(size[1], size[0], 28, limits["shortest_edge"], limits["longest_edge"])
+        assert [14 * n for n in result["image_grids"][0][1:]] == list(expected)
 
 
 @pytest.mark.slow
