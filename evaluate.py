@@ -43,7 +43,8 @@ from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_re
 from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.comparison import compare_all, describe, make_table
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
-from utils.evaluate.prompts import MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages
+from utils.evaluate.prompts import (MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages,
+                                    shuffle_options)
 from utils.evaluate.results import (headline, judged_right, own_scores, parts_of, protocol_line, show,
                                     summarize)
 from utils.evaluate.scoring import check_scorable, n_options, score, vsp_floors
@@ -137,7 +138,7 @@ def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentS
         answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
         if answers and judge:
             add_verdicts(judge, answers.items, answers.results)
-    return answers
+    return answers and replace(answers, results=list(map(as_published, answers.items, answers.results)))
 
 
 def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
@@ -175,6 +176,21 @@ def result_of(item: dict, reply: dict, pixels: list[int | None], args: argparse.
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
             **({} if rotation is None else {"rotation": rotation}), "protocol": args.protocol,
             "method": args.method, "pixels": pixels, **reply, **score(item, reply)}
+
+
+def as_published(item: dict, result: dict) -> dict:
+    """Return a result with the published letters; "shown" has the order, the gold and the answer as shown."""
+    if "letters" not in item:
+        return result
+    letters, judge, found = item["letters"], result.get("judge"), result["extraction"]
+    shown = {"order": "".join(letters.values()), "gold": result["gold"], "value": found["value"]}
+    result = result | {
+        "gold": letters[result["gold"]], "shown": shown,
+        "extraction": found | {"value": letters.get(found["value"])},
+        "compat": {name: letters.get(value, value) for name, value in result["compat"].items()}}
+    if judge:
+        result["judge"] = judge | {"parsed": letters.get(judge["parsed"], judge["parsed"])}
+    return result
 
 
 def imagination_test(method: str) -> Callable[[dict], bool] | None:
@@ -221,6 +237,7 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
                 "latent": args.latent, "latent_size": spec and spec.size,
                 "system": protocol and protocol.system, "suffix": args.suffix, "pixels": answers.pixels,
                 "max_new_tokens": protocol and args.max_new_tokens,
+                "shuffle_options": args.seed if args.shuffle_options else None,
                 "prompt_sha": protocol and call_key(prompts=[r["prompt_sha"] for r in answers.results])[:16],
                 "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}
     return settings | {"line": protocol_line(settings)}
@@ -253,6 +270,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_pixels", type=int, help="largest area of a picture (default: the protocol's)")
     parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
+    parser.add_argument("--shuffle_options", action="store_true",
+                        help="show each item's options in an order drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of --shuffle_options")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
@@ -290,10 +310,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
     if args.latent != "off" and args.backend == "openai":
         parser.error("--latent: servers do not feed latents; expected --backend local")
     if args.responses:
-        if args.compare or args.table or args.prepare or args.dry_run or args.protocol or args.method not in (
-                "direct", "text"):
+        if args.compare or args.table or args.prepare or args.dry_run or args.protocol or (
+                args.shuffle_options or args.method not in ("direct", "text")):
             parser.error("--responses: nothing is asked; expected --items or --benchmark, --method direct or "
-                         "text, and no --protocol")
+                         "text, and no --protocol or --shuffle_options")
         args.protocol = "elsewhere"
     args.protocol = args.protocol or ("deepeyes" if args.method == "tool" else "vlmevalkit")
     if (args.method == "tool") != (args.protocol == "deepeyes"):
@@ -344,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"items": len(items), "categories": Counter(i.get("category") for i in items)}))
         return 0
     check_scorable(items)
+    if args.shuffle_options:
+        items = shuffle_options(items, args.seed)
     protocol = None if args.responses else find_protocol(args)
     spec = spec_of(args.latent, args.latent_size)
     if args.dry_run:

@@ -373,6 +373,28 @@ def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
     assert "| CapImagine | 33.3 (85.9) | not run (74.1) |" in table and "| m (tool) | 33.3 | - |" in table
 
 
+def test_shuffled_options_are_asked_in_their_order_and_written_with_their_published_letters(items, server):
+    """The server of this file always answers A."""
+    tool = ["--method", "tool", "--shuffle_options", "--seed", "3"]
+    assert evaluate.main(remote(items, server, *tool)) == 0
+    metrics, results = metrics_of(items), results_of(items)
+    orders = [result["shown"]["order"] for result in results]
+    assert len(set(orders)) > 2 and metrics["protocol"]["line"].endswith(" shuffled=3")
+    texts = dict(rows(items)[0]["options"])
+    for result, item in zip(results, rows(items)):
+        order = result["shown"]["order"]
+        shown = "".join(f"\\n{name}. {texts[letter]}" for name, letter in zip("ABC", order))
+        assert shown in result["prompt"] and result["gold"] == item["answer"]["value"]
+        assert (result["extraction"]["value"], result["shown"]["value"]) == (order[0], "A")
+        assert (result["verdict"] == "correct") == (order[0] == result["gold"])
+    assert metrics["constant"]["accuracy"] == max(
+        Counter(result["shown"]["gold"] for result in results).values()) / 9
+    assert evaluate.main(remote(items, server, *tool[:2], output="plain.jsonl")) == 0
+    pair = [str(items.parent / name) for name in ("plain.jsonl", "out.jsonl")]
+    assert evaluate.main(["--compare", *pair, "--output", str(items.parent / "c.json")]) == 0
+    assert load_object(items.parent / "c.json")["other_prompts"] == 9 - orders.count("ABC")
+
+
 def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
     """The replies of a run, given as a file, have its verdicts; an item without one is an error."""
     change(items, question=lambda n, item: "vague?" if n == 4 else "What?",
@@ -411,6 +433,7 @@ def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
     (["--responses", "r", "--protocol", "monet"], "nothing is asked"),
     (["--responses", "r", "--method", "tool"], "nothing is asked"),
     (["--responses", "r", "--dry_run"], "nothing is asked"),
+    (["--responses", "r", "--shuffle_options"], "nothing is asked"),
     (["--method", "latent"], "latents need both"),
     (["--latent", "mirage", "--method", "text"], "latents need both"),
     (["--latent", "mirage", "--backend", "openai"], "do not feed latents"),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from utils.backends import Request, pictures_of
 from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
-from utils.items import question_text, user_content
+from utils.items import question_text, rotation_of, user_content
 from utils.jsonl import DataError, call_key
 
 PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
@@ -170,6 +170,29 @@ PROTOCOLS = {
 
 def user_text(item: dict, protocol: Protocol) -> str:
     return protocol.words(item) + protocol.suffix
+
+
+# ---- options in another order
+def shuffle_options(items: list[dict], seed: int) -> list[dict]:
+    """Return items with the options of each multiple-choice item in an order that its id and the seed decide,
+    and "letters" {as shown: as published}. DataError for HR-Bench, which asks in four orders by itself."""
+    if rotated := [item["id"] for item in items if rotation_of(item) is not None]:
+        raise DataError(f"--shuffle_options: item {rotated[0]!r} and {len(rotated) - 1} more are rotations "
+                        "of their options; expected items with one order")
+    if not any(item["metric"] == "mcq" for item in items):
+        raise DataError("--shuffle_options: no item has options; expected multiple choice")
+    return [shuffled(item, seed) if item["metric"] == "mcq" else item for item in items]
+
+
+def shuffled(item: dict, seed: int) -> dict:
+    order = sorted(item["options"], key=lambda option: call_key(seed=seed, id=item["id"], letter=option[0]))
+    letters = {shown: letter for (shown, _), (letter, _) in zip(item["options"], order)}
+    gold = next(shown for shown, letter in letters.items() if letter == item["answer"]["value"])
+    options = [[shown, text] for shown, (_, text) in zip(letters, order)]
+    # a published prompt lists the options
+    raw = {name: value for name, value in (item.get("raw") or {}).items() if name != "prompt"}
+    return item | {"options": options, "answer": item["answer"] | {"value": gold}, "letters": letters,
+                   "raw": raw}
 
 
 # ---- a conversation

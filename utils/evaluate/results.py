@@ -259,7 +259,8 @@ def protocol_line(protocol: dict) -> str:
     low, high = protocol["pixels"]
     pixels = "unknown" if high is None else f"{'server' if low is None else low}..{high}"
     return (f"protocol={protocol['protocol']} method={protocol['method']} "
-            f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}")
+            f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}"
+            + (f" shuffled={seed}" if (seed := protocol.get("shuffle_options")) is not None else ""))
 
 
 def show(metrics: dict) -> None:
