@@ -25,7 +25,7 @@ from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap,
 
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
 TAG_NAME = r"(?:final_?)?(?:answer|ans|choice|option|result)|conclusion|solution|final"
-TAG = re.compile(rf"<(?:{TAG_NAME})>(.*?)(?:</(?:{TAG_NAME})>|\Z)", re.DOTALL | re.IGNORECASE)
+TAG = re.compile(rf"<(?:{TAG_NAME})>(.*?)(?:</(?:{TAG_NAME})\b>?|\Z)", re.DOTALL | re.IGNORECASE)
 JSON_KEY = re.compile(r"[\"'](?:(?:final|correct|selected|chosen|predicted|best)[_ ]?)?(?:answer|choice"
                       r"|option|letter|result|prediction|答案)(?:[_ ]?(?:letter|choice|option))?[\"']\s*:\s*"
                       r"\[?\s*(?:\"([^\"\n]*)\"|'([^'\n]*)'|([\w.+-]+))", re.IGNORECASE)
@@ -38,13 +38,14 @@ PREFIX = re.compile(rf"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:(?:{NO
                     r"(?:\s+(?:is|ist|es|est|é|è)(?!\w)|[是为])?\s*:?\s*(?=\S)", re.I)
 OPTION_WORD = re.compile(rf"^(?:(?:final|correct)\s+)?(?:(?:{OPTION_NOUN})(?!\w)|{CJK_OPTION}|答案)\s*:?\s*"
                          r"(?=\W*[A-Z]\b)", re.I)
-LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
+LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、。/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
 LONE = re.compile(r"[^\w?°%+&!≠~❌✗✘]*([A-Za-z])[^\w?°%+&#=/'’–—❌✗✘-]*")
 LIST_ITEM = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])[.):]\s+\S")
 LINE_MARK = re.compile(r"^(?:\s*(?:[-*•>#✅→]+|\d+[.)])\s+)+|^\s*[✅→]+\s*|^#+\s*")
 LEAD_WORD = re.compile(
-    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option|probably|sure|okay|certainly)\b)[\s,:!]*"
-    r"(?=\W*[A-Z]\b)")
+    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option|probably|sure|okay|certainly)\b"
+    r"|应该是)[\s,:!]*(?=\W*[A-Z]\b)")
+NOT = re.compile(r"(?:\bnot|\bnever|n['’]t|rather than|instead of|\bnicht|\bpas|不是|而非)[\s*_]*(?:\\\(|\$)*$")
 REASON = re.compile(r"(?:because|since|as (?:it|the|they)|due to|denn|weil|car|porque|因为)(?![A-Za-z])")
 OR = re.compile(r"[\s$.]*(?:or|and|,|/|或|oder|ou|o)[\s$.]*")
 DENIED = re.compile(
@@ -148,7 +149,8 @@ def find_marked(text: str) -> tuple[list[tuple[int, int, str, bool]], str]:
     tags = [(m.start(), m.end(), m[1], m[0].endswith(">")) for m in TAG.finditer(text)]
     keys = [(m.start(), m.end(), m[1] or m[2] or m[3] or "", True) for m in JSON_KEY.finditer(text)]
     for found, label in ((find_boxes(text), "boxed_"), (tags, "tag_"), (keys, "json_")):
-        real = [place for place in found if not PLACEHOLDER.fullmatch(place[2])]
+        real = [place for place in found if not PLACEHOLDER.fullmatch(place[2])
+                and not NOT.search(text[max(0, place[0] - 20):place[0]])]
         if real:
             return real, label
     return [], ""
@@ -226,7 +228,7 @@ def first_letter(line: str, options: dict[str, str]) -> str | None:
     if letter := line_letter(line, options):
         return letter
     head = LETTER_TEXT.match(line.lstrip(" \t*_#>-("))
-    if not head or head[1] not in options or not (set(head[2]) & set(".):*") or REASON.match(head[3])):
+    if not head or head[1] not in options or not (set(head[2]) & set(".):*。") or REASON.match(head[3])):
         return None
     names = {named for _, _, named in find_options(split_sentences(head[3])[0], options)}
     others = lone_letters(head[3], options) - {head[1]} if not REASON.match(head[3]) else set()

@@ -19,24 +19,26 @@ OPTION_NOUN = either("option choice letter auswahl opción alternativa letra cho
                      "alternative lettera вариант выбор буква")
 NOUN = OPTION_NOUN + "|" + either(
     "answer ans\\.? solution selection selected conclusion result response output guess verdict prediction "
-    "assistant antwort lösung respuesta réponse resposta risposta ответ antwoord odpowiedź cevap "
+    "assistant antwort lösung respuesta réponse resposta risposta ответа? antwoord odpowiedź cevap "
     "jawaban(?:nya)? đáp_án")
 VERB = either("(?:i|we)(?:['’]d|_would|_will|['’]ll|['’]m|_am)?_(?:choose|pick|select|go(?:ing)?_(?:with|for)"
               "|opt_for|say|answer) choose pick select opt_for go_with "
               "(?:right|correct|best|closest)_(?:one|match|statement|description|image|order|value) "
               "richtig_ist ich_wähle elijo escojo je_choisis escolho scelgo выбираю")
 WEAK = either("it_is it['’]s it_(?:must|should|has_to)_be so hence therefore thus final also donc por_tanto "
-              "portanto quindi поэтому es_ist so_it_is i_(?:think|believe|guess) matches corresponds_to "
+              "portanto quindi поэтому es_ist so_it_is i_(?:think|believe|guess) "
+              "this_(?:matches|corresponds_to) "
               "c['’]est es_la (?:la_)?correcta_es")
 CJK_OPTION = either("选项 選項 選択肢 보기 선택지")
 CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 正解 正答 정답 답변 답 故选 应选 选择 選択 选 選 "
-                                "正确的是 应该是")
-FILLER = either("is was be are should would must will has to the correct right best final option choice "
-                "answer letter clear clearly simply just probably likely most seems appears definitely "
-                "therefore thus hence ist lautet die richtige antwort es la el correcta opción letra "
-                "respuesta sería est réponse bonne correcte finale richtig korrekte lettre opção correta "
-                "certa resposta è corretta giusta opzione lettera это правильный правильная вариант ответ "
-                "буква adalah đúng là")
+                                "正确的是")
+ANSWER = re.compile("ans|antwort|respu|respos|réponse|risposta|ответ", re.IGNORECASE)
+FILLER = either("is was be are should would must will has_to the correct right best final option choice "
+                "answer letter clear clearly simply just probably likely most seems appears seems_to "
+                "appears_to definitely therefore thus hence ist lautet die richtige antwort es la el "
+                "correcta opción letra respuesta sería est réponse bonne correcte finale richtig korrekte "
+                "lettre opção correta certa resposta è corretta giusta opzione lettera это правильный "
+                "правильная вариант ответ буква adalah đúng là")
 SMALL_FILLER = either("é a o l 就 应该 应當 應該 应当 选项 选择 正确 是 为 為 应 選 选 は が 은 는 이 가")
 GAP = r"[\s*_`\"'“”‘’«»(\[{<$【】「」『』:=,>→–—#-]"
 LABEL = re.compile(
@@ -46,9 +48,10 @@ LABEL = re.compile(
     rf"(?P<gap>(?:{GAP}|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
     r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
 LETTER_FIRST = re.compile(
-    r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be|seems|looks)\s+"
+    r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be)\s+"
     r"(?:(?:the|my|our)\s+)?|(?<=[A-Z] )the\s+)(?:(?:only|most)\s+)?"
-    r"(?:correct|right|best|final|answer|choice)(?!\w)|it is[.!]*\s*$)|(?:选?项)?是?正确|が正|を選|です"
+    r"(?:correct|right|best|final|answer|choice)(?!\w)|(?:it is|(?:seems|looks) (?:right|correct))[.!]*\s*$)"
+    r"|(?:选?项)?是?正确|が正|を選|です"
     r"|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:richtig|korrekt)|es (?:la )?correct"
     r"|est (?:la )?(?:bonne|correct)|[éè] (?:[al]a? )?corret)")
 LISTED = re.compile(
@@ -133,8 +136,7 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
         if match["weak"] and not CLOSED.match(after):
             return False
         direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
-        said = (match["noun"] or "ans")[:3].lower() in ("ans", "ant", "отв")
-        if direct and not said and not match["which"]:
+        if direct and match["noun"] and not match["which"] and not ANSWER.match(match["noun"]):
             return False
         if letter.islower() and (not match["noun"] or not SMALL_CLOSED.match(after)):
             return False
@@ -164,7 +166,7 @@ def option_pattern(option: str) -> re.Pattern:
     word = re.escape(fold(option, prose=True))
     if word and word[-1].isascii():  # Chinese has no spaces between words
         sign = r"(?<!-)" if word[0].isdigit() else ""
-        word = rf"(?<![a-z0-9à-ÿ])(?<!\d[.,:/]){sign}{word}(?![a-z0-9à-ÿ])(?![.,:/]\d)"
+        word = rf"(?<![a-z0-9à-ÿ])(?<!\d[.,:/]){sign}{word}(?![a-z0-9à-ÿ])(?![.,:/-]\d)"
     return re.compile(word)
 
 

@@ -156,7 +156,7 @@ UNITS = dict(pair.split(":") for pair in (  # without the s of the plural
     "percent:% °:degree degree:degree dollar:$ euro:€ inche:inch in:inch feet:ft foot:ft mi:mile mile:mile "
     "centimeter:cm centimetre:cm millimeter:mm millimetre:mm meter:m metre:m kilometer:km kilometre:km "
     "kilogram:kg kg:kg gram:g pound:lb lb:lb second:s sec:s minute:min min:min hour:h hr:h "
-    "year:year").split())
+    "year:year ounce:oz").split())
 WORDS = {**ORDINALS, **{month[:3]: month for month in MONTHS}, "sept": "september", "grey": "gray",
          "colour": "color", "mile per hour": "mph", "km per hour": "km/h",
          **{f"{a} {side}": f"{b} {side}" for a, b in (("top", "upper"), ("bottom", "lower"))
