@@ -1,11 +1,13 @@
-"""Benchmark items: reading with checks, and the prompts in which every script asks them."""
+"""Benchmark items: reading with checks, the prompts in which every script asks them, VSP's boards."""
 import re
+from collections import deque
 from pathlib import Path
 
 from PIL import Image
 
 from utils.images import crop_region, open_image, resolve_image
 from utils.jsonl import DataError, read_rows
+from utils.reply_text import closing_braces
 
 ITEM_FIELDS = {"id": str, "question": str, "options": list, "answer": dict, "images": list, "metric": str}
 # metric -> type of the gold answer; wtq, tabfact: TableVQABench; yesno_pair: MME; unscored: for their latents
@@ -198,3 +200,47 @@ def blind_turn(tokenizer, item: dict, system: str | None, suffix: str) -> str:
     assistant's."""
     prompt = prompt_of(tokenizer, item, 0, system, suffix, blind=True)
     return END_OF_TURN + "\n" + prompt[prompt.rindex(USER_TURN):]
+
+
+# ---- VSP's boards: square lists of numbers, 1 start, 2 goal, -1 hole, 0 safe
+STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # row, column
+
+
+def vsp_moves(text: str) -> str | None:
+    """Return the letters U, D, L, R of the last \\boxed{} in a reply, if it closes."""
+    start = text.rfind("\\boxed{")
+    begin = start + len("\\boxed{")
+    end = closing_braces(text).get(begin) if start >= 0 else None
+    return None if end is None else "".join(move for move in text[begin:end].upper() if move in "UDLR")
+
+
+def walk_vsp(map_desc: list[list[int]], moves: str) -> bool:
+    """Return whether moves lead from start (1) to goal (2), as in Mirage's src/task.py: a move off the map is
+    ignored, a hole (-1) fails at once."""
+    place = find_cell(map_desc, 1)
+    for move in moves:
+        row, column = (n + step for n, step in zip(place, STEPS[move]))
+        if 0 <= row < len(map_desc) and 0 <= column < len(map_desc[0]):
+            place = row, column
+        if map_desc[place[0]][place[1]] == -1:
+            return False
+    return map_desc[place[0]][place[1]] == 2
+
+
+def find_cell(map_desc: list[list[int]], value: int) -> tuple[int, int]:
+    return next((row, line.index(value)) for row, line in enumerate(map_desc) if value in line)
+
+
+def shortest_path(board: list[list[int]]) -> str | None:
+    """Return the shortest moves from start to goal, if there is a way (breadth first)."""
+    paths, size = {find_cell(board, 1): ""}, len(board)
+    queue = deque(paths)
+    while queue:
+        row, column = queue.popleft()
+        for move, (down, right) in STEPS.items():
+            cell = row + down, column + right
+            inside = 0 <= min(cell) and max(cell) < size
+            if inside and cell not in paths and board[cell[0]][cell[1]] != -1:
+                paths[cell] = paths[row, column] + move
+                queue.append(cell)
+    return paths.get(find_cell(board, 2))

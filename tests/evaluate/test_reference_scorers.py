@@ -7,8 +7,8 @@ from harness_table import OPTIONS, REPLIES
 from samples import shortest_path, table
 
 from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,
-                                              vlmevalkit_realworld, vsp_moves, vtabfact, vwtq, walk_vsp,
-                                              without_label)
+                                              vlmevalkit_realworld, vtabfact, vwtq, without_label)
+from utils.items import vsp_moves, walk_vsp
 
 
 @pytest.mark.parametrize("name, gold, reply, letter, mme, ours, rule", REPLIES)

@@ -5,10 +5,11 @@ import random
 import pytest
 from samples import shortest_path as other_shortest_path
 
-from utils.evaluate.reference_scorers import needs_detour, shortest_path
+from utils.evaluate.reference_scorers import needs_detour
 from utils.evaluate.results import (constant_answer, headline, is_right, judged_right, macro, micro,
                                     mme_scores, own_scores, rotation_scores, share, show, summarize)
 from utils.evaluate.scoring import vsp_floors
+from utils.items import shortest_path
 from utils.stats import chance, share_interval, wilson
 
 BASE = {"group_id": "g", "category": "c", "finish_reason": "stop", "n_tokens": 3, "n_latent": 4,

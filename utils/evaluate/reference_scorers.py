@@ -6,10 +6,9 @@ verdict. The environment variable VERBOSE, which changes its verdicts, is taken 
 import math
 import re
 import unicodedata
-from collections import deque
 from typing import NamedTuple
 
-from utils.reply_text import closing_braces
+from utils.items import STEPS, find_cell, shortest_path
 
 # ---- VLMEvalKit
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -228,35 +227,6 @@ def yes_or_no(output: str) -> str | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-# ---- Mirage
-STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}  # row, column
-
-
-def vsp_moves(text: str) -> str | None:
-    """Return the letters U, D, L, R of the last \\boxed{} in a reply, if it closes."""
-    start = text.rfind("\\boxed{")
-    begin = start + len("\\boxed{")
-    end = closing_braces(text).get(begin) if start >= 0 else None
-    return None if end is None else "".join(move for move in text[begin:end].upper() if move in "UDLR")
-
-
-def walk_vsp(map_desc: list[list[int]], moves: str) -> bool:
-    """Return whether moves lead from start (1) to goal (2), as in Mirage's src/task.py: a move off the map is
-    ignored, a hole (-1) fails at once."""
-    place = find_cell(map_desc, 1)
-    for move in moves:
-        row, column = (n + step for n, step in zip(place, STEPS[move]))
-        if 0 <= row < len(map_desc) and 0 <= column < len(map_desc[0]):
-            place = row, column
-        if map_desc[place[0]][place[1]] == -1:
-            return False
-    return map_desc[place[0]][place[1]] == 2
-
-
-def find_cell(map_desc: list[list[int]], value: int) -> tuple[int, int]:
-    return next((row, line.index(value)) for row, line in enumerate(map_desc) if value in line)
-
-
 # ---- VSP without a model
 def straight_path(board: list[list[int]], vertical_first: bool, looks: bool = False) -> str:
     """Return moves that go straight to the goal, one direction first. Without `looks` they ignore holes; with
@@ -273,21 +243,6 @@ def straight_path(board: list[list[int]], vertical_first: bool, looks: bool = Fa
         else:
             return moves
     return moves
-
-
-def shortest_path(board: list[list[int]]) -> str | None:
-    """Return the shortest moves from start to goal, if there is a way (breadth first)."""
-    paths, size = {find_cell(board, 1): ""}, len(board)
-    queue = deque(paths)
-    while queue:
-        row, column = queue.popleft()
-        for move, (down, right) in STEPS.items():
-            cell = row + down, column + right
-            inside = 0 <= min(cell) and max(cell) < size
-            if inside and cell not in paths and board[cell[0]][cell[1]] != -1:
-                paths[cell] = paths[row, column] + move
-                queue.append(cell)
-    return paths.get(find_cell(board, 2))
 
 
 def needs_detour(board: list[list[int]]) -> bool:

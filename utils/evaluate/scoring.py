@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 from utils.answers import YES_NO_FIRST, extract_choice, find_marked
-from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, shortest_path, straight_path,
-                                              vlmevalkit_e8e78f0, vlmevalkit_realworld, vsp_moves, vtabfact,
-                                              vwtq, walk_vsp, without_label, yes_or_no)
-from utils.items import group_of, rotation_of
+from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, straight_path, vlmevalkit_e8e78f0,
+                                              vlmevalkit_realworld, vtabfact, vwtq, without_label, yes_or_no)
+from utils.items import group_of, rotation_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
 from utils.phrases import CJK, NEGATION, NOUN, SENTENCE_END
 from utils.reply_text import find_boxes, unwrap, visible
