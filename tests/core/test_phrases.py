@@ -1,6 +1,7 @@
 """What chooses an option and what does not, over kinds of replies and over generated ones."""
 import json
 import random
+import re
 import time
 
 import pytest
@@ -58,6 +59,49 @@ def test_a_thought_in_front_changes_nothing(thought):
     assert read_value(thought + "2004").value == "2004" and visible(thought) == ""
 
 
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_renaming_the_letters_permutes_the_result(shift):
+    """No letter is treated differently from another; rows in which a lone A may be the article stand aside."""
+    for case in table("reply_kinds"):
+        texts = case["options"].split(" | ")
+        letters = "ABCDE"[:len(texts)]
+        renamed = {letter: letters[(place + shift) % len(texts)] for place, letter in enumerate(letters)}
+        if re.search(r"\b[Aa] [a-z]|\b[a-e]\b|['\"][A-E]['\"]", case["reply"]) or re.search(
+                r"\b[A-E]\b", case["options"]):
+            continue
+        options = dict(zip(letters, texts))
+        reply = re.sub(r"(?<![A-Za-z0-9À-ÿ])[A-E](?![A-Za-z0-9'’À-ÿ])",
+                       lambda match: renamed.get(match[0], match[0]), case["reply"])
+        before = extract_choice(case["reply"], options).letter
+        after = extract_choice(reply, {renamed[letter]: text for letter, text in options.items()}).letter
+        assert after == renamed.get(before), (case["reply"], reply)
+
+
+def test_numbers_in_any_spelling_are_one_answer():
+    """Fractions, mixed numbers and decimals of one value match each other and no other value."""
+    spellings = [["1 1/2", "1½", "1.5", "3/2", "1\\frac{1}{2}", "\\dfrac{3}{2}", "1.50"],
+                 ["1/2", "½", "0.5", ".5", "\\frac12", "5/10"], ["-1 1/2", "−1½", "-1.5"],
+                 ["11/2", "5 1/2", "5.5"], ["11", "eleven", "11.0"], ["1", "one", "1.0"], ["12", "twelve"]]
+    for one in spellings:
+        for other in spellings:
+            for a in one:
+                assert all(answers_match(a, b) is (one is other) for b in other), (a, other)
+    options = dict(zip("ABCDEF", (group[0] for group in spellings)))
+    for letter, group in zip("ABCDEF", spellings):
+        for text in group:
+            assert extract_choice(f"\\boxed{{{text}}}", options).letter == letter, text
+
+
+def test_what_is_no_full_statement_of_a_truth_or_a_yes():
+    for reply, truth in (("The table shows 5 wins. True", "1"), ("The table shows 5 wins.\n\nFalse", "0"),
+                         ("No, it is false.", "0"), ("True or false?", None)):
+        assert read_truth(reply).value == truth, reply
+    for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
+                        ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None)):
+        assert read_yes_no(reply).value == word, reply
+    assert read_value("正确答案：1987").value == read_value("Réponse : 1987").value == "1987"
+
+
 @pytest.mark.parametrize("reply", ["{}", "({})", "Answer: {}", "The answer is {} in this case.",
                                    "**Answer**: {}", "It stands there.\n\n{}", "{}\n\nIt stands there.",
                                    "\\boxed{{{}}}",
@@ -72,7 +116,9 @@ def test_all_letters_are_read_alike(reply):
 def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():
     rng = random.Random(0)
     for letter, text in COLOURS.items():
-        for form in ("It is not {}.", "不是{}", "Es ist nicht {}.", "It isn't {}.", "No es {}.", "{}?",
+        assert named_option(f"It is {text}, not brown.", COLOURS) == letter
+        for form in ("It is not {}.", "It is brown, not {}.", "It is brown rather than {}.",
+                     "是棕色，而不是{}。", "不是{}", "Es ist nicht {}.", "It isn't {}.", "No es {}.", "{}?",
                      "It is never {}.", "Ce n'est pas {}.", "It stands next to the {} laptop."):
             assert named_option(form.format(text), COLOURS) is None, form
         assert find_phrase(f"The answer is not {letter}.", COLOURS) == (None, -1)
