@@ -34,19 +34,19 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from utils.backends import ErrorRateError, LocalBackend, render
 from utils.call_flags import add_server_flags, open_server
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
-from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies
+from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
 from utils.evaluate.benchmarks import TABLE, prepare
-from utils.evaluate.comparison import compare_all, describe, make_table
+from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import (MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages,
                                     shuffle_options)
-from utils.evaluate.results import (headline, judged_right, own_scores, parts_of, protocol_line, show,
-                                    summarize)
+from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
 from utils.evaluate.scoring import check_scorable, n_options, score, vsp_floors
 from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
 from utils.journal import Journal
@@ -101,8 +101,10 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
         backend = open_server(args, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
     backend = LocalBackend(args.model, protocol.max_pixels, args.batch_size, args.batch_tokens, spec,
-                           protocol.min_pixels, args.dtype)
-    return Local(backend, args.max_new_tokens), {"weights": backend.identity["model"]}
+                           protocol.min_pixels, args.dtype,
+                           sampler(args.temperature) if args.temperature else None)
+    drawn = {"temperature": args.temperature} if args.temperature else {}
+    return Local(backend, args.max_new_tokens), {"weights": backend.identity["model"]} | drawn
 
 
 def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
@@ -113,7 +115,9 @@ def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
 
 def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> list[Conversation]:
     hashes = {}
-    return [Conversation(item, protocol, args.image_root, args.method, hashes) for item in items]
+    seed = args.seed if args.temperature else 0
+    return [Conversation(item, protocol, args.image_root, args.method, hashes, sample, seed)
+            for item in items for sample in range(args.samples)]
 
 
 @dataclass
@@ -157,6 +161,9 @@ def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
         if not answer_all(system, conversations, journal, rank, world):
             return None
     results = [result_of(c.item, c.result(), system.pixels, args) for c in conversations]
+    if args.samples > 1:
+        results = [result | {"id": f"{result['id']}#{c.sample}", "item": result["id"], "sample": c.sample}
+                   for result, c in zip(results, conversations)]
     return Answers([c.item for c in conversations], results, conversations, system.pixels)
 
 
@@ -205,14 +212,24 @@ def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
     results, test = answers.results, imagination_test(args.method)
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
-               "own_scores": own_scores(results), "vsp_floors": vsp_floors(results), "protocol": protocol}
+               "own_scores": by_sample(own_scores, results), "protocol": protocol,
+               "vsp_floors": vsp_floors([result for result in results if not result.get("sample")])}
     if "with_judge" in metrics:
-        metrics["with_judge"]["own_scores"] = own_scores(results, judged_right)
+        metrics["with_judge"]["own_scores"] = by_sample(partial(own_scores, right=judged_right), results)
+    if args.samples > 1:
+        metrics["samples"] = sample_scores(results)
     metrics["headline"] = headline(metrics)
     metrics["efficiency"] = efficiency(answers)
     if answers.responses:
         metrics["responses"] = answers.responses
     return metrics
+
+
+def by_sample(score: Callable[[list[dict]], dict], results: list[dict]) -> dict:
+    """Return the scores of results, of several replies per item those of the first, second, ... of each."""
+    samples = {result["sample"] for result in results if "sample" in result}
+    return {f"sample {n}": score([result for result in results if result["sample"] == n])
+            for n in sorted(samples)} or score(results)
 
 
 def efficiency(answers: Answers) -> dict:
@@ -237,6 +254,7 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
                 "latent": args.latent, "latent_size": spec and spec.size,
                 "system": protocol and protocol.system, "suffix": args.suffix, "pixels": answers.pixels,
                 "max_new_tokens": protocol and args.max_new_tokens,
+                "temperature": args.temperature, "samples": args.samples, "seed": args.seed,
                 "shuffle_options": args.seed if args.shuffle_options else None,
                 "prompt_sha": protocol and call_key(prompts=[r["prompt_sha"] for r in answers.results])[:16],
                 "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}
@@ -272,7 +290,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
     parser.add_argument("--shuffle_options", action="store_true",
                         help="show each item's options in an order drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0, help="of --shuffle_options")
+    parser.add_argument("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
+    parser.add_argument("--seed", type=int, default=0, help="of --samples and --shuffle_options")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
     parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
@@ -309,6 +328,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
         parser.error(f"--method {args.method}, --latent {args.latent}: latents need both, others neither")
     if args.latent != "off" and args.backend == "openai":
         parser.error("--latent: servers do not feed latents; expected --backend local")
+    if args.samples > 1 and (args.temperature <= 0 or args.responses):
+        parser.error(f"--samples {args.samples}: expected --temperature above 0, and no --responses")
     if args.responses:
         if args.compare or args.table or args.prepare or args.dry_run or args.protocol or (
                 args.shuffle_options or args.method not in ("direct", "text")):

@@ -395,6 +395,38 @@ def test_shuffled_options_are_asked_in_their_order_and_written_with_their_publis
     assert load_object(items.parent / "c.json")["other_prompts"] == 9 - orders.count("ABC")
 
 
+def test_several_replies_are_drawn_scored_and_resumed_to_the_same(tiny_checkpoint, items):
+    more = ["--samples", "3", "--temperature", "2.5"]
+    metrics, results = answer(items, tiny_checkpoint, *more)
+    assert [r["id"] for r in results] == [f"t/{n}#{k}" for n in range(9) for k in range(3)]
+    assert len({(r["item"], r["raw_output"]) for r in results}) > 20  # seldom twice the same
+    scores = metrics["samples"]
+    assert (metrics["n"], scores["items"], sorted(scores["pass"])) == (27, 9, list("123"))
+    assert metrics["accuracy"] == scores["mean"]["accuracy"]
+    assert metrics["protocol"]["line"].endswith(" temperature=2.5 samples=3 seed=0")
+    before, journal = (items.parent / "out.jsonl").read_bytes(), next(
+        (items.parent / "out.jsonl.run").glob("calls-*"))
+    write_rows(journal, rows(journal)[::2])
+    answer(items, tiny_checkpoint, *more)
+    assert (items.parent / "out.jsonl").read_bytes() == before
+    kept = {r["id"]: r["raw_output"] for r in answer(items, tiny_checkpoint, "--samples", "4", *more[2:])[1]}
+    assert all(kept[r["id"]] == r["raw_output"] for r in results) and len(kept) == 36
+    other = answer(items, tiny_checkpoint, *more, "--seed", "1")[1]
+    assert sum(a["raw_output"] == b["raw_output"] for a, b in zip(results, other)) < 9
+    with pytest.raises(DataError, match="temperature"):
+        evaluate.main(flags(items, tiny_checkpoint, *more[:2], "--temperature", "1"))
+
+
+def test_a_server_is_asked_for_each_reply_with_its_own_seed(items, tmp_path):
+    with serving(tmp_path, name="m.jsonl") as (_, model):
+        for _ in range(2):  # the second time from the journal
+            assert evaluate.main(remote(items, model, "--samples", "2", "--temperature", "0.7")) == 0
+    calls = calls_of(tmp_path, "m.jsonl")
+    assert len(calls) == len({call["seed"] for call in calls}) == 18
+    assert {call["temperature"] for call in calls} == {0.7}
+    assert metrics_of(items)["own_scores"].keys() == {"sample 0", "sample 1"}
+
+
 def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
     """The replies of a run, given as a file, have its verdicts; an item without one is an error."""
     change(items, question=lambda n, item: "vague?" if n == 4 else "What?",
@@ -434,6 +466,8 @@ def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
     (["--responses", "r", "--method", "tool"], "nothing is asked"),
     (["--responses", "r", "--dry_run"], "nothing is asked"),
     (["--responses", "r", "--shuffle_options"], "nothing is asked"),
+    (["--samples", "2"], "expected --temperature above 0"),
+    (["--samples", "2", "--temperature", "1", "--responses", "r"], "no --responses"),
     (["--method", "latent"], "latents need both"),
     (["--latent", "mirage", "--method", "text"], "latents need both"),
     (["--latent", "mirage", "--backend", "openai"], "do not feed latents"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,7 +103,8 @@ class ErrorRateError(RuntimeError):
 
 
 class LocalBackend:
-    """Greedy decoding with transformers in this process, in left-padded batches of similar length.
+    """Decoding with transformers in this process, in left-padded batches of similar length; greedy unless
+    `choose`(request) returns how ids are chosen (see `Intervention.choose`).
 
     A batch holds at most `batch_size` requests and `batch_tokens` tokens, replies at full length. Batches
     depend on the list of requests alone: one that a kill left half done is computed again whole, so that its
@@ -111,9 +112,10 @@ class LocalBackend:
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
-                 spec: LatentSpec | None = None, min_pixels: int | None = None, dtype: str = "auto"):
-        self.folder = find_checkpoint(model_path)
-        self.identity = {"model": model_identity(self.folder), "decoding": "greedy"}
+                 spec: LatentSpec | None = None, min_pixels: int | None = None, dtype: str = "auto",
+                 choose: Callable[[Request], Callable] | None = None):
+        self.folder, self.choose = find_checkpoint(model_path), choose
+        self.identity = {"model": model_identity(self.folder), "decoding": "sampled" if choose else "greedy"}
         self.batch_size, self.batch_tokens, self.spec = batch_size, batch_tokens, spec
         self.load_options = dtype, min_pixels, max_pixels
         self.image_limits = max_pixels, 28 * 28, 28  # largest and least area, side of a visual token
@@ -199,7 +201,7 @@ class LocalBackend:
         import torch
 
         from utils.decode import decode, prefill
-        from utils.latent_families import clean_text
+        from utils.latent_families import Intervention, clean_text
         requests, inputs, replies = prepared
         if not requests:
             return replies
@@ -208,7 +210,8 @@ class LocalBackend:
         if state.hidden.is_cuda:
             torch.cuda.synchronize(state.hidden.device)
         prefill_seconds = round(time.monotonic() - began, 6)
-        rows = decode(self.qwen, state, max(request.max_tokens for request in requests), self.spec)[0]
+        arms = [Intervention(choose=self.choose(request)) for request in requests] if self.choose else None
+        rows = decode(self.qwen, state, max(request.max_tokens for request in requests), self.spec, arms)[0]
         seconds = round(time.monotonic() - began, 6)
         grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
         n_prompt = inputs["attention_mask"].sum(1).tolist()

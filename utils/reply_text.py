@@ -49,10 +49,6 @@ HTML = re.compile(  # <B> is an answer
     r"</?(?:p|b|i|u|em|strong|span|div|br|code|center|h[1-6]|li|ul|ol|response|output|assistant)\s*/?>")
 
 
-def strip_markers(output: str) -> str:
-    return SPECIAL_TOKEN.sub("", LATENT_SPAN.sub("", output)).strip()
-
-
 @lru_cache(maxsize=1024)
 def visible(output: str) -> str:
     """Return the part of a reply in which an answer is looked for."""

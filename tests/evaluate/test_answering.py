@@ -3,12 +3,14 @@ import json
 import threading
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from fault_server import calls_of, serving
+from scipy.stats import chisquare
 
-from utils.backends import LocalBackend, render
-from utils.evaluate.answering import Local, Served, answer_all, replay
+from utils.backends import LocalBackend, Request, render
+from utils.evaluate.answering import Local, Served, answer_all, replay, sampler
 from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS, Conversation
 from utils.items import chat
 from utils.journal import Journal
@@ -190,3 +192,16 @@ def test_the_next_batch_is_made_ready_while_one_is_computed(local, items, talk, 
     monkeypatch.setattr(system.backend, "compute", wait)
     assert answer_all(system, talk(items), journal, 0, 1)
     assert len(opened) == len(computed) == 5 and threading.main_thread() not in opened
+
+
+# ---- sampling
+def test_ids_are_drawn_by_the_softmax_and_the_request_s_seed():
+    logits = torch.tensor([1.0, 2.0, -1.0, 0.0])
+    choose = sampler(0.5)
+    drawn = [choose(Request(f"{n:08x}", None, "", (), 1))(logits, 0) for n in range(0, 8000, 2)]
+    expected = 4000 * (logits.double() / 0.5).softmax(0).numpy()
+    assert chisquare(np.bincount(drawn, minlength=4), expected).pvalue > 0.01
+    one, again, other = (choose(Request(key, None, "", (), 1)) for key in ("0" * 8, "0" * 8, "f" * 8))
+    row = [[pick(logits, n) for n in range(40)] for pick in (one, again, other)]
+    assert row[0] == row[1] != row[2]
+    assert {sampler(1e-3)(Request("0" * 8, None, "", (), 1))(logits, n) for n in range(20)} == {1}

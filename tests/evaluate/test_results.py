@@ -1,13 +1,16 @@
 """Scores of sets of results, by hand, against counts behind the published numbers."""
+import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 from samples import shortest_path as other_shortest_path
 
+from utils.evaluate.comparison import describe_samples, show
 from utils.evaluate.reference_scorers import needs_detour
 from utils.evaluate.results import (constant_answer, headline, is_right, judged_right, macro, micro,
-                                    mme_scores, own_scores, rotation_scores, share, show, summarize)
+                                    mme_scores, own_scores, rotation_scores, sample_scores, share, summarize)
 from utils.evaluate.scoring import vsp_floors
 from utils.items import shortest_path
 from utils.stats import chance, share_interval, wilson
@@ -126,6 +129,57 @@ def test_every_score_of_a_benchmark_has_a_judged_version(name, fields, score):
     key = name.partition("/")[0]
     assert [score(own_scores(records, right)[key]) for right in (is_right, judged_right)] == [
         0.25, 0.5]
+
+
+# ---- several replies to an item
+def replies(item: str, values: str, gold: str = "A", **more) -> list[dict]:
+    """One reply per letter; "-" is unread, "!" an error."""
+    verdicts = {"-": "unresolved", "!": "error", gold: "correct"}
+    return [BASE | {"item": item, "group_id": item, "verdict": verdicts.get(value, "incorrect"),
+                    "extraction": {"value": None if value in "-!" else value, "rule": "phrase"}} | more
+            for value in values]
+
+
+def test_scores_of_several_replies_by_hand():
+    """Right of four: 2 with the majority, 2 in a tie, 1 alone with a majority (nothing else twice), 0, 0."""
+    records = [row for n, values in enumerate(("AABC", "AABB", "AB--", "A---", "BBBA", "----", "AA!A"))
+               for row in replies(str(n), values)]
+    scores = sample_scores(records)
+    assert (scores["k"], scores["items"], scores["mean"]["accuracy"]) == (4, 6, 7 / 24)
+    majority = scores["majority"]
+    assert (majority["correct"], majority["tied"], majority["unread"]) == (2, 2, 1)
+    assert majority["ci95"] == wilson(2, 6) and scores["mean"]["ci95"] == share_interval(
+        [int(row["verdict"] == "correct") for row in records[:24]], [row["item"] for row in records[:24]])
+    assert {m: part["accuracy"] for m, part in scores["pass"].items()} == {
+        1: pytest.approx(7 / 24), 2: pytest.approx((5 / 6 * 2 + 1 / 2 * 3) / 6), 4: pytest.approx(5 / 6)}
+    shown = describe_samples(scores)
+    assert shown.startswith("6 items, 4 replies each: mean 29.2% (") and "| pass@4 83.3% (" in shown
+    assert sample_scores(replies("x", "A!")) == {"k": 2, "items": 0}
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_pass_at_m_is_the_mean_over_all_choices_of_m_replies(k):
+    rng = random.Random(k)
+    items = [[rng.random() < 0.3 for _ in range(k)] for _ in range(20)]
+    scores = sample_scores([row for n, hits in enumerate(items)
+                            for row in replies(str(n), "".join("BA"[hit] for hit in hits))])
+    assert sorted(scores["pass"]) == sorted({m for m in (1, 2, 4, 8) if m <= k} | {k})
+    for m, part in scores["pass"].items():
+        chosen = [any(some) for hits in items for some in itertools.combinations(hits, m)]
+        assert part["accuracy"] == pytest.approx(sum(chosen) / len(chosen))
+
+
+def test_intervals_of_pass_at_m_hold_with_groups():
+    """Two items to a group that are equally hard, four replies each: the truth is missed in at most 5 %."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        hard = rng.beta(0.5, 0.5, size=15)
+        records = [row for n in range(30) for row in replies(
+            str(n), "".join("BA"[hit] for hit in (rng.random(4) < hard[n // 2]).astype(int)),
+            group_id=str(n // 2))]
+        low, high = sample_scores(records)["pass"][2]["ci95"]
+        missed += not low <= 1 - (0.25 + 0.125) <= high  # E (1 - p)^2 of Beta(1/2, 1/2) is 3/8
+    assert missed <= 0.05 * 200
 
 
 # ---- floors

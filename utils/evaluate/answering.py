@@ -5,7 +5,7 @@ The journal alone, with one record per turn, decides what was said, so that a ru
 over processes, ends like one that was not. Seconds are in the journal and in no result.
 """
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from zipfile import BadZipFile
@@ -22,6 +22,22 @@ from utils.jsonl import DataError, check_fields, check_unique
 
 
 # ---- systems
+def sampler(temperature: float) -> Callable[[Request], Callable]:
+    """Return request -> choose(logits [vocab], n) -> id, drawn from softmax(logits / temperature) by the
+    request's own seed: neither its batch nor a restart changes what is drawn."""
+    import torch
+
+    def of_request(request: Request) -> Callable:
+        generator = torch.Generator().manual_seed(request.seed)
+
+        def choose(logits: torch.Tensor, n: int) -> int:
+            summed = (logits.double() / temperature).softmax(-1).cumsum(-1)
+            drawn = summed[-1] * float(torch.rand((), generator=generator, dtype=torch.float64))
+            return min(int(torch.searchsorted(summed, drawn, right=True)), len(summed) - 1)
+        return choose
+    return of_request
+
+
 class Local:
     """A checkpoint in this process. Batches are made of all conversations, whatever is done and however many
     processes share them, so that replies are the same to the bit."""
@@ -40,7 +56,7 @@ class Local:
         return [c.request(self.max_new_tokens) for c in batch]
 
     def batches(self, conversations: list[Conversation], rank: int, world: int) -> list[list[Conversation]]:
-        by_key = {c.ask(self): c for c in sorted(conversations, key=lambda c: c.item["id"])}
+        by_key = {c.ask(self): c for c in sorted(conversations, key=lambda c: (c.item["id"], c.sample))}
         batches = list(self.backend.batches(self.requests(by_key.values())))
         return [[by_key[request.key] for request in batch] for batch in batches[rank::world]]
 

@@ -1,4 +1,4 @@
-"""Compare result files of evaluate.py: pairs with tests (--compare), and the paper's main table (--table).
+"""Show the scores of a run, compare result files with tests (--compare), make the paper's table (--table).
 
 A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
 changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted.
@@ -11,6 +11,7 @@ shows our numbers with the paper's in brackets. A file without a name gets a row
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.cli import log
 from utils.evaluate.results import macro
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
@@ -28,6 +29,58 @@ def read_results(path: str) -> list[dict]:
             raise DataError(f"{path}: id {row['id']!r}: verdict {row['verdict'][:40]!r}, expected one of "
                             f"{', '.join(VERDICTS)}")
     return rows
+
+
+# ---- the scores of a run
+def protocol_line(protocol: dict) -> str:
+    low, high = protocol["pixels"]
+    pixels = "unknown" if high is None else f"{'server' if low is None else low}..{high}"
+    return (f"protocol={protocol['protocol']} method={protocol['method']} "
+            f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}"
+            + ("" if protocol.get("shuffle_options") is None else f" shuffled={protocol['shuffle_options']}")
+            + (f" temperature={protocol['temperature']} samples={protocol['samples']} seed={protocol['seed']}"
+               if protocol.get("temperature") else ""))
+
+
+def show(metrics: dict) -> None:
+    """Log a table by category with its floors, other scores, how replies ended, and the protocol."""
+    log(f"{'category':<24}{'n':>6}{'correct':>9}{'accuracy':>10}   95 % interval{'chance':>8}{'constant':>10}"
+        f"{'unresolved':>12}{'errors':>8}{'tokens':>8}")
+    for name, part in {**metrics["categories"], "all": metrics}.items():
+        if part["n"]:
+            constant, tokens = part["constant"], part["mean_tokens"]
+            log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   "
+                f"{interval(part['ci95']):<13}{percent(part['chance']):>8}"
+                f"{percent(constant and constant['accuracy']):>10}{part['unresolved']:>12}{part['error']:>8}"
+                f"{'-' if tokens is None else round(tokens):>8}")
+    for size, floors in metrics["vsp_floors"].items():
+        log(f"without a model, size {size}: " + " | ".join(
+            f"{name} {100 * value:.4g} %" for name, value in floors.items() if name != "n"))
+    judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
+    if judge:
+        shares["with judge"] = judge["accuracy"]
+    shares |= {name: part["accuracy"] for name, part in metrics.get("compat", {}).items()}
+    log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
+    if metrics["n"]:
+        log("ended: " + rates(metrics["finish_reasons"], metrics["n"])
+            + f" | without text {metrics['empty']}"
+            + f" | unresolved: {rates(metrics['unresolved_rules'], metrics['n']) or 'none'}")
+    if metrics.get("samples", {}).get("items"):
+        log(describe_samples(metrics["samples"]))
+    if judge and judge["judge_errors"]:
+        log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
+    log(protocol_line(metrics["protocol"]))
+
+
+def rates(counts: dict[str, int], n: int) -> str:
+    return ", ".join(f"{name} {count} ({count / n:.1%})" for name, count in counts.items())
+
+
+def describe_samples(samples: dict) -> str:
+    parts = {name: samples[name] for name in ("mean", "majority")}
+    parts |= {f"pass@{m}": part for m, part in samples["pass"].items()}
+    return f"{samples['items']} items, {samples['k']} replies each: " + " | ".join(
+        f"{name} {part['accuracy']:.1%} ({interval(part['ci95'])})" for name, part in parts.items())
 
 
 # ---- --compare

@@ -199,12 +199,15 @@ def shuffled(item: dict, seed: int) -> dict:
 class Conversation:
     """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
 
-    `ended_by` is None while a turn is due, else reply, error, or how the tool's conversation ended. `prompt`
-    and `key` (a hash of words, pictures and regions) are those of the next turn.
+    `sample` and `seed` tell several conversations about an item apart. `ended_by` is None while a turn is
+    due, else reply, error, or how the tool's conversation ended. `prompt` and `key` (a hash of words,
+    pictures and regions) are those of the next turn.
     """
 
-    def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str]):
-        self.item, self.method = item, method
+    def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str],
+                 sample: int = 0, seed: int = 0):
+        self.item, self.method, self.sample = item, method, sample
+        self.draw = {"sample": sample, "seed": seed} if sample or seed else {}
         self.hashes = [image_hash(root, image["path"], hashes) for image in item["images"]]
         self.fault = next((digest.removeprefix("error: ") for digest in self.hashes
                            if digest.startswith("error: ")), None)
@@ -227,7 +230,7 @@ class Conversation:
         self.prompt = system.render(self.messages)
         self.first_prompt = self.first_prompt or self.prompt
         shown = {"images": self.hashes} | ({"boxes": self.boxes} if self.boxes else {})
-        self.key = call_key(id=self.item["id"], prompt=self.prompt, **shown)
+        self.key = call_key(id=self.item["id"], prompt=self.prompt, **shown, **self.draw)
         return self.key
 
     def request(self, max_new_tokens: int) -> Request:

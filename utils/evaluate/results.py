@@ -3,14 +3,13 @@
 A result is a line of evaluate.py's output; one with the verdict "error" is not scored. Shares are from 0 to
 1. The 95 % interval is Wilson's; where results share a group, it lets them vary together.
 """
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
-from utils.cli import log
 from utils.evaluate.reference_scorers import needs_detour
 from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right, gold_text, is_board
-from utils.stats import chance, share_interval
-from utils.tables import interval, percent
+from utils.stats import chance, effective_groups, share_interval, wilson
 
 # Subtasks of MME, from VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating
 MME_PERCEPTION = ("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position",
@@ -247,49 +246,54 @@ def source_score(records: list[dict], hit: Callable[[dict], float]) -> float | N
     return mean([mean([mean(hits["ADE20K"]), mean(hits["COCO"])]), mean(hits["Omni3D"])])
 
 
-# ---- what is printed
+# ---- several replies to an item
+def sample_scores(records: list[dict]) -> dict:
+    """Return scores of items with k replies each, without the items of which one is an error:
+
+    "mean"      share of right replies
+    "majority"  share of items whose most frequent answer is right; a tie is not, nor is an item of which no
+                reply could be read: "tied" and "unread" count them
+    "pass"      {m: share of items with a right one among m replies}, the unbiased estimator of Chen et al.
+                (2021, arXiv 2107.03374), 1 - C(k - right, m) / C(k, m)
+
+    Intervals are of 95 %. Those of "pass" are Wilson's with as many items as there are effective groups: no
+    value between 0 and 1 varies more than a 0/1 one of the same mean.
+    """
+    by_item = defaultdict(list)
+    for record in records:
+        by_item[record["item"]].append(record)
+    whole = [rows for rows in by_item.values() if not any(row["verdict"] == "error" for row in rows)]
+    k = max(map(len, by_item.values()))
+    if not whole:
+        return {"k": k, "items": 0}
+    groups, votes = [rows[0]["group_id"] for rows in whole], [vote(rows) for rows in whole]
+    right, n = [sum(map(is_right, rows)) for rows in whole], effective_groups(groups)
+    passed = {m: mean([1 - math.comb(k - hits, m) / math.comb(k, m) for hits in right])
+              for m in sorted({2**e for e in range(k.bit_length())} | {k})}
+    hits = [int(found == "right") for found in votes]
+    return {"k": k, "items": len(whole), "mean": share([row for rows in whole for row in rows], is_right),
+            "majority": {"correct": sum(hits), "accuracy": mean(hits), "ci95": share_interval(hits, groups),
+                         "tied": votes.count("tied"), "unread": votes.count("unread")},
+            "pass": {m: {"accuracy": value, "ci95": wilson(value * n, n)} for m, value in passed.items()}}
+
+
+def vote(rows: list[dict]) -> str:
+    """Return whether the most frequent answer is right or wrong, or tied, or unread."""
+    answers = defaultdict(list)  # -> whether it is right
+    for row in rows:
+        if row["extraction"]["value"] is not None:
+            answers[str(row["extraction"]["value"]).strip().lower()].append(is_right(row))
+    if not answers:
+        return "unread"
+    first, *others = sorted(answers.values(), key=len, reverse=True)
+    if others and len(others[0]) == len(first):
+        return "tied"
+    return "right" if first[0] else "wrong"
+
+
+# ---- in one number
 def headline(metrics: dict) -> float | None:
     """Return the number to quote, with any judge; None if results or judge failed."""
     judged = metrics.get("with_judge", {})
     failed = metrics["error"] or judged.get("judge_errors")
     return None if failed else (judged or metrics)["accuracy"]
-
-
-def protocol_line(protocol: dict) -> str:
-    low, high = protocol["pixels"]
-    pixels = "unknown" if high is None else f"{'server' if low is None else low}..{high}"
-    return (f"protocol={protocol['protocol']} method={protocol['method']} "
-            f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}"
-            + (f" shuffled={seed}" if (seed := protocol.get("shuffle_options")) is not None else ""))
-
-
-def show(metrics: dict) -> None:
-    """Log a table by category with its floors, other scores, how replies ended, and the protocol."""
-    log(f"{'category':<24}{'n':>6}{'correct':>9}{'accuracy':>10}   95 % interval{'chance':>8}{'constant':>10}"
-        f"{'unresolved':>12}{'errors':>8}{'tokens':>8}")
-    for name, part in {**metrics["categories"], "all": metrics}.items():
-        if part["n"]:
-            constant, tokens = part["constant"], part["mean_tokens"]
-            log(f"{name[-24:]:<24}{part['n']:>6}{part['correct']:>9}{part['accuracy']:>10.1%}   "
-                f"{interval(part['ci95']):<13}{percent(part['chance']):>8}"
-                f"{percent(constant and constant['accuracy']):>10}{part['unresolved']:>12}{part['error']:>8}"
-                f"{'-' if tokens is None else round(tokens):>8}")
-    for size, floors in metrics["vsp_floors"].items():
-        log(f"without a model, size {size}: " + " | ".join(
-            f"{name} {100 * value:.4g} %" for name, value in floors.items() if name != "n"))
-    judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
-    if judge:
-        shares["with judge"] = judge["accuracy"]
-    shares |= {name: part["accuracy"] for name, part in metrics.get("compat", {}).items()}
-    log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
-    if metrics["n"]:
-        log("ended: " + rates(metrics["finish_reasons"], metrics["n"])
-            + f" | without text {metrics['empty']}"
-            + f" | unresolved: {rates(metrics['unresolved_rules'], metrics['n']) or 'none'}")
-    if judge and judge["judge_errors"]:
-        log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
-    log(protocol_line(metrics["protocol"]))
-
-
-def rates(counts: dict[str, int], n: int) -> str:
-    return ", ".join(f"{name} {count} ({count / n:.1%})" for name, count in counts.items())
