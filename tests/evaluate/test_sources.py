@@ -24,7 +24,7 @@ ROWS = {  # layout -> a row without its picture
                    "cycle_category": "0"},
     "blink/Counting": {"index": "7", "question": "Which?", **OPTIONS, "answer": "B", "category": "Counting"},
     "cv_bench/2D": {"index": "7", "question": "Which?", **OPTIONS, "answer": "(B)", "source": "COCO",
-                    "split": "2D"},
+                    "category": "Count", "split": "2D"},
     "mme_realworld_lite": {"index": "7", "question": "Which?", "multi-choice options": str(BRACKETED),
                            "answer": "B", "category": "Perception/Monitoring"},
     "tablevqa/vwtq": {"qa_id": "7", "question": "Which?", "gt": "12"},
@@ -47,6 +47,7 @@ PICTURES = {  # form -> its cells; those that are not text fit JSONL or parquet 
     "list_of_data_urls": {"image": str([f"data:image/png;base64,{TEXT}"])}, "path": {"image": "pic 1.jpg"},
     "path_list": {"image": "['pic 1.jpg']"}, "image_path": {"image_path": "pic 1.jpg"},
     "image_path_beside_empty": {"image": "", "image_path": "['pic 1.jpg']"}, "bytes_text": {"bytes": TEXT},
+    "image_path_without_suffix": {"image_path": "pic"}, "half_padded": {"image": TEXT[:-1]},
     "struct": {"image": struct(DATA)}, "struct_path": {"image": {"bytes": None, "path": "pic 1.jpg"}},
     "binary": {"image": DATA}, "binary_bytes": {"bytes": DATA}, "list": {"image": [TEXT]},
     "list_of_structs": {"image": [struct(DATA)]}, "null": {"image": None, "image_path": "pic 1.jpg"},
@@ -75,7 +76,8 @@ def write(path, rows):
 
 def item_of(tmp_path, kind, name, row):
     """Return the item of a row in a file of this kind, or None if such a file cannot hold it."""
-    (tmp_path / "pic 1.jpg").write_bytes(DATA)
+    for file in ("pic 1.jpg", "pic"):
+        (tmp_path / file).write_bytes(DATA)
     path = write(tmp_path / f"x.{kind}", [row])
     if path is None:
         return None
@@ -95,7 +97,7 @@ def test_every_form_of_a_picture_gives_the_same_bytes(tmp_path, kind, name):
             assert [image["sha256"] for image in item["images"]] == [digest], form
             assert json.loads(json.dumps(item, allow_nan=False)) == item and "image" not in item["raw"], form
             read += 1
-    assert read == {"tsv": 15, "csv": 15, "jsonl": 19, "parquet": 23}[kind]
+    assert read == {"tsv": 17, "csv": 17, "jsonl": 21, "parquet": 25}[kind]
 
 
 @each_kind
@@ -141,6 +143,7 @@ def test_all_options_are_kept(tmp_path, kind):
     ("vstar", {"image": []}, "column 'image' holds list"),
     ("vstar", {"image": TEXT[:-9] + "*" + TEXT[-9:]}, "column 'image': the picture '/9j.*neither base64"),
     ("vstar", {"image": f"x,{TEXT}"}, "column 'image': the picture 'x,/9j.*neither base64"),
+    ("vstar", {"image": "data:image/png;base64,iVBO"}, "row 0: 3 bytes are not a whole picture"),
     ("vstar", {"image": "none.jpg"}, "row 0: .*none.jpg: no such image"),
     ("vstar", {"image_path": "/data/pic0.jpg"}, "row 0: /data/pic0.jpg: leaves the image root"),
     ("vstar", {"image": picture(5)[:-100]}, r"row 0: \d+ bytes are not a whole picture"),
@@ -233,6 +236,8 @@ def test_cv_bench_of_the_hub_and_of_its_jsonl(tmp_path):
         assert (item["id"], item["category"]) == ("cv_bench/3D/5", "Omni3D/Depth")
         assert item["answer"]["value"] == "B"
         assert item["options"] == [["A", "chair"], ["B", "desk"]] and item["raw"]["prompt"] == row["prompt"]
+    item = item_of(tmp_path, "tsv", "cv_bench/2D", ROWS["cv_bench/2D"] | {"image": TEXT})
+    assert item["category"] == "COCO/Count"
     with pytest.raises(DataError, match="1 rows of '3D'; expected rows of cv_bench/2D"):
         item_of(tmp_path, "jsonl", "cv_bench/2D", row)
 

@@ -143,11 +143,10 @@ def cv_bench(where: str, row: dict, name: str) -> dict:
     CVBench). The category is source/task, as the score is of sources."""
     options = (lettered(where, "'choices'", text_list(where, "choices", row["choices"])) if "choices" in row
                else column_options(where, row))
-    parts = [cell(where, row, "source"), *([cell(where, row, "task")] if "task" in row else [])]
-    columns = (*PICTURES, "filename")
+    parts = filter(None, (cell(where, row, "source"), option_text(row.get("task", row.get("category")))))
     return make_item(name, where, row, key_of(where, row, "idx", "index"), "mcq",
                      letter_of(where, row, "answer"), question=cell(where, row, "question"), options=options,
-                     category="/".join(parts), images=pictures_in(where, row, columns))
+                     category="/".join(parts), images=pictures_in(where, row, (*PICTURES, "filename")))
 
 
 def mmvp(where: str, row: dict, name: str) -> dict:

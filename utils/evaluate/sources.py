@@ -290,7 +290,7 @@ def read_pictures(where: str, column: str, value: object) -> list:
 
 
 def from_base64(where: str, column: str, text: str) -> bytes:
-    data = "".join(DATA_URL.sub("", text).split()).translate(URL_SAFE).rstrip("=")
+    data = "".join(DATA_URL.sub("", text).split()).translate(URL_SAFE)
     try:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
