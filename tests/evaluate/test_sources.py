@@ -10,6 +10,7 @@ from benchmark_fixtures import picture, struct, text_of, write_parquet
 
 from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.sources import file_rows
+from utils.items import rotation_of
 from utils.jsonl import DataError
 
 DATA = picture(3)
@@ -109,12 +110,21 @@ def test_an_index_is_the_same_as_text_and_as_a_number(tmp_path, kind, name):
 
 
 @each_kind
+def test_a_rotation_is_the_same_as_text_and_as_a_number(tmp_path, kind):
+    for value in ("3", 3, 3.0, "3.0", " 3"):
+        if item := item_of(tmp_path, kind, "hrbench_4k",
+                           ROWS["hrbench_4k"] | {"cycle_category": value, "image": TEXT}):
+            assert (item["id"], rotation_of(item)) == ("hrbench_4k/7/3", 3)
+
+
+@each_kind
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_a_missing_option_or_hint_is_left_out_and_a_number_is_text(tmp_path, kind, name):
     for value in ("", " ", "nan", "NaN", None, NAN):
         row = ROWS[name] | {"C": value, "D": value, "hint": value, "image": TEXT}
         if item := item_of(tmp_path, kind, name, row):
             assert item["options"] == [["A", "red"], ["B", "blue"]] and "hint" not in item
+            assert json.dumps(item, allow_nan=False)
     for value, text in ((5, "5"), (5.0, "5"), (2.5, "2.5"), ("5.10", "5.10"), ("None", "None"), ("NA", "NA")):
         if item := item_of(tmp_path, kind, name, ROWS[name] | {"C": value, "hint": value, "image": TEXT}):
             assert item["options"][2] == ["C", text] and item["hint"] == text
