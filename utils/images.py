@@ -61,8 +61,7 @@ def resolve_image(root: str | Path, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
         raise ImageError("image_missing", f"{relative[:200]!r}: no file can be there ({error})") from error
     if not inside:
-        raise ImageError("image_outside_root",
-                         f"{relative}: leaves the image root {root}")
+        raise ImageError("image_outside_root", f"{relative}: leaves the image root {root}")
     if not is_file:
         raise ImageError("image_missing", f"{path}: no such image; is --image_root {root} right?")
     return path

@@ -61,7 +61,7 @@ def test_a_thought_in_front_changes_nothing(thought):
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_renaming_the_letters_permutes_the_result(shift):
-    """No letter is treated differently from another; rows in which a lone A may be the article stand aside."""
+    """No letter is treated differently from another; rows whose lone A may be the article are left out."""
     for case in table("reply_kinds"):
         texts = case["options"].split(" | ")
         letters = "ABCDE"[:len(texts)]
