@@ -168,7 +168,7 @@ def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
     if record["error"]:
         fault = "backend_error", record["error"]
     elif call.schema is None:
-        value = {"text": record["text"]}
+        value = {"text": record["text"], "finish_reason": record["finish_reason"]}
     elif record["finish_reason"] == "length":
         fault = "cut_off", f"it was cut off after {record['n_new']} tokens; be shorter"
     elif (value := parse_json_reply(record["text"])) is None:

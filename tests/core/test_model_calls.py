@@ -95,7 +95,8 @@ def test_a_call_without_a_schema_is_answered_in_words(tmp_path):
     caller = make_caller(tmp_path, Scripted(lambda text: "Yes..."))
     with caller.journal:
         call = Call("s/0", "grade", -1, "right?")
-        assert ask(caller, [call], lambda call, value: None, "test")[0].value == {"text": "Yes..."}
+        value = {"text": "Yes...", "finish_reason": "length"}
+        assert ask(caller, [call], lambda call, value: None, "test")[0].value == value
 
 
 def test_keys_hold_all_that_changes_a_reply(tmp_path):

@@ -32,7 +32,7 @@ def open_judge(tmp_path):
 @pytest.mark.parametrize("case", table("judge_replies"))
 def test_which_replies_of_a_judge_count(case):
     """VLMEvalKit's own parser reads "The answer is blue." as B, Monet's reads "I do not know" as no."""
-    assert parse(case["kind"], ITEM, case["reply"]) == case["parsed"]
+    assert parse(case["kind"], ITEM, case["reply"], case.get("finish")) == case["parsed"]
 
 
 def test_map_never_sees_the_gold_answer_and_grade_does():

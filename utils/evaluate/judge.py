@@ -67,14 +67,18 @@ def question_for(kind: str, item: dict, reply: str) -> str | None:
     return fill(GRADE, question="\n".join([item["question"], *lines]), gold=str(gold), reply=reply)
 
 
-def parse(kind: str, item: dict, text: str) -> str | None:
-    """Return the letter (or Z), or the yes or no, of a judge's reply, if it is one."""
+def parse(kind: str, item: dict, text: str, finish_reason: str | None = None) -> str | None:
+    """Return the letter (or Z), or the yes or no, of a judge's reply, if it is one. Of a reply that was cut
+    off only a first word counts as yes or no."""
     if kind == "map":
-        choice = extract_choice(text, dict(item["options"]) | {NONE_OF_THEM: "none of them"})
+        choice = extract_choice(text, dict(item["options"]) | {NONE_OF_THEM: "none of them"}, finish_reason)
         by_words = choice.rule.endswith(("text", "text_in")) and not choice.rule.endswith("letter_text")
         return None if by_words else choice.letter
+    found = read_yes_no(text)
+    if finish_reason == "length":
+        return found.value if found.rule == "first_word" else None
     words = {word.lower() for word in re.findall(r"\b(?:yes|no)\b", visible(text), re.IGNORECASE)}
-    return read_yes_no(text).value or (words.pop() if len(words) == 1 else None)
+    return found.value or (words.pop() if len(words) == 1 else None)
 
 
 class JudgeCaller(Caller):
@@ -98,8 +102,8 @@ class Judge:
         wanted, text = "B" if self.kind == "map" else "yes", ""
         for attempt in range(TRIES):
             for reply in self.caller.backend.generate([self.caller.request(call, attempt)]):
-                text = reply.error or reply.text
-            if parse(self.kind, TEST_ITEM, text) == wanted:
+                text, finish = reply.error or reply.text, reply.finish_reason
+            if parse(self.kind, TEST_ITEM, text, finish) == wanted:
                 return
         raise DataError(f"--judge {self.kind} {self.model}: asked about {TEST_REPLY!r}, it said "
                         f"{text[:200]!r}, expected {wanted!r}; name another, or use --judge none")
@@ -111,7 +115,7 @@ class Judge:
         calls = [Call(item["id"], self.kind, -1, prompt) for prompt, item in items.items()]
 
         def check(call: Call, value: dict) -> tuple[str, str] | None:
-            usable = parse(self.kind, items[call.text], value["text"])
+            usable = parse(self.kind, items[call.text], **value)
             return None if usable else ("bad_schema", "no usable reply")
 
         try:
@@ -130,7 +134,7 @@ class Judge:
             return Outcome(None, "backend_error", "no server answered")
 
     def describe(self, item: dict, prompt: str, outcome: Outcome) -> dict:
-        parsed = outcome.value and parse(self.kind, item, outcome.text)
+        parsed = outcome.value and parse(self.kind, item, **outcome.value)
         wanted = item["answer"]["value"] if self.kind == "map" else "yes"
         return {"kind": self.kind, "model": self.model, "prompt_sha": call_key(prompt=prompt)[:16],
                 "reply": outcome.text, "parsed": parsed, "attempts": outcome.attempts,
