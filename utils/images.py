@@ -168,10 +168,9 @@ def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels
 def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, factor: int = 28) -> int:
     """Estimate visual tokens from the header; 0 without one."""
     try:
-        width, height = smart_size(*image_size(path), factor, min_pixels, max_pixels)
+        return math.prod(smart_size(*image_size(path), factor, min_pixels, max_pixels)) // factor**2
     except ImageError:
         return 0
-    return width * height // factor**2
 
 
 # ---- sending

@@ -162,8 +162,7 @@ def open_helper(item: dict, images: list[Image.Image], root: str | Path) -> Imag
 
 # ---- chats
 def plain(text: str) -> str:
-    """Return text with control tokens broken (`<|` becomes `< |`): data cannot end a turn or begin a latent.
-    """
+    """Return text with control tokens broken (`<|` becomes `< |`): data cannot end turns or begin latents."""
     return MARKS.sub("< ", text)
 
 
@@ -181,8 +180,7 @@ def user_content(text: str, n_images: int) -> list[dict]:
 
 
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
-    """Return the prompt of one user turn, up to the assistant's; without `system`, the template has its own.
-    """
+    """Return the prompt of one user turn, up to the assistant's; `system`: None is the template's own."""
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": user_content(text, n_images)})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
