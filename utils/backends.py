@@ -103,12 +103,10 @@ class ErrorRateError(RuntimeError):
 
 
 class LocalBackend:
-    """Decoding with transformers in this process, in left-padded batches of similar length; greedy unless
-    `choose`(request) returns how ids are chosen (see `Intervention.choose`).
-
-    A batch holds at most `batch_size` requests and `batch_tokens` tokens, replies at full length. Batches
-    depend on the list of requests alone: one that a kill left half done is computed again whole, so that its
-    replies equal those of an uninterrupted run.
+    """Decoding in this process, greedy or by `choose`(request) (see `Intervention.choose`), in left-padded
+    batches of similar length, of at most `batch_size` requests and `batch_tokens` tokens, replies at full
+    length. Batches depend on the list of requests alone: one that a kill left half done is computed again
+    whole, so that its replies equal those of an uninterrupted run.
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
