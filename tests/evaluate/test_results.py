@@ -231,11 +231,13 @@ def test_how_replies_ended_is_counted_and_shown(capsys):
                         for verdict, finish, text, rule in ends])
     assert scores["finish_reasons"] == {"stop": 2, "length": 1, "unknown": 1}
     assert (scores["empty"], scores["unresolved_rules"]) == (1, {"unresolved": 2, "empty": 1})
-    show(scores | {"categories": {}, "vsp_floors": {}, "protocol": {
+    own = {"mmvp": {"score": 0.4, "chance": 0.25, "constant": None}, "mme": {"tasks": {}}}
+    show(scores | {"categories": {}, "vsp_floors": {}, "own_scores": own, "protocol": {
         "pixels": [1, 2], "protocol": "plain", "method": "text", "prompt_sha": "0", "judge": "none"}})
     lines = capsys.readouterr().err.splitlines()
     assert lines[1].split()[:10] == "all 4 1 25.0% 4.6 to 69.9 25.0 100.0 3".split()
-    assert lines[3] == ("ended: stop 2 (50.0%), length 1 (25.0%), unknown 1 (25.0%) | without text 1 | "
+    assert lines[2] == "mmvp as published, in %: score 40.0 | chance 25.0 | constant -"
+    assert lines[4] == ("ended: stop 2 (50.0%), length 1 (25.0%), unknown 1 (25.0%) | without text 1 | "
                         "unresolved: unresolved 2 (50.0%), empty 1 (25.0%)")
 
 
@@ -274,9 +276,11 @@ def test_mmvp_counts_pairs_and_mmstar_and_cv_bench_average_their_parts():
                       "constant": 1}
     assert own_scores(records[:10])["cv_bench"]["score"] is None
     records = [record | {"gold": gold, "category": category, "n_options": options}
-               for category, k, n, gold, options in (("math", 1, 4, "A", 4), ("instances", 1, 1, "B", 2))
+               for category, k, n, gold, options in (("math", 1, 4, "A", 4), ("instances", 1, 1, "B", 2),
+                                                     ("perception", 0, 3, "A", 4))
                for record in counted(k, n, benchmark="mmstar")]
-    assert own_scores(records)["mmstar"] == {"score": 0.625, "chance": 0.375, "constant": 0.5}
+    assert own_scores(records)["mmstar"] == pytest.approx(
+        {"score": 1.25 / 3, "chance": 1 / 3, "constant": 2 / 3})
 
 
 def rotated(question: int, rotation: int, right: bool) -> dict:

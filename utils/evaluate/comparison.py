@@ -56,6 +56,9 @@ def show(metrics: dict) -> None:
     for size, floors in metrics["vsp_floors"].items():
         log(f"without a model, size {size}: " + " | ".join(
             f"{name} {100 * value:.4g} %" for name, value in floors.items() if name != "n"))
+    for name, own in metrics.get("own_scores", {}).items():
+        if "score" in own:
+            log(f"{name} as published, in %: " + " | ".join(f"{kind} {percent(own[kind])}" for kind in own))
     judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
     if judge:
         shares["with judge"] = judge["accuracy"]
