@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from processes import MAINS, parsed
 
+from speed import readers
 from speed.table import table
 from toy.report import full_tables, short_table
 from toy.variants import markdown
@@ -49,6 +50,7 @@ def test_every_file_named_exists(name):
 TABLES = {"results/toy.json": lambda: full_tables(results("toy")),
           "results/toy.json, results/toy_second.json, results/toy_third.json":
               lambda: short_table([results(name) for name in ("toy", "toy_second", "toy_third")]),
+          "results/readers.json": lambda: readers.table(results("readers")),
           "results/variants.json": lambda: markdown(results("variants")), "results of speed/": table}
 MARKED = [(name, *marked) for name, text in TEXTS.items()
           for marked in re.findall(r"<!-- (results.*?) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)]

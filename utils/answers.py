@@ -111,6 +111,8 @@ def read_plain(text: str, options: dict[str, str], phrase: str | None) -> Extrac
     if len(listed) > 1:  # a list of options
         first = line_letter(lines[0], options, alone=True)
         last = line_letter(lines[-1], options, alone=True)
+        if not (first or last) and heads[-1] and heads[-1][1] in listed:
+            return Extraction(None, "unresolved")
     stated = resolve(lines[-1], options, strict=True) if first and len(lines) > 1 else Extraction(None, "")
     if first and (last or stated.rule == "text" and stated.letter) not in (first, None, False):
         return Extraction(None, "bare_conflict")
@@ -125,16 +127,15 @@ def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> 
         return Extraction(letter, "bare_text_in")
     sentences = split_sentences(text)
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
+    stated = {other for line in sentences for other, option in options.items() if fold(line) == fold(option)}
+    letter = None if stated - {letter} else letter
     short = len(sentences) == 1 and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values())))
     return Extraction(letter, ("bare_text_in" if short else "tail_text") if letter else "unresolved")
 
 
 def without_options(text: str, options: dict[str, str]) -> str:
     """Return text without lines that repeat the list of options."""
-    lines = text.split("\n")
-    if len(lines) < 2:
-        return text
-    echoes = {}
+    lines, echoes = text.split("\n"), {}
     for number, line in enumerate(lines):
         head = LETTER_TEXT.fullmatch(line.strip(" \t*_-"))
         if head and head[2].strip() and head[1] in options and fold(head[3]) == fold(options[head[1]]):
@@ -216,8 +217,7 @@ def leading_option(text: str, options: dict[str, str]) -> str | None:
     """Return the letter of the option with which a text begins: "Red, because ...", "No, it is not red"."""
     letters = {fold(option): letter for letter, option in options.items()}
     first = YES_NO_FIRST.match(text)
-    known = first and first[1].lower() in letters
-    head, *rest = [first[1], ""] if known else HEAD_END.split(text, maxsplit=1)
+    head, *rest = [first[1], ""] if first else HEAD_END.split(text, maxsplit=1)
     letter = letters.get(fold(head)) if rest else None
     others = {letters.get(fold(line)) for line in split_sentences("".join(rest))} - {letter, None}
     return None if others or letter and is_corrected(rest[0], letter, options) else letter
@@ -256,8 +256,6 @@ def normalize(text: str) -> str:
 
 def answers_match(a: str, b: str, options: dict[str, str] | None = None) -> bool:
     """Return whether two answers are the same and not empty; with options, a letter is its text."""
-    if a == b and a.isalnum():
-        return True
     if options:
         read = [resolve(text if (box := last_boxed(text)) is None else box, options) for text in (a, b)]
         letters = [choice.letter for choice in read if choice.rule in ("letter", "letter_text", "text")]

@@ -89,7 +89,7 @@ BESIDE = re.compile(
 CONTRAST = re.compile(
     r"(?:(?:\s*[,;–—-]\s*|\s+(?=and|but))(?:and |but )?not\b|,?\s+(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
-PLAN = re.compile(r"\b(?:let me|let's|i will|i'll|i need to|i should|i must|to determine|going to|label)\b")
+PLAN = re.compile(r"\b(?:let me|let's|i will|i'll|i need to|i should|i must|to determine|going to|label|if)\b")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -127,18 +127,14 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
     before += match["which"] or "" if match.re is LABEL else ""
     if NEGATION.search(before.lower()) or UNSURE.search(before):
         return False
-    listed = LISTED.match(after)
-    if (listed and listed[1] in options) or DENIED_AFTER.match(after):
-        return False
-    if re.match(r"[^.!\n。]{0,80}\?", after):
+    listed, asked = LISTED.match(after), re.match(r"[^.!\n。]{0,80}\?", after)
+    if (listed and listed[1] in options) or DENIED_AFTER.match(after) or asked:
         return False
     if match.re is LABEL:
-        if match["weak"] and not CLOSED.match(after):
+        if (match["weak"] and not CLOSED.match(after)) or (letter.islower() and not match["noun"]):
             return False
         direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
         if direct and match["noun"] and not match["which"] and not ANSWER.match(match["noun"]):
-            return False
-        if letter.islower() and (not match["noun"] or not SMALL_CLOSED.match(after)):
             return False
     rest = re.match(r"[\s*_)\]]*[.:,)–-]?[\s*_(]*", after).end()
     names = find_options(after[rest:].split("\n")[0], options)
@@ -164,10 +160,8 @@ def is_corrected(rest: str, letter: str, options: dict[str, str], skip: bool = F
 @lru_cache(maxsize=4096)
 def option_pattern(option: str) -> re.Pattern:
     word = re.escape(fold(option, prose=True))
-    if word and word[-1].isascii():  # Chinese has no spaces between words
-        sign = r"(?<!-)" if word[0].isdigit() else ""
-        word = rf"(?<![a-z0-9à-ÿ])(?<!\d[.,:/]){sign}{word}(?![a-z0-9à-ÿ])(?![.,:/-]\d)"
-    return re.compile(word)
+    return re.compile(  # Chinese has no spaces between words
+        rf"(?<![a-z0-9à-ÿ-])(?<!\d[.,:/]){word}(?![a-z0-9à-ÿ])(?![.,:/-]\d)")
 
 
 def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
@@ -191,15 +185,13 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
         return None
     covered = {i for start, end, _ in spans for i in range(start, end)}
     around = "".join(" " if i in covered else character for i, character in enumerate(folded))
-    refused = NEGATION.search(around) or PLAN.search(around) or text.rstrip().endswith("?")
-    return None if refused else spans[0][2]
+    return None if NEGATION.search(around) or PLAN.search(around) else spans[0][2]
 
 
 def without_contrast(text: str, options: dict[str, str]) -> str:
     """Return text without ", not B" and "rather than red", unless an option says such a thing."""
-    if not CONTRAST.search(text) or any(CONTRAST.search(option) for option in options.values()):
-        return text
-    return CONTRAST.sub("", text)
+    spoken = any(CONTRAST.search(option) for option in options.values())
+    return text if spoken else CONTRAST.sub("", text)
 
 
 def lone_letters(text: str, options: dict[str, str]) -> set[str]:

@@ -70,8 +70,6 @@ def without_hidden(text: str) -> str:
             bool(match["thought"] or match["call"]) and not match["close"])
         if opens and not inside:
             pieces.append(text[start:match.start()])
-        elif not opens and not inside:
-            pieces = []
         if match["call"] and (not opens or CALL_BODY.match(text, match.end())):
             pieces = []
         elif match["call"]:  # a stray mark in prose
