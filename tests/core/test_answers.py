@@ -57,12 +57,14 @@ SAME = {  # name of the options -> pairs of answers; without options a letter is
     "COL": [("Red", "red."), ("the cat", "cat"), ("two", "2"), ("1,234", "1234"), ("50%", "50"), ("B", "red"),
             ("B. red", "red")],
     None: [("42.0", "42"), ("\\boxed{42}", "42"), ("(B)", "B"), ("5 cm", "5cm"), ("$5", "5 dollars"),
-           ("left of the river", "left of river"), ("twenty", "20"), ("one million", "1,000,000"),
+           ("left of the river", "left of river"), ("twenty", "20"),
+           ("one million", "1,000,000"),
            ("two thousand and five", "2005"), ("one hundred and five", "105"), ("twenty-first", "21st"),
            ("one hundred thousand", "100000"), ("a .5 m rope", "a 0.5 m rope"), ("red,blue", "red, blue"),
            ("(3, 4)", "(3,4)"), ("U.S.A.", "USA"), ("3:30 p.m.", "3:30 PM"), ("98.6 °F", "98.6°F"),
            ("4 x 5", "4 × 5"), ("5 miles per hour", "5 mph"), ("6 in", "6 inches"), ("€5", "5 euros"),
-           ("top-left", "upper left"), ("the root $x$ here", "the root x here"), ("Jan. 5", "January 5"), ("a  b", "a b")]}
+           ("top-left", "upper left"), ("the root $x$ here", "the root x here"),
+           ("Jan. 5", "January 5"), ("a  b", "a b")]}
 UNLIKE = {"COL": [("blue", "red"), ("12", "1"), ("redish", "red")],
           None: [("", ""), ("", " "), ("5 cm", "5 m"), ("3 m", "3 km"), ("50%", "50 kg"), ("$50", "50%"),
                  ("-5", "5"), ("1,2", "12"), ("Vitamin A", "Vitamin"), ("fifteen twenty", "35"),
