@@ -89,7 +89,7 @@ BESIDE = re.compile(
 CONTRAST = re.compile(
     r"(?:(?:\s*[,;–—-]\s*|\s+(?=and|but))(?:and |but )?not\b|,?\s+(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
-PLAN = re.compile(r"\b(?:let me|let's|i(?:'| wi)ll|i (?:need to|should|must)|to determine|going to|label|if)\b")
+PLAN = re.compile(r"\b(?:let(?: me|'s)|i'll|i (?:will|need|should|must)|to determine|going to|label|if)\b")
 
 
 def split_sentences(text: str) -> list[str]:
