@@ -26,19 +26,22 @@ MMSTAR_FORMS = tuple(re.compile(form, re.DOTALL) for form in (
 YES_NO = {"Yes": "yes", "No": "no"}
 
 
-def make_item(name: str, where: str, row: dict, key: str, metric: str, answer: object, *, question: str,
-              images: list, options: list | None = None, category: str | None = None,
-              pictures: tuple[str, ...] = PICTURES) -> dict:
-    """Return an item called `name`/`key`; `pictures` are the columns that stay out of "raw"."""
+def make_item(name: str, where: str, row: dict, key: str, metric: str, answer: object, *,
+              question: str | None = None, images: list | None = None, options: list | None = None,
+              category: str | None = None, pictures: tuple[str, ...] = PICTURES) -> dict:
+    """Return an item called `name`/`key`. Question, category and images are by default those of the columns
+    of that name; `pictures` are the columns that stay out of "raw"."""
     raw = {column: None if is_nan(value) else value for column, value in row.items()
            if column not in pictures}
     try:
         json.dumps(raw)
     except (TypeError, ValueError) as error:  # bytes or a date in a parquet file
         raise DataError(f"{where}: a column cannot be kept as JSON ({error})") from error
-    item = {"id": f"{name}/{key}", "benchmark": name, "category": category, "group_id": f"{name}/{key}",
-            "question": question, "options": options or [],
-            "answer": {"type": ANSWER_TYPES[metric], "value": answer}, "images": images, "metric": metric,
+    item = {"id": f"{name}/{key}", "benchmark": name, "group_id": f"{name}/{key}",
+            "category": category or option_text(row.get("category")),
+            "question": question or cell(where, row, "question"),
+            "options": options or [], "answer": {"type": ANSWER_TYPES[metric], "value": answer},
+            "images": pictures_in(where, row) if images is None else images, "metric": metric,
             "source": where, "raw": raw}
     return item | ({"hint": hint} if (hint := option_text(row.get("hint"))) else {})
 
@@ -47,10 +50,8 @@ def make_item(name: str, where: str, row: dict, key: str, metric: str, answer: o
 def choices(where: str, row: dict, name: str) -> dict:
     """VLMEvalKit's multiple choice (V*, BLINK, MMVP, MMStar), and a file of one's own: index or id, question,
     A, B, ..., answer, image or image_path, optionally category and hint."""
-    options = column_options(where, row)
     return make_item(name, where, row, key_of(where, row, "index", "id"), "mcq",
-                     letter_of(where, row, "answer"), question=cell(where, row, "question"), options=options,
-                     category=option_text(row.get("category")), images=pictures_in(where, row))
+                     letter_of(where, row, "answer"), options=column_options(where, row))
 
 
 def vstar_original(where: str, row: dict, name: str) -> dict:
@@ -93,10 +94,8 @@ def bare_question(where: str, question: str, options: list[list[str]]) -> str:
 def mme_realworld(where: str, row: dict, name: str) -> dict:
     """MME-RealWorld-Lite for VLMEvalKit and lmms-eval; an option without its bracketed letter is an error
     (VLMEvalKit issue 491)."""
-    options = bracketed(where, "multi-choice options", row)
     return make_item(name, where, row, key_of(where, row, "index"), "mcq", letter_of(where, row, "answer"),
-                     question=cell(where, row, "question"), options=options,
-                     category=cell(where, row, "category"), images=pictures_in(where, row))
+                     options=bracketed(where, "multi-choice options", row))
 
 
 def mme_realworld_official(where: str, row: dict, name: str) -> dict:
@@ -132,7 +131,7 @@ def blink_hub(where: str, row: dict, name: str) -> dict:
         raise DataError(f"{where}: pictures in {', '.join(filled)}, "
                         "expected them from image_1 on without a gap")
     return make_item(name, where, row, key_of(where, row, "idx"), "mcq", letter_of(where, row, "answer"),
-                     question=cell(where, row, "question"), category=cell(where, row, "sub_task"),
+                     category=cell(where, row, "sub_task"),
                      options=lettered(where, "'choices'", text_list(where, "choices", row.get("choices"))),
                      images=[picture for column in filled for picture in pictures_in(where, row, (column,))],
                      pictures=tuple(columns))
@@ -145,7 +144,7 @@ def cv_bench(where: str, row: dict, name: str) -> dict:
                else column_options(where, row))
     parts = filter(None, (cell(where, row, "source"), option_text(row.get("task", row.get("category")))))
     return make_item(name, where, row, key_of(where, row, "idx", "index"), "mcq",
-                     letter_of(where, row, "answer"), question=cell(where, row, "question"), options=options,
+                     letter_of(where, row, "answer"), options=options,
                      category="/".join(parts), images=pictures_in(where, row, (*PICTURES, "filename")))
 
 
@@ -156,7 +155,7 @@ def mmvp(where: str, row: dict, name: str) -> dict:
     texts = re.split(r"\s*\([a-z]\)\s*", cell(where, row, "Options").strip())
     if texts[0] or len(texts) < 3:
         raise DataError(f"{where}: options {row['Options']!r}, expected '(a) ... (b) ...'")
-    images = pictures_in(where, row) if "image" in row else [f"MMVP Images/{key}.jpg"]
+    images = None if "image" in row else [f"MMVP Images/{key}.jpg"]
     return make_item(name, where, row, key, "mcq", letter_of(where, row, "Correct Answer"), images=images,
                      question=cell(where, row, "Question"), options=lettered(where, "'Options'", texts[1:]))
 
@@ -179,7 +178,7 @@ def mmstar(where: str, row: dict, name: str) -> dict:
     if gold in published and gold not in dict(options):
         options = sorted([*options, [gold, "nan"]])
     return make_item(name, where, row, key_of(where, row, "index"), "mcq", gold, question=question,
-                     options=options, category=cell(where, row, "category"), images=pictures_in(where, row))
+                     options=options)
 
 
 # ---- the others
@@ -187,15 +186,14 @@ def tablevqa(where: str, row: dict, name: str) -> dict:
     """TableVQABench with qa_id and gt; or VLMEvalKit's TSV with index, answer and split. Golds are values
     joined with bars, escaped as in WikiTableQuestions."""
     split = name.rpartition("/")[2]
-    gold = cell(where, row, "gt", "answer").strip()
+    gold = cell(where, row, "gt", "answer")
     if split == "vtabfact":
-        if gold not in ("0", "1"):
+        if gold.strip() not in ("0", "1"):
             raise DataError(f"{where}: gold {gold!r}, expected the text '1' or '0'")
-        metric, value = "tabfact", gold == "1"
+        metric, value = "tabfact", gold.strip() == "1"
     else:
-        metric, value = "wtq", [unescape(text) for text in cell(where, row, "gt", "answer").split("|")]
-    return make_item(name, where, row, key_of(where, row, "qa_id", "index"), metric, value,
-                     question=cell(where, row, "question"), category=split, images=pictures_in(where, row))
+        metric, value = "wtq", [unescape(text) for text in gold.split("|")]
+    return make_item(name, where, row, key_of(where, row, "qa_id", "index"), metric, value, category=split)
 
 
 def mme(where: str, row: dict, name: str) -> dict:
@@ -204,9 +202,7 @@ def mme(where: str, row: dict, name: str) -> dict:
     if answer not in YES_NO:
         raise DataError(f"{where}: answer {answer!r}, expected {' or '.join(YES_NO)}")
     key = f"{row['question_id']}/{YES_NO[answer]}" if "question_id" in row else key_of(where, row, "index")
-    return make_item(name, where, row, key, "yesno_pair", YES_NO[answer],
-                     question=cell(where, row, "question"), category=cell(where, row, "category"),
-                     images=pictures_in(where, row))
+    return make_item(name, where, row, key, "yesno_pair", YES_NO[answer])
 
 
 def ocrbench_v2(where: str, row: dict, name: str) -> dict:
@@ -214,8 +210,7 @@ def ocrbench_v2(where: str, row: dict, name: str) -> dict:
     golds = row.get("answers", row.get("answer"))
     values = list(map(str, golds)) if isinstance(golds, list) else [cell(where, row, "answers", "answer")]
     return make_item(name, where, row, key_of(where, row, "id", "index"), "unscored", values,
-                     question=cell(where, row, "question"), category=cell(where, row, "type"),
-                     images=pictures_in(where, row))
+                     category=cell(where, row, "type"))
 
 
 def vsp(where: str, row: dict, name: str) -> dict:
