@@ -18,14 +18,15 @@ Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "c
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
         correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error";
-        with a tool "turns" and "ended_by"; with a judge "judge" and "judged";
+        with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; "reasoning" and "tool_calls"
+        that a server took out of the text;
         <output>.metrics.json, <output>.meta.json, <output>.run/ (replies and seconds; every run scores again)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
 Unresolved answers count as wrong unless a judge reads them. An item whose image cannot be used, or that a
 server failed on, is an error: it is not scored, and there is no "headline". Re-run the same command to
 resume. Under torchrun the last process to finish writes the results of all. Exit codes: 0 complete, 2 usage,
-settings or damage, 3 complete with errors, 4 no server answers, 130 interrupted.
+settings or damage, 3 complete with errors, 4 no server answers or too many calls fail, 130 interrupted.
 """
 import argparse
 import json
@@ -38,7 +39,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.backends import ErrorRateError, LocalBackend, render
-from utils.call_flags import add_server_flags, open_server
+from utils.call_flags import add_journal_flags, add_server_flags, open_backend
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
 from utils.evaluate.benchmarks import TABLE, prepare
@@ -47,9 +48,9 @@ from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import (MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages,
                                     shuffle_options)
 from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
-from utils.evaluate.scoring import check_scorable, n_options, score, vsp_floors
-from utils.items import ANSWER_TYPES, group_of, read_items, rotation_of
-from utils.journal import Journal
+from utils.evaluate.scoring import check_scorable, n_options, rotation_of, score, vsp_floors
+from utils.items import ANSWER_TYPES, group_of, read_items
+from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
                          write_rows)
 from utils.latent_families import PRESETS, LatentSpec, spec_of
@@ -98,7 +99,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
         if protocol.min_pixels is not None:
             log(f"--protocol {args.protocol} asks for at least {protocol.min_pixels} pixels, but the server "
                 "enlarges small pictures: check its --mm-processor-kwargs (vLLM)")
-        backend = open_server(args, protocol.max_pixels)
+        backend = open_backend(args, args.backend, args.model, args.base_url, protocol.max_pixels)
         return Served(backend, args.max_new_tokens, protocol.max_pixels), backend.identity
     backend = LocalBackend(args.model, protocol.max_pixels, args.batch_size, args.batch_tokens, spec,
                            protocol.min_pixels, args.dtype,
@@ -135,7 +136,10 @@ class Answers:
 def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentSpec | None,
                      args: argparse.Namespace) -> Answers | None:
     """Answer, score and judge all items; None if other processes are not done."""
+    if args.fresh:
+        move_aside(Path(f"{args.output}.run"), rank_world()[1])
     with Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts:
+        verdicts.forget(*verdicts.transient)
         judge = None if args.judge == "none" else open_judge(args, verdicts)
         if judge and rank_world()[0] == 0:
             judge.preflight()  # before hours of answering
@@ -155,10 +159,9 @@ def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
     # drop_format_hints: a former flag, kept so that older journals stay valid
     settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
     with Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal:
-        for key in list(journal):
-            if key in journal.transient or (args.retry_errors and "error" in journal.get(key)):
-                journal.forget(key)
-        if not answer_all(system, conversations, journal, rank, world):
+        journal.forget(*journal.transient, *(key for key in journal
+                                             if args.retry_errors and "error" in journal.get(key)))
+        if not answer_all(system, conversations, journal, rank, world, not args.no_guard):
             return None
     results = [result_of(c.item, c.result(), system.pixels, args) for c in conversations]
     if args.samples > 1:
@@ -293,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
     parser.add_argument("--seed", type=int, default=0, help="of --samples and --shuffle_options")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
-    parser.add_argument("--retry_errors", action="store_true", help="ask again where there was an error")
+    add_journal_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
     parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
     local = parser.add_argument_group("--backend local")

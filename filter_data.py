@@ -34,8 +34,8 @@ from utils.journal import Journal
 from utils.jsonl import check_output, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.reply_text import last_boxed
-from utils.rows import (CAPTION_REASONS, OWN_FIELDS, ROW_REASONS, caption_fault, check_rows, find_markup,
-                        parse_options, read_own, row_fault, split_final, split_spans)
+from utils.rows import (CAPTION_REASONS, CLOSE, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_rows,
+                        find_markup, parse_options, read_own, row_fault, split_final)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
@@ -108,6 +108,12 @@ class Verdict:
 
 
 # ---- rules
+def split_spans(text: str) -> tuple[list[str], str]:
+    """Return (the imaginations of a whole chain, the chain without them)."""
+    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # searching further takes quadratic time
+    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
+
+
 def chain_fault(row: dict) -> str | None:
     """Return the closed reason why a row's texts are unfit, or None: stage 1's, "answer" also for the chain's
     last box, "chain" without one observation per image step or with markup left over."""

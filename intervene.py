@@ -53,12 +53,12 @@ from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESE
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_shown
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
-from utils.items import STEM, group_of, open_helper, open_images, prompt_of, read_items
+from utils.items import STEM, group_of, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, load_object, sha256_file, write_json, write_meta,
                          write_rows)
 from utils.latent_families import LatentSpec, spec_of
-from utils.model_calls import Caller
+from utils.model_calls import Caller, is_reply
 from utils.openai_backend import HttpBackend
 from utils.stats import effective_groups
 from utils.tables import intervene_blocks, plain_text, swept
@@ -135,6 +135,7 @@ def run_batch(run: Run, batch: list[dict]) -> None:
 def open_others(item: dict, images: list, root: str) -> dict[str, Prompt]:
     """Return (item, images) of the item's answer-changing edit, and with its helper image in place of its
     own, as far as it has them."""
+    from utils.intervene.prompts import open_helper
     others = {}
     if item.get("counterfactual"):
         edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
@@ -277,7 +278,9 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
         return None
     # no image is sent: the editor reads text alone
     backend = HttpBackend(args.editor_model, args.editor_url, 1, api_key=read_api_key(args.api_key_file))
-    return make_caller(backend, stack.enter_context(Journal(Path(f"{args.output}.run"), name="edits")))
+    journal = stack.enter_context(Journal(Path(f"{args.output}.run"), name="edits", is_valid=is_reply))
+    journal.forget(*journal.transient)
+    return make_caller(backend, journal)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -310,7 +313,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="its OpenAI-compatible server")
     parser.add_argument("--api_key_file", help="file with its key (default: OPENAI_API_KEY)")
     parser.add_argument("--limit", type=parse_count, help="analyse only N items after calibration")
-    parser.add_argument("--fresh", action="store_true", help="move an earlier <output>.run aside")
     parser.add_argument("--dry_run", action="store_true",
                         help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)

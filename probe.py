@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 from utils.call_flags import add_call_flags
 from utils.cli import Help, add_model_flags, cli, log, parse_count
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
-from utils.journal import read_settings
+from utils.journal import move_aside, read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, write_report
@@ -139,6 +139,8 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
     from utils.qwen import load_with
     qwen = load_with(spec, args.model, args.dtype, None, args.max_pixels)
     settings = {name: getattr(args, name) for name in STORE_SETTINGS} | {"steps": n_steps}
+    if args.fresh:
+        move_aside(Path(folder), 1)
     with StateWriter(folder, settings) as writer:
         for name, items in {"items": list(inputs.to_decode().values()), **inputs.edits}.items():
             for batch in batched(items, args.batch_size, name):
@@ -239,6 +241,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if argv and not argv[0].startswith("-"):
         parser.error(f"{argv[0]!r}: expected derive, report, or flags")
     args = parser.parse_args(argv)
+    if args.fresh and args.stage not in ("all", "capture"):
+        parser.error(f"--fresh with --stage {args.stage}: states are captured anew; expected all or capture")
     args.edits = list(EDITS) if "all" in args.edits else list(dict.fromkeys(args.edits))
     if args.reader and "cut" in args.variants:
         parser.error("--variants cut keeps states of the model that read the image; expected no --reader")

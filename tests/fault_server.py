@@ -1,4 +1,5 @@
-"""A real OpenAI-compatible server process that misbehaves if a prompt asks for it: "fault:NAME" in its text.
+"""A real OpenAI-compatible server process that misbehaves if a prompt asks for it: "fault:NAME" in its text,
+or `raw(...)`, which spells out an answer.
 
 Otherwise it answers by rule from the request alone: the same request, the same bytes. Without a schema it is
 a model that is shown items, or a judge of its replies. Prints its port. Every POST is a line in its log:
@@ -21,8 +22,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 TWICE = ("408", "429", "502", "503", "504")  # statuses that are followed by an answer; all others stay
+SENT = ("model", "seed", "max_tokens", "max_completion_tokens", "temperature")
+BODY = {"model": "served", "system_fingerprint": "stub-1",
+        "usage": {"prompt_tokens": 20, "completion_tokens": 9}}
 TEXTS = {"empty": "", "null": None, "prose": "I would rather talk about the weather.",
          "wrongschema": '{"caption": 7}'}
+
+
+def raw(times: int = 10**6, status: int = 200, charset: str | None = None, retry_after: str | None = None,
+        **body: object) -> str:
+    """Return the words that ask for an answer with these fields, the first `times` that its text comes.
+    Without "choices" the fields are those of one choice."""
+    return "raw:" + json.dumps([times, status, charset, retry_after, body]).encode().hex()
 
 
 @contextmanager
@@ -65,13 +76,14 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
-    def answer(self, status: int, body: bytes, length: int | None = None) -> None:
+    def answer(self, status: int, body: bytes, length: int | None = None, charset: str | None = None,
+               retry_after: str = "0") -> None:
         """Send a body, or less than the `length` that is announced."""
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "application/json" + (f"; charset={charset}" if charset else ""))
         self.send_header("Content-Length", str(length or len(body)))
         if status in (429, 503):
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", retry_after)
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
@@ -94,17 +106,23 @@ class Handler(BaseHTTPRequestHandler):
             n = self.server.counts[text]
             line = {"text": text, "fault": fault, "n": n, "key": self.headers.get("Authorization"),
                     "images": [hashlib.sha256(image).hexdigest() for image in images],
-                    **{name: data[name] for name in ("model", "seed", "max_tokens", "temperature")}}
+                    **{name: data[name] for name in SENT if name in data}}
             self.server.log.write(json.dumps(line) + "\n")
             self.server.log.flush()
         time.sleep(self.server.latency)
+        if spelled := re.search(r"raw:([0-9a-f]+)", text) if self.server.faults else None:
+            times, status, charset, retry_after, body = json.loads(bytes.fromhex(spelled[1]))
+            if n <= times:
+                body = body if "choices" in body or status != 200 else BODY | {"choices": [body]}
+                data = json.dumps(body, ensure_ascii=charset is None)
+                data = data.encode("latin-1" if charset == "unknown" else charset or "ascii")
+                return self.answer(status, data, charset=charset, retry_after=retry_after or "0")
         if not self.misbehave(fault, n):
             self.complete(reply(data, text) if "response_format" in data else say(data, text))
 
     def complete(self, content: str | None, finish: str = "stop") -> None:
-        body = {"model": "served", "system_fingerprint": "stub-1",
-                "usage": {"prompt_tokens": 20, "completion_tokens": 9},
-                "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish}]}
+        message = {"role": "assistant", "content": content}
+        body = BODY | {"choices": [{"message": message, "finish_reason": finish}]}
         self.answer(200, json.dumps(body).encode())
 
     def misbehave(self, fault: str | None, n: int) -> bool:

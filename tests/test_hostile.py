@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from filter_data import split_spans
 from utils.evaluate.judge import question_for
 from utils.evaluate.scoring import check_scorable
 from utils.images import open_image
@@ -21,7 +22,7 @@ from utils.jsonl import DataError
 from utils.probe.states import States, StateWriter
 from utils.qwen import load
 from utils.reply_text import last_boxed
-from utils.rows import find_markup, parse_options, split_spans
+from utils.rows import find_markup, parse_options
 
 
 def test_a_seeded_sample_of_hostile_inputs(tiny_checkpoint):

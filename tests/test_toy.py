@@ -108,7 +108,7 @@ def test_the_base_learns_the_prompts_of_the_calls(world):
 def test_replies_of_the_lessons_are_what_the_stages_accept(world):
     from filter_data import SCHEMAS as FILTER_SCHEMAS
     from rewrite_captions import SCHEMAS
-    from utils.backends import schema_fault
+    from utils.reply_text import schema_fault
     for n in range(30):
         for lesson, schemas in ((lessons.caption_call, (SCHEMAS["zoom"], SCHEMAS["draw"])),
                                 (lessons.refinement_call, (SCHEMAS["refine"],)),

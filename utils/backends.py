@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 WINDOW = 2048  # requests among which batches are formed by length
 OUT_OF_MEMORY = "out_of_memory"  # the error of a request that does not fit alone
-DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
-JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+FINISHED, FILTERED = ("stop", "length", "tool_calls"), "content_filter"  # how a reply ends, or is refused
+TEXTLESS = {  # what a server may leave of a reply in place of text
+    "reasoning": "reasoning only (raise --max_new_tokens, or serve without --reasoning-parser)",
+    "tool_calls": "tool calls only (serve without --tool-call-parser)", "nothing": "nothing else"}
+# a server's finish_reason -> one of these; any other is a lost call. OpenAI's; those of Anthropic, Together
+# and TGI by BerriAI/litellm, litellm.litellm_core_utils.core_helpers._FINISH_REASON_MAP; Mistral's last
+FINISH_REASONS = {
+    **{name: name for name in (*FINISHED, FILTERED)}, "function_call": "tool_calls", "tool_use": "tool_calls",
+    **dict.fromkeys(("end_turn", "stop_sequence", "eos", "eos_token"), "stop"), "max_tokens": "length",
+    "refusal": FILTERED, "model_length": "length"}
 
 
 class Request(NamedTuple):
@@ -60,12 +68,12 @@ class Reply:
     """What a backend returns for a request; `error` is why nothing came.
 
     seconds: of the local batch, or of the last try at a server. transient: the next run asks again. served:
-    the model and fingerprint that a server names.
+    the model and fingerprint that a server names. reasoning, tool_calls: what it took out of the text.
     """
 
     key: str
     text: str
-    finish_reason: str  # "stop", "length" or "error"
+    finish_reason: str  # one of FINISHED, or "error"
     n_prompt: int  # tokens, the visual ones included
     n_new: int  # tokens
     seconds: float
@@ -73,6 +81,8 @@ class Reply:
     attempts: int = 1
     transient: bool = False
     served: dict | None = None
+    reasoning: str = ""
+    tool_calls: str = ""
 
     def record(self) -> dict:
         return {name: getattr(self, name) for name in Reply.__dataclass_fields__}
@@ -88,6 +98,28 @@ class LocalReply(Reply):
     image_grids: tuple[list[int], ...] = ()
     prefill_seconds: float = 0.0
     n_rows: int = 1
+
+
+def lacks_text(record: dict) -> str | None:
+    """Return what a reply without text has instead, a key of TEXTLESS; None with text or an error."""
+    if record.get("error") or (record["text"] if "text" in record else record["clean_output"]).strip():
+        return None
+    return next((name for name in TEXTLESS if record.get(name)), "nothing")
+
+
+def log_textless(counts: dict[str, int] | None) -> None:
+    if counts:
+        log("replies without text: " + ", ".join(f"{n} with {TEXTLESS[name]}" for name, n in counts.items()))
+
+
+def write_calls(message: dict) -> str:
+    """Return the tool calls that a server took out of a message, as the model wrote them."""
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    functions += [message["function_call"]] if message.get("function_call") else []
+    calls = [(json.dumps(one["name"]), one["arguments"]) for one in functions]
+    return "\n".join(f'<tool_call>\n{{"name": {name}, "arguments": '
+                     f"{text if isinstance(text, str) else json.dumps(text)}}}\n</tool_call>"
+                     for name, text in calls)
 
 
 class Prepared(NamedTuple):
@@ -236,39 +268,3 @@ def render(tokenizer, messages: tuple) -> str:
         turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str)
                                                 else {"type": "image"} for part in parts]})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-# ---- JSON replies
-def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply that UTF-8 can hold, whatever surrounds it."""
-    place, last, escapes = text.find("{"), None, "\\u" in text
-    while place >= 0:
-        try:
-            value, end = DECODER.raw_decode(text, place)
-            if escapes:  # of half a surrogate pair, say
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-            last = value
-        except (ValueError, RecursionError):
-            end = place + 1
-        place = text.find("{", end)
-    return last
-
-
-def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
-    """Return in words where `value` breaks a JSON schema of JSON_TYPES and enums."""
-    kind, parts = schema["type"], []
-    if type(value) is not JSON_TYPES[kind]:  # exact: a bool is not an integer
-        return f"{where} should be of type {kind}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
-    if kind == "string" and len(value) > schema.get("maxLength", len(value)):
-        return f"{where} is too long: {len(value)} characters"
-    if kind == "array":
-        if len(value) > schema.get("maxItems", len(value)):
-            return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
-        parts = [(item, schema["items"], f"item {n} of {where}") for n, item in enumerate(value, 1)]
-    if kind == "object":
-        if missing := [name for name in schema["required"] if name not in value]:
-            return f"{where} lacks {', '.join(missing)}"
-        parts = [(value[name], part, repr(name)) for name, part in schema["properties"].items()]
-    return next((fault for part in parts if (fault := schema_fault(*part))), None)

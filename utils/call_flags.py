@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.backends import ErrorRateError, LocalBackend
-from utils.cli import log, parse_count, rank_world, read_api_key
+from utils.backends import ErrorRateError, LocalBackend, log_textless
+from utils.cli import add_fresh_flag, log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, load_object, write_json, write_meta
@@ -34,49 +34,44 @@ def parse_object(text: str) -> dict:
 
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--output", required=True,
-                        help="JSONL to write; <output>.run/ holds the journal")
-    parser.add_argument("--image_root", required=True,
-                        help="folder of the images, which paths may not leave")
-    parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct",
-                        help="folder or hub name; with --backend openai, the server's name for it")
+    parser.add_argument("--output", required=True, help="JSONL to write; <output>.run/ holds the journal")
+    parser.add_argument("--image_root", required=True, help="folder of the images, which paths may not leave")
+    parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct", help="folder, hub or server's name")
     parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
                         help="length of a reply; a longer one is asked for again with twice as many")
     parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area of an image")
     parser.add_argument("--prompts", help="JSON object of prompts that replace those of the script")
-    parser.add_argument("--limit", type=parse_count,
-                        help="only the first N samples")
+    parser.add_argument("--limit", type=parse_count, help="only the first N samples")
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
-    parser.add_argument("--retry_errors", action="store_true", help="ask again where the model failed before")
     parser.add_argument("--export_only", action="store_true", help="write the output without calls")
-    parser.add_argument("--fresh", action="store_true", help="move <output>.run aside and start again")
-    parser.add_argument("--no_guard", action="store_true", help="continue however many calls fail")
+    add_journal_flags(parser)
     parser.add_argument("--shard", type=parse_shard, metavar="I/N",
-                        help="every Nth sample from the Ith on, in place of torchrun's rank; the last shard "
-                        "writes the output")
-    parser.add_argument("--backend", choices=("local", "openai"), default="local",
-                        help="openai: any OpenAI-compatible server")
+                        help="every Nth sample from the Ith on; the last shard writes the output")
+    parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
     local = parser.add_argument_group("--backend local (free to change between restarts)")
     local.add_argument("--batch_size", type=parse_count, default=16, help="calls per batch, at most")
-    local.add_argument("--batch_tokens", type=parse_count, default=32768,
-                       help="tokens per batch, at most")
+    local.add_argument("--batch_tokens", type=parse_count, default=32768, help="tokens per batch, at most")
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
+
+
+def add_journal_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--retry_errors", action="store_true", help="ask again where a call failed before")
+    parser.add_argument("--no_guard", action="store_true", help="continue however many calls fail")
+    add_fresh_flag(parser)
 
 
 def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
     server = parser.add_argument_group(title)
-    server.add_argument("--base_url", default="http://127.0.0.1:8000/v1",
-                        help="the server; one that goes down is waited for")
+    server.add_argument("--base_url", default="http://127.0.0.1:8000/v1", help="is waited for while down")
     server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
     server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
     server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without reply to exit 4")
     server.add_argument("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
-    server.add_argument("--temperature", type=float, default=0.0,
-                        help="seeds come from the content of each call")
+    server.add_argument("--temperature", type=float, default=0.0, help="seeds come from each call's content")
     server.add_argument("--image_factor", type=parse_count, default=image_factor,
                         help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
-                        help="more fields of every request")
+                        help="more fields of every request; null leaves a field out")
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
@@ -91,22 +86,15 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
     return prompts | changes
 
 
-def open_backend(args: argparse.Namespace, backend: str | None = None, model: str | None = None,
-                 base_url: str | None = None) -> object:
-    """Return the backend of the flags (or arguments), not loaded yet."""
-    if (backend or args.backend) == "local":
+def open_backend(args: argparse.Namespace, backend: str, model: str, base_url: str, max_pixels: int):
+    """Return the backend of the flags, but for those given, not loaded yet."""
+    if backend == "local":
         if args.temperature or args.extra_body:
             raise DataError("--temperature and --extra_body are for --backend openai; local is greedy")
-        return LocalBackend(model or args.model, args.max_pixels, args.batch_size, args.batch_tokens)
-    return open_server(args, args.max_pixels, model, base_url)
-
-
-def open_server(args: argparse.Namespace, max_pixels: int, model: str | None = None,
-                base_url: str | None = None) -> object:
+        return LocalBackend(model, max_pixels, args.batch_size, args.batch_tokens)
     from utils.openai_backend import HttpBackend  # here: the local backend needs no HTTP client
-    return HttpBackend(model or args.model, base_url or args.base_url, max_pixels, args.image_factor,
-                       args.concurrency, args.timeout, args.server_wait, args.temperature, args.extra_body,
-                       read_api_key(args.api_key_file))
+    return HttpBackend(model, base_url, max_pixels, args.image_factor, args.concurrency, args.timeout,
+                       args.server_wait, args.temperature, args.extra_body, read_api_key(args.api_key_file))
 
 
 @contextmanager
@@ -128,12 +116,11 @@ def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[
             raise DataError(f"{folder}: no journal here; run without --export_only first")
         backend, identity = None, {name: written[name] for name in written if name not in settings}
     else:
-        backend = open_backend(args)
+        backend = open_backend(args, args.backend, args.model, args.base_url, args.max_pixels)
         identity = {"backend": args.backend, "max_pixels": args.max_pixels, **backend.identity}
     with (Journal(folder, settings | identity, shard=shard, is_valid=is_reply) as journal,
           Journal(folder, name="images", shard=shard, is_valid=is_inspection) as images):
-        for key in list(journal.transient) if backend else ():
-            journal.forget(key)
+        journal.forget(*(journal.transient if backend else ()))
         yield Caller(journal, images, backend, identity | schemas_key, prompts, args.max_new_tokens, shard,
                      not args.no_guard, args.retry_errors)
 
@@ -182,6 +169,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
     write_meta(args.output, args, stage.inputs, metrics["seconds"], prompts=stage.prompts,
                prompts_version=stage.prompts_version)
     stage.show(metrics)
+    log_textless(metrics.get("no_text"))
     print(json.dumps(metrics))
     return 3 if metrics["errors"] else 0
 
@@ -199,10 +187,7 @@ def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list
 
 
 def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:
-    """Log one prompt of each kind; return the calls and an estimate of their tokens (--dry_run).
-
-    One token is four characters, or 28 x 28 pixels (image headers, shrunk to --max_pixels).
-    """
+    """Log one prompt of each kind; return the calls and their tokens, of 4 characters or 28 x 28 pixels."""
     counts = {}
     for kind in dict.fromkeys(call.kind for call in calls):
         of_kind = [call for call in calls if call.kind == kind]

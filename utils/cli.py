@@ -66,6 +66,10 @@ def parse_count(text: str) -> int:
     return count
 
 
+def add_fresh_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fresh", action="store_true", help="move an earlier run's journal aside first")
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
@@ -83,6 +87,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    add_fresh_flag(parser)
 
 
 def shorten(message: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.images import crop_region, open_image, resolve_image
+from utils.images import open_image, resolve_image
 from utils.jsonl import DataError, read_rows
 from utils.reply_text import closing_braces
 
@@ -16,7 +16,6 @@ ANSWER_TYPES = {"mcq": "letter", "vsp_path": "path_map", "wtq": "values", "tabfa
 TEXTS = ("benchmark", "category", "group_id", "hint")  # each a string, null or absent
 FAR = 1 << 20  # pixels; beyond any picture
 SCORED = ("mcq", "vsp_path")  # accepted by default
-HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
 USER_TURN, END_OF_TURN = "<|im_start|>user", "<|im_end|>"
 STEM = "The answer is \\boxed{"  # the options of a readout are scored behind it
 # of Qwen's control tokens and all of utils.latent_families
@@ -109,12 +108,6 @@ def group_of(item: dict) -> str:
     return item.get("group_id") or item["id"]
 
 
-def rotation_of(item: dict) -> int | None:
-    """Return which rotation of its options an item shows (HR-Bench), if any."""
-    cycle = (item.get("raw") or {}).get("cycle_category")
-    return None if cycle is None else int(cycle)
-
-
 def gold_words(item: dict) -> str | None:
     """Return the right answer in words; None for a map, which has many."""
     kind, value = item["answer"]["type"], item["answer"]["value"]
@@ -148,16 +141,6 @@ def question_text(item: dict, suffix: str = "") -> str:
 
 def open_images(item: dict, root: str | Path) -> list[Image.Image]:
     return [open_image(resolve_image(root, image["path"])) for image in item["images"]]
-
-
-def open_helper(item: dict, images: list[Image.Image], root: str | Path) -> Image.Image | None:
-    """Return the image that helps with an item: its "helper", else the "region" of the first of its `images`,
-    enlarged where it is small; None without either."""
-    if item.get("helper"):
-        return open_images({"images": [item["helper"]]}, root)[0]
-    if item.get("region"):
-        return crop_region(images[0], tuple(region_in(item, images[0].size)), HELPER_PIXELS)
-    return None
 
 
 # ---- chats

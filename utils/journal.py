@@ -22,8 +22,8 @@ class Journal:
 
     This process appends to its own file, locked against a second writer, and reads those of all shards: their
     number may change between runs. `shard` is (index, number), by default torchrun's rank. `folder/meta.json`
-    holds `settings`; others raise DataError. `transient`: keys worth another try. A record on disk that is
-    not `is_valid` is damage.
+    holds `settings`; others raise DataError. `is_valid` checks what is written and read: it raises for damage
+    and is false for a reply that counts no more. `transient`: keys worth another try.
     """
 
     def __init__(self, folder: str | Path, settings: dict | None = None, name: str = "calls",
@@ -47,7 +47,7 @@ class Journal:
             if settings is not None:
                 keep_settings(self.folder / "meta.json", settings)
             self.size = self.cut_torn_tail()
-            stack.callback(self.close_readers)
+            stack.callback(lambda: [file.close() for file, _, _ in self.readers.values()])
             self.reload()
             self.stack = stack.pop_all()
 
@@ -63,10 +63,6 @@ class Journal:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
-
-    def close_readers(self) -> None:
-        for file, _, _ in self.readers.values():
-            file.close()
 
     def cut_torn_tail(self) -> int:
         """Move the unfinished last line that a kill left to `*.torn`; return the size."""
@@ -96,13 +92,10 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break  # another shard is writing it
                 try:
-                    record = load_text(line.decode("utf-8"))
-                    if self.is_valid and not self.is_valid(record):
-                        raise ValueError("fields of other types than were written")
-                    self.note(record, (file, offset, len(line)))
+                    self.note(load_text(line.decode("utf-8")), (file, offset, len(line)))
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r}; remove it to repeat "
-                                    "its work, or use --fresh") from error
+                    raise DataError(f"{path}:{n}: damaged journal line {line[:40]!r} ({error}); remove it to "
+                                    "repeat its work, or use --fresh") from error
                 offset += len(line)
                 self.readers[path] = file, offset, n
 
@@ -113,11 +106,14 @@ class Journal:
         file.seek(offset)  # buffered: the journal is mostly read in the order in which it was written
         return json.loads(file.read(length).decode("utf-8"))
 
-    def forget(self, key: str) -> None:
-        self.places.pop(key, None)
+    def forget(self, *keys: str) -> None:
+        for key in keys:
+            self.places.pop(key, None)
 
     def append(self, record: dict) -> None:
-        """Write a record with its "key"; DataError if the disk refuses it."""
+        """Write a record with its "key"; DataError if the disk refuses it, ValueError if its reader would."""
+        if self.is_valid and not self.is_valid(record):
+            raise ValueError(f"{self.path}: a record that its reader refuses: {record}")
         line = json.dumps(record).encode("ascii") + b"\n"
         rest = line
         with disk_errors(self.path):
@@ -130,8 +126,9 @@ class Journal:
         self.size += len(line)
 
     def note(self, record: dict, place: tuple[BinaryIO, int, int]) -> None:
+        lost = record.get("transient") or self.is_valid and not self.is_valid(record)
         self.places[record["key"]] = place
-        (self.transient.add if record.get("transient") else self.transient.discard)(record["key"])
+        (self.transient.add if lost else self.transient.discard)(record["key"])
 
 
 def move_aside(folder: Path, n_processes: int) -> None:
@@ -158,7 +155,7 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
     """Return the object in `folder/<name>`, or None without the file."""
-    path, hint = Path(folder, name), "restore it, or start over (--fresh, another --output)"
+    path, hint = Path(folder, name), "restore it, or start over with another --output"
     if not path.is_file():
         return None
     settings = load_object(path, hint)

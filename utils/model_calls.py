@@ -5,21 +5,22 @@
 import re
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.backends import ErrorRateError, Request, parse_json_reply, schema_fault
+from utils.backends import FINISHED, ErrorRateError, Request, lacks_text
 from utils.cli import rank_world, stop_on_signals
 from utils.journal import Journal
 from utils.jsonl import call_key, check_fields
+from utils.reply_text import parse_json_reply, schema_fault
 
 # the model failed, not a stage's own rule
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
-REPLY_FIELDS = {"key": str, "text": str, "finish_reason": str, "n_prompt": int, "n_new": int,
+REPLY_FIELDS = {"key": str, "text": str, "finish_reason": object, "n_prompt": int, "n_new": int,
                 "seconds": (int, float), "error": (str, type(None))}
 GUARD_FIRST, GUARD_WINDOW, GUARD_SHARE = 20, 500, 0.2
 MARKER = re.compile(r"<\|([^|<>\s]*)\|>|<(image)>")  # what a tokenizer may take for more than text
@@ -53,9 +54,9 @@ Check = Callable[[Call, dict], tuple[str, str] | None]
 
 
 def is_reply(record: dict) -> bool:
-    """Return whether a journal record has the fields of a reply, or raise DataError."""
+    """Return whether a journal record is an error or a finished reply; DataError without a reply's fields."""
     check_fields("reply", record, REPLY_FIELDS)
-    return True
+    return record["error"] is not None or record["finish_reason"] in FINISHED
 
 
 class IncompleteError(RuntimeError):
@@ -70,14 +71,8 @@ def fill(template: str, **values: str) -> str:
 
 
 # ---- running calls
-@dataclass(frozen=True, slots=True)
-class CallUse:
-    """What one call took. as_asked: whether a complete first reply kept the schema."""
-
-    seconds: float
-    n_prompt: int
-    n_new: int
-    as_asked: bool | None
+# what one call took; as_asked: whether a complete first reply kept the schema; lacks: `lacks_text`
+CallUse = namedtuple("CallUse", "seconds n_prompt n_new as_asked lacks")
 
 
 @dataclass
@@ -126,11 +121,10 @@ class Caller:
     def read(self, request: Request, call: Call, attempt: int, check: Check) -> Outcome:
         record = self.journal.get(request.key)
         outcome = read_outcome(record, call, check)
-        as_asked = None
-        if attempt == 0 and outcome.reason not in ("cut_off", "backend_error"):
-            as_asked = outcome.reason not in ("bad_json", "bad_schema")
+        is_complete = attempt == 0 and outcome.reason not in ("cut_off", "backend_error")
+        as_asked = outcome.reason not in ("bad_json", "bad_schema") if is_complete else None
         self.counters.used[request.key] = CallUse(record["seconds"], record["n_prompt"], record["n_new"],
-                                                  as_asked)
+                                                  as_asked, lacks_text(record))
         return outcome._replace(attempts=attempt + 1)
 
     def read_all_shards(self) -> None:
@@ -151,6 +145,7 @@ class Caller:
                 "n_prompt_tokens": sum(call.n_prompt for call in used),
                 "n_new_tokens": sum(call.n_new for call in used), "p50_s": p50, "p95_s": p95,
                 "json_as_asked": round(sum(first) / len(first), 4) if first else None,
+                "no_text": dict(Counter(call.lacks for call in used if call.lacks)),
                 "wall_s": round(done.wall_s, 1),
                 "calls_per_s": round(done.n_calls / done.wall_s, 2) if done.wall_s else None,
                 "tokens_per_s": round(done.n_new_tokens / done.wall_s, 1) if done.wall_s else None}
@@ -176,6 +171,8 @@ def read_outcome(record: dict, call: Call, check: Check) -> Outcome:
     elif broken := schema_fault(value, call.schema):
         fault = "bad_schema", broken
     reason, detail = fault or check(call, value) or (None, "")
+    if reason in ("bad_json", "bad_schema") and (lack := lacks_text(record)) in ("reasoning", "tool_calls"):
+        detail = f"it had no text, only {lack.replace('_', ' ')}"
     return Outcome(None if reason else value, reason, detail, record["text"])
 
 
@@ -195,11 +192,12 @@ def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: boo
         owners = {request.key: calls[i] for i, request in requests.items()}
         guard = Guard(caller.guarded and guarded and attempt == 0)
 
-        def failed(record: dict) -> bool:
-            return read_outcome(record, owners[record["key"]], check).reason in ERROR_REASONS
+        def fault_of(record: dict) -> str | None:
+            outcome = read_outcome(record, owners[record["key"]], check)
+            return f"{outcome.reason}: {outcome.detail}" if outcome.reason in ERROR_REASONS else None
 
         run_requests(caller, list(requests.values()), owners, attempt, f"{desc}, again" if attempt else desc,
-                     guard, failed)
+                     guard, fault_of)
         for i, request in requests.items():
             outcomes[i] = caller.read(request, calls[i], attempt, check)
         pending = [i for i in pending if outcomes[i].value is None and outcomes[i].reason != "backend_error"]
@@ -219,27 +217,27 @@ def forget_errors(caller: Caller, calls: list[Call], check: Check, retries: int)
             if outcome.reason not in ERROR_REASONS:
                 keys = []
                 break
-        for key in keys:
-            caller.journal.forget(key)
+        caller.journal.forget(*keys)
 
 
 class Guard:
     def __init__(self, on: bool):
-        self.on, self.n, self.n_failed, self.last = on, 0, 0, deque(maxlen=GUARD_WINDOW)
+        self.on, self.n, self.last, self.fault = on, 0, deque(maxlen=GUARD_WINDOW), ""
 
-    def count(self, failed: bool) -> None:
-        """Raise ErrorRateError if GUARD_FIRST calls all failed, or GUARD_SHARE of the last GUARD_WINDOW."""
-        self.n, self.n_failed = self.n + 1, self.n_failed + failed
-        self.last.append(failed)
-        all_failed = self.n_failed == self.n >= GUARD_FIRST
-        if self.on and (all_failed or self.n >= GUARD_WINDOW and sum(self.last) > GUARD_SHARE * GUARD_WINDOW):
+    def count(self, fault: str | None) -> None:
+        """Raise ErrorRateError if GUARD_FIRST calls all fail, or GUARD_SHARE of the last GUARD_WINDOW."""
+        self.n, self.fault = self.n + 1, fault or self.fault
+        self.last.append(fault is not None)
+        n_failed = sum(self.last)
+        all_failed = n_failed == self.n >= GUARD_FIRST
+        if self.on and (all_failed or self.n >= GUARD_WINDOW and n_failed > GUARD_SHARE * GUARD_WINDOW):
             raise ErrorRateError(
-                f"{sum(self.last)} of the last {len(self.last)} calls failed; read the replies in the "
-                "journal and fix model or prompts, or use --no_guard for a weak model")
+                f"{n_failed} of the last {len(self.last)} calls failed, the last one by {self.fault}; repair "
+                "server, model or prompts, then add --retry_errors, or use --no_guard for a weak model")
 
 
 def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,
-                 guard: Guard, failed: Callable[[dict], bool]) -> None:
+                 guard: Guard, fault_of: Callable[[dict], str | None]) -> None:
     """Make the calls that the journal lacks, equal ones once; append one record each."""
     unique = list({request.key: request for request in requests}.values())
     n_done = sum(request.key in caller.journal for request in unique)
@@ -248,7 +246,7 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
     if n_done == len(unique):
         return
     if caller.backend is None:
-        raise IncompleteError(f"{len(unique) - n_done:,} calls are missing")
+        raise IncompleteError(f"{len(unique) - n_done:,} of {len(unique):,} calls missing")
     began, n_errors, prompts = time.monotonic(), 0, call_key(**caller.prompts)[:16]
     with (stop_on_signals() as stop,
           tqdm(total=len(unique), initial=n_done, desc=desc, unit="call",
@@ -260,13 +258,13 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
             record = reply.record() | {"id": call.id, "kind": call.kind, "step": call.step,
                                        "attempt": attempt, "prompts": prompts, "time": round(time.time(), 3)}
             caller.journal.append(record)
-            is_error = failed(record)
-            n_errors += is_error
+            fault = fault_of(record)
+            n_errors += fault is not None
             done.n_calls, done.n_new_tokens = done.n_calls + 1, done.n_new_tokens + reply.n_new
             speed = done.n_new_tokens / (done.wall_s + time.monotonic() - began)
             bar.set_postfix_str(f"{n_errors} errors, {n_done} reused, {speed:.0f} tok/s", refresh=False)
             bar.update()
-            guard.count(is_error)
+            guard.count(fault)
     done.wall_s += time.monotonic() - began
     if not all(request.key in caller.journal for request in unique):
         raise KeyboardInterrupt  # only a signal ends the backend's work early

@@ -16,7 +16,7 @@ from threading import Event
 
 from huggingface_hub.utils import httpx
 
-from utils.backends import ErrorRateError, Reply, Request
+from utils.backends import FILTERED, FINISH_REASONS, FINISHED, ErrorRateError, Reply, Request, write_calls
 from utils.cli import API_KEY, log
 from utils.images import ImageError, Picture, picture_url
 from utils.jsonl import DataError
@@ -30,20 +30,12 @@ TRIES_BUSY = 30  # with other calls answered in between
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # backoff: doubled each time, with jitter
 SHORTEST_WAIT_S = 0.5  # even if Retry-After asks for less
 CONNECT_TIMEOUT_S = 10.0
-DRAIN_S = 30.0  # how long an interrupted run waits for running calls
-TICK_S = 0.1
+DRAIN_S, TICK_S = 30.0, 0.1  # how long an interrupted run waits for running calls; between two looks
 
 
-class Result(Enum):
-    REPLY = "the server replied"
-    BAD_SAMPLE = "this call cannot be answered"
-    BAD_RUN = "the server would refuse every call"
-    UNCLEAR = "status 500 or no completion"
-    BUSY = "the server wants fewer calls"
-    LOST = "the connection broke or timed out, and the server is up"
-    DIED = "the connection broke, and the server is down"
-    DOWN = "the server did not take the call"
-    CRASH = "the thread of the call died"
+# LOST: the connection broke or timed out, or the reply did not end by itself, and the server is up; DIED: it
+# is not; DOWN: it did not take the call; UNCLEAR: status 500 or no completion; CRASH: of the call's thread
+Result = Enum("Result", "REPLY BAD_SAMPLE BAD_RUN UNCLEAR BUSY LOST DIED DOWN CRASH")
 
 
 @dataclass
@@ -84,7 +76,7 @@ class HttpBackend:
         self.sampling = {"temperature": temperature, "top_p": 1.0, **(extra_body or {})}
         self.identity = {"model": model, "image_factor": image_factor, "decoding": self.sampling}
         self.window, self.in_flight, self.n_answered, self.n_refused = concurrency, 0, 0, 0
-        self.pause_until, self.is_down, self.api_key = 0.0, False, api_key
+        self.pause_until, self.is_down, self.api_key, self.last_words = 0.0, False, api_key, ""
         self.client = httpx.Client(  # trust_env: no proxy in front of 127.0.0.1
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S), trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
@@ -112,9 +104,9 @@ class HttpBackend:
             else:
                 while waiting and waiting[0][0] <= now:
                     todo.appendleft(heapq.heappop(waiting)[2])
-                if now > heard_at + self.server_wait_s:
-                    raise ErrorRateError(f"no server has answered for {self.server_wait_s:.0f} s, {n_open} "
-                                         "calls are left; start one and run the same command again")
+                until = now if self.is_down or self.in_flight else max(now, self.pause_until)
+                if until > heard_at + self.server_wait_s:
+                    raise ErrorRateError(self.silence(now - heard_at, n_open))
                 self.start(todo, now)
             try:
                 job, attempt = self.tries.get(timeout=TICK_S)
@@ -135,34 +127,33 @@ class HttpBackend:
 
     def settle(self, job: Job, attempt: Try) -> Reply | None:
         """Return the reply of a job that ends here, else send it again at `job.send_at`."""
-        job.send_at = time.monotonic()
+        job.send_at, self.last_words = time.monotonic(), self.redact(attempt.message)
+        if self.is_down and attempt.result in (Result.REPLY, Result.BUSY, Result.UNCLEAR, Result.BAD_SAMPLE):
+            log(f"{self.url}: answers again")
+            self.is_down = False
+        if attempt.result is Result.BAD_RUN:
+            raise DataError(f"{self.url}: {self.last_words}")
+        if attempt.result is Result.BAD_SAMPLE:
+            return self.error(job)
         return getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt)
 
     def on_reply(self, job: Job, attempt: Try) -> Reply:
-        if self.is_down:
-            log(f"{self.url}: answers again")
-        self.is_down, self.n_refused, self.n_answered = False, 0, self.n_answered + 1
+        self.n_refused, self.n_answered = 0, self.n_answered + 1
         self.window = min(self.concurrency, self.window + 1)
         return replace(attempt.reply, attempts=job.n_sent)
-
-    def on_bad_run(self, job: Job, attempt: Try) -> None:
-        raise DataError(f"{self.url}: {self.redact(attempt.message)}")
 
     def on_crash(self, job: Job, attempt: Try) -> None:
         raise RuntimeError("the thread of a request died; its traceback is above")
 
-    def on_bad_sample(self, job: Job, attempt: Try) -> Reply:
-        return self.error(job, attempt)
-
     def on_unclear(self, job: Job, attempt: Try) -> Reply | None:
         job.n_500 += 1
         job.send_at += backoff(job.n_500)
-        return self.error(job, attempt) if job.n_500 == TRIES_500 else None
+        return self.error(job) if job.n_500 == TRIES_500 else None
 
     def on_lost(self, job: Job, attempt: Try) -> Reply | None:
         job.n_lost += 1
         job.send_at += backoff(job.n_lost)
-        return self.error(job, attempt, transient=True) if job.n_lost == TRIES_LOST else None
+        return self.error(job, transient=True) if job.n_lost == TRIES_LOST else None
 
     def on_died(self, job: Job, attempt: Try) -> Reply | None:
         self.on_down(job, attempt)
@@ -170,7 +161,7 @@ class HttpBackend:
 
     def on_down(self, job: Job, attempt: Try) -> None:
         if not self.is_down:
-            log(f"{self.url}: gone ({self.redact(attempt.message)}); waiting until it is back")
+            log(f"{self.url}: gone ({self.last_words}); waiting until it is back")
         self.is_down = True
         self.pause(attempt, window=1)  # the next call shows whether it is back
 
@@ -178,7 +169,7 @@ class HttpBackend:
         job.n_busy += self.n_answered > job.n_answered  # other calls were answered since its last try
         job.n_answered = self.n_answered
         if job.n_busy == TRIES_BUSY:
-            return self.error(job, attempt, transient=True)
+            return self.error(job, transient=True)
         self.pause(attempt, window=max(1, self.window // 2))
         job.send_at = self.pause_until
         return None
@@ -189,13 +180,18 @@ class HttpBackend:
             self.n_refused, self.window = self.n_refused + 1, window
             self.pause_until = now + (backoff(self.n_refused) if attempt.wait_s is None else attempt.wait_s)
 
-    def error(self, job: Job, attempt: Try, transient: bool = False) -> Reply:
-        message = self.redact(attempt.message)
-        return Reply(job.request.key, "", "error", 0, 0, 0.0, message, job.n_sent, transient)
+    def error(self, job: Job, transient: bool = False) -> Reply:
+        return Reply(job.request.key, "", "error", 0, 0, 0.0, self.last_words, job.n_sent, transient)
+
+    def silence(self, seconds: float, n_open: int) -> str:
+        """Return in words that no call was answered for so long, with the last answer."""
+        fault = "no server has answered" if self.is_down else "the server is up, but gave no reply"
+        waited = f"{seconds:.0f} of --server_wait {self.server_wait_s:.0f} s"
+        return (f"{self.url}: {fault} for {waited}, {n_open} call{'s' * (n_open > 1)} left; the last one: "
+                f"{self.last_words or 'no answer'}; start or repair it, then run the same command again")
 
     def redact(self, message: str) -> str:
-        """Remove the key, which a server may quote."""
-        return message.replace(self.api_key, "(key)") if self.api_key else message
+        return message.replace(self.api_key, "(key)") if self.api_key else message  # which a server may quote
 
     # ---- in a thread
     def work(self, job: Job, tries: queue.SimpleQueue) -> None:
@@ -225,14 +221,12 @@ class HttpBackend:
             refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             result = Result.LOST if self.is_up() else Result.DOWN if refused else Result.DIED
             return Try(result, f"{type(error).__name__}: {error}")
-        status, seconds = response.status_code, round(time.monotonic() - began, 3)
+        status = response.status_code
         if status == 200:
-            if reply := read_reply(request.key, response, seconds):
-                return Try(Result.REPLY, reply=reply)
-            return Try(Result.UNCLEAR, f"no completion: {response.text[:200]}")
-        message = f"status {status}: {response.text[:500]}"
+            return read_reply(request.key, response, round(time.monotonic() - began, 3))
+        message, after = f"status {status}: {response.text[:500]}", response.headers.get("Retry-After")
         if status in BUSY_STATUSES:
-            return Try(Result.BUSY, message, wait_s=retry_after(response.headers.get("Retry-After")))
+            return Try(Result.BUSY, f"{message} (Retry-After: {after})", wait_s=retry_after(after))
         if status in GATEWAY_STATUSES:
             return Try(Result.LOST if self.is_up() else Result.DOWN, message)
         if status in RUN_STATUSES or status < 400:
@@ -246,12 +240,11 @@ class HttpBackend:
         else:
             messages = [{"role": "system", "content": request.system}] if request.system else []
             messages.append({"role": "user", "content": self.content([*request.pictures, request.text])})
+        schema = request.schema and {"type": "json_schema", "json_schema": {
+            "name": "reply", "strict": True, "schema": request.schema}}
         body = {"model": self.model, "messages": messages, "max_tokens": request.max_tokens,
-                "seed": request.seed, **self.sampling}
-        if request.schema:
-            body["response_format"] = {"type": "json_schema", "json_schema": {
-                "name": "reply", "strict": True, "schema": request.schema}}
-        return body
+                "seed": request.seed, "response_format": schema, **self.sampling}
+        return {name: value for name, value in body.items() if value is not None}  # null in --extra_body
 
     def content(self, parts: Iterable[str | Picture]) -> list[dict]:
         return [{"type": "text", "text": part} if isinstance(part, str) else
@@ -260,18 +253,32 @@ class HttpBackend:
                 for part in parts]
 
 
-def read_reply(key: str, response: httpx.Response, seconds: float) -> Reply | None:
-    """Return the reply in a chat completion; None for any other body."""
+def read_reply(key: str, response: httpx.Response, seconds: float) -> Try:
+    """Return what an answer of status 200 means: a reply, a refusal, a lost call or no completion."""
+    words = response.text[max(response.text.find('"choices"'), 0):][:500]
     try:
-        body = response.json()
+        body = json.loads(response.content.decode(response.charset_encoding or "utf-8").lstrip("\ufeff"))
         choice, usage = body["choices"][0], body.get("usage") or {}
-        text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
+        finish, message = choice.get("finish_reason"), choice.get("message") or {}
+        reason = FINISH_REASONS.get(str(finish.get("type") if isinstance(finish, dict) else finish).lower())
+        if reason == FILTERED or message.get("refusal"):
+            return Try(Result.BAD_SAMPLE, f"the server refused: {words}")
+        if reason is None:
+            return Try(Result.LOST, f"finish_reason {finish!r}, expected {' or '.join(FINISHED)}: {words}")
+        calls, thought = write_calls(message), message.get("reasoning_content") or ""
+        thought = thought or message.get("reasoning") or ""
+        parts = message.get("content") if calls or thought else message["content"]
+        parts = [{"type": "text", "text": parts or ""}] if parts is None or isinstance(parts, str) else parts
+        if odd := [part["type"] for part in parts if part["type"] != "text"]:
+            return Try(Result.BAD_SAMPLE, f"a part of type {odd[0]!r}, expected 'text': {words}")
+        text = "".join(part["text"] for part in parts)
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        text.encode("utf-8")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
+        "".join((text, thought, calls)).encode("utf-8")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        return Try(Result.UNCLEAR, f"no completion: {words}")
     served = {name: body[name] for name in ("model", "system_fingerprint") if isinstance(body.get(name), str)}
-    return Reply(key, text, finish, *counts, seconds, served=served)
+    reply = Reply(key, text, reason, *counts, seconds, served=served, reasoning=thought, tool_calls=calls)
+    return Try(Result.REPLY, reply=reply)
 
 
 def retry_after(value: str | None) -> float | None:

@@ -6,6 +6,7 @@ and the next question of a model that runs on. A thought that is not closed hide
 alone what stands before it, a tool call all before it, for no answer was given yet. `fold` writes numbers,
 fractions, hyphens and TeX in one way, for options and open answers alike.
 """
+import json
 import re
 import unicodedata
 from functools import lru_cache
@@ -208,3 +209,43 @@ def fold(text: str, prose: bool = False) -> str:
     text = re.sub(r"(?<=[2-9])0[ -](?=[1-9](?:st|nd|rd|th)\b)", "", text)  # 20 1st
     text = re.sub(r"(?<=[a-z]{2})\.(?= )", "", re.sub(r"\s+", " ", text)).strip(EDGES)
     return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
+
+
+# ---- JSON
+DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
+JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+
+
+def parse_json_reply(text: str) -> dict | None:
+    """Return the last JSON object in a reply that UTF-8 can hold, whatever surrounds it."""
+    place, last, escapes = text.find("{"), None, "\\u" in text
+    while place >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, place)
+            if escapes:  # of half a surrogate pair, say
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+            last = value
+        except (ValueError, RecursionError):
+            end = place + 1
+        place = text.find("{", end)
+    return last
+
+
+def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:
+    """Return in words where `value` breaks a JSON schema of JSON_TYPES and enums."""
+    kind, parts = schema["type"], []
+    if type(value) is not JSON_TYPES[kind]:  # exact: a bool is not an integer
+        return f"{where} should be of type {kind}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"{where} should be one of {', '.join(schema['enum'])}, not {str(value)[:40]!r}"
+    if kind == "string" and len(value) > schema.get("maxLength", len(value)):
+        return f"{where} is too long: {len(value)} characters"
+    if kind == "array":
+        if len(value) > schema.get("maxItems", len(value)):
+            return f"{where} has {len(value)} items, at most {schema['maxItems']} are allowed"
+        parts = [(item, schema["items"], f"item {n} of {where}") for n, item in enumerate(value, 1)]
+    if kind == "object":
+        if missing := [name for name in schema["required"] if name not in value]:
+            return f"{where} lacks {', '.join(missing)}"
+        parts = [(value[name], part, repr(name)) for name, part in schema["properties"].items()]
+    return next((fault for part in parts if (fault := schema_fault(*part))), None)

@@ -7,7 +7,7 @@ Stages 1 and 2 apply the same rules; none needs a model. The first broken rule g
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from utils.answers import answers_match
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
-from utils.jsonl import DataError, call_key, read_rows
+from utils.jsonl import DataError, call_key, check_fields, read_rows
 from utils.reply_text import BOX, last_boxed
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
@@ -65,13 +65,6 @@ def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
     return [text[start:end] for start, end in spans]
 
 
-def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
-    """Return `text` with its spans replaced by `after`."""
-    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold
-        text = text[:start] + span + text[end:]
-    return text
-
-
 def after_marks(text: str, end: int) -> int:
     """Return the place after the closing mark of a span that ends at `end`."""
     return end + len(CLOSE) if text.startswith(CLOSE, end) else end
@@ -81,12 +74,6 @@ def conclusion(text: str) -> str:
     """Return the text after the last imagination, or all of it."""
     spans = find_spans(text)
     return text[after_marks(text, spans[-1][1]):] if spans else text
-
-
-def split_spans(text: str) -> tuple[list[str], str]:
-    """Return (the imaginations of a whole chain, the chain without them)."""
-    end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # searching further takes quadratic time
-    return SPAN.findall(text[:end]), SPAN.sub(" ", text[:end]) + text[end:]
 
 
 def split_final(text: str) -> tuple[str, str]:
@@ -241,6 +228,8 @@ def files_key(root: str | Path, images: list[str], helpers: list[str]) -> str:
 
 
 def is_inspection(record: dict) -> bool:
-    """Return whether a journal record has the fields of an Inspection (`detail`: not in old journals)."""
-    return (record["reason"] in (None, *IMAGE_REASONS) and type(record.get("detail", "")) is str
-            and type(record["hashes"]) is list and all(type(digest) is str for digest in record["hashes"]))
+    """Return True for a journal record of an Inspection (`detail`: not in old journals), else raise."""
+    check_fields("inspection", {"detail": "", **record}, {"detail": str, "hashes": list})
+    if record["reason"] not in (None, *IMAGE_REASONS) or set(map(type, record["hashes"])) - {str}:
+        raise ValueError(f"reason {record['reason']!r}, hashes {record['hashes']}")
+    return True

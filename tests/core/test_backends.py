@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from utils import decode
-from utils.backends import LocalBackend, Request, parse_json_reply, schema_fault
+from utils.backends import LocalBackend, Request
 from utils.jsonl import DataError, model_identity, object_schema
+from utils.reply_text import parse_json_reply, schema_fault
 
 SCHEMA = object_schema(caption={"type": "string", "maxLength": 20},
                        legible={"type": "string", "enum": ["yes", "no"]},

@@ -61,7 +61,7 @@ def test_any_number_of_shards_or_ranks_writes_the_same_bytes(world, tmp_path, st
         assert run_shards("three.jsonl", 3, range(3)) == [0, 0, 3]
         before = len(calls_of(tmp_path))  # two of three shards, then half of eight, then one process
         assert run_shards("mixed.jsonl", 3, (0, 2)) + run_shards("mixed.jsonl", 8, range(4)) == [0] * 6
-        with pytest.raises(DataError, match=r"\d+ calls are missing; run without --export_only"):
+        with pytest.raises(DataError, match=r"\d+ of \d+ calls missing; run without --export_only"):
             run(stage, path, url, "--export_only", output="mixed.jsonl")
         assert run(stage, path, url, output="mixed.jsonl") == 3
         # the duplicate is asked about where its first is in another shard

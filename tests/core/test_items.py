@@ -4,7 +4,8 @@ from PIL import Image
 from samples import table
 
 from utils.images import ImageError
-from utils.items import ANSWER_TYPES, open_helper, question_text, read_items
+from utils.intervene.prompts import open_helper
+from utils.items import ANSWER_TYPES, question_text, read_items
 from utils.jsonl import DataError, write_rows
 
 ITEM = {"id": "a/1", "question": "What color is it?", "options": [["A", "red"], ["B", "blue"]],

@@ -8,8 +8,8 @@ import pytest
 
 from utils.cli import LONGEST_ERROR, cli, rank_world, shorten
 from utils.journal import Journal
-from utils.jsonl import (DataError, call_key, load_object, located_rows, read_rows, sha256_file, write_json,
-                         write_meta, write_rows)
+from utils.jsonl import (DataError, call_key, check_fields, load_object, located_rows, read_rows, sha256_file,
+                         write_json, write_meta, write_rows)
 
 FIELDS = {"id": str, "n": int}
 SETTINGS = {"model": "a", "n": 1}
@@ -162,6 +162,26 @@ def test_a_torn_tail_is_cut_at_every_byte_of_the_last_line(tmp_path):
         assert cut == last or path.with_suffix(".torn").read_bytes() == whole[last:cut] + b"\n"
 
 
+def is_text(record: dict) -> bool:
+    check_fields("record", record, {"text": str})
+    return record["text"] != "lost"
+
+
+def test_one_check_is_for_what_is_written_and_what_is_read(tmp_path):
+    """What the reader would call damage is not written; what counts no more is worth another try."""
+    path = fill_journal(tmp_path / "run", 2)
+    with Journal(tmp_path / "run", SETTINGS, is_valid=is_text) as journal:
+        for record in ({"key": "a", "text": 1}, {"key": "a"}, {"key": "a", "text": "lost"}):
+            with pytest.raises(ValueError, match="text|refuses"):
+                journal.append(record)
+        assert "a" not in journal and not journal.transient
+    path.write_bytes(path.read_bytes() + b'{"key": "k1", "text": "lost"}\n')
+    with Journal(tmp_path / "run", SETTINGS, is_valid=is_text) as journal:
+        assert journal.transient == {"k1"}
+        journal.append({"key": "k1", "text": "again"})
+        assert not journal.transient
+
+
 @pytest.mark.parametrize("line", [
     b"{broken", b"[1]", b'{"no": "key"}', b"\0\0\0", b"", b'\xef\xbb\xbf{"key": "a", "text": ""}',
     b'{"key": "\\ud800", "text": ""}', b"[" * 10_000, b'{"key": "a", "text": 1}'])
@@ -171,7 +191,7 @@ def test_damage_in_the_middle_is_reported_with_its_line(tmp_path, line):
     lines[1] = line
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(DataError, match=r"calls-00000-of-00001\.jsonl:2: damaged journal line"):
-        Journal(tmp_path / "run", SETTINGS, is_valid=lambda record: isinstance(record["text"], str))
+        Journal(tmp_path / "run", SETTINGS, is_valid=is_text)
     path.write_bytes(b"\n".join(lines[:1] + lines[2:]))
     Journal(tmp_path / "run", SETTINGS).__exit__()  # the lock was released, and the advice helps
 

@@ -67,7 +67,8 @@ def test_a_faulty_reply_is_asked_again_once_with_its_fault(tmp_path):
         "p50_s": 0.5, "p95_s": 0.5, "json_as_asked": 0.5}  # of good, better, wrong and big
     record = json.loads((tmp_path / "calls-00000-of-00001.jsonl").read_text().splitlines()[0])
     assert set(record) == {"key", "id", "kind", "step", "attempt", "text", "finish_reason", "n_prompt",
-                           "n_new", "seconds", "error", "attempts", "transient", "served", "prompts", "time"}
+                           "n_new", "seconds", "error", "attempts", "transient", "served", "prompts", "time",
+                           "reasoning", "tool_calls"}
 
 
 def test_a_second_run_asks_only_for_new_calls_and_with_retry_errors_where_the_model_failed(tmp_path):
@@ -87,7 +88,7 @@ def test_a_second_run_asks_only_for_new_calls_and_with_retry_errors_where_the_mo
         assert backend.asked == asked and [outcome.reason for outcome in outcomes] == reasons
         assert (caller.counters.n_calls, caller.counters.n_reused) == (len(asked), 3 if retry else 6)
     assert run(tmp_path, None, texts)[0] == outcomes
-    with pytest.raises(IncompleteError, match="1 calls are missing"):
+    with pytest.raises(IncompleteError, match="1 of 1 calls missing"):
         run(tmp_path, None, ["other"])
 
 
@@ -116,7 +117,8 @@ def test_keys_hold_all_that_changes_a_reply(tmp_path):
 
 def test_the_guard_stops_a_run_whose_calls_fail(tmp_path):
     backend, texts = Scripted(lambda text: "hm"), [*map(str, range(30))]
-    with pytest.raises(ErrorRateError, match="20 of the last 20 calls failed.*--no_guard"):
+    match = "20 of the last 20 calls failed, the last one by bad_json: it was not .*--no_guard"
+    with pytest.raises(ErrorRateError, match=match):
         run(tmp_path, backend, texts)
     outcomes, _ = run(tmp_path, backend, texts, guarded=False)
     assert len(outcomes) == 30 and len(backend.asked) == 20 + 10 + 30
@@ -128,7 +130,7 @@ def test_the_guard_stops_a_run_whose_calls_fail(tmp_path):
 def test_guard_thresholds(failed, trips):
     def count(guard: Guard) -> None:
         for is_error in failed:
-            guard.count(is_error)
+            guard.count("bad_json: words" if is_error else None)
 
     with pytest.raises(ErrorRateError) if trips else nullcontext():
         count(Guard(True))

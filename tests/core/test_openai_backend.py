@@ -168,7 +168,7 @@ def test_a_server_that_comes_back_costs_no_try_and_one_that_does_not_ends_the_ru
     assert (code, len(kept), rejected["poison"]["reason"], n_servers) == (3, 40, "backend_error", 6)
     assert 1 <= err.count(f"{url}: gone") == err.count(f"{url}: answers again")
     code, _, err = run(world({"other": "other?"}), url, "--server_wait", "1")
-    assert code == 4 and "no server has answered for 1 s, 1 calls are left" in err
+    assert code == 4 and "no server has answered for 1 of --server_wait 1 s, 1 call left; the last one" in err
 
 
 def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_path, run):
@@ -209,8 +209,8 @@ def test_the_request_holds_what_every_server_knows(world, tmp_path, run):
     backend = HttpBackend("m", "http://127.0.0.1:9/v1/", 10**6, extra_body={"top_k": 1})
     request = Request("ab" * 32, "System.", "Text", (tmp_path / "a.png",), 7, {"type": "object"})
     body = backend.payload(request)
-    assert list(body) == ["model", "messages", "max_tokens", "seed", "temperature", "top_p", "top_k",
-                          "response_format"]
+    assert list(body) == ["model", "messages", "max_tokens", "seed", "response_format", "temperature",
+                          "top_p", "top_k"]
     assert body["messages"][0] == {"role": "system", "content": "System."} and body["seed"] == 0x55d5d5d5
     assert [part["type"] for part in body["messages"][1]["content"]] == ["image_url", "text"]
 

@@ -86,7 +86,7 @@ def test_a_garbled_judge_fails_without_a_guess_and_is_asked_again_once_repaired(
 def test_a_judge_that_goes_away_leaves_failures(open_judge, tmp_path):
     with serving(tmp_path) as (_, url):
         [found] = open_judge("map", url, wait=1.0).decide([(ITEM, "fault:kill blue")])
-    assert found["error"] == "no server answered" and found["parsed"] is None
+    assert "no server has answered for 1 of" in found["error"] and found["parsed"] is None
 
 
 def test_preflight_stops_where_a_plain_case_is_wrong(open_judge, tmp_path, monkeypatch):

@@ -12,13 +12,17 @@ from zipfile import BadZipFile
 
 from tqdm import tqdm
 
-from utils.backends import OUT_OF_MEMORY, LocalBackend, Prepared, Request, render
+from utils.backends import FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prepared, Request, render
 from utils.cli import log
-from utils.evaluate.prompts import NO_REPLY, Conversation, show_messages
+from utils.evaluate.prompts import Conversation, show_messages
 from utils.evaluate.reference_scorers import NO_REPLY as FAILED_CALL
 from utils.evaluate.sources import Rows, as_text, file_rows, is_missing, key_of
 from utils.journal import Journal
 from utils.jsonl import DataError, check_fields, check_unique
+from utils.model_calls import Guard
+
+TURN_FIELDS = {"key": str, "raw_output": str, "clean_output": str, "finish_reason": object, "n_tokens": int,
+               "n_latent": int, "image_grids": list}
 
 
 # ---- systems
@@ -101,20 +105,27 @@ class Served:
         for reply in self.backend.generate([c.request(self.max_new_tokens) for c in batch], journal):
             if reply.error:
                 yield {"key": reply.key, "error": reply.error, "transient": reply.transient}
-            else:
-                yield {"key": reply.key, "raw_output": reply.text, "clean_output": reply.text.strip(),
-                       "n_latent": 0, "finish_reason": reply.finish_reason, "n_tokens": reply.n_new,
-                       "image_grids": [], "seconds": reply.seconds, "served": reply.served}
+                continue
+            text, calls = reply.text, reply.tool_calls
+            if batch[0].method == "tool" and calls:
+                text, calls = f"{text}\n{calls}".lstrip("\n"), ""
+            yield {"key": reply.key, "raw_output": text, "clean_output": text.strip(), "n_latent": 0,
+                   "finish_reason": reply.finish_reason, "n_tokens": reply.n_new, "image_grids": [],
+                   "seconds": reply.seconds, "served": reply.served,
+                   **{name: value for name, value in zip(TEXTLESS, (reply.reasoning, calls)) if value}}
 
 
 # ---- all conversations
 def is_turn(record: dict) -> bool:
-    return "error" in record or NO_REPLY.keys() <= record.keys()
+    """Return whether a journal record is an error or a finished turn; DataError without their fields."""
+    check_fields("turn", record, {"key": str, "error": str} if "error" in record else TURN_FIELDS)
+    return "error" in record or record["finish_reason"] in FINISHED
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
-               world: int) -> bool:
+               world: int, guarded: bool = False) -> bool:
     """Answer this process's share and end every conversation; False if others have not done theirs."""
+    guard = Guard(guarded)
     batches = system.batches(conversations, rank, world)
     for c in (c for batch in batches for c in batch):
         if c.fault and c.ask(system) not in journal:
@@ -130,6 +141,7 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
                                             prepared and prepared.result()):
                     if record["key"] not in journal:  # a batch cut short by a kill is computed whole
                         journal.append(record)
+                        guard.count(record.get("error"))
             prepared = None
             for c, key in zip(live, keys):
                 c.advance(journal.get(key))

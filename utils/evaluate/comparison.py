@@ -11,6 +11,7 @@ shows our numbers with the paper's in brackets. A file without a name gets a row
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.backends import log_textless
 from utils.cli import log
 from utils.evaluate.results import macro
 from utils.evaluate.scoring import VERDICTS
@@ -66,10 +67,10 @@ def show(metrics: dict) -> None:
     log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
     if metrics["n"]:
         log("ended: " + rates(metrics["finish_reasons"], metrics["n"])
-            + f" | without text {metrics['empty']}"
             + f" | unresolved: {rates(metrics['unresolved_rules'], metrics['n']) or 'none'}")
     if metrics.get("samples", {}).get("items"):
         log(describe_samples(metrics["samples"]))
+    log_textless(metrics.get("no_text"))
     if judge and judge["judge_errors"]:
         log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
     log(protocol_line(metrics["protocol"]))

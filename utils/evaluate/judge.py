@@ -122,16 +122,16 @@ class Judge:
             outcomes = ask(self.caller, calls, check, "judge", retries=TRIES - 1)
         except ErrorRateError as error:
             log(f"the judge: {error}")
-            outcomes = [self.recall(call, check) for call in calls]
+            outcomes = [self.recall(call, check, str(error)) for call in calls]
         found = dict(zip(items, outcomes))
         return [prompt and self.describe(item, prompt, found[prompt])
                 for prompt, (item, _) in zip(prompts, asked)]
 
-    def recall(self, call: Call, check: Check) -> Outcome:
+    def recall(self, call: Call, check: Check, words: str) -> Outcome:
         try:
             return ask(replace(self.caller, backend=None), [call], check, "judge", retries=TRIES - 1)[0]
         except IncompleteError:
-            return Outcome(None, "backend_error", "no server answered")
+            return Outcome(None, "backend_error", words)
 
     def describe(self, item: dict, prompt: str, outcome: Outcome) -> dict:
         parsed = outcome.value and parse(self.kind, item, **outcome.value)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from utils.backends import Request, pictures_of
+from utils.backends import TEXTLESS, Request, pictures_of
+from utils.evaluate.scoring import rotation_of
 from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
-from utils.items import question_text, rotation_of, user_content
+from utils.items import question_text, user_content
 from utils.jsonl import DataError, call_key
 
 PATCH = 28 * 28  # pixels of a visual token of Qwen2.5-VL
@@ -254,7 +255,8 @@ class Conversation:
 
     def result(self) -> dict:
         """Return the last turn's fields of a result, with the tokens of all turns."""
-        last = {name: value for name, value in self.turns[-1].items() if name in (*NO_REPLY, "error")}
+        shown = (*NO_REPLY, *TEXTLESS, "error")
+        last = {name: value for name, value in self.turns[-1].items() if name in shown}
         sums = {name: sum(turn.get(name, 0) for turn in self.turns) for name in ("n_tokens", "n_latent")}
         result = {"prompt": self.first_prompt, "prompt_sha": call_key(prompt=self.first_prompt)[:16],
                   **NO_REPLY, **last, **sums}

@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
+from utils.backends import lacks_text
 from utils.evaluate.reference_scorers import needs_detour
 from utils.evaluate.scoring import ROTATIONS, VERDICTS, compat_right, gold_text, is_board
 from utils.stats import chance, effective_groups, share_interval, wilson
@@ -46,7 +47,7 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
     finishes = counted(record["finish_reason"] or "unknown" for record in scored)
     result |= {"chance": chance(options) if all(options) else None, "constant": constant_answer(scored),
                "finish_reasons": finishes, "truncated": finishes.get("length", 0),
-               "empty": sum(not record["clean_output"] for record in scored),
+               "no_text": counted(filter(None, map(lacks_text, scored))),
                "mean_tokens": None if None in tokens else mean(tokens),
                "rules": counted(record["extraction"]["rule"] for record in scored),
                "unresolved_rules": counted(record["extraction"]["rule"] for record in scored

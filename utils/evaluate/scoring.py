@@ -10,7 +10,7 @@ from typing import NamedTuple
 from utils.answers import YES_NO_FIRST, extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, straight_path, vlmevalkit_e8e78f0,
                                               vlmevalkit_realworld, vtabfact, vwtq, without_label, yes_or_no)
-from utils.items import group_of, rotation_of, shortest_path, vsp_moves, walk_vsp
+from utils.items import group_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
 from utils.phrases import CJK, NEGATION, NOUN, SENTENCE_END
 from utils.reply_text import find_boxes, unwrap, visible
@@ -206,6 +206,12 @@ def verdict(value: str | None, rule: str, right: bool) -> dict:
 def gold_text(values: list[str]) -> str:
     """Return VWTQ's gold as its scorer expects it: values escaped and joined by bars."""
     return "|".join(text.replace("\\", r"\\").replace("|", r"\p").replace("\n", r"\n") for text in values)
+
+
+def rotation_of(item: dict) -> int | None:
+    """Return which rotation of its options an item shows (HR-Bench), if any."""
+    cycle = (item.get("raw") or {}).get("cycle_category")
+    return None if cycle is None else int(cycle)
 
 
 def n_options(item: dict) -> int:

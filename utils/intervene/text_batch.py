@@ -16,11 +16,11 @@ from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, a
                                      stem_of)
 from utils.intervene.text_conditions import (EDITS, TEXT_CONDITIONS, Context, TextCondition, direct_all,
                                              until_last_span)
-from utils.intervene.text_edits import NotEditable
+from utils.intervene.text_edits import NotEditable, put_spans
 from utils.latent_families import Generation, Intervention
 from utils.model_calls import Caller
 from utils.qwen import Qwen
-from utils.rows import CLOSE, OPEN, conclusion, find_spans, passages, put_spans
+from utils.rows import CLOSE, OPEN, conclusion, find_spans, passages
 
 BEGINNING = "<think"  # of the opening mark; what completes it is forbidden, not every "<"
 Forbid = Callable[[Generation, int], bool]

@@ -36,13 +36,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from utils.intervene.latent_conditions import DO_X
-from utils.intervene.text_edits import (NotEditable, count_mentions, direct, pick_slot, swap, total_distance,
-                                        verify_directed)
+from utils.intervene.text_edits import (NotEditable, count_mentions, direct, pick_slot, put_spans, swap,
+                                        total_distance, verify_directed)
 from utils.intervene.word_forms import SOMETHING, others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
-from utils.rows import CLOSE, OPEN, after_marks, passages, put_spans
+from utils.rows import CLOSE, OPEN, after_marks, passages
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.answers import LETTER, strip_label
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
-from utils.rows import CLOSE, OPEN, passages, put_spans
+from utils.rows import CLOSE, OPEN, passages
 
 NOT_EDITABLE = (
     "no_span", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",
@@ -142,6 +142,13 @@ def negate(clause: str, gold: str) -> tuple[str, Counter]:
 
 
 # ---- the directed edit
+def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
+    """Return `text` with its spans replaced by `after`."""
+    for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold
+        text = text[:start] + span + text[end:]
+    return text
+
+
 def direct(text: str, spans: list[tuple[int, int]], item: dict, target: str) -> tuple[str, dict]:
     """Rewrite the imaginations in `text` to support option `target`; return (text, edit)."""
     before = passages(text, spans)

@@ -170,7 +170,8 @@ def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
     if args.export_only:
         return None, (read_settings(f"{args.output}.run") or {}).get("answerer")
     kind = args.answer_backend or args.backend
-    backend = open_backend(args, kind, args.answer_model, args.answer_base_url)
+    backend = open_backend(args, kind, args.answer_model, args.answer_base_url or args.base_url,
+                           args.max_pixels)
     return backend, {"backend": kind, "max_pixels": args.max_pixels, **backend.identity}
 
 
