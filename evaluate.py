@@ -18,8 +18,9 @@ Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "c
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
         correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error";
-        with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; "reasoning" and "tool_calls"
-        that a server took out of the text;
+        with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; with --samples a line per reply
+        with "item" and "sample"; with --shuffle_options "shown": the order, gold and answer as shown;
+        "reasoning" and "tool_calls" that a server took out of the text;
         <output>.metrics.json, <output>.meta.json, <output>.run/ (replies and seconds; every run scores again)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
@@ -33,7 +34,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +50,7 @@ from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import (MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages,
                                     shuffle_options)
 from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
-from utils.evaluate.scoring import check_scorable, n_options, rotation_of, score, vsp_floors
+from utils.evaluate.scoring import as_published, check_scorable, n_options, rotation_of, score, vsp_floors
 from utils.items import ANSWER_TYPES, group_of, read_items
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
@@ -108,10 +110,20 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
     return Local(backend, args.max_new_tokens), {"weights": backend.identity["model"]} | drawn
 
 
-def open_judge(args: argparse.Namespace, journal: Journal) -> Judge:
+@contextmanager
+def open_judge(args: argparse.Namespace) -> Iterator[Judge | None]:
+    """Yield the judge, which has answered a test question before hours of answering; None without one."""
+    if args.judge == "none":
+        yield None
+        return
     backend = HttpBackend(args.judge_model, args.judge_base_url, 1, 28, args.concurrency, args.timeout,
                           args.judge_wait, api_key=read_api_key(args.judge_key_file, "--judge_key_file"))
-    return Judge(args.judge, backend, journal, JUDGE_MAX_TOKENS)
+    with Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as journal:
+        journal.forget(*journal.transient)
+        judge = Judge(args.judge, backend, journal, JUDGE_MAX_TOKENS)
+        if rank_world()[0] == 0:
+            judge.preflight()
+        yield judge
 
 
 def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> list[Conversation]:
@@ -138,11 +150,7 @@ def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentS
     """Answer, score and judge all items; None if other processes are not done."""
     if args.fresh:
         move_aside(Path(f"{args.output}.run"), rank_world()[1])
-    with Journal(f"{args.output}.run", name="judge", is_valid=is_reply) as verdicts:
-        verdicts.forget(*verdicts.transient)
-        judge = None if args.judge == "none" else open_judge(args, verdicts)
-        if judge and rank_world()[0] == 0:
-            judge.preflight()  # before hours of answering
+    with open_judge(args) as judge:
         answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
         if answers and judge:
             add_verdicts(judge, answers.items, answers.results)
@@ -186,21 +194,6 @@ def result_of(item: dict, reply: dict, pixels: list[int | None], args: argparse.
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
             **({} if rotation is None else {"rotation": rotation}), "protocol": args.protocol,
             "method": args.method, "pixels": pixels, **reply, **score(item, reply)}
-
-
-def as_published(item: dict, result: dict) -> dict:
-    """Return a result with the published letters; "shown" has the order, the gold and the answer as shown."""
-    if "letters" not in item:
-        return result
-    letters, judge, found = item["letters"], result.get("judge"), result["extraction"]
-    shown = {"order": "".join(letters.values()), "gold": result["gold"], "value": found["value"]}
-    result = result | {
-        "gold": letters[result["gold"]], "shown": shown,
-        "extraction": found | {"value": letters.get(found["value"])},
-        "compat": {name: letters.get(value, value) for name, value in result["compat"].items()}}
-    if judge:
-        result["judge"] = judge | {"parsed": letters.get(judge["parsed"], judge["parsed"])}
-    return result
 
 
 def imagination_test(method: str) -> Callable[[dict], bool] | None:

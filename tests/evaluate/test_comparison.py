@@ -95,7 +95,7 @@ def result(tmp_path):
                 for benchmark, row in verdicts.items() for n, verdict in enumerate(row)]
         write_rows(tmp_path / name, rows)
         write_json(f"{tmp_path / name}.metrics.json", {
-            "n": len(rows), "ci95": [0.5, 0.75], "chance": 0.36,
+            "n": len(rows), "ci95": [0.5, 0.75], "chance": 0.36, "constant": {"accuracy": 0.372},
             "efficiency": {"seconds_per_item": 1.5, "tokens_per_item": 80.0},
             "protocol": {"model": "runs/mine", "method": "text", "line": "protocol=monet"}, **more})
         return str(tmp_path / name)
@@ -114,7 +114,7 @@ def test_our_numbers_are_next_to_the_papers_and_missing_ones_are_marked(result):
     assert cells[:3] == ["85.9 (85.9)", "not run (74.1)", "not run (70.7)"] and cells[-1] == "not run (70.7)"
     assert row_of(table, "mine (text)") == ["85.9", *["-"] * 9]
     assert row_of(table, "DeepEyes")[0] == "not run (90.0)" and row_of(table, "DeepEyes")[4] == "-"
-    assert "| CapImagine | vstar | 191 | 50.0 to 75.0 | 36.0 | 1.5 | 80.0 | protocol=monet |" in table
+    assert "| CapImagine | vstar | 191 | 50.0 to 75.0 | 36.0 | 37.2 | 1.5 | 80.0 | protocol=monet |" in table
 
 
 def test_tables_overall_needs_all_three_splits_and_failures_give_no_number(result):

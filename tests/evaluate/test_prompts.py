@@ -12,9 +12,8 @@ from PIL import Image
 from samples import table
 from scipy.stats import binomtest, chisquare
 
-from evaluate import as_published
 from utils.evaluate.prompts import EXAMPLE, PROTOCOLS, TOOL_SYSTEM, read_turn, shuffle_options, user_text
-from utils.evaluate.scoring import score
+from utils.evaluate.scoring import as_published, score
 from utils.images import ImageError, Picture, open_picture, picture_url
 from utils.items import question_text
 from utils.jsonl import DataError

@@ -231,15 +231,17 @@ def test_how_replies_ended_is_counted_and_shown(capsys):
                         for verdict, finish, text, rule in ends])
     assert scores["finish_reasons"] == {"stop": 2, "length": 1, "unknown": 1}
     assert (scores["no_text"], scores["unresolved_rules"]) == ({"nothing": 1}, {"unresolved": 2, "empty": 1})
-    own = {"mmvp": {"score": 0.4, "chance": 0.25, "constant": None}, "mme": {"tasks": {}}}
+    own = {"vsp": {"detour": {"accuracy": 0.25, "n": 4}, "no_detour": {"accuracy": None}},
+           "mme": {"perception": 1234.5, "reasoning": None, "tasks": {}}, "x": {"sample 0": {}},
+           "mmvp": {"score": 0.4, "chance": 0.25, "constant": None}}
     show(scores | {"categories": {}, "vsp_floors": {}, "own_scores": own, "protocol": {
         "pixels": [1, 2], "protocol": "plain", "method": "text", "prompt_sha": "0", "judge": "none"}})
     lines = capsys.readouterr().err.splitlines()
     assert lines[1].split()[:10] == "all 4 1 25.0% 4.6 to 69.9 25.0 100.0 3".split()
-    assert lines[2] == "mmvp as published, in %: score 40.0 | chance 25.0 | constant -"
-    assert lines[4] == ("ended: stop 2 (50.0%), length 1 (25.0%), unknown 1 (25.0%) | unresolved: unresolved "
+    assert lines[2:5] == ["vsp: detour 0.25", "mme: perception 1234", "mmvp: score 0.4 | chance 0.25"]
+    assert lines[6] == ("ended: stop 2 (50.0%), length 1 (25.0%), unknown 1 (25.0%) | unresolved: unresolved "
                         "2 (50.0%), empty 1 (25.0%)")
-    assert lines[5] == "replies without text: 1 with nothing else"
+    assert lines[7] == "replies without text: 1 with nothing else"
 
 
 # ---- tables

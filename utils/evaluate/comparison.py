@@ -8,6 +8,7 @@ Where a judge read both files, the same follows for its verdicts, as "judged".
 
 shows our numbers with the paper's in brackets. A file without a name gets a row of its own.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def show(metrics: dict) -> None:
     for size, floors in metrics["vsp_floors"].items():
         log(f"without a model, size {size}: " + " | ".join(
             f"{name} {100 * value:.4g} %" for name, value in floors.items() if name != "n"))
-    for name, own in metrics.get("own_scores", {}).items():
-        if "score" in own:
-            log(f"{name} as published, in %: " + " | ".join(f"{kind} {percent(own[kind])}" for kind in own))
+    for name, scores in metrics["own_scores"].items():
+        if numbers := dict(flat(scores)):
+            log(f"{name}: " + " | ".join(f"{part} {value:.4g}" for part, value in numbers.items()))
     judge, shares = metrics.get("with_judge"), {"strict": metrics["accuracy"]}
     if judge:
         shares["with judge"] = judge["accuracy"]
@@ -74,6 +75,15 @@ def show(metrics: dict) -> None:
     if judge and judge["judge_errors"]:
         log(f"the judge failed on {judge['judge_errors']} of {judge['asked']} results")
     log(protocol_line(metrics["protocol"]))
+
+
+def flat(scores: dict) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a benchmark's own scores that stand in one line."""
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            value = value.get("accuracy", value.get("average"))
+        if isinstance(value, float):
+            yield name, value
 
 
 def rates(counts: dict[str, int], n: int) -> str:
@@ -181,8 +191,8 @@ COLUMNS = {"vstar": "V*", "hrbench_4k": "HR-4K", "hrbench_8k": "HR-8K", "mme_rea
 TABLES = tuple(name for name in COLUMNS if name.startswith("tablevqa/"))
 OVERALL = "TableVQA"  # the paper's overall is the macro mean of the three
 AGAIN = "run evaluate.py again, its replies are kept"
-DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "seconds per item", "tokens per item",
-           "protocol"]
+DETAILS = ["row", "benchmark", "n", "95 % interval", "chance", "constant", "seconds per item",
+           "tokens per item", "protocol"]
 # CapImagine (arXiv 2602.22766), accuracy in %, its main table and that of TableVQABench; None: not reported
 _NONE = (None, None, None, None)
 PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
@@ -231,6 +241,7 @@ def read_result(text: str) -> Result:
             raise TypeError("protocol.line is not text")
         details = [row_name, ", ".join(map(str, scores)), str(metrics["n"]),
                    interval(scored["ci95"]), percent(metrics.get("chance")),
+                   percent(metrics.get("constant") and metrics["constant"]["accuracy"]),
                    *("-" if cost[name] is None else str(cost[name])
                      for name in ("seconds_per_item", "tokens_per_item")), protocol["line"]]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
