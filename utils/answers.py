@@ -47,6 +47,7 @@ LEAD_WORD = re.compile(
     r"|应该是)[\s,:!]*(?=\W*[A-Z]\b)")
 NOT = re.compile(r"(?:\bnot|\bnever|n['’]t|rather than|instead of|\bnicht|\bpas|不是|而非)[\s*_]*(?:\\\(|\$)*$")
 REASON = re.compile(r"(?:because|since|as (?:it|the|they)|due to|denn|weil|car|porque|因为)(?![A-Za-z])")
+FURTHER = re.compile(r"(?:It|They|He|She|This) (?!.*(?:\b(?:not?|un\w+|only)\b|n['’]t\b|\?))")
 OR = re.compile(r"[\s$.]*(?:or|and|,|/|或|oder|ou|o)[\s$.]*")
 DENIED = re.compile(
     r"\b(?:is|was|are|seems|looks|would be|can be)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|excluded|ruled out"
@@ -127,6 +128,9 @@ def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> 
         return Extraction(letter, "bare_text_in")
     sentences = split_sentences(text)
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
+    if letter is None and finish_reason != "length" and len(sentences) == 2 and FURTHER.match(
+            sentences[1]) and len(find_options(sentences[1], options)) < 2:
+        letter = named_option(sentences[0], options)  # "The cup is red. It stands next to the black laptop."
     stated = {other for line in sentences for other, option in options.items() if fold(line) == fold(option)}
     letter = None if stated - {letter} else letter
     short = len(sentences) == 1 and len(text) <= max(SHORT_LENGTH, 2 * sum(map(len, options.values())))

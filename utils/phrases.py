@@ -85,7 +85,7 @@ TURNED = re.compile(
 BUT = re.compile(r"\b(?:but|however|no,|aber|pero|mais|mas|но)(?!\w)|但|しかし|하지만")
 BESIDE = re.compile(
     r"(?:next to|beside|near|close to|behind|adjacent to|against|alongside|in front of|with|holding|wearing"
-    r"|like|unlike|than)\s+(?:the |an? |its |their |his |her |some |another )?$")
+    r"|like|unlike)\s+(?:the |an? |its |their |his |her |some |another )?$")
 CONTRAST = re.compile(
     r"(?:(?:\s*[,;–—-]\s*|\s+(?=and|but))(?:and |but )?not\b|,?\s+(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
@@ -131,7 +131,7 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
     if (listed and listed[1] in options) or DENIED_AFTER.match(after) or asked:
         return False
     if match.re is LABEL:
-        if (match["weak"] and not CLOSED.match(after)) or (letter.islower() and not match["noun"]):
+        if match["weak"] and (letter.islower() or not CLOSED.match(after)):
             return False
         direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
         if direct and match["noun"] and not match["which"] and not ANSWER.match(match["noun"]):
@@ -180,7 +180,8 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
     text = without_contrast(text, options)
     folded = fold(text, prose=True)
     spans = [(start, end, letter) for start, end, letter in find_options(text, options)
-             if not (BESIDE.search(folded[:start]) and re.match(r" [a-z]", folded[end:]))]
+             if not (BESIDE.search(folded[:start]) and re.match(r" [a-z]", folded[end:])
+                     or re.search(r"\bthan (?:the |an? )?$", folded[:start]))]
     if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
         return None
     covered = {i for start, end, _ in spans for i in range(start, end)}

@@ -40,6 +40,7 @@ def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
     assert extract_choice(reply, OPTIONS["COL"], "length").rule == "unresolved"
     assert extract_choice("So the count is \\boxed{1", OPTIONS["TEN"], "length").letter is None
     assert extract_choice("<answer>red", OPTIONS["COL"], "length").letter is None
+    assert extract_choice("The cup is red. It stands next to", OPTIONS["COL"], "length").letter is None
     assert extract_choice("<answer>B", OPTIONS["COL"], "length").letter == "B"
     opening = "A closer look shows that the cup is white in the lower part of"  # "A" is an article
     assert extract_choice(opening, OPTIONS["COL"], "length").rule == "unresolved"
@@ -59,7 +60,8 @@ SAME = {  # name of the options -> pairs of answers; without options a letter is
     None: [("42.0", "42"), ("\\boxed{42}", "42"), ("(B)", "B"), ("5 cm", "5cm"), ("$5", "5 dollars"),
            ("left of the river", "left of river"), ("twenty", "20"),
            ("one million", "1,000,000"),
-           ("two thousand and five", "2005"), ("one hundred and five", "105"), ("twenty-first", "21st"),
+           ("two thousand and five", "2005"), ("one hundred and five", "105"),
+           ("hundred", "100"), ("twenty-first", "21st"),
            ("one hundred thousand", "100000"), ("a .5 m rope", "a 0.5 m rope"), ("red,blue", "red, blue"),
            ("(3, 4)", "(3,4)"), ("U.S.A.", "USA"), ("3:30 p.m.", "3:30 PM"), ("98.6 °F", "98.6°F"),
            ("4 x 5", "4 × 5"), ("5 miles per hour", "5 mph"), ("6 in", "6 inches"), ("€5", "5 euros"),
@@ -87,7 +89,7 @@ def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):
     resolved = [(row, choice) for row, choice in zip(rows, read) if choice.letter is not None]
     wrong = [row["id"] for row, choice in resolved
              if (choice.letter == row["gold"]) != row["judge_says_correct"]]
-    assert (len(rows), len(resolved), wrong) == (304, 283, ["vstar/38"])  # 93.1 %; at least 92 % is required
+    assert (len(rows), len(resolved), wrong) == (304, 286, ["vstar/38"])  # 94.1 %; at least 92 % is required
     assert Counter(choice.rule for choice in read)["boxed_letter"] > 50
     for row, choice in resolved:
         for text in (row["output"], SPECIAL_TOKEN.sub("", row["output"]).strip()):

@@ -18,6 +18,7 @@ from utils.reply_text import fold, visible
 COLOURS = OPTIONS["COL"]
 THOUGHTS = ["<think>The answer is A. \\boxed{C}</think>", "It is white.\nThe answer is D.</think>\n",
             "[THINK]B[/THINK]", "◁think▷<answer>A</answer>◁/think▷", "<seed:think>C?</seed:think>",
+            "<unused94>thought\nThe answer is A.<unused95>",
             "<REASONING>White is A.</REASONING>", "<|begin_of_thought|>D<|end_of_thought|>",
             "<|channel|>analysis<|message|>The answer is A<|end|><|start|>assistant"
             "<|channel|>final<|message|>",
