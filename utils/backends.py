@@ -100,6 +100,11 @@ class LocalReply(Reply):
     n_rows: int = 1
 
 
+def read_finish(reason: object) -> str | None:
+    """Return one of FINISHED or FILTERED for a finish_reason, also {"type": it}; None for any other."""
+    return FINISH_REASONS.get(str(reason.get("type") if isinstance(reason, dict) else reason).lower())
+
+
 def lacks_text(record: dict) -> str | None:
     """Return what a reply without text has instead, a key of TEXTLESS; None with text or an error."""
     if record.get("error") or (record["text"] if "text" in record else record["clean_output"]).strip():

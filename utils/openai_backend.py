@@ -16,7 +16,7 @@ from threading import Event
 
 from huggingface_hub.utils import httpx
 
-from utils.backends import FILTERED, FINISH_REASONS, FINISHED, ErrorRateError, Reply, Request, write_calls
+from utils.backends import FILTERED, FINISHED, ErrorRateError, Reply, Request, read_finish, write_calls
 from utils.cli import API_KEY, log
 from utils.images import ImageError, Picture, picture_url
 from utils.jsonl import DataError
@@ -260,7 +260,7 @@ def read_reply(key: str, response: httpx.Response, seconds: float) -> Try:
         body = json.loads(response.content.decode(response.charset_encoding or "utf-8").lstrip("\ufeff"))
         choice, usage = body["choices"][0], body.get("usage") or {}
         finish, message = choice.get("finish_reason"), choice.get("message") or {}
-        reason = FINISH_REASONS.get(str(finish.get("type") if isinstance(finish, dict) else finish).lower())
+        reason = read_finish(finish)
         if reason == FILTERED or message.get("refusal"):
             return Try(Result.BAD_SAMPLE, f"the server refused: {words}")
         if reason is None:

@@ -47,6 +47,17 @@ def test_our_own_form(tmp_path):
                       "no_response": 1, "different_responses": 0, "failed_call": 0}
 
 
+def test_how_replies_ended_is_read_as_of_a_server(tmp_path):
+    """A reply that was refused or lost is none."""
+    path = jsonl(tmp_path / "r.jsonl", [
+        {"id": "vstar/7", "text": "A", "finish_reason": {"type": "end_turn"}},
+        {"id": "vstar/9", "text": "A", "finish_reason": "content_filter"},
+        {"id": "vstar/12", "text": "", "finish_reason": "abort"}])
+    replies, counts = read_replies(path, ITEMS)
+    assert replies[0]["finish_reason"] == "stop" and texts(replies)[1:] == ["failed_call"] * 2
+    assert counts["failed_call"] == 2
+
+
 def test_two_replies_that_differ_are_no_reply(tmp_path):
     path = jsonl(tmp_path / "r.jsonl", [{"id": "vstar/7", "text": text} for text in "AB"])
     replies, counts = read_replies(path, ITEMS[:1])

@@ -12,7 +12,8 @@ from zipfile import BadZipFile
 
 from tqdm import tqdm
 
-from utils.backends import FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prepared, Request, render
+from utils.backends import (FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prepared, Request, read_finish,
+                            render)
 from utils.cli import log
 from utils.evaluate.prompts import Conversation, show_messages
 from utils.evaluate.reference_scorers import NO_REPLY as FAILED_CALL
@@ -270,11 +271,10 @@ def reply_of(where: str, row: dict, form: str) -> dict:
         text = "" if is_missing(value) else as_text(value)
     if not isinstance(text, str):
         raise DataError(f"{where}: reply {str(text)[:40]!r}, expected one text")
-    if form == "vlmevalkit" and FAILED_CALL in text:
+    given, finish = row.get("finish_reason"), read_finish(row.get("finish_reason"))
+    if (form == "vlmevalkit" and FAILED_CALL in text) or (not is_missing(given) and finish not in FINISHED):
         return {"error": "failed_call"}
-    finish = row.get("finish_reason")
-    return {"raw_output": text, "clean_output": text.strip(),
-            "finish_reason": finish if isinstance(finish, str) else None}
+    return {"raw_output": text, "clean_output": text.strip(), "finish_reason": finish}
 
 
 def is_other_gold(item: dict, gold: object) -> bool:
