@@ -44,9 +44,8 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
     if not n:
         return result
     options, tokens = ([record[name] for record in scored] for name in ("n_options", "n_tokens"))
-    finishes = counted(record["finish_reason"] or "unknown" for record in scored)
     result |= {"chance": chance(options) if all(options) else None, "constant": constant_answer(scored),
-               "finish_reasons": finishes, "truncated": finishes.get("length", 0),
+               "finish_reasons": counted(record["finish_reason"] or "unknown" for record in scored),
                "no_text": counted(filter(None, map(lacks_text, scored))),
                "mean_tokens": None if None in tokens else mean(tokens),
                "rules": counted(record["extraction"]["rule"] for record in scored),
