@@ -87,7 +87,7 @@ BESIDE = re.compile(
     r"(?:next to|beside|near|close to|behind|adjacent to|against|alongside|in front of|with|holding|wearing"
     r"|like|unlike)\s+(?:the |an? |its |their |his |her |some |another )?$")
 CONTRAST = re.compile(
-    r"(?:(?:\s*[,;–—-]\s*|\s+(?=and|but))(?:and |but )?not\b|,?\s+(?:rather than|instead of|as opposed to)\b"
+    r"(?:(?:[,;–—-]\s*|\s(?=and|but))(?:and |but )?not\b|[,\s]\s?(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
 PLAN = re.compile(r"\b(?:let(?: me|'s)|i'll|i (?:will|need|should|must)|to determine|going to|label|if)\b")
 

@@ -160,7 +160,7 @@ WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
 DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−﹣－", "-") | {"⁄": "/", "∕": "/", "’": "'", "×": "x"})
 MATHS = re.compile(r"\$(?=\S)([^$\n]*[^$\s])\$(?!\d)")  # as Pandoc reads dollars
 MIXED = re.compile(r"(?<![\w.:/])(\d{1,3}) (\d{1,2})/(\d{1,2})(?![\w/]|\.\d)")  # 1 1/2
-DECIMAL = re.compile(r"(?<![\w.])0*(?=\d)(\d+)\.(\d*?)0*(?![\w.]*\d)")  # 05.10 is 5.1
+DECIMAL = re.compile(r"(?<![\w.])0*(?=\d)(\d{1,20})\.(\d{0,20}?)0*(?![\w.]*\d)")  # 05.10 is 5.1
 INITIALS = re.compile(r"\b(?:[a-z]\.)+[a-z]\b\.?")  # p.m., U.S.A.
 COUNTED = re.compile(r"\b(?:there is|only|just|exactly) $")
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b(?:[\s-]+(?:and[\s-]+)?"
@@ -199,6 +199,8 @@ def fold(text: str, prose: bool = False) -> str:
     text = NUMBER_WORD.sub(
         lambda m: m[0] if prose and m[0] == "one" and not COUNTED.search(text[:m.start()])
         else number_of(m[0]), text)
+    text = re.sub(r"\b(\d+) (hal(?:f|ves)|thirds?|quarters?)\b",
+                  lambda m: f"{m[1]}/{dict(h=2, t=3, q=4)[m[2][0]]}", text)
     text = re.sub(r"\b(?:negative|minus) (?=\d)", "-", re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text))
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
     text = DECIMAL.sub(lambda m: f"{m[1]}.{m[2]}".rstrip("."), text)

@@ -61,7 +61,7 @@ SAME = {  # name of the options -> pairs of answers; without options a letter is
            ("left of the river", "left of river"), ("twenty", "20"),
            ("one million", "1,000,000"),
            ("two thousand and five", "2005"), ("one hundred and five", "105"),
-           ("hundred", "100"), ("twenty-first", "21st"),
+           ("hundred", "100"), ("two thirds", "2/3"), ("three quarters", "0.75"), ("twenty-first", "21st"),
            ("one hundred thousand", "100000"), ("a .5 m rope", "a 0.5 m rope"), ("red,blue", "red, blue"),
            ("(3, 4)", "(3,4)"), ("U.S.A.", "USA"), ("3:30 p.m.", "3:30 PM"), ("98.6 °F", "98.6°F"),
            ("4 x 5", "4 × 5"), ("5 miles per hour", "5 mph"), ("6 in", "6 inches"), ("€5", "5 euros"),

@@ -81,7 +81,7 @@ def test_renaming_the_letters_permutes_the_result(shift):
 def test_numbers_in_any_spelling_are_one_answer():
     """Fractions, mixed numbers and decimals of one value match each other and no other value."""
     spellings = [["1 1/2", "1½", "1.5", "3/2", "1\\frac{1}{2}", "\\dfrac{3}{2}", "1.50"],
-                 ["1/2", "½", "0.5", ".5", "\\frac12", "5/10"], ["-1 1/2", "−1½", "-1.5"],
+                 ["1/2", "½", "0.5", ".5", "\\frac12", "5/10", "one half"], ["-1 1/2", "−1½", "-1.5"],
                  ["11/2", "5 1/2", "5.5"], ["11", "eleven", "11.0"], ["1", "one", "1.0"], ["12", "twelve"]]
     for one in spellings:
         for other in spellings:
@@ -137,3 +137,9 @@ def test_replies_are_read_in_little_time():
     for reply in replies:
         extract_choice(reply, COLOURS)
     assert time.process_time() - began < 2.4  # twice that, for slow machines
+    began = time.process_time()
+    for unit in (" ", "\n", "0", "1.", "a.", "$", "(", "\\boxed{", "the answer is ", "not ", "A ", "red ",
+                 "- ", "<think>", "red, not blue ", "one ", "because ", "}", "*"):  # a model repeats itself
+        for read in (lambda text: extract_choice(text, COLOURS), read_truth, read_yes_no, read_value):
+            read("x " + unit * (10000 // len(unit)) + " y")
+    assert time.process_time() - began < 4

@@ -113,7 +113,7 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
             return Reading(words.pop(), f"{rule}_yesno")
         return Reading(None, f"{rule}_unresolved")
     content = re.sub(r"^[^?\n.]*\?\s*(?=\S)", "", content)
-    first, last = YES_NO_FIRST.match(content), YES_NO_LAST.search(content)
+    first, last = YES_NO_FIRST.match(content), YES_NO_LAST.search(content[-80:])
     phrases = YES_NO_SAID.findall(content)
     word, phrase = first and first[1].lower(), phrases[-1].lower() if phrases else None
     if last and finish_reason != "length":
