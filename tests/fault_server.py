@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -25,6 +26,8 @@ TWICE = ("408", "429", "502", "503", "504")  # statuses that are followed by an 
 SENT = ("model", "seed", "max_tokens", "max_completion_tokens", "temperature")
 BODY = {"model": "served", "system_fingerprint": "stub-1",
         "usage": {"prompt_tokens": 20, "completion_tokens": 9}}
+ZOOM = {"type": "function", "function": {
+    "name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [0, 0, 40, 30], "label": "it"}'}}
 TEXTS = {"empty": "", "null": None, "prose": "I would rather talk about the weather.",
          "wrongschema": '{"caption": 7}'}
 
@@ -34,6 +37,23 @@ def raw(times: int = 10**6, status: int = 200, charset: str | None = None, retry
     """Return the words that ask for an answer with these fields, the first `times` that its text comes.
     Without "choices" the fields are those of one choice."""
     return "raw:" + json.dumps([times, status, charset, retry_after, body]).encode().hex()
+
+
+def any_answer(rng: random.Random) -> str:
+    """Return an answer of status 200 of a kind that some server sends, mostly a whole one."""
+    content = rng.choice(["<answer>A</answer>", "", None, 7, "\ud800", [{"type": "text", "text": "B"}],
+                          [{"type": "image_url"}], {"text": "A"}])
+    message = {"content": content}
+    for name, value in (("reasoning_content", "So red."), ("reasoning", "So blue."), ("tool_calls", [ZOOM]),
+                        ("tool_calls", [{}]), ("refusal", "I cannot."), ("function_call", ZOOM["function"])):
+        if rng.random() < 0.15:
+            message[name] = value
+    finish = rng.choice(["stop", "stop", "eos_token", {"type": "stop"}, "length", "tool_calls", "abort", None,
+                         "content_filter", {"type": "abort"}, [], 3, {}])
+    usage = rng.choice([None, {}, {"prompt_tokens": 3.0}, {"prompt_tokens": "many"}])
+    choices = rng.choice([[], None, [[]], *[[{"message": message, "finish_reason": finish}]] * 30])
+    charset = None if content == "\ud800" else rng.choice([None, "utf-8"])
+    return raw(choices=choices, usage=usage, charset=charset)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Probing, capture and figures on models whose truth is known."""
 import csv
+import shutil
 import json
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_every_figure_has_its_numbers(latent_run):
             assert len(list(csv.DictReader(file))) > 3, name
 
 
-def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, capsys):
+def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, tmp_path, capsys):
     folder, metrics = latent_run
     before = (folder / "out" / "probes.jsonl").read_bytes()
     again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse",
@@ -107,6 +108,12 @@ def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_r
         run(*flags, "capture", "--suffix", "Think.")
     with pytest.raises(DataError, match="no states of 6 of"):
         run(*flags, "analyse", "--crossed", "3", "4")
+    flags[2] = shutil.copytree(folder / "out", tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run(*flags, "analyse", "--fresh")
+    run(*flags, "capture", "--suffix", "Think.", "--fresh")
+    assert States(tmp_path / "out" / "states").settings["suffix"] == "Think."
+    assert States(tmp_path / "out" / "states.old-1").settings["suffix"] == ""
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):

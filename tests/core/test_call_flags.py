@@ -1,13 +1,17 @@
 """Stages 1 and 2 as wholes, against a server: shards, changed input, export, settings; flags."""
+import importlib
 import json
+import random
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from fault_server import calls_of, serving
+from fault_server import any_answer, calls_of, raw, serving
 from processes import MAINS
 from samples import flags, monet, row
 
+from utils import openai_backend
 from utils.call_flags import load_prompts, parse_object, parse_shard
 from utils.cli import read_api_key
 from utils.jsonl import DataError, write_rows
@@ -131,6 +135,59 @@ def test_an_image_that_changed_is_inspected_and_asked_about_again(world, tmp_pat
         assert run("rewrite_captions", path, url) == 0 and len(images.read_text().splitlines()) == 2
     again = calls_of(tmp_path)[n_calls:]  # the stub's captions depend on the question: no new refinement
     assert len(again) == 2 and all("cut out of a larger" in call["text"] for call in again)
+
+
+@each_stage
+def test_whatever_a_server_sends_the_same_command_goes_on(world, tmp_path, stage, monkeypatch):
+    for name in ("FIRST_WAIT_S", "SHORTEST_WAIT_S"):
+        monkeypatch.setattr(openai_backend, name, 0.02)
+    rng = random.Random(1)
+    path = world(stage, list(range(20, 80)), **{f"q{n}": any_answer(rng) for n in range(20, 80)})
+    with serving(tmp_path, latency=0) as (_, url):
+        assert run(stage, path, url) == 3
+        written, n_calls = bytes_of(stage, tmp_path), len(calls_of(tmp_path))
+        assert run(stage, path, url) == 3
+        again = {call["n"] for call in calls_of(tmp_path)[n_calls:]}
+        assert bytes_of(stage, tmp_path) == written
+        assert again == {*range(6, 11)}  # only what was lost, in five tries more
+    with serving(tmp_path, latency=0, faults=False) as (_, url):
+        assert run(stage, path, url, "--retry_errors") == 0
+
+
+@each_stage
+def test_replies_without_text_are_told_and_asked_for_again(world, tmp_path, stage, capsys):
+    """Reasoning and tool calls that a server takes out of the text; the words of the fault are sent along."""
+    call = {"function": {"name": "n", "arguments": "{}"}}
+    thought = {"message": {"content": None, "reasoning": "hm"}, "finish_reason": "stop"}
+    called = {"message": {"tool_calls": [call]}, "finish_reason": "tool_calls"}
+    path = world(stage, [0, 1, 2], q0=raw(**thought), q1=raw(**called), q2=raw(message={"content": "\n"},
+                                                                            finish_reason="stop"))
+    with serving(tmp_path, latency=0) as (_, url):
+        assert run(stage, path, url) == 3
+        texts = [call["text"] for call in calls_of(tmp_path)]
+    err = capsys.readouterr().err
+    assert ("replies without text: 2 with reasoning only (raise --max_new_tokens, or serve without "
+            "--reasoning-parser), 2 with tool calls only (serve without --tool-call-parser), 2 with nothing "
+            "else\n") in err
+    faults = ["it had no text, only reasoning", "it had no text, only tool calls",
+              "it was not one JSON object"]
+    assert [sum(fault in text for text in texts) for fault in faults] == [1, 1, 1]
+    rejected = [json.loads(line) for line in bytes_of(stage, tmp_path)[1].splitlines()]
+    assert [row["detail"] for row in rejected] == faults
+
+
+def test_a_journal_s_flags_mean_the_same_everywhere(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    helps = {"fresh": [], "retry_errors": [], "no_guard": []}
+    for script, first in (("rewrite_captions", []), ("filter_data", []), ("evaluate", []), ("intervene", []),
+                          ("probe", []), ("probe", ["derive"])):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args([*first, "--help"])
+        listed = capsys.readouterr().out
+        for name, texts in helps.items():
+            texts += re.findall(rf"^  --{name} +(.*)$", listed, re.MULTILINE)
+    assert {name: (len(texts), len(set(texts))) for name, texts in helps.items()} == {
+        "fresh": (6, 1), "retry_errors": (4, 1), "no_guard": (4, 1)}
 
 
 def test_a_shard_is_one_of_n_and_extra_body_an_object():
