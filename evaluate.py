@@ -324,7 +324,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
         parser.error(f"--method {args.method}, --latent {args.latent}: latents need both, others neither")
     if args.latent != "off" and args.backend == "openai":
         parser.error("--latent: servers do not feed latents; expected --backend local")
-    if args.samples > 1 and (args.temperature <= 0 or args.responses):
+    if not 0 <= args.temperature <= 10:
+        parser.error(f"--temperature {args.temperature}: expected 0 to 10")
+    if args.samples > 1 and (args.temperature == 0 or args.responses):
         parser.error(f"--samples {args.samples}: expected --temperature above 0, and no --responses")
     if args.responses:
         if args.compare or args.table or args.prepare or args.dry_run or args.protocol or (
