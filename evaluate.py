@@ -154,7 +154,9 @@ def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentS
         answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
         if answers and judge:
             add_verdicts(judge, answers.items, answers.results)
-    return answers and replace(answers, results=list(map(as_published, answers.items, answers.results)))
+    if answers and args.shuffle_options:
+        answers.results = list(map(as_published, answers.items, answers.results))
+    return answers
 
 
 def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,

@@ -137,3 +137,5 @@ def test_a_name_in_two_benchmarks_names_no_item(tmp_path):
     ("bool", False, 0, False), ("values", ["a"], "b", False)])
 def test_a_gold_that_can_be_read_must_be_the_item_s(kind, own, gold, other):
     assert is_other_gold(item("i", answer={"type": kind, "value": own}), gold) is other
+    equal = item("i", options=[["A", "red"], ["B", "red"]], answer={"type": "letter", "value": "A"})
+    assert not is_other_gold(equal, "red") and is_other_gold(equal, "B")

@@ -279,12 +279,12 @@ def reply_of(where: str, row: dict, form: str) -> dict:
 
 def is_other_gold(item: dict, gold: object) -> bool:
     """Return whether the gold of another file can be read and is not the item's."""
-    text, answer = str(gold).strip(" ().").lower(), item["answer"]
-    values = {"yesno": {"yes": "yes", "no": "no"}, "bool": {"1": True, "0": False}}.get(answer["type"], {})
-    if answer["type"] == "letter":
-        values = {words.strip(" ().").lower(): letter for letter, words in item["options"]}
-        values |= {letter.lower(): letter for letter, _ in item["options"]}
-    return values.get(text, answer["value"]) != answer["value"]
+    text, own = str(gold).strip(" ().").lower(), item["answer"]["value"]
+    if item["answer"]["type"] == "letter":
+        options = {letter.lower(): words.strip(" ().").lower() for letter, words in item["options"]}
+        return text != own.lower() if text in options else text in {*options.values()} - {options[own.lower()]}
+    values = {"yesno": {"yes": "yes", "no": "no"}, "bool": {"1": True, "0": False}}
+    return values.get(item["answer"]["type"], {}).get(text, own) != own
 
 
 def settle(replies: list[dict]) -> dict:
