@@ -19,8 +19,8 @@ OPTION_NOUN = either("option choice letter auswahl opción alternativa letra cho
                      "alternative lettera вариант выбор буква")
 NOUN = OPTION_NOUN + "|" + either(
     "answer ans\\.? solution selection selected conclusion result response output guess verdict prediction "
-    "assistant antwort lösung respuesta réponse resposta risposta ответа? antwoord odpowiedź cevap "
-    "jawaban(?:nya)? đáp_án")
+    "correct(?=\\**:) assistant antwort lösung respuesta réponse resposta risposta ответа? antwoord "
+    "odpowiedź cevap jawaban(?:nya)? đáp_án")
 VERB = either("(?:i|we)(?:['’]d|_would|_will|['’]ll|['’]m|_am)?_(?:choose|pick|select|go(?:ing)?_(?:with|for)"
               "|opt_for|say|answer) choose pick select opt_for go_with "
               "(?:right|correct|best|closest)_(?:one|match|statement|description|image|order|value) "
@@ -30,7 +30,7 @@ WEAK = either("it_is it['’]s it_(?:must|should|has_to)_be so hence therefore t
               "this_(?:matches|corresponds_to) "
               "c['’]est es_la (?:la_)?correcta_es")
 CJK_OPTION = either("选项 選項 選択肢 보기 선택지")
-CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 正解 正答 정답 답변 답 故选 应选 选择 選択 选 選 "
+CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 正解 正答 정답 답변 답 故选 应选 选择 選択 選擇 选 選 "
                                 "正确的是")
 ANSWER = re.compile("ans|antwort|respu|respos|réponse|risposta|ответ", re.IGNORECASE)
 FILLER = either("is was be are should would must will has_to the correct right best final option choice "
@@ -45,7 +45,7 @@ LABEL = re.compile(
     rf"(?:(?<![^\W_])(?<![</])(?i:(?P<noun>{NOUN})|(?P<verb>{VERB})|(?P<weak>{WEAK}))(?![^\W_])"
     rf"|(?P<cjk>{CJK}))(?P<which>\s+(?:that|which|to|for|of|among|from|in|here)\b"
     r"[^.,;:!?\n]{1,60}?\b(?:is|must be|would be)\b)?"
-    rf"(?P<gap>(?:{GAP}|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
+    rf"(?P<gap>(?:{GAP}|…|\.\.+|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
     r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
 LETTER_FIRST = re.compile(
     r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be)\s+"
@@ -56,7 +56,7 @@ LETTER_FIRST = re.compile(
     r"|est (?:la )?(?:bonne|correct)|[éè] (?:[al]a? )?corret)")
 LISTED = re.compile(
     r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|还是|還是|和|または|또는)\s*)+"
-    r"(?:(?:option|choice|possibly|maybe|perhaps)\s+)*[(\[*\"']*([A-Z])(?![A-Za-z0-9])")
+    r"(?:(?:option|choice|possibly|maybe|perhaps)\s+)*[(\[*\"']*([A-Z])(?![A-Za-z0-9]|\s+(?:is|was)\b)")
 FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another word "A" would be the article
     "a[st] in on with from and or but because since for which that this based given is was are to by due not "
     "so here if when where while the it of according corresponding rather instead has will would should must "
@@ -66,7 +66,7 @@ NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether|wrong"
     r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|non|не|нет|ни)\b"
     r"|n['’]t\b|\?|不|没|沒|非|无法|未|ない|なく|ません|아[니닙닌]|않|없")
-DENIED_AFTER = re.compile(r"[)」\s]*(?:(?:では?|じゃ)(?:な|あり)|(?:이|가)?\s*아[니닙닌]|不|错|nicht\b"
+DENIED_AFTER = re.compile(r"[)」\s]*(?:\|\s*(?:no|wrong)\b|(?:では?|じゃ)(?:な|あり)|(?:이|가)?\s*아[니닙닌]|不|错|nicht\b"
                           r"|(?:is|was|ist|est|es)(?:n['’]t| not| (?:wrong|incorrect|falsch|faux))\b)")
 UNSURE = re.compile(r"\b(?:if|could|can|might|maybe|perhaps|first|initially)\b", re.IGNORECASE)
 SINGLE = re.compile(r"(?<![A-Za-z0-9À-ÿ])[A-Za-z](?![A-Za-z0-9À-ÿ]|['’][a-z])")

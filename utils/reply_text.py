@@ -15,7 +15,7 @@ NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve 
            "sixteen seventeen eighteen nineteen twenty").split()
 TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
 SMALL = {**{word: number for number, word in enumerate(NUMBERS)}, **TENS}
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6}
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9}
 ORDINALS = dict(zip(("first second third fourth fifth sixth seventh eighth ninth tenth eleventh "
                      "twelfth").split(), "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split()))
 
@@ -169,8 +169,7 @@ NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b(?:[\s-]+(?:and
 
 def number_of(words: str) -> str:
     """Return the digits of a number in words; words that are no number stay."""
-    total = group = 0
-    last = 10 ** 9
+    total, group, last = 0, 0, 10 ** 12
     parts = [word for word in re.split(r"[\s-]+", words) if word != "and"]
     for word in parts:
         if word in SCALES:
@@ -196,6 +195,8 @@ def fold(text: str, prose: bool = False) -> str:
     text = unicodedata.normalize("NFKC", text).lower().translate(DASHES)
     text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(rf"(?<![\w.])(\d+(?:\.\d+)?) ({'|'.join(SCALES)})\b",
+                  lambda m: f"{float(m[1]) * SCALES[m[2]]:.15g}", text)
     text = NUMBER_WORD.sub(
         lambda m: m[0] if prose and m[0] == "one" and not COUNTED.search(text[:m.start()])
         else number_of(m[0]), text)

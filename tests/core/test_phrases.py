@@ -98,7 +98,8 @@ def test_what_is_no_full_statement_of_a_truth_or_a_yes():
                          ("No, it is false.", "0"), ("True or false?", None)):
         assert read_truth(reply).value == truth, reply
     for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
-                        ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None)):
+                        ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None), ("Answer - yes", "yes"),
+                        ("The answer would be no.", "no")):
         assert read_yes_no(reply).value == word, reply
     assert read_value("正确答案：1987").value == read_value("Réponse : 1987").value == "1987"
 

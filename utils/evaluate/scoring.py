@@ -34,7 +34,8 @@ DENIED = re.compile(r"\W*(?:is|was|would be)\s+(?:wrong|incorrect|not)\b", re.IG
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
 YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 YES_NO_LAST = re.compile(r"(?:[,.;:!?\n]|\b(?:so|is|say|think))[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
-YES_NO_SAID = re.compile(r"\banswer[\s*_]*(?:is|:)\s*[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
+YES_NO_SAID = re.compile(
+    r"\banswer[\s*_]*(?:is|(?:w|sh)ould be|[:–-])[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
 AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
 
