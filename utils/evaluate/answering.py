@@ -282,7 +282,8 @@ def is_other_gold(item: dict, gold: object) -> bool:
     text, own = str(gold).strip(" ().").lower(), item["answer"]["value"]
     if item["answer"]["type"] == "letter":
         options = {letter.lower(): words.strip(" ().").lower() for letter, words in item["options"]}
-        return text != own.lower() if text in options else text in {*options.values()} - {options[own.lower()]}
+        others = {*options.values()} - {options[own.lower()]}
+        return text != own.lower() if text in options else text in others
     values = {"yesno": {"yes": "yes", "no": "no"}, "bool": {"1": True, "0": False}}
     return values.get(item["answer"]["type"], {}).get(text, own) != own
 
