@@ -1,4 +1,5 @@
 """Answering and scoring items."""
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import evaluate
 from utils.backends import LocalBackend
 from utils.evaluate.answering import Local
+from utils.evaluate.sources import table_rows
 from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
 from utils.qwen import add_tokens, load, load_processors, save
@@ -459,6 +461,24 @@ def test_replies_made_elsewhere_score_as_if_they_were_our_own(items, tmp_path):
     metrics = load_object(tmp_path / "given.jsonl.metrics.json")
     assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
     assert metrics["responses"]["no_response"] == 1
+
+
+@pytest.mark.parametrize("name, source", [
+    ("vstar", "vstar.tsv"), ("hrbench_4k", "hrbench.tsv"), ("mme", "mme.tsv"),
+    ("tablevqa/vtabfact", "tables.tsv")])
+def test_predictions_of_vlmevalkit_belong_to_the_items_of_their_source(tmp_path, name, source):
+    """The published rows with their answers as predictions, as VLMEvalKit writes them: all are right."""
+    said = {"1": "True", "0": "False"} if name.startswith("tablevqa") else {}
+    rows_of = list(table_rows(FILES / source))
+    lines = [{column: value for column, value in row.items() if column != "image"}
+             | {"prediction": said.get(row["answer"], row["answer"])} for _, row in rows_of]
+    with open(tmp_path / "p.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, lines[0], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(lines)
+    code, results, metrics = run(tmp_path, name, source, "--responses", str(tmp_path / "p.csv"))
+    assert (code, metrics["accuracy"], metrics["responses"]["form"]) == (0, 1.0, "vlmevalkit")
+    assert metrics["responses"]["rows"] == len(lines) and len(results) == metrics["n"]
 
 
 @pytest.mark.parametrize("more, match", [

@@ -87,7 +87,7 @@ def test_rotations_are_told_apart_and_a_list_of_records_is_read(tmp_path):
 
 def test_a_workbook_needs_openpyxl_or_is_asked_for_as_tsv(tmp_path, monkeypatch):
     """The library is no requirement: here one with its interface, and none."""
-    lines = [("index", "answer", "prediction"), (7, "A", "red"), (9, "B", None), (12, "A", 4)]
+    lines = [("index", "answer", "prediction"), (7, "A", "red"), (9, "B", None), (12, "A", 4), (None,) * 3]
     page = SimpleNamespace(iter_rows=lambda values_only: iter(lines))
     library = SimpleNamespace(load_workbook=lambda path, read_only: SimpleNamespace(worksheets=[page]))
     monkeypatch.setitem(sys.modules, "openpyxl", library)

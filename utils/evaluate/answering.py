@@ -231,7 +231,8 @@ def xlsx_rows(path: Path) -> Rows:
         names = [str(name) for name in next(lines, ())]
     except (OSError, KeyError, BadZipFile) as error:
         raise DataError(f"{path}: not a workbook ({error}); save it again") from error
-    yield from ((f"{path}:{n}", dict(zip(names, cells))) for n, cells in enumerate(lines, 2))
+    yield from ((f"{path}:{n}", dict(zip(names, cells))) for n, cells in enumerate(lines, 2)
+                if any(value is not None for value in cells))
 
 
 def form_of(where: str, row: dict) -> str:
