@@ -84,7 +84,7 @@ BOX = re.compile(r"(?:\\+|\x08)?(?:(?<=\\)boxed|(?<=\\)fbox|(?<=\x08)oxed|(?<![A
 TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox|underline|boldsymbol|bm)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 MAX_DEPTH = 50  # nested commands that are taken off an answer
-EDGES = " \t\n.,;:!\"'“”‘’*_`。"
+EDGES = " \t\n.…,;:!\"'“”‘’*_`。"
 PAIRS = ("()", "[]", "{}", "$$", "【】", "「」", "『』", "<>", "“”")
 
 
@@ -151,7 +151,7 @@ UNITS = dict(pair.split(":") for pair in (  # without the s of the plural
     "percent:% °:degree degree:degree dollar:$ euro:€ inche:inch in:inch feet:ft foot:ft mi:mile mile:mile "
     "centimeter:cm centimetre:cm millimeter:mm millimetre:mm meter:m metre:m kilometer:km kilometre:km "
     "kilogram:kg kg:kg gram:g pound:lb lb:lb second:s sec:s minute:min min:min hour:h hr:h "
-    "year:year ounce:oz").split())
+    "year:year ounce:oz yard:yd liter:l litre:l").split())
 WORDS = {**ORDINALS, **{month[:3]: month for month in MONTHS}, "sept": "september", "grey": "gray",
          "colour": "color", "mile per hour": "mph", "km per hour": "km/h",
          **{f"{a} {side}": f"{b} {side}" for a, b in (("top", "upper"), ("bottom", "lower"))
@@ -192,7 +192,7 @@ def fold(text: str, prose: bool = False) -> str:
     "one" is no number."""
     text = re.sub(r"(?<=\d)(?=[½¼¾⅐-⅞]|\\[dt]?frac)", " ", plain_tex(text))
     text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", MATHS.sub(r"\1", text))
-    text = unicodedata.normalize("NFKC", text).lower().translate(DASHES)
+    text = unicodedata.normalize("NFKC", text).lower().translate(DASHES).replace("per cent", "percent")
     text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(rf"(?<![\w.])(\d+(?:\.\d+)?) ({'|'.join(SCALES)})\b",

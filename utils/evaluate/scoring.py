@@ -22,9 +22,13 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 
 # ---- reading a reply
 LABEL = re.compile(
-    rf"^[\s*_#>]*(?:(?:the\s+)?(?:(?:final|correct)\s+)?(?:{NOUN})(?:[\s*_]*:|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    r"^>\s*|^[\s*_#>]*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:(?:the\s+)?(?:(?:final|correct)\s+)?"
+    rf"(?:{NOUN})(?:[\s*_]*:|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
     rf"|(?:正确|最终)?(?:{CJK})\s*[是为は은는:][\s*:]*)[\s*_]*", re.I)
-TRUTH_WORD = re.compile(r"\b(true(?!\s+(?:value|number|total|count|amount))|false)\b", re.IGNORECASE)
+TRUTH_WORD = re.compile(
+    r"\b(true(?!\s+(?:value|number|total|count|amount|answers|rows))|false)\b", re.IGNORECASE)
+ASKED = re.compile(r"^\W*true\s*(?:or|/)\s*false\W+(?=\w)|^[^?\n.]*\?\s*(?=\S)"
+                   r"|^\W*(?:so|thus|hence|therefore)\b\W*(?=(?:yes|no)\b)", re.IGNORECASE)
 TRUTH_FIRST = re.compile(r"\W*(true|false)\b(?=[\s*_)]*(?:[,.;:!–—]|\n|$))", re.IGNORECASE)
 TRUTH_SAID = re.compile(
     r"\b(?:answer|statement|claim)\s*(?:is|:)[\s*_:\"]*(true|false)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
@@ -70,6 +74,7 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     content, rule = answer_part(output)
     if not content:
         return Reading(None, "empty")
+    content = ASKED.sub("", content)
     word = unwrap(LABEL.sub("", unwrap(content))).lower()
     if word in TRUTH:
         return Reading(TRUTH[word], f"{rule}_truth")
@@ -113,10 +118,12 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
         if len(words) == 1:
             return Reading(words.pop(), f"{rule}_yesno")
         return Reading(None, f"{rule}_unresolved")
-    content = re.sub(r"^[^?\n.]*\?\s*(?=\S)", "", content)
+    content = ASKED.sub("", content)
+    content = inner if (inner := unwrap(content)).isalpha() else content
     first, last = YES_NO_FIRST.match(content), YES_NO_LAST.search(content[-80:])
     phrases = YES_NO_SAID.findall(content)
-    word, phrase = first and first[1].lower(), phrases[-1].lower() if phrases else None
+    word = first[1].lower() if first and first[1].lower() in ("yes", "no") else None
+    phrase = phrases[-1].lower() if phrases else None
     if last and finish_reason != "length":
         if {word, phrase} <= {None, last[1].lower()}:
             return Reading(last[1].lower(), "first_word" if word else "phrase" if phrase else "last_word")
