@@ -46,11 +46,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
+from utils.display import intervene_blocks, plain_text, swept
 from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
                                                find_condition)
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_shown
+from utils.intervene.planning import planning_item, swap_cells
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_images, prompt_of, read_items
@@ -61,7 +63,6 @@ from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller, is_reply
 from utils.openai_backend import HttpBackend
 from utils.stats import effective_groups
-from utils.tables import intervene_blocks, plain_text, swept
 
 if TYPE_CHECKING:
     from utils.intervene.prompts import Prompt, Settings
@@ -139,7 +140,8 @@ def open_others(item: dict, images: list, root: str) -> dict[str, Prompt]:
     others = {}
     if item.get("counterfactual"):
         edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
-        others["counterfactual"] = edited, open_images(edited, root)
+        changed = swap_cells(images, edited) if "swap" in edited else open_images(edited, root)
+        others["counterfactual"] = edited, changed
     if helper := open_helper(item, images, root):
         others["helper"] = item, [helper] * max(1, len(images))
     return others
@@ -190,10 +192,12 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
 def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Return (calibration items, analysed items)."""
     n_calibration = args.calibration if args.latent != "off" else 0
-    items = read_items(args.items, None if args.limit is None else n_calibration + args.limit, ("mcq",))
+    limit = None if args.limit is None else n_calibration + args.limit
+    items = read_items(args.items, limit, ("mcq", "vsp_path"))
     if len(items) <= n_calibration:
         raise DataError(f"{args.items}: {len(items)} items, of which --calibration takes {n_calibration}; "
                         "expected more, or a smaller --calibration")
+    items = [planning_item(item, args.seed) if item["metric"] == "vsp_path" else item for item in items]
     return items[:n_calibration], items[n_calibration:]
 
 

@@ -38,12 +38,12 @@ from typing import TYPE_CHECKING
 
 from utils.call_flags import add_call_flags
 from utils.cli import Help, add_model_flags, cli, log, parse_count
+from utils.display import interval, percent, plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, write_report
-from utils.tables import interval, percent, plain_text
 
 if TYPE_CHECKING:
     from utils.probe.states import States

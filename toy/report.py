@@ -16,10 +16,10 @@ from textwrap import fill
 
 from toy.make_world import BAD
 from utils.cli import cli, log
+from utils.display import (EFFECTS, Block, Table, Text, effect_row, interval, mediation_table, percent,
+                           table_lines)
 from utils.jsonl import load_object, read_rows, write_json
 from utils.probe.report import collect, write_report
-from utils.tables import (EFFECTS, Block, Table, Text, effect_row, interval, mediation_table, percent,
-                          table_lines)
 
 MODELS = ("base", "text", "latent")
 TIMED = ("see", "find", "base", "rewritten.jsonl", "sft.jsonl", "text", "latent", "evaluate_text.jsonl",

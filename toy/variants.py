@@ -21,9 +21,9 @@ from itertools import product
 from pathlib import Path
 
 from utils.cli import cli, log
+from utils.display import interval, percent, table_lines
 from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_json
 from utils.stats import cluster_bootstrap, wilson
-from utils.tables import interval, percent, table_lines
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("text", "latent", "placeholder", "direct", "unfiltered")

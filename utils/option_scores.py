@@ -18,8 +18,10 @@ BRACE = "}"
 
 
 def option_words(item: dict, by: str) -> dict[str, str]:
-    """Return {letter: content of the box}: the letter (by "letter") or the option's words ("text")."""
-    return {letter: letter if by == "letter" else plain(text) for letter, text in item["options"]}
+    """Return {letter: content of the box}: the letter (by "letter") or the option's words ("text"), as always
+    for the paths of a planning item."""
+    letters = by == "letter" and item.get("metric") != "vsp_path"
+    return {letter: letter if letters else plain(text) for letter, text in item["options"]}
 
 
 def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) -> tuple[list[list[int]], int]:

@@ -8,12 +8,12 @@ from decoding import MIRAGE, batch_of, load_with
 from scipy import stats
 
 from utils.decode import decode, prefill
+from utils.display import swept
 from utils.intervene.latent_case import Calibration, Case, NotPossible
 from utils.intervene.latent_conditions import CONDITIONS, PRESET_CONDITIONS, find_condition
 from utils.intervene.sweeps import SWEEPS, dose_trend, dose_trends, draw_sweeps, sweep_conditions
 from utils.jsonl import DataError
 from utils.means import robust_mean
-from utils.tables import swept
 
 pytestmark = pytest.mark.numeric
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from utils.backends import log_textless
 from utils.cli import log
+from utils.display import interval, percent, table_lines
 from utils.evaluate.results import macro
 from utils.evaluate.scoring import VERDICTS
 from utils.items import group_of
 from utils.jsonl import DataError, load_object, read_rows
 from utils.means import sign_flip
 from utils.stats import holm, mcnemar_exact, paired_interval
-from utils.tables import interval, percent, table_lines
 
 
 def read_results(path: str) -> list[dict]:

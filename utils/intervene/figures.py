@@ -10,9 +10,8 @@ Sweeps have figures of their own (`utils.intervene.sweeps`).
 """
 from pathlib import Path
 
-from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
-                         draw_estimate, draw_line, legend, new_figure, tidy, write_figure)
-from utils.tables import swept
+from utils.display import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
+                           draw_estimate, draw_line, legend, new_figure, swept, tidy, write_figure)
 
 VERDICTS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN),
             "effect": ("o", BLUE), "effect, not after Holm": ("o", SKY), "inconclusive": ("o", GREY),

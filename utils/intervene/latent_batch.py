@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from utils.decode import State, decode, prefill_blocks, truncate_cache
 from utils.intervene.attention import stem_attention
-from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix,
-                                         go_on, imagines_again, joined, likeliest, why_no_prompt)
+from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix, go_on,
+                                         imagines_again, joined, likeliest, why_no_prompt)
 from utils.intervene.latent_conditions import DO_X, find_condition
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, donor_fields,
                                      first_difference, pick_donor, stem_of)

@@ -14,6 +14,7 @@ from utils.answers import answers_match, extract_choice, strip_label
 from utils.decode import State, prefill
 from utils.images import MASK_GREY, crop_region
 from utils.intervene.latent_case import sampler
+from utils.intervene.planning import read_path
 from utils.items import gold_words, group_of, open_images, prompt_of, region_in
 from utils.latent_families import Intervention
 from utils.option_scores import describe_scores, score_options
@@ -189,9 +190,13 @@ class Prompts:
 # ---- fields of a record
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
     """Return the fields that depend on a reply; `last_words` follow all imagination."""
-    answer = extract_choice(last_words.strip(), dict(item["options"]), finish)
-    return {"text": text, "finish": finish, "n_new": len(ids), "pred": answer.letter, "rule": answer.rule,
-            "correct": answer.letter == item["answer"]["value"], "degenerate": is_degenerate(ids, finish)}
+    if item["metric"] == "vsp_path":
+        letter, rule, correct = read_path(item, last_words)
+    else:
+        letter, rule = extract_choice(last_words.strip(), dict(item["options"]), finish)
+        correct = letter == item["answer"]["value"]
+    return {"text": text, "finish": finish, "n_new": len(ids), "pred": letter, "rule": rule,
+            "correct": correct, "degenerate": is_degenerate(ids, finish)}
 
 
 def same_words(a: str, b: str) -> bool:
@@ -203,7 +208,8 @@ def asked_fields(prompt: Prompt, item: dict, clean: dict, record: dict) -> dict:
     """Return the fields of do(X): which item was asked, and whether the answer says what the clean one of
     `item` said, in words (None where one of them is unresolved)."""
     asked, letters = prompt.item, (clean["pred"], record["pred"])
-    words = [dict(each["options"])[letter] for each, letter in zip((item, asked), letters) if letter]
+    words = [dict(each["options"])[letter] for each, letter in zip((item, asked), letters)
+             if letter in dict(each["options"])]
     return {"asked": {"item": asked["id"], "gold": asked["answer"]["value"], "gold_holds": prompt.gold_holds},
             "same_answer": same_words(*words) if len(words) == 2 else None}
 

@@ -13,6 +13,8 @@ from functools import partial
 
 import numpy as np
 
+from utils.display import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, draw_line, legend,
+                           new_figure, tidy)
 from utils.intervene.figures import ends_of, title_of, write_figures
 from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has_latent, latent_index,
                                          markers_only, put_slots, seeded, whole)
@@ -20,8 +22,6 @@ from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
 from utils.means import RESOLUTION, robust_mean, sign_flip
-from utils.plots import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, draw_line, legend, new_figure,
-                         tidy)
 from utils.stats import effective_groups
 
 MAX_WINDOWS = 8  # of layers in a map

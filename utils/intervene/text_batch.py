@@ -67,29 +67,33 @@ class TextBatch:
         self.texts = [self.text_of(row.ids) for row in self.clean]
         self.spans = [find_spans(text) for text in self.texts]
         self.emitters = [i for i in everyone if self.spans[i]]
-        self.blank_spans: dict[int, list[str]] | None = None
+        self.other_spans: dict[str, dict[int, list[str]]] = {}  # by kind of prompt and place
         self.llm_edits: dict[int, tuple[str, dict] | NotEditable] | None = None
 
     def text_of(self, ids: list[int]) -> str:
         return self.qwen.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def target(self, item: dict) -> str:
-        """Return the letter of a wrong option, drawn by seed and item."""
+    def target(self, item: dict, edit: str | None = None) -> str:
+        """Return the letter of a wrong option, drawn by seed and item; for swap_counterfactual the edit's."""
+        if edit == "swap_counterfactual" and item.get("counterfactual"):
+            return item["counterfactual"]["answer"]["value"]
         wrong = [letter for letter, _ in item["options"] if letter != item["answer"]["value"]]
         return random.Random(f"{self.settings.seed}/{item['id']}").choice(wrong)
 
     # ---- edited beginnings
-    def blank_donors(self) -> dict[int, list[str]]:
-        """Return what each item imagines under a blank image, after its own words."""
-        if self.blank_spans is None:
-            self.blank_spans = {}
-            for places in self.settings.pieces(self.emitters):
+    def imagined_under(self, kind: str) -> dict[int, list[str]]:
+        """Return what each item imagines under a "blank" or its "counterfactual" image, after its own words.
+        """
+        if kind not in self.other_spans:
+            self.other_spans[kind] = {}
+            able = self.prompts.places(kind)
+            for places in self.settings.pieces([i for i in self.emitters if i in able]):
                 heads = [self.head(i) for i in places]
-                state = prefill_more(self.qwen, self.prompts.select("blank", places), heads)
+                state = prefill_more(self.qwen, self.prompts.select(kind, places), heads)
                 for i, head, row in zip(places, heads, self.continued(state, places)):
                     text = self.text_of(head + row.ids)
-                    self.blank_spans[i] = passages(text, find_spans(text))
-        return self.blank_spans
+                    self.other_spans[kind][i] = passages(text, find_spans(text))
+        return self.other_spans[kind]
 
     def head(self, place: int) -> list[int]:
         """Return the clean ids up to the first imagination, without a token that reaches beyond its mark."""
@@ -115,11 +119,11 @@ class TextBatch:
         text = until_last_span(text, spans)
         if edit == "directed_llm":
             return self.llm_edited(place)
-        if edit == "swap_blank":  # even if it equals the item's own: a world of the mediation, not an edit
-            donor = self.blank_donors()[place]
+        if edit.startswith("swap_"):  # even if it equals the item's own: a world of the mediation, not an edit
+            donor = self.imagined_under(edit.removeprefix("swap_")).get(place, [])
             if len(donor) < len(spans):
-                raise NotEditable("no_donor",
-                                  f"{len(donor)} imaginations under a blank image, expected {len(spans)}")
+                raise NotEditable("no_donor", f"{len(donor)} imaginations under another image, expected "
+                                              f"{len(spans)}")
             after = donor[:len(spans)]
             return put_spans(text, spans, after), {"before": passages(text, spans), "after": after}
         j = pick_donor("random", place, self.items, self.emitters)
@@ -143,7 +147,8 @@ class TextBatch:
                 except (NotEditable, NotPossible) as fault:
                     result[i][name] = {"emitted": bool(self.spans[i]), "pred": None, "rule": None,
                                        "correct": False, "reason": fault.args[0],
-                                       "target": self.target(self.items[i]) if condition.edit else None}
+                                       "target": (self.target(self.items[i], condition.edit)
+                                                  if condition.edit else None)}
         for kind, prefixes in todo.items():
             for piece in self.settings.pieces(prefixes):
                 for prefix, record in self.answered(kind, piece):
@@ -231,7 +236,7 @@ class TextBatch:
                 **answer_fields(self.prompts.asked(kind, place).item, prefix.text + said, conclusion(said),
                                 row.ids, row.finish),
                 "changed": said.strip() != clean_words.strip(), "edit": prefix.edit,
-                "target": self.target(item) if prefix.edit else None, "ids": row.ids}
+                "target": self.target(item, prefix.condition.edit) if prefix.edit else None, "ids": row.ids}
 
     def describe_clean(self, place: int) -> dict:
         row, text = self.clean[place], self.texts[place]

@@ -16,6 +16,7 @@
     directed_llm        the same edit, made by an LLM
     truncate_N          the first N % of its words                          when the answer is settled
     image_off, image_off_directed       as sham and directed, with the image hidden from what follows
+    swap_counterfactual                 what the model imagines under the item's edited image
     swap_blank, blank_x, blank          worlds of the mediation; blank is the positive control
 
 The model may imagine again behind an edit and so undo it; `again` in the record says that it did. Where the
@@ -106,6 +107,17 @@ def irrelevant(text: str, spans: Spans, item: dict, context: Context) -> Edited:
                     directed_distance=aim)
 
 
+def directed(text: str, spans: Spans, item: dict, context: Context) -> Edited:
+    """Put a wrong option's value for the right one's. On a planning item put the "imaginations" that its
+    counterfactual has, one per span: the edited board, told by whoever made the item."""
+    told = (item.get("counterfactual") or {}).get("imaginations")
+    if item.get("metric") != "vsp_path" or told is None:
+        return direct(text, spans, item, context.target)
+    if len(told) != len(spans):
+        raise NotEditable("span_count", f"{len(spans)} imaginations, expected {len(told)}")
+    return replaced(text, spans, told, context)
+
+
 def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Put "something" for the right option's value."""
     before = passages(text, spans)
@@ -166,7 +178,7 @@ EDITS: dict[str, Callable[..., Edited]] = {
     "something": something, "filler": partial(each, lambda span: " ".join("..." for _ in span.split())),
     "no_span": partial(around, ""), "bare": partial(around, OPEN),  # as --imagination placeholder trains
     "constant": partial(each, lambda span: CONSTANT), "foreign": foreign, "strict": alone,
-    "directed": lambda text, spans, item, context: direct(text, spans, item, context.target),
+    "directed": directed,
     **{f"truncate_{percent}": partial(truncate, percent=percent) for percent in (0, 25, 50, 75)}}
 
 
@@ -190,6 +202,7 @@ TEXT_CONDITIONS = {
     "strict": TextCondition("strict", "blind", again="cannot"),
     "image_off": TextCondition("sham", sees_image=False, again="cannot"),
     "image_off_directed": TextCondition("directed", sees_image=False),
+    "swap_counterfactual": TextCondition("swap_counterfactual"),
     "swap_blank": TextCondition("swap_blank"), "blank_x": TextCondition("sham", "blank"),
     "blank": TextCondition("swap_blank", "blank", again="own"),
     **{name: TextCondition(None, kind, again="own") for name, kind in DO_X.items()}}

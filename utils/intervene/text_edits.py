@@ -53,6 +53,8 @@ def slots(item: dict, target: str) -> list[Slot]:
     two do not share, then words of one table. Yes against no negates the statement that the question
     identifies."""
     options, gold = dict(item["options"]), item["answer"]["value"]
+    if item.get("metric") == "vsp_path":
+        raise NotEditable("no_slot_value", "paths do not differ by words")
     referents = frozenset(stems(item.get("question", "")))
     answers = [re.sub(r"\W", "", strip_label(options[letter])).lower() for letter in (gold, target)]
     if referents and (answers[0] in YES and answers[1] in NO or answers[0] in NO and answers[1] in YES):

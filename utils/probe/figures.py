@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.plots import (BLUE, DARK_GREY, GREEN, ORANGE, PINK, VERMILION, LineStyle, draw_bars, draw_grid,
-                         draw_line, legend, new_figure, tidy, write_figure)
+from utils.display import (BLUE, DARK_GREY, GREEN, ORANGE, PINK, VERMILION, LineStyle, draw_bars, draw_grid,
+                           draw_line, legend, new_figure, tidy, write_figure)
 from utils.probe.similarity import FORMS, LEVEL
 
 STYLES = {"imagination": LineStyle("imagination", BLUE, "o", 3.5),

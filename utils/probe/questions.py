@@ -29,8 +29,7 @@ from utils.answers import extract_choice
 from utils.decode import State, decode, prefill, prefill_blocks, truncate_cache
 from utils.items import blind_turn, group_of, open_images, prompt_of
 from utils.jsonl import DataError
-from utils.latent_families import (Generation, LatentSpec, clean_text, last_latent, latent_ids,
-                                   latent_steps)
+from utils.latent_families import Generation, LatentSpec, clean_text, last_latent, latent_ids, latent_steps
 from utils.means import robust_mean, sign_flip
 from utils.option_scores import describe_scores, score_options
 from utils.probe.similarity import LEVEL, draw_halves

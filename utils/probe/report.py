@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.display import Block, Figure, Table, Text, interval, intervene_blocks, percent
 from utils.jsonl import DataError, load_object, replace_file
-from utils.tables import Block, Figure, Table, Text, interval, intervene_blocks, percent
 
 STAGES = ("evaluate", "intervene", "probe")
 EARLIER_FIELDS = ("kept", "imagination")  # in metrics of stages 1 to 3, not shown
