@@ -8,9 +8,9 @@ Stage 5 of 6:  train_sft.py -> [intervene.py] -> figures; items from evaluate.py
     torchrun --standalone --nproc_per_node 8 intervene.py --model checkpoint --items hrbench_4k.jsonl \
       --output text.jsonl
 
-Reads   --items: multiple-choice items {"id", "question", "options": [[letter, text]], "answer": {"type":
-        "letter", "value"}, "images": [{"path"}], "metric": "mcq"} and optionally "group_id", "category",
-        "hint", "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual"
+Reads   --items: VSP's planning items, or {"id", "question", "options": [[letter, text]], "answer": {"type":
+        "letter", "value"}, "images": [{"path"}], "metric": "mcq"}; optionally "group_id", "category", "hint",
+        "region" ([left, top, right, bottom] in pixels of the first image), "counterfactual"
         ({"images", "answer"} of an answer-changing edit, and "question", "options" where they differ),
         "helper" ({"path"} of the image that an imagination should show; by default the region, cropped)
 Writes  --output: one JSON line per item and condition, "clean" first: {"id", "group", "category", "gold",
@@ -18,8 +18,8 @@ Writes  --output: one JSON line per item and condition, "clean" first: {"id", "g
         "n_fed", "rel_change", "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred",
         "rule", "correct", "changed", "first_diff", "degenerate", "reason"; of do(X) also "asked",
         "same_answer"}; <output>.metrics.json; <output>.meta.json; figures with CSV files:
-        <output>.effects.png, .accuracy.png, .mediation.png, .attention.png, .early.png, and of sweeps
-        .map.png, .positions.png, .doses.png; <output>.run/, the journal to resume from
+        <output>.effects.png, .mediation.png, .attention.png, .early.png, and of sweeps .map.png,
+        .positions.png, .doses.png; <output>.run/, the journal to resume from
 Prints  emission and a table of the conditions on stderr; on stdout one JSON object: emission, effects with
         intervals, verdicts
 
@@ -293,8 +293,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
     parser.add_argument("--output", required=True, help="records JSONL to write")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
-                        help="paper (those of the paper), full (all), maps (sweeps over positions, layers, "
-                             "ranks and doses), or names, with a number where they take one (add_noise:0.3); "
+                        help="paper (those of the paper), full (all), maps (sweeps over positions, layers "
+                             "and doses), or names, with a number where they take one (add_noise:0.3); "
                              f"latents: {', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
     parser.add_argument("--calibration", type=int, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")

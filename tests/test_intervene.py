@@ -70,7 +70,7 @@ def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, i
         assert directed["follow"]["share"] < 0.1 and directed["resist"]["share"] > 0.9
     assert len(records) == 40 * 4  # clean, sham, directed, and the positive control
     assert metrics["sensitivity"]["r2"]["moves"] and directed["effect"]["n_effective"] == 20
-    assert all((tmp_path / f"r.jsonl.{name}.png").is_file() for name in ("accuracy", "effects"))
+    assert (tmp_path / "r.jsonl.effects.png").is_file()
     with open(tmp_path / "r.jsonl.effects.csv", newline="") as file:
         shown, = (row for row in csv.DictReader(file)
                   if row["condition"] == "directed" and row["readout"] == "R2")
@@ -115,8 +115,8 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(items
 MANY = ["replay", "mean_t", "swap_random", "swap_counterfactual", "swap_blank", "blank", "blank_x",
         "slot_swap_random", "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent",
         "cut_image_after", "cut_both", "strict", "strict_fed", "oracle", "slot_oracle", "markers_only",
-        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1", "top_k:2",
-        "top_random:2", "keep_first:2"]
+        "x_counterfactual", "slot_swap_at:0-3/0-1", "slot_swap_at:0-3/0", "slot_swap_at:0/1",
+        "keep_first:2"]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,6 @@ def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_o
             assert by[place]["text"] == by[whole]["text"]
             assert by[place]["r0"]["nll"] == pytest.approx(by[whole]["r0"]["nll"], abs=1e-4)
         look = by["clean"]["attention"]
-        assert len(look["imagined"]) == 4
         assert sum(layers[1] for layers in look["mass"].values()) == pytest.approx(1, abs=1e-4)
         # it may begin another segment
         assert {segment["k"] for segment in by["keep_first:2"]["segments"]} == {2}

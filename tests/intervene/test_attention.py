@@ -68,8 +68,7 @@ def test_latents_are_a_group_and_each_has_its_mass(qwen):
     back = truncate_cache(end, begun.select([0, 2]), [s.start + s.size for s in segments])
     places = [[begun.mask.shape[1] + s.start + j for j in range(s.size)] for s in segments]
     for look, columns in zip(stem_attention(qwen, back, [], [STEM] * 2, places), places):
-        assert len(look["imagined"]) == len(columns) == 4 and min(look["imagined"]) > 0
-        assert sum(look["imagined"]) == pytest.approx(sum(look["mass"]["imagination"]) / 2, abs=1e-5)
+        assert len(columns) == 4 and min(look["mass"]["imagination"]) > 0
         assert all(sum(look["mass"][name][layer] for name in GROUPS) == pytest.approx(1, abs=1e-5)
                    for layer in range(2))
 

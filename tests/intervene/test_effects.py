@@ -311,7 +311,7 @@ def rows_of(folder, name):
 
 def test_figures_come_with_the_numbers_behind_them(run, tmp_path):
     draw_effects(run[1], str(tmp_path / "r"))
-    assert all(len(rows_of(tmp_path, name)) >= 5 for name in ("accuracy", "effects", "mediation"))
+    assert all(len(rows_of(tmp_path, name)) >= 5 for name in ("effects", "mediation"))
 
 
 def test_curves_are_drawn_as_they_are_given(tmp_path):
@@ -335,8 +335,8 @@ def test_bars_of_many_conditions_are_drawn_as_large_as_those_of_few(run, tmp_pat
     for n in (4, 36):
         conditions = {f"tau_{k}": run[1]["conditions"]["tau"] for k in range(n)}
         draw_effects({**run[1], "conditions": conditions}, str(tmp_path / f"{n}"))
-        sizes.append(Image.open(tmp_path / f"{n}.accuracy.png").size)
-    assert sizes[0][0] == sizes[1][0] <= 1300 and sizes[1][1] > 3 * sizes[0][1]
+        sizes.append(Image.open(tmp_path / f"{n}.effects.png").size)
+    assert sizes[0][0] == sizes[1][0] <= 1700 and sizes[1][1] > 3 * sizes[0][1]
 
 
 def test_fields_of_a_reply():

@@ -5,7 +5,6 @@ import random
 import pytest
 from PIL import Image
 from samples import shortest_path
-from test_intervene import by_condition, flags
 
 import intervene
 from utils.images import open_image
@@ -42,7 +41,8 @@ def test_an_edit_makes_the_shortest_path_fail_and_leaves_another(seed):
     rng = random.Random(seed)
     board = random_board(rng, rng.randint(2, 6))
     for edited, swap in edited_boards(board):
-        changed = [[r, c] for r, line in enumerate(board) for c, kind in enumerate(line) if edited[r][c] != kind]
+        changed = [[r, c] for r, line in enumerate(board) for c, kind in enumerate(line)
+                   if edited[r][c] != kind]
         assert sorted(changed) == sorted(swap)
         assert not walk_vsp(edited, shortest_path(board)) and walk_vsp(edited, shortest_path(edited))
 
@@ -109,12 +109,18 @@ def items(tmp_path):
 
 @pytest.mark.parametrize("follows", [True, False])
 @pytest.mark.parametrize("kind", ["text", "latent"])
-def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, items, imagining_model, tmp_path):
+def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, items, imagining_model,
+                                                              tmp_path):
     model, output = imagining_model(kind, follows), tmp_path / "out.jsonl"
     more = ["--latent", "mirage"] if kind == "latent" else []
     names = ["swap_counterfactual", "x_counterfactual", "identity" if kind == "latent" else "directed"]
-    assert intervene.main([*flags(items, model, output), *more, "--conditions", *names]) == 0
-    found = by_condition(map(json.loads, output.read_text().splitlines()))
+    assert intervene.main(["--items", str(items), "--model", str(model), "--output", str(output),
+                           "--max_new_tokens", "40", "--min_emitters", "8", "--calibration", "8", *more,
+                           "--conditions", *names]) == 0
+    found = {}
+    for record in map(json.loads, output.read_text().splitlines()):
+        found.setdefault(record["id"], {})[record["condition"]] = record
+    assert len(found) == (32 if kind == "latent" else 40)
     for records in found.values():
         assert records["clean"]["correct"] and records["clean"]["pred"] == "A"
         assert records["x_counterfactual"]["pred"] == "B"

@@ -17,7 +17,6 @@ from utils.means import robust_mean
 
 pytestmark = pytest.mark.numeric
 
-ATTENTION = [0.1, 0.4, 0.2, 0.3]  # to the four latents of a segment
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def case(runs, name="a", **more):
 def decoded(runs, *names):
     """Decode the first prompt under some conditions, side by side."""
     qwen, state, _ = runs
-    interventions = [condition.make(case(runs, attention=ATTENTION * 3), number)
+    interventions = [condition.make(case(runs), number)
                      for condition, number in map(find_condition, names)]
     return decode(qwen, state.select([0] * len(names)), 9, MIRAGE, interventions, capture=True,
                   with_slots=True)[0]
@@ -64,24 +63,12 @@ def test_a_place_takes_effect_there_and_above_and_nowhere_before(runs):
     assert not torch.allclose(swapped[2, 1], clean[2, 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("name, kept", [("keep_one:2", {2}), ("drop_one:2", {0, 1, 3}), ("top_k:1", {1}),
-                                        ("top_k:2", {1, 3}), ("top_k:3", {1, 2, 3})])
+@pytest.mark.parametrize("name, kept", [("keep_one:2", {2}), ("drop_one:2", {0, 1, 3})])
 def test_kept_positions_feed_the_latent_and_others_the_mean(runs, name, kept):
     row, calibration = decoded(runs, name)[0], Calibration.from_runs(runs[2])
     for step in range(4):
         wanted = row.states[row.segments[0].start + step] if step in kept else calibration.mu_t[step]
         assert torch.equal(row.fed[step], wanted), step
-
-
-def test_a_random_ranking_is_nested_and_differs_between_items(runs):
-    def kept(k, name):
-        intervention, zero = SWEEPS["top_random"].make(case(runs, name), k), torch.zeros(32)
-        return {step for step in range(4) if torch.equal(intervention.feed(zero, 0, step), zero)}
-
-    orders = [[kept(k, name) for k in (1, 2, 3)] for name in "abcdefgh"]
-    for first, second, third in orders:
-        assert len(first) == 1 and len(second) == 2 and len(third) == 3 and first < second < third
-    assert len({frozenset(first) for first, *_ in orders}) > 1
 
 
 def test_the_first_latents_alone_are_decoded(runs):
@@ -91,8 +78,7 @@ def test_the_first_latents_alone_are_decoded(runs):
 
 
 @pytest.mark.parametrize("name, error, match", [
-    ("drop_one:4", NotPossible, "no_such_position"), ("top_random:4", NotPossible, "no_such_position"),
-    ("slot_swap_at:4/0", NotPossible, "no_such_position"), ("top_k:1", NotPossible, "no_attention"),
+    ("drop_one:4", NotPossible, "no_such_position"), ("slot_swap_at:4/0", NotPossible, "no_such_position"),
     ("slot_swap_at:0/1-2", DataError, "layer 2, expected one of the model's 2 layers"),
     ("slot_swap_at:1", ValueError, "expected"), ("slot_swap_at:1/x", ValueError, "expected"),
     ("slot_swap_at:1-2-3/0", ValueError, "expected"), ("slot_swap_at:2-1/0", ValueError, "expected")])
@@ -129,9 +115,8 @@ def test_figures_show_the_effects_that_they_are_given(tmp_path):
     cells = {(row["position"], row["layers"]): float(row["change"]) for row in rows["map"]}
     changes = {name: entry["r0"]["delta_nll"] for name, entry in entries.items()}
     assert len(cells) == 32 and cells["3", "5"] == pytest.approx(changes["slot_swap_at:2/4-4"])
-    ranked = [(float(row["x"]), float(row["change"])) for row in rows["positions"] if row["curve"] == "top_k"]
-    assert [x for x, _ in ranked] == [0, 1, 2, 3, 4]  # from all replaced to all kept
-    assert ranked[0][1] == changes["mean_t"] and ranked[-1][1] == changes["identity"]
+    assert [(row["curve"], float(row["x"])) for row in rows["positions"]] == [
+        (name, place) for name in ("keep_one", "drop_one") for place in (1, 2, 3, 4)]
     assert [float(row["x"]) for row in rows["doses"]] == [0, 0.25, 0.5, 0.75, 1, 0.1, 0.3, 1, 3]
     draw_sweeps({**metrics, "conditions": {}}, str(tmp_path / "none"))
     assert not list(tmp_path.glob("none*"))

@@ -48,7 +48,6 @@ def refused(condition, **more):
 # ---- one test per condition
 @pytest.mark.parametrize("condition, after", [
     ("sham", SPANS), ("removal", ["", ""]), ("constant", [CONSTANT, CONSTANT]),
-    ("something", ["The image shows a something cup on a wooden table, 2 lids.", "a something lid"]),
     ("filler", ["... ... ... ... ... ... ... ... ... ... ... ...", "... ... ..."]),
     ("directed", ["The image shows a blue cup on a wooden table, 2 lids.", "a blue lid"]),
     # 15 words: of 3.75, 7.5 and 11.25 4, 8 and 11
@@ -58,8 +57,6 @@ def refused(condition, **more):
 def test_each_condition(condition, after):
     edit = run(condition)[1]
     assert edit["after"] == after and (edit["word_distance"] == 0) == (condition == "sham")
-    if condition == "something":
-        assert (edit["from"], edit["to"], edit["n_replaced"]) == ("red", "something", 2)
 
 
 @pytest.mark.parametrize("condition, expected", [
@@ -75,20 +72,6 @@ def test_a_truncation_keeps_the_spaces_and_grows():
     assert kept == [[], list("ab"), list("abcd"), list("abcdef")]
     assert run("truncate_25", spans=spans)[1]["after"] == ["a  b", ""]
     assert run("truncate_75", spans=["one"])[1]["after"] == ["one"]  # kept in the curve, at distance 0
-
-
-def test_something_removes_every_form_and_only_where_it_counts():
-    def item(gold, target, question):
-        return {**ITEM, "question": question, "options": [["A", gold], ["B", target]]}
-
-    for gold, target, before, after in (
-            ("3", "4", "Three cups, 3 lids, 13", "Something cups, something lids, 13"),
-            ("dog", "cat", "dogs", "something"),
-            ("left", "right", "A man is left. The dog is left.", "A man is left. The dog is something.")):
-        asked = item(gold, target, "Where is the dog?")
-        assert run("something", spans=[before], item=asked)[1]["after"] == [after]
-    yes = item("Yes", "No", "Is the cup red?")
-    assert refused("something", spans=["The cup is red"], item=yes) == "no_slot_value"
 
 
 def test_foreign_takes_the_donors_spans_and_an_edit_that_changes_nothing_is_refused():
@@ -195,5 +178,5 @@ def test_coverage_on_real_replies(shared_data):
                 again, _ = direct(after, [(start, end + grown)], back, gold)
                 assert word_distance(again, text) == 0
     assert n > 0.8 * 304 and covered["directed"] > 0.85 * n_named
-    assert {covered[name] for name in set(EDITS) - {"irrelevant", "directed", "something"}} == {n}
-    assert covered["directed"] == covered["something"] > 0.6 * n > covered["irrelevant"] > 0.1 * n
+    assert {covered[name] for name in set(EDITS) - {"irrelevant", "directed"}} == {n}
+    assert covered["directed"] > 0.6 * n > covered["irrelevant"] > 0.1 * n

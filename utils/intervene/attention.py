@@ -52,9 +52,8 @@ def watched(model: torch.nn.Module,
 def stem_attention(qwen: Qwen, state: State, before: list[int], stems: list[str],
                    imagined: list[list[int]]) -> list[dict]:
     """Return where the tokens of each row's stem, read after the ids `before`, attend in that row of `state`
-    (kept): {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns},
-    "imagined": [mass of each of the row's columns `imagined`, mean over layers]}. Means over heads and the
-    stem's tokens."""
+    (kept): {"mass": {group: [share per layer]}, "uniform": {group: share of the visible columns}}. Means over
+    heads and the stem's tokens. `imagined`: the columns of each row's imaginations."""
     blocks = [before + qwen.tokenizer(stem, add_special_tokens=False).input_ids for stem in stems]
     lengths = torch.tensor([len(block) for block in blocks], device=state.mask.device)[:, None]
     steps = torch.arange(int(lengths.max()), device=lengths.device)
@@ -70,10 +69,8 @@ def stem_attention(qwen: Qwen, state: State, before: list[int], stems: list[str]
     member = column_groups(state, mask, imagined)
     mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
     uniform = torch.einsum("brc,br,bgc->bg", allowed / allowed.sum(-1, keepdim=True), share, member)
-    each = torch.stack(layers).mean(0)
     return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
-             "uniform": dict(zip(GROUPS, rounded(uniform[i]))), "imagined": rounded(each[i, imagined[i]])}
-            for i in range(len(blocks))]
+             "uniform": dict(zip(GROUPS, rounded(uniform[i])))} for i in range(len(blocks))]
 
 
 def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:

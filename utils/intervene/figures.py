@@ -33,8 +33,7 @@ def draw_effects(metrics: dict, output: str) -> None:
              if entry["effect"] and name not in points}
     figures = {"attention": attention_figure(metrics), "early": early_figure(metrics)}
     if shown:
-        figures |= {"accuracy": accuracy_figure(metrics, shown), "effects": forest_figure(metrics, shown),
-                    "mediation": mediation_figure(metrics)}
+        figures |= {"effects": forest_figure(metrics, shown), "mediation": mediation_figure(metrics)}
     write_figures(figures, output)
 
 
@@ -65,27 +64,6 @@ def label_lines(axes, shown: dict, named: bool = True) -> None:
 
 
 # ---- one function per figure
-def accuracy_figure(metrics: dict, shown: dict) -> tuple:
-    figure, [[axes]] = new_figure(8, 1.8 + 0.36 * len(shown))
-    rows = []
-    for y, (name, entry) in enumerate(shown.items()):
-        effect = entry["effect"]
-        bars = [("clean", effect["acc_clean"], effect["acc_ci95"][0], GREY),
-                ("intervened", effect["acc_int"], effect["acc_ci95"][1], BLUE)]
-        if follow := entry.get("follow"):
-            bars.append(("follows the edit", follow["share"], follow["ci95"], ORANGE))
-        for j, (label, share, (low, high), color) in enumerate(bars):
-            draw_bars(axes, [y + 0.27 * (j - (len(bars) - 1) / 2)], [100 * share], [(100 * low, 100 * high)],
-                      0.25, horizontal=True, color=color, label=label)
-            rows.append({"condition": name, "site": entry["site"], "n": effect["n"], "bar": label,
-                         "share": share, "ci95_low": low, "ci95_high": high})
-    legend(figure, [axes])
-    label_lines(axes, shown)
-    axes.set(xlim=(0, 105), xlabel="share of items, %")
-    axes.set_title(f"{title_of(metrics)}\nbars with 95 % intervals", fontsize=10)
-    return figure, rows
-
-
 def forest_figure(metrics: dict, shown: dict) -> tuple:
     """Return the forest plot: 90 % intervals thick, 95 % thin, margins as bands."""
     figure, [panels] = new_figure(11, 1.8 + 0.36 * len(shown), 1, 2)

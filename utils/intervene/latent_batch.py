@@ -150,10 +150,10 @@ class LatentBatch:
     def case(self, place: int, needs: set[str]) -> Case:
         self.donors[place] = {kind: donor for kind in needs if (donor := self.donor(kind, place))}
         runs = {kind: run for kind, (_, run) in self.donors[place].items()}
-        item, (clean, scores) = self.items[place], self.clean[place]
+        item, clean = self.items[place], self.clean[place].row
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
         return Case(item, clean, self.spec, pad, self.start_id, self.settings.seed, self.calibration, runs,
-                    self.settings.pick(item), scores and scores["attention"]["imagined"])
+                    self.settings.pick(item))
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
         """Return the item (None: this one, under another image) and the run of a donor of this kind."""

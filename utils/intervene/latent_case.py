@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 class NotPossible(ValueError):
     """A condition that does not apply to an item: no_latents, no_donor, no_calibration, no_counterfactual,
-    no_region, no_helper, one_latent, no_such_position, no_attention."""
+    no_helper, one_latent, no_such_position."""
 
 
 def why_no_prompt(kind: str) -> str:
-    return {"masked": "no_region", "counterfactual": "no_counterfactual", "helper": "no_helper",
+    return {"counterfactual": "no_counterfactual", "helper": "no_helper",
             "features": "no_helper"}.get(kind, "no_donor")
 
 
@@ -111,8 +111,7 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 class Case:
     """An item, its clean run and what a condition may draw on: donors' runs by kind ("random", "question",
     "image", "counterfactual", "blank", "helper", "features"), the embedding of the latent `pad` [hidden],
-    `start_id` that opens a segment, `pick(logits, n)` for the nth id, and the stem's `attention` to each
-    latent."""
+    `start_id` that opens a segment, and `pick(logits, n)` for the nth id."""
 
     item: dict
     clean: Generation
@@ -123,7 +122,6 @@ class Case:
     calibration: Calibration | None = None
     donors: dict[str, Generation] = field(default_factory=dict)
     pick: Callable[[torch.Tensor, int], int] = likeliest
-    attention: list[float] | None = None
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
         """Return n standard normal numbers by seed, item, segment and step."""

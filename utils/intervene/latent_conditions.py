@@ -8,9 +8,8 @@
 
 A condition is named `tau` or, with a number, `add_noise:0.3`. Conditions on another prompt name it: "blank"
 (grey images of the same size), "blind" (no images), "helper" (the item's helper image in their place),
-"counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's),
-"masked" (the item's region greyed). Worlds of a mediation, Y(x, Z(x')) and so on, keep the words before the
-latents (`forced_prefix`).
+"counterfactual" (the item's own answer-changing edit), "other_image", "other_question" (another item's).
+Worlds of a mediation, Y(x, Z(x')) and so on, keep the words before the latents (`forced_prefix`).
 
 `strict` hides the image, and all but the latents that has read it, from the question, which is read again
 after the latents, and from the answer. cut_image_after does not: the question's tokens have read the image.
@@ -37,7 +36,7 @@ from utils.latent_families import Intervention
 NEAR_ZERO = 1e-3  # of the mean latent: the "constant near 0" of the paper's Mirage condition
 # do(X), all words generated again under another prompt
 DO_X = {"x_blank": "blank", "x_counterfactual": "counterfactual", "x_image": "other_image",
-        "x_question": "other_question", "x_region": "masked"}
+        "x_question": "other_question"}
 CONTROLS = ("identity", "replay")  # change nothing: outside the family of Holm's correction
 
 
@@ -171,5 +170,5 @@ CONDITIONS = {
 # the paper's conditions: Monet (Fig. 2(c), Table 4) is tau; Mirage is tau, + noise, noise, near zero
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
-    "full": [name for name in CONDITIONS if name not in ("x_region", "oracle", "slot_oracle")]}
+    "full": [name for name in CONDITIONS if name not in ("oracle", "slot_oracle")]}
 CONDITIONS |= SWEEPS

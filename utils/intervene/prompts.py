@@ -75,12 +75,6 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
         return Prompt(item, [])
     if kind in ("counterfactual", "helper"):
         return Prompt(*others[place][kind]) if kind in others[place] else None
-    if kind == "masked":
-        if not item.get("region"):
-            return None
-        first = own[0].copy()
-        first.paste(MASK_GREY, tuple(item["region"]))
-        return Prompt(item, [first, *own[1:]])
     n = len(items)
     others = [j for k in range(1, n) if len(images[j := (place + k) % n]) == len(own)]
     shared = {j: items[j]["images"] == item["images"] for j in others}
@@ -190,7 +184,7 @@ class Prompts:
 # ---- fields of a record
 def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish: str) -> dict:
     """Return the fields that depend on a reply; `last_words` follow all imagination."""
-    if item["metric"] == "vsp_path":
+    if "boards" in item:
         letter, rule, correct = read_path(item, last_words)
     else:
         letter, rule = extract_choice(last_words.strip(), dict(item["options"]), finish)

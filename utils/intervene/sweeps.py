@@ -1,7 +1,7 @@
 """Sweeps of a latent intervention over positions, layers, ranks and doses: conditions and figures.
 
 map        effect of one position and one window of layers replaced by a donor's
-positions  one position kept or replaced; the k most attended positions kept, against k random ones
+positions  one position kept or replaced
 doses      effect against the dose: mixed with tau, or noise added
 
 A point of a sweep is a condition with a number: `keep_one:2` keeps position 2 (from 0), `keep_first:2` two
@@ -13,11 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from utils.display import (BAND, BLUE, GREEN, GREY, ORANGE, LineStyle, draw_grid, draw_line, legend,
-                           new_figure, tidy)
+from utils.display import BAND, BLUE, ORANGE, LineStyle, draw_grid, draw_line, legend, new_figure, tidy
 from utils.intervene.figures import ends_of, title_of, write_figures
-from utils.intervene.latent_case import (Case, Condition, NotPossible, feed, has_latent, latent_index,
-                                         markers_only, put_slots, seeded, whole)
+from utils.intervene.latent_case import Case, Condition, feed, has_latent, markers_only, put_slots, whole
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
@@ -27,8 +25,6 @@ from utils.stats import effective_groups
 MAX_WINDOWS = 8  # of layers in a map
 LINES = {"keep_one": LineStyle("only this position kept", BLUE),
          "drop_one": LineStyle("only this position replaced", ORANGE, "s"),
-         "top_k": LineStyle("most attended", GREEN, "D"),
-         "top_random": LineStyle("random ranking", GREY, "x"),
          "mix": LineStyle("(1 - dose) z + dose tau", BLUE),
          "add_noise": LineStyle("z + dose rms(z) noise", ORANGE, "s")}
 CHANGE = "change in R0 negative\nlog-likelihood, nats"
@@ -45,34 +41,6 @@ def drop_one(case: Case, number: float) -> Intervention:
     case.need_position(number)
     mean = case.mean_at()
     return feed(lambda z, segment, step: mean(step) if step == number else z)
-
-
-def top_k(case: Case, number: float) -> Intervention:
-    """The position's mean except at the `number` positions of each segment that the stem attends to most."""
-    if case.attention is None:
-        raise NotPossible("no_attention")
-    ranked = []
-    for n, segment in enumerate(case.clean.segments):
-        first = latent_index(case.clean, n, 0)
-        mass = case.attention[first:first + segment.size]
-        ranked.append(sorted(range(segment.size), key=mass.__getitem__, reverse=True))
-    return keep_ranked(case, ranked, number)
-
-
-def top_random(case: Case, number: float) -> Intervention:
-    """As top_k with a random ranking: its control."""
-    import torch
-    ranked = [torch.randperm(segment.size, generator=seeded("rank", case.seed, case.item["id"], n)).tolist()
-              for n, segment in enumerate(case.clean.segments)]
-    return keep_ranked(case, ranked, number)
-
-
-def keep_ranked(case: Case, ranked: list[list[int]], number: float) -> Intervention:
-    """Feed the position's mean except at the first `number` positions of each ranking."""
-    case.need_position(number)  # otherwise all would be kept
-    mean = case.mean_at()
-    kept = {(segment, step) for segment, steps in enumerate(ranked) for step in steps[:int(number)]}
-    return feed(lambda z, segment, step: z if (segment, step) in kept else mean(step))
 
 
 def keep_first(case: Case, number: float) -> Intervention:
@@ -113,8 +81,6 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
 
 SWEEPS = {"keep_one": Condition("fed", keep_one, default=0, parse=whole),
           "drop_one": Condition("fed", drop_one, default=0, parse=whole),
-          "top_k": Condition("fed", top_k, default=1, parse=whole),
-          "top_random": Condition("fed", top_random, default=1, parse=whole),
           "keep_first": Condition("none", keep_first, default=1, parse=whole),
           "slot_swap_at": Condition("slot", slot_swap_at, default=(range(1), range(1)), needs=("random",),
                                     parse=parse_place)}
@@ -127,7 +93,6 @@ def sweep_conditions(size: int, n_layers: int) -> list[str]:
     return ["identity", "mean_t", "slot_swap_random",
             *(f"slot_swap_at:{step}/{low}-{high}" for step in range(size) for low, high in windows),
             *(f"{name}:{step}" for name in ("keep_one", "drop_one") for step in range(size)),
-            *(f"{name}:{k}" for name in ("top_k", "top_random") for k in range(1, size)),
             "markers_only", *(f"keep_first:{k}" for k in range(1, size)),
             *(f"mix:{dose}" for dose in (0.25, 0.5, 0.75, 1)),
             *(f"add_noise:{dose}" for dose in (0.1, 0.3, 1, 3))]
@@ -240,11 +205,11 @@ def points_of(effects: Effects, name: str, *ends: tuple[str, float], shift: int 
 
 
 def curves_figure(metrics: dict, subtitle: str, *panels: tuple[str, dict[str, dict]]) -> tuple:
-    """Return (figure, axes, rows of the CSV) of two panels (label of x, {condition: points}); (None, [], [])
+    """Return (figure, axes, rows of the CSV) of panels (label of x, {condition: points}); (None, [], [])
     where no curve has two points."""
     if max(len(points) for _, curves in panels for points in curves.values()) < 2:
         return None, [], []
-    figure, [both] = new_figure(11, 4.2, 1, 2)
+    figure, [both] = new_figure(5.5 * max(1.2, len(panels)), 4.2, 1, len(panels))
     rows = []
     for axes, (label, curves) in zip(both, panels, strict=True):
         for name, points in curves.items():
@@ -269,12 +234,9 @@ def draw_points(axes, name: str, points: dict[float, dict]) -> list[dict]:
 
 def positions_figure(metrics: dict, effects: Effects) -> tuple:
     single = {name: points_of(effects, name, shift=1) for name in ("keep_one", "drop_one")}
-    ends = ("mean_t", 0), ("identity", metrics["latent_size"])
-    ranked = {name: points_of(effects, name, *ends) for name in ("top_k", "top_random")}
-    figure, both, rows = curves_figure(
-        metrics, "other latents replaced by their position's mean; 95 % intervals",
-        ("position", single), ("latents kept per segment, k", ranked))
-    for axes in both:
+    figure, panels, rows = curves_figure(
+        metrics, "other latents replaced by their position's mean; 95 % intervals", ("position", single))
+    for axes in panels:
         tidy(axes, whole=True)
     return figure, rows
 

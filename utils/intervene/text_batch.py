@@ -119,7 +119,7 @@ class TextBatch:
         text = until_last_span(text, spans)
         if edit == "directed_llm":
             return self.llm_edited(place)
-        if edit.startswith("swap_"):  # even if it equals the item's own: a world of the mediation, not an edit
+        if edit.startswith("swap_"):  # what is imagined under another image, even if it equals the own
             donor = self.imagined_under(edit.removeprefix("swap_")).get(place, [])
             if len(donor) < len(spans):
                 raise NotEditable("no_donor", f"{len(donor)} imaginations under another image, expected "

@@ -6,7 +6,6 @@
     irrelevant          other words of their class, unrelated to the        a disturbance of that size
                         options, about as many as the directed edit changes
     removal             nothing between its marks                           whether its content is needed
-    something           "something" for the right option's value
     filler              as many "..." as it has words
     no_span             nothing, the marks removed too
     bare                one <think_image>, the placeholder of training
@@ -37,9 +36,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from utils.intervene.latent_conditions import DO_X
-from utils.intervene.text_edits import (NotEditable, count_mentions, direct, pick_slot, put_spans, swap,
-                                        total_distance, verify_directed)
-from utils.intervene.word_forms import SOMETHING, others, replace_values, reworded, survivors
+from utils.intervene.text_edits import (NotEditable, direct, pick_slot, put_spans, total_distance,
+                                        verify_directed)
+from utils.intervene.word_forms import others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
@@ -118,19 +117,6 @@ def directed(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     return replaced(text, spans, told, context)
 
 
-def something(text: str, spans: Spans, item: dict, context: Context) -> Edited:
-    """Put "something" for the right option's value."""
-    before = passages(text, spans)
-    slot = pick_slot(before, item, context.target)
-    if slot.kind == "polarity":
-        raise NotEditable("no_slot_value", "yes and no have no value that could be removed")
-    after = [swap(span, slot, SOMETHING)[0] for span in before]
-    if count_mentions(after, slot)["gold"]:
-        raise NotEditable("residual_gold", f"{slot.old!r} is still mentioned")
-    return replaced(text, spans, after, context, **{"from": slot.old, "to": SOMETHING,
-                                                "n_replaced": count_mentions(before, slot)["gold"]})
-
-
 def each(new: Callable[[str], str], text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Put new(span) for every span."""
     return replaced(text, spans, [new(span) for span in passages(text, spans)], context)
@@ -175,7 +161,7 @@ def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int
 EDITS: dict[str, Callable[..., Edited]] = {
     "sham": lambda text, spans, item, context: (text, edit_fields(*[passages(text, spans)] * 2, context)),
     "paraphrase": paraphrase, "irrelevant": irrelevant, "removal": partial(each, lambda span: ""),
-    "something": something, "filler": partial(each, lambda span: " ".join("..." for _ in span.split())),
+    "filler": partial(each, lambda span: " ".join("..." for _ in span.split())),
     "no_span": partial(around, ""), "bare": partial(around, OPEN),  # as --imagination placeholder trains
     "constant": partial(each, lambda span: CONSTANT), "foreign": foreign, "strict": alone,
     "directed": directed,
@@ -208,7 +194,7 @@ TEXT_CONDITIONS = {
     **{name: TextCondition(None, kind, again="own") for name, kind in DO_X.items()}}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in EDITS if name.startswith("truncate"))],
-                "full": [name for name in TEXT_CONDITIONS if name not in ("x_region", "directed_llm")]}
+                "full": [name for name in TEXT_CONDITIONS if name != "directed_llm"]}
 TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
 
 

@@ -111,15 +111,10 @@ def clauses(text: str) -> list[tuple[str, set[str]]]:
     return parts
 
 
-def swap(text: str, slot: Slot, filler: str | None = None) -> tuple[str, Counter]:
-    """Exchange the words of a slot, or put `filler` for the old one; count "gold" and "target"."""
+def swap(text: str, slot: Slot) -> tuple[str, Counter]:
+    """Exchange the words of a slot; count "gold" and "target"."""
     def put(part: str) -> tuple[str, Counter]:
-        if slot.kind == "polarity":
-            return negate(part, slot.old)
-        if filler is None:
-            return exchange(part, slot.old, slot.new)
-        part, mentions = replace_values(part, {slot.old: filler})
-        return part, Counter(gold=mentions[slot.old])
+        return negate(part, slot.old) if slot.kind == "polarity" else exchange(part, slot.old, slot.new)
 
     if slot.kind == "value" or not slot.referents:
         return put(text)
