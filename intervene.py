@@ -52,7 +52,7 @@ from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summariz
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
                                                find_condition)
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_shown
-from utils.intervene.planning import planning_item, swap_cells
+from utils.intervene.planning import open_others, planning_item
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_images, prompt_of, read_items
@@ -65,7 +65,7 @@ from utils.openai_backend import HttpBackend
 from utils.stats import effective_groups
 
 if TYPE_CHECKING:
-    from utils.intervene.prompts import Prompt, Settings
+    from utils.intervene.prompts import Settings
     from utils.qwen import Qwen
 
 MAX_ERROR_SHARE = 0.1  # of items whose images fail, before the run is refused
@@ -131,20 +131,6 @@ def run_batch(run: Run, batch: list[dict]) -> None:
                 check_guards(item["id"], name, records["clean"], record, run.exact)
             if run.get(item, name) is None:
                 run.put(item, name, record)
-
-
-def open_others(item: dict, images: list, root: str) -> dict[str, Prompt]:
-    """Return (item, images) of the item's answer-changing edit, and with its helper image in place of its
-    own, as far as it has them."""
-    from utils.intervene.prompts import open_helper
-    others = {}
-    if item.get("counterfactual"):
-        edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
-        changed = swap_cells(images, edited) if "swap" in edited else open_images(edited, root)
-        others["counterfactual"] = edited, changed
-    if helper := open_helper(item, images, root):
-        others["helper"] = item, [helper] * max(1, len(images))
-    return others
 
 
 def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bool) -> None:

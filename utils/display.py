@@ -214,9 +214,8 @@ def lengths(values: Sequence[float], ends: Sequence[Sequence[float]]) -> list[li
 
 
 def draw_bars(axes, places: Sequence[float], values: Sequence[float], ends: Sequence[Sequence[float]],
-              width: float, horizontal: bool = False, **more) -> None:
-    draw, side = (axes.barh, "xerr") if horizontal else (axes.bar, "yerr")
-    draw(places, values, width, **{side: lengths(values, ends)}, capsize=2, error_kw={"linewidth": 1}, **more)
+              width: float, **more) -> None:
+    axes.bar(places, values, width, yerr=lengths(values, ends), capsize=2, error_kw={"linewidth": 1}, **more)
 
 
 def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[Sequence[float]] | None,

@@ -1,10 +1,7 @@
 """Benchmark items: checked on reading, asked in fixed words."""
 import pytest
-from PIL import Image
 from samples import table
 
-from utils.images import ImageError
-from utils.intervene.prompts import open_helper
 from utils.items import ANSWER_TYPES, question_text, read_items
 from utils.jsonl import DataError, write_rows
 
@@ -51,15 +48,3 @@ def test_good_items_come_back_as_they_are(tmp_path):
     assert read_items(tmp_path / "items.jsonl", 1) == items[:1]
 
 
-def test_the_helper_is_its_own_image_or_the_region_enlarged(tmp_path, picture):
-    picture("helper.png", (56, 56), "blue")
-    board = Image.new("RGB", (300, 200), "white")
-    board.paste((255, 0, 0), (100, 50, 120, 90))
-    regional = ITEM | {"region": [100, 50, 120, 90]}
-    assert open_helper(ITEM, [board], tmp_path) is None
-    crop = open_helper(regional, [board], tmp_path)
-    assert crop.getcolors() == [(crop.width * crop.height, (255, 0, 0))]
-    assert crop.width * crop.height >= 224 * 224 and crop.height / crop.width == pytest.approx(2, rel=0.1)
-    assert open_helper(regional | {"helper": {"path": "helper.png"}}, [board], tmp_path).size == (56, 56)
-    with pytest.raises(ImageError, match="no such image"):
-        open_helper(ITEM | {"helper": {"path": "none.png"}}, [board], tmp_path)

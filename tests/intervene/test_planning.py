@@ -7,8 +7,8 @@ from PIL import Image
 from samples import shortest_path
 
 import intervene
-from utils.images import open_image
-from utils.intervene.planning import edited_boards, planning_item, read_path, swap_cells
+from utils.images import ImageError, open_image
+from utils.intervene.planning import edited_boards, open_others, planning_item, read_path, swap_cells
 from utils.items import walk_vsp
 from utils.jsonl import write_rows
 
@@ -128,3 +128,19 @@ def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, ite
         assert records["swap_counterfactual"]["correct"] is not follows
         if kind == "text":
             assert records["directed"]["pred"] == ("B" if follows else "A")
+
+
+def test_the_helper_is_its_own_image_or_the_region_enlarged(tmp_path, picture):
+    picture("helper.png", (56, 56), "blue")
+    plain, board = item_of([[1, 2], [0, 0]]), Image.new("RGB", (300, 200), "white")
+    board.paste((255, 0, 0), (100, 50, 120, 90))
+    assert open_others(plain, [board], tmp_path) == {}
+    regional = plain | {"region": [100, 50, 120, 90]}
+    (asked, (crop, second)), = open_others(regional, [board] * 2, tmp_path).values()
+    assert asked is regional and second is crop
+    assert crop.getcolors() == [(crop.width * crop.height, (255, 0, 0))]
+    assert crop.width * crop.height >= 224 * 224 and crop.height / crop.width == pytest.approx(2, rel=0.1)
+    named = open_others(regional | {"helper": {"path": "helper.png"}}, [board], tmp_path)
+    assert [image.size for image in named["helper"][1]] == [(56, 56)]
+    with pytest.raises(ImageError, match="no such image"):
+        open_others(plain | {"helper": {"path": "none.png"}}, [board], tmp_path)

@@ -7,7 +7,6 @@ from decoding import MIRAGE, embedded, load_with, one_pass
 from imagining import make_picture, write_items
 from PIL import Image
 
-import intervene
 from utils import qwen as Q
 from utils.decode import State, decode, prefill
 from utils.intervene.latent_batch import LatentBatch
@@ -194,17 +193,6 @@ def test_a_slot_oracle_puts_what_every_layer_reads_under_the_helper_image(batch)
     assert torch.allclose(torch.stack(row.slots[:n]), torch.stack(donor.slots[:n]), atol=1e-5)
     for layer in range(len(clean.slots[0])):  # each of them differs from the clean run's
         assert not torch.allclose(row.slots[0][layer], clean.slots[0][layer], atol=1e-3), layer
-
-
-def test_helper_images_are_opened_as_files_or_as_the_region(tmp_path, picture):
-    picture("h.png", (56, 56), "blue")
-    board = Image.new("RGB", (280, 280), "red")
-    assert intervene.open_others(item(0), [board], str(tmp_path)) == {}
-    regional = item(0) | {"region": [0, 0, 140, 140]}
-    (asked, images), = intervene.open_others(regional, [board] * 2, str(tmp_path)).values()
-    assert asked is regional and len(images) == 2 and images[0].width * images[0].height >= 224 * 224
-    named = intervene.open_others(regional | {"helper": {"path": "h.png"}}, [board], str(tmp_path))
-    assert [image.size for image in named["helper"][1]] == [(56, 56)]
 
 
 # ---- forced segments

@@ -98,7 +98,6 @@ def change_of_accuracy(pairs: list[Pair], n_all: int | None, margin: float) -> d
     readings, psi, n_effective = paired_readings(clean, after, groups), (b + c) / n, effective_groups(groups)
     interval = Interval.paired(readings)
     return {"acc_clean": sum(clean) / n, "acc_int": sum(after) / n,
-            "acc_ci95": [list(share_interval(side, groups)) for side in (clean, after)],
             "b": b, "c": c, "psi": psi, "delta": (c - b) / n, "ci90": interval.ci90, "ci95": interval.ci95,
             "delta_all": n_all and (c - b) / n_all, "p": p, "test": test,
             "tost_p": tost(readings, margin), "margin": margin,

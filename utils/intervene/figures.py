@@ -39,9 +39,8 @@ def draw_effects(metrics: dict, output: str) -> None:
 
 def write_figures(figures: dict[str, tuple], output: str) -> None:
     """Write each (figure, rows of its CSV) that is not (None, [])."""
-    for name, (figure, rows) in figures.items():
-        if figure is not None:
-            write_figure(figure, rows, f"{output}.{name}.png")
+    for name, (figure, rows) in ((name, parts) for name, parts in figures.items() if parts[0] is not None):
+        write_figure(figure, rows, f"{output}.{name}.png")
 
 
 def ends_of(effect: dict, *names: str) -> dict[str, float]:
@@ -53,14 +52,6 @@ def title_of(metrics: dict) -> str:
     emission = metrics["emission"]
     return (f"{Path(metrics['model']).name}: {metrics['arm']} imagination; "
             f"{emission['k']} of {emission['n']} items imagined something")
-
-
-def label_lines(axes, shown: dict, named: bool = True) -> None:
-    """Give every condition one line, the first at the top, `named` on the left."""
-    names = [f"{name} ({entry['site']})" if named else "" for name, entry in shown.items()]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    tidy(axes)
 
 
 # ---- one function per figure
@@ -87,8 +78,10 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
                          "change": effect[value], **ends_of(effect, "ci90", "ci95"), "margin": margin,
                          "acc_clean": effect["acc_clean"], "p": effect["p"], "holm_p": effect["holm_p"],
                          "verdict": effect["verdict"]})
-        label_lines(axes, shown, named=axes is panels[0])
-        axes.set_xlabel(label)
+        names = [f"{name} ({entry['site']})" if axes is panels[0] else "" for name, entry in shown.items()]
+        axes.set_yticks(range(len(shown)), names, fontsize=8)
+        axes.set(xlabel=label, ylim=(len(shown) - 0.5, -0.5))
+        tidy(axes)
     figure.suptitle(f"{title_of(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
                     fontsize=10)
     return figure, rows

@@ -1,4 +1,4 @@
-"""Planning items (VSP) as interventions take them: two boards that differ, and the moves that solve each.
+"""The other images of an item, and planning items (VSP): two boards that differ, and moves that solve them.
 
 Moves are read by walking them, in the free reply (R2); R0 and R1 score the shortest paths of the two boards.
 """
@@ -6,19 +6,21 @@ import random
 
 from PIL import Image
 
-from utils.items import find_cell, shortest_path, vsp_moves, walk_vsp
+from utils.images import crop_region
+from utils.items import find_cell, open_images, region_in, shortest_path, vsp_moves, walk_vsp
 from utils.reply_text import visible
 
 Board = list[list[int]]
+HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
 
 
 def edited_boards(board: Board) -> list[tuple[Board, list[list[int]]]]:
     """Return (board, [cell, cell] that change places) of every edit that makes the shortest path fail and
     leaves another: the goal and a safe cell, or a hole and a cell of that path."""
     size, path, found = range(len(board)), shortest_path(board), []
-    cells = [(row, column) for row in size for column in size]
-    moved = [find_cell(board, 2), *(cell for cell in cells if board[cell[0]][cell[1]] == -1)]
-    safe = [cell for cell in cells if board[cell[0]][cell[1]] == 0]
+    kinds = {(row, column): board[row][column] for row in size for column in size}
+    moved = [find_cell(board, 2), *(cell for cell, kind in kinds.items() if kind == -1)]
+    safe = [cell for cell, kind in kinds.items() if kind == 0]
     for (r, c), (row, column) in ((one, other) for one in moved for other in safe):
         edited = [list(line) for line in board]
         edited[r][c], edited[row][column] = edited[row][column], edited[r][c]
@@ -51,13 +53,11 @@ def planning_item(item: dict, seed: int) -> dict:
 
 def swap_cells(images: list[Image.Image], edited: dict) -> list[Image.Image]:
     """Return the pictures with the two cells of an edited item's "swap" exchanged in the first."""
-    image, size = images[0], len(edited["boards"]["B"])
-    boxes = [tuple(round(place * side / size) for place, side in (
-        (c, image.width), (r, image.height), (c + 1, image.width), (r + 1, image.height)))
-        for r, c in edited["swap"]]
-    result, pieces = image.copy(), [image.crop(box) for box in boxes]
-    for piece, box in zip(pieces[::-1], boxes):
-        result.paste(piece.resize((box[2] - box[0], box[3] - box[1])), box)
+    image, result = images[0], images[0].copy()
+    side = image.width / len(edited["boards"]["B"])  # of a cell, in pixels
+    boxes = [[round(side * n) for n in (c, r, c + 1, r + 1)] for r, c in edited["swap"]]
+    for box, other in zip(boxes, boxes[::-1]):
+        result.paste(image.crop(other).resize((box[2] - box[0], box[3] - box[1])), box)
     return [result, *images[1:]]
 
 
@@ -69,3 +69,18 @@ def read_path(item: dict, words: str) -> tuple[str | None, str, bool]:
         return None, "no_box", False
     solved = [letter for letter, board in item["boards"].items() if walk_vsp(board, moves)]
     return (solved[-1] if solved else "neither"), "boxed_path", item["answer"]["value"] in solved
+
+
+def open_others(item: dict, images: list[Image.Image], root: str) -> dict[str, tuple[dict, list]]:
+    """Return (item, images) of the item's answer-changing edit ("counterfactual") and of the item with the
+    image that helps with it ("helper": its own, else its region, enlarged), as far as it has them."""
+    others, shown = {}, None
+    if item.get("counterfactual"):
+        edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
+        changed = swap_cells(images, edited) if "swap" in edited else open_images(edited, root)
+        others["counterfactual"] = edited, changed
+    if item.get("helper"):
+        shown = open_images({"images": [item["helper"]]}, root)[0]
+    elif item.get("region"):
+        shown = crop_region(images[0], tuple(region_in(item, images[0].size)), HELPER_PIXELS)
+    return others | ({"helper": (item, [shown] * max(1, len(images)))} if shown else {})

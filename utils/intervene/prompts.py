@@ -4,7 +4,6 @@ The kinds of prompts are those of `utils.intervene.latent_conditions`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,16 +11,15 @@ from PIL import Image
 
 from utils.answers import answers_match, extract_choice, strip_label
 from utils.decode import State, prefill
-from utils.images import MASK_GREY, crop_region
+from utils.images import MASK_GREY
 from utils.intervene.latent_case import sampler
 from utils.intervene.planning import read_path
-from utils.items import gold_words, group_of, open_images, prompt_of, region_in
+from utils.items import gold_words, group_of, prompt_of
 from utils.latent_families import Intervention
 from utils.option_scores import describe_scores, score_options
 from utils.qwen import Qwen, encode
 
 BOX = "\\boxed{"
-HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
 
 
 class Prompt(NamedTuple):
@@ -237,13 +235,3 @@ def stem_of(words: str) -> str | None:
     """Return a reply's words up to and including the opening of its last box, if any."""
     place = words.rfind(BOX)
     return None if place < 0 else " " + words[:place].lstrip() + BOX
-
-
-def open_helper(item: dict, images: list[Image.Image], root: str | Path) -> Image.Image | None:
-    """Return the image that helps with an item: its "helper", else the "region" of the first of its `images`,
-    enlarged where it is small; None without either."""
-    if item.get("helper"):
-        return open_images({"images": [item["helper"]]}, root)[0]
-    if item.get("region"):
-        return crop_region(images[0], tuple(region_in(item, images[0].size)), HELPER_PIXELS)
-    return None
