@@ -9,8 +9,8 @@ import pytest
 from benchmark_fixtures import picture, struct, text_of, write_parquet
 
 from utils.evaluate.benchmarks import TABLE, prepare
+from utils.evaluate.scoring import rotation_of
 from utils.evaluate.sources import file_rows
-from utils.items import rotation_of
 from utils.jsonl import DataError
 
 DATA = picture(3)
