@@ -55,7 +55,8 @@ DENIED = re.compile(
     r"|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
 YES_NO_FIRST = re.compile(
     r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
-    r"(?:[,.;:!(–—、。-]|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1)\b)", re.IGNORECASE)
+    r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1"
+    r"|(?:and|but)(?! yes| no))\b)", re.IGNORECASE)
 HEAD_END = re.compile(rf"[.!]\s|\n|,?\s(?={REASON.pattern})")
 QUANTITY = re.compile(
     r"([$€£¥]?)\s*([-+]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(?:/(\d+(?:\.\d+)?))?\s*([%°$€£¥]|km/h|[a-z]*)")

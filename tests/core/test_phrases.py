@@ -96,15 +96,18 @@ def test_numbers_in_any_spelling_are_one_answer():
 def test_what_is_no_full_statement_of_a_truth_or_a_yes():
     for reply, truth in (("The table shows 5 wins. True", "1"), ("The table shows 5 wins.\n\nFalse", "0"),
                          ("No, it is false.", "0"), ("True or false?", None),
-                         ("True/False: False", "0"), ("The number of true answers is 5.", None)):
+                         ("True/False: False", "0"), ("It is true only if he won.", None),
+                         ("The answer is False and not True.", "0"),
+                         ("The number of true answers is 5.", None)):
         assert read_truth(reply).value == truth, reply
     for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
                         ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None),
                         ("Answer - yes", "yes"), ("__No__", "no"),
-                        ("So yes, there is.", "yes"), ("Ja", None), ("No…", "no"),
+                        ("So yes, there is.", "yes"), ("Ja", None), ("No…", "no"), ("Yes and no.", None),
+                        ("yes ✅", "yes"), ("No but close", "no"), ("Not a dog, therefore no.", "no"),
                         ("The answer would be no.", "no")):
         assert read_yes_no(reply).value == word, reply
-    assert read_value("Therefore, the answer is 12").value == read_value("> 12").value == "12"
+    assert read_value("Therefore, the answer is 12").value == read_value("Answer - 12").value == "12"
     assert read_value("正确答案：1987").value == read_value("Réponse : 1987").value == "1987"
 
 

@@ -12,7 +12,7 @@ from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, strai
                                               vlmevalkit_realworld, vtabfact, vwtq, without_label, yes_or_no)
 from utils.items import group_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
-from utils.phrases import CJK, NEGATION, NOUN, SENTENCE_END
+from utils.phrases import CJK, CONTRAST, NEGATION, NOUN, SENTENCE_END
 from utils.reply_text import find_boxes, unwrap, visible
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
@@ -22,8 +22,8 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 
 # ---- reading a reply
 LABEL = re.compile(
-    r"^>\s*|^[\s*_#>]*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:(?:the\s+)?(?:(?:final|correct)\s+)?"
-    rf"(?:{NOUN})(?:[\s*_]*:|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    r"^>\s*|^[\s*_#>]*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?"
+    rf"(?:{NOUN})(?: to (?:the|your) question)?(?:[\s*_]*:|\s+[–-]\s|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
     rf"|(?:正确|最终)?(?:{CJK})\s*[是为は은는:][\s*:]*)[\s*_]*", re.I)
 TRUTH_WORD = re.compile(
     r"\b(true(?!\s+(?:value|number|total|count|amount|answers|rows))|false)\b", re.IGNORECASE)
@@ -34,10 +34,11 @@ TRUTH_SAID = re.compile(
     r"\b(?:answer|statement|claim)\s*(?:is|:)[\s*_:\"]*(true|false)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 HEDGE = re.compile(r"\b(?:partially|partly|half|mostly|would be|could be|might be|may be|if)\W+$")
 TURN_OF_TRUTH = re.compile(r"\b(?:so|thus|therefore|hence|but|which|not)\b|,")
-DENIED = re.compile(r"\W*(?:is|was|would be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
+DENIED = re.compile(r"\s+only\b|\W*(?:is|was|would be)\s+(?:wrong|incorrect|not)\b", re.IGNORECASE)
 TRUTH = {"true": "1", "false": "0", "yes": "1", "no": "0", "1": "1", "0": "0"}
 YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-YES_NO_LAST = re.compile(r"(?:[,.;:!?\n]|\b(?:so|is|say|think))[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
+YES_NO_LAST = re.compile(
+    r"(?:[,.;:!?\n]|\b(?:so|is|say|think|therefore|thus|hence))[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
 YES_NO_SAID = re.compile(
     r"\banswer[\s*_]*(?:is|(?:w|sh)ould be|[:–-])[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
 COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
@@ -74,7 +75,7 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     content, rule = answer_part(output)
     if not content:
         return Reading(None, "empty")
-    content = ASKED.sub("", content)
+    content = CONTRAST.sub("", ASKED.sub("", content))
     word = unwrap(LABEL.sub("", unwrap(content))).lower()
     if word in TRUTH:
         return Reading(TRUTH[word], f"{rule}_truth")
