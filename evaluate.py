@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from utils.backends import ErrorRateError, LocalBackend, render
+from utils.backends import LocalBackend, render
 from utils.call_flags import add_journal_flags, add_server_flags, open_backend
 from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
@@ -392,11 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(json.dumps(show_prompt(items, protocol, args)))
         return 0
-    try:
-        answers = answer_and_judge(items, protocol, spec, args)
-    except ErrorRateError as error:
-        log(f"stopped: {error}")
-        return 4
+    answers = answer_and_judge(items, protocol, spec, args)
     if answers is None:
         print(f"process {rank_world()[0]}: its share is done; the last to finish writes {args.output}",
               file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from benchmark_fixtures import EXPECTED, FILES
 from fault_server import calls_of, serving
-from processes import command, rank_of
+from processes import command, rank_of, run_here
 from samples import framed, shortest_path
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -334,7 +334,7 @@ def test_a_judge_reads_what_no_rule_does_and_changes_nothing_else(items, tmp_pat
 def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_path):
     change(items, question=lambda n, item: "vague? " + ("" if n else "fault:prose"))
     with serving(tmp_path, name="m.jsonl", faults=False) as (_, model):
-        assert evaluate.main([*remote(items, model), *judged_by("http://127.0.0.1:9/v1")]) == 4
+        assert run_here("evaluate", [*remote(items, model), *judged_by("http://127.0.0.1:9/v1")]) == 4
         assert not calls_of(tmp_path, "m.jsonl")  # no judge, no start
         with serving(tmp_path, name="k.jsonl") as (_, judge):
             assert evaluate.main([*remote(items, model), *judged_by(judge)]) == 3
@@ -358,7 +358,7 @@ def test_a_server_that_fails_on_an_item_or_is_gone_is_reported(items, tmp_path):
         assert evaluate.main(remote(items, model)) == 3 and not calls_of(tmp_path, "n.jsonl")
         assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0
         assert len(calls_of(tmp_path, "n.jsonl")) == 1
-    assert evaluate.main(remote(items, model, "--server_wait", "1", output="new.jsonl")) == 4
+    assert run_here("evaluate", remote(items, model, "--server_wait", "1", output="new.jsonl")) == 4
 
 
 def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):

@@ -135,10 +135,6 @@ class Prepared(NamedTuple):
     failed: list[Reply]
 
 
-class ErrorRateError(RuntimeError):
-    """Too many calls fail, or no server answers."""
-
-
 class LocalBackend:
     """Decoding in this process, greedy or by `choose`(request) (see `Intervention.choose`), in left-padded
     batches of similar length, of at most `batch_size` requests and `batch_tokens` tokens, replies at full

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.backends import ErrorRateError, LocalBackend, log_textless
+from utils.backends import LocalBackend, log_textless
 from utils.cli import add_fresh_flag, log, parse_count, rank_world, read_api_key
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
@@ -156,9 +156,6 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
         return 0
     try:
         samples, results, stats = work_on(args, stage, samples)
-    except ErrorRateError as error:
-        log(f"stopped: {error}")
-        return 4
     except IncompleteError as error:
         if args.export_only:
             raise DataError(f"{args.output}.run: {error}; run without --export_only first") from error

@@ -18,6 +18,10 @@ LONGEST_ERROR = 8000  # characters shown of a message that quotes its input
 API_KEY = "OPENAI_API_KEY"  # environment variable
 
 
+class ErrorRateError(RuntimeError):
+    """Too many calls fail, or no server answers."""
+
+
 def rank_world() -> tuple[int, int, int]:
     """Return (rank, world size, local rank) as torchrun sets them, else (0, 1, 0)."""
     return tuple(int(os.environ.get(name, default))
@@ -31,7 +35,7 @@ def log(message: str) -> None:
 
 
 def cli(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code: 2 after a DataError, 130 after Ctrl-C or SIGTERM."""
+    """Run `main`; return its exit code: 2 after a DataError, 4 an ErrorRateError, 130 Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     gc.set_threshold(50_000, 20, 100)  # many rows, none in a cycle: 10 % faster
     try:
@@ -39,6 +43,9 @@ def cli(main: Callable[[], int]) -> int:
     except DataError as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         return 2
+    except ErrorRateError as error:
+        print(f"stopped: {shorten(str(error))}", file=sys.stderr)
+        return 4
     except KeyboardInterrupt:
         print("interrupted; run the same command again, a stage with a journal resumes", file=sys.stderr)
         return 130

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.backends import FINISHED, ErrorRateError, Request, lacks_text
-from utils.cli import rank_world, stop_on_signals
+from utils.backends import FINISHED, Request, lacks_text
+from utils.cli import ErrorRateError, rank_world, stop_on_signals
 from utils.journal import Journal
 from utils.jsonl import call_key, check_fields
 from utils.reply_text import parse_json_reply, schema_fault

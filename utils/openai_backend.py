@@ -16,8 +16,8 @@ from threading import Event
 
 from huggingface_hub.utils import httpx
 
-from utils.backends import FILTERED, FINISHED, ErrorRateError, Reply, Request, read_finish, write_calls
-from utils.cli import API_KEY, log
+from utils.backends import FILTERED, FINISHED, Reply, Request, read_finish, write_calls
+from utils.cli import API_KEY, ErrorRateError, log
 from utils.images import ImageError, Picture, picture_url
 from utils.jsonl import DataError
 

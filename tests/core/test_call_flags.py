@@ -155,6 +155,24 @@ def test_whatever_a_server_sends_the_same_command_goes_on(world, tmp_path, stage
 
 
 @each_stage
+def test_what_an_earlier_version_took_for_a_reply_is_asked_again(world, tmp_path, stage):
+    path, journal = world(stage, [0, 1, 2, 4]), tmp_path / "out.jsonl.run" / "calls-00000-of-00001.jsonl"
+    with serving(tmp_path, latency=0) as (_, url):
+        assert run(stage, path, url) == 0
+        written, n_calls = bytes_of(stage, tmp_path), len(calls_of(tmp_path))
+        records = [json.loads(line) for line in journal.read_text().splitlines()]
+        for record, finish in zip(records, ({"type": "stop"}, "abort", None)):
+            record["finish_reason"] = finish
+        write_rows(journal, records)
+        assert run(stage, path, url, "--export_only") == 0 and bytes_of(stage, tmp_path) == written
+        assert run(stage, path, url) == 0 and bytes_of(stage, tmp_path) == written
+        assert len(calls_of(tmp_path)) == n_calls + 3
+        write_rows(journal, [records[3] | {"text": 7}])
+        with pytest.raises(DataError, match="jsonl:1: damaged journal line .*'text' should be str, got int"):
+            run(stage, path, url)
+
+
+@each_stage
 def test_replies_without_text_are_told_and_asked_for_again(world, tmp_path, stage, capsys):
     """Reasoning and tool calls that a server takes out of the text; the words of the fault are sent along."""
     call = {"function": {"name": "n", "arguments": "{}"}}

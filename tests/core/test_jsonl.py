@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.cli import LONGEST_ERROR, cli, rank_world, shorten
+from utils.cli import LONGEST_ERROR, ErrorRateError, cli, rank_world, shorten
 from utils.journal import Journal
 from utils.jsonl import (DataError, call_key, check_fields, load_object, located_rows, read_rows, sha256_file,
                          write_json, write_meta, write_rows)
@@ -123,6 +123,8 @@ def test_cli_exit_codes(capsys):
     assert cli(lambda: 3) == 3
     assert cli(fail(DataError("x.jsonl:3: bad"))) == 2
     assert capsys.readouterr().err == "error: x.jsonl:3: bad\n"
+    assert cli(fail(ErrorRateError("20 failed"))) == 4
+    assert capsys.readouterr().err == "stopped: 20 failed\n"
     assert cli(fail(KeyboardInterrupt())) == 130
     with pytest.raises(ZeroDivisionError):
         cli(fail(ZeroDivisionError()))

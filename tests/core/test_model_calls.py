@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from utils import model_calls, rows
-from utils.backends import ErrorRateError, Reply
+from utils.backends import Reply
+from utils.cli import ErrorRateError
 from utils.journal import Journal
 from utils.jsonl import object_schema
 from utils.model_calls import Call, Caller, Guard, IncompleteError, Outcome, ask, fill, quantiles

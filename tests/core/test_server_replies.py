@@ -6,7 +6,8 @@ import pytest
 from fault_server import calls_of, raw, serving
 
 from utils import openai_backend
-from utils.backends import ErrorRateError, Reply, Request
+from utils.backends import Reply, Request
+from utils.cli import ErrorRateError
 from utils.openai_backend import HttpBackend
 
 ENDS = {"stop": ("stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", {"type": "stop", "by": 7}),

@@ -12,8 +12,8 @@ import re
 from dataclasses import replace
 
 from utils.answers import extract_choice
-from utils.backends import ErrorRateError, Request
-from utils.cli import log
+from utils.backends import Request
+from utils.cli import ErrorRateError, log
 from utils.evaluate.scoring import read_yes_no
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key
