@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
-from utils.display import intervene_blocks, plain_text, swept
+from utils.display import Block, Table, Text, intervene_blocks, percent, plain_text, swept
 from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
@@ -73,7 +73,9 @@ PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry
 # may change between restarts: settings of the summary, and conditions, which may be added
 FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margin_nll", "min_emitters",
                  "fresh", "dry_run", "editor_url", "api_key_file")
-
+# Mirage-7B on VSP, right of 400, %: CapImagine's stages 1 and 2; TRT (arXiv 2605.21642): identity, random, 0
+PUBLISHED = {"clean": "64.2 77.0 76.25", "tau": "64.0 77.2 -", "add_noise": "64.0 76.7 -",
+             "norm_noise": "64.5 76.2 74.75", "near_zero": "65.0 35.5 51.50"}
 DECLARED = ("conditions", "margin", "margin_nll", "min_emitters")
 
 
@@ -178,8 +180,7 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
 def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Return (calibration items, analysed items)."""
     n_calibration = args.calibration if args.latent != "off" else 0
-    limit = None if args.limit is None else n_calibration + args.limit
-    items = read_items(args.items, limit, ("mcq", "vsp_path"))
+    items = read_items(args.items, None if args.limit is None else n_calibration + args.limit)
     if len(items) <= n_calibration:
         raise DataError(f"{args.items}: {len(items)} items, of which --calibration takes {n_calibration}; "
                         "expected more, or a smaller --calibration")
@@ -243,6 +244,17 @@ def plan(args: argparse.Namespace, items: list[dict]) -> dict:
                      "difference_found": round(detectable_difference(psi, n), 4)} for psi in PSI}
     return {"effective_groups": round(n, 1), "groups_if_nothing_changes": items_with_no_change(args.margin),
             "with_changed_answers": changed}
+
+
+def published_blocks(items: list[dict], metrics: dict) -> list[Block]:
+    """Return what is published of Mirage on VSP next to this run of a model of its kind."""
+    if metrics["latent"] != "mirage" or any(item["metric"] != "vsp_path" for item in items):
+        return []
+    shown = {name: (entry["effect"] or {}).get("acc_int") for name, entry in metrics["conditions"].items()}
+    shown["clean"] = metrics["acc_clean_emitters"]["share"]
+    rows = [[name, percent(shown.get(name)), *row.split()] for name, row in PUBLISHED.items()]
+    return [Text("Published runs of Mirage-7B on VSP's 400 problems, accuracy in %."),
+            Table(["condition", "this run", "CapImagine, stage 1", "stage 2", "TRT"], rows)]
 
 
 def open_journal(args: argparse.Namespace) -> Journal:
@@ -399,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_sweeps(metrics, args.output)
     write_json(f"{args.output}.metrics.json", metrics)
     write_meta(args.output, args, [args.items], metrics["seconds"], margin=args.margin)
-    log(plain_text(intervene_blocks(metrics)))
+    log(plain_text(intervene_blocks(metrics) + published_blocks(items, metrics)))
     print(json.dumps(metrics))
     return 3 if n_errors else 0
 

@@ -153,7 +153,7 @@ fi
 # Stage 5: do(Z) on latents and on text; stage 6: similarity and probing
 intervene() {  # intervene NAME MODEL FLAGS...
   local one
-  for one in vstar hr4k; do
+  for one in ${tasks:-vstar hr4k}; do
     stage "intervene_$1_$one" 90 "$work/interventions/$1.$one.jsonl" "${many[@]}" intervene.py --items "$bench/$one.items.jsonl" \
       --model "$2" --output "$work/interventions/$1.$one.jsonl" --conditions full "${@:3}"   # {"stage": "intervene",
   done
@@ -169,7 +169,7 @@ intervene monet "$MONET" --latent monet_capimagine
 intervene lvr "$LVR" --latent lvr
 intervene latent "$work/latent" --latent mirage
 intervene text "$work/text" directed_llm --editor_model "$EDITOR_LLM" --editor_url http://127.0.0.1:8001/v1
-if [ -n "$MIRAGE" ]; then intervene mirage "$MIRAGE" --latent mirage; fi
+if [ -n "$MIRAGE" ]; then tasks=vsp intervene mirage "$MIRAGE" --latent mirage --suffix ""; fi
 stage interventions_done 0 "$work/interventions_done" touch "$work/interventions_done"
 stop_server
 prepare mme 2 mme

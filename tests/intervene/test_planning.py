@@ -109,14 +109,16 @@ def items(tmp_path):
 
 @pytest.mark.parametrize("follows", [True, False])
 @pytest.mark.parametrize("kind", ["text", "latent"])
-def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, items, imagining_model,
-                                                              tmp_path):
+def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, items, imagining_model, tmp_path,
+                                                              capsys):
     model, output = imagining_model(kind, follows), tmp_path / "out.jsonl"
     more = ["--latent", "mirage"] if kind == "latent" else []
     names = ["swap_counterfactual", "x_counterfactual", "identity" if kind == "latent" else "directed"]
     assert intervene.main(["--items", str(items), "--model", str(model), "--output", str(output),
                            "--max_new_tokens", "40", "--min_emitters", "8", "--calibration", "8", *more,
                            "--conditions", *names]) == 0
+    published = "| near_zero | - | 65.0 | 35.5 | 51.50 |"
+    assert (published in capsys.readouterr().err) == (kind == "latent")
     found = {}
     for record in map(json.loads, output.read_text().splitlines()):
         found.setdefault(record["id"], {})[record["condition"]] = record
