@@ -27,8 +27,8 @@ def ask(tmp_path, picture, monkeypatch, capsys):
             for n, text in enumerate(questions)])
         before, output = len(calls_of(tmp_path)), tmp_path / "out.jsonl"
         with serving(tmp_path, latency=0, faults=faults) as (_, url):
-            code = run_here("evaluate", [*flags, *words(items=tmp_path / "items.jsonl", output=output, model="m",
-                                                        backend="openai", base_url=url)])
+            code = run_here("evaluate", [*flags, *words(items=tmp_path / "items.jsonl", output=output,
+                                                        model="m", backend="openai", base_url=url)])
         calls = calls_of(tmp_path)[before:]
         if code in (2, 4):
             return code, None, None, capsys.readouterr().err, calls
