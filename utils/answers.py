@@ -3,14 +3,15 @@ r"""Read an answer from a model's reply, and compare answers. An unclear reply s
 The places in which `extract_choice` looks, in order, with the names that results carry:
   empty              nothing is left without thoughts, tool calls, special tokens and latent spans
   boxed_*            the last \boxed{}, \fbox{} or GLM box (boxed_open_*: none closes)
-  tag_*              the last <answer>...</answer>, <conclusion>, <final_answer> or <solution>
-  json_*             the last value of a key "answer"
+  tag_*              the last <answer>...</answer>, or <conclusion>, <solution>, <choice> and the like
+  json_*             the last value of a key "answer", "final_answer", "choice" or the like
   bare_*             a reply of one line that is a letter, "B. red" or exactly an option's text
   phrase             the last "answer is" / "answer:" / "I choose" / "B is correct" ... (utils.phrases)
   first_letter       a first line that is, or begins with, an option's letter and a mark
   last_letter        a last line that is a letter, or a letter with its text
-  bare_text_in       a short reply of one line that names exactly one option
-  tail_text          the last sentence names exactly one option (not in a reply cut off at its token limit)
+  bare_text_in       a short reply that names exactly one option, or begins with one ("Yes, ...")
+  tail_text          the last sentence names exactly one option (not in a reply cut off at its token limit),
+                     or the first of two, if the other says more about the same thing
   unresolved         none of these
 A box, tag, value or bare reply is letter | letter_text | text | text_in | conflict | unresolved; conflict is
 a letter with another option's text, or two places that differ. What a box leaves open, only a phrase after it

@@ -1,4 +1,4 @@
-"""Phrases that choose an option, in nine languages, and options named in words.
+"""Phrases that choose an option, in ten languages, and options named in words.
 
 A phrase counts only as a statement: never in a question, after a negation, in a list of letters, or where its
 letter may be the article "A". All letters are treated alike. A named option counts only if it is the only
