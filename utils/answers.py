@@ -140,13 +140,14 @@ def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> 
 
 
 def without_options(text: str, options: dict[str, str]) -> str:
-    """Return text without lines that repeat the list of options."""
+    """Return text without the lines that list the options; a line that repeats one of them stays."""
     lines, echoes = text.split("\n"), {}
     for number, line in enumerate(lines):
         head = LETTER_TEXT.fullmatch(line.strip(" \t*_-"))
-        if head and head[2].strip() and head[1] in options and fold(head[3]) == fold(options[head[1]]):
+        new = head and head[1] in options and head[1] not in echoes.values()
+        if new and head[2].strip() and fold(head[3]) == fold(options[head[1]]):
             echoes[number] = head[1]
-    if len(set(echoes.values())) < 2:
+    if len(echoes) < 2:
         return text
     return "\n".join(line for number, line in enumerate(lines) if number not in echoes).strip()
 
