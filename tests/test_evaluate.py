@@ -296,7 +296,7 @@ def test_several_benchmarks_of_one_source_are_one_run(server, tmp_path):
     code, _, metrics = run(tmp_path, "tablevqa/vwtq", "tables.tsv", "--benchmark", "tablevqa/vwtq",
                            "tablevqa/vtabfact", "--model", "m", "--backend", "openai", "--base_url", server)
     assert code == 0 and metrics["own_scores"]["tablevqa"]["splits"] == 2 and metrics["n"] == 5
-    assert "tablevqabench" in metrics["compat"] and metrics["numeric"]["correct"] == 0
+    assert "tablevqabench" in metrics["compat"]
 
 
 def remote(items, url, *more, output="out.jsonl"):

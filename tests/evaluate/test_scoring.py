@@ -5,7 +5,7 @@ from samples import table
 from utils.evaluate import reference_scorers
 from utils.evaluate.reference_scorers import vwtq
 from utils.evaluate.scoring import (check_scorable, compat_right, gold_text, n_options, read_truth,
-                                    read_value, read_yes_no, score, vwtq_numeric)
+                                    read_value, read_yes_no, score)
 from utils.jsonl import DataError
 
 LETTERS = [["A", "red"], ["B", "blue"], ["C", "green"]]
@@ -45,8 +45,7 @@ def test_a_reply_that_no_rule_reads_is_unresolved_whatever_other_rules_make_of_i
 
 def test_columns_of_other_rules_may_differ_from_ours():
     result = score(WTQ | {"answer": {"type": "values", "value": ["1234"]}}, said("\\boxed{1,234}"))
-    assert (result["verdict"], result["numeric"]) == ("incorrect", True)
-    assert result["compat"] == {"tablevqabench": False}
+    assert (result["verdict"], result["compat"]) == ("incorrect", {"tablevqabench": False})
     result = score(FACT, said("At first it looks true. \\boxed{False}"))
     assert (result["verdict"], result["compat"]["tablevqabench"]) == ("correct", None)
     assert not compat_right({"gold": False, **result}, "tablevqabench")  # it reads no box
@@ -84,6 +83,6 @@ def test_a_word_before_the_token_limit_decides_nothing_unless_it_is_the_whole_an
     assert read_yes_no("So \\boxed{yes}", "length").value == "yes"
 
 
-@pytest.mark.parametrize("value, gold, official, numeric", [case.values() for case in table("numbers")])
-def test_numbers_with_and_without_their_marks(value, gold, official, numeric):
-    assert (vwtq(value, gold), vwtq_numeric(value, gold)) == (official, numeric)
+@pytest.mark.parametrize("value, gold, official", [case.values() for case in table("numbers")])
+def test_numbers_with_their_marks(value, gold, official):
+    assert vwtq(value, gold) == official

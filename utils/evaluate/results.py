@@ -52,8 +52,6 @@ def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = Non
                "unresolved_rules": counted(record["extraction"]["rule"] for record in scored
                                            if record["verdict"] == "unresolved"),
                "compat": compat_shares(scored)}
-    if any("numeric" in record for record in scored):
-        result["numeric"] = share(scored, lambda record: record.get("numeric", False))
     if any(record.get("judge") for record in scored):
         result["with_judge"] = judge_shares(scored)
     if imagines:
@@ -105,13 +103,9 @@ def right_with_judge(record: dict, name: str) -> bool:
 
 def judge_shares(records: list[dict]) -> dict:
     asked = [record for record in records if record.get("judge")]
-    agreement = [(record["verdict"], record["judge"]["right"]) for record in asked
-                 if not record["judge"]["error"]]
     return {**share(records, judged_right),
             "judged": sum(record["judged"] != record["verdict"] for record in asked), "asked": len(asked),
-            "judge_errors": sum(record["judge"]["error"] is not None for record in asked),
-            "rules_right_judge_wrong": agreement.count(("correct", False)),
-            "rules_wrong_judge_right": agreement.count(("incorrect", True))}
+            "judge_errors": sum(record["judge"]["error"] is not None for record in asked)}
 
 
 # ---- a benchmark's own scores
@@ -148,7 +142,7 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
     if halves:
         scores["cv_bench"] = with_floors(source_score, halves, right)
     if tables:
-        scores["tablevqa"] = {"macro": macro(tables), "micro": micro(tables), "splits": len(tables)}
+        scores["tablevqa"] = {"macro": macro(tables), "splits": len(tables)}
     return scores
 
 
@@ -163,10 +157,6 @@ def parts_of(records: list[dict]) -> dict[str, list[dict]]:
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def micro(parts: dict[str, list[bool]]) -> float:
-    return mean([hit for part in parts.values() for hit in part])
 
 
 def macro(parts: dict[str, list[bool]]) -> float:

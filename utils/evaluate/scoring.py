@@ -41,8 +41,6 @@ YES_NO_LAST = re.compile(
     r"(?:[,.;:!?\n]|\b(?:so|is|say|think|therefore|thus|hence))[\s*_\"]*(yes|no)[\s*_.!\"]*$", re.IGNORECASE)
 YES_NO_SAID = re.compile(
     r"\banswer[\s*_]*(?:is|(?:w|sh)ould be|[:–-])[\W_]*(yes|no)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
-COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # between thousands
-AMOUNT = re.compile(r"\$?\s*([-+]?\$?\d[\d,]*(?:\.\d+)?)\s*%?")
 
 
 class Reading(NamedTuple):
@@ -146,17 +144,6 @@ def answer_part(output: str) -> tuple[str, str]:
     return content.strip(), label[:-1] + ("" if closed or label != "boxed_" else "_open")
 
 
-def vwtq_numeric(value: str, gold: str) -> bool:
-    """Return `vwtq`, for which "1,234" is not 1234, without thousands' commas, $ and % in numbers (ours)."""
-    return vwtq(bare_numbers(value), bare_numbers(gold))
-
-
-def bare_numbers(text: str) -> str:
-    parts = [part.strip() for part in text.replace("||", "|").split("|")]
-    amounts = [AMOUNT.fullmatch(COMMA.sub("", part)) for part in parts]
-    return "|".join(amount[1].replace("$", "") if amount else part for part, amount in zip(parts, amounts))
-
-
 # ---- scoring a reply
 def score_mcq(item: dict, record: dict) -> dict:
     options, text = dict(item["options"]), record["clean_output"]
@@ -176,9 +163,7 @@ def score_vsp(item: dict, record: dict) -> dict:
 def score_wtq(item: dict, record: dict) -> dict:
     gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
     value, rule = read_value(text)
-    known = value is not None
-    return verdict(value, rule, known and vwtq(value, gold)) | {
-        "numeric": known and vwtq_numeric(value, gold),
+    return verdict(value, rule, value is not None and vwtq(value, gold)) | {
         "compat": {"tablevqabench": vwtq(without_label(text), gold)}}
 
 
@@ -201,7 +186,7 @@ SCORE = {"mcq": score_mcq, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": s
 
 
 def score(item: dict, record: dict) -> dict:
-    """Return an item's "extraction", "verdict" and "compat"; for wtq also "numeric"."""
+    """Return an item's "extraction", "verdict" and "compat"."""
     if "error" in record:
         return {"extraction": {"value": None, "rule": record["error"]}, "verdict": "error", "compat": {}}
     return SCORE[item["metric"]](item, record)

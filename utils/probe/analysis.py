@@ -12,7 +12,6 @@ from utils.probe.similarity import Cell, CellSimilarity, correct, draw_halves, u
 from utils.probe.states import STORED, States
 from utils.stats import holm
 
-SHARES = (0.90, 0.95, 0.99)  # of the variance
 MOST_ALIKE = 0.99  # ordinary tokens with a higher mean cosine leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper
 
@@ -20,55 +19,42 @@ SHOWN = 100  # instances in a heat map, as in the paper
 # ---- spectrum, CKA, retrieval
 def spectrum(states: np.ndarray) -> dict:
     """Return how many directions states [n, d] span around their mean: participation ratio (sum)^2 / sum of
-    squares, effective rank exp(entropy) (Roy and Vetterli 2007), "rank90" the directions that hold 90 %,
-    "top1" the largest share. All are bounded by n - 1. None where nothing varies."""
+    squares, effective rank exp(entropy) (Roy and Vetterli 2007), "top1" the largest share. The first two are
+    bounded by n - 1. None where nothing varies."""
     offsets = states - states.mean(0, dtype=np.float64)
     values = np.linalg.eigvalsh(offsets @ offsets.T)[::-1].clip(0)
-    ranks = [f"rank{100 * share:.0f}" for share in SHARES]
     if values[0] <= 1e-24 * max(float((states.astype(np.float64) ** 2).sum()), 1e-300):
-        return {"n": len(states), "participation_ratio": None, "effective_rank": None, "top1": None,
-                **dict.fromkeys(ranks)}
+        return {"n": len(states), "participation_ratio": None, "effective_rank": None, "top1": None}
     p = values / values.sum()
     positive = p[p > 0]
     return {"n": len(states), "participation_ratio": float(1 / (p**2).sum()),
-            "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())), "top1": float(p[0]),
-            **{name: int(np.searchsorted(np.cumsum(p), share - 1e-12) + 1)
-               for name, share in zip(ranks, SHARES)}}
+            "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())), "top1": float(p[0])}
 
 
-def cka(x: np.ndarray, y: np.ndarray, debiased: bool = True) -> float:
-    """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same instances. The
-    debiased form (Song et al. 2012, HSIC_1; n >= 4) has expectation 0 for independent sets, the biased one
+def cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same n >= 4 instances,
+    debiased (Song et al. 2012, HSIC_1): its expectation is 0 for independent sets, where the biased form has
     0.97 at n = 100, d = 3584."""
-    # about the mean, which changes neither form: the products of nearly constant states lose their digits
+    # about the mean, which changes nothing: the products of nearly constant states lose their digits
     offsets = (states - states.mean(0, dtype=np.float64) for states in (x, y))
     k, l = (own @ own.T for own in offsets)
-    hsic = hsic_debiased if debiased else hsic_biased
     return float(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
 
 
-def hsic_debiased(k: np.ndarray, l: np.ndarray) -> float:
+def hsic(k: np.ndarray, l: np.ndarray) -> float:
     n = len(k)
     k, l = (gram - np.diag(np.diag(gram)) for gram in (k, l))
     a, b = k.sum(0), l.sum(0)
     return ((k * l).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 * (a @ b) / (n - 2)) / (n * (n - 3))
 
 
-def hsic_biased(k: np.ndarray, l: np.ndarray) -> float:
-    k, l = (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean() for gram in (k, l))
-    return (k * l).sum() / (len(k) - 1) ** 2
-
-
 def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
-    """Return how well row i of `queries` [n, d] retrieves row i of `keys` by cosine: top-1 accuracy, mean
-    reciprocal rank, and both by chance. Tied keys are in random order."""
+    """Return how well row i of `queries` [n, d] retrieves row i of `keys` by cosine: top-1 accuracy, and
+    that by chance. Tied keys are in random order."""
     scores = unit(queries) @ unit(keys).T
     own, n = np.diag(scores)[:, None], len(keys)
     above, ties = (scores > own + 1e-6).sum(1), (abs(scores - own) <= 1e-6).sum(1)  # ties include the own key
-    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, n + 1))])
-    return {"n": n, "top1": float(((above == 0) / ties).mean()), "top1_chance": 1 / n,
-            "mrr": float(((harmonic[above + ties] - harmonic[above]) / ties).mean()),
-            "mrr_chance": float(harmonic[n] / n)}
+    return {"n": n, "top1": float(((above == 0) / ties).mean()), "top1_chance": 1 / n}
 
 
 # ---- all cells of a store
@@ -162,10 +148,9 @@ class Analysis:
                               "value": result["top1"], **result})
 
     def add_cka(self, place: dict, measure: str, x: np.ndarray, y: np.ndarray) -> None:
-        """Add both CKAs of two sets of states, if both vary."""
+        """Add the CKA of two sets of states, if both vary."""
         if min(np.ptp(states, axis=0).max() for states in (x, y)) > 0:
-            self.rows.append({**place, "measure": measure, "value": cka(x, y), "biased": cka(x, y, False),
-                              "n": len(x)})
+            self.rows.append({**place, "measure": measure, "value": cka(x, y), "n": len(x)})
 
     def ordinary_cosine(self) -> float | None:
         """Return c0, the mean cosine of text states of different instances; None if too high."""

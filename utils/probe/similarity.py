@@ -215,8 +215,7 @@ class CellSimilarity:
 
     def measure(self, cell: Cell) -> list[dict]:
         """Return rows of a cell. inter: pairs of instances; adjacent, first: this step and the one before, or
-        step 0, of one instance; drift: |z_t - z_(t-1)| / |z_(t-1)|; spread. Fewer than four instances give no
-        rows."""
+        step 0, of one instance; spread. Fewer than four instances give no rows."""
         self.matrices = {}
         if self.first is None or cell.layer != self.first.cell.layer:
             self.first = self.before = None
@@ -255,8 +254,4 @@ class CellSimilarity:
                 one, two = earlier.forms[form][in_earlier], later.forms[form][in_later]
                 rows.append({"measure": name, "form": form, "pairs": "all",
                              **boot.mean((unit(one) * unit(two)).sum(1))})
-        if name == "adjacent":
-            one, two = earlier.cell.states[in_earlier], later.cell.states[in_later]
-            lengths = np.linalg.norm(two - one, axis=1) / np.maximum(np.linalg.norm(one, axis=1), 1e-30)
-            rows.append({"measure": "drift", "form": "raw", "pairs": "all", **boot.mean(lengths)})
         return rows
