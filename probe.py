@@ -38,12 +38,12 @@ from typing import TYPE_CHECKING
 
 from utils.call_flags import add_call_flags
 from utils.cli import Help, add_model_flags, cli, log, parse_count
-from utils.display import interval, percent, plain_text
+from utils.display import plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
 from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
-from utils.probe.report import collect, write_report
+from utils.probe.report import collect, probe_blocks, write_report
 
 if TYPE_CHECKING:
     from utils.probe.states import States
@@ -60,7 +60,6 @@ One call per source writes --questions candidates. Each one that passes the rule
 by --answer_model, with --drop_blind also without it; wrong ones are dropped. <output>.run/verdicts.jsonl has
 every candidate with its reason.
 """
-SHOWN = ("spread", "retrieval", "retrieval_chance", "inter_raw")  # of similarity
 STORE_SETTINGS = ("model", "latent", "system", "suffix", "max_new_tokens", "max_pixels", "dtype")
 
 
@@ -172,13 +171,12 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespac
     instances = [item for item, imagined in zip(inputs.chosen, emitted) if imagined]
     interval_of_share = share_interval(emitted, list(map(group_of, inputs.chosen)), LEVEL)
     metrics = {"emission": {"k": len(instances), "n": len(emitted), "ci": interval_of_share}}
-    edit_rows, summary = measure_edits(store, inputs.edits, args.seed)
     if inputs.edits:
-        metrics["edits"] = summary
+        metrics["edits"] = measure_edits(store, inputs.edits, args.seed)
     if len(instances) >= 4:  # two in each half
         analysis = Analysis(store, instances, n_steps, args.seed)
         analysis.run()
-        write_rows(output / "probes.jsonl", analysis.rows + edit_rows)
+        write_rows(output / "probes.jsonl", analysis.rows)
         write_json(output / "similarity.json", analysis.curves())
         analysis.draw(output)
         metrics["similarity"], metrics["decoding"] = summarise(analysis.rows)
@@ -329,41 +327,8 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
     write_json(path, metrics)
     write_meta(args.output, args, [path for path in (*args.items, args.probe_items) if path],
                metrics["seconds"])
-    show(metrics)
+    log(plain_text(probe_blocks(metrics)))
     return metrics
-
-
-def show(metrics: dict) -> None:
-    if "emission" in metrics:
-        log("imagined something: {k} of {n} items".format(**metrics["emission"]))
-    for kind, means in (metrics["similarity"] or {}).items():
-        log(f"{kind:<12}" + "  ".join(f"{name} {'-' if means.get(name) is None else f'{means[name]:.3g}'}"
-                                      for name in SHOWN))
-    for kind, found in (metrics["decoding"] or {}).items():
-        log(f"{kind:<12}right answer by a linear probe {percent(found['accuracy'])} %, from the question "
-            f"alone {percent(found['question_only'])} %, shuffled {percent(found['shuffled'])} %, "
-            f"p {found['p']:.3f}")
-    split = (metrics["crossed"] or {}).get("all_steps")
-    if split and split["image"] is not None:
-        log("variance of imaginations: " + ", ".join(
-            f"{name}s {percent(split[name])} % (chance {percent(split[f'{name}_chance'])} %, p "
-            f"{split[f'{name}_p']:.3f})" for name in ("image", "question")))
-    for name, entry in metrics.get("edits", {}).items():
-        if name == "selectivity":
-            log("selectivity of masks: " + ", ".join(f"{kind} {show_ratio(ratio)}"
-                                                     for kind, ratio in entry.items()))
-        else:
-            log(f"{name:<16}{entry['emitted_too']} of {entry['emitted']} imagined again, moved relative to "
-                f"the text {show_ratio(entry['sensitivity'])}")
-    if metrics["probing"]:
-        for name, entry in metrics["probing"]["conditions"].items():
-            r0 = percent(entry["r0"]["accuracy"] if entry["r0"] else None)
-            log(f"{name:<12}{percent(entry['accuracy'])} % ({interval(entry['ci'])})  parsed "
-                f"{percent(entry['parsed'])} %  R0 {r0} %")
-
-
-def show_ratio(entry: dict | None) -> str:
-    return "{value:.2f} ({low:.2f} to {high:.2f})".format(**entry) if entry else "-"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Where a judge read both files, the same follows for its verdicts, as "judged".
 
 shows our numbers with the paper's in brackets. A file without a name gets a row of its own.
 """
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,20 +206,12 @@ PAPER = {"GPT-4o": (67.5, 59.0, 55.5, 52.0, 55.3, 59.4, *_NONE),
 
 
 @dataclass
-class Score:
-    """Answers (right or not) per part of a cell, and how many failed."""
-
-    parts: dict[str, list[bool]]
-    failed: int
-
-
-@dataclass
 class Result:
-    """A result file: its row, its scores by benchmark, its cells of DETAILS."""
+    """A result file: its row, right or not (None: failed) by benchmark, its cells of DETAILS."""
 
     path: str
     row: str
-    scores: dict[str, Score]
+    scores: dict[str, list[bool | None]]
     details: list[str]
 
 
@@ -226,14 +219,12 @@ def read_result(text: str) -> Result:
     """Read NAME=FILE or FILE, with its metrics."""
     name, _, path = text.rpartition("=")
     metrics_path = f"{path}.metrics.json"
-    metrics, rows, scores = load_object(metrics_path, AGAIN), read_results(path), {}
+    metrics, rows, scores = load_object(metrics_path, AGAIN), read_results(path), defaultdict(list)
     judged = "judged" if "with_judge" in metrics else "verdict"
     try:
         for row in rows:
-            benchmark = row["benchmark"]
-            score = scores.setdefault(benchmark, Score({benchmark: []}, 0))
-            score.parts[benchmark].append(row[judged] == "correct")
-            score.failed += row["verdict"] == "error" or row.get("judged") == "judge_error"
+            failed = row["verdict"] == "error" or row.get("judged") == "judge_error"
+            scores[row["benchmark"]].append(None if failed else row[judged] == "correct")
         protocol, cost = metrics["protocol"], metrics["efficiency"]
         row_name = name or f"{Path(protocol['model']).name} ({protocol['method']})"
         scored = metrics.get("with_judge") or metrics
@@ -254,35 +245,30 @@ def make_table(texts: list[str]) -> str:
     results, rows = list(map(read_result, texts)), {name: {} for name in PAPER}
     for result in results:
         row = rows.setdefault(result.row, {})
-        for benchmark, score in result.scores.items():
-            if benchmark in row:
-                raise DataError(f"--table {result.path}: {benchmark} is already in row {result.row!r}; "
-                                "expected it once, or another NAME=")
-            row[benchmark] = score
+        if twice := [benchmark for benchmark in result.scores if benchmark in row]:
+            raise DataError(f"--table {result.path}: {twice[0]} is already in row {result.row!r}; expected "
+                            "it once, or another NAME=")
+        row |= result.scores
     head = [*COLUMNS.values(), OVERALL]
     lines = []
     for name, scores in rows.items():
         paper = PAPER.get(name, (None,) * len(head))
-        ours = [*map(scores.get, COLUMNS), overall(scores)]
+        parts = {name: [scores[name]] for name in COLUMNS if name in scores}
+        if all(name in scores for name in TABLES):
+            parts[OVERALL] = [scores[name] for name in TABLES]
+        ours = map(parts.get, (*COLUMNS, OVERALL))
         lines.append([name, *map(cell, ours, paper)])
     return "\n".join(["Accuracy in %, strict or with the judge named below; in brackets the paper's.", "",
                       *table_lines(["model", *head], lines), "",
                       *table_lines(DETAILS, [result.details for result in results])]) + "\n"
 
 
-def overall(scores: dict[str, Score]) -> Score | None:
-    if not all(name in scores for name in TABLES):
-        return None
-    return Score({name: scores[name].parts[name] for name in TABLES},
-                 sum(scores[name].failed for name in TABLES))
-
-
-def cell(ours: Score | None, paper: float | None) -> str:
-    """Return our score (the macro mean of its parts), and the paper's in brackets."""
-    if ours is None:
+def cell(parts: list[list[bool | None]] | None, paper: float | None) -> str:
+    """Return our score, the macro mean of its parts, and the paper's in brackets."""
+    if parts is None:
         text = "not run" if paper is not None else "-"
-    elif ours.failed:
-        text = f"incomplete ({ours.failed} of {sum(map(len, ours.parts.values()))} failed)"
+    elif failed := sum(part.count(None) for part in parts):
+        text = f"incomplete ({failed} of {sum(map(len, parts))} failed)"
     else:
-        text = percent(macro(ours.parts))
+        text = percent(macro(parts))
     return text + (f" ({paper:.1f})" if paper is not None else "")

@@ -114,7 +114,7 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
     for record in records:
         by_name[record.get("benchmark") or ""].append(record)
     by_name = {name: rows for name, rows in by_name.items() if without_errors(rows)}
-    tables, halves = {}, []
+    tables, halves = [], []
     for name, everything in by_name.items():
         rows = without_errors(everything)
         if all("rotation" in record for record in rows):
@@ -133,7 +133,7 @@ def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
         elif name.startswith("cv_bench/"):
             halves += rows
         elif name.startswith("tablevqa/"):
-            tables[name] = list(map(right, rows))
+            tables.append(list(map(right, rows)))
         elif all(is_board(record["gold"]) for record in rows):
             detour = [needs_detour(record["gold"]) for record in rows]
             scores[name or "vsp"] = {
@@ -159,10 +159,10 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def macro(parts: dict[str, list[bool]]) -> float:
+def macro(parts: Iterable[list[bool]]) -> float:
     """Return the mean of the parts' shares: the paper's overall of TableVQABench, whose own script weights by
     items (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py)."""
-    return mean([mean(part) for part in parts.values()])
+    return mean(list(map(mean, parts)))
 
 
 def rotation_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
@@ -222,7 +222,7 @@ def pair_score(records: list[dict], hit: Callable[[dict], float]) -> float | Non
 
 def ability_score(records: list[dict], hit: Callable[[dict], float]) -> float:
     """MMStar's mean of its six abilities (MMStar-Benchmark/MMStar, eval/vlmeval/evaluate)."""
-    return macro({name: list(map(hit, part)) for name, part in parts_of(records).items()})
+    return macro(list(map(hit, part)) for part in parts_of(records).values())
 
 
 def source_score(records: list[dict], hit: Callable[[dict], float]) -> float | None:

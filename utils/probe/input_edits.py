@@ -112,15 +112,6 @@ def distances(store: States, kind: str, key: str, other: str) -> np.ndarray:
     return np.linalg.norm(states[0][:n].astype(np.float64) - states[1][:n], axis=1)
 
 
-def common_steps(pairs: Pairs) -> int:
-    return max((min(map(len, pair)) for pair in pairs), default=0)
-
-
-def at_step(pairs: Pairs, step: int) -> np.ndarray:
-    """Return the values [m, 2] of the samples that have the step in both series."""
-    return np.array([(a[step], b[step]) for a, b in pairs if min(len(a), len(b)) > step])
-
-
 def mean_over_steps(pairs: Pairs) -> np.ndarray:
     """Return the means [m, 2] over the steps that both series have."""
     n_steps = [min(map(len, pair)) for pair in pairs]
@@ -132,58 +123,28 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int) -> dict | None:
     return Bootstrap(len(above), seed=seed).ratio(above, below) if below.sum() > 0 else None
 
 
-def measure_edits(store: States, sets: dict[str, list[dict]], seed: int) -> tuple[list[dict], dict]:
-    """Return the rows of probes.jsonl, by step, and a summary by edit, in which each sample counts with its
-    mean over the steps."""
-    rows, summary, moved = [], {}, {}
+def measure_edits(store: States, sets: dict[str, list[dict]], seed: int) -> dict:
+    """Return {edit: how many imagined again, how far that moved, its ratio to the text}, and the selectivity
+    of the masks. Each sample counts with its mean over the steps."""
+    summary, moved = {}, {}
     for name, items in sets.items():
         emitted = [item for item in items if store.records[item["from"]]["emitted"]]
         both = [item for item in emitted if store.records[item["id"]]["emitted"]]
         moved[name] = {item["from"]: Moved(*(distances(store, kind, item["from"], item["id"])
                                              for kind in Moved._fields)) for item in both}
-        pairs = list(moved[name].values())
         summary[name] = {"asked": len(items), "emitted": len(emitted), "emitted_too": len(both),
                          "sensitivity": None}
-        means = mean_over_steps(pairs)
+        means = mean_over_steps(list(moved[name].values()))
         if len(means) >= 2:
             summary[name] |= {"change": float(means[:, 0].mean()), "sensitivity": ratio(*means.T, seed)}
-        rows += change_rows(name, pairs, seed)
     if {"mask_relevant", "mask_irrelevant"} <= set(moved):
-        more, summary["selectivity"] = selectivity(moved["mask_relevant"], moved["mask_irrelevant"], seed)
-        rows += more
-    return rows, summary
-
-
-def change_rows(name: str, pairs: Pairs, seed: int) -> list[dict]:
-    rows = []
-    for step in range(common_steps(pairs)):
-        at = at_step(pairs, step)
-        if len(at) < 2:
-            continue
-        place = {"layer": -1, "step": step, "form": "raw", "pairs": "all", "edit": name}
-        boot = Bootstrap(len(at), seed=seed)
-        rows += [{"kind": kind, **place, "measure": "change", **boot.mean(x)}
-                 for kind, x in zip(Moved._fields, at.T)]
-        missing = {"value": None, "low": None, "high": None, "n": len(at)}
-        rows.append({"kind": "imagination", **place, "measure": "sensitivity",
-                     **(ratio(*at.T, seed) or missing)})
-    return rows
-
-
-def selectivity(relevant: dict[str, Moved], irrelevant: dict[str, Moved],
-                seed: int) -> tuple[list[dict], dict]:
-    """Return rows by step, and {kind: ratio over all steps}, of what two masks move."""
-    rows, summary = [], {}
-    for k, kind in enumerate(Moved._fields):
-        pairs = [(relevant[name][k], irrelevant[name][k]) for name in relevant if name in irrelevant]
-        means = mean_over_steps(pairs)
-        summary[kind] = ratio(*means.T, seed) if len(means) >= 2 else None
-        for step in range(common_steps(pairs)):
-            at = at_step(pairs, step)
-            if len(at) >= 2 and (entry := ratio(*at.T, seed)):
-                rows.append({"kind": kind, "layer": -1, "step": step, "form": "raw", "pairs": "all",
-                             "edit": "mask", "measure": "selectivity", **entry})
-    return rows, summary
+        relevant, irrelevant = moved["mask_relevant"], moved["mask_irrelevant"]
+        summary["selectivity"] = {}
+        for k, kind in enumerate(Moved._fields):
+            means = mean_over_steps([(relevant[name][k], irrelevant[name][k])
+                                     for name in relevant if name in irrelevant])
+            summary["selectivity"][kind] = ratio(*means.T, seed) if len(means) >= 2 else None
+    return summary
 
 
 # ---- images x questions
@@ -197,27 +158,19 @@ def cross_items(items: list[dict], n_images: int, n_questions: int) -> list[list
 
 def split_crossed(store: States, grid: list[list[dict]], seed: int) -> dict:
     """Return the variance split over the images that always imagined something, of each step and of all steps
-    together, and how far swaps of images and of questions move the imagination relative to the first text
-    state."""
+    together."""
     name = store.find("imagination")
-    whole = [row for row in grid
-             if all({name, "text"} <= set(store.records[item["id"]]["tensors"]) for item in row)]
+    whole = [row for row in grid if all(name in store.records[item["id"]]["tensors"] for item in row)]
     result = {"asked": [len(grid), len(grid[0])], "images_that_always_imagined": len(whole), "steps": [],
               "all_steps": None}
     if len(whole) < 2 or len(grid[0]) < 2:
         return result
     states = [[store.load(item["id"], name) for item in row] for row in whole]
-    text = np.array([[store.load(item["id"], "text")[0] for item in row] for row in whole])
     n_steps = min(len(x) for row in states for x in row)
     every = np.array([[x[:n_steps] for x in row] for row in states])
     result["all_steps"] = variance_split(every.reshape(*every.shape[:2], -1), seed=seed)
-    for step in range(n_steps):
-        at = every[:, :, step]
-        entry = {"step": step + 1, **variance_split(at, seed=seed)}
-        for kind, axis in (("image", 0), ("question", 1)):
-            moved, reference = (np.linalg.norm(x - np.roll(x, 1, axis), axis=2).mean(1) for x in (at, text))
-            entry[f"{kind}_swap"] = ratio(moved, reference, seed)
-        result["steps"].append(entry)
+    result["steps"] = [{"step": step + 1, **variance_split(every[:, :, step], seed=seed)}
+                       for step in range(n_steps)]
     return result
 
 

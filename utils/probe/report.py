@@ -111,7 +111,7 @@ def settings_block(path: Path) -> Block:
     return Table(["setting", "value"], rows)
 
 
-# ---- one function per stage; intervene.py shows its own too
+# ---- one function per stage; intervene.py and probe.py show their own too
 def evaluate_blocks(metrics: dict) -> list[Block]:
     parts = {"all": metrics} | (metrics["categories"] if len(metrics["categories"]) > 1 else {})
     rows = [[name, str(part["n"]), percent(part["accuracy"]), interval(part["ci95"]),
@@ -147,6 +147,14 @@ def probe_blocks(metrics: dict) -> list[Block]:
                 for name in ("image", "question")]
         blocks += [Text("Variance of the states over crossed images and questions:"),
                    Table(["explained by", "share, %", "by chance, %", "p"], rows)]
+    edits = dict(metrics.get("edits", {}))
+    if masks := edits.pop("selectivity", None):
+        blocks.append(Text("What the relevant mask moves, to what the other one does: " + ", ".join(
+            f"{kind} {ratio_cell(entry)}" for kind, entry in masks.items()) + "."))
+    if edits:
+        rows = [[name, f"{entry['emitted_too']} of {entry['emitted']}", ratio_cell(entry["sensitivity"])]
+                for name, entry in edits.items()]
+        blocks.append(Table(["edit of the input", "imagined again", "moved, relative to the text"], rows))
     if probing := metrics["probing"]:
         rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
                  percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
@@ -155,6 +163,10 @@ def probe_blocks(metrics: dict) -> list[Block]:
                         f"chance {percent(probing['chance'])} %:"),
                    Table(["given", "accuracy, %", "interval", "parsed, %", "R0, %"], rows)]
     return blocks
+
+
+def ratio_cell(entry: dict | None) -> str:
+    return "{value:.2f} ({low:.2f} to {high:.2f})".format(**entry) if entry else "-"
 
 
 SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
