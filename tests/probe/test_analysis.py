@@ -1,8 +1,8 @@
-"""Spectrum, CKA, retrieval and the summary on states whose content is known."""
+"""Spectrum, retrieval and the summary on states whose content is known."""
 import numpy as np
 import pytest
 
-from utils.probe.analysis import Analysis, adjust, cka, retrieval, spectrum, summarise
+from utils.probe.analysis import Analysis, adjust, retrieval, spectrum, summarise
 from utils.probe.input_edits import variance_split
 from utils.probe.similarity import FORMS
 from utils.probe.states import States, StateWriter
@@ -13,27 +13,6 @@ def test_the_spectrum_of_equal_directions_counts_them():
     assert (found["participation_ratio"], found["effective_rank"]) == pytest.approx((8, 8))
     assert found["top1"] == pytest.approx(1 / 8)
     assert spectrum(np.ones((5, 3)))["participation_ratio"] is None
-
-
-def test_the_cka_of_independent_sets_is_near_zero():
-    """The biased form has 0.973 at n = 100, d = 3584."""
-    rng = np.random.default_rng(8)
-    x, y = rng.normal(size=(2, 100, 3584)).astype(np.float32)
-    assert cka(x, y) == pytest.approx(0, abs=0.02)
-    turn = np.linalg.qr(rng.normal(size=(50, 50)))[0]
-    assert cka(x[:, :50], 3 * x[:, :50] @ turn + 1) == pytest.approx(1)  # rotation, scale, shift
-
-
-def test_debiased_hsic_equals_its_definition_over_distinct_quadruples():
-    rng = np.random.default_rng(9)
-    x, y, n = rng.normal(size=(6, 2)), rng.normal(size=(6, 3)), 6
-
-    def hsic(k, l):
-        terms = [k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]) for i in range(n) for j in range(n)
-                 for q in range(n) for r in range(n) if len({i, j, q, r}) == 4]
-        return sum(terms) / len(terms)
-    k, l = x @ x.T, y @ y.T
-    assert cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
 
 
 def test_retrieval_of_same_unrelated_and_constant_states():
@@ -85,11 +64,6 @@ def test_the_summary_tells_constant_latents_from_independent_ones_and_no_correct
     assert found["constant"]["retrieval_chance"] == found["own"]["retrieval_chance"] == 1 / n
     assert split["own"]["image"] > 0.9 and split["own"]["image_p"] == 0.005
     assert abs(split["constant"]["image"] - 11 / 59) < 0.03 and split["constant"]["image_p"] > 0.05
-
-
-def test_cka_of_nearly_constant_states_keeps_its_digits():
-    x, y = np.random.default_rng(11).normal(size=(2, 30, 8))
-    assert cka(1e3 + 1e-4 * x, 1e3 + 1e-4 * y) == pytest.approx(cka(x, y), abs=1e-6)
 
 
 def test_the_summary_of_the_linear_probe_is_corrected_for_the_number_of_steps(tmp_path):

@@ -1,6 +1,6 @@
 """All measures of a store of states: similarity, and what cosines do not show. numpy only.
 
-Spectrum, CKA and retrieval work on [n, n] products, so that d may be large.
+Spectrum and retrieval work on [n, n] products, so that d may be large.
 """
 from pathlib import Path
 
@@ -16,7 +16,7 @@ MOST_ALIKE = 0.99  # ordinary tokens with a higher mean cosine leave nothing to 
 SHOWN = 100  # instances in a heat map, as in the paper
 
 
-# ---- spectrum, CKA, retrieval
+# ---- spectrum, retrieval
 def spectrum(states: np.ndarray) -> dict:
     """Return how many directions states [n, d] span around their mean: participation ratio (sum)^2 / sum of
     squares, effective rank exp(entropy) (Roy and Vetterli 2007), "top1" the largest share. The first two are
@@ -29,23 +29,6 @@ def spectrum(states: np.ndarray) -> dict:
     positive = p[p > 0]
     return {"n": len(states), "participation_ratio": float(1 / (p**2).sum()),
             "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())), "top1": float(p[0])}
-
-
-def cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the linear centred kernel alignment of states [n, d] and [n, e] of the same n >= 4 instances,
-    debiased (Song et al. 2012, HSIC_1): its expectation is 0 for independent sets, where the biased form has
-    0.97 at n = 100, d = 3584."""
-    # about the mean, which changes nothing: the products of nearly constant states lose their digits
-    offsets = (states - states.mean(0, dtype=np.float64) for states in (x, y))
-    k, l = (own @ own.T for own in offsets)
-    return float(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
-
-
-def hsic(k: np.ndarray, l: np.ndarray) -> float:
-    n = len(k)
-    k, l = (gram - np.diag(np.diag(gram)) for gram in (k, l))
-    a, b = k.sum(0), l.sum(0)
-    return ((k * l).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 * (a @ b) / (n - 2)) / (n * (n - 3))
 
 
 def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
@@ -76,8 +59,6 @@ class Analysis:
         self.tasks = np.array([str(item.get(field) or "all") for item in items])
         self.halves, self.targets = draw_halves(len(items), seed), [target_of(item) for item in items]
         self.probes: dict[bytes, tuple[list[int], LinearProbe | None]] = {}  # by the instances of a cell
-        images = [store.load(key, "image") for key in self.keys]
-        self.image = {i: image.mean(0) for i, image in enumerate(images) if image is not None}
         shapes = [r["tensors"]["inner"] for r in store.records.values() if "inner" in r["tensors"]]
         self.middle = shapes[0][1] // 2 if shapes else -1  # layer
         self.rows: list[dict] = []
@@ -111,16 +92,12 @@ class Analysis:
             before = cell
 
     def measure_cell(self, place: dict, cell: Cell) -> None:
-        """Add the spectrum of a cell, what a linear probe reads from it, and its CKA with the images."""
+        """Add the spectrum of a cell and what a linear probe reads from it."""
         self.rows.append({**place, "measure": "spectrum", **spectrum(cell.states)})
         testable, probe = self.probe_of(cell)
         if probe is not None:
             result = probe.measure(cell.states[testable])
             self.rows.append({**place, "measure": "decode", "value": result["above_shuffled"], **result})
-        shown = [n for n, i in enumerate(cell.instances) if i in self.image]
-        if place["kind"] != "image" and len(shown) >= 4:
-            images = np.stack([self.image[cell.instances[n]] for n in shown])
-            self.add_cka(place, "cka_image", cell.states[shown], images)
 
     def probe_of(self, cell: Cell) -> tuple[list[int], LinearProbe | None]:
         """Return the places of a cell's instances that can be probed, and their probe if they are enough.
@@ -135,22 +112,16 @@ class Analysis:
         return self.probes[key]
 
     def compare_cells(self, place: dict, before: Cell, cell: Cell) -> None:
-        """Add CKA and retrieval between a step and the one before."""
+        """Add the retrieval between a step and the one before."""
         both, now, earlier = np.intersect1d(cell.instances, before.instances, return_indices=True)
         if len(both) < 4:
             return
-        sides = cell.states[now], before.states[earlier]
-        self.add_cka(place, "cka_adjacent", *sides)
-        centred = [correct(states, self.halves[both], ["centred"]) for states in sides]
+        centred = [correct(states, self.halves[both], ["centred"])
+                   for states in (cell.states[now], before.states[earlier])]
         if None not in centred:
             result = retrieval(*(forms["centred"] for forms in centred))
             self.rows.append({**place, "form": "centred", "measure": "retrieval_adjacent",
                               "value": result["top1"], **result})
-
-    def add_cka(self, place: dict, measure: str, x: np.ndarray, y: np.ndarray) -> None:
-        """Add the CKA of two sets of states, if both vary."""
-        if min(np.ptp(states, axis=0).max() for states in (x, y)) > 0:
-            self.rows.append({**place, "measure": measure, "value": cka(x, y), "n": len(x)})
 
     def ordinary_cosine(self) -> float | None:
         """Return c0, the mean cosine of text states of different instances; None if too high."""
