@@ -193,16 +193,14 @@ def reply(data: dict, text: str) -> str:
         spans = [span if "fault:residual" in text else span.replace(old, new)
                  for span in json.loads(re.search(r"^Passages: (\[.*\])$", text, re.MULTILINE)[1])]
         value = {"edited": spans[1:] if "fault:missing" in text else spans, "changed_phrases": [new]}
-    elif "answerable" in asked:
-        value = {"reason": mark, "answerable": "no" if "fault:drop" in text else "yes",
-                 "observation_supports_answer": "yes",
-                 "chain_consistent": "unclear" if "fault:unclear" in text else "yes", "problems": []}
+    elif "stated" in asked:
+        price = re.search(r"costs (\S+)\.", text)  # all other rows are about a 42
+        value = {"reason": mark, "asked": "boat", "found": "boat", "seen": price[1] if price else "42",
+                 "stated": price[1] if price else "42", "problems": []}
     elif "questions" in asked:
         value = {"questions": write_questions(text, mark)}
-    elif "letter" in asked:
-        value = {"letter": choose_letter(text)}
     else:
-        value = {"answer": "42" if "42" in text else "unknown"}
+        value = {"letter": choose_letter(text)}
     if "fault:fenced" in text:  # the schema ignored
         return f"Sure!\n```json\n{json.dumps(value, indent=1)}\n```\nDone."
     # control characters unescaped inside strings, as xgrammar lets them pass

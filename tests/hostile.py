@@ -311,9 +311,9 @@ class StandInModel(StandIn):
     def reply(self, text: str) -> str:
         if "[1]" in text:
             return json.dumps({"segments": []})
-        if "judge this example" in text:
-            return json.dumps({"reason": "x", "answerable": "yes", "observation_supports_answer": "yes",
-                               "chain_consistent": "yes", "problems": []})
+        if "fill in this form" in text:
+            return json.dumps({"reason": "x", "asked": "boat", "found": "boat", "seen": "42", "stated": "42",
+                               "problems": []})
         return json.dumps({"caption": "a white 42 on a hull", "legible": "yes"})
 
 

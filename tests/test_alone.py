@@ -45,7 +45,7 @@ def project(tmp_path):
                      "answer": price, "licence": {"name": "CC0"},
                      "steps": [{"text": f"I look for {good}."},
                                {"image": detail, "operation": ("zoom", "draw")[n % 2]},
-                               {"text": f"It costs that. The answer is \\boxed{{{price}}}."}]})
+                               {"text": f"It costs {price}. The answer is \\boxed{{{price}}}."}]})
         options = sorted([letter, word] for letter, word in zip(letters, (price, "100", "千")))
         items.append({"id": name, "question": question, "answer": {"type": "letter", "value": letters[0]},
                       "options": options, "images": [{"path": whole}], "metric": "mcq", "drawn_by": "hand"})

@@ -115,7 +115,7 @@ def refinement_call(rng: random.Random) -> Lesson:
 
 
 def judgement_call(rng: random.Random) -> Lesson:
-    """The judge's call of filter_data.py. Each verdict is next to the pair that it compares."""
+    """The judge's call of filter_data.py, whose values code compares."""
     scene, question, seen = draw_case(rng)
     if seen == question.thing and rng.random() < 0.3:
         question = replace(question, answer=rng.choice([v for v in question.options if v != question.answer]))
@@ -125,14 +125,11 @@ def judgement_call(rng: random.Random) -> Lesson:
         segments = [(kind, text) for (kind, _), text in zip(segments, link(question, caption))]
     row = {"id": "", "images": [], "question": prompt_text(question), "answer": question.answer,
            "chain": join_chain(segments, final)}
-    value = getattr(seen, question.attribute) if seen else "nothing"
+    value = getattr(seen, question.attribute) if seen else "unclear"
     asked, shown = ((question.thing.color, seen.color) if question.operation == "zoom" else
-                    (question.thing.place, question.thing.place if seen else "nothing"))
-    answerable, supported = ("yes" if same else "no" for same in (shown == asked, value == question.answer))
-    reason = (f"asked {asked}, found {shown}: {answerable}; seen {value}, stated {question.answer}: "
-              f"{supported}")
-    reply = {"reason": reason, "answerable": answerable, "observation_supports_answer": supported,
-             "chain_consistent": supported, "problems": []}
+                    (question.thing.place, question.thing.place if seen else "not shown"))
+    reply = {"reason": "", "asked": asked, "found": shown, "seen": value, "stated": question.answer,
+             "problems": []}
     return [draw_scene(scene)], judge_call(row, Verdict(), ".", PROMPTS["filter"]).text, json.dumps(reply)
 
 

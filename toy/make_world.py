@@ -3,7 +3,7 @@
     python -m toy.make_world --output work/world
 
 Writes  <subset>/train.json and <subset>/images/ for the subsets Toy_zoom and Toy_draw (Monet-SFT's layout)
-        truth.jsonl: the planted fault of every training row; only the report reads it
+        truth.jsonl: the planted fault of every training row; filter_data.py --calibrate reads it
         bench.jsonl: held-out items for evaluate.py and intervene.py; probe.jsonl: questions for probe.py
         see.jsonl, find.jsonl, base.jsonl: rows for the base model's three trainings (toy/lessons.py)
 Prints  one JSON object with the counts

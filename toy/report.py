@@ -2,23 +2,21 @@
 
     python -m toy.report --work toy/work --seconds 600
 
-Reads   in --work: *.metrics.json of every stage, the filter's verdicts, the rewriter's rejections,
-        world/truth.jsonl
+Reads   in --work: *.metrics.json of every stage
 Writes  in --work: report.html (`utils.probe.report`, and the data), report.json
 Prints  one JSON object: accuracies with intervals, changes under do(Z), emission and follow rates, recall of
         the filter, seconds
 """
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from textwrap import fill
 
-from toy.make_world import BAD
-from utils.cli import cli, log
+from filter_data import share_rows
+from utils.cli import cli
 from utils.display import (EFFECTS, Block, Table, Text, effect_row, interval, mediation_table, percent,
                            table_lines)
-from utils.jsonl import load_object, read_rows, write_json
+from utils.jsonl import load_object, write_json
 from utils.probe.report import collect, write_report
 
 MODELS = ("base", "text", "latent")
@@ -33,28 +31,6 @@ SOURCES = {"image": "the image", "text_only": "the question alone", "own": "the 
            "other": "another image's imagination"}  # what questions of probe.py are answered from
 ALIKE = {"inter_raw": "mean raw cosine of two items", "spread": "variance over items / squared mean",
          "retrieval": "share of items found again one step later", "retrieval_chance": "the same by chance"}
-
-
-def filter_quality(work: Path) -> dict:
-    """Return precision and recall of stages 1 and 2 on the planted faults, overall and by first reason."""
-    truth = read_rows(work / "world" / "truth.jsonl", {"id": str})
-    rejected = read_rows(work / "rewritten.jsonl.run" / "rejected.jsonl", {"id": str, "reason": str})
-    verdicts = read_rows(work / "sft.jsonl.run" / "verdicts.jsonl", {"id": str, "reasons": list})
-    planted = {row["id"]: row["bad"] or "sound" for row in truth}
-    reason_of = {row["id"]: f"rewrite:{row['reason']}" for row in rejected}
-    reason_of |= {row["id"]: f"{row['stage']}:{row['reasons'][0]}" for row in verdicts if not row["keep"]}
-    n_rows, n_out = Counter(planted.values()), Counter(planted[name] for name in reason_of)
-    by_reason = {}
-    for reason in sorted(set(reason_of.values())):
-        counts = Counter(planted[name] for name in reason_of if reason_of[name] == reason)
-        by_reason[reason] = {"taken_out": counts.total(), "precision": 1 - counts["sound"] / counts.total(),
-                             "recall": {fault: counts[fault] / n_rows[fault] for fault in BAD
-                                        if counts[fault]}}
-    by_fault = {fault: {"rows": n_rows[fault], "taken_out": n_out[fault]} for fault in ("sound", *BAD)}
-    n_caught = sum(n_out[fault] for fault in BAD)
-    return {"precision": n_caught / len(reason_of) if reason_of else None,
-            "recall": n_caught / sum(n_rows[fault] for fault in BAD), "by_fault": by_fault,
-            "by_reason": by_reason}
 
 
 def brief(entry: dict) -> dict:
@@ -89,25 +65,18 @@ def gather(work: Path) -> dict:
             "mediation": {site: parts for metrics in (latent, text)
                           for site, parts in metrics["mediation"].items()},
             "rewrite": {key: rewritten[key] for key in ("read", "kept", "errors", "refined_share")},
-            "filter": {key: kept[key] for key in ("read", "kept", "errors")} | filter_quality(work),
+            "filter": {key: kept[key] for key in ("read", "kept", "errors", "calibration")},
             "stage_seconds": {name: metrics_of(name)["seconds"] for name in TIMED},
             "probing": {name: load_object(work / f"probe_{name}" / "metrics.json")
                         for name in ("text", "latent")}}
 
 
-def quality_table(quality: dict) -> tuple[list[str], list[list[str]]]:
-    rows = [[reason, str(part["taken_out"]), percent(part["precision"]),
-             ", ".join(f"{fault} {percent(share)}" for fault, share in part["recall"].items()) or "-"]
-            for reason, part in quality["by_reason"].items()]
-    return ["reason", "rows taken out", "precision, %", "recall of a planted fault, %"], rows
-
-
 def data_blocks(result: dict) -> list[Block]:
-    quality = result["filter"]
-    faults = [[name, str(part["rows"]), str(part["taken_out"])] for name, part in quality["by_fault"].items()]
-    return [Text("Data", "h2"), Table(["planted fault", "rows", "taken out by stages 1 and 2"], faults),
-            Table(*quality_table(quality)),
-            Text(f"Precision {percent(quality['precision'])} %, recall {percent(quality['recall'])} %; "
+    found = result["filter"]["calibration"]
+    lost = ", ".join(f"{n} {kind}" for kind, n in found["absent"].items()) or "none"
+    return [Text("Data", "h2"), Table(["planted faults, stage 2", "% of rows (95 % interval)"],
+                                      share_rows(found["shares"])),
+            Text(f"Rejected by stage 1: {lost}. "
                  f"{percent(result['rewrite']['refined_share'])} % of the chains were refined.")]
 
 
@@ -204,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
     result = gather(work) | {"seconds": args.seconds}
     write_report(work, "The toy's report", [*data_blocks(result), *collect(work)])
     write_json(work / "report.json", result)
-    log("\n".join(table_lines(*quality_table(result["filter"]))))
     print(json.dumps(result))
     return 0
 

@@ -43,7 +43,8 @@ stage base "$work/base" $lessons --data "$world/base.jsonl" --model "$work/find"
 # Stages 1 and 2 with that base as captioner, refiner and judge
 stage rewrite "$work/rewritten.jsonl" python rewrite_captions.py \
   --input "$world/Toy_zoom/train.json" "$world/Toy_draw/train.json" --output "$work/rewritten.jsonl" --prompts toy/prompts_rewrite.json $calls
-stage filter "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.jsonl" --output "$work/sft.jsonl" --prompts toy/prompts_filter.json $calls
+stage filter "$work/sft.jsonl" python filter_data.py --input "$work/rewritten.jsonl" --output "$work/sft.jsonl" --prompts toy/prompts_filter.json \
+  --calibrate "$world/truth.jsonl" $calls
 
 # Stage 3: text and latent imagination from the same rows
 for variant in text latent; do
