@@ -283,9 +283,7 @@ def test_five_benchmarks_are_compared_by_one_command(tmp_path, monkeypatch):
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     rows = read_rows(tmp_path / "out" / "probes.jsonl", {"kind": str})
-    pairs = {row["pairs"] for row in rows if row["measure"] == "inter"}
-    assert {"within", "between", "difference", "all"} <= pairs
-    assert "spread" in {row["measure"] for row in rows}
+    assert {"inter", "adjacent", "first", "spread"} <= {row["measure"] for row in rows}
 
 
 def test_a_dry_run_shows_a_prompt_and_counts_decodings(tiny_checkpoint, data, tmp_path, capsys):

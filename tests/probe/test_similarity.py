@@ -4,48 +4,45 @@ import pytest
 
 from utils.probe.analysis import retrieval
 from utils.probe.similarity import (FORMS, Bootstrap, Cell, CellSimilarity, PairBootstrap, apply_form,
-                                    calibrate, correct, cosine_matrix, draw_halves, pair_masks)
+                                    calibrate, correct, cosine_matrix, draw_halves)
 
 
-def measure_cells(cells, halves, tasks, n_boot=50):
-    similarity = CellSimilarity(halves, tasks, n_boot=n_boot)
+def measure_cells(cells, halves, n_boot=50):
+    similarity = CellSimilarity(halves, n_boot=n_boot)
     return [row for cell in cells for row in similarity.measure(cell)]
 
 
-def measure(states, tasks=None):
-    """Rows of [n, steps, d] by (step, measure, form, pairs)."""
+def measure(states):
+    """Rows of [n, steps, d] by (step, measure, form)."""
     n = len(states)
     cells = [Cell(-1, t, np.arange(n), states[:, t]) for t in range(states.shape[1])]
-    rows = measure_cells(cells, draw_halves(n, 0), np.zeros(n) if tasks is None else tasks, 200)
-    return {(row["step"], row["measure"], row["form"], row["pairs"]): row for row in rows}
+    return {(row["step"], row["measure"], row["form"]): row
+            for row in measure_cells(cells, draw_halves(n, 0), 200)}
 
 
 def test_means_over_pairs_and_steps_equal_explicit_loops():
     rng = np.random.default_rng(0)
-    states, tasks = rng.normal(size=(9, 3, 5)) + 1, np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    rows = measure(states, tasks)
+    states = rng.normal(size=(9, 3, 5)) + 1
+    rows, halves = measure(states), draw_halves(9, 0)
 
     def cos(a, b):
         return a @ b / np.sqrt((a @ a) * (b @ b))
 
     for t in range(3):
-        pairs = [(i, j, cos(states[i, t], states[j, t])) for i in range(9) for j in range(i)]
-        within, between = ([c for i, j, c in pairs if (tasks[i] == tasks[j]) is np.bool_(same)]
-                           for same in (True, False))
-        for name, wanted in (("all", [c for *_, c in pairs]), ("within", within), ("between", between)):
-            row = rows[t, "inter", "raw", name]
-            assert row["value"] == pytest.approx(np.mean(wanted), abs=1e-6) and row["pairs"] == name
-            assert row["low"] < np.mean(wanted) < row["high"]
-        difference = rows[t, "inter", "raw", "difference"]["value"]
-        assert difference == pytest.approx(np.mean(within) - np.mean(between), abs=1e-6)
+        # raw over all pairs; corrected states only where both are corrected by the same other half
+        centred = correct(states[:, t], halves, ["centred"])["centred"]
+        for form, own, same in (("raw", states[:, t], np.zeros(9)), ("centred", centred, halves)):
+            wanted = np.mean([cos(own[i], own[j]) for i in range(9) for j in range(i) if same[i] == same[j]])
+            row = rows[t, "inter", form]
+            assert row["value"] == pytest.approx(wanted, abs=1e-6) and row["low"] < wanted < row["high"]
         mean = states[:, t].mean(0)
-        assert rows[t, "spread", "raw", "all"]["value"] == pytest.approx(
+        assert rows[t, "spread", "raw"]["value"] == pytest.approx(
             ((states[:, t] - mean) ** 2).sum() / 8 / (mean @ mean), rel=1e-5)
     for t in (1, 2):
         before, now = states[:, t - 1], states[:, t]
         for name, wanted in (("adjacent", list(map(cos, before, now))),
                              ("first", list(map(cos, states[:, 0], now)))):
-            assert rows[t, name, "raw", "all"]["value"] == pytest.approx(np.mean(wanted), rel=1e-5)
+            assert rows[t, name, "raw"]["value"] == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
 def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else():
@@ -58,11 +55,11 @@ def test_a_common_direction_hides_identity_from_raw_cosine_and_from_nothing_else
     halves, found = draw_halves(n, 0), {}
     for name, (one, two) in (("told", told), ("mute", mute)):
         rows = measure(np.stack([one, two], axis=1))
-        assert all(rows[t, "inter", "raw", "all"]["value"] > 0.97 for t in (0, 1))
-        assert rows[1, "adjacent", "raw", "all"]["value"] > 0.97  # raw: the two sets look the same
-        found[name] = {form: rows[1, "adjacent", form, "all"]["value"] for form in FORMS[1:]}
+        assert all(rows[t, "inter", "raw"]["value"] > 0.97 for t in (0, 1))
+        assert rows[1, "adjacent", "raw"]["value"] > 0.97  # raw: the two sets look the same
+        found[name] = {form: rows[1, "adjacent", form]["value"] for form in FORMS[1:]}
         # held-out cosines of different instances: only the error of the mean of 30 is common, 1 / (30 + 1)
-        assert all(abs(rows[t, "inter", "centred", "all"]["value"] - 1 / 31) < 0.02 for t in (0, 1))
+        assert all(abs(rows[t, "inter", "centred"]["value"] - 1 / 31) < 0.02 for t in (0, 1))
         centred = (correct(x, halves, ["centred"])["centred"] for x in (one, two))
         found[name]["top1"] = retrieval(*centred)["top1"]
     assert found["told"]["top1"] == 1 and found["mute"]["top1"] < 0.1
@@ -92,7 +89,7 @@ def test_whitening_equals_the_inverse_root_of_the_shrunk_covariance():
 def test_instances_that_lack_a_step_are_matched_and_few_give_no_number():
     codes, some = np.random.default_rng(5).normal(size=(8, 30)), np.array([7, 1, 3, 5, 6])
     cells = [Cell(-1, t, kept, codes[kept]) for t, kept in enumerate((np.arange(8), some, some[:3]))]
-    rows = measure_cells(cells, np.arange(8) % 2, np.zeros(8))
+    rows = measure_cells(cells, np.arange(8) % 2)
     [adjacent] = [row for row in rows if row["measure"] == "adjacent" and row["form"] == "raw"]
     assert adjacent["value"] == pytest.approx(1) and adjacent["n"] == 5
     assert {row["step"] for row in rows} == {0, 1}
@@ -105,7 +102,7 @@ def test_intervals_cover_as_often_as_they_say():
     for seed in range(200):
         a, states = rng.beta(2, 2, size=40), rng.normal(size=(60, 10)) + 2  # E|z - mu|^2 / |mu|^2 = 10 / 40
         x, y, matrix = rng.normal(3, 1, 60), rng.normal(6, 1, 60), np.outer(a, a)
-        over_pairs = PairBootstrap(pair_masks(None, np.zeros(40)), 0.9, 400, seed).summary(matrix)["all"]
+        over_pairs = PairBootstrap(np.ones((40, 40), dtype=bool), 0.9, 400, seed).mean(matrix)
         boot = Bootstrap(60, 0.9, 400, seed)
         for k, (entry, truth) in enumerate((
                 (over_pairs, 0.25), (boot.spread(states), 0.25), (boot.mean(x), 3), (boot.ratio(x, y), 0.5))):

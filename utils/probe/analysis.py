@@ -75,10 +75,10 @@ class Analysis:
     def measure_kind(self, kind: str, name: str) -> None:
         segments = {key: self.store.records[key]["segments"] for key in self.keys}
         sizes = {key: sizes[0] for key, sizes in segments.items() if sizes}
-        similarity, before = CellSimilarity(self.halves, self.tasks, seed=self.seed), None
+        similarity, before = CellSimilarity(self.halves, seed=self.seed), None
         for cell in self.store.cells(name, self.keys, self.n_steps,
                                      at_most=sizes if name in ("latent", "inner") else None):
-            place = {"kind": kind, "layer": cell.layer, "step": cell.step, "form": "raw", "pairs": "all"}
+            place = {"kind": kind, "layer": cell.layer, "step": cell.step, "form": "raw"}
             if len(cell.instances) >= 4:
                 self.measure_cell(place, cell)
             if before is not None and (before.layer, before.step + 1) == (cell.layer, cell.step):
@@ -152,9 +152,8 @@ class Analysis:
 
 
 def final_cosines(rows: list[dict]) -> list[dict]:
-    """Return the rows of final states' cosines over all pairs."""
-    return [row for row in rows if row["layer"] == -1 and row["pairs"] == "all"
-            and row["measure"] in ("inter", "adjacent", "first")]
+    """Return the rows of final states' cosines."""
+    return [row for row in rows if row["layer"] == -1 and row["measure"] in ("inter", "adjacent", "first")]
 
 
 def summarise(rows: list[dict]) -> tuple[dict, dict]:
@@ -166,7 +165,7 @@ def summarise(rows: list[dict]) -> tuple[dict, dict]:
     """
     similarity: dict[str, dict] = {}
     decoding: dict[str, dict] = {}
-    final = [row for row in rows if row["layer"] == -1 and row["pairs"] == "all"]
+    final = [row for row in rows if row["layer"] == -1]
     for kind in dict.fromkeys(row["kind"] for row in final):
         of = {name: [row for row in final if (row["kind"], row["measure"]) == (kind, name)]
               for name in ("spread", "retrieval_adjacent", "decode")}

@@ -116,7 +116,7 @@ def draw_probing(probing: dict, path: Path) -> None:
 
 def draw_layers(rows: list[dict], path: Path) -> None:
     """Draw layers against steps at the latents: raw cosine, retrieval of an instance, linear probe."""
-    rows = [row for row in rows if row["kind"] == "inner" and row["pairs"] == "all"
+    rows = [row for row in rows if row["kind"] == "inner"
             and row["measure"] in ("inter", "retrieval_adjacent", "decode")]
     panels = [("raw cosine", "inter", "raw"),
               ("found by the step before", "retrieval_adjacent", "centred"),

@@ -16,11 +16,10 @@ EARLIER_FIELDS = ("kept", "imagination")  # in metrics of stages 1 to 3, not sho
 NOT_RUN = "{}: not run."
 AGAIN = "run the stage again, or move it away"
 FIGURES = {  # by file name: the paper's figure, then what is shown
-    "accuracy": ("Fig. 2(c) left", "accuracy clean and intervened, by condition"),
     "effects": ("new", "changes in accuracy and in R0 with equivalence margins and verdicts"),
     "mediation": ("new", "total effect of the image and its parts through and past the imagination"),
     "map": ("new", "effect of single positions and windows of layers"),
-    "positions": ("new", "single positions kept or replaced; most attended against random positions kept"),
+    "positions": ("new", "single positions kept or replaced"),
     "doses": ("new", "effect against dose"),
     "attention": ("new", "attention of the answer's stem, by layer"),
     "early": ("new", "share of answers settled, by how much of the imagination is kept"),
@@ -29,7 +28,7 @@ FIGURES = {  # by file name: the paper's figure, then what is shown
     "probing": ("Fig. 2(c) right", "accuracy on questions about what was imagined"),
     "layers": ("new", "similarity and decodability by layer and step"),
     "spectra": ("new", "how many directions the states span")}
-TEXT_FIGURES = {"accuracy": "do(Z) on text", "heatmap": "Fig. 4", "curves": "Fig. 4"}  # of text imaginations
+TEXT_FIGURES = {"heatmap": "Fig. 4", "curves": "Fig. 4"}  # of text imaginations
 CSS = """body{font:15px/1.45 Georgia,serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1,h2,h3,th{font-family:Helvetica,Arial,sans-serif}h2{border-bottom:2px solid #111;margin-top:2.2rem}
 table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-size:.8rem}th{text-align:left}

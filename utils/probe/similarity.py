@@ -152,40 +152,23 @@ class Bootstrap:
 
 
 class PairBootstrap:
-    """Means of an [n, n] matrix over pairs of distinct instances, by mask: {"all": bool [n, n], ...}, and the
-    "difference" of "within" and "between". A pair counts as often as both instances were drawn."""
+    """Means of an [n, n] matrix over the pairs of distinct instances in `mask`, bool [n, n]. A pair counts as
+    often as both instances were drawn."""
 
-    def __init__(self, masks: dict[str, np.ndarray], *settings, **more):
-        n = len(next(iter(masks.values())))
-        self.boot, distinct = Bootstrap(n, *settings, **more), ~np.eye(n, dtype=bool)
-        self.masks = {name: mask & distinct for name, mask in masks.items() if (mask & distinct).any()}
-        self.counts = {name: self.sums(mask.astype(np.float32)) for name, mask in self.masks.items()}
+    def __init__(self, mask: np.ndarray, *settings, **more):
+        self.boot = Bootstrap(len(mask), *settings, **more)
+        self.mask = mask & ~np.eye(len(mask), dtype=bool)
+        self.counts = self.sums(self.mask.astype(np.float32))
 
     def sums(self, matrix: np.ndarray) -> np.ndarray:
         """Return the sum over all pairs of each resample."""
         drawn = self.boot.drawn
         return ((drawn @ matrix) * drawn).sum(1, dtype=np.float64)
 
-    def summary(self, matrix: np.ndarray) -> dict[str, dict]:
-        """Return {mask: {"value", "low", "high", "n", "n_pairs"}}."""
-        result, resampled = {}, {}
-        for name, mask in self.masks.items():
-            with np.errstate(divide="ignore", invalid="ignore"):
-                resampled[name] = self.sums(np.where(mask, matrix, 0).astype(np.float32)) / self.counts[name]
-            entry = self.boot.entry(float(matrix[mask].mean(dtype=np.float64)), resampled[name])
-            result[name] = entry | {"n_pairs": int(mask.sum()) // 2}
-        if {"within", "between"} <= set(result):
-            value = result["within"]["value"] - result["between"]["value"]
-            result["difference"] = self.boot.entry(value, resampled["within"] - resampled["between"])
-        return result
-
-
-def pair_masks(halves: np.ndarray | None, tasks: np.ndarray) -> dict[str, np.ndarray]:
-    """Return all pairs (within halves, if given), those of one task, those of two."""
-    together = np.ones((len(tasks),) * 2, dtype=bool) if halves is None else halves[:, None] == halves
-    same = tasks[:, None] == tasks
-    masks = {"all": together}
-    return masks if same.all() else masks | {"within": together & same, "between": together & ~same}
+    def mean(self, matrix: np.ndarray) -> dict:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            resampled = self.sums(np.where(self.mask, matrix, 0).astype(np.float32)) / self.counts
+        return self.boot.entry(float(matrix[self.mask].mean(dtype=np.float64)), resampled)
 
 
 # ---- cell by cell
@@ -198,10 +181,10 @@ class Corrected(NamedTuple):
 
 class CellSimilarity:
     """Measures cells that come layer by layer, step by step; `matrices` holds the last cell's cosines by
-    form. halves and tasks [n] are of all instances."""
+    form. `halves` [n] are of all instances."""
 
-    def __init__(self, halves: np.ndarray, tasks: np.ndarray, n_boot: int = N_BOOT, seed: int = 0):
-        self.halves, self.tasks, self.settings = halves, np.asarray(tasks), (LEVEL, n_boot, seed)
+    def __init__(self, halves: np.ndarray, n_boot: int = N_BOOT, seed: int = 0):
+        self.halves, self.settings = halves, (LEVEL, n_boot, seed)
         self.instances: tuple[int, ...] | None = None
         self.first: Corrected | None = None  # of this layer: step 0, and the step before
         self.before: Corrected | None = None
@@ -209,9 +192,9 @@ class CellSimilarity:
 
     def resample(self, instances: np.ndarray) -> None:
         if tuple(instances) != self.instances:
-            self.instances, tasks = tuple(instances), self.tasks[instances]
-            self.all_pairs = PairBootstrap(pair_masks(None, tasks), *self.settings)
-            self.within_halves = PairBootstrap(pair_masks(self.halves[instances], tasks), *self.settings)
+            self.instances, halves = tuple(instances), self.halves[instances]
+            self.all_pairs = PairBootstrap(np.ones((len(halves),) * 2, dtype=bool), *self.settings)
+            self.within_halves = PairBootstrap(halves[:, None] == halves, *self.settings)
 
     def measure(self, cell: Cell) -> list[dict]:
         """Return rows of a cell. inter: pairs of instances; adjacent, first: this step and the one before, or
@@ -227,10 +210,8 @@ class CellSimilarity:
         for form, states in forms.items():
             self.matrices[form] = cosine_matrix(states)
             pairs = self.all_pairs if form == "raw" else self.within_halves
-            rows += [{**place, "measure": "inter", "form": form, "pairs": name, **entry}
-                     for name, entry in pairs.summary(self.matrices[form]).items()]
-        rows.append({**place, "measure": "spread", "form": "raw", "pairs": "all",
-                     **self.all_pairs.boot.spread(cell.states)})
+            rows.append({**place, "measure": "inter", "form": form, **pairs.mean(self.matrices[form])})
+        rows.append({**place, "measure": "spread", "form": "raw", **self.all_pairs.boot.spread(cell.states)})
         current = Corrected(cell, forms)
         if self.before is not None and self.before.cell.step + 1 == cell.step:
             rows += [place | row for row in self.compare_steps("adjacent", self.before, current)]
@@ -252,6 +233,5 @@ class CellSimilarity:
         for form in later.forms:
             if form in earlier.forms:
                 one, two = earlier.forms[form][in_earlier], later.forms[form][in_later]
-                rows.append({"measure": name, "form": form, "pairs": "all",
-                             **boot.mean((unit(one) * unit(two)).sum(1))})
+                rows.append({"measure": name, "form": form, **boot.mean((unit(one) * unit(two)).sum(1))})
         return rows
