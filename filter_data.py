@@ -56,7 +56,7 @@ Look at the image yourself, then fill in this form:
 "stated": the answer to which the line of reasoning leads, be it right or wrong.
 "problems": those that apply of "ambiguous_question", "wrong_observation" (a passage is untrue of the image) \
 and "garbled_text"; [] if none does.
-Give "seen" and "stated" as a number, a few words or an option's letter; "unclear" if you cannot tell.
+"seen" and "stated" are quoted: a number, a few words, an option's letter, or "unclear" if you cannot tell.
 Reply with JSON: {"reason": "...", "asked": "...", "found": "...", "seen": "...", "stated": "...", \
 "problems": []}""",
     "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
@@ -261,15 +261,13 @@ def share_rows(shares: dict[str, dict | None]) -> list[list[str]]:
 
 def export(rows: list[dict], verdicts: list[Verdict], output: str, faults: dict | None) -> dict:
     """Write the kept rows and every verdict; return the counts."""
-    counts = count_verdicts(rows, verdicts)
-    if faults is not None:
-        counts["calibration"] = calibrate(rows, verdicts, faults)
     write_rows(f"{output}.run/verdicts.jsonl", (
         {"id": row["id"], "subset": row["subset"], "keep": verdict.stage is None, "stage": verdict.stage,
          "reasons": verdict.reasons, "detail": verdict.detail, "judge": verdict.judge}
         for row, verdict in zip(rows, verdicts, strict=True)))
     write_rows(output, (row for row, verdict in zip(rows, verdicts) if verdict.stage is None))
-    return counts
+    counts = count_verdicts(rows, verdicts)
+    return counts if faults is None else counts | {"calibration": calibrate(rows, verdicts, faults)}
 
 
 def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:

@@ -261,6 +261,7 @@ def test_truth_of_other_rows_and_of_another_form_is_refused(planted, judge, tmp_
         write_rows(wrong, lines)
         with pytest.raises(DataError, match=match):
             main(flags(path, "--rules_only", "--calibrate", str(wrong)))
+    assert len(result(path)[0]) == 14  # written before the ids were compared
     with pytest.raises(DataError, match="is read too, as .*wrong.jsonl"):
         main([*flags(path, "--calibrate", str(wrong)), "--output", str(wrong)])
 
