@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from utils.cli import Help, cli, log, parse_count, stop_on_signals
 from utils.images import ImageError, open_image
-from utils.jsonl import DataError, write_json, write_meta
+from utils.journal import read_settings
+from utils.jsonl import DataError, find_checkpoint, sha256_file, write_json, write_meta
 from utils.latent_families import PRESETS, spec_of
 from utils.rows import read_own
 
@@ -51,8 +52,10 @@ if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
 INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
 IMAGINATIONS = ("text", "latent", "placeholder", "direct")
 RECOMPUTED = ("layers", "mlps", "none")  # parts whose activations the backward pass may recompute
-# flags that may change when a run resumes
-FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "max_tokens", "recompute", "dry_run", "spike")
+# flags that may change when a run resumes; files count by their content, not by their names
+FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "max_tokens", "recompute", "dry_run", "spike",
+                 "data", "model", "image_root")
+BASE_SUFFIXES = (".json", ".jinja", ".txt", ".safetensors")  # of the files that make up a checkpoint
 
 
 # ---- rows and plan
@@ -138,16 +141,47 @@ def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
 
 
 # ---- training
+def input_files(examples: list[Example], args: argparse.Namespace) -> dict[str, Path]:
+    """Return the files that decide the result, by names that hold when they move: rows, base, images."""
+    root, folder = Path(args.image_root).resolve(), find_checkpoint(args.model)
+    images = {path for example in examples for path in (*example.images, *example.steps)}
+    return ({f"--data {n}": Path(path) for n, path in enumerate(args.data, 1)}
+            | {f"--model {path.name}": path for path in sorted(folder.iterdir())
+               if path.suffix in BASE_SUFFIXES}
+            | {f"--image_root {path.relative_to(root)}": path for path in sorted(images)})
+
+
+def identify(files: dict[str, Path], before: dict) -> dict[str, str]:
+    """Return "name SHA-256 size times" of each file, or its entry in `before` if the content is the same.
+
+    All bytes are hashed once. Later a file with the same size and times is not read again; the second time is
+    the inode's, which copying and `touch` renew.
+    """
+    def entry(name: str) -> str:
+        path, old = files[name], str(before.get(name)).rsplit(" ", 4)
+        stat = path.stat()
+        now = [str(number) for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
+        if old[2:] == now or (digest := sha256_file(path)) == "".join(old[1:2]):
+            return before[name]
+        return " ".join([path.name[-20:], digest, *now])
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(files, tqdm(threads.map(entry, files), "inputs", len(files), unit="file")))
+
+
 def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recompute: str,
                 args: argparse.Namespace) -> Run:
     import torch
 
-    from utils.train.checkpoints import Run, Saver, enter_run_folder, restore
+    from utils.train.checkpoints import SETTINGS, Run, Saver, enter_run_folder, restore
     from utils.train.loop import Trainer
     from utils.train.model import make_model, make_optimizer, recompute_activations
     with acc.main_process_first():
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
+        if acc.is_main_process:
+            files = input_files(train.examples + (held_out.examples if held_out else []), args)
+            settings |= identify(files, read_settings(folder, SETTINGS) or {})
         checkpoint = enter_run_folder(folder, settings, acc.is_main_process)
     run = Run.from_state(checkpoint[1], checkpoint[0]) if checkpoint else Run()
     qwen, objective = make_model(acc.device, acc.num_processes, train.target, args)
@@ -176,7 +210,7 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
 
 def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argparse.Namespace) -> None:
     """Move the best export to --output, write the metrics, and remove the checkpoints."""
-    from utils.train.checkpoints import Best, numbered_folders
+    from utils.train.checkpoints import SETTINGS, Best, numbered_folders
     acc.wait_for_everyone()
     if acc.is_main_process:
         output, folder = Path(args.output), Path(f"{args.output}.run")
@@ -185,7 +219,9 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
         metrics = {**plan, "loss": last["loss"], "align": last["align"], "best_held_out_loss": best.loss,
                    "best_step": best.step, "seconds": round(seconds, 1)}
         write_json(f"{output}.metrics.json", metrics)
-        write_meta(output, args, args.data, seconds)
+        begun = read_settings(folder, SETTINGS)
+        hashes = {path: begun[f"--data {n}"].rsplit(" ", 4)[1] for n, path in enumerate(args.data, 1)}
+        write_meta(output, args, [], seconds, inputs=hashes)
         os.replace(folder / f"best-{best.step}", output)
         for path in numbered_folders(folder, "step").values():
             shutil.rmtree(path)

@@ -5,7 +5,9 @@
 Targets, packs, latents, steps, sharding and checkpoints have tests of their own in tests/train.
 """
 import json
+import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from training import flags, load_examples, log_of, losses, run_ranks
 
 import train_sft
 from utils import qwen as Q
-from utils.jsonl import DataError, load_object, read_rows, write_rows
+from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_rows
 from utils.train.loop import Trainer, learning_rate_at
 
 numeric = pytest.mark.numeric
@@ -155,20 +157,25 @@ def test_a_step_is_the_same_rows_however_they_are_packed(train):
 
 
 # ---- interruptions
-def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(train, tiny_checkpoint, data, tmp_path,
-                                                             monkeypatch, capsys):
-    more = ["--epochs", "6", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
-    train("whole", *more)
+def interrupt(monkeypatch, arguments, step=3):
+    """Run until SIGTERM after a step; the run folder keeps a checkpoint of the next one."""
     write = Trainer.write_record
 
     def stop(trainer, record):
         write(trainer, record)
-        if record["step"] == 4:
+        if record["step"] == step:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "write_record", stop)
-        assert run_here("train_sft", flags(data, tiny_checkpoint, tmp_path / "cut", *more)) == 130
+        assert run_here("train_sft", arguments) == 130
+
+
+def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(train, tiny_checkpoint, data, tmp_path,
+                                                             monkeypatch, capsys):
+    more = ["--epochs", "6", "--save_every", "3", "--validation_rows", "2", "--eval_every", "4"]
+    train("whole", *more)
+    interrupt(monkeypatch, flags(data, tiny_checkpoint, tmp_path / "cut", *more), step=4)
     assert not (tmp_path / "cut").exists() and "Traceback" not in capsys.readouterr().err
     # the checkpoint is that of the last step: nothing is computed twice
     assert len(losses(tmp_path / "cut")) == 5 and (tmp_path / "cut.run" / "step-5").is_dir()
@@ -177,6 +184,66 @@ def test_stopped_and_resumed_gives_the_same_curve_to_the_bit(train, tiny_checkpo
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     cut, whole = tensors_of(tmp_path / "cut"), tensors_of(tmp_path / "whole")
     assert cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in cut)
+
+
+def edit_rows(change):
+    return lambda folder: write_rows(folder / "rows.jsonl", change(read_rows(folder / "rows.jsonl", {})))
+
+
+def flip_byte(name, keep_times=False):
+    """Change the last bit of a file; its size stays, and on request its time of change."""
+    def change(folder):
+        path = folder / name
+        before = path.stat()
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        if keep_times:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return change
+
+
+@pytest.mark.parametrize("name, change", [
+    ("--data 1", edit_rows(lambda rows: [rows[0] | {"chain": "I gaze. \\boxed{0}"}, *rows[1:]])),
+    ("--data 1", edit_rows(lambda rows: rows[:-2])),
+    ("--data 1", edit_rows(lambda rows: [*rows, rows[0] | {"id": "t/new"}])),
+    ("--data 1", edit_rows(lambda rows: rows[::-1])),
+    ("--model model.safetensors", flip_byte("base/model.safetensors")),
+    ("--model model.safetensors", flip_byte("base/model.safetensors", keep_times=True)),
+    ("--model generation_config.json", lambda folder: (folder / "base/generation_config.json").unlink()),
+    ("--image_root 1_0.png", lambda folder: shutil.copyfile(folder / "2_0.png", folder / "1_0.png"))])
+def test_a_run_does_not_resume_on_changed_inputs(tiny_checkpoint, data, tmp_path, monkeypatch, capsys, name,
+                                                 change):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    arguments = flags(data, tmp_path / "base", tmp_path / "o", "--max_steps", "6", "--validation_rows", "2")
+    interrupt(monkeypatch, arguments)
+    before = load_object(tmp_path / "o.run" / "settings.json")
+    for path in (tmp_path / "base").iterdir():  # a copy is the same
+        shutil.copy2(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+    change(tmp_path)
+    capsys.readouterr()
+    assert run_here("train_sft", arguments) == 2
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert "begun with other settings" in error and not (tmp_path / "o").exists()
+    path = tmp_path / {"--data": "rows.jsonl", "--model": f"base/{name[8:]}"}.get(name.split()[0], name[13:])
+    now = sha256_file(path) if path.exists() else "None"
+    row = next(line for line in error.splitlines() if line.startswith(f"  {name} "))
+    assert before[name].split()[1][:8] in row and now[:8] in row
+    assert ("  --model" in error) == ("--model" in name)
+
+
+def test_a_run_resumes_on_moved_and_copied_inputs(train, tiny_checkpoint, data, tmp_path, monkeypatch):
+    more = ["--max_steps", "6", "--validation_rows", "2"]
+    train("whole", *more)
+    interrupt(monkeypatch, flags(data, tiny_checkpoint, tmp_path / "o", *more))
+    hashes = load_object(tmp_path / "whole.meta.json")["inputs"]
+    assert hashes == {str(data): sha256_file(data)}
+    shutil.copytree(tiny_checkpoint, tmp_path / "elsewhere" / "base")
+    for path in data.parent.glob("*.png"):
+        shutil.copy(path, tmp_path / "elsewhere")
+    moved = data.rename(tmp_path / "elsewhere" / "moved.jsonl")
+    assert train_sft.main(flags(moved, tmp_path / "elsewhere" / "base", tmp_path / "o", *more)) == 0
+    assert losses(tmp_path / "o") == losses(tmp_path / "whole")
+    assert load_object(tmp_path / "o.meta.json")["inputs"] == {str(moved): sha256_file(moved)}
 
 
 @pytest.mark.parametrize("rate, spike, message", [

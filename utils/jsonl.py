@@ -214,16 +214,16 @@ def write_json(path: str | Path, value: object) -> None:
     replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
 
 
-def write_meta(output: str | Path, args: argparse.Namespace, inputs: list[str | Path], seconds: float,
+def write_meta(output: str | Path, args: argparse.Namespace, paths: list[str | Path], seconds: float,
                **extra) -> None:
-    """Write `<output>.meta.json`: flags, versions, sha256 of the inputs, seconds, hardware, and `extra`."""
+    """Write `<output>.meta.json`: flags, versions, sha256 of the files read, seconds, hardware, `extra`."""
     installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     write_json(f"{output}.meta.json", {
         "flags": {name: value if isinstance(value, (int, float, bool, list, dict, type(None))) else str(value)
                   for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), **versions},
-        "inputs": {str(path): sha256_file(path) for path in inputs}, "seconds": round(seconds, 3),
+        "inputs": {str(path): sha256_file(path) for path in paths}, "seconds": round(seconds, 3),
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()}, **extra})
 
 

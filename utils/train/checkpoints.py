@@ -25,7 +25,7 @@ from utils.cli import log
 from utils.journal import keep_settings
 from utils.jsonl import DataError, disk_errors, replace_file
 
-STATE = "state.json"
+SETTINGS, STATE = "settings.json", "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
 
 
@@ -74,13 +74,13 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path, dict] | None:
-    """Make or re-enter the folder of a run, first on rank 0; return (folder, state) of the last complete
-    checkpoint. DataError if the run began with other settings."""
+    """Make or re-enter the folder of a run, first on rank 0, which checks for all; return (folder, state) of
+    the last complete checkpoint. DataError if the run began with other settings."""
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.part"):
             shutil.rmtree(stale)
-    keep_settings(folder / "settings.json", settings)
+        keep_settings(folder / SETTINGS, settings)
     return newest_checkpoint(folder)
 
 
