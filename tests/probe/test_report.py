@@ -50,7 +50,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(runs, capsys):
     pngs = [path for path in runs.rglob("*.png") if not path.name[0].isdigit()]
     assert len(pictures) == len(links) == len(pngs) == summary["figures"] >= 9
     assert body.count("<img") == len(pictures) and summary["not_run"] == []
-    for label in ("Fig. 2(b) left: ", "Fig. 2(b) right: ", "New: changes in acc", "New: effect of single pos"):
+    for label in ("Fig. 2(b) left: ", "Fig. 2(b) right: ", "New: changes in ", "New: effect of single pos"):
         assert label in body
     assert "model &lt;b&gt;&amp;|" in body and "<b>" not in text  # markup in a name is text
     metrics = json.loads((runs / "do z.jsonl.metrics.json").read_text())

@@ -1,7 +1,7 @@
 """Figures of an intervention run, each with a CSV of its numbers.
 
-effects    forest plot of the changes in accuracy (the paper's Fig. 2(c), left, shows both ends) and in R0, with
-           margins as bands and verdicts
+effects    forest plot of the changes in accuracy (the paper's Fig. 2(c), left, shows both ends) and in R0,
+           with margins as bands and verdicts
 mediation  the total effect and its parts at every site, in both orders
 attention  where the answer's stem attends, layer by layer, next to uniform attention
 early      share of answers that equal the whole reply's, by how much of the imagination is kept
