@@ -102,12 +102,16 @@ class Segment(NamedTuple):
 
 # ---- samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """Read and convert the inputs in order; DataError for a duplicate id."""
-    samples, seen, operations = [], {}, OPERATIONS | dict(args.operation)
+    """Read and convert the inputs in order; DataError for a duplicate id. Copies of a Mirage sample, which has
+    no id of its own, are numbered."""
+    samples, seen, operations, copies = [], {}, OPERATIONS | dict(args.operation), Counter()
     for path in args.input:
         limit = None if args.limit is None else args.limit - len(samples)
-        for index, (where, value) in enumerate(located_rows(path, limit)):
-            sample = convert(where, value, index, operations)
+        for where, value in located_rows(path, limit):
+            sample = convert(where, value, operations)
+            if "text_input" in value:
+                copies.update([name := sample.row["id"]])
+                sample.row["id"] = name if copies[name] == 1 else f"{name}-{copies[name]}"
             check_unique(where, sample.row["id"], seen)
             samples.append(sample)
     for subset, operation in args.operation:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from utils.cli import Help, cli, log, parse_count, stop_on_signals
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
-from utils.jsonl import DataError, find_checkpoint, sha256_file, write_json, write_meta
+from utils.jsonl import DataError, check_unique, find_checkpoint, sha256_file, write_json, write_meta
 from utils.latent_families import PRESETS, spec_of
 from utils.rows import read_own
 
@@ -61,11 +61,11 @@ BASE_SUFFIXES = (".json", ".jinja", ".txt", ".safetensors")  # of the files that
 # ---- rows and plan
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Return (training rows, held-out rows) of all --data files, drawn by --seed."""
-    rows = []
+    rows, seen = [], {}
     for path in args.data:
-        rows += read_own(path, INPUT_FIELDS, args.limit, "filter_data.py writes it")
-    if len({row["id"] for row in rows}) != len(rows):
-        raise DataError(f"--data {' '.join(args.data)}: ids are in two files; expected unique ids")
+        for row in read_own(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
+            check_unique(path, row["id"], seen)
+            rows.append(row)
     if not rows:
         raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
     if args.validation_rows >= len(rows):

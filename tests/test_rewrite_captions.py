@@ -1,5 +1,6 @@
 """Conversion of Monet and Mirage samples, refinement checks, whole runs with a scripted model."""
 import json
+import random
 import re
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from utils.jsonl import DataError, read_rows
 from utils.rows import split_final
 
 
-def converted(value: dict, index: int = 0) -> Sample:
-    return convert("in.json:1", value, index, OPERATIONS)
+def converted(value: dict) -> Sample:
+    return convert("in.json:1", value, OPERATIONS)
 
 
 def test_monet_becomes_a_row():
@@ -60,9 +61,9 @@ THOUGHTS = ["<think> Go on. </think>", "The answer is \\boxed{A}."]
     ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"),
     ({"image_output": ["b.png", "c.png"]}, [], [], "tag_count")])
 def test_mirage_becomes_a_row(changes, texts, images, reason):
-    sample = converted(mirage(**changes), index=3)
+    sample = converted(mirage(**changes))
     row = sample.row
-    assert (sample.reason, row["id"], row["subset"]) == (reason, "mirage/3", "Mirage")
+    assert (sample.reason, row["subset"]) == (reason, "Mirage") and row["id"].startswith("mirage/")
     assert row["question"] == "Map: <image>\nSafe?" and row["answer"] == ("A" if reason is None else "")
     assert [step["text"] for step in row["steps"] if "text" in step] == texts
     drawn = [{"image": image, "operation": "draw"} for image in images]
@@ -226,11 +227,36 @@ def test_several_inputs_of_all_forms(rows_file, captioner):
     paths = [rows_file([monet(1)]), rows_file([mirage()], "mirage.json"), rows_file([own], "own.json")]
     assert main([*flags(paths[0]), "--input", *map(str, paths)]) == 0
     rows, _ = result(paths[0])
-    assert list(rows) == ["Visual_CoT/1", "mirage/0", "x/1"]
+    drawn = converted(mirage()).row["id"]
+    assert list(rows) == ["Visual_CoT/1", drawn, "x/1"]
     assert rows["x/1"]["steps"][0]["caption"] == "A box marks 42." and "old" not in json.dumps(rows["x/1"])
-    assert rows["mirage/0"]["question"] == "Map: <image>\nSafe?"
+    assert rows[drawn]["question"] == "Map: <image>\nSafe?"
     with pytest.raises(DataError, match=r"own\.json:1: duplicate id 'x/1', first seen at .*own\.json"):
         main([*flags(paths[0]), "--input", str(paths[2]), str(paths[2])])
+
+
+def test_ids_of_mirage_are_of_the_content_in_any_files_and_order(rows_file, captioner):
+    """A file per task, rows inserted, moved to another file or copied; ids hold for what was not edited."""
+    rng = random.Random(0)
+    values = [mirage(text_input=f"Map {n}: <image>\nSafe?") for n in range(6)]
+    ids = {value["text_input"]: converted(value).row["id"] for value in values}
+    assert len(set(ids.values())) == 6
+    for changes in ({"text_input": "<image>?"}, {"text_output": "x<output_image>y"}, {"image_input": "c.png"},
+                    {"image_output": "c.png"}):
+        assert converted(mirage(**changes)).row["id"] not in {converted(mirage()).row["id"], *ids.values()}
+    for trial in range(3):
+        rng.shuffle(values)
+        cut = rng.randint(1, 5)
+        paths = [rows_file(part, f"{trial}-{n}.jsonl") for n, part in enumerate((values[:cut], values[cut:]))]
+        assert main([*flags(paths[0]), "--fresh", "--input", *map(str, paths)]) == 0
+        rows, _ = result(paths[0])
+        assert {row["question"]: name for name, row in rows.items()} == ids
+    copied = rows_file([values[0], values[1], values[0], values[0]], "copied.jsonl")
+    assert main([*flags(copied), "--fresh"]) == 0
+    rows, rejected = result(copied)
+    first = ids[values[0]["text_input"]]
+    assert list(rows) == [first, ids[values[1]["text_input"]]]
+    assert rejected == {f"{first}-2": "duplicate", f"{first}-3": "duplicate"}
 
 
 def test_other_settings_are_refused_and_fresh_starts_over(rows_file, captioner, tmp_path):

@@ -81,8 +81,8 @@ def test_training_samples_are_in_monet_s_form_and_do_not_show_the_truth(world):
     assert set(truth.values()) == {None, *make_world.BAD}
     assert "bad" not in (world / "Toy_zoom/train.json").read_text()
     for subset in ("Toy_zoom", "Toy_draw"):
-        for n, value in enumerate(json.loads((world / subset / "train.json").read_text())):
-            sample = convert("x", value, n, {})
+        for value in json.loads((world / subset / "train.json").read_text()):
+            sample = convert("x", value, {})
             assert sample.reason is None
             helper = next(step["image"] for step in sample.row["steps"] if "image" in step)
             assert (world / helper).exists() == (truth[sample.row["id"]] != "missing_image")
@@ -93,7 +93,7 @@ def test_the_base_learns_the_prompts_of_the_calls(world):
     """The caption call of a training sample has the text of the lesson about the same question."""
     for subset in ("Toy_zoom", "Toy_draw"):
         value = json.loads((world / subset / "train.json").read_text())[0]
-        sample = convert("x", value, 0, {})
+        sample = convert("x", value, {})
         sample.hashes = ["a", "b"]
         args = parse_args(["--input", "x", "--output", "x", "--image_root", str(world)])
         call = caption_calls(sample, args, lessons.PROMPTS["rewrite"])[0]

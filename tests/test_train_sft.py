@@ -282,6 +282,13 @@ def test_bad_rows_are_named(train, data, change, match):
         train("o")
 
 
+def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):
+    rows = read_rows(data, {})
+    write_rows(tmp_path / "more.jsonl", [rows[0] | {"id": "new"}, rows[5]])
+    with pytest.raises(DataError, match=r"more\.jsonl: duplicate id 't/5', first seen at .*rows\.jsonl"):
+        train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
+
+
 def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
     arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
     assert train_sft.main(arguments) == 0

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass, field
 
-from utils.jsonl import DataError, check_fields
+from utils.jsonl import DataError, call_key, check_fields
 from utils.reply_text import last_boxed
 from utils.rows import OWN_FIELDS, check_own
 
@@ -34,7 +34,7 @@ class Sample:
         self.reason, self.detail = reason, detail
 
 
-def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
+def convert(where: str, value: dict, operations: dict[str, str]) -> Sample:
     """Return a sample in our own form, rejected by Monet's rules; DataError for a wrong key or type."""
     form = next((name for name, fields in INPUTS.items() if fields.keys() <= value.keys()), None)
     if form is None:
@@ -46,7 +46,7 @@ def convert(where: str, value: dict, index: int, operations: dict[str, str]) -> 
         return convert_own(where, value)
     if form == "monet":
         return convert_monet(where, value, operations)
-    return convert_mirage(where, value, index, operations)
+    return convert_mirage(where, value, operations)
 
 
 def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
@@ -128,8 +128,8 @@ def monet_turn(where: str, turn: object) -> tuple[str, list[tuple[str, str]]]:
 
 
 # ---- other forms
-def convert_mirage(where: str, value: dict, index: int, operations: dict[str, str]) -> Sample:
-    """Convert a Mirage sample: texts verbatim, one image at each <output_image>."""
+def convert_mirage(where: str, value: dict, operations: dict[str, str]) -> Sample:
+    """Convert a Mirage sample: texts verbatim, one image at each <output_image>; the id is of its content."""
     paths = {}
     for name in ("image_input", "image_output"):
         paths[name] = [value[name]] if isinstance(value[name], str) else value[name]
@@ -137,7 +137,8 @@ def convert_mirage(where: str, value: dict, index: int, operations: dict[str, st
             raise DataError(f"{where}: field {name!r} should be a path or a list of paths, "
                             f"got {str(value[name])[:60]!r}")
     texts, images, steps = value["text_output"].split("<output_image>"), paths["image_output"], []
-    sample = Sample({"id": f"mirage/{index}", "subset": "Mirage", "images": paths["image_input"],
+    name = call_key(**{field: value[field] for field in INPUTS["mirage"]})[:12]
+    sample = Sample({"id": f"mirage/{name}", "subset": "Mirage", "images": paths["image_input"],
                      "question": value["text_input"], "answer": "", "steps": steps})
     if len(texts) - 1 != len(images):
         sample.reject("tag_count", f"{len(texts) - 1} <output_image> for {len(images)} images")

@@ -54,7 +54,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
     """By hand: each token of the sequence, and whether Monet's rules train it (its src/utils.py). Only the
     newline after "assistant", part of the generation prompt, is not trained here."""
     qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
-    converted = convert("in.json:1", MONET, 0, OPERATIONS).row | {"chain": ""}
+    converted = convert("in.json:1", MONET, OPERATIONS).row | {"chain": ""}
     prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
               "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>",
               "<|vision_end|>", "What", " number", " is", " on", " the", " boat", "?", "<|im_end|>", "\n",
