@@ -102,8 +102,8 @@ class Segment(NamedTuple):
 
 # ---- samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """Read and convert the inputs in order; DataError for a duplicate id. Copies of a Mirage sample, which has
-    no id of its own, are numbered."""
+    """Read and convert the inputs in order; DataError for a duplicate id. Copies of a Mirage sample, whose id
+    is of its content, are numbered."""
     samples, seen, operations, copies = [], {}, OPERATIONS | dict(args.operation), Counter()
     for path in args.input:
         limit = None if args.limit is None else args.limit - len(samples)
