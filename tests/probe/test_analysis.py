@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from utils.probe.analysis import Analysis, adjust, retrieval, spectrum, summarise
+from utils.probe.analysis import Analysis, retrieval, spectrum, summarise
 from utils.probe.input_edits import variance_split
 from utils.probe.similarity import FORMS
 from utils.probe.states import States, StateWriter
@@ -21,13 +21,6 @@ def test_retrieval_of_same_unrelated_and_constant_states():
     same, unrelated, constant = retrieval(x, x), retrieval(x, y), retrieval(x, np.ones((50, 200)))
     assert same["top1"] == 1 and unrelated["top1"] < 0.15
     assert constant["top1"] == pytest.approx(1 / 50) == constant["top1_chance"]
-
-
-def test_adjusting_maps_the_cosine_of_ordinary_tokens_to_zero():
-    row = adjust({"value": 0.6, "low": 0.2, "high": 1.0, "form": "raw"}, 0.2)
-    assert (row["value"], row["low"], row["high"], row["form"]) == (pytest.approx(0.5), 0, 1, "adjusted")
-    with pytest.raises(ValueError, match="c0 is 1"):
-        adjust(row, 1.0)
 
 
 def analysed(folder, latents, golds=None):

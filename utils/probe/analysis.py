@@ -12,7 +12,6 @@ from utils.probe.similarity import Cell, CellSimilarity, correct, draw_halves, u
 from utils.probe.states import STORED, States
 from utils.stats import holm
 
-MOST_ALIKE = 0.99  # ordinary tokens with a higher mean cosine leave nothing to adjust a cosine to
 SHOWN = 100  # instances in a heat map, as in the paper
 
 
@@ -41,14 +40,6 @@ def retrieval(queries: np.ndarray, keys: np.ndarray) -> dict:
 
 
 # ---- all cells of a store
-def adjust(row: dict, c0: float) -> dict:
-    """Return a raw row as "adjusted" for anisotropy by c0."""
-    if not c0 < 1:
-        raise ValueError(f"c0 is {c0}, expected below 1: alike tokens leave nothing to adjust to")
-    adjusted = {name: (row[name] - c0) / (1 - c0) for name in ("value", "low", "high")}
-    return {**row, "form": "adjusted", **adjusted}
-
-
 class Analysis:
     """Measures the states of `items`: `rows` are the lines of probes.jsonl, `matrices` the heat maps."""
 
@@ -68,9 +59,6 @@ class Analysis:
         for kind in STORED:
             if name := self.store.find(kind):
                 self.measure_kind(kind, name)
-        if (c0 := self.ordinary_cosine()) is not None:
-            self.rows += [adjust(row, c0) for row in final_cosines(self.rows)
-                          if row["form"] == "raw" and row["kind"] != "text"]
 
     def measure_kind(self, kind: str, name: str) -> None:
         segments = {key: self.store.records[key]["segments"] for key in self.keys}
@@ -123,16 +111,6 @@ class Analysis:
             self.rows.append({**place, "form": "centred", "measure": "retrieval_adjacent",
                               "value": result["top1"], **result})
 
-    def ordinary_cosine(self) -> float | None:
-        """Return c0, the mean cosine of text states of different instances; None if too high."""
-        states = [self.store.load(key, "text") for key in self.keys]
-        means = np.array([unit(x).mean(0) for x in states if x is not None])
-        if len(means) < 2:
-            return None
-        products = means @ means.T
-        c0 = float(products[~np.eye(len(means), dtype=bool)].mean())
-        return c0 if c0 < MOST_ALIKE else None
-
     def curves(self) -> dict:
         """Return {kind: {measure_form: [{"step", "mean", "low", "high", "n"}]}} of final states."""
         result = {}
@@ -160,7 +138,7 @@ def summarise(rows: list[dict]) -> tuple[dict, dict]:
     """Return what tells the states of instances apart, and what a linear probe reads from them: {kind:
     {measure: mean over the steps}} of final states.
 
-    Mean cosines between instances are raw or adjusted only: those of corrected states are near 0 by
+    Mean cosines between instances are raw only: those of corrected states are near 0 by
     construction, whatever the states. The p of the linear probe is the least over the steps after Holm.
     """
     similarity: dict[str, dict] = {}
@@ -173,7 +151,7 @@ def summarise(rows: list[dict]) -> tuple[dict, dict]:
             "spread": mean_of(of["spread"], "value"), "retrieval": mean_of(of["retrieval_adjacent"], "top1"),
             "retrieval_chance": mean_of(of["retrieval_adjacent"], "top1_chance")}
         cosines = [row for row in final_cosines(final) if row["kind"] == kind
-                   and (row["measure"] != "inter" or row["form"] in ("raw", "adjusted"))]
+                   and (row["measure"] != "inter" or row["form"] == "raw")]
         for name in dict.fromkeys((row["measure"], row["form"]) for row in cosines):
             same = [row for row in cosines if (row["measure"], row["form"]) == name]
             similarity[kind]["_".join(name)] = mean_of(same, "value")

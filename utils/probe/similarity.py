@@ -11,7 +11,6 @@ variance splits between images and questions (`utils.probe.input_edits.variance_
     centred        after subtracting the mean of the calibration half
     standardised   then divided by its standard deviation in each dimension (outlier coordinates)
     whitened       centred, then multiplied by ((1 - rho) S + rho tr(S) / d I)^(-1/2), S its covariance
-    adjusted       (c - c0) / (1 - c0), c0 the raw cosine of ordinary tokens (Ethayarajh 2019)
 
 Intervals resample instances: the n - 1 pairs of one instance are not independent. A cell is the states of all
 instances at one step and one layer; three are in memory at a time. numpy only.
