@@ -27,9 +27,10 @@ from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap,
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
 TAG_NAME = r"(?:final_?)?(?:answer|ans|choice|option|result)|conclusion|solution|final"
 TAG = re.compile(rf"<(?:{TAG_NAME})>(.*?)(?:</(?:{TAG_NAME})\b>?|\Z)", re.DOTALL | re.IGNORECASE)
-JSON_KEY = re.compile(r"[\"'](?:(?:final|correct|selected|chosen|predicted|best)[_ ]?)?(?:answer|choice"
-                      r"|option|letter|result|prediction|答案)(?:[_ ]?(?:letter|choice|option))?[\"']\s*:\s*"
-                      r"\[?\s*(?:\"([^\"\n]*)\"|'([^'\n]*)'|([\w.+-]+))", re.IGNORECASE)
+JSON_KEY = re.compile(
+    r"[\"'](?:(?:final|correct|selected|chosen|predicted|best)[_ ]?)?(?:answer|choice|option|letter|result"
+    r"|prediction|答案)(?:[_ ]?(?:letter|choice|option))?[\"']\s*:\s*\[?\s*(?:\"([^\"\n]*)\"|'([^'\n]*)'"
+    r"|([\w.+-]+))(?!\s*,\s*[\"']?[\w .]+[\"']?[,\]])", re.IGNORECASE)
 PLACEHOLDER = re.compile(
     r"[\s.…_]*|(?i:\W*(?:(?:your|the|final|correct|option|insert)\s+)*(?:answer|letter|choice)"
     r"(?:\s+(?:letter|here|choice))*\W*)|(?:[A-H]\s*[/|]\s*){2,}[A-H]")
@@ -40,12 +41,12 @@ PREFIX = re.compile(rf"^(?:the\s+)?(?:(?:correct|final|right|best)\s+)?(?:(?:{NO
 OPTION_WORD = re.compile(rf"^(?:(?:final|correct)\s+)?(?:(?:{OPTION_NOUN})(?!\w)|{CJK_OPTION}|答案)\s*:?\s*"
                          r"(?=\W*[A-Z]\b)", re.I)
 LETTER_TEXT = re.compile(r"\(?([A-Za-z])(\s*(?:[.):,\-–—、。/]|→|->|=>)+\s*|\s+)(\S.*)", re.DOTALL)
-LONE = re.compile(r"[^\w?°%+&!≠~❌✗✘]*([A-Za-z])[^\w?°%+&#=/'’–—❌✗✘-]*")
+LONE = re.compile(r"[^\w?°%+&!≠¬~❌✗✘]*([A-Za-z])[^\w?°%+&#=/'’–—❌✗✘-]*")
 LIST_ITEM = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])[.):]\s+\S")
 LINE_MARK = re.compile(r"^(?:\s*(?:[-*•>#✅→]+|\d+[.)])\s+)+|^\s*[✅→]+\s*|^#+\s*")
 LEAD_WORD = re.compile(
-    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option|probably|sure|okay|certainly)\b"
-    r"|应该是)[\s,:!]*(?=\W*[A-Z]\b)")
+    r"^\W*(?i:(?:so|thus|hence|therefore|final|conclusion|option|probably|sure|okay|certainly|definitely"
+    r"|clearly)\b|应该是)[\s,:!]*(?=\W*[A-Z]\b)")
 NOT = re.compile(r"(?:\bnot|\bnever|n['’]t|rather than|instead of|\bnicht|\bpas|不是|而非)[\s*_]*(?:\\\(|\$)*$")
 REASON = re.compile(r"(?:because|since|as (?:it|the|they)|due to|denn|weil|car|porque|因为)(?![A-Za-z])")
 FURTHER = re.compile(r"(?:It|They|He|She|This) (?!.*(?:\b(?:not?|un\w+|only)\b|n['’]t\b|\?))")
@@ -57,7 +58,8 @@ DENIED = re.compile(
 YES_NO_FIRST = re.compile(
     r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
     r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1"
-    r"|(?:and|but)(?! yes| no))\b)", re.IGNORECASE)
+    r"|(?:and|but)(?! yes| no))\b)(?!\W+(?!\1)(?:yes|no)\W*$)", re.IGNORECASE)
+STEP = re.compile(r"^\d\d?[.)] (?=.*\n)|\bstep \d+\b", re.IGNORECASE | re.MULTILINE)
 HEAD_END = re.compile(rf"[.!]\s|\n|,?\s(?={REASON.pattern})")
 QUANTITY = re.compile(
     r"([$€£¥]?)\s*([-+]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(?:/(\d+(?:\.\d+)?))?\s*([%°$€£¥]|km/h|[a-z]*)")
@@ -108,12 +110,11 @@ def read_plain(text: str, options: dict[str, str], phrase: str | None) -> Extrac
         return Extraction(phrase, "phrase")
     lines = [line for line in text.split("\n") if line.strip(EDGES)]
     heads = [LETTER_TEXT.match(unwrap(line)) for line in lines]
-    listed = {head[1] for head in heads if head and head[1] in options and head[2].strip()}
+    listed = {head[1] for head in heads if head and head[1] in options and head[2].strip(" ,")}
     first = first_letter(lines[0], options) if lines else None
     last = line_letter(lines[-1], options) if len(lines) > 1 else None
     if len(listed) > 1:  # a list of options
-        first = line_letter(lines[0], options, alone=True)
-        last = line_letter(lines[-1], options, alone=True)
+        first, last = (line_letter(lines[place], options, alone=True) for place in (0, -1))
         if not (first or last) and heads[-1] and heads[-1][1] in listed:
             return Extraction(None, "unresolved")
     stated = resolve(lines[-1], options, strict=True) if first and len(lines) > 1 else Extraction(None, "")
@@ -128,7 +129,7 @@ def read_text(text: str, options: dict[str, str], finish_reason: str | None) -> 
     """Return the option that a reply without any letter names in words."""
     if letter := leading_option(text, options):
         return Extraction(letter, "bare_text_in")
-    sentences = split_sentences(text)
+    sentences = [PREFIX.sub("", line.replace("**", "")) for line in split_sentences(STEP.sub("", text))]
     letter = named_option(sentences[-1], options) if sentences and finish_reason != "length" else None
     if letter is None and finish_reason != "length" and len(sentences) == 2 and FURTHER.match(
             sentences[1]) and len(find_options(sentences[1], options)) < 2:
@@ -189,7 +190,7 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
     bare reply (`strict`) "answer: B" is a phrase and a first word "A" may be the article."""
     text = unwrap((OPTION_WORD if strict else PREFIX).sub("", unwrap(content)))
     lone = LONE.fullmatch(text)
-    if lone and lone[1].upper() in options:
+    if lone and lone[1].upper() in options and "!" + lone[1] not in content:
         return Extraction(lone[1].upper(), label + "letter")
     exact = [letter for letter, option in options.items() if fold(text) == fold(option)]
     exact = exact or [letter for letter, option in options.items() if same_quantity(fold(text), fold(option))]
@@ -205,12 +206,13 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
             start == 0 and named == letter for start, _, named in spans)
         if mark or not strict:
             agrees = agrees or named_option(rest, options) == letter
-        if agrees and (DENIED.search(rest) or any(m[1] in options for m in LIST_ITEM.finditer(rest))):
+        names = {named for _, _, named in spans}
+        more = {m[1] for m in LIST_ITEM.finditer(rest)} & set(options) or not mark and names - {letter}
+        if agrees and (more or DENIED.search(rest)):
             return Extraction(None, label + "unresolved")
         if agrees:
             return Extraction(letter, label + "letter_text")
         if mark:  # the letter was meant as an option's
-            names = {named for _, _, named in spans}
             names |= {unwrap(rest)} & set(options) - {letter}
             if names and letter not in names:
                 return Extraction(None, label + "conflict")
@@ -225,7 +227,7 @@ def leading_option(text: str, options: dict[str, str]) -> str | None:
     letters = {fold(option): letter for letter, option in options.items()}
     first = YES_NO_FIRST.match(text)
     head, *rest = [first[1], ""] if first else HEAD_END.split(text, maxsplit=1)
-    letter = letters.get(fold(head)) if rest else None
+    letter = letters.get(fold(PREFIX.sub("", head.replace("**", "")))) if rest else None
     others = {letters.get(fold(line)) for line in split_sentences("".join(rest))} - {letter, None}
     return None if others or letter and is_corrected(rest[0], letter, options) else letter
 

@@ -206,8 +206,7 @@ class LocalBackend:
                 failed.append(failure(request, error.reason))
         tokenizer = self.qwen.tokenizer
         prompts = [render(tokenizer, request.messages) if request.messages else
-                   chat(tokenizer, request.text, len(request.images), request.system)
-                   for request in ready]
+                   chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
         return Prepared(ready, qwen.encode(self.qwen, prompts, images) if ready else None, failed)
 
     def answer(self, batch: list[Request], prepared: Prepared | None = None) -> list[Reply]:

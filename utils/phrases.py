@@ -19,16 +19,16 @@ OPTION_NOUN = either("option choice letter auswahl opción alternativa letra cho
                      "alternative lettera вариант выбор буква")
 NOUN = OPTION_NOUN + "|" + either(
     "answer ans\\.? solution selection selected conclusion result response output guess verdict prediction "
-    "correct(?=\\**:) assistant antwort lösung respuesta réponse resposta risposta ответа? antwoord "
-    "odpowiedź cevap jawaban(?:nya)? đáp_án")
+    "(?:correct|label)(?=\\**:) assistant antwort lösung respuesta réponse resposta risposta ответа? "
+    "antwoord odpowiedź cevap jawaban(?:nya)? đáp_án")
 VERB = either("(?:i|we)(?:['’]d|_would|_will|['’]ll|['’]m|_am)?_(?:choose|pick|select|go(?:ing)?_(?:with|for)"
-              "|opt_for|say|answer) choose pick select opt_for go_with "
-              "(?:right|correct|best|closest)_(?:one|match|statement|description|image|order|value) "
-              "richtig_ist ich_wähle elijo escojo je_choisis escolho scelgo выбираю")
-WEAK = either("it_is it['’]s it_(?:must|should|has_to)_be so hence therefore thus final also donc por_tanto "
-              "portanto quindi поэтому es_ist so_it_is i_(?:think|believe|guess) "
-              "this_(?:matches|corresponds_to) "
-              "c['’]est es_la (?:la_)?correcta_es")
+              "|opt_for|say|answer) choose pick select opt_for go_with (?:right|correct|best|close(?:st|r))_"
+              "(?:one|match|statement|description|image|order|value|point) richtig_ist ich_wähle elijo "
+              "escojo je_choisis escolho scelgo выбираю")
+WEAK = either("it_is it['’]s it_(?:must|should|has_to)_be so hence therefore thus final also i\\.e\\. donc "
+              "por_tanto portanto quindi поэтому es_ist so_it_is i_(?:think|believe|guess) c['’]est es_la "
+              "this_(?:matches|corresponds_to) (?:la_)?correcta_es is(?=_(?:option|choice|letter)\\b) "
+              "(?:matches|fits|corresponds_to)(?=_(?:option|choice|letter)\\b|_?\\()")
 CJK_OPTION = either("选项 選項 選択肢 보기 선택지")
 CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 正解 正答 정답 답변 답 故选 应选 选择 選択 選擇 选 選 "
                                 "正确的是")
@@ -48,12 +48,11 @@ LABEL = re.compile(
     rf"(?P<gap>(?:{GAP}|…|\.\.+|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
     r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
 LETTER_FIRST = re.compile(
-    r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be)\s+"
-    r"(?:(?:the|my|our)\s+)?|(?<=[A-Z] )the\s+)(?:(?:only|most)\s+)?"
-    r"(?:correct|right|best|final|answer|choice)(?!\w)|(?:it is|(?:seems|looks) (?:right|correct))[.!]*\s*$)"
-    r"|(?:选?项)?是?正确|が正|を選|です"
-    r"|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:richtig|korrekt)|es (?:la )?correct"
-    r"|est (?:la )?(?:bonne|correct)|[éè] (?:[al]a? )?corret)")
+    r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be)\s+(?:(?:the|my|our)\s+)?"
+    r"|(?<=[A-Z] )the\s+)(?:(?:only|most)\s+)?(?:correct|right|best|final|answer|choice)(?!\w)"
+    r"|(?:it is|(?:seems|looks) (?:right|correct)|(?:fits|matches)(?: best)?)[.!]*\s*$)|(?:选?项)?是?正确|が正"
+    r"|を選|です|(?:번)?\s*(?:이|가)\s*(?:정답|맞)|입니다|ist (?:die )?(?:richtig|korrekt)|es (?:la )?(?:corr|resp)"
+    r"|est (?:la )?(?:bonne|correct|réponse)|[éè] (?:[al]a? )?(?:corret|risp|resp))")
 LISTED = re.compile(
     r"[\s)\]*\"'.]*(?:(?:,|/|、|&|\||(?:or|and|oder|und|ou|et|o|y|e|или|и)(?!\w)|或者?|还是|還是|和|または|또는)\s*)+"
     r"(?:(?:option|choice|possibly|maybe|perhaps)\s+)*[(\[*\"']*([A-Z])(?![A-Za-z0-9]|\s+(?:is|was)\b)")
@@ -63,12 +62,13 @@ FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another wor
     "can then than also there i we after before over under out only again indeed matches shows says fits "
     "without weil da porque car parce pois denn y et und e ist est es é è") + r")\b")
 NEGATION = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|rather than|instead of|whether|wrong"
-    r"|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não|nem|non|не|нет|ни)\b"
-    r"|n['’]t\b|\?|不|没|沒|非|无法|未|ない|なく|ません|아[니닙닌]|않|없")
+    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|(?:any\w*|all) but|(?:other|rather) than"
+    r"|instead of|whether|wrong|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não"
+    r"|nem|non|не|нет|ни)\b|n['’]t\b|\?|不|没|沒|非|无法|未|ない|なく|ません|아[니닙닌]|않|없")
 DENIED_AFTER = re.compile(r"[)」\s]*(?:\|\s*(?:no|wrong)\b|(?:では?|じゃ)(?:な|あり)|(?:이|가)?\s*아[니닙닌]|不|错|nicht\b"
                           r"|(?:is|was|ist|est|es)(?:n['’]t| not| (?:wrong|incorrect|falsch|faux))\b)")
 UNSURE = re.compile(r"\b(?:if|could|can|might|maybe|perhaps|first|initially)\b", re.IGNORECASE)
+SUPPOSED = re.compile(r"(?:^|[.;:!?\n])\W*(?:but |and )?[Ii]f (?:it|the|this|they|there)\b[^.;:!?\n]*$")
 SINGLE = re.compile(r"(?<![A-Za-z0-9À-ÿ])[A-Za-z](?![A-Za-z0-9À-ÿ]|['’][a-z])")
 WORD_AFTER = re.compile(r"\s+([a-zà-ÿ]+)")
 LABEL_WINDOW = 80  # characters in which a phrase before its letter is looked for
@@ -76,20 +76,22 @@ CAPITAL = re.compile(r"(?<![A-Za-z0-9'’])[A-Z](?![A-Za-z0-9'’])")
 SENTENCE_END = re.compile(  # the period of "A. red B. blue" ends no sentence
     r"(?<=[.!?])(?<!\b[A-Z]\.)[\"'”’)]*(?:\s+|(?=[一-鿿]))|(?<=。)|\n+")
 CLAUSE_END = re.compile(r"[.,;:!?\n。]|\b(?:so|thus|hence|therefore|but|The)\b")
-CLOSED = re.compile(
-    r"[\s*_`\"'”’)\]}>$】」]*(?:[.!,;:。]|$|\n|\(|because|since|as\b|[一-鿿])")
+CLOSED = re.compile(r"[\s*_`\"'”’)\]}>$】」]*(?:[.!,;:。]|$|\n|\(|because|since|as\b|[一-鿿])")
 SMALL_CLOSED = re.compile(r"[\s*_`\"'”’)\]}>$]*(?:[.!,;:](?!\w)|$|\n)")
 TURNED = re.compile(
     r"\b(?:wait|actually|hold on|correction|hmm+|on second thought|looking (?:again|closer)|i was wrong|sorry"
     r"|let me (?:re)?check|moment mal|espera|attendez|espere|подождите)\b|不对|等等|等一下|待って|잠깐")
 BUT = re.compile(r"\b(?:but|however|no,|aber|pero|mais|mas|но)(?!\w)|但|しかし|하지만")
-BESIDE = re.compile(
-    r"(?:next to|beside|near|close to|behind|adjacent to|against|alongside|in front of|with|holding|wearing"
-    r"|like|unlike)\s+(?:the |an? |its |their |his |her |some |another )?$")
+BESIDE = re.compile(  # before another thing's name: a place, or (the group) what someone has
+    r"(?:(?:next|close|adjacent) to|beside|near|behind|against|alongside|(?:front|left|right|top) of|under"
+    r"|below|above|inside|(with|holding|wearing|like|unlike))\s+"
+    r"(?:the |an? |its |their |his |her |some |another )?$")
+OWN_PLACE = re.compile(r"(?: (?!and|but|it)[a-z]+)? (?:is|are|stands|sits|lies)\b")
 CONTRAST = re.compile(
     r"(?:(?:[,;–—-]\s*|\s(?=and|but))(?:and |but )?not\b|[,\s]\s?(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
-PLAN = re.compile(r"\b(?:let(?: me|'s)|i'll|i (?:will|need|should|must)|to determine|going to|label|if)\b")
+PLAN = re.compile(r"\b(?:let(?: me|'s)|i'll|i (?:will|need|should|must)|to determine|going to|label|if)\b"
+                  r"|(?:^|\b(?:is|stands|sits|lies)\b.*)\b(?:next to|beside|near|behind|under|above) it\b")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -98,7 +100,8 @@ def split_sentences(text: str) -> list[str]:
 
 def find_phrase(text: str, options: dict[str, str]) -> tuple[str | None, int]:
     """Return the letter of the last phrase that chooses one, and where the phrase ends (-1 without one)."""
-    text = TEX.sub(same_length, text)
+    text = TEX.sub(lambda command: command[0] if "box" in command[0] else  # as long as it was
+                   " " * (len(command[0]) - len(command[1]) - 1) + command[1] + " ", text)
     for letter in reversed(list(SINGLE.finditer(text))):  # the last first, each with the words before it
         place = letter.end()
         if letter[0].upper() not in options or letter[0].islower() and not SMALL_CLOSED.match(text, place):
@@ -115,15 +118,11 @@ def find_phrase(text: str, options: dict[str, str]) -> tuple[str | None, int]:
     return None, -1
 
 
-def same_length(match: re.Match) -> str:
-    """Return the content of a TeX command in its place, blanks for the rest; a box stays."""
-    return match[0] if "box" in match[0] else " " * (len(match[0]) - len(match[1]) - 1) + match[1] + " "
-
-
 def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str, str]) -> bool:
     """Return whether a phrase is no question, negation, list or article, before no other option's text."""
     after = text[end:end + 200]
-    before = CLAUSE_END.split(text[max(0, match.start() - 100):match.start()])[-1]
+    window = text[max(0, match.start() - 100):match.start()]
+    before = window if SUPPOSED.search(window) else CLAUSE_END.split(window)[-1]
     before += match["which"] or "" if match.re is LABEL else ""
     if NEGATION.search(before.lower()) or UNSURE.search(before):
         return False
@@ -131,8 +130,10 @@ def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str
     if (listed and listed[1] in options) or DENIED_AFTER.match(after) or asked:
         return False
     if match.re is LABEL:
-        if match["weak"] and (letter.islower() or not CLOSED.match(after)):
-            return False
+        if match["weak"] and not re.search(NOUN, match["gap"], re.I):  # an option may say a letter, too
+            said = [other for other in options if letter in CAPITAL.findall(options[other])]
+            if letter.islower() or not CLOSED.match(after) or set(said) - {letter}:
+                return False
         direct = not match["gap"].strip(" *_`\"'([{<$")  # "option B", without "is" or a colon
         if direct and match["noun"] and not match["which"] and not ANSWER.match(match["noun"]):
             return False
@@ -160,13 +161,11 @@ def is_corrected(rest: str, letter: str, options: dict[str, str], skip: bool = F
 @lru_cache(maxsize=4096)
 def option_pattern(option: str) -> re.Pattern:
     word = re.escape(fold(option, prose=True))
-    return re.compile(  # Chinese has no spaces between words
-        rf"(?<![a-z0-9à-ÿ-])(?<!\d[.,:/]){word}(?![a-z0-9à-ÿ])(?![.,:/-]\d)")
+    return re.compile(rf"(?<![a-z0-9à-ÿ-])(?<!\d[.,:/]){word}(?![a-z0-9à-ÿ])(?![.,:/-]\d)")  # or Chinese
 
 
 def find_options(text: str, options: dict[str, str]) -> list[tuple[int, int, str]]:
-    """Return (start, end, letter) of each option in `fold(text, prose=True)`: whole words, the longest if
-    nested."""
+    """Return (start, end, letter) of options in `fold(text, prose=True)`: whole words, longest if nested."""
     text, spans = fold(text, prose=True), []
     for letter, option in options.items():
         spans += [(m.start(), m.end(), letter) for m in option_pattern(option).finditer(text) if m[0]]
@@ -179,10 +178,14 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
     option's letter: "The right one is B" does not name A. right. "Next to the black laptop" names nothing."""
     text = without_contrast(text, options)
     folded = fold(text, prose=True)
-    spans = [(start, end, letter) for start, end, letter in find_options(text, options)
-             if not (BESIDE.search(folded[:start]) and re.match(r" [a-z]", folded[end:])
-                     or re.search(r"\bthan (?:the |an? )?$", folded[:start]))]
-    if len({letter for _, _, letter in spans}) != 1 or lone_letters(text, options) - {spans[0][2]}:
+    spans = find_options(text, options)
+    beside = [span for span in spans if (place := BESIDE.search(folded[:span[0]][-40:]))
+              and (not place[1] or re.match(r" [a-z]", folded[span[1]:]))]
+    spans = [span for span in spans if span not in beside
+             and not re.search(r"\bthan (?:the |an? )?$", folded[:span[0]][-10:])]
+    names = {letter for _, _, letter in spans}
+    if len(names) != 1 or lone_letters(text, options) - names or (
+            beside and OWN_PLACE.match(folded[spans[0][1]:])):  # "the red cup is near the black laptop"
         return None
     covered = {i for start, end, _ in spans for i in range(start, end)}
     around = "".join(" " if i in covered else character for i, character in enumerate(folded))

@@ -121,12 +121,12 @@ def last_boxed(text: str) -> str | None:
 
 def plain_tex(text: str) -> str:
     """Return text without the escapes and spaces of TeX."""
-    if "\\" not in text and "{,}" not in text:
+    if not re.search(r"\\|\{,\}|\d~", text):
         return text
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text.replace("{,}", ","))
-    text = re.sub(r"\\([$%#&_])", r"\1", text)
-    return re.sub(
-        r"\\[,;:!> ]|\\(?:q?quad|rm|bf|displaystyle)\b|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
+    text = re.sub(r"(?:(?<=\d)(?:\\[,;:! ]|~)+)?\\([$%#&_])", r"\1", text)
+    return re.sub(r"\\[,;:!> ]|(?<=\d)~(?=[A-Za-z\\])|\\(?:q?quad|rm|bf|displaystyle)\b"
+                  r"|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
 
 
 def unwrap(text: str) -> str:
@@ -194,12 +194,11 @@ def fold(text: str, prose: bool = False) -> str:
     text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", MATHS.sub(r"\1", text))
     text = unicodedata.normalize("NFKC", text).lower().translate(DASHES).replace("per cent", "percent")
     text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<!\w)([12]\d\d0)'?s(?!\w)", r"\1decade", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     text = re.sub(rf"(?<![\w.])(\d+(?:\.\d+)?) ({'|'.join(SCALES)})\b",
                   lambda m: f"{float(m[1]) * SCALES[m[2]]:.15g}", text)
-    text = NUMBER_WORD.sub(
-        lambda m: m[0] if prose and m[0] == "one" and not COUNTED.search(text[:m.start()])
-        else number_of(m[0]), text)
+    text = NUMBER_WORD.sub(lambda m: m[0] if prose and m[0] == "one" and not COUNTED.search(text[:m.start()])
+                           else number_of(m[0]), text)
     text = re.sub(r"\b(\d+) (hal(?:f|ves)|thirds?|quarters?)\b",
                   lambda m: f"{m[1]}/{dict(h=2, t=3, q=4)[m[2][0]]}", text)
     text = re.sub(r"\b(?:negative|minus) (?=\d)", "-", re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text))

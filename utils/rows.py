@@ -40,9 +40,8 @@ META = re.compile(  # of the task, not of the scene
     r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) "
     r"(?:shows|depicts|displays|contains|features)\b"
     r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)
-LEAK = re.compile(
-    r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
-    r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
+                  r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
 # Every match of REFUSAL, META and LEAK holds one of these; looking for them first is ten times as fast.
 SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "language model", "apolog",
            "caption", "description", "image", "picture", "photo", "region", "crop", "question")

@@ -116,10 +116,52 @@ def test_what_is_no_full_statement_of_a_truth_or_a_yes():
                                    "\\boxed{{{}}}",
                                    "选{}",
                                    "I choose {} with high confidence.", "The answer is {} and not Z.",
-                                   "{} is correct.", "Die Antwort ist {}.", "정답: {}", '{{"answer": "{}"}}'])
+                                   "{} is correct.", "Die Antwort ist {}.", "The figure matches ({}).",
+                                   "Label: {}", "{} fits best.", "Definitely {}.", "It is dark, i.e. {}.",
+                                   "The time is option {}.", "Its mark corresponds to option {}.",
+                                   "The closer point is {}.", "{} es la respuesta correcta.",
+                                   "{}) it\n\nF, G and H are wrong.", "정답: {}", '{{"answer": "{}"}}'])
 def test_all_letters_are_read_alike(reply):
     options = dict(zip("ABCDEFGH", "sun moon rain snow wind hail mist dust".split()))
     assert [extract_choice(reply.format(letter), options).letter for letter in options] == list(options)
+
+
+def test_a_place_next_to_an_option_and_two_things_name_no_option():
+    """"Behind the cup" says where something is; "on the table" and an option that is a place are answers."""
+    things = dict(zip("ABCD", "cup lamp table fridge".split()))
+    for letter, thing in things.items():
+        for place in ("behind", "next to", "to the left of", "in front of", "under", "above", "inside", "near"):
+            assert named_option(f"It is {place} the {thing}.", things) is None, place
+            other = things["ABCD"["BCDA".index(letter)]]
+            assert named_option(f"The {thing} is {place} the {other}.", things) is None, place
+            assert named_option(f"It is {place} the {thing}.", {"A": f"{place} the {thing}"}) == "A"
+        assert named_option(f"It is on the {thing}.", things) == letter
+        for form in ("The cup is small. A {} laptop is next to it.", "Next to it is the {} laptop."):
+            assert extract_choice(form.format(COLOURS[letter]), COLOURS).letter is None, form
+        for form in ("The {0} cup is next to the {1} plate.", "A {0} cup stands beside a {1} plate."):
+            assert named_option(form.format(COLOURS[letter], COLOURS["ABCD"["BCDA".index(letter)]]),
+                                COLOURS) is None, form
+
+
+@pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "If it is so, the answer is {0}.", "Anything but {1}",
+                                   '{{"answer": ["{0}", "{2}"]}}', "A {1} and {3} thing",
+                                   "Look.\nAnswer: {1}.\nThe thing next is {3}."])
+def test_what_only_looks_like_a_choice_is_left_open(reply):
+    for letter, other in zip("ABCD", "BCDA"):
+        said = reply.format(letter, COLOURS[letter], other, COLOURS[other])
+        assert extract_choice(said, COLOURS).letter is None, said
+
+
+def test_numbers_of_steps_are_no_answers_and_labels_before_words_are_none():
+    numbers = dict(zip("ABCD", "1234"))
+    assert extract_choice("Step 1: look. Step 2: answer.", numbers).letter is None
+    assert extract_choice("1. Look\n2. Count\n\nThere are 3.", numbers).letter == "C"
+    sides = dict(zip("ABCD", "above below left right".split()))
+    assert extract_choice("The right answer is below.", sides).letter == "B"
+    assert extract_choice("Answer: red.\nThe laptop is black.", COLOURS).letter == "B"
+    assert extract_choice("So the answer is b.", COLOURS).letter == "B"
+    assert extract_choice("It is B.", dict(zip("ABCD", "O A B AB".split()))).letter != "B"
+    assert extract_choice("yes, no", {"A": "Yes", "B": "No"}).letter is None
 
 
 def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():
