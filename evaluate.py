@@ -42,7 +42,8 @@ from pathlib import Path
 
 from utils.backends import LocalBackend, render
 from utils.call_flags import add_journal_flags, add_server_flags, open_backend
-from utils.cli import Help, cli, log, parse_count, rank_world, read_api_key
+from utils.cli import (Help, cli, log, parse_count, parse_number, parse_seconds, parse_seed, rank_world,
+                       read_api_key)
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
 from utils.evaluate.benchmarks import TABLE, prepare
 from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
@@ -282,14 +283,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "(default: vlmevalkit; deepeyes for --method tool)")
     parser.add_argument("--system", help="system prompt that replaces the protocol's")
     parser.add_argument("--suffix", default="", help="text added to the question")
-    parser.add_argument("--min_pixels", type=int, help="smallest area of a picture (default: the protocol's)")
-    parser.add_argument("--max_pixels", type=int, help="largest area of a picture (default: the protocol's)")
+    parser.add_argument("--min_pixels", type=parse_count,
+                        help="smallest area of a picture (default: the protocol's)")
+    parser.add_argument("--max_pixels", type=parse_count,
+                        help="largest area of a picture (default: the protocol's)")
     parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
     parser.add_argument("--shuffle_options", action="store_true",
                         help="show each item's options in an order drawn by --seed")
     parser.add_argument("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
-    parser.add_argument("--seed", type=int, default=0, help="of --samples and --shuffle_options")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of --samples and --shuffle_options")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
     add_journal_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
@@ -297,7 +300,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     local = parser.add_argument_group("--backend local")
     local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                        help="family of the latents")
-    local.add_argument("--latent_size", type=parse_count, help="latents per segment (default: the family's)")
+    local.add_argument("--latent_size", type=parse_number(1, 16384),
+                       help="latents per segment (default: the family's)")
     local.add_argument("--batch_size", type=parse_count, default=32, help="items per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=65536,
                        help="tokens per batch, at most")
@@ -310,7 +314,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--judge_model", help="the server's name for the judge")
     judge.add_argument("--judge_base_url", default="http://127.0.0.1:8001/v1", help="the judge's server")
     judge.add_argument("--judge_key_file", help="file with its key (default: $OPENAI_API_KEY, if set)")
-    judge.add_argument("--judge_wait", type=float, default=60.0,
+    judge.add_argument("--judge_wait", type=parse_seconds, default=60.0,
                        help="seconds without reply until it counts as gone")
     return check_args(parser, parser.parse_args(argv))
 
@@ -326,8 +330,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
         parser.error(f"--method {args.method}, --latent {args.latent}: latents need both, others neither")
     if args.latent != "off" and args.backend == "openai":
         parser.error("--latent: servers do not feed latents; expected --backend local")
-    if not 0 <= args.temperature <= 10:
-        parser.error(f"--temperature {args.temperature}: expected 0 to 10")
     if args.samples > 1 and (args.temperature == 0 or args.responses):
         parser.error(f"--samples {args.samples}: expected --temperature above 0, and no --responses")
     if args.responses:

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -45,7 +44,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.cli import Help, add_model_flags, cli, log, parse_count, rank_world, read_api_key
+from utils.cli import (Help, add_model_flags, cli, log, parse_count, parse_number, parse_temperature,
+                       rank_world, read_api_key)
 from utils.display import Block, Table, Text, intervene_blocks, percent, plain_text, swept
 from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
@@ -294,21 +294,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="paper (those of the paper), full (all), maps (sweeps over positions, layers "
                              "and doses), or names, with a number where they take one (add_noise:0.3); "
                              f"latents: {', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
-    parser.add_argument("--calibration", type=int, default=32,
+    parser.add_argument("--calibration", type=parse_count, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", help="text that options are scored behind (R0); by default the clean "
                         f"reply's own words on the way to its box, for latents \" {STEM}\"")
     parser.add_argument("--prior", choices=("none", "question"), default="none",
                         help="question: from an option's log-probability take the one after the same stem "
                              "without image and imagination (PMI)")
-    parser.add_argument("--margin", type=float, default=0.05,
+    parser.add_argument("--margin", type=parse_number(1e-6, 0.999, float), default=0.05,
                         help="equivalence margin, a share of items; choose it before the run")
-    parser.add_argument("--margin_nll", type=float, default=0.05, help="the same of R0 and R1, nats")
+    parser.add_argument("--margin_nll", type=parse_number(1e-6, 100, float), default=0.05,
+                        help="the same of R0 and R1, nats")
     parser.add_argument("--min_emitters", type=parse_count, default=50,
                         help="fewest effective groups of items with an imagination for an effect "
                              "(items without groups count one each)")
     parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side")
-    parser.add_argument("--temperature", type=float, default=0.0,
+    parser.add_argument("--temperature", type=parse_temperature, default=0.0,
                         help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
     parser.add_argument("--editor_model", help="model of directed_llm, as its server names it")
     parser.add_argument("--editor_url", default="http://127.0.0.1:8000/v1",
@@ -340,8 +341,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--conditions {odd[0]}: with --latent off expected some of {' '.join(TEXT_CONDITIONS)}")
     if "directed_llm" in args.conditions and not args.editor_model:
         parser.error("--conditions directed_llm needs --editor_model")
-    if not 0 < args.margin < 1 or not 0 < args.margin_nll < math.inf:
-        parser.error(f"--margin {args.margin}, --margin_nll {args.margin_nll}: expected a share, nats > 0")
 
 
 def with_sweeps(conditions: list[str], spec: LatentSpec, qwen: Qwen) -> list[str]:

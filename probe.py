@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.call_flags import add_call_flags
-from utils.cli import Help, add_model_flags, cli, log, parse_count
+from utils.cli import Help, add_model_flags, cli, log, parse_count, parse_seed
 from utils.display import plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
@@ -258,7 +258,7 @@ def parse_derive_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answer_base_url", help="the server of --answer_model (default: --base_url)")
     parser.add_argument("--drop_blind", action="store_true",
                         help="drop questions answered right without the image")
-    parser.add_argument("--seed", type=int, default=0, help="of the orders of options")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of the orders of options")
     parser.set_defaults(task="derive")
     args = parser.parse_args(argv)
     if (args.answer_backend or args.answer_base_url) and not args.answer_model:

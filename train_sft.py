@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from utils.cli import Help, cli, log, parse_count, stop_on_signals
+from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, stop_on_signals
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
 from utils.jsonl import DataError, check_unique, find_checkpoint, sha256_file, write_json, write_meta
@@ -237,47 +237,53 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--imagination", choices=IMAGINATIONS, default="text",
                         help="the training target; see above")
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
-    parser.add_argument("--latent_size", type=parse_count, help="latents per image (default: the family's)")
-    parser.add_argument("--align_weight", type=float, default=10.0,
+    parser.add_argument("--latent_size", type=parse_number(1, 16384),
+                        help="latents per image (default: the family's)")
+    parser.add_argument("--align_weight", type=parse_number(0, 10**6, float), default=10.0,
                         help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
                         help="cosine (Mirage) or mse (LVR)")
     parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
-    parser.add_argument("--max_steps", type=int, help="optimizer steps in all (overrides --epochs)")
+    parser.add_argument("--max_steps", type=parse_count, help="optimizer steps in all (overrides --epochs)")
     parser.add_argument("--global_batch", type=parse_count, default=128,
                         help="rows per optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=parse_count, default=8192,
                         help="tokens that a device runs at once")
     parser.add_argument("--batch_size", type=parse_count, default=1,
                         help="--imagination latent: rows per forward pass, padded")
-    parser.add_argument("--learning_rate", type=float, default=1e-5, help="rate after the warm-up")
-    parser.add_argument("--warmup_steps", type=int, default=10, help="optimizer steps of linear warm-up")
+    parser.add_argument("--learning_rate", type=parse_number(1e-12, 1000, float), default=1e-5,
+                        help="rate after the warm-up")
+    parser.add_argument("--warmup_steps", type=parse_number(0), default=10,
+                        help="optimizer steps of linear warm-up; 0: none")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                         help="decay after the warm-up")
-    parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--spike", type=float, default=2.0,
+    parser.add_argument("--weight_decay", type=parse_number(0, 1000, float), default=0.01,
+                        help="AdamW's, on matrices only; 0: none")
+    parser.add_argument("--clip", type=parse_number(0, 10**6, float), default=1.0,
+                        help="largest norm of the gradient; 0: any")
+    parser.add_argument("--spike", type=parse_number(0, 1000, float), default=2.0,
                         help="nats above the median of 50 steps at which a loss stops the run; 0: never")
     parser.add_argument("--train_vision", action="store_true",
                         help="also train the vision tower (the paper freezes it)")
-    parser.add_argument("--lora_rank", type=int, default=0,
+    parser.add_argument("--lora_rank", type=parse_number(0, 4096), default=0,
                         help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
     parser.add_argument("--recompute", choices=RECOMPUTED,
                         help="activations recomputed in the backward pass; mlps is faster and takes more "
                              "memory (default: none on a CPU, mlps for latents, else layers)")
-    parser.add_argument("--image_tokens", type=int, default=2000,
+    parser.add_argument("--image_tokens", type=parse_count, default=2000,
                         help="visual tokens per row above which images are scaled down")
-    parser.add_argument("--tokens_per_image", type=int, default=1280,
+    parser.add_argument("--tokens_per_image", type=parse_count, default=1280,
                         help="largest size of one of these images (Monet)")
     parser.add_argument("--system", help="system prompt (default: the chat template's)")
-    parser.add_argument("--validation_rows", type=int, default=0,
+    parser.add_argument("--validation_rows", type=parse_number(0), default=0,
                         help="rows held out to choose the best checkpoint")
     parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
     parser.add_argument("--save_every", type=parse_count, default=250, help="steps between checkpoints")
     parser.add_argument("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
-    parser.add_argument("--num_workers", type=int, default=2,
+    parser.add_argument("--num_workers", type=parse_number(0, 256), default=2,
                         help="processes that prepare batches; 0: the training process")
-    parser.add_argument("--seed", type=int, default=42, help="of the order of rows and of the rows held out")
+    parser.add_argument("--seed", type=parse_seed, default=42,
+                        help="of the order of rows and of the rows held out")
     parser.add_argument("--limit", type=parse_count, help="only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.backends import LocalBackend, log_textless
-from utils.cli import add_fresh_flag, log, parse_count, rank_world, read_api_key
+from utils.cli import (add_fresh_flag, log, parse_count, parse_seconds, parse_temperature, rank_world,
+                       read_api_key)
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
 from utils.jsonl import DataError, call_key, load_object, write_json, write_meta
@@ -64,10 +65,10 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
     server = parser.add_argument_group(title)
     server.add_argument("--base_url", default="http://127.0.0.1:8000/v1", help="is waited for while down")
     server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
-    server.add_argument("--timeout", type=float, default=300.0, help="seconds until a call counts as lost")
-    server.add_argument("--server_wait", type=float, default=1800.0, help="seconds without reply to exit 4")
+    server.add_argument("--timeout", type=parse_seconds, default=300.0, help="seconds until a call is lost")
+    server.add_argument("--server_wait", type=parse_seconds, default=1800, help="seconds without any reply")
     server.add_argument("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
-    server.add_argument("--temperature", type=float, default=0.0, help="seeds come from each call's content")
+    server.add_argument("--temperature", type=parse_temperature, default=0.0, help="seeds: a call's content")
     server.add_argument("--image_factor", type=parse_count, default=image_factor,
                         help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",

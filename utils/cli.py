@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,14 +63,18 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {default})"
 
 
-def parse_count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 1")
-    return count
+def parse_number(low: float, high: float = 2**31 - 1, kind: type = int) -> Callable[[str], float]:
+    """Return the type of a flag that takes numbers from `low` to `high`, none of them NaN."""
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected {kind.__name__} from {low} to {high}")
+    return parse
+
+
+parse_count, parse_seed = parse_number(1), parse_number(0)
+parse_temperature, parse_seconds = parse_number(0, 10, float), parse_number(0.1, 10**8, float)
 
 
 def add_fresh_flag(parser: argparse.ArgumentParser) -> None:
@@ -86,14 +90,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                         help="what R0 scores: the letters or the texts of the options")
     parser.add_argument("--system", help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="text after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024,
-                        help="per reply, latent steps included")
-    parser.add_argument("--batch_size", type=parse_count, default=8,
-                        help="items per batch; donors of stage 5 come from it")
+    parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="a reply's, with latents")
+    parser.add_argument("--batch_size", type=parse_count, default=8, help="items per batch, with donors")
     parser.add_argument("--max_pixels", type=parse_count, help="area to which an image is shrunk")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of all random numbers")
     add_fresh_flag(parser)
 
 

@@ -214,8 +214,7 @@ def write_json(path: str | Path, value: object) -> None:
     replace_file(path, lambda file: file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n"))
 
 
-def write_meta(output: str | Path, args: argparse.Namespace, paths: list[str | Path], seconds: float,
-               **extra) -> None:
+def write_meta(output: str | Path, args: argparse.Namespace, paths: list, seconds: float, **extra) -> None:
     """Write `<output>.meta.json`: flags, versions, sha256 of the files read, seconds, hardware, `extra`."""
     installed = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}

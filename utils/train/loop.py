@@ -128,7 +128,7 @@ class Trainer:
             by_row.append((batch["row_ids"], batch["row"], losses.detach()))
         if args.train_vision:
             average_replicated([p for p in self.objective.parameters() if p.requires_grad])
-        norm = float(acc.clip_grad_norm_(self.objective.parameters(), args.clip))
+        norm = float(acc.clip_grad_norm_(self.objective.parameters(), args.clip or math.inf))
         sums[3] = float(self.stop.is_set())  # summed over ranks: all must leave at the same step
         nll, aligned, n_right, n_stopping = acc.reduce(sums, "sum").tolist()
         loss = nll / work.trained_tokens
