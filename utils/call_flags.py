@@ -46,8 +46,7 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
     parser.add_argument("--export_only", action="store_true", help="write the output without calls")
     add_journal_flags(parser)
-    parser.add_argument("--shard", type=parse_shard, metavar="I/N",
-                        help="every Nth sample from the Ith on; the last shard writes the output")
+    parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="every Nth sample from the Ith on")
     parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
     local = parser.add_argument_group("--backend local (free to change between restarts)")
     local.add_argument("--batch_size", type=parse_count, default=16, help="calls per batch, at most")

@@ -86,8 +86,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens; off: text imaginations")
     parser.add_argument("--image_root", help="folder of the images (default: that of the items file)")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter",
-                        help="what R0 scores: the letters or the texts of the options")
+    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
     parser.add_argument("--system", help="system prompt (default: the chat template's own)")
     parser.add_argument("--suffix", default="", help="text after the question")
     parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="a reply's, with latents")
