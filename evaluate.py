@@ -235,13 +235,12 @@ def efficiency(answers: Answers) -> dict:
     """Return seconds and tokens, in total and per item; None where they are unknown."""
     n, names = len(answers.results), ("seconds", "prefill_seconds", "tokens")
     if not answers.conversations:
-        return dict.fromkeys((*names, "seconds_per_item", "tokens_per_item", "tokens_per_second"))
+        return dict.fromkeys((*names, "seconds_per_item", "tokens_per_item"))
     seconds, prefill = (sum(c.seconds(name) for c in answers.conversations) for name in names[:2])
     n_tokens = sum(result["n_tokens"] for result in answers.results)
     return {"seconds": round(seconds, 3), "prefill_seconds": round(prefill, 3),
             "seconds_per_item": round(seconds / n, 4), "tokens": n_tokens,
-            "tokens_per_item": round(n_tokens / n, 1),
-            "tokens_per_second": round(n_tokens / seconds, 1) if seconds else None}
+            "tokens_per_item": round(n_tokens / n, 1)}
 
 
 def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentSpec | None, path: str,

@@ -150,10 +150,7 @@ def describe_pairs(pairs: list[Pair]) -> dict:
     for name in ("rel_change", "norm_ratio", "reach"):
         values = [record[name] for record in after if record.get(name) is not None]
         medians[name] = median(values) if values else None
-    letters = {name: dict(Counter(str(record["pred"]) for record in side))
-               for name, side in (("clean", clean), ("int", after))}
-    return {**{name: sum(values) / len(pairs) for name, values in shares.items()}, **medians,
-            "letters": letters}
+    return {**{name: sum(values) / len(pairs) for name, values in shares.items()}, **medians}
 
 
 def describe_asked(pairs: list[Pair]) -> dict:

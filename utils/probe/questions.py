@@ -261,11 +261,10 @@ def score_condition(rows: list[dict], groups: dict[str, str]) -> dict:
     entry = {"correct": sum(row["correct"] for row in rows),
              **share([row["correct"] for row in rows], [groups[row["id"]] for row in rows]),
              "parsed": sum(row["pred"] is not None for row in rows) / len(rows),
-             "letters": Counter(row["pred"] for row in rows if row["pred"]), "asked": len(asked), "r0": None}
+             "asked": len(asked), "r0": None}
     if asked:
         right = [row["r0"]["pred"] == row["gold"] for row in asked]
         entry["r0"] = {**share(right, [groups[row["id"]] for row in asked]),
-                       "letters": Counter(row["r0"]["pred"] for row in asked),
                        "nll": sum(row["r0"]["nll"] for row in asked) / len(asked)}
     return entry
 
