@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from utils.probe.analysis import retrieval
-from utils.probe.similarity import (FORMS, Bootstrap, Cell, CellSimilarity, PairBootstrap, apply_form,
-                                    calibrate, correct, cosine_matrix, draw_halves)
+from utils.probe.similarity import (FORMS, Bootstrap, Cell, CellSimilarity, apply_form, calibrate, correct,
+                                    cosine_matrix, draw_halves)
 
 
 def measure_cells(cells, halves, n_boot=50):
@@ -102,7 +102,7 @@ def test_intervals_cover_as_often_as_they_say():
     for seed in range(200):
         a, states = rng.beta(2, 2, size=40), rng.normal(size=(60, 10)) + 2  # E|z - mu|^2 / |mu|^2 = 10 / 40
         x, y, matrix = rng.normal(3, 1, 60), rng.normal(6, 1, 60), np.outer(a, a)
-        over_pairs = PairBootstrap(np.ones((40, 40), dtype=bool), 0.9, 400, seed).mean(matrix)
+        over_pairs = Bootstrap(40, 0.9, 400, seed).pairs(matrix, np.ones((40, 40), dtype=bool))
         boot = Bootstrap(60, 0.9, 400, seed)
         for k, (entry, truth) in enumerate((
                 (over_pairs, 0.25), (boot.spread(states), 0.25), (boot.mean(x), 3), (boot.ratio(x, y), 0.5))):

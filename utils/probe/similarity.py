@@ -149,25 +149,14 @@ class Bootstrap:
             return (weights @ squares / self.n - shift) * self.n / (self.n - 1) / length
         return self.entry(float(spread_of(np.ones((1, self.n), dtype=np.float32))[0]), spread_of(self.drawn))
 
-
-class PairBootstrap:
-    """Means of an [n, n] matrix over the pairs of distinct instances in `mask`, bool [n, n]. A pair counts as
-    often as both instances were drawn."""
-
-    def __init__(self, mask: np.ndarray, *settings, **more):
-        self.boot = Bootstrap(len(mask), *settings, **more)
-        self.mask = mask & ~np.eye(len(mask), dtype=bool)
-        self.counts = self.sums(self.mask.astype(np.float32))
-
-    def sums(self, matrix: np.ndarray) -> np.ndarray:
-        """Return the sum over all pairs of each resample."""
-        drawn = self.boot.drawn
-        return ((drawn @ matrix) * drawn).sum(1, dtype=np.float64)
-
-    def mean(self, matrix: np.ndarray) -> dict:
+    def pairs(self, matrix: np.ndarray, mask: np.ndarray) -> dict:
+        """Return the entry of the mean of `matrix` over the pairs of distinct instances in `mask`, both
+        [n, n]. A pair counts as often as both instances were drawn."""
+        mask = mask & ~np.eye(self.n, dtype=bool)
+        sums, counts = (((self.drawn @ values.astype(np.float32)) * self.drawn).sum(1, dtype=np.float64)
+                        for values in (np.where(mask, matrix, 0), mask))
         with np.errstate(divide="ignore", invalid="ignore"):
-            resampled = self.sums(np.where(self.mask, matrix, 0).astype(np.float32)) / self.counts
-        return self.boot.entry(float(matrix[self.mask].mean(dtype=np.float64)), resampled)
+            return self.entry(float(matrix[mask].mean(dtype=np.float64)), sums / counts)
 
 
 # ---- cell by cell
@@ -189,12 +178,6 @@ class CellSimilarity:
         self.before: Corrected | None = None
         self.matrices: dict[str, np.ndarray] = {}
 
-    def resample(self, instances: np.ndarray) -> None:
-        if tuple(instances) != self.instances:
-            self.instances, halves = tuple(instances), self.halves[instances]
-            self.all_pairs = PairBootstrap(np.ones((len(halves),) * 2, dtype=bool), *self.settings)
-            self.within_halves = PairBootstrap(halves[:, None] == halves, *self.settings)
-
     def measure(self, cell: Cell) -> list[dict]:
         """Return rows of a cell. inter: pairs of instances; adjacent, first: this step and the one before, or
         step 0, of one instance; spread. Fewer than four instances give no rows."""
@@ -203,14 +186,17 @@ class CellSimilarity:
             self.first = self.before = None
         if len(cell.instances) < 4:
             return []
-        self.resample(cell.instances)
+        if tuple(cell.instances) != self.instances:
+            self.instances, self.boot = tuple(cell.instances), Bootstrap(len(cell.instances), *self.settings)
+        halves = self.halves[cell.instances]
+        same_half = halves[:, None] == halves
         place, rows = {"layer": cell.layer, "step": cell.step}, []
-        forms = correct(cell.states, self.halves[cell.instances]) or {"raw": cell.states}
+        forms = correct(cell.states, halves) or {"raw": cell.states}
         for form, states in forms.items():
             self.matrices[form] = cosine_matrix(states)
-            pairs = self.all_pairs if form == "raw" else self.within_halves
-            rows.append({**place, "measure": "inter", "form": form, **pairs.mean(self.matrices[form])})
-        rows.append({**place, "measure": "spread", "form": "raw", **self.all_pairs.boot.spread(cell.states)})
+            rows.append({**place, "measure": "inter", "form": form,
+                         **self.boot.pairs(self.matrices[form], same_half | (form == "raw"))})
+        rows.append({**place, "measure": "spread", "form": "raw", **self.boot.spread(cell.states)})
         current = Corrected(cell, forms)
         if self.before is not None and self.before.cell.step + 1 == cell.step:
             rows += [place | row for row in self.compare_steps("adjacent", self.before, current)]
@@ -228,7 +214,7 @@ class CellSimilarity:
         n, rows = len(in_later), []
         if n < 2:
             return rows
-        boot = self.all_pairs.boot if n == len(self.instances) else Bootstrap(n, *self.settings)
+        boot = self.boot if n == len(self.instances) else Bootstrap(n, *self.settings)
         for form in later.forms:
             if form in earlier.forms:
                 one, two = earlier.forms[form][in_earlier], later.forms[form][in_later]
