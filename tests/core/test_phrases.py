@@ -130,7 +130,8 @@ def test_a_place_next_to_an_option_and_two_things_name_no_option():
     """"Behind the cup" says where something is; "on the table" and an option that is a place are answers."""
     things = dict(zip("ABCD", "cup lamp table fridge".split()))
     for letter, thing in things.items():
-        for place in ("behind", "next to", "to the left of", "in front of", "under", "above", "inside", "near"):
+        for place in ("behind", "next to", "to the left of", "in front of", "under", "above", "inside",
+                      "near"):
             assert named_option(f"It is {place} the {thing}.", things) is None, place
             other = things["ABCD"["BCDA".index(letter)]]
             assert named_option(f"The {thing} is {place} the {other}.", things) is None, place
