@@ -38,7 +38,7 @@ from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, sto
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
 from utils.jsonl import DataError, check_unique, find_checkpoint, sha256_file, write_json, write_meta
-from utils.latent_families import PRESETS, spec_of
+from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
 from utils.rows import read_own
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
@@ -312,6 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     target, tools = make_target(args), load_tools(args.model)
     if target.spec:
         add_tokens(tools, target.spec.tokens)
+        if load_head(args.model, torch.device("cpu"), torch.float32):
+            raise DataError(f"--model {args.model}: latents of this base pass through a head ({LVR_HEAD}*), "
+                            "which training neither applies nor keeps; expected a base without one, or another "
+                            "--imagination")
     batching = Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, args.train_vision,
                         args.num_workers)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from processes import run_here
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from training import flags, load_examples, log_of, losses, run_ranks
 
 import train_sft
@@ -282,6 +283,22 @@ def test_bad_rows_are_named(train, data, change, match):
     write_rows(data, rows)
     with pytest.raises(DataError, match=match):
         train("o")
+
+
+@pytest.mark.parametrize("family", ["lvr", "mirage", "monet_vllm"])
+def test_latents_are_not_trained_on_a_base_with_a_latent_head(tiny_checkpoint, data, tmp_path, capsys, family):
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    head = {f"lvr_head.{layer}.{part}": torch.zeros(32, 32) if part == "weight" and "mlp" in layer else
+            torch.zeros(32) for layer in ("ln_q", "mlp.0", "mlp.2") for part in ("weight", "bias")}
+    save_file(load_file(base / "model.safetensors") | head, base / "model.safetensors", {"format": "pt"})
+    more = ["--imagination", "latent", "--latent", family, "--latent_size", "2"]
+    assert run_here("train_sft", flags(data, base, tmp_path / "o", *more)) == 2
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert "latents of this base pass through a head (lvr_head.*)" in error and error.count("\n") == 1
+    assert not (tmp_path / "o.run").exists()
+    assert run_here("train_sft", flags(data, base, tmp_path / "o", "--imagination", "placeholder",
+                                       "--dry_run")) == 0
+    assert run_here("train_sft", flags(data, tiny_checkpoint, tmp_path / "o", *more, "--dry_run")) == 0
 
 
 def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):

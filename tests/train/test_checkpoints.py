@@ -2,6 +2,7 @@
 import json
 import os
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.jsonl import DataError
+from utils.train import checkpoints
 from utils.train.checkpoints import (Best, Run, Saver, enter_run_folder, keep_lines, newest_checkpoint,
                                      numbered_folders, prune, publish, rank_file, read_shard, restore,
                                      snapshot)
@@ -72,7 +74,25 @@ def test_shards_of_ranks_are_one_tensor_again(tmp_path):
         read_shard(files, "model/w", torch.zeros(9, 2))
 
 
-def test_a_checkpoint_of_several_ranks_appears_when_the_last_part_is_there(tmp_path):
+def test_an_error_does_not_throw_away_what_is_queued(tmp_path):
+    model, optimizer = trained_model()
+
+    def submit(rank, world, step):
+        saver = Saver(rank, world)
+        saver.submit(time.sleep, 0.2)  # as an export does, which takes minutes
+        saver.submit(saver.checkpoint, tmp_path / f"step-{step}", snapshot(model, optimizer, rank),
+                     {"step": step}, lambda: None)
+        return saver
+
+    submit(0, 1, 4).abandon()
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-4", {"step": 4})
+    first, second = submit(0, 2, 6), submit(1, 2, 6)  # the error is one of both ranks
+    first.abandon(), second.abandon()
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-6", {"step": 6})
+
+
+def test_a_checkpoint_of_several_ranks_appears_when_the_last_part_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "GRACE", 0.2)
     model, optimizer = trained_model()
     first, done = Saver(0, 2), threading.Event()
     first.submit(first.checkpoint, tmp_path / "step-2", snapshot(model, optimizer, 0), {"step": 2}, done.set)

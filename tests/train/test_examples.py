@@ -122,3 +122,34 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     ([], (2000, 1280, 28), [])])
 def test_budget_sizes_by_hand(sizes, budget, expected):
     assert budget_sizes(sizes, *budget) == expected
+
+
+SILENT = ["", " \n\t", "\u200b\ufeff", "\x00", "<think_image> </think_image>", "\\boxed{ }",
+          "<think_image></think_image> \\boxed{}\u00a0"]
+SPOKEN = ["7", "-", "是", "＋", "\\boxed{7}", "<think_image>a boat</think_image>", "\u200b7"]
+
+
+@pytest.mark.parametrize("imagination", ["text", "direct", "placeholder", "latent"])
+def test_rows_that_say_nothing_are_counted_and_refused(tiny_checkpoint, pictures, imagination):
+    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
+    if imagination == "latent":
+        target = replace(target, spec=MIRAGE)
+        Q.add_tokens(qwen, MIRAGE.tokens)
+
+    def rows(texts):
+        """One row per text, which the target of this imagination takes alone, and rows that have no step."""
+        image = ROW["steps"][1]
+        made = [{"text": {"chain": text}, "direct": {"answer": text}}.get(
+                    imagination, {"steps": [image, {"text": text}]}) for text in texts]
+        return [ROW | change | {"id": f"r/{n}"} for n, change in enumerate(made)]
+
+    assert len(make_examples(qwen, rows(SPOKEN), target)) == len(SPOKEN)
+    with pytest.raises(DataError) as caught:
+        make_examples(qwen, [*rows(SPOKEN), *rows(SILENT)], target)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{len(SILENT)} of {len(SILENT) + len(SPOKEN)} rows cannot be trained on")
+    assert [line.split(":")[0] for line in lines[1:]] == [f"  r/{n}" for n in range(len(SILENT))]
+    assert all(f"its text is empty (--imagination {imagination})" in line for line in lines[1:])
+    if imagination in ("placeholder", "latent"):
+        with pytest.raises(DataError, match="1 of 1 rows"):
+            make_examples(qwen, [ROW | {"steps": []}], target)

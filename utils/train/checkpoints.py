@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from utils.jsonl import DataError, disk_errors, replace_file
 
 SETTINGS, STATE = "settings.json", "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
+GRACE = 5.0  # seconds
 
 
 @dataclass
@@ -185,9 +186,10 @@ class Saver:
         self.thread.shutdown()
 
     def abandon(self) -> None:
-        """After an error: do not wait for other ranks."""
+        """After an error: write what is queued; other ranks, which may have died, have GRACE for theirs."""
+        wait(self.pending, GRACE)
         self.stop.set()
-        self.thread.shutdown(cancel_futures=True)
+        self.thread.shutdown()
 
 
 def publish(folder: Path, write: Callable[[str], None]) -> None:

@@ -1,5 +1,6 @@
 """Rows as tokens: the four training targets (see train_sft.py), their loss masks, packs and batches."""
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from utils.latent_families import LatentSpec, latent_ids
 from utils.qwen import THREADS, Qwen, collate, process_images
 
 PLACEHOLDER = "<think_image>"
+SILENT = re.compile(r"</?think_image>|\\boxed\{\s*\}")  # what a reply may hold and still say nothing
 SHOWN = 20  # bad rows that one error names
 
 
@@ -65,6 +67,14 @@ def target_text(row: dict, target: Target) -> str:
     return " ".join(piece for piece in pieces if piece)
 
 
+def says_something(row: dict, target: Target) -> bool:
+    """Return whether a reply has a visible character besides marks, images and an empty box."""
+    texts = {"text": [row["chain"]], "direct": [row["answer"]]}.get(
+        target.imagination, [step["text"] for step in row["steps"] if "text" in step])
+    words = SILENT.sub("", " ".join(texts))
+    return any(char.isprintable() and not char.isspace() for char in words)
+
+
 def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
                  factor: int = 28) -> list[tuple[int, int]]:
     """Return the (width, height) of each image of a sample under a budget of visual tokens.
@@ -114,6 +124,9 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
     images = [resolve_image(root, name) for name in row["images"]]
     prompt = chat(qwen.tokenizer, row["question"], len(images), target.system)
     reply = target_text(row, target) + END_OF_TURN
+    if not says_something(row, target):
+        raise DataError(f"the reply is {reply[:60]!r}, expected words: its text is empty (--imagination "
+                        f"{target.imagination})")
     prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids
                              for text in (prompt, reply))
     steps, untrained = [], set()
