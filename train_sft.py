@@ -314,8 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         add_tokens(tools, target.spec.tokens)
         if load_head(args.model, torch.device("cpu"), torch.float32):
             raise DataError(f"--model {args.model}: latents of this base pass through a head ({LVR_HEAD}*), "
-                            "which training neither applies nor keeps; expected a base without one, or another "
-                            "--imagination")
+                            "which training neither applies nor keeps; expected a base without one, or "
+                            "another --imagination")
     batching = Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, args.train_vision,
                         args.num_workers)
 

@@ -286,7 +286,7 @@ def test_bad_rows_are_named(train, data, change, match):
 
 
 @pytest.mark.parametrize("family", ["lvr", "mirage", "monet_vllm"])
-def test_latents_are_not_trained_on_a_base_with_a_latent_head(tiny_checkpoint, data, tmp_path, capsys, family):
+def test_no_latents_are_trained_on_a_base_with_a_latent_head(tiny_checkpoint, data, tmp_path, capsys, family):
     base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
     head = {f"lvr_head.{layer}.{part}": torch.zeros(32, 32) if part == "weight" and "mlp" in layer else
             torch.zeros(32) for layer in ("ln_q", "mlp.0", "mlp.2") for part in ("weight", "bias")}
