@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from utils.phrases import (CJK, CJK_OPTION, NOUN, OPTION_NOUN, find_options, find_phrase, is_corrected,
                            lone_letters, named_option, split_sentences, without_contrast)
-from utils.reply_text import EDGES, UNITS, find_boxes, fold, last_boxed, unwrap, visible
+from utils.reply_text import EDGES, TEX, UNITS, find_boxes, fold, last_boxed, unwrap, visible
 
 LETTER = re.compile(r"(?i:\b(?:option|choice|answer)(?: is)?:?\s*)\(?[A-H]\b|\([A-H]\)")
 TAG_NAME = r"(?:final_?)?(?:answer|ans|choice|option|result)|conclusion|solution|final"
@@ -58,7 +58,7 @@ DENIED = re.compile(
 YES_NO_FIRST = re.compile(
     r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
     r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1"
-    r"|(?:and|but)(?! yes| no))\b)(?!\W+(?!\1)(?:yes|no)\W*$)", re.IGNORECASE)
+    r"|(?:and|but)(?! yes| no))\b)", re.IGNORECASE)
 STEP = re.compile(r"^\d\d?[.)] (?=.*\n)|\bstep \d+\b", re.IGNORECASE | re.MULTILINE)
 HEAD_END = re.compile(rf"[.!]\s|\n|,?\s(?={REASON.pattern})")
 QUANTITY = re.compile(
@@ -179,7 +179,7 @@ def read_marked(marked: list, label: str, text: str, options: dict[str, str],
         choice = Extraction(nested, label + "letter")
     if not closed and finish_reason == "length" and not choice.rule.endswith("letter"):
         choice = Extraction(None, label + "unresolved")
-    if len(marked) > 1 and OR.fullmatch(text[marked[-2][1]:start]):
+    if len(marked) > 1 and OR.fullmatch(TEX.sub(r"\1", text[marked[-2][1]:start])):
         if resolve(marked[-2][2], options).letter != choice.letter:
             choice = Extraction(None, label + "conflict")
     return choice, end
@@ -213,7 +213,7 @@ def resolve(content: str, options: dict[str, str], label: str = "", strict: bool
         if agrees:
             return Extraction(letter, label + "letter_text")
         if mark:  # the letter was meant as an option's
-            names |= {unwrap(rest)} & set(options) - {letter}
+            names |= ({unwrap(rest)} & set(options) if strict else lone_letters(rest, options)) - {letter}
             if names and letter not in names:
                 return Extraction(None, label + "conflict")
             if not names and not strict:
@@ -226,7 +226,7 @@ def leading_option(text: str, options: dict[str, str]) -> str | None:
     """Return the letter of the option with which a text begins: "Red, because ...", "No, it is not red"."""
     letters = {fold(option): letter for letter, option in options.items()}
     first = YES_NO_FIRST.match(text)
-    head, *rest = [first[1], ""] if first else HEAD_END.split(text, maxsplit=1)
+    head, *rest = [first[1], text[first.end():]] if first else HEAD_END.split(text, maxsplit=1)
     letter = letters.get(fold(PREFIX.sub("", head.replace("**", "")))) if rest else None
     others = {letters.get(fold(line)) for line in split_sentences("".join(rest))} - {letter, None}
     return None if others or letter and is_corrected(rest[0], letter, options) else letter

@@ -35,8 +35,8 @@ CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 �
 ANSWER = re.compile("ans|antwort|respu|respos|réponse|risposta|ответ", re.IGNORECASE)
 FILLER = either("is was be are should would must will has_to the correct right best final option choice "
                 "answer letter clear clearly simply just probably likely most seems appears seems_to "
-                "appears_to definitely therefore thus hence ist lautet die richtige antwort es la el "
-                "correcta opción letra respuesta sería est réponse bonne correcte finale richtig korrekte "
+                "appears_to definitely indeed then therefore thus hence ist lautet die richtige antwort es la "
+                "el correcta opción letra respuesta sería est réponse bonne correcte finale richtig korrekte "
                 "lettre opção correta certa resposta è corretta giusta opzione lettera это правильный "
                 "правильная вариант ответ буква adalah đúng là")
 SMALL_FILLER = either("é a o l 就 应该 应當 應該 应当 选项 选择 正确 是 为 為 应 選 选 は が 은 는 이 가")
@@ -45,7 +45,7 @@ LABEL = re.compile(
     rf"(?:(?<![^\W_])(?<![</])(?i:(?P<noun>{NOUN})|(?P<verb>{VERB})|(?P<weak>{WEAK}))(?![^\W_])"
     rf"|(?P<cjk>{CJK}))(?P<which>\s+(?:that|which|to|for|of|among|from|in|here)\b"
     r"[^.,;:!?\n]{1,60}?\b(?:is|must be|would be)\b)?"
-    rf"(?P<gap>(?:{GAP}|…|\.\.+|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
+    rf"(?P<gap>(?:{GAP}|…|\.\.+|\\[(\[]|(?<!\w)(?i:{FILLER})(?=\W)|(?<![A-Za-zÀ-ÿ])(?:{SMALL_FILLER}))*)"
     r"(?<![A-Za-z0-9À-ÿ])([A-Za-z])(?![A-Za-z0-9À-ÿ]|['’][a-z])")
 LETTER_FIRST = re.compile(
     r"(?<![\w'’])([A-Z])[)\]\"'*_.:】」]*\s*(?:(?i:(?:(?:is|(?:must|should|would) be)\s+(?:(?:the|my|our)\s+)?"
@@ -88,7 +88,7 @@ BESIDE = re.compile(  # before another thing's name: a place, or (the group) wha
     r"(?:the |an? |its |their |his |her |some |another )?$")
 OWN_PLACE = re.compile(r"(?: (?!and|but|it)[a-z]+)? (?:is|are|stands|sits|lies)\b")
 CONTRAST = re.compile(
-    r"(?:(?:[,;–—-]\s*|\s(?=and|but))(?:and |but )?not\b|[,\s]\s?(?:rather than|instead of|as opposed to)\b"
+    r"(?:(?:[,;(–—-]\s*|\s(?=and|but))(?:and |but )?not\b|[,\s]\s?(?:rather than|instead of|as opposed to)\b"
     r"|,\s*(?:而不是|而非|不是))[^.,;!?\n。]*")
 PLAN = re.compile(r"\b(?:let(?: me|'s)|i'll|i (?:will|need|should|must)|to determine|going to|label|if)\b"
                   r"|(?:^|\b(?:is|stands|sits|lies)\b.*)\b(?:next to|beside|near|behind|under|above) it\b")

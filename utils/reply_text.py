@@ -208,7 +208,7 @@ def fold(text: str, prose: bool = False) -> str:
     text = re.sub(r"(?<=\d)(?=(?:cm|mm|km|kg|ft|m|g|s|h|%)(?!\w))|(?<=\d)\s*(?=°)|(?<=°)(?=\w)", " ", text)
     text = re.sub(r"(?<=\d )(?:[a-z]+|°)(?!\w)", lambda m: UNITS.get(m[0].removesuffix("s"), m[0]), text)
     text = WORD.sub(lambda m: WORDS[m[0]], INITIALS.sub(lambda m: m[0].replace(".", ""), text))
-    text = re.sub(r"(?<=[2-9])0[ -](?=[1-9](?:st|nd|rd|th)\b)", "", text)  # 20 1st
+    text = re.sub(r"(?<=[2-9])0[ -](?=[1-9](?:st|nd|rd|th)\b)|(?<![\d:.])0(?=\d:\d\d)", "", text)  # 20 1st
     text = re.sub(r"(?<=[a-z]{2})\.(?= )", "", re.sub(r"\s+", " ", text)).strip(EDGES)
     return re.sub(r"^(?:the|an|a) (?=\S)", "", text)
 

@@ -98,7 +98,9 @@ def test_what_is_no_full_statement_of_a_truth_or_a_yes():
                          ("No, it is false.", "0"), ("True or false?", None),
                          ("True/False: False", "0"), ("It is true only if he won.", None),
                          ("The answer is False and not True.", "0"),
-                         ("The number of true answers is 5.", None)):
+                         ("The number of true answers is 5.", None), ("True. No wait, False.", None),
+                         ("True, False", None), ("False. Actually, it is true.", None),
+                         ("True. Wait, row 3 shows it.", "1")):
         assert read_truth(reply).value == truth, reply
     for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
                         ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None),
@@ -117,7 +119,9 @@ def test_what_is_no_full_statement_of_a_truth_or_a_yes():
                                    "选{}",
                                    "I choose {} with high confidence.", "The answer is {} and not Z.",
                                    "{} is correct.", "Die Antwort ist {}.", "The figure matches ({}).",
-                                   "Label: {}", "{} fits best.", "Definitely {}.", "It is dark, i.e. {}.",
+                                   "The answer, then, is {}.", "The answer is \\({}\\).",
+                                   "The answer is indeed {}.", "Label: {}",
+                                   "{} fits best.", "Definitely {}.", "It is dark, i.e. {}.",
                                    "The time is option {}.", "Its mark corresponds to option {}.",
                                    "The closer point is {}.", "{} es la respuesta correcta.",
                                    "{}) it\n\nF, G and H are wrong.", "정답: {}", '{{"answer": "{}"}}'])
@@ -146,7 +150,9 @@ def test_a_place_next_to_an_option_and_two_things_name_no_option():
 
 @pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "If it is so, the answer is {0}.", "Anything but {1}",
                                    '{{"answer": ["{0}", "{2}"]}}', "A {1} and {3} thing",
-                                   "Look.\nAnswer: {1}.\nThe thing next is {3}."])
+                                   "Look.\nAnswer: {1}.\nThe thing next is {3}.",
+                                   "\\boxed{{{0}}} \\text{{ or }} \\boxed{{{2}}}",
+                                   "\\boxed{{{0}, {2}, E}}"])
 def test_what_only_looks_like_a_choice_is_left_open(reply):
     for letter, other in zip("ABCD", "BCDA"):
         said = reply.format(letter, COLOURS[letter], other, COLOURS[other])
@@ -162,7 +168,9 @@ def test_numbers_of_steps_are_no_answers_and_labels_before_words_are_none():
     assert extract_choice("Answer: red.\nThe laptop is black.", COLOURS).letter == "B"
     assert extract_choice("So the answer is b.", COLOURS).letter == "B"
     assert extract_choice("It is B.", dict(zip("ABCD", "O A B AB".split()))).letter != "B"
-    assert extract_choice("yes, no", {"A": "Yes", "B": "No"}).letter is None
+    for reply in ("yes, no", "No. Yes."):
+        assert extract_choice(reply, {"A": "Yes", "B": "No"}).letter is None is read_yes_no(reply).value
+    assert extract_choice("\\boxed{blue (not red)}", COLOURS).letter == "C"
 
 
 def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():

@@ -12,8 +12,8 @@ from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, strai
                                               vlmevalkit_realworld, vtabfact, vwtq, without_label, yes_or_no)
 from utils.items import group_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
-from utils.phrases import CJK, CONTRAST, NEGATION, NOUN, SENTENCE_END
-from utils.reply_text import find_boxes, unwrap, visible
+from utils.phrases import CJK, CONTRAST, NEGATION, NOUN, SENTENCE_END, TURNED
+from utils.reply_text import FRACTION, find_boxes, unwrap, visible
 
 VERDICTS = ("correct", "incorrect", "unresolved", "error")
 VLMEVALKIT, LMMS_EVAL = "vlmevalkit_e8e78f0", "lmms_eval_75571cf"  # harnesses and their commits
@@ -23,7 +23,7 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 # ---- reading a reply
 LABEL = re.compile(
     r"^>\s*|^[\s*_#>]*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?"
-    rf"(?:{NOUN})(?: to (?:the|your) question)?(?:[\s*_]*:|\s+[–-]\s|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    rf"(?:{NOUN}|a(?=:))(?: to (?:the|your) question)?(?:[\s*_]*:|\s+[–-]\s|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
     rf"|(?:正确|最终)?(?:{CJK})\s*[是为は은는:][\s*:]*)[\s*_]*", re.I)
 TRUTH_WORD = re.compile(
     r"\b(true(?!\s+(?:value|number|total|count|amount|answers|rows))|false)\b", re.IGNORECASE)
@@ -58,7 +58,7 @@ def read_value(output: str) -> Reading:
         inner = unwrap(content)
         content = inner if len(inner) < len(content.rstrip(".")) and "\n" not in inner else content
     else:
-        content = unwrap(content)
+        content = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", unwrap(content))
     return Reading(content, rule) if content else Reading(None, "empty")
 
 
@@ -84,6 +84,9 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
         return Reading(None, f"{rule}_unresolved")
     first, said = TRUTH_FIRST.match(LABEL.sub("", content)), TRUTH_SAID.findall(content)
     if first and finish_reason != "length":
+        later = [match.lower() for match in TRUTH_WORD.findall(content[first.end():])]
+        if TURNED.search(content.lower()) or TRUTH_FIRST.fullmatch(content[first.end():].rstrip(".! \n")):
+            said += later  # "True. Wait, it is false."
         agrees = not said or said[-1].lower() == first[1].lower()
         return Reading(TRUTH[first[1].lower()], "first_word") if agrees else Reading(None, "unresolved")
     sentences = [sentence for sentence in SENTENCE_END.split(content) if TRUTH_WORD.search(sentence)]
