@@ -35,10 +35,10 @@ CJK = CJK_OPTION + "|" + either("答案 結論 结论 答え 答 解答 回答 �
 ANSWER = re.compile("ans|antwort|respu|respos|réponse|risposta|ответ", re.IGNORECASE)
 FILLER = either("is was be are should would must will has_to the correct right best final option choice "
                 "answer letter clear clearly simply just probably likely most seems appears seems_to "
-                "appears_to definitely indeed then therefore thus hence ist lautet die richtige antwort es la "
-                "el correcta opción letra respuesta sería est réponse bonne correcte finale richtig korrekte "
-                "lettre opção correta certa resposta è corretta giusta opzione lettera это правильный "
-                "правильная вариант ответ буква adalah đúng là")
+                "appears_to definitely indeed then therefore thus hence ist lautet die richtige antwort es "
+                "la el correcta opción letra respuesta sería est réponse bonne correcte finale richtig "
+                "korrekte lettre opção correta certa resposta è corretta giusta opzione lettera это "
+                "правильный правильная вариант ответ буква adalah đúng là")
 SMALL_FILLER = either("é a o l 就 应该 应當 應該 应当 选项 选择 正确 是 为 為 应 選 选 は が 은 는 이 가")
 GAP = r"[\s*_`\"'“”‘’«»(\[{<$【】「」『』:=,>→–—#-]"
 LABEL = re.compile(
