@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -12,6 +11,7 @@ from imagining import write_items
 import evaluate
 import intervene
 import probe
+from filter_data import Verdict, calibrate
 from toy.report import data_blocks
 from utils import qwen as Q
 from utils.jsonl import DataError
@@ -68,10 +68,12 @@ def copied(runs, folder, *names):
 
 
 def test_the_toys_data_are_blocks_of_the_same_report():
-    result = json.loads((Path(__file__).parents[2] / "results" / "toy.json").read_text())
-    text, (fault, part) = page("T", data_blocks(result)), next(iter(result["filter"]["by_fault"].items()))
-    assert f"<td>{fault}</td><td>{part['rows']}</td><td>{part['taken_out']}</td>" in text
-    assert "Precision" in text
+    rows = [{"id": str(n)} for n in range(6)]
+    verdicts = [Verdict("judge", ["unsupported"] if n < 2 else []) for n in range(6)]
+    found = calibrate(rows, verdicts, {"0": "conflict", "1": None, "2": None, "3": "conflict", "9": "conflict"})
+    text = page("T", data_blocks({"filter": {"calibration": found}, "rewrite": {"refined_share": 0.5}}))
+    assert "<td>recall:conflict</td><td>50.0 of 2 (" in text
+    assert "Rejected by stage 1: 1 conflict. 50.0 % of the chains were refined." in text
 
 
 def test_a_stage_that_was_not_run_is_named(runs, tmp_path):
