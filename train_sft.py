@@ -166,7 +166,7 @@ def identify(files: dict[str, Path], before: dict) -> dict[str, str]:
         return " ".join([path.name[-20:], digest, *now])
 
     with ThreadPoolExecutor() as threads:
-        return dict(zip(files, tqdm(threads.map(entry, files), "inputs", len(files), unit="file")))
+        return dict(zip(files, [*tqdm(threads.map(entry, files), "inputs", len(files), unit="file")]))
 
 
 def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recompute: str,
