@@ -70,7 +70,8 @@ def copied(runs, folder, *names):
 def test_the_toys_data_are_blocks_of_the_same_report():
     rows = [{"id": str(n)} for n in range(6)]
     verdicts = [Verdict("judge", ["unsupported"] if n < 2 else []) for n in range(6)]
-    found = calibrate(rows, verdicts, {"0": "conflict", "1": None, "2": None, "3": "conflict", "9": "conflict"})
+    truth = {"0": "conflict", "1": None, "2": None, "3": "conflict", "9": "conflict"}
+    found = calibrate(rows, verdicts, truth)
     text = page("T", data_blocks({"filter": {"calibration": found}, "rewrite": {"refined_share": 0.5}}))
     assert "<td>recall:conflict</td><td>50.0 of 2 (" in text
     assert "Rejected by stage 1: 1 conflict. 50.0 % of the chains were refined." in text
