@@ -54,7 +54,7 @@ OR = re.compile(r"[\s$.]*(?:or|and|,|/|或|oder|ou|o)[\s$.]*")
 DENIED = re.compile(
     r"\b(?:is|was|are|seems|looks|would be|can be)\s+(?:\w+ly\s+)?(?:wrong|incorrect|false|excluded|ruled out"
     r"|impossible|not (?:the )?(?:correct|right|answer|it))\b|^\W*[^.]{0,60}[:–—-]\s*(?:no|wrong|incorrect)\b"
-    r"|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
+    r"|^\W*wrong|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
 YES_NO_FIRST = re.compile(
     r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
     r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1"
@@ -241,7 +241,7 @@ def first_letter(line: str, options: dict[str, str]) -> str | None:
         return None
     names = {named for _, _, named in find_options(split_sentences(head[3])[0], options)}
     others = lone_letters(head[3], options) - {head[1]} if not REASON.match(head[3]) else set()
-    asks = "?" in head[3] or DENIED.search(head[3]) or (names and head[1] not in names)
+    asks = "?" in head[3] or DENIED.search(head[3]) or names and (head[1] not in names or " or " in head[3])
     return None if asks or others else head[1]
 
 

@@ -189,7 +189,7 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
         return None
     covered = {i for start, end, _ in spans for i in range(start, end)}
     around = "".join(" " if i in covered else character for i, character in enumerate(folded))
-    return None if NEGATION.search(around) or PLAN.search(around) else spans[0][2]
+    return None if NEGATION.search(around.removeprefix("no, ")) or PLAN.search(around) else spans[0][2]
 
 
 def without_contrast(text: str, options: dict[str, str]) -> str:

@@ -148,7 +148,8 @@ def test_a_place_next_to_an_option_and_two_things_name_no_option():
                                 COLOURS) is None, form
 
 
-@pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "If it is so, the answer is {0}.", "Anything but {1}",
+@pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "{0}. wrong", "{0}. {3} or {1}", "Anything but {1}",
+                                   "If it is so, the answer is {0}.",
                                    '{{"answer": ["{0}", "{2}"]}}', "A {1} and {3} thing",
                                    "Look.\nAnswer: {1}.\nThe thing next is {3}.",
                                    "\\boxed{{{0}}} \\text{{ or }} \\boxed{{{2}}}",
@@ -170,6 +171,8 @@ def test_numbers_of_steps_are_no_answers_and_labels_before_words_are_none():
     assert extract_choice("It is B.", dict(zip("ABCD", "O A B AB".split()))).letter != "B"
     for reply in ("yes, no", "No. Yes."):
         assert extract_choice(reply, {"A": "Yes", "B": "No"}).letter is None is read_yes_no(reply).value
+    assert extract_choice("The cup is red and is next to the black box.", COLOURS).letter == "B"
+    assert extract_choice("No, it is red.", COLOURS).letter == "B"
     assert extract_choice("\\boxed{blue (not red)}", COLOURS).letter == "C"
 
 
