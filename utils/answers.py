@@ -57,7 +57,7 @@ DENIED = re.compile(
     r"|^\W*wrong|n['’]t (?:the )?(?:correct|right|answer)", re.IGNORECASE)
 YES_NO_FIRST = re.compile(
     r"\W*(yes|no|ja|nein|oui|non|sí|si|sim|não|да|нет|是|否|はい|いいえ|예|네|아니요)\b(?=[\s*_)\"']*"
-    r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|they|he|she|i|because|as|\1"
+    r"(?:[^\w\s?/|*_)\"']|\n|$)|\s+(?:it|there|the|this|that|they|we|he|she|i|because|as|\1"
     r"|(?:and|but)(?! yes| no))\b)", re.IGNORECASE)
 STEP = re.compile(r"^\d\d?[.)] (?=.*\n)|\bstep \d+\b", re.IGNORECASE | re.MULTILINE)
 HEAD_END = re.compile(rf"[.!]\s|\n|,?\s(?={REASON.pattern})")

@@ -84,7 +84,7 @@ BOX = re.compile(r"(?:\\+|\x08)?(?:(?<=\\)boxed|(?<=\\)fbox|(?<=\x08)oxed|(?<![A
 TEX = re.compile(r"\\(?:text\w*|math\w+|mbox|emph|boxed|fbox|underline|boldsymbol|bm)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 MAX_DEPTH = 50  # nested commands that are taken off an answer
-EDGES = " \t\n.…,;:!\"'“”‘’*_`。"
+EDGES = " \t\n.…,;:!\"'“”‘’«»*_`。"
 PAIRS = ("()", "[]", "{}", "$$", "【】", "「」", "『』", "<>", "“”")
 
 
@@ -121,11 +121,11 @@ def last_boxed(text: str) -> str | None:
 
 def plain_tex(text: str) -> str:
     """Return text without the escapes and spaces of TeX."""
-    if not re.search(r"\\|\{,\}|\d~", text):
+    if not re.search(r"\\|\{,\}|[\w.]~", text):
         return text
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text.replace("{,}", ","))
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text.replace("{,}", ",").replace("\\!", ""))
     text = re.sub(r"(?:(?<=\d)(?:\\[,;:! ]|~)+)?\\([$%#&_])", r"\1", text)
-    return re.sub(r"\\[,;:!> ]|(?<=\d)~(?=[A-Za-z\\])|\\(?:q?quad|rm|bf|displaystyle)\b"
+    return re.sub(r"\\[,;:!> ]|(?<=[\w.])~(?=[A-Za-z\\])|\\(?:q?quad|rm|bf|displaystyle)\b"
                   r"|\\(?:left|right)(?=[()\[\]])|\\[()\[\]]", " ", text)
 
 
@@ -151,7 +151,7 @@ UNITS = dict(pair.split(":") for pair in (  # without the s of the plural
     "percent:% °:degree degree:degree dollar:$ euro:€ inche:inch in:inch feet:ft foot:ft mi:mile mile:mile "
     "centimeter:cm centimetre:cm millimeter:mm millimetre:mm meter:m metre:m kilometer:km kilometre:km "
     "kilogram:kg kg:kg gram:g pound:lb lb:lb second:s sec:s minute:min min:min hour:h hr:h "
-    "year:year ounce:oz yard:yd liter:l litre:l").split())
+    "year:year ounce:oz yard:yd yd:yd km:km liter:l litre:l").split())
 WORDS = {**ORDINALS, **{month[:3]: month for month in MONTHS}, "sept": "september", "grey": "gray",
          "colour": "color", "mile per hour": "mph", "km per hour": "km/h",
          **{f"{a} {side}": f"{b} {side}" for a, b in (("top", "upper"), ("bottom", "lower"))

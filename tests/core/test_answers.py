@@ -68,7 +68,8 @@ SAME = {  # name of the options -> pairs of answers; without options a letter is
            ("(3, 4)", "(3,4)"), ("U.S.A.", "USA"), ("3:30 p.m.", "3:30 PM"), ("98.6 °F", "98.6°F"),
            ("4 x 5", "4 × 5"), ("5 miles per hour", "5 mph"), ("6 in", "6 inches"), ("€5", "5 euros"),
            ("top-left", "upper left"), ("the root $x$ here", "the root x here"),
-           ("Jan. 5", "January 5"), ("1990's", "1990s"), ("05:30", "5:30"), ("5~\\text{cm}", "5 cm"),
+           ("Jan. 5", "January 5"), ("1990's", "1990s"), ("05:30", "5:30"), ("5 kms", "5 km"),
+           ("«blue»", "blue"), ("5~\\text{cm}", "5 cm"),
            ("20s", "20 s"), ("a  b", "a b")]}
 UNLIKE = {"COL": [("blue", "red"), ("12", "1"), ("redish", "red")],
           None: [("", ""), ("", " "), ("5 cm", "5 m"), ("3 m", "3 km"), ("50%", "50 kg"), ("$50", "50%"),

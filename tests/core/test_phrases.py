@@ -100,16 +100,22 @@ def test_what_is_no_full_statement_of_a_truth_or_a_yes():
                          ("The answer is False and not True.", "0"),
                          ("The number of true answers is 5.", None), ("True. No wait, False.", None),
                          ("True, False", None), ("False. Actually, it is true.", None),
-                         ("True. Wait, row 3 shows it.", "1")):
+                         ("True. Wait, row 3 shows it.", "1"),
+                         ("The statement is not supported, so False.", "0"),
+                         ("It is not true that all won, so False.", "0")):
         assert read_truth(reply).value == truth, reply
     for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
                         ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None),
                         ("Answer - yes", "yes"), ("__No__", "no"),
                         ("So yes, there is.", "yes"), ("Ja", None), ("No…", "no"), ("Yes and no.", None),
-                        ("yes ✅", "yes"), ("No but close", "no"), ("Not a dog, therefore no.", "no"),
+                        ("yes ✅", "yes"), ("A: Yes, it is.", "yes"), ("No that's wrong", "no"),
+                        ("No but close", "no"), ("Not a dog, therefore no.", "no"),
                         ("The answer would be no.", "no")):
         assert read_yes_no(reply).value == word, reply
     assert read_value("Therefore, the answer is 12").value == read_value("Answer - 12").value == "12"
+    assert read_value("Answer = 12").value == "12" == read_value("\\boxed{12}").value
+    assert read_value("\\boxed{New~York}").value == "New York"
+    assert read_value("\\boxed{7,\\!500}").value == "7,500"
     assert read_value("正确答案：1987").value == read_value("Réponse : 1987").value == "1987"
 
 
@@ -149,7 +155,7 @@ def test_a_place_next_to_an_option_and_two_things_name_no_option():
 
 
 @pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "{0}. wrong", "{0}. {3} or {1}", "Anything but {1}",
-                                   "If it is so, the answer is {0}.",
+                                   "If it is dark, the answer is {0}.",
                                    '{{"answer": ["{0}", "{2}"]}}', "A {1} and {3} thing",
                                    "Look.\nAnswer: {1}.\nThe thing next is {3}.",
                                    "\\boxed{{{0}}} \\text{{ or }} \\boxed{{{2}}}",
@@ -182,7 +188,8 @@ def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():
         assert named_option(f"It is {text}, not brown.", COLOURS) == letter
         for form in ("It is not {}.", "It is brown, not {}.", "It is brown rather than {}.",
                      "是棕色，而不是{}。", "不是{}", "Es ist nicht {}.", "It isn't {}.", "No es {}.", "{}?",
-                     "It is never {}.", "Ce n'est pas {}.", "It stands next to the {} laptop."):
+                     "It is never {}.", "Something other than {}.",
+                     "Ce n'est pas {}.", "It stands next to the {} laptop."):
             assert named_option(form.format(text), COLOURS) is None, form
         assert find_phrase(f"The answer is not {letter}.", COLOURS) == (None, -1)
         assert extract_choice(f"The answer is {letter}. Wait, it may be {rng.choice(['E', 'none'])}.",

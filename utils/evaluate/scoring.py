@@ -23,12 +23,12 @@ ROTATIONS = 4  # orders in which HR-Bench shows the options of a question (colum
 # ---- reading a reply
 LABEL = re.compile(
     r"^>\s*|^[\s*_#>]*(?:(?:so|thus|hence|therefore)\b[\s,]*)?(?:(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?"
-    rf"(?:{NOUN}|a(?=:))(?: to (?:the|your) question)?(?:[\s*_]*:|\s+[–-]\s|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
+    rf"(?:{NOUN}|a(?=:))(?: to (?:the|your) question)?(?:[\s*_]*[:=]|\s+[–-]\s|[\s*_]+is\b[\s:]*|[*_ ]*\n)"
     rf"|(?:正确|最终)?(?:{CJK})\s*[是为は은는:][\s*:]*)[\s*_]*", re.I)
 TRUTH_WORD = re.compile(
     r"\b(true(?!\s+(?:value|number|total|count|amount|answers|rows))|false)\b", re.IGNORECASE)
 ASKED = re.compile(r"^\W*true\s*(?:or|/)\s*false\W+(?=\w)|^[^?\n.]*\?\s*(?=\S)"
-                   r"|^\W*(?:so|thus|hence|therefore)\b\W*(?=(?:yes|no)\b)", re.IGNORECASE)
+                   r"|^\W*(?:so|thus|hence|therefore|a(?=:))\b\W*(?=(?:yes|no)\b)", re.IGNORECASE)
 TRUTH_FIRST = re.compile(r"\W*(true|false)\b(?=[\s*_)]*(?:[,.;:!–—]|\n|$))", re.IGNORECASE)
 TRUTH_SAID = re.compile(
     r"\b(?:answer|statement|claim)\s*(?:is|:)[\s*_:\"]*(true|false)\b(?!\s*\?|\s+or\b)", re.IGNORECASE)
@@ -95,9 +95,10 @@ def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     last = sentences[-1]
     words = list(TRUTH_WORD.finditer(last))
     before = last[words[-2].end() if len(words) > 1 else 0:words[-1].start()].lower()
-    before, after = re.sub(r"^\W*no,", "", before), last[words[-1].end():]
+    after = last[words[-1].end():]
     questioned = "?" in after or len(words) > 1 and re.fullmatch(r"\W*(?:or|nor|and)?\W*", before)
     both = len({word[1].lower() for word in words[-2:]}) > 1 and not TURN_OF_TRUTH.search(before)
+    before = re.sub(r"^\W*no,|.*[,;] (?:so|thus|therefore|hence)\b", "", before, flags=re.DOTALL)
     if questioned or both or NEGATION.search(before) or HEDGE.search(before) or DENIED.match(after):
         words = {word.lower() for word in said}
         plain = len(words) == 1 and not questioned and len(sentences) > 1
