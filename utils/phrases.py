@@ -62,7 +62,7 @@ FUNCTION_WORD = re.compile("(?:" + either(  # after a letter; before another wor
     "can then than also there i we after before over under out only again indeed matches shows says fits "
     "without weil da porque car parce pois denn y et und e ist est es é è") + r")\b")
 NEGATION = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|(?:any\w*|all) but|(?:other|rather) than"
+    r"\b(?:not|no|never|neither|nor|cannot|without|except|unlike|(?:any\w*|all) but|rather than"
     r"|instead of|whether|wrong|incorrect|nicht|kein\w*|niemals|weder|pas|jamais|aucune?|nunca|ningun\w*|não"
     r"|nem|non|не|нет|ни)\b|n['’]t\b|\?|不|没|沒|非|无法|未|ない|なく|ません|아[니닙닌]|않|없")
 DENIED_AFTER = re.compile(r"[)」\s]*(?:\|\s*(?:no|wrong)\b|(?:では?|じゃ)(?:な|あり)|(?:이|가)?\s*아[니닙닌]|不|错|nicht\b"
