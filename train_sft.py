@@ -259,7 +259,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="decay after the warm-up")
     parser.add_argument("--weight_decay", type=parse_number(0, 1000, float), default=0.01,
                         help="AdamW's, on matrices only; 0: none")
-    parser.add_argument("--clip", type=parse_number(0, 10**6, float), default=1.0,
+    parser.add_argument("--clip", type=parse_number(0, 10**12, float), default=1.0,
                         help="largest norm of the gradient; 0: any")
     parser.add_argument("--spike", type=parse_number(0, 1000, float), default=2.0,
                         help="nats above the median of 50 steps at which a loss stops the run; 0: never")
