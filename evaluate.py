@@ -4,7 +4,7 @@ Stage 4 of 6:  train_sft.py -> [evaluate.py] -> intervene.py, probe.py
 
     python evaluate.py --model checkpoint --items bench.jsonl --output results.jsonl
     python evaluate.py --model monet --benchmark hrbench_4k --latent monet_vllm --output hr4k.jsonl
-    python evaluate.py --benchmark vsp --source vsp/test.jsonl --prepare --output vsp.jsonl
+    python evaluate.py --benchmark vsp --source vsp/test.jsonl --prepare --output vsp
     python evaluate.py --responses replies.jsonl --items bench.jsonl --output results.jsonl
     python evaluate.py --compare base.jsonl text.jsonl --output base_text.json
     python evaluate.py --table CapImagine=vstar.jsonl Monet=monet_vstar.jsonl --output table.md
@@ -17,15 +17,15 @@ Reads   --items: JSONL items {"id", "question", "options": [[letter, text]], "an
 Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "category", "group_id", "gold",
         "n_options", "protocol", "method", "pixels", "prompt", "prompt_sha", "image_grids", "raw_output",
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
-        correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error";
-        with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; with --samples a line per reply
-        with "item" and "sample"; with --shuffle_options "shown": the order, gold and answer as shown;
-        "reasoning" and "tool_calls" that a server took out of the text;
+        correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error"; of
+        HR-Bench "rotation"; with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; with
+        --samples a line per reply with "item" and "sample"; with --shuffle_options "shown": the order, gold
+        and answer as shown; "reasoning" and "tool_calls" that a server took out of the text;
         <output>.metrics.json, <output>.meta.json, <output>.run/ (replies and seconds; every run scores again)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
 Unresolved answers count as wrong unless a judge reads them. An item whose image cannot be used, or that a
-server failed on, is an error: it is not scored, and there is no "headline". Re-run the same command to
+server failed on, is an error: it is not scored, and "headline" is null. Re-run the same command to
 resume. Under torchrun the last process to finish writes the results of all. Exit codes: 0 complete, 2 usage,
 settings or damage, 3 complete with errors, 4 no server answers or too many calls fail, 130 interrupted.
 """

@@ -1,4 +1,4 @@
-"""FrozenLake boards as VSP has them: made, drawn, and the 400 test problems written without a download.
+"""Make and draw FrozenLake boards as VSP has them, and write its 400 test problems without a download.
 
     SDL_AUDIODRIVER=dummy python -m toy.boards --output work/vsp
     python evaluate.py --benchmark vsp --source work/vsp/test.jsonl --prepare --output work/vsp

@@ -67,7 +67,7 @@ def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: 
     server.add_argument("--timeout", type=parse_seconds, default=300.0, help="seconds until a call is lost")
     server.add_argument("--server_wait", type=parse_seconds, default=1800, help="seconds without any reply")
     server.add_argument("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
-    server.add_argument("--temperature", type=parse_temperature, default=0.0, help="seeds: a call's content")
+    server.add_argument("--temperature", type=parse_temperature, default=0.0, help="0: greedy")
     server.add_argument("--image_factor", type=parse_count, default=image_factor,
                         help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
     server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
