@@ -308,6 +308,16 @@ def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):
         train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_ends_the_run_in_one_line(workers, tiny_checkpoint, data, tmp_path):
+    """Its header is whole, so that it is found only when its step is prepared."""
+    path = data.parent / "1_0.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError) as fault:
+        train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", "--num_workers", str(workers)))
+    assert "1_0.png: not a whole picture" in str(fault.value) and "\n" not in str(fault.value)
+
+
 def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
     arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
     assert train_sft.main(arguments) == 0

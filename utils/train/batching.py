@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from transformers import AutoModelForImageTextToText
 
+from utils.jsonl import DataError
 from utils.qwen import Qwen
 from utils.train.examples import Example, Target, make_batch, make_pack
 
@@ -78,8 +79,15 @@ class Steps(torch.utils.data.Dataset):
         return [[rows[k:k + size][rank::self.world] for rank in range(self.world)]
                 for k in range(0, len(rows), size)]
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        step, k = place
+    def __getitem__(self, place: tuple[int, int]) -> dict | DataError:
+        """Return a micro-batch, or the error of its images: one that is raised in a worker ends in a traceback.
+        """
+        try:
+            return self.make(*place)
+        except DataError as error:
+            return DataError(str(error))
+
+    def make(self, step: int, k: int) -> dict:
         ranks = self.plan(step)[k]
         rows = ranks[self.rank]
         of_all = [self.examples[i] for rank_rows in ranks for i in rank_rows]
@@ -106,9 +114,13 @@ class Steps(torch.utils.data.Dataset):
         """Return the micro-batches of steps first to last - 1."""
         places = ((step, k) for step in range(first, last) for k in range(len(self.plan(step))))
         workers = self.batching.num_workers
-        return iter(torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=places, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            prefetch_factor=2 if workers else None, worker_init_fn=lambda _: torch.set_num_threads(1)))
+        for micro in torch.utils.data.DataLoader(
+                self, batch_size=None, sampler=places, num_workers=workers,
+                pin_memory=torch.cuda.is_available(), prefetch_factor=2 if workers else None,
+                worker_init_fn=lambda _: torch.set_num_threads(1)):
+            if isinstance(micro, DataError):
+                raise micro
+            yield micro
 
 
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
