@@ -80,8 +80,7 @@ class Steps(torch.utils.data.Dataset):
                 for k in range(0, len(rows), size)]
 
     def __getitem__(self, place: tuple[int, int]) -> dict | DataError:
-        """Return a micro-batch, or the error of its images: one that is raised in a worker ends in a traceback.
-        """
+        """Return a micro-batch, or the error of its images: raised in a worker, it would be a traceback."""
         try:
             return self.make(*place)
         except DataError as error:
