@@ -67,7 +67,7 @@ def test_text_is_followed_by_the_model_that_follows_and_only_by_it(text_model, i
         assert directed["follow"]["share"] > 0.9 and directed["effect"]["acc_int"] < 0.1
         assert directed["effect"]["verdict"] == "effect"
     else:
-        assert directed["follow"]["share"] < 0.1 and directed["effect"]["acc_int"] > 0.9
+        assert directed["follow"]["share"] < 0.1 and directed["resist"]["share"] > 0.9
     assert len(records) == 40 * 4  # clean, sham, directed, and the positive control
     assert metrics["sensitivity"]["r2"]["moves"] and directed["effect"]["n_effective"] == 20
     assert (tmp_path / "r.jsonl.effects.png").is_file()

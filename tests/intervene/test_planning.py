@@ -1,6 +1,7 @@
 """Planning items: the edits of a board and its picture, and models whose moves are known."""
 import json
 import random
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -93,11 +94,10 @@ def test_moves_are_read_by_walking_both_boards():
 @pytest.fixture
 def items(tmp_path):
     """Squares of one colour; the model's words "red" and "blue" hold the moves RD and LU."""
-    boards = {"red": [[1, 0], [-1, 2]], "blue": [[2, 0], [-1, 1]]}
+    boards = {"red": [[1, 0], [-1, 2]], "blue": [[2, -1], [0, 1]]}  # solved by R, D and by L, U
     colors = {"red": (230, 30, 30), "blue": (30, 60, 230)}
     for name, color in colors.items():
         Image.new("RGB", (56, 56), color).save(tmp_path / f"{name}.png")
-    boards["blue"] = [[2, -1], [0, 1]]  # L, U
     rows = [{**item_of(boards[name], images=[{"path": f"{name}.png"}]), "id": f"v/{n}",
              "question": "What color is the square?",
              "counterfactual": {"images": [{"path": f"{other}.png"}], "imaginations": [f"a square ({other})"],
@@ -119,6 +119,8 @@ def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, ite
                            "--conditions", *names]) == 0
     published = "| near_zero | - | 65.0 | 35.5 | 51.50 |"
     assert (published in capsys.readouterr().err) == (kind == "latent")
+    entry = json.loads(Path(f"{output}.metrics.json").read_text())["conditions"]["swap_counterfactual"]
+    assert (entry["follow"]["share"], entry["follow_clean"]["share"]) == (follows, 0)
     found = {}
     for record in map(json.loads, output.read_text().splitlines()):
         found.setdefault(record["id"], {})[record["condition"]] = record
@@ -128,6 +130,7 @@ def test_moves_follow_the_imagination_of_a_model_that_follows(kind, follows, ite
         assert records["x_counterfactual"]["pred"] == "B"
         assert records["swap_counterfactual"]["pred"] == ("B" if follows else "A")
         assert records["swap_counterfactual"]["correct"] is not follows
+        assert records["swap_counterfactual"]["target"] == "B"
         if kind == "text":
             assert records["directed"]["pred"] == ("B" if follows else "A")
 

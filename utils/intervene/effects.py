@@ -133,7 +133,7 @@ def change_of_score(pairs: list[Pair], readout: str, limits: Limits) -> dict | N
             "ci95": interval.ci95, "margin": margin, "tost_p": tost_p,
             "p": t_test(changes, groups) if abs(mean) > RESOLUTION else 1.0,
             "large": {"k": k, "n": n, "upper95": upper_share(k, n, n_effective)}, "verdict": said,
-            "kl": sum(divergence) / n,
+            "kl": sum(divergence) / n, "kl_upper95": robust_mean(divergence, groups, 0.90)[2],
             "flips": sum(x["pred"] != y["pred"] for x, y in zip(clean, after)) / n,
             "acc_clean": sum(x["pred"] == gold for x, gold in zip(clean, golds)) / n,
             "acc_int": sum(y["pred"] == gold for y, gold in zip(after, golds)) / n}
@@ -144,6 +144,9 @@ def describe_pairs(pairs: list[Pair]) -> dict:
     clean, after = records_of(pairs)
     shares = {"changed": [bool(record.get("changed")) for record in after],
               "same_answer": [x["pred"] == y["pred"] for x, y in zip(clean, after)],
+              "unresolved_clean": [record["pred"] is None for record in clean],
+              "unresolved_int": [record["pred"] is None for record in after],
+              "degenerate_clean": [record["degenerate"] for record in clean],
               "degenerate_int": [record["degenerate"] for record in after],
               "emitted_int": [record["emitted"] for record in after]}
     medians = {}
@@ -175,6 +178,7 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
     result = {"effect": None, "r0": None, "r1": None, "asked": None, "reason": None,
               "coverage": share_of([not pair.after.get("reason") for pair in pairs], groups_of(pairs)),
               "reasons": dict(Counter(pair.after["reason"] for pair in rest)),
+              "acc_clean_not_covered": share_of([pair.clean["correct"] for pair in rest], groups_of(rest)),
               "again": {"k": sum(bool(pair.after.get("again")) for pair in covered), "n": len(covered)}}
     if (n_effective := effective_groups(groups)) < limits.min_emitters:
         return result | {"reason": f"{len(covered)} items in {n_effective:.1f} effective groups imagined "
@@ -188,7 +192,10 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
                for pair in covered):
             return result | {"reason": OTHER_QUESTION}
     if all(pair.after.get("target") for pair in covered):
-        result["follow"] = share_of([pair.after["pred"] == pair.after["target"] for pair in covered], groups)
+        hits = {"follow": [pair.after["pred"] == pair.after["target"] for pair in covered],
+                "follow_clean": [pair.clean["pred"] == pair.after["target"] for pair in covered],
+                "resist": [pair.after["correct"] for pair in covered]}
+        result |= {name: share_of(values, groups) for name, values in hits.items()}
     result["effect"] = {"n": len(covered), "n_groups": len(set(groups)), "n_effective": n_effective,
                         **change_of_accuracy(covered, None if rest else n_all, limits.margin),
                         **describe_pairs(covered)}
@@ -250,6 +257,7 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
     read = [item for item in items if "error" not in records[item["id"]]["clean"]]
     clean = {item["id"]: records[item["id"]]["clean"] for item in read}
     emitters = [item for item in read if clean[item["id"]]["emitted"]]
+    others = [item for item in read if not clean[item["id"]]["emitted"]]
 
     def share(chosen: list[dict], field: str) -> dict:
         return share_of([clean[item["id"]][field] for item in chosen], list(map(group_of, chosen)))
@@ -263,7 +271,7 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
     settle_all(conditions, sensitivity)
     result = {"n": len(read), "errors": len(items) - len(read), "acc_clean_all": share(read, "correct"),
               "emission": share(read, "emitted"), "acc_clean_emitters": share(emitters, "correct"),
-              "segments": len(segments),
+              "acc_clean_others": share(others, "correct"), "segments": len(segments),
               "closed_by": dict(Counter(segment["closed_by"] for segment in segments)),
               "sensitivity": sensitivity, "conditions": conditions, "specific": None,
               "markers_share": None, "mediation": {}, "early_answering": None, "attention": None}

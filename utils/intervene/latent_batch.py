@@ -252,4 +252,6 @@ class LatentBatch:
         record |= {"first_diff": first, "changed": first is not None, "reach": reach}
         for kind in condition.needs:
             record["donor"] = donor_fields(self.donors[place][kind][0], self.items[place])
+            if kind == "counterfactual":
+                record["target"] = record["donor"]["option"]
         return record
