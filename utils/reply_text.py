@@ -191,7 +191,7 @@ def fold(text: str, prose: bool = False) -> str:
     """Return text in lower case and one spelling, without outer marks or leading article. In `prose` the word
     "one" is no number."""
     text = re.sub(r"(?<=\d)(?=[½¼¾⅐-⅞]|\\[dt]?frac)", " ", plain_tex(text))
-    text = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", MATHS.sub(r"\1", text))
+    text = FRACTION.sub(r"\1\3/\2\4", MATHS.sub(r"\1", text))
     text = unicodedata.normalize("NFKC", text).lower().translate(DASHES).replace("per cent", "percent")
     text = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
     text = re.sub(r"(?<!\w)([12]\d\d0)'?s(?!\w)", r"\1decade", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))

@@ -58,7 +58,7 @@ def read_value(output: str) -> Reading:
         inner = unwrap(content)
         content = inner if len(inner) < len(content.rstrip(".")) and "\n" not in inner else content
     else:
-        content = FRACTION.sub(lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}", unwrap(content))
+        content = FRACTION.sub(r"\1\3/\2\4", unwrap(content))
     return Reading(content, rule) if content else Reading(None, "empty")
 
 
