@@ -117,6 +117,7 @@ class Bootstrap:
 
     def __init__(self, n: int, level: float = LEVEL, n_boot: int = N_BOOT, seed: int = 0):
         self.n, self.ends = n, [(1 - level) / 2, (1 + level) / 2]
+        self.counts: dict[bytes, np.ndarray] = {}  # of drawn pairs, by the mask of `pairs`
         self.drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n),
                                                              size=n_boot).astype(np.float32)
 
@@ -153,10 +154,16 @@ class Bootstrap:
         """Return the entry of the mean of `matrix` over the pairs of distinct instances in `mask`, both
         [n, n]. A pair counts as often as both instances were drawn."""
         mask = mask & ~np.eye(self.n, dtype=bool)
-        sums, counts = (((self.drawn @ values.astype(np.float32)) * self.drawn).sum(1, dtype=np.float64)
-                        for values in (np.where(mask, matrix, 0), mask))
+        key = mask.tobytes()
+        if key not in self.counts:  # the cells of a store share their masks
+            self.counts[key] = self.pair_sums(mask)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self.entry(float(matrix[mask].mean(dtype=np.float64)), sums / counts)
+            return self.entry(float(matrix[mask].mean(dtype=np.float64)),
+                              self.pair_sums(np.where(mask, matrix, 0)) / self.counts[key])
+
+    def pair_sums(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of `values` [n, n] over all pairs of each resample."""
+        return ((self.drawn @ values.astype(np.float32)) * self.drawn).sum(1, dtype=np.float64)
 
 
 # ---- cell by cell
