@@ -11,7 +11,7 @@ import intervene
 from utils.images import ImageError, open_image
 from utils.intervene.planning import edited_boards, open_others, planning_item, read_path, swap_cells
 from utils.items import walk_vsp
-from utils.jsonl import write_rows
+from utils.jsonl import DataError, write_rows
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
 KINDS = {0: "white", 1: "red", 2: "green", -1: "blue"}
@@ -48,14 +48,22 @@ def test_an_edit_makes_the_shortest_path_fail_and_leaves_another(seed):
         assert not walk_vsp(edited, shortest_path(board)) and walk_vsp(edited, shortest_path(edited))
 
 
+def test_a_board_without_an_edit_is_refused():
+    """A board that cannot be solved, and one whose only safe cells are start and goal."""
+    for board in ([[1, -1], [-1, 2]], [[1, 2], [-1, -1]]):
+        with pytest.raises(DataError, match="expected such a board, or a counterfactual"):
+            planning_item(item_of(board), 0)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_edited_picture_shows_the_edited_board(seed):
     rng = random.Random(seed)
     board = random_board(rng, rng.randint(3, 6))
-    item = planning_item(item_of(board), 0)
-    if "counterfactual" not in item:
-        assert not edited_boards(board)
+    if not edited_boards(board):
+        with pytest.raises(DataError, match="item 'v/1': no two cells"):
+            planning_item(item_of(board), 0)
         return
+    item = planning_item(item_of(board), 0)
     edit = {**item, **item["counterfactual"]}
     (picture,) = swap_cells([paint(board, 7)], edit)
     assert picture.tobytes() == paint(edit["boards"]["B"], 7).tobytes()

@@ -39,8 +39,9 @@ def draw_effects(metrics: dict, output: str) -> None:
 
 def write_figures(figures: dict[str, tuple], output: str) -> None:
     """Write each (figure, rows of its CSV) that is not (None, [])."""
-    for name, (figure, rows) in ((name, parts) for name, parts in figures.items() if parts[0] is not None):
-        write_figure(figure, rows, f"{output}.{name}.png")
+    for name, (figure, rows) in figures.items():
+        if figure is not None:
+            write_figure(figure, rows, f"{output}.{name}.png")
 
 
 def ends_of(effect: dict, *names: str) -> dict[str, float]:

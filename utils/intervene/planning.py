@@ -8,6 +8,7 @@ from PIL import Image
 
 from utils.images import crop_region
 from utils.items import find_cell, open_images, region_in, shortest_path, vsp_moves, walk_vsp
+from utils.jsonl import DataError
 from utils.reply_text import visible
 
 Board = list[list[int]]
@@ -31,15 +32,15 @@ def edited_boards(board: Board) -> list[tuple[Board, list[list[int]]]]:
 
 def planning_item(item: dict, seed: int) -> dict:
     """Return a VSP item as one with options: "A" is a shortest path of its board, "B" one of the board after
-    an edit, drawn by seed and item, or of the item's own counterfactual. `boards` are both by letter."""
+    an edit, drawn by seed and item, or of the item's own counterfactual; DataError if a board has neither."""
     board, edit = item["answer"]["value"], item.get("counterfactual")
     if edit:
         other, changed = edit["answer"]["value"], {"images": edit["images"]}
     else:
         choices = edited_boards(board)
         if not choices:
-            return item | {"boards": {"A": board}, "options": [["A", ",".join(shortest_path(board) or "")]],
-                           "answer": {"type": "letter", "value": "A"}}
+            raise DataError(f"item {item['id']!r}: no two cells of {board} can change places so that another "
+                            "path solves it; expected such a board, or a counterfactual")
         rng = random.Random(f"{seed}/edit/{item['id']}")
         goal = [choice for choice in choices if list(find_cell(board, 2)) in choice[1]]
         holes = [choice for choice in choices if choice not in goal]
