@@ -11,7 +11,6 @@ Writes  --output: how many replies each reader reads as expected, leaves open or
 Prints  the same object
 """
 import argparse
-import hashlib
 import importlib.util
 import json
 import logging
@@ -23,7 +22,8 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from utils.answers import extract_choice  # noqa: E402
-from utils.jsonl import read_rows, write_json  # noqa: E402
+from utils.display import table_lines  # noqa: E402
+from utils.jsonl import read_rows, sha256_file, write_json  # noqa: E402
 
 PEERS = {  # name: (flag, file, function)
     "VLMEvalKit, V*, HR-Bench, BLINK": ("vlmevalkit", "vlmeval/utils/matching_util.py", "can_infer"),
@@ -62,12 +62,12 @@ def count(read: list[str | None], rows: list[dict]) -> dict:
 
 def table(result: dict) -> str:
     """Return the table of docs/evaluation.md."""
-    lines = [f"| of {result['n']} replies | as a careful reader | another letter | left open |",
-             "|---|---|---|---|"]
+    rows = []
     for name, row in result["readers"].items():
         commit = f", `{row['function']}` at {row['commit'][:7]}" if "commit" in row else ""
-        lines.append(f"| {name}{commit} | {row['right']} | {row['wrong_letter']} | {row['unresolved']} |")
-    return "\n".join(lines)
+        rows.append([name + commit, *(str(row[key]) for key in ("right", "wrong_letter", "unresolved"))])
+    header = [f"of {result['n']} replies", "as a careful reader", "another letter", "left open"]
+    return "\n".join(table_lines(header, rows))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                    "extract_mcq_answer": lambda row: [list(row["options"])]}[function]
         readers[name] = {"function": function, "commit": commit} | count(
             [read(text, *further(row)) for text, row in zip(texts, rows)], rows)
-    digest = hashlib.sha256(args.replies.read_bytes()).hexdigest()
-    result = {"n": len(rows), "sha256": digest, "readers": readers}
+    result = {"n": len(rows), "sha256": sha256_file(args.replies), "readers": readers}
     write_json(args.output, result)
     print(json.dumps(result))
 
