@@ -45,11 +45,10 @@ from utils.call_flags import add_journal_flags, add_server_flags, open_backend
 from utils.cli import (Help, cli, log, parse_count, parse_number, parse_seconds, parse_seed, rank_world,
                        read_api_key)
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
-from utils.evaluate.benchmarks import TABLE, prepare
+from utils.evaluate.benchmarks import TABLE, prepare, shuffle_options
 from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
-from utils.evaluate.prompts import (MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages,
-                                    shuffle_options)
+from utils.evaluate.prompts import MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages
 from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
 from utils.evaluate.scoring import as_published, check_scorable, n_options, rotation_of, score, vsp_floors
 from utils.items import ANSWER_TYPES, group_of, read_items
@@ -169,6 +168,7 @@ def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
              "max_new_tokens", "latent", "latent_size", "dtype")
     # drop_format_hints: a former flag, kept so that older journals stay valid
     settings = {name: getattr(args, name) for name in fixed} | identity | {"drop_format_hints": False}
+    settings |= {"force_start": True} if args.force_start else {}
     with Journal(f"{args.output}.run", settings, is_valid=is_turn) as journal:
         journal.forget(*journal.transient, *(key for key in journal
                                              if args.retry_errors and "error" in journal.get(key)))
@@ -250,6 +250,7 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
                 "backend": None if args.responses else args.backend,
                 "items": path, "items_sha256": sha256_file(path),
                 "latent": args.latent, "latent_size": spec and spec.size,
+                "force_start": bool(spec and spec.force_start),
                 "system": protocol and protocol.system, "suffix": args.suffix, "pixels": answers.pixels,
                 "max_new_tokens": protocol and args.max_new_tokens,
                 "temperature": args.temperature, "samples": args.samples, "seed": args.seed,
@@ -301,6 +302,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="family of the latents")
     local.add_argument("--latent_size", type=parse_number(1, 16384),
                        help="latents per segment (default: the family's)")
+    local.add_argument("--force_start", action="store_true",
+                       help="replies begin with the start of latents: another policy than the model's")
     local.add_argument("--batch_size", type=parse_count, default=32, help="items per batch, at most")
     local.add_argument("--batch_tokens", type=parse_count, default=65536,
                        help="tokens per batch, at most")
@@ -389,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.shuffle_options:
         items = shuffle_options(items, args.seed)
     protocol = None if args.responses else find_protocol(args)
-    spec = spec_of(args.latent, args.latent_size)
+    spec = spec_of(args.latent, args.latent_size, args.force_start)
     if args.dry_run:
         print(json.dumps(show_prompt(items, protocol, args)))
         return 0

@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     from utils.intervene.prompts import Settings
     from utils.qwen import load_tools, load_with
     check_output(args.output, [args.items])
-    spec = spec_of(args.latent, None)
+    spec = spec_of(args.latent, None, args.force_start)
     calibration_items, items = split_items(args)
     qwen = (load_tools(args.model) if args.dry_run
             else load_with(spec, args.model, args.dtype, None, args.max_pixels))
@@ -398,9 +398,9 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(args.margin, args.margin_nll, args.min_emitters)
     metrics = {"stage": "intervene", "model": args.model, "items": args.items,
                "arm": "latent" if spec else "text", "latent": args.latent,
-               "latent_size": spec.size if spec else None, "margin": args.margin,
-               "margin_nll": args.margin_nll, "declared_anew": anew, "stem": args.stem,
-               "prior": args.prior, "dtype": dtype,
+               "latent_size": spec and spec.size, "force_start": bool(spec and spec.force_start),
+               "margin": args.margin, "margin_nll": args.margin_nll, "declared_anew": anew,
+               "stem": args.stem, "prior": args.prior, "dtype": dtype,
                "calibration": {"items": len(calibration_items),
                                "latents": calibration.n_latents if calibration else 0},
                **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),

@@ -138,6 +138,7 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
     from utils.qwen import load_with
     qwen = load_with(spec, args.model, args.dtype, None, args.max_pixels)
     settings = {name: getattr(args, name) for name in STORE_SETTINGS} | {"steps": n_steps}
+    settings |= {"force_start": True} if args.force_start else {}
     if args.fresh:
         move_aside(Path(folder), 1)
     with StateWriter(folder, settings) as writer:
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.task == "derive":
         from utils.probe.derive import derive_questions
         return derive_questions(args)
-    spec = spec_of(args.latent, None)
+    spec = spec_of(args.latent, None, args.force_start)
     n_steps = spec.size if spec else TEXT_STEPS
     inputs = read_inputs(args)
     metrics = preview(inputs, spec, args) if args.dry_run else run(inputs, spec, n_steps, args)
@@ -310,8 +311,8 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Na
         qwen = fill_store(folder, inputs, spec, n_steps, args)
     store = open_store(folder, inputs)
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent,
-               "steps": n_steps, "level": LEVEL, "similarity": None, "decoding": None, "crossed": None,
-               "probing": None}
+               "force_start": bool(spec and spec.force_start), "steps": n_steps, "level": LEVEL,
+               "similarity": None, "decoding": None, "crossed": None, "probing": None}
     if args.stage != "all" and path.is_file():  # the other stages of an earlier run
         metrics |= read_settings(output, path.name)
     if args.stage in ("all", "analyse"):

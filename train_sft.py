@@ -304,10 +304,10 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from accelerate import Accelerator
 
-    from utils.qwen import add_tokens, load_tools
+    from utils.qwen import load_tools
     from utils.train.batching import Batching, Steps
     from utils.train.checkpoints import lock_run_folder
-    from utils.train.examples import make_examples
+    from utils.train.examples import add_tokens, make_examples
     acc = Accelerator(cpu=not torch.cuda.is_available())
     target, tools = make_target(args), load_tools(args.model)
     if target.spec:

@@ -27,7 +27,9 @@ from utils.decode import decode, prefill
 from utils.items import chat
 from utils.jsonl import load_object, write_json, write_rows
 from utils.latent_families import PRESETS
-from utils.qwen import add_tokens, encode, load, save
+from utils.qwen import encode, load
+from utils.train.examples import add_tokens
+from utils.train.loop import save
 
 CONDITIONS = ("identity", "add_noise", "tau", "swap_random", "slot_swap_random", "cut_latent")
 SPEC = PRESETS["monet_vllm"]

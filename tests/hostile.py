@@ -50,7 +50,7 @@ from utils.items import chat, question_text, read_items
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS
 from utils.probe.states import States, StateWriter
-from utils.train.examples import END_OF_TURN, make_examples
+from utils.train.examples import END_OF_TURN, add_tokens, make_examples
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 COUNTED = ("rows", "images")
@@ -337,7 +337,7 @@ class Readers:
         self.input, self.output = self.case / "in.jsonl", self.case / "out.jsonl"
         self.qwen = Q.load_tools(str(checkpoint))
         for preset in PRESETS.values():  # every family's markers are tokens; none may come from data
-            Q.add_tokens(self.qwen, preset.tokens)
+            add_tokens(self.qwen, preset.tokens)
 
     def write(self, rng: random.Random, *rows: dict) -> Path:
         self.input.write_bytes(as_file(rng, [mutate(rng, rows[0]), *rows[1:]]))

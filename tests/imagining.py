@@ -19,6 +19,8 @@ from utils import qwen as Q
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, latent_ids
 from utils.rows import CLOSE, OPEN
+from utils.train.examples import add_tokens
+from utils.train.loop import save
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)
@@ -101,7 +103,7 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
     qwen = Q.load(str(folder), device="cpu", dtype="float32")
     qwen.tokenizer.add_tokens([OPEN, CLOSE])
     if spec:
-        Q.add_tokens(qwen, spec.tokens)
+        add_tokens(qwen, spec.tokens)
 
     def token(word):
         ids = qwen.tokenizer(word, add_special_tokens=False).input_ids
@@ -113,7 +115,8 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
     tokens |= {"word": [token(name) for name in NAMES], "{word": [token("{" + name) for name in NAMES]}
     if spec:
         start, pad, end = latent_ids(qwen.tokenizer, spec)
-        tokens |= {"start": [start], CLOSE: [*tokens[CLOSE], end]}
+        after = qwen.tokenizer(spec.after_limit).input_ids[:1]
+        tokens |= {"start": [start], CLOSE: [*tokens[CLOSE], end, *after]}
     with torch.no_grad():
         for name, weight in qwen.model.named_parameters():
             weight.fill_("norm" in name or "ln_q" in name)
@@ -137,7 +140,7 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
         for name in set(NAMES) - set(emitting):  # the answer at once
             head[tokens[" It"], AT["\n"]] = 4
             head[tokens[" It"], COLOR.start + NAMES.index(name)] = 2
-    Q.save(qwen, str(folder / "built"))
+    save(qwen, str(folder / "built"))
     return folder / "built"
 
 
@@ -152,7 +155,7 @@ def make_text_checkpoint(folder, follows, again=False):
     return build(folder, chain, follows, again=again)
 
 
-def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES)):
-    """A model that imagines pictures of the `emitting` colours in Mirage's latents, and then answers with the
-    colour of the vectors that were fed (`follows`) or of the picture."""
-    return build(folder, chain_of("\n", "start") | chain_of(*END), follows, PRESETS["mirage"], emitting)
+def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES), family="mirage"):
+    """A model that imagines pictures of the `emitting` colours in a family's latents, and then answers with
+    the colour of the vectors that were fed (`follows`) or of the picture."""
+    return build(folder, chain_of("\n", "start") | chain_of(*END), follows, PRESETS[family], emitting)

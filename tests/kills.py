@@ -40,9 +40,9 @@ from training import flags as training_flags
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: F401
 
 from toy.make_model import make_model
-from utils import qwen as Q
 from utils.cli import cli
 from utils.jsonl import write_json, write_rows
+from utils.train.loop import save
 
 for path in ROOT.glob("utils/*/*.py"):  # scripts import these late; all forks share one import
     importlib.import_module(f"utils.{path.parent.name}.{path.stem}")
@@ -103,7 +103,7 @@ def make_world(folder: Path, n: int) -> None:
         {"id": f"probe/{i}", "source": item["id"], "question": item["question"], "options": item["options"],
          "answer": item["answer"]} for i, item in enumerate(items[:8])])
     make_model(TEXTS, folder / "tiny", n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
-    Q.save(load_with(folder / "tiny", MIRAGE), str(folder / "latent"))
+    save(load_with(folder / "tiny", MIRAGE), str(folder / "latent"))
 
 
 def cases(folder: Path, n: int) -> dict[str, Case]:

@@ -22,7 +22,9 @@ from utils.evaluate.answering import Local
 from utils.evaluate.sources import table_rows
 from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
-from utils.qwen import add_tokens, load, load_processors, save
+from utils.qwen import load, load_processors
+from utils.train.examples import add_tokens
+from utils.train.loop import save
 
 
 @pytest.fixture
@@ -92,10 +94,13 @@ def latent_checkpoint(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("more, size", [([], 4), (["--latent_size", "2"], 2)])
+@pytest.mark.parametrize("more, size", [([], 4), (["--latent_size", "2"], 2), (["--force_start"], 4)])
 def test_latents_are_counted(latent_checkpoint, items, more, size):
-    metrics, _ = answer(items, latent_checkpoint, "--latent", "mirage", *more)
+    metrics, results = answer(items, latent_checkpoint, "--latent", "mirage", *more)
     assert metrics["emission"]["n"] == 9 and metrics["protocol"]["latent_size"] == size
+    assert metrics["protocol"]["force_start"] == (more == ["--force_start"])
+    assert more != ["--force_start"] or metrics["emission"]["k"] == 9 and all(
+        result["raw_output"].startswith(PRESETS["mirage"].start) for result in results)
     assert (metrics["protocol"]["method"], metrics["protocol"]["protocol"]) == ("latent", "plain")
 
 

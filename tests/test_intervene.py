@@ -158,6 +158,29 @@ def test_sites_show_who_uses_latents(many):
         assert by["slot_swap_random"]["reach"] > 0
 
 
+@pytest.mark.parametrize("family", ["skila", "swimbird", "ilvr", "laser"])
+def test_a_model_of_each_family_is_followed_through_its_latents(items, tmp_path, family):
+    """The same truth as with Mirage's marks: the answer comes from the vectors fed, and by strict paths, too.
+    A run whose start is forced is of another policy, and says so."""
+    model = make_latent_checkpoint(tmp_path / "m", family=family)
+    names = ["replay", "tau", "swap_counterfactual", "slot_swap_counterfactual", "strict", "strict_fed",
+             "markers_only", "no_segment"]
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", family, "--max_new_tokens", "80",
+                           "--limit", "16", "--min_emitters", "4", "--conditions", *names, "--force_start")
+    by = by_condition(records)
+    assert metrics["emission"]["share"] == 1 and metrics["force_start"]
+    closed = {"laser": {"repetition"}, "ilvr": {"limit"}}.get(family, {"limit", "end"})
+    assert set(metrics["closed_by"]) <= closed
+    for conditions in by.values():
+        assert not conditions["replay"]["changed"] and conditions["clean"]["correct"]
+        assert conditions["strict"]["correct"] and conditions["strict_fed"]["correct"]
+        assert all(conditions[name]["pred"] == conditions[name]["target"]
+                   for name in ("swap_counterfactual", "slot_swap_counterfactual"))
+        assert conditions["markers_only"]["n_fed"] == 0 and not conditions["no_segment"]["segments"]
+    with pytest.raises(DataError, match="force_start"):  # an earlier run's settings
+        run(items, model, tmp_path / "r.jsonl", "--latent", family, "--max_new_tokens", "80", "--limit", "16")
+
+
 def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_one(many):
     follows, _, metrics, records = many
     for by in by_condition(records).values():

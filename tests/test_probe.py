@@ -12,7 +12,7 @@ from imagining import NAMES, make_latent_checkpoint, write_items
 
 import probe
 from toy.make_model import make_model
-from utils.decode import prefill, prefill_blocks
+from utils.decode import decode, prefill, prefill_blocks
 from utils.items import ANSWER_TYPES, USER_TURN, chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
@@ -21,9 +21,11 @@ from utils.probe.figures import draw_heatmaps
 from utils.probe.questions import Prober, derange, held_out_means, list_conditions, rotations, score
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States, find_steps
-from utils.qwen import add_tokens, encode, load, save
+from utils.qwen import encode, load
 from utils.rows import CLOSE
 from utils.stats import mcnemar_exact, wilson
+from utils.train.examples import add_tokens
+from utils.train.loop import save
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("plain_figures")]
 
@@ -203,7 +205,8 @@ def test_a_reader_is_given_the_words_that_another_model_imagined(text_model, tin
         run(data, text_model, tmp_path / "out", "--reader", str(tiny_checkpoint), "--variants", "cut")
 
 
-def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_checkpoint, data, tmp_path):
+def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_checkpoint, data, tmp_path,
+                                                             monkeypatch):
     folder, _ = latent_run
     asked = ["--latent", "mirage", "--stage", "ask", "--store", str(folder / "out" / "states"), "--options",
              "text"]
@@ -217,8 +220,13 @@ def test_a_reader_of_latents_has_their_tokens_and_their_size(latent_run, tiny_ch
         save(qwen, str(tmp_path / name))
     with pytest.raises(DataError, match="states of 64 numbers, but the latents of .* have 32"):
         run(data, folder / "model", tmp_path / "wide_out", *asked, "--reader", str(tmp_path / "wider"))
-    metrics = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader", str(tmp_path / "same"))
+    forced = set()
+    monkeypatch.setattr("utils.probe.questions.decode", lambda qwen, state, n, spec: (
+        forced.add(spec.force_start), decode(qwen, state, n, spec))[1])
+    metrics = run(data, folder / "model", tmp_path / "same_out", *asked, "--reader", str(tmp_path / "same"),
+                  "--force_start")  # of what is captured; the questions come after the latents that are given
     found = metrics["probing"]
+    assert metrics["force_start"] and forced == {False}
     assert found["conditions"]["own"]["asked"] == found["n"] == 16 and "random" in found["conditions"]
 
 

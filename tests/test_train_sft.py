@@ -21,7 +21,7 @@ from training import flags, load_examples, log_of, losses, run_ranks
 import train_sft
 from utils import qwen as Q
 from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_rows
-from utils.train.loop import Trainer, learning_rate_at
+from utils.train.loop import Trainer, learning_rate_at, save
 
 numeric = pytest.mark.numeric
 TARGETS = ("text", "latent", "placeholder", "direct")
@@ -78,7 +78,7 @@ def test_each_variant_trains_and_reloads(train, tiny_checkpoint, tmp_path, capsy
 
 
 def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data, tmp_path):
-    Q.save(Q.load(str(tiny_checkpoint), dtype="bfloat16", device="cpu"), str(tmp_path / "base"))
+    save(Q.load(str(tiny_checkpoint), dtype="bfloat16", device="cpu"), str(tmp_path / "base"))
     assert train_sft.main(flags(data, tmp_path / "base", tmp_path / "out", "--max_steps", "2")) == 0
     before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}

@@ -11,7 +11,7 @@ from torch.multiprocessing import start_processes
 from utils import qwen as Q
 from utils.jsonl import read_rows
 from utils.latent_families import PRESETS
-from utils.train.examples import Target, make_examples
+from utils.train.examples import Target, add_tokens, make_examples
 
 
 def flags(data, checkpoint, output, *more):
@@ -25,7 +25,7 @@ def load_examples(checkpoint, data, imagination="text", dtype="auto"):
     spec = PRESETS["mirage"] if imagination == "latent" else None
     qwen, target = Q.load(str(checkpoint), dtype, "cpu"), Target(imagination, str(data.parent), spec)
     if spec:
-        Q.add_tokens(qwen, spec.tokens)
+        add_tokens(qwen, spec.tokens)
     return qwen, make_examples(qwen, read_rows(data, {}), target), target
 
 

@@ -85,6 +85,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
                         help="family of the latent tokens; off: text imaginations")
+    parser.add_argument("--force_start", action="store_true",
+                        help="replies begin with the start of latents: another policy than the model's")
     parser.add_argument("--image_root", help="folder of the images (default: that of the items file)")
     parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
     parser.add_argument("--system", help="system prompt (default: the chat template's own)")

@@ -8,9 +8,10 @@ A prompt is read once (`prefill`) and its rows are repeated (`State.select`): on
 and every `Intervention`.
 """
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -59,21 +60,13 @@ class State:
             self.mask[row] *= visible
 
 
-@dataclass
-class Trace:
-    """The requested vectors of one row while it is decoded; see `Generation`."""
-
-    states: list[torch.Tensor] = field(default_factory=list)
-    fed: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-    slots: list[torch.Tensor] = field(default_factory=list)
-
-    def store(self, row: Generation, with_slots: bool) -> None:
-        if self.states:
-            row.states = torch.stack(self.states)
-            row.fed = torch.stack(self.fed) if self.fed else row.states[:0]
-        row.logits = torch.stack(self.logits) if self.logits else None
-        row.slots = self.slots if with_slots else None
+def keep_trace(row: Generation, trace: dict[str, list[torch.Tensor]], with_slots: bool) -> None:
+    """Put the vectors that were kept while a row was decoded into it; see `Generation`."""
+    if trace["states"]:
+        row.states = torch.stack(trace["states"])
+        row.fed = torch.stack(trace["fed"]) if trace["fed"] else row.states[:0]
+    row.logits = torch.stack(trace["logits"]) if trace["logits"] else None
+    row.slots = trace["slots"] if with_slots else None
 
 
 def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
@@ -201,8 +194,9 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
     """
     arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else None
-    rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
-    traces = [Trace() for _ in rows]
+    after = qwen.tokenizer(spec.after_limit).input_ids[:1] if spec else []
+    rows = [RowState(arm.spec or spec, ids, qwen.eos_ids, *after) for arm in arms]
+    traces = [defaultdict(list) for _ in rows]
     embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
     hidden, cache, mask, positions = state.hidden, state.cache, state.mask.clone(), state.positions
     for n_new in range(max_new_tokens):
@@ -212,15 +206,15 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
         for i, (row, arm, trace) in enumerate(zip(rows, arms, traces)):
             if row.done:
                 continue
-            if row.advance(arm.next_id(logits[i], sampled[i], row.out)):
+            if row.advance(arm.next_id(logits[i], sampled[i], row.out, row.forced)):
                 vectors[i] = arm.feed(hidden[i], *row.place) if arm.feed else hidden[i]
-                trace.fed.append(vectors[i])
+                trace["fed"].append(vectors[i])
             if row.just_closed:
                 hide_columns(mask[i], arm, row.just_closed, first, state.is_image[i])
             if capture:
-                trace.states.append(hidden[i])
+                trace["states"].append(hidden[i])
             if with_logits:
-                trace.logits.append(logits[i])
+                trace["logits"].append(logits[i])
         if all(row.done for row in rows) or n_new + 1 == max_new_tokens:
             break
         fill = qwen.tokenizer.pad_token_id
@@ -241,9 +235,9 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
             index = torch.tensor(list(vectors), device=hidden.device)
             hidden = hidden.index_put((index,), qwen.latent_head(hidden[index]).to(hidden))
         for i in vectors if seen else ():
-            traces[i].slots.append(torch.stack([layer[i] for layer in seen]))
+            traces[i]["slots"].append(torch.stack([layer[i] for layer in seen]))
     for row, trace in zip(rows, traces):
-        trace.store(row.out, with_slots)
+        keep_trace(row.out, trace, with_slots)
     return [row.out for row in rows], State(cache, hidden, mask, positions, state.is_image)
 
 

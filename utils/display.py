@@ -19,6 +19,7 @@ EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 9
            "follows, %"]
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 SKY, YELLOW, VERMILION, DARK_GREY, BAND = "#56B4E9", "#F0E442", "#D55E00", "#7F7F7F", "#DDDDDD"
+FORCED = "; each reply was made to begin with a start: the model's own rate needs a run without --force_start"
 PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
 
 
@@ -128,7 +129,8 @@ def intervene_blocks(metrics: dict) -> list[Block]:
     entries = {name: entry for name, entry in metrics["conditions"].items() if name not in in_sweeps}
     blocks: list[Block] = [Text(
         f"{metrics['model']}: {metrics['arm']} imagination; {emission['k']} of {emission['n']} items "
-        f"imagined something (95 % interval {interval(emission['ci95'])} %). Margins: "
+        f"imagined something (95 % interval {interval(emission['ci95'])} %"
+        f"{FORCED if metrics.get('force_start') else ''}). Margins: "
         f"{percent(metrics['margin'])} points, {metrics['margin_nll']} nats of R0.")]
     if anew := metrics["declared_anew"]:
         flags = ", ".join(f"--{name}" for name in anew)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ class LatentSpec:
     """How a family decodes latents. `tokens`: in the order of the training code, which fixes their ids;
     `size`: the number K of latents per segment; `overwrite_start`: the first latent replaces the start
     token's embedding; `force_end`: the end token follows K latents, whatever was sampled; `early_end`: a
-    sampled end token closes the segment before K."""
+    sampled end token closes the segment before K; `repeats`: so does an id that is sampled so often in a row
+    (0: never), as if K were reached; `after_limit`: its first token follows such an end, whatever was
+    sampled; `force_start`: the reply begins with the start token, whatever was sampled."""
 
     name: str
     tokens: tuple[str, ...]
@@ -34,33 +36,49 @@ class LatentSpec:
     overwrite_start: bool
     force_end: bool
     early_end: bool
+    repeats: int = 0
+    after_limit: str = ""
+    force_start: bool = False
 
 
-# Orders: NOVAglow646/Monet src/main.py, UMass-Embodied-AGI/Mirage src/main.py, LVR src/train/train_lvr.py
+# Orders: NOVAglow646/Monet and UMass-Embodied-AGI/Mirage src/main.py; VincentLeebang/lvr, TungChintao/SkiLa,
+# ybb6/laser src/train/train_*.py; Accio-Lab/SwimBird src/train/train.py
 MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>",
                 "</observation>")
 MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
 LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
+SKILA_TOKENS = ("<|skila|>", "<|sketch_start|>", "<|sketch_end|>")
+SWIMBIRD_TOKENS = ("<|latent|>", "<|latent_start|>", "<|latent_end|>")
+LASER_TOKENS = ("<|laser_start|>", "<|laser|>", "<|laser_end|>")
 LVR_HEAD = "lvr_head."  # prefix of its weights; each layer has a weight and a bias
 SIMPLE_HEAD = ("ln_q", "mlp.0", "mlp.2")  # lvr_head_type "simple"
 GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
 _MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
                     size=10, overwrite_start=True, force_end=True, early_end=True)
+_MIRAGE = LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
+                     size=4, overwrite_start=False, force_end=True, early_end=True)
 PRESETS = {spec.name: spec for spec in (
     _MONET,  # Monet's vLLM runner, K = LATENT_SIZE
-    # CapImagine's README loop, MAX_LATENT_LEN = 10
-    replace(_MONET, name="monet_capimagine", overwrite_start=False),
-    # latent_size 4 of its training
-    LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
-               size=4, overwrite_start=False, force_end=True, early_end=True),
-    # decoding by steps, 8 in the paper
-    LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",
-               size=8, overwrite_start=False, force_end=False, early_end=False))}
+    replace(_MONET, name="monet_capimagine", overwrite_start=False),  # its README's loop, MAX_LATENT_LEN
+    _MIRAGE,  # latent_size of its training
+    LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",  # by steps, as in the paper
+               size=8, overwrite_start=False, force_end=False, early_end=False),
+    # 2 x sketch_token_num in src/model/skila.py, 27 in its training script; SwimBird's loop is the same
+    replace(_MIRAGE, name="skila", tokens=SKILA_TOKENS, start="<|sketch_start|>", pad="<|skila|>",
+            end="<|sketch_end|>", size=54),
+    replace(_MIRAGE, name="swimbird", tokens=SWIMBIRD_TOKENS, pad="<|latent|>", size=64),
+    replace(_MIRAGE, name="ilvr", size=8, early_end=False),  # XD111ds/ILVR's LatentTemplateLogitsProcessor
+    replace(_MIRAGE, name="laser", tokens=LASER_TOKENS, start="<|laser_start|>", pad="<|laser|>",
+            end="<|laser_end|>", size=16, repeats=3, after_limit="<answer>", force_start=True))}
 
 
-def spec_of(name: str, size: int | None) -> LatentSpec | None:
-    """Return the family that --latent names ("off": None), with `size` latents if given."""
-    return None if name == "off" else replace(PRESETS[name], size=size or PRESETS[name].size)
+def spec_of(name: str, size: int | None, force_start: bool = False) -> LatentSpec | None:
+    """Return the family that --latent names ("off": None), with `size` latents if given; DataError for a
+    start that is forced without a family."""
+    family = PRESETS.get(name)
+    if force_start and family is None:
+        raise DataError("--force_start: no start of latents with --latent off; expected a family")
+    return family and replace(family, size=size or family.size, force_start=force_start or family.force_start)
 
 
 @dataclass
@@ -69,7 +87,7 @@ class Segment:
 
     start: int
     size: int = 0
-    # "limit" (K reached), "end" (end token sampled), "max_tokens" (never closed)
+    # "limit" (K reached), "repetition", "end" (end token sampled), "max_tokens" (never closed)
     closed_by: str = "max_tokens"
 
 
@@ -80,7 +98,7 @@ class Generation:
     `states` [len(ids), hidden]: the post-norm states that led to each id; at a latent, the latent before any
     edit. `fed` [n_latents, hidden]: the vectors fed, after the edit. `logits` [len(ids), vocab]. `slots`: for
     each latent that was read, the inputs of the decoder's layers [layers, hidden]. `n_forbidden`: ids that
-    would have come next but for `Intervention.forbid`.
+    would have come next but for `Intervention.forbid`. `sampled`: `ids`, but what was sampled at latents.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -91,6 +109,7 @@ class Generation:
     logits: torch.Tensor | None = None
     slots: list[torch.Tensor] | None = None
     n_forbidden: int = 0
+    sampled: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,10 +134,12 @@ class Intervention:
     forbid: Callable[[Generation, int], bool] | None = None
     covers: Callable[[int, int], bool] | None = None
 
-    def next_id(self, logits: torch.Tensor, likeliest: int, row: Generation) -> int:
-        """Return the next id of a row: the chosen or the likeliest, of those that are not forbidden."""
+    def next_id(self, logits: torch.Tensor, likeliest: int, row: Generation, forced: int | None) -> int:
+        """Return the next id of a row: the forced one, or the chosen or likeliest of those that are not
+        forbidden."""
         choose = self.choose or (lambda logits, n: int(logits.argmax()))
         found = self.choose(logits, len(row.ids)) if self.choose else likeliest
+        found = found if forced is None else forced
         if self.forbid and self.forbid(row, found):
             row.n_forbidden, logits = row.n_forbidden + 1, logits.clone()
             while self.forbid(row, found):
@@ -130,10 +151,12 @@ class Intervention:
 class RowState:
     """The state machine of one row: which id is recorded, and whether a latent is fed."""
 
-    def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int]):
-        self.spec, self.eos_ids = spec, eos_ids
+    def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int],
+                 after_id: int | None = None):
+        self.spec, self.eos_ids, self.after_id = spec, eos_ids, after_id
         self.start_id, self.pad_id, self.end_id = ids if ids else (None, None, None)
         self.inside = self.done = False
+        self.forced = self.start_id if spec and spec.force_start else None  # the id to come, if it is fixed
         self.just_closed: Segment | None = None  # by the last id
         self.out = Generation()
 
@@ -142,25 +165,34 @@ class RowState:
         """Index of the last segment, and of the last latent in it."""
         return len(self.out.segments) - 1, self.out.segments[-1].size - 1
 
+    def closing(self, sampled: int) -> str | None:
+        """Return what closes the open segment now (`Segment.closed_by`), if anything does."""
+        spec, recent = self.spec, [*self.out.sampled, sampled][-self.spec.repeats:]
+        if self.out.segments[-1].size >= spec.size:
+            return "limit"
+        if spec.repeats and recent == [sampled] * spec.repeats:
+            return "repetition"
+        return "end" if spec.early_end and sampled == self.end_id else None
+
     def advance(self, sampled: int) -> bool:
         """Record the id for a sampled one; return whether a latent is fed in place of its embedding."""
-        recorded, feeds_latent, self.just_closed = sampled, False, None
+        recorded, feeds_latent, self.just_closed, self.forced = sampled, False, None, None
         if self.inside:
             segment = self.out.segments[-1]
-            ended_early = self.spec.early_end and sampled == self.end_id
-            if segment.size < self.spec.size and not ended_early:
-                recorded, feeds_latent = self.pad_id, True
-                segment.size += 1
-            else:
-                segment.closed_by = "end" if ended_early else "limit"
-                self.inside, self.just_closed = False, segment
+            if closed_by := self.closing(sampled):
+                segment.closed_by, self.inside, self.just_closed = closed_by, False, segment
+                self.forced = None if closed_by == "end" else self.after_id
                 if self.spec.force_end:
                     recorded = self.end_id
+            else:
+                recorded, feeds_latent = self.pad_id, True
+                segment.size += 1
         if not self.inside and not feeds_latent and recorded == self.start_id:
             self.inside = True
             feeds_latent = self.spec.overwrite_start
             self.out.segments.append(Segment(len(self.out.ids) + (not feeds_latent), int(feeds_latent)))
         self.out.ids.append(recorded)
+        self.out.sampled.append(sampled if feeds_latent else recorded)
         if not self.inside and recorded in self.eos_ids:
             self.done, self.out.finish = True, "stop"
         return feeds_latent
@@ -210,6 +242,12 @@ def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def find_file(path: str, name: str) -> str | None:
+    """Return where a checkpoint's file is, if it has one."""
+    from transformers.utils import cached_file
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+
+
 def load_head(path: str, device: torch.device,
               dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
@@ -219,16 +257,14 @@ def load_head(path: str, device: torch.device,
     """
     import torch.nn.functional as F
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    find_file = partial(cached_file, path, _raise_exceptions_for_missing_entries=False)
     files = ["model.safetensors"]
-    if index := find_file("model.safetensors.index.json"):
+    if index := find_file(path, "model.safetensors.index.json"):
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({file for name, file in places.items() if name.startswith(LVR_HEAD)})
     head = {}
     for name in files:
-        if file := find_file(name):
+        if file := find_file(path, name):
             with safe_open(file, "pt") as weights:
                 head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
                          for key in weights.keys() if key.startswith(LVR_HEAD)}

@@ -19,12 +19,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
                           Qwen2VLImageProcessorPil)
-from transformers.utils import cached_file
 
 from utils.cli import rank_world
 from utils.images import smart_size
 from utils.jsonl import DataError, check_folder
-from utils.latent_families import LatentSpec, latent_ids, load_head, special_id
+from utils.latent_families import LatentSpec, find_file, latent_ids, load_head, special_id
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -55,7 +54,7 @@ class Qwen:
         return self.model.device
 
 
-# ---- loading and saving
+# ---- loading
 @contextmanager
 def checkpoint_errors(path: str) -> Iterator[None]:
     """Turn the library's errors on a missing or broken checkpoint into a DataError of one line."""
@@ -115,11 +114,6 @@ def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixel
     return qwen
 
 
-def find_file(path: str, name: str) -> str | None:
-    """Return where a checkpoint's file is, if it has one."""
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-
-
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
     """Return (tokenizer, image processor) of a checkpoint; the pixels bound an image's area (None: its own).
     """
@@ -146,34 +140,6 @@ def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | 
     # from_pretrained(size=...) is ignored for checkpoints that store min_pixels and max_pixels
     image_processor.size = {"shortest_edge": low, "longest_edge": high}
     return tokenizer, image_processor
-
-
-def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint in the released layout.
-
-    `state`: the weights by their names in the model, of one dtype, if the model's own are sharded or of other
-    types.
-    """
-    qwen.model.save_pretrained(folder, state_dict=state)
-    if state is not None:  # the library wrote the dtype of the model in memory
-        path = Path(folder) / "config.json"
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            if "dtype" in part:
-                part["dtype"] = dtype
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    qwen.tokenizer.save_pretrained(folder)
-    qwen.image_processor.save_pretrained(folder)
-
-
-def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
-    """Add missing special tokens, in the given order, and return the ids of all. The embedding grows only
-    when the ids exceed the rows that the release left free."""
-    qwen.tokenizer.add_tokens(list(names), special_tokens=True)
-    if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
-        qwen.model.resize_token_embeddings(len(qwen.tokenizer))
-    return [special_id(qwen.tokenizer, name) for name in names]
 
 
 # ---- pictures

@@ -16,6 +16,7 @@ from utils.decode import decode, layer_inputs, prefill, prefill_more, truncate_c
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
+from utils.train.examples import add_tokens
 
 pytestmark = pytest.mark.numeric
 
@@ -151,7 +152,7 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     with pytest.raises(DataError, match="expected one added token"):
         latent_ids(qwen.tokenizer, MIRAGE)
-    Q.add_tokens(qwen, (MIRAGE.tokens[1], MIRAGE.tokens[0], MIRAGE.tokens[2]))  # another order than Mirage's
+    add_tokens(qwen, (MIRAGE.tokens[1], MIRAGE.tokens[0], MIRAGE.tokens[2]))  # another order than Mirage's
     with pytest.raises(DataError, match="expected consecutive ids in that order"):
         latent_ids(qwen.tokenizer, MIRAGE)
 

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_VISION
-from decoding import generate, library_generate
+from decoding import generate, library_generate, qwen3_checkpoint
 from PIL import Image
-from transformers import (AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil,
-                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from utils import qwen as Q
 from utils.images import open_image, smart_size
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
+from utils.train.examples import add_tokens
+from utils.train.loop import save
 
 pytestmark = pytest.mark.numeric
 
@@ -43,7 +44,7 @@ def real_vocabulary(shared_data, tmp_path_factory):
 
 def test_flat_and_nested_configs_load_alike(tiny, tiny_checkpoint, tmp_path):
     assert "text_config" not in json.loads((tiny_checkpoint / "config.json").read_text())
-    Q.save(tiny, str(tmp_path / "nested"))
+    save(tiny, str(tmp_path / "nested"))
     assert "text_config" in json.loads((tmp_path / "nested" / "config.json").read_text())
     again = Q.load(str(tmp_path / "nested"), device="cpu")
     assert again.eos_ids == tiny.eos_ids and again.factor == 28
@@ -136,20 +137,7 @@ def test_collate_counts_positions_and_padding(tiny):
 
 
 def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
-    folder = tmp_path / "qwen3"
-    shutil.copytree(tiny_checkpoint, folder)
-    old = json.loads((folder / "config.json").read_text())
-    ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id",
-                                     "vision_end_token_id")}
-    config = Qwen3VLConfig(
-        text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
-                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
-                                                "rope_theta": 1e4}}, vision_config=TINY_VISION
-        | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}, **ids)
-    (folder / "model.safetensors").unlink()
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": 16}))
+    folder = qwen3_checkpoint(tiny_checkpoint, tmp_path / "qwen3")
     qwen = Q.load(str(folder), device="cpu", max_pixels=64 * 32 * 32)
     assert qwen.factor == 32 and qwen.model.config.model_type == "qwen3_vl"
     batch = Q.encode(qwen, [chat(qwen.tokenizer, "What?", 1), chat(qwen.tokenizer, "No picture here.", 0)],
@@ -160,11 +148,11 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
         assert row.ids and ids[:len(row.ids)] == row.ids
 
 
-@pytest.mark.parametrize("family", ["monet_vllm", "mirage", "lvr"])
+@pytest.mark.parametrize("family", sorted(PRESETS))
 def test_each_family_starts_at_the_first_free_id(real_vocabulary, family):
     qwen, names = Q.load(str(real_vocabulary), device="cpu"), PRESETS[family].tokens
     for _ in range(2):  # a second time adds nothing
-        assert Q.add_tokens(qwen, names) == [*range(151665, 151665 + len(names))]
+        assert add_tokens(qwen, names) == [*range(151665, 151665 + len(names))]
     assert qwen.model.lm_head.out_features == 152064 and qwen.eos_ids == [151645, 151643]
 
 

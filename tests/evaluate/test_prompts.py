@@ -12,7 +12,9 @@ from PIL import Image
 from samples import table
 from scipy.stats import binomtest, chisquare
 
-from utils.evaluate.prompts import EXAMPLE, PROTOCOLS, TOOL_SYSTEM, read_turn, shuffle_options, user_text
+from utils.evaluate.benchmarks import shuffle_options
+from utils.evaluate.prompts import (EXAMPLE, PROTOCOLS, SWIMBIRD_SYSTEM, TOOL_SYSTEM, Conversation, read_turn,
+                                    user_text)
 from utils.evaluate.scoring import as_published, score
 from utils.images import ImageError, Picture, open_picture, picture_url
 from utils.items import question_text
@@ -44,12 +46,33 @@ def test_system_prompts_and_pixel_limits():
              "image provided. Put your final answer in \\boxed{}.")
     assert {name: (p.system, p.min_pixels, p.max_pixels) for name, p in PROTOCOLS.items()} == {
         "vlmevalkit": (None, 1_003_520, 12_845_056), "monet": (monet, 1_003_520, 12_845_056),
-        "deepeyes": (TOOL_SYSTEM, 3_136, 12_845_056), "plain": (None, None, None)}
+        "deepeyes": (TOOL_SYSTEM, 3_136, 12_845_056), "plain": (None, None, None),
+        "swimbird": (SWIMBIRD_SYSTEM, 1_003_520, 12_845_056)}
     assert all(not protocol.suffix for protocol in PROTOCOLS.values())
     # the text of DeepEyes' eval/eval_vstar.py, commit cc3ff4d6
     digest = hashlib.sha256(TOOL_SYSTEM.encode()).hexdigest()
     assert digest == "1fc5b8b5ebdc9b24d6a9281071222872c8542dd65a4a4be1e70d9760c3a7f99f"
     assert json.dumps(EXAMPLE) in TOOL_SYSTEM
+    # SWIMBIRD_SYSTEM_PROMPT of SwimBird's VLMEvalKit/vlmeval/config.py, commit 6aa2cc3
+    digest = hashlib.sha256(SWIMBIRD_SYSTEM.encode()).hexdigest()
+    assert digest == "cbe73400643781616464aed5371e42c08951f3f3c97eafa6704622498fa866d6"
+
+
+@pytest.mark.parametrize("benchmark, begin, asked", [
+    ("vstar", "Think step by step, enclose your textual thought in <reason>...</reason> and", ">. Then"),
+    ("mmstar", "Enclose your verbal thought in <reason>...</reason> (if needed) and", "> (if needed). Then"),
+    ("hrbench_4k", "Think step by step, enclose your verbal thought", "> (if needed). Then answer with the"),
+    ("blink/Jigsaw", "Answer with the option's letter from the given choices.", "")])
+def test_swimbird_s_own_marks_stay_and_those_of_data_do_not(benchmark, begin, asked):
+    """After the options come its build_prompt's words, with the tokens of its modes; the question's break."""
+    item = MCQ | {"id": "1", "benchmark": benchmark, "question": "<|latent_start|>?", "images": []}
+    conversation = Conversation(item, PROTOCOLS["swimbird"], ".", "latent", {})
+    (role, system), (_, parts) = conversation.opening
+    words = "".join(parts)
+    assert role == "system" and system == SWIMBIRD_SYSTEM and words.startswith("Question: < |latent_start|>?")
+    options, _, rest = words.partition(begin)
+    assert options.endswith(f"{MCQ['options'][-1][0]}. {MCQ['options'][-1][1]}\n") and asked in rest
+    assert ("<|latent_start|>...<|latent_end|>" in rest) == bool(asked)
 
 
 @pytest.mark.parametrize("case", table("turns"))

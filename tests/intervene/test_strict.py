@@ -25,7 +25,7 @@ pytestmark = pytest.mark.numeric
 STEM = " The answer is \\boxed{"
 SETTINGS = Settings(None, "", 24, STEM, "letter", 0, 8)
 SAME = 1e-4  # of scores, in nats: two orders of the same sums
-START, PAD, END, EOS = 1, 2, 3, 9  # of the scripted state machines
+START, PAD, END, EOS, AFTER = 1, 2, 3, 9, 4  # of the scripted state machines
 
 
 def item(n):
@@ -197,31 +197,33 @@ def test_a_slot_oracle_puts_what_every_layer_reads_under_the_helper_image(batch)
 
 # ---- forced segments
 def scripted(spec, choose, n):
-    row = RowState(spec, (START, PAD, END), [EOS])
+    row = RowState(spec, (START, PAD, END), [EOS], AFTER if spec.after_limit else None)
     while len(row.out.ids) < n and not row.done:
-        row.advance(choose(len(row.out.ids)))
+        row.advance(choose(len(row.out.ids)) if row.forced is None else row.forced)
     return row.out
 
 
 @pytest.mark.parametrize("name, script", [
     ("mirage", [5, START, 7, 7, 7, 6, START, 7, END, 6, EOS]),  # at the limit, then a sampled end
     ("monet_vllm", [5, START, 7, 7, 6, START, 7, 7, 7, EOS]), ("monet_capimagine", [START, END, 6, EOS]),
-    ("lvr", [5, START, 7, 7, 6, START, 7, 7, 8, EOS])])
+    ("lvr", [5, START, 7, 7, 6, START, 7, 7, 8, EOS]),
+    # a sampled end, the limit, and an id three times in a row; the last two are followed by a forced id
+    ("laser", [7, 6, END, 6, START, 6, 7, 7, 5, 7, START, 7, 7, 7, 7, EOS])])
 def test_segments_are_forced_without_the_words_around_them(name, script):
     """Oracle: the ids of the clean run without what is outside of its segments and their marks."""
-    spec = replace(PRESETS[name], size=2)
+    spec = replace(PRESETS[name], size=4 if name == "laser" else 2)
     clean = scripted(spec, script.__getitem__, len(script))
     clean.fed = torch.ones(sum(segment.size for segment in clean.segments), 8)
     case = Case({}, clean, spec, torch.zeros(8), START, 0, pick=lambda logits, n: EOS)
-    marks = {START, PAD, END} if spec.force_end else {START, PAD}
+    marks = {START, PAD, END, AFTER} if spec.force_end else {START, PAD}
     expected = [i for i in clean.ids if i in marks]
     again = scripted(spec, lambda n: latents_alone(case).choose(None, n), 20)
     assert again.ids == [*expected, EOS] and again.finish == "stop"
     assert [(s.size, s.closed_by) for s in again.segments] == [(s.size, s.closed_by) for s in clean.segments]
-    # what follows the last latent begins with the end marker where one was written
-    n, after = last_latent(clean), go_on(clean, spec, END, lambda logits, n: -n)
-    follows = [after.choose(None, k) for k in range(2)]
-    assert follows == ([END, -n - 1] if clean.ids[n] == END else [-n, -n - 1])
+    # what follows the last latent begins with the end marker where one was written, and what that forces
+    n, after = last_latent(clean), go_on(clean, spec, lambda logits, n: -n)
+    written = [i for i in clean.ids[n:n + 2] if i in (END, AFTER)]
+    assert [after.choose(None, k) for k in range(3)] == [*written, *(-n - k for k in range(len(written), 3))]
 
 
 def test_a_run_that_went_on_elsewhere_is_one_run():

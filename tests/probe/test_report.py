@@ -13,9 +13,9 @@ import intervene
 import probe
 from filter_data import Verdict, calibrate
 from toy.report import data_blocks
-from utils import qwen as Q
 from utils.jsonl import DataError
 from utils.probe.report import STAGES, collect, page
+from utils.train.loop import save
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def runs(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     path, _ = write_items(folder, 16)
     model = folder / "model <b>&|"
-    Q.save(load_with(tiny_checkpoint, MIRAGE), str(model))
+    save(load_with(tiny_checkpoint, MIRAGE), str(model))
     flags = ["--model", str(model), "--items", str(path), "--latent", "mirage", "--max_new_tokens", "12"]
     assert evaluate.main([*flags, "--protocol", "plain", "--output", str(folder / "results.jsonl")]) == 0
     assert intervene.main([*flags, "--conditions", "paper", "maps", "--calibration", "4", "--min_emitters",

@@ -10,7 +10,8 @@ from utils import qwen as Q
 from utils.chain_formats import OPERATIONS, convert
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
-from utils.train.examples import Target, budget_sizes, make_example, make_examples, marked, target_text
+from utils.train.examples import (Target, add_tokens, budget_sizes, make_example, make_examples, marked,
+                                  target_text)
 
 MIRAGE = PRESETS["mirage"]
 ROW = row(caption="a red 7")
@@ -39,7 +40,7 @@ def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pi
     qwen = Q.load_tools(str(tiny_checkpoint))
     example = make_example(qwen, ROW, Target("text", pictures))
     assert marked(qwen, example).endswith(f"<|im_start|>assistant\n>>{ROW['chain']}<|im_end|><<")
-    Q.add_tokens(qwen, MIRAGE.tokens)
+    add_tokens(qwen, MIRAGE.tokens)
     latent = make_example(qwen, ROW, Target("latent", pictures, MIRAGE))
     for example, reply, rest in (
             (example, ROW["chain"] + "<|im_end|>", ""),
@@ -68,7 +69,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
                 *[("<abs_vis_token_pad>", False)] * 2, ("</abs_vis_token>", False), (" The", True),
                 *[(word, True) for word in words[1:]]])):
         if target.spec:
-            Q.add_tokens(qwen, target.spec.tokens)
+            add_tokens(qwen, target.spec.tokens)
         example = make_example(qwen, converted, target)
         assert list(zip((qwen.tokenizer.decode([i]) for i in example.ids), example.trained)) == [
             (word, False) for word in prompt] + reply
@@ -103,7 +104,7 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     assert all(part in text for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"))
     with pytest.raises(DataError, match=r"s/1: \d+ tokens, visual ones included, expected at most --max_"):
         make_examples(qwen, [ROW], target, max_tokens=20)
-    Q.add_tokens(qwen, MIRAGE.tokens)
+    add_tokens(qwen, MIRAGE.tokens)
     with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):
         make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))
 
@@ -134,7 +135,7 @@ def test_rows_that_say_nothing_are_counted_and_refused(tiny_checkpoint, pictures
     qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
     if imagination == "latent":
         target = replace(target, spec=MIRAGE)
-        Q.add_tokens(qwen, MIRAGE.tokens)
+        add_tokens(qwen, MIRAGE.tokens)
 
     def rows(texts):
         """One row per text, which the target of this imagination takes alone, and rows that have no step."""

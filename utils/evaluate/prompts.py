@@ -2,10 +2,10 @@
 
 Compare numbers of one protocol only: the same model moves by ten points on V* between two of them.
 
-The zoom tool follows Visual-Agent/DeepEyes, eval/eval_vstar.py (commit cc3ff4d6): its prompts, one tool, the
-first call of a turn, a box in pixels of the stored picture (not of the resized one), the region resized to
-multiples of 28, at most 11 turns. Differences: a call is parsed as JSON and never evaluated, a box is clipped
-to the picture, and a call that cannot be followed or a turn without call or answer ends the conversation.
+The zoom tool follows Visual-Agent/DeepEyes, eval/eval_vstar.py (commit cc3ff4d6): its prompts, the first
+call of a turn, a box in pixels of the stored picture, the region resized to multiples of 28. Differences: a
+call is parsed as JSON and never evaluated, a box is clipped to the picture, and a call that cannot be
+followed or a turn without call or answer ends the conversation.
 """
 import hashlib
 import json
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from utils.backends import TEXTLESS, Request, pictures_of
-from utils.evaluate.scoring import rotation_of
 from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
 from utils.items import question_text, user_content
 from utils.jsonl import DataError, call_key
@@ -107,9 +106,43 @@ def deepeyes_words(item: dict) -> str:
     return f"Question: {item['question']}\n" + (f"Options: {options}\n\n" if options else "") + ASKED
 
 
+# ---- SwimBird: VLMEvalKit/vlmeval/config.py and vlmeval/vlm/swimbird/prompt.py (6aa2cc3)
+SWIMBIRD_SYSTEM = """You are a multimodal reasoning assistant capable of thinking in textual and visual modes.
+
+
+Use the following tags to switch your thinking mode:
+
+1.  **Textual Mode**: `<reason>Your textual reasoning process</reason>`
+    *   For logical analysis, planning, and verbal thought.
+
+2.  **Visual Mode**: `<|latent_start|>Your visual reasoning process<|latent_end|>`
+    *   For mental visualization, imagination and simulation.
+
+
+**Output Rules**:
+*   Depending on the problem, you can use: textual reasoning only, visual reasoning only, or a mix of both \
+(alternating multiple times as needed).
+*   After all thinking is complete, place the final answer inside `<answer>Your Final Answer</answer>`.
+"""
+SELECT = "Please select the correct answer from the options above. \n"  # which it leaves out
+
+
+def swimbird_ask(item: dict) -> str:
+    """Return what SwimBird's build_prompt adds to a question in English."""
+    name = item.get("benchmark") or ""
+    if item.get("metric", "mcq") != "mcq":
+        return "\nPlease try to answer the question with short words or phrases if possible."
+    if name.startswith("blink/"):
+        return "Answer with the option's letter from the given choices."
+    kind, may = ("textual", "") if name == "vstar" else ("verbal", " (if needed)")
+    return (f"{'Enclose' if name == 'mmstar' else 'Think step by step, enclose'} your {kind} thought in "
+            f"<reason>...</reason>{may} and sketch your visual thought inside "
+            f"<|latent_start|>...<|latent_end|>{may}. Then answer with the option's letter from the given "
+            "choices, enclosed in <answer>...</answer> directly.")
+
+
 class Turn(NamedTuple):
-    """The box to show next (left, top, right, bottom in pixels), or why the conversation ends: answer,
-    no_call or bad_call."""
+    """The box to show next (left, top, right, bottom in pixels), or why the conversation ends."""
 
     box: tuple[int, int, int, int] | None
     ended_by: str | None
@@ -154,6 +187,7 @@ class Protocol:
     min_pixels: int | None
     max_pixels: int | None
     suffix: str = ""
+    marked: Callable[[dict], str] = lambda item: ""  # words after these, whose control tokens stay
 
 
 PROTOCOLS = {
@@ -163,37 +197,14 @@ PROTOCOLS = {
     "monet": Protocol("You are a helpful multimodal assistant. You are required to answer the question based "
                       "on the image provided. Put your final answer in \\boxed{}.",
                       vlmevalkit_words, 1280 * PATCH, 16384 * PATCH),
-    # Visual-Agent/DeepEyes eval/eval_vstar.py (commit cc3ff4d6): the system prompt describes the tool
     "deepeyes": Protocol(TOOL_SYSTEM, deepeyes_words, 4 * PATCH, 16384 * PATCH),
-    # VLMEvalKit's words, everything else the checkpoint's own
-    "plain": Protocol(None, vlmevalkit_words, None, None)}
+    "swimbird": Protocol(SWIMBIRD_SYSTEM, lambda item: question_text(item).removesuffix(SELECT), 1280 * PATCH,
+                         16384 * PATCH, marked=swimbird_ask),
+    "plain": Protocol(None, vlmevalkit_words, None, None)}  # everything else the checkpoint's own
 
 
 def user_text(item: dict, protocol: Protocol) -> str:
     return protocol.words(item) + protocol.suffix
-
-
-# ---- options in another order
-def shuffle_options(items: list[dict], seed: int) -> list[dict]:
-    """Return items with the options of each multiple-choice item in an order that its id and the seed decide,
-    and "letters" {as shown: as published}. DataError for HR-Bench, which asks in four orders by itself."""
-    if rotated := [item["id"] for item in items if rotation_of(item) is not None]:
-        raise DataError(f"--shuffle_options: item {rotated[0]!r} and {len(rotated) - 1} more are rotations "
-                        "of their options; expected items with one order")
-    if not any(item["metric"] == "mcq" for item in items):
-        raise DataError("--shuffle_options: no item has options; expected multiple choice")
-    return [shuffled(item, seed) if item["metric"] == "mcq" else item for item in items]
-
-
-def shuffled(item: dict, seed: int) -> dict:
-    order = sorted(item["options"], key=lambda option: call_key(seed=seed, id=item["id"], letter=option[0]))
-    letters = {shown: letter for (shown, _), (letter, _) in zip(item["options"], order)}
-    gold = next(shown for shown, letter in letters.items() if letter == item["answer"]["value"])
-    options = [[shown, text] for shown, (_, text) in zip(letters, order)]
-    # a published prompt lists the options
-    raw = {name: value for name, value in (item.get("raw") or {}).items() if name != "prompt"}
-    return item | {"options": options, "answer": item["answer"] | {"value": gold}, "letters": letters,
-                   "raw": raw}
 
 
 # ---- a conversation
@@ -216,6 +227,7 @@ class Conversation:
                                                for image in item["images"]])
         try:
             content = user_content(user_text(item, protocol), len(item["images"]))
+            content += [{"type": "text", "text": text}] if (text := protocol.marked(item)) else []
         except DataError as error:
             raise DataError(f"item {item['id']!r}: {error}") from error
         parts = tuple(part["text"] if part["type"] == "text" else next(pictures, None) for part in content)
@@ -283,7 +295,6 @@ def image_hash(root: str, path: str, known: dict[str, str]) -> str:
 
 def show_messages(messages: tuple) -> str:
     """Return messages as JSON, "<image>" for a picture."""
-    shown = [[role, parts if isinstance(parts, str) else [part if isinstance(part, str) else "<image>"
-                                                          for part in parts]]
+    shown = [[role, parts if type(parts) is str else [p if type(p) is str else "<image>" for p in parts]]
              for role, parts in messages]
     return json.dumps(shown, ensure_ascii=False)

@@ -114,8 +114,7 @@ class LatentBatch:
         state = prefill_blocks(self.qwen, state, tokenizer(turns, add_special_tokens=False).input_ids)[1]
         scores = self.prompts.read_out(state, kind, places, list(map(self.clean_stem, places, rows)),
                                        [self.end_id])
-        after = [go_on(row, self.spec, self.end_id, settings.pick(self.items[place]))
-                 for row, place in zip(rows, places)]
+        after = [go_on(self.clean[i].row, self.spec, settings.pick(self.items[i])) for i in places]
         rest, _ = decode(self.qwen, state, settings.max_new_tokens, self.spec, after, capture=True,
                          with_slots=True)
         return list(map(Decoded, map(joined, rows, rest), scores))
@@ -245,7 +244,8 @@ class LatentBatch:
                                   row.finish),
                   "r0": scores and scores["r0"], "r1": scores and scores["r1"], "ids": row.ids}
         if condition is None:
-            return record | {"attention": scores and scores["attention"]}
+            return record | {"attention": scores and scores["attention"],
+                             "at_latents": tokenizer.decode([row.sampled[n] for n in at])}
         first = first_difference(clean.ids, row.ids)
         reach = max((float((a.float() - b.float())[1:].abs().max()) for a, b in zip(row.slots, clean.slots)),
                     default=0.0)

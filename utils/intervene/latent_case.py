@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from utils.jsonl import call_key
-from utils.latent_families import Generation, Intervention, LatentSpec, last_latent
+from utils.latent_families import Generation, Intervention, LatentSpec, Segment, last_latent
 
 if TYPE_CHECKING:
     import torch
@@ -237,33 +237,37 @@ def imagines_again(row: Generation, intervention: Intervention) -> bool | None:
         for step in range(segment.size))
 
 
+def ending(row: Generation, segment: Segment, spec: LatentSpec) -> list[int]:
+    """Return the ids of a decoded row that close a segment: its end, and what is forced to follow that."""
+    first = segment.start + segment.size
+    n = (spec.force_end or segment.closed_by == "end") + bool(spec.after_limit and segment.closed_by != "end")
+    return row.ids[first:first + n]
+
+
 def forced_prefix(clean: Generation, pick: Callable[[torch.Tensor, int], int],
                   intervention: Intervention = Intervention()) -> Intervention:
-    """Force the clean run's ids up to the end of its last segment, an early end included; `pick` chooses
-    after that."""
+    """Force what the clean run sampled up to the end of its last segment, an early end included; `pick`
+    chooses after that."""
     ended = bool(clean.segments) and clean.segments[-1].closed_by == "end"
-    ids = clean.ids[:last_latent(clean) + ended]
+    ids = clean.sampled[:last_latent(clean) + ended]
     return replace(intervention, choose=lambda logits, n: ids[n] if n < len(ids) else pick(logits, n))
 
 
 def latents_alone(case: Case) -> Intervention:
     """Feed the clean run's latents in its segments, whose marks are forced without the words between."""
-    ids, spec = [], case.spec
-    for segment in case.clean.segments:
-        last = segment.start + segment.size
-        ids += case.clean.ids[segment.start - (not spec.overwrite_start):last]
-        # at the limit the end follows whatever is chosen
-        ids += case.clean.ids[last:last + 1] if segment.closed_by == "end" else ids[-1:] * spec.force_end
-    return replace(feed_run(case.clean), covers=None,
+    ids, clean = [], case.clean
+    for segment in clean.segments:
+        ids += clean.sampled[segment.start - (not case.spec.overwrite_start):segment.start + segment.size]
+        ids += ending(clean, segment, case.spec)
+    return replace(feed_run(clean), covers=None,
                    choose=lambda logits, n: ids[n] if n < len(ids) else case.pick(logits, n))
 
 
-def go_on(row: Generation, spec: LatentSpec, end_id: int,
-          pick: Callable[[torch.Tensor, int], int]) -> Intervention:
-    """Choose the ids after a run's last latent: the segment's end if that was written, then by `pick`."""
-    ending = [end_id] if spec.force_end or row.segments[-1].closed_by == "end" else []
-    skipped = last_latent(row)
-    return Intervention(choose=lambda logits, n: ending[n] if n < len(ending) else pick(logits, n + skipped))
+def go_on(clean: Generation, spec: LatentSpec, pick: Callable[[torch.Tensor, int], int]) -> Intervention:
+    """Choose the ids after a run's last latent: what closes the segment, then by `pick`."""
+    skipped, closing = last_latent(clean), ending(clean, clean.segments[-1], spec)
+    return Intervention(spec=replace(spec, force_start=False), choose=lambda logits, n:
+                        closing[n] if n < len(closing) else pick(logits, n + skipped))
 
 
 def joined(row: Generation, rest: Generation) -> Generation:
@@ -273,4 +277,4 @@ def joined(row: Generation, rest: Generation) -> Generation:
     return Generation(row.ids[:n] + rest.ids, rest.finish,
                       row.segments + [replace(later, start=later.start + n) for later in rest.segments],
                       torch.cat([row.states[:n], rest.states]), torch.cat([row.fed, rest.fed]),
-                      slots=row.slots + rest.slots)
+                      slots=row.slots + rest.slots, sampled=row.sampled[:n] + rest.sampled)

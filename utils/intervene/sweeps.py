@@ -31,16 +31,11 @@ CHANGE = "change in R0 negative\nlog-likelihood, nats"
 
 
 # ---- conditions
-def keep_one(case: Case, number: float) -> Intervention:
+def one_position(case: Case, number: float, keep: bool) -> Intervention:
+    """Keep one position and replace all others by their mean, or replace that one alone."""
     case.need_position(number)
     mean = case.mean_at()
-    return feed(lambda z, segment, step: z if step == number else mean(step))
-
-
-def drop_one(case: Case, number: float) -> Intervention:
-    case.need_position(number)
-    mean = case.mean_at()
-    return feed(lambda z, segment, step: mean(step) if step == number else z)
+    return feed(lambda z, segment, step: z if (step == number) == keep else mean(step))
 
 
 def keep_first(case: Case, number: float) -> Intervention:
@@ -79,8 +74,8 @@ def slot_swap_at(case: Case, place: tuple[range, range]) -> Intervention:
         donor, segment, step if step in steps else 0))
 
 
-SWEEPS = {"keep_one": Condition("fed", keep_one, default=0, parse=whole),
-          "drop_one": Condition("fed", drop_one, default=0, parse=whole),
+SWEEPS = {"keep_one": Condition("fed", partial(one_position, keep=True), default=0, parse=whole),
+          "drop_one": Condition("fed", partial(one_position, keep=False), default=0, parse=whole),
           "keep_first": Condition("none", keep_first, default=1, parse=whole),
           "slot_swap_at": Condition("slot", slot_swap_at, default=(range(1), range(1)), needs=("random",),
                                     parse=parse_place)}

@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -149,7 +149,8 @@ class Prober:
     def answer(self, probes: list[dict], asked: Asked) -> list[tuple[dict, Generation]]:
         scores = score_options(self.qwen, asked.state, probes, [self.args.stem] * len(probes),
                                asked.forced_ids, self.args.options)
-        replies = decode(self.qwen, asked.state, self.args.max_new_tokens, self.spec)[0]
+        spec = self.spec and replace(self.spec, force_start=False)  # what was given comes in its place
+        replies = decode(self.qwen, asked.state, self.args.max_new_tokens, spec)[0]
         return list(zip(scores, replies))
 
     def begin(self, batch: list[dict], sources: list[str], name: str) -> Asked:

@@ -11,12 +11,21 @@ from PIL import Image
 from utils.images import image_size, open_image, resolve_image, smart_size
 from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
-from utils.latent_families import LatentSpec, latent_ids
+from utils.latent_families import LatentSpec, latent_ids, special_id
 from utils.qwen import THREADS, Qwen, collate, process_images
 
 PLACEHOLDER = "<think_image>"
 SILENT = re.compile(r"</?think_image>|\\boxed\{\s*\}")  # what a reply may hold and still say nothing
 SHOWN = 20  # bad rows that one error names
+
+
+def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
+    """Add missing special tokens, in the given order, and return the ids of all. The embedding grows only
+    when the ids exceed the rows that the release left free."""
+    qwen.tokenizer.add_tokens(list(names), special_tokens=True)
+    if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
+        qwen.model.resize_token_embeddings(len(qwen.tokenizer))
+    return [special_id(qwen.tokenizer, name) for name in names]
 
 
 @dataclass(frozen=True)

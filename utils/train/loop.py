@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from utils.jsonl import DataError, disk_errors
-from utils.qwen import Qwen, save
+from utils.qwen import Qwen
 from utils.train.batching import Steps, Work, peak_flops
 from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot, whole_state
 from utils.train.model import Objective, average_replicated, use_packed_attention
@@ -32,6 +32,25 @@ def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule
     if schedule == "constant":
         return peak
     return peak * (n_steps - step) / max(1, n_steps - warmup)
+
+
+def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint in the released layout.
+
+    `state`: the weights by their names in the model, of one dtype, if the model's own are sharded or of other
+    types.
+    """
+    qwen.model.save_pretrained(folder, state_dict=state)
+    if state is not None:  # the library wrote the dtype of the model in memory
+        path = Path(folder) / "config.json"
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "dtype" in part:
+                part["dtype"] = dtype
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    qwen.tokenizer.save_pretrained(folder)
+    qwen.image_processor.save_pretrained(folder)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

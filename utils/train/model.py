@@ -21,8 +21,8 @@ from transformers import AttentionInterface
 
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, pool_features
-from utils.qwen import Qwen, add_tokens, image_features, load, multiplied_patches
-from utils.train.examples import Target
+from utils.qwen import Qwen, image_features, load, multiplied_patches
+from utils.train.examples import Target, add_tokens
 
 NAME = "packed_flash"  # with "flash" in the name the vision tower passes all windows in one call
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
