@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from utils.cli import (Help, add_model_flags, cli, log, parse_count, parse_number, parse_temperature,
                        rank_world, read_api_key)
-from utils.display import Block, Table, Text, intervene_blocks, percent, plain_text, swept
+from utils.display import Block, Table, Text, intervene_blocks, percent, plain_text, summary, swept
 from utils.images import ImageError
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
@@ -231,7 +231,7 @@ def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
             rows.append({"id": item["id"], "group": group_of(item), "category": item.get("category"),
                          "gold": item["answer"]["value"], "condition": name, "site": sites[name],
                          "emitted_clean": clean.get("emitted"),
-                         **{field: value for field, value in record.items() if field != "ids"}})
+                         **{key: value for key, value in record.items() if key not in ("ids", "vectors")}})
     write_rows(run.args.output, rows)
     return records
 
@@ -291,9 +291,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
     parser.add_argument("--output", required=True, help="records JSONL to write")
     parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
-                        help="paper (those of the paper), full (all), maps (sweeps over positions, layers "
-                             "and doses), or names, with a number where they take one (add_noise:0.3); "
-                             f"latents: {', '.join(CONDITIONS)}; text: {', '.join(TEXT_CONDITIONS)}")
+                        help="paper, standard (what critiques ask), full, maps (sweeps), or names, with a "
+                             f"number where they take one; latents: {', '.join(CONDITIONS)}; text: "
+                             f"{', '.join(TEXT_CONDITIONS)}")
     parser.add_argument("--calibration", type=parse_count, default=32,
                         help="first items, not analysed, whose clean latents give tau and means")
     parser.add_argument("--stem", help="text that options are scored behind (R0); by default the clean "
@@ -406,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
                **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),
                "dose_trends": dose_trends(items, records, args.min_emitters),
                "seconds": round(time.monotonic() - began, 1)}
+    metrics["summary"] = summary(metrics)
     draw_effects(metrics, args.output)
     draw_sweeps(metrics, args.output)
     write_json(f"{args.output}.metrics.json", metrics)

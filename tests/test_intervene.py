@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import intervene
 from utils.intervene.latent_case import Case
 from utils.intervene.latent_conditions import CONDITIONS
 from utils.jsonl import DataError, read_rows, write_rows
-from utils.latent_families import PRESETS, Generation
+from utils.latent_families import PRESETS, Generation, Intervention
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
 
@@ -179,6 +180,65 @@ def test_a_model_of_each_family_is_followed_through_its_latents(items, tmp_path,
         assert conditions["markers_only"]["n_fed"] == 0 and not conditions["no_segment"]["segments"]
     with pytest.raises(DataError, match="force_start"):  # an earlier run's settings
         run(items, model, tmp_path / "r.jsonl", "--latent", family, "--max_new_tokens", "80", "--limit", "16")
+
+
+STANDARD = ["--latent", "mirage", "--limit", "32", "--margin", "0.2", "--dtype", "float32", "--conditions"]
+
+
+def judged(items, model, output, *names):
+    metrics, _ = run(items, model, output, *STANDARD, *names)
+    return metrics, metrics["summary"]
+
+
+def test_the_standard_verdict_is_right_on_models_whose_truth_is_known(latent_model, items, tmp_path):
+    """One command; every sentence of the page follows from how the model was built."""
+    model, follows = latent_model
+    metrics, text = judged(items, model, tmp_path / "r.jsonl", "standard")
+    begins = [line.split(" (")[0].split(":")[0] for line in text]
+    moves, stays = "changes the answers", "changes accuracy by less than the margin"
+    for name, subject in (("strict", "Answering from the imagination alone"),
+                          ("cut_image_after", "Hiding the image from then on")):
+        assert f"{subject} {stays if follows else moves}" in begins
+    assert f"A segment of markers alone {moves if follows else stays}" in begins
+    for what in ("the fed vectors", "the latent positions"):
+        assert (f"Editing {what} changes the answers" in begins) == follows
+        assert (f"No edit of {what} changes accuracy by 20.0 points or more." in text) != follows
+    assert f"Of the accuracy that the image adds, {100 * follows:.1f} %" in begins
+    assert any("The score falls with the dose of mix" in line for line in text) == follows
+    found = metrics["retrieval"]  # the helper is the edit's picture: never the item's own colour
+    assert found["n"] == 32 and found["r1"]["k"] == 0
+    assert set(metrics["closed_by"]) and "vectors" not in (tmp_path / "r.jsonl").read_text()
+
+
+def test_the_standard_verdict_on_text_is_right_too(text_model, items, tmp_path):
+    model, follows = text_model
+    metrics, _ = run(items, model, tmp_path / "r.jsonl", "--margin", "0.3", "--conditions", "standard")
+    text = metrics["summary"]
+    assert any(line.startswith("Editing the imagined words changes the answers") for line in text) == follows
+    assert ("No edit of the imagined words changes accuracy by 30.0 points or more." in text) != follows
+    strict = next(line for line in text if line.startswith("Answering from the imagination alone"))
+    assert ("by less than the margin" in strict) == follows
+
+
+NOTHING_DONE = {"fed": Intervention(feed=lambda z, *place: z), "slot": Intervention(), "edge": Intervention(),
+                "none": Intervention()}
+
+
+@pytest.mark.parametrize("name", ["tau", "norm_noise", "near_zero", "oracle", "markers_only", "no_segment",
+                                  "slot_swap_random", "cut_latent", "strict_fed", "swap_blank", "mix:0.5"])
+def test_a_control_that_does_nothing_is_noticed(imagining_model, items, tmp_path, monkeypatch, name):
+    """The run ends with its name, or the sentence about the model that follows its latents turns wrong."""
+    base = name.partition(":")[0]
+    condition = CONDITIONS[base]
+    dead = replace(condition, build=lambda case, *number: NOTHING_DONE[condition.site], prompt="own")
+    asked = items, imagining_model("latent", True), tmp_path / "r.jsonl"
+    monkeypatch.setitem(CONDITIONS, base, dead)
+    if condition.site == "fed":
+        with pytest.raises(DataError, match=f"{name} fed the clean latents"):
+            judged(*asked, name)
+    else:
+        _, text = judged(*asked, name)
+        assert not any("changes the answers" in line for line in text)
 
 
 def test_a_map_of_everything_is_the_slot_condition_and_its_first_layer_the_fed_one(many):

@@ -33,6 +33,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from utils.cli import cli, log
 from utils.decode import layer_inputs
+from utils.display import summary
 from utils.intervene.effects import Declared, Limits, summarize
 from utils.intervene.latent_case import Calibration, Case
 from utils.intervene.latent_conditions import find_condition
@@ -62,7 +63,7 @@ BATCH, RATE = 64, 3e-3  # of training
 MARGIN = 0.05  # of accuracy; of the answer's negative log-likelihood in nats
 NON_ZERO = 0.01  # of a logit: allowed differences are larger in these models (the smallest measured is 0.07)
 REMOVALS = ("tau", "tau_mean", "moment_noise", "norm_noise", "near_zero")  # remove the content of fed vectors
-CONDITIONS = (*REMOVALS, "swap_random", "slot_swap_random", "cut_latent")
+CONDITIONS = (*REMOVALS, "first_repeat", "swap_random", "slot_swap_random", "cut_latent")
 ALWAYS = ("replay", "own_slots", "strict_same_slots")
 UNREAD = ("tau", "fed_swap", "slot_swap", "cut_latent", "strict", "strict_fed", "oracle", "oracle_other")
 CONSTANT = ("latents", "tau", "fed_swap", "slot_swap", "cut_image_after", "strict", "strict_fed")
@@ -91,13 +92,16 @@ class Plan:
     random: bool = False  # whether the fed vectors are random in training
 
 
-NEEDED = {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1}
+NEEDED = {"fed": "effect", "slot": "effect", "edge": "effect", "pm_fed": 1, "pm_slot": 1,
+          "of the fed vectors": "changes", "of the latent positions": "changes"}
 UNUSED = {"fed": "equivalent", "slot": "equivalent", "edge": "equivalent", "pm_fed": 0, "pm_slot": 0,
+          "of the fed vectors": "no edit", "of the latent positions": "no edit",
           "decoded": 1}  # the latents carry the colour all the same
 TOYS = {
     "in": Plan("in", NEEDED),
     "bypass": Plan("bypass", UNUSED),
-    "slot_random": Plan("slot", NEEDED | {"fed": "equivalent", "pm_fed": 0}, random=True),
+    "slot_random": Plan("slot", NEEDED | {"fed": "equivalent", "pm_fed": 0,
+                                            "of the fed vectors": "no edit"}, random=True),
     "in_shared": Plan("in", NEEDED, shared=45),
     # the fed vectors may come to matter or not
     "slot": Plan("slot", {"slot": "effect", "edge": "effect", "pm_slot": 1}),
@@ -370,10 +374,25 @@ def check_masks(seed: int = 0) -> dict:
     return {"columns": columns, "wrong": wrong, "ok": not wrong}
 
 
+def as_records(gold: list[int], logits: dict[str, list[torch.Tensor]],
+               undone: set[str] = frozenset()) -> tuple[list[dict], dict[str, dict[str, dict]]]:
+    """Return items with these right answers, and the records of their runs: `logits` of the reply and of R0
+    [items, colours] by condition."""
+    letters, records = "ABCDEFGH", {str(i): {} for i in range(len(gold))}
+    items = [{"id": str(i), "answer": {"type": "letter", "value": letters[k]}} for i, k in enumerate(gold)]
+    for name, (reply, stem) in logits.items():
+        for item, said, scores in zip(items, reply, stem):
+            value, pred = item["answer"]["value"], letters[said.argmax()]
+            records[item["id"]][name] = {
+                "emitted": True, "pred": pred, "correct": pred == value, "degenerate": False,
+                "again": name in undone, "r0": describe_scores(dict(zip(letters, scores.tolist())), value)}
+    return items, records
+
+
 def check_verdicts(n: int = 64) -> dict:
     """Return {mask: {readout: verdict}} of a swap under the masks of VERDICTS, and those that are wrong. The
     weights are random: the right answer is what the clean run gives."""
-    found, letters = {}, "ABCDEFGH"
+    found = {}
     with reproducible(1), torch.no_grad():
         for mask in VERDICTS:
             toy, pixels = make_toy(mask), draw_items(n, torch.Generator().manual_seed(1))
@@ -381,16 +400,8 @@ def check_verdicts(n: int = 64) -> dict:
             worlds = {"clean": (pixels,), "blank": (blank,), "swap_random": (pixels, swap)}
             logits = {name: [run(toy, *world, way=way).logits.log_softmax(-1) for way in ("", "stem")]
                       for name, world in worlds.items()}
-            items = [{"id": str(i), "answer": {"type": "letter", "value": letters[row.argmax()]}}
-                     for i, row in enumerate(logits["clean"][0])]
-            records = {item["id"]: {} for item in items}
-            for name, (reply, stem) in logits.items():
-                for item, said, scores in zip(items, reply, stem):
-                    gold, pred = item["answer"]["value"], letters[said.argmax()]
-                    records[item["id"]][name] = {
-                        "emitted": True, "pred": pred, "correct": pred == gold, "degenerate": False,
-                        "again": mask == "again" and name == "swap_random",
-                        "r0": describe_scores(dict(zip(letters, scores.tolist())), gold)}
+            gold = logits["clean"][0].argmax(-1).tolist()
+            items, records = as_records(gold, logits, undone={"swap_random"} if mask == "again" else set())
             declared = {"blank": Declared("none", "positive control"),
                         "swap_random": Declared("fed", "do(Z)")}
             effects = summarize(items, records, declared, Limits(MARGIN, MARGIN, 8))["conditions"]
@@ -428,7 +439,7 @@ def measure(toy: Toy, n: int) -> dict:
              for name, each in {"clean": clean, "donor": donor, **runs}.items()}
     verdicts = {name: verdict(*(paired_interval(right["clean"], right[name], range(n), level)
                                 for level in (0.90, 0.95)), MARGIN) for name in CONDITIONS}
-    found, mediation = {}, {}
+    found, mediation = said_of(clean, runs, run(toy, torch.zeros_like(pixels)), gold), {}
     for site, name in (("fed", "swap_random"), ("slot", "slot_swap_random")):
         crossed = (back[site].logits.argmax(-1) == gold).int().tolist()
         parts = mediate(right["clean"], right[name], crossed, right["donor"], range(n), binary=True)
@@ -452,6 +463,19 @@ def measure(toy: Toy, n: int) -> dict:
     columns |= {"other_image_keeps": share(back["fed"], gold), "delta_nll_tau_mean": bounds[0][0],
                 **likeness(clean.fed, known)}
     return {"n": n, "columns": columns, "verdicts": verdicts, "found": found, "mediation": mediation}
+
+
+def said_of(clean: Run, runs: dict[str, Run], blank: Run, gold: torch.Tensor) -> dict[str, str]:
+    """Return what the summary of a run says of the edits at each place: changes, no edit (does) or open."""
+    logits = {name: [each.logits.log_softmax(-1)] * 2
+              for name, each in {"clean": clean, "blank": blank, **runs}.items()}
+    items, records = as_records(gold.tolist(), logits)
+    declared = {name: Declared(find_condition(name)[0].site, "do(Z)") for name in runs}
+    declared["blank"] = Declared("none", "positive control")
+    sentences = summary(summarize(items, records, declared, Limits(MARGIN, MARGIN, 8)) | {"margin": MARGIN})
+    words = {"Editing": "changes", "No": "no edit", "Whether": "open"}
+    return {f"of {what}": words[next(text for text in sentences if what in text).split()[0]]
+            for what in ("the fed vectors", "the latent positions")}
 
 
 def likeness(fed: torch.Tensor, known: Calibration) -> dict[str, float]:

@@ -2,15 +2,12 @@
 a CSV) in the colours of Okabe and Ito (2008), which colour-blind readers can tell apart."""
 from __future__ import annotations
 
-import base64
 import csv
-import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
-from urllib.parse import quote
 
 from utils.jsonl import replace_file
 
@@ -19,7 +16,7 @@ EFFECTS = ["condition", "site", "items", "clean, %", "intervened, %", "change, 9
            "follows, %"]
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 SKY, YELLOW, VERMILION, DARK_GREY, BAND = "#56B4E9", "#F0E442", "#D55E00", "#7F7F7F", "#DDDDDD"
-FORCED = "; each reply was made to begin with a start: the model's own rate needs a run without --force_start"
+FORCED = "; each reply was made to begin with one: the model's own rate needs a run without --force_start"
 PARTS = ("TE", "NIE", "NIE0", "NDE", "NDE1")
 
 
@@ -27,35 +24,13 @@ class Text(NamedTuple):
     text: str
     tag: str = "p"  # or "h2", "h3"
 
-    def html(self) -> str:
-        return f"<{self.tag}>{html.escape(self.text)}</{self.tag}>"
-
 
 class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
 
-    def html(self) -> str:
-        def row(cells: list[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-        body = "".join(row(cells, "td") for cells in self.rows)
-        return f"<table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
 
-
-class Figure(NamedTuple):
-    png: Path
-    caption: str
-    alt: str
-    numbers: str | None  # path of the CSV, relative to the page
-
-    def html(self) -> str:
-        data = base64.b64encode(self.png.read_bytes()).decode("ascii")
-        link = f' (<a href="{html.escape(quote(self.numbers))}">numbers</a>)' if self.numbers else ""
-        return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(self.alt)}">'
-                f"<figcaption>{html.escape(self.caption)}{link}</figcaption></figure>")
-
-
-Block = Text | Table | Figure
+Block = Text | Table
 
 
 # ---- numbers as text
@@ -124,6 +99,50 @@ def swept(names: Iterable[str]) -> set[str]:
 
 
 # ---- stage 5, on the terminal and on the page
+SAID = {"effect": "changes the answers", "equivalent": "changes accuracy by less than the margin",
+        "small effect inside the margin": "changes the answers, but by less than the margin",
+        "effect, not after Holm": "changes the answers by its own test, not after correction for all of them",
+        "undone": "was undone: the model imagined again", "inconclusive": "may or may not change the answers",
+        "readout insensitive": "cannot be judged: replies do not worsen with a blank image either"}
+SUBJECTS = {"markers_only": "A segment of markers alone", "no_segment": "No segment at all",
+            "oracle": "Feeding the helper image's features", "strict": "Answering from the imagination alone",
+            "cut_image_after": "Hiding the image from then on", "image_off": "Hiding the image from then on",
+            "strict_fed": "Answering from the fed vectors alone"}
+EDITED = {"the fed vectors": ("tau", "norm_noise", "near_zero", "first_repeat"),
+          "the latent positions": ("slot_swap_random", "cut_latent"),
+          "the imagined words": ("removal", "constant", "foreign")}
+
+
+def summary(metrics: dict) -> list[str]:
+    """Return what a run shows by its replies, in sentences that say no more than the verdicts."""
+    effects = {name: entry["effect"] for name, entry in metrics["conditions"].items() if entry["effect"]}
+    sentences, margin = [], percent(metrics["margin"])
+    for what, names in EDITED.items():
+        found = {name: effects[name]["verdict"] for name in names if name in effects}
+        if changing := [name for name, verdict in found.items() if verdict == "effect"]:
+            sentences.append(f"Editing {what} changes the answers ({', '.join(changing)}).")
+        elif len(found) == len(names):
+            inside = set(found.values()) <= {"equivalent", "small effect inside the margin"}
+            sentences.append(f"No edit of {what} changes accuracy by {margin} points or more." if inside else
+                             f"Whether an edit of {what} changes the answers is open.")
+    sentences += [f"{subject} {SAID[effects[name]['verdict']]}: "
+                  f"{points(effects[name]['delta'], effects[name]['ci90'])} points."
+                  for name, subject in SUBJECTS.items() if name in effects]
+    for site, readouts in metrics["mediation"].items():
+        if readouts["r2"] and (share := readouts["r2"]["proportion_mediated"])["ci95"]:
+            sentences.append(f"Of the accuracy that the image adds, {percent(share['value'])} % "
+                             f"({interval(share['ci95'])}) goes through the imagination (site {site}).")
+    if found := metrics.get("retrieval"):
+        more = "above" if found["r1"]["ci95"][0] > found["chance"] else "not shown to be above"
+        sentences.append(f"The latents find their own helper's features, %: R@1 {share_cell(found['r1'])}, "
+                         f"{more} chance ({percent(found['chance'])}); R@5 {share_cell(found['r5'])}; MRR "
+                         f"{found['mrr']:.2f}.")
+    trends = metrics.get("dose_trends", {})
+    return sentences + [f"The score falls with the dose of {name} (trend {trend['trend']:+.2f})."
+                        for name, trend in trends.items() if 0 < trend["trend"]
+                        and trend["p"] <= 0.05 / len(trends)]
+
+
 def intervene_blocks(metrics: dict) -> list[Block]:
     emission, in_sweeps = metrics["emission"], swept(metrics["conditions"])
     entries = {name: entry for name, entry in metrics["conditions"].items() if name not in in_sweeps}
@@ -136,21 +155,12 @@ def intervene_blocks(metrics: dict) -> list[Block]:
         flags = ", ".join(f"--{name}" for name in anew)
         blocks.append(Text(f"Changed after this run was first started: {flags}. The verdicts are "
                            "exploratory: what was tested was not declared before."))
-    for readout, part in (("R2", "effect"), ("R0", "r0")):
-        control = metrics["sensitivity"][readout.lower()]
-        verdicts: dict[str, list[str]] = {}
-        for name, entry in entries.items():
-            if entry[part]:
-                verdicts.setdefault(entry[part]["verdict"], []).append(name)
-        if not control["moves"]:
-            blocks.append(Text(f"{readout} says nothing: {control['reason']}."))
-        elif verdicts:
-            words = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
-            blocks.append(Text(f"Verdicts by {readout}, after Holm's correction: {words}."))
+    blocks += [Text(f"{name.upper()} says nothing: {control['reason']}.")
+               for name, control in metrics["sensitivity"].items() if name != "r1" and not control["moves"]]
+    blocks += map(Text, summary(metrics))
     blocks.append(Table(EFFECTS, [effect_row(name, entry) for name, entry in entries.items()]))
     if in_sweeps:
-        blocks.append(Text(f"{len(in_sweeps)} points of sweeps are in the metrics, and in figures where "
-                           "enough points were run, not here."))
+        blocks.append(Text(f"{len(in_sweeps)} points of sweeps are in the metrics and figures, not here."))
     asked = {name: entry["asked"] for name, entry in entries.items() if entry["asked"]}
     if asked:
         shares = ("same_answer", "correct", "correct_flip")
@@ -167,28 +177,18 @@ def intervene_blocks(metrics: dict) -> list[Block]:
             f"irrelevant edit: {points(specific['difference'], specific['ci95'])} points, 95 % interval."))
     if markers := metrics["markers_share"]:
         found = markers["reason"] or f"{percent(markers['value'])} % ({interval(markers['ci95'])})"
-        blocks.append(Text("Of the accuracy gained over no imagination at all, empty markers keep: "
-                           f"{found}."))
+        blocks.append(Text(f"Of the accuracy gained over no imagination, empty markers keep: {found}."))
     if any(readouts[name] for readouts in metrics["mediation"].values() for name in readouts):
         blocks += [Text("Against a blank image, with 95 % intervals: accuracy of the reply (R2) and "
                         "log-probability of the right option among the options (R0)."),
                    Table(*mediation_table(metrics["mediation"]))]
-    effects = {name: entry["effect"] for name, entry in entries.items() if entry["effect"]}
-    rows = [[name, percent(effect["psi"]), str(effect["n"]), f"{effect['n_effective']:.0f}",
-             str(effect["items_needed"]), percent(effect["margin_shown"])]
-            for name, effect in effects.items()]
-    if rows:
-        blocks += [Text("Items at which the margin could be shown if the same share of answers changed and "
-                        "the changes cancelled out; the margin that these items can show (power 80 %)."),
-                   Table(["condition", "answers changed, %", "items", "effective groups", "items needed",
-                          "margin shown, points"], rows)]
     return blocks
 
 
 def plain_text(blocks: list[Block]) -> str:
     """Return all blocks but figures as text for a terminal."""
     return "\n\n".join("\n".join(table_lines(*block)) if isinstance(block, Table) else block.text
-                       for block in blocks if not isinstance(block, Figure))
+                       for block in blocks if isinstance(block, (Text, Table)))
 
 
 # ---- figures

@@ -1,11 +1,12 @@
 """Numbers as text, what a terminal shows of a run of interventions, and figures with their files."""
 import csv
+import random
 
 import pytest
 
-from utils.display import (EFFECTS, LineStyle, draw_bars, draw_estimate, draw_grid, draw_line, effect_row,
-                           interval, intervene_blocks, legend, nats, new_figure, percent, plain_text, points,
-                           write_figure)
+from utils.display import (EDITED, EFFECTS, SAID, SUBJECTS, LineStyle, draw_bars, draw_estimate, draw_grid,
+                           draw_line, effect_row, interval, intervene_blocks, legend, nats, new_figure,
+                           percent, plain_text, points, summary, write_figure)
 
 
 def test_numbers_are_written_in_one_form():
@@ -48,12 +49,49 @@ def test_the_corrected_p_and_the_accuracy_of_r0_stand_in_the_row():
 
 def test_a_readout_without_sensitivity_makes_no_sentence():
     text = plain_text(intervene_blocks(metrics(tau=entry("effect", "effect"))))
-    assert "Verdicts by R2, after Holm's correction: effect: tau." in text and "Verdicts by R0" in text
+    assert "Editing the fed vectors changes the answers (tau)." in text and "says nothing" not in text
     text = plain_text(intervene_blocks(metrics(False, tau=entry("effect", "readout insensitive"))))
     assert "R0 says nothing: the positive control (blank) does not make it worse" in text
-    assert "Verdicts by R0" not in text
     changed = metrics(tau=entry("effect", "effect")) | {"declared_anew": {"margin": [0.05, 0.1]}}
     assert "first started: --margin. The verdicts are exploratory" in plain_text(intervene_blocks(changed))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_summary_says_no_more_than_its_verdicts(seed):
+    """Verdicts drawn at random: a change is said only of an effect after Holm, none only of equivalence."""
+    rng, verdicts, inside = random.Random(seed), list(SAID), {"equivalent", "small effect inside the margin"}
+    pool = rng.choice((verdicts, sorted(inside), ["inconclusive", *inside], ["effect", *inside]))
+    drawn = {name: rng.choice(pool) for names in (*EDITED.values(), SUBJECTS) for name in names
+             if rng.random() < 0.9}
+    shown = {name: entry(verdict, "effect") for name, verdict in drawn.items()}
+    text = summary(metrics(**shown))
+    for what, names in EDITED.items():
+        found = [drawn[name] for name in names if name in drawn]
+        said = [line for line in text if line.startswith((f"Editing {what}", f"No edit of {what}",
+                                                          f"Whether an edit of {what}"))]
+        if "effect" in found:
+            assert len(said) == 1 and "changes the answers (" in said[0]
+            moved = [name for name in names if drawn.get(name) == "effect"]
+            assert said[0].split("(")[1].rstrip(").").split(", ") == moved
+        elif len(found) < len(names):
+            assert not said
+        else:
+            assert said[0].startswith("No edit" if set(found) <= inside else "Whether")
+    for name, subject in SUBJECTS.items():
+        lines = [line for line in text if line.startswith(subject)]
+        assert name not in drawn or any(f"{subject} {SAID[drawn[name]]}: " in line for line in lines)
+
+
+def test_retrieval_and_doses_are_said_with_their_proof():
+    def share(low):
+        return {"k": 6, "n": 60, "share": 0.1, "ci95": [low, 0.3]}
+    for low, said in ((0.05, "above chance (2.0)"), (0.01, "not shown to be above chance (2.0)")):
+        found = {"retrieval": {"r1": share(low), "r5": share(low), "mrr": 0.25, "chance": 0.02}}
+        line, = summary(metrics() | found)
+        assert said in line and "MRR 0.25" in line
+    for trend, p, n in ((0.5, 0.02, 2), (0.5, 0.03, 1), (0.5, 0.03, 2), (-0.5, 0.001, 1)):
+        trends = {name: {"trend": trend, "p": p} for name in ("mix", "add_noise")[:n]}
+        assert len(summary(metrics() | {"dose_trends": trends})) == n * (trend > 0 and p * n <= 0.05)
 
 
 # ---- figures

@@ -7,7 +7,7 @@ import pytest
 from analytic import AnalyticModel, draw, trinomial
 
 from utils.intervene.mediation import (detectable_difference, items_needed, items_with_no_change,
-                                       margin_shown, markers_share, mediate)
+                                       margin_shown, markers_share, mediate, retrieval)
 from utils.stats import paired_interval, robust_mean, tost_tango, verdict
 
 EFFECTS = ("TE", "NIE", "NIE0", "NDE", "NDE1", "interaction")
@@ -152,3 +152,34 @@ def test_mcnemar_finds_the_detectable_difference_as_often_as_planned():
     counts = trinomial(n, (discordance - change) / 2, (discordance + change) / 2)
     power = sum(p for b, c, p in counts if abs(c - b) > 1.959964 * math.sqrt(b + c))
     assert power == pytest.approx(0.8, abs=0.03)
+
+
+# ---- retrieval
+def test_a_vector_finds_its_partner_as_often_as_it_should():
+    rng, n = np.random.default_rng(0), 40
+    partners, groups = rng.normal(size=(n, 16)) + 9, [f"g{i}" for i in range(n)]
+    same = retrieval(list(zip(3 * partners + 1, partners)), groups)
+    assert (same["r1"]["share"], same["r5"]["share"], same["mrr"], same["chance"]) == (1, 1, 1, 1 / n)
+    constant = retrieval([(np.ones(16), partner) for partner in partners], groups)
+    assert constant["r5"]["k"] == 0 and constant["mrr"] == pytest.approx(2 / (n + 1))  # all tie
+    random = [retrieval(list(zip(rng.normal(size=(n, 16)), partners)), groups) for _ in range(200)]
+    assert np.mean([found["r1"]["share"] for found in random]) == pytest.approx(1 / n, abs=0.006)
+    assert np.mean([found["mrr"] for found in random]) == pytest.approx(
+        np.mean(1 / np.arange(1, n + 1)), abs=0.01)
+
+
+def test_partners_of_the_same_group_are_no_rivals():
+    """Against a loop over all pairs; copies of one picture are of one group."""
+    rng = np.random.default_rng(1)
+    pictures = rng.normal(size=(8, 6))
+    vectors = [(pictures[i // 2] + 0.8 * rng.normal(size=6), pictures[i // 2]) for i in range(16)]
+    groups = [i // 2 for i in range(16)]
+    own, gallery = (np.array(side) - np.mean(side, axis=0) for side in zip(*vectors))
+    ranks = []
+    for i in range(16):
+        cosines = [own[i] @ x / np.linalg.norm(own[i]) / np.linalg.norm(x) for x in gallery]
+        ranks.append(1 + sum(cosines[j] > cosines[i] for j in range(16) if groups[j] != groups[i]))
+    found = retrieval(vectors, groups)
+    assert found["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+    assert [found["r1"]["k"], found["r5"]["k"]] == [sum(rank <= k for rank in ranks) for k in (1, 5)]
+    assert found["chance"] == pytest.approx(1 / 15) and retrieval(vectors[:2], groups[:2]) is None

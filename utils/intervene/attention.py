@@ -69,8 +69,8 @@ def stem_attention(qwen: Qwen, state: State, before: list[int], stems: list[str]
     member = column_groups(state, mask, imagined)
     mass = torch.einsum("lbc,bgc->bgl", torch.stack(layers), member)
     uniform = torch.einsum("brc,br,bgc->bg", allowed / allowed.sum(-1, keepdim=True), share, member)
-    return [{"mass": {name: rounded(mass[i, g]) for g, name in enumerate(GROUPS)},
-             "uniform": dict(zip(GROUPS, rounded(uniform[i])))} for i in range(len(blocks))]
+    rows = zip(*(shares.double().round(decimals=6).tolist() for shares in (mass, uniform)))
+    return [{"mass": dict(zip(GROUPS, own)), "uniform": dict(zip(GROUPS, even))} for own, even in rows]
 
 
 def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -> torch.Tensor:
@@ -82,7 +82,3 @@ def column_groups(state: State, mask: torch.Tensor, imagined: list[list[int]]) -
         group[row, columns] = GROUPS.index("imagination")
     group[torch.arange(len(mask)), mask.int().argmax(1)] = GROUPS.index("first")
     return torch.stack([group == g for g in range(len(GROUPS))], dim=1).float()
-
-
-def rounded(values: torch.Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]

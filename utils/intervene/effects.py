@@ -4,20 +4,8 @@ Effects are taken on the "emitters", the items that imagined something in their 
 condition applies to them. Readouts: R2 is the accuracy of the free reply (points); R0 and R1 are the negative
 log-likelihood of the right option among the options (nats, `utils.option_scores`).
 
-A verdict is, in this order:
-
-    readout insensitive             the positive control (POSITIVE_CONTROL) does not worsen this readout
-    undone                          within the margin, but the model imagined again past the intervention
-    equivalent                      the 90 % interval is inside the margin; of a score also, by an exact 95 %
-                                    bound, fewer than --margin of the items change by more than the margin.
-                                    A mean that fewer items than that carry is not excluded
-    small effect inside the margin  the same, and an effect
-    effect                          p <= .05 after Holm's correction over the conditions of the same role
-                                    (`Declared`) for this readout: McNemar's exact test, sign flips of whole
-                                    groups, or a cluster-robust t test. The grouped interval of accuracy is
-                                    wider than such a test needs and may include 0
-    effect, not after Holm          p <= .05 before the correction alone
-    inconclusive                    none of these
+Verdicts: `settle`; docs/interventions.md says what each means. A mean that fewer items than --margin carry is
+not excluded by "equivalent". The grouped interval of accuracy is wider than its test needs and may include 0.
 """
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
@@ -27,12 +15,13 @@ from statistics import median
 from typing import NamedTuple
 
 from utils.intervene.mediation import (ALPHA, WORLDS, attention_by_layer, early_curve, items_needed,
-                                       margin_shown, markers_share, mediation_at, specific_effect)
+                                       margin_shown, markers_share, mediation_at, retrieval, share_of,
+                                       specific_effect)
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.means import RESOLUTION, robust_mean, sign_flip, t_test, tost_mean
-from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_readings, share_interval,
-                         share_test, tost, upper_share)
+from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_readings, share_test,
+                         tost, upper_share)
 
 INSIDE = ("equivalent", "small effect inside the margin")
 UNBOUNDED = "the mean is inside the margin, large changes are not excluded"
@@ -42,7 +31,6 @@ OTHER_QUESTION = "another question or image was shown: the answers say nothing a
 
 
 class Pair(NamedTuple):
-
     item: dict
     clean: dict
     after: dict
@@ -66,13 +54,6 @@ class Limits:
     margin: float
     margin_nll: float
     min_emitters: int
-
-
-def share_of(hits: Sequence[bool], groups: Sequence[Hashable]) -> dict:
-    """Return how many hits there are, as a share with a 95 % interval that lets groups vary together."""
-    k, n = sum(map(bool, hits)), len(hits)
-    return {"k": k, "n": n, "share": k / n if n else None,
-            "ci95": list(share_interval([int(hit) for hit in hits], groups)) if n else None}
 
 
 def groups_of(pairs: Sequence[Pair]) -> list[Hashable]:
@@ -204,7 +185,7 @@ def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:
 
 # ---- verdicts
 def settle(said: str, p: float, holm_p: float, is_undone: bool, is_sensitive: bool) -> str:
-    """Return the verdict of the module's docstring from one that looked at the intervals alone (`said`)."""
+    """Return the verdict from one that looked at the intervals alone (`said`)."""
     if not is_sensitive:
         return "readout insensitive"
     if said in INSIDE:
@@ -274,7 +255,8 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
               "acc_clean_others": share(others, "correct"), "segments": len(segments),
               "closed_by": dict(Counter(segment["closed_by"] for segment in segments)),
               "sensitivity": sensitivity, "conditions": conditions, "specific": None,
-              "markers_share": None, "mediation": {}, "early_answering": None, "attention": None}
+              "markers_share": None, "mediation": {}, "early_answering": None, "attention": None,
+              "retrieval": None}
     if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
     if {"directed", "irrelevant"} <= set(declared):
@@ -287,6 +269,8 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
             result["mediation"][site] = {
                 readout: mediation_at(site, emitters, records, readout, limits.min_emitters)
                 for readout in ("r0", "r2")}
+    paired = {item["id"]: group_of(item) for item in emitters if clean[item["id"]].get("vectors")}
+    result["retrieval"] = retrieval([clean[name]["vectors"] for name in paired], list(paired.values()))
     result["early_answering"] = early_curve([records[item["id"]] for item in emitters], kept or {},
                                             list(map(group_of, emitters)))
     looking = [item for item in emitters if clean[item["id"]].get("attention")]

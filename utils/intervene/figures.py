@@ -1,12 +1,5 @@
-"""Figures of an intervention run, each with a CSV of its numbers.
-
-effects    forest plot of the changes in accuracy (the paper's Fig. 2(c), left, shows both ends) and in R0,
-           with margins as bands and verdicts
-mediation  the total effect and its parts at every site, in both orders
-attention  where the answer's stem attends, layer by layer, next to uniform attention
-early      share of answers that equal the whole reply's, by how much of the imagination is kept
-
-Sweeps have figures of their own (`utils.intervene.sweeps`).
+"""Figures of an intervention run, each with a CSV of its numbers; those of sweeps are in
+`utils.intervene.sweeps`. The forest plot holds the paper's Fig. 2(c), left.
 """
 from pathlib import Path
 

@@ -196,6 +196,10 @@ class LatentBatch:
         conditions = {name: find_condition(name) for name in names}
         needs = {kind for condition, _ in conditions.values() for kind in condition.needs}
         cases = {i: self.case(i, needs) for i in self.emitters}
+        for i, case in cases.items():  # means over the positions, for `retrieval`
+            if oracle := case.donors.get("features"):
+                both = case.clean.fed, oracle.fed
+                result[i]["clean"]["vectors"] = [vectors.float().mean(0).tolist() for vectors in both]
         todo: dict[tuple[str, bool], list[Planned]] = {}  # by kind of prompt and whether it is strict
         for name, (condition, number) in conditions.items():
             for i in range(len(self.items)):

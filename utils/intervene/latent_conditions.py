@@ -15,14 +15,7 @@ Worlds of a mediation, Y(x, Z(x')) and so on, keep the words before the latents 
 after the latents, and from the answer. cut_image_after does not: the question's tokens have read the image.
 `oracle` feeds what training aligns latents to, so that their use is seen apart from their making.
 
-A model may imagine again after an intervention and so undo it; `again` in its record says that it did.
-
-    cannot      conditions that apply to every latent: tau and its kind, noise, doses, dummy_pad, slot_mean_t,
-                cut_*, strict*, single positions and rankings
-    forbidden   markers_only, keep_first:0 (a segment more than the clean run's), no_segment (any)
-    may         swap_*, slot_*, oracle, blank_x (latents that the donor lacks); replay, first_repeat, permute,
-                keep_first (latents that the clean run lacks)
-    not asked   do(X) and blank, whose latents are the model's own
+A model may imagine again after an intervention and so undo it: `again` in its record, docs/interventions.md.
 """
 from dataclasses import replace
 from functools import partial
@@ -170,5 +163,10 @@ CONDITIONS = {
 # the paper's conditions: Monet (Fig. 2(c), Table 4) is tau; Mirage is tau, + noise, noise, near zero
 PRESET_CONDITIONS = {
     "paper": ["identity", "tau", "add_noise", "norm_noise", "near_zero"],
+    # what critiques agree to ask of a checkpoint: arXiv 2605.18445, 2605.21642, 2606.01287, 2609.06746
+    "standard": ["identity", "tau", "norm_noise", "near_zero", "first_repeat", "markers_only", "no_segment",
+                 "oracle", "slot_swap_random", "cut_latent", "strict", "strict_fed", "cut_image_after",
+                 "swap_blank", "blank_x", "slot_swap_blank", "slot_blank_x",
+                 *(f"mix:{dose:g}" for dose in (0.25, 0.5, 0.75, 1))],
     "full": [name for name in CONDITIONS if name not in ("oracle", "slot_oracle")]}
 CONDITIONS |= SWEEPS

@@ -12,7 +12,8 @@ import numpy as np
 
 from utils.items import group_of
 from utils.means import mean_and_error, t_quantile
-from utils.stats import Interval, effective_groups, paired_interval, paired_readings, robust_mean
+from utils.stats import (Interval, effective_groups, paired_interval, paired_readings, robust_mean,
+                         share_interval)
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
@@ -139,7 +140,33 @@ def specific_effect(emitters: list[dict], records: dict[str, dict[str, dict]],
             "ci95": list(paired_interval(before, after, list(map(group_of, complete)), 0.95))}
 
 
+def share_of(hits: Sequence[bool], groups: Sequence[Hashable]) -> dict:
+    """Return how many hits there are, as a share with a 95 % interval that lets groups vary together."""
+    k, n = sum(map(bool, hits)), len(hits)
+    return {"k": k, "n": n, "share": k / n if n else None,
+            "ci95": list(share_interval([int(hit) for hit in hits], groups)) if n else None}
+
+
 # ---- curves
+def retrieval(vectors: Sequence[Sequence[Sequence[float]]], groups: Sequence[Hashable]) -> dict | None:
+    """Return how often an item's vector finds its own partner by cosine among those of the items of other
+    groups, both sets centred (`vectors`: one pair per item): {"n", "r1", "r5" (the partner is the nearest, or
+    one of five), "mrr" (mean of 1 / rank), "chance" (of r1)}; ties count half. None below two groups."""
+    if len(set(groups)) < 2:
+        return None
+    own, partners = (np.asarray(side, dtype=float) for side in zip(*vectors))
+    own, partners = (side - side.mean(0) for side in (own, partners))
+    lengths = np.outer(np.linalg.norm(own, axis=1), np.linalg.norm(partners, axis=1))
+    similar = own @ partners.T / np.where(lengths > 0, lengths, np.inf)
+    others = np.array([[a != b for b in groups] for a in groups])
+    above, ties = (others & (compared(similar, similar.diagonal()[:, None]))
+                   for compared in (np.greater, np.equal))
+    ranks = 1 + above.sum(1) + ties.sum(1) / 2
+    shares = {f"r{k}": share_of(ranks <= k, groups) for k in (1, 5)}
+    return {"n": len(ranks), **shares, "mrr": float((1 / ranks).mean()),
+            "chance": float((1 / (1 + others.sum(1))).mean())}
+
+
 def early_answering(curve: Curve) -> float:
     """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
     2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole

@@ -1,5 +1,4 @@
-"""A batch of items, clean and under every condition on their text imagination, from one reading of each
-prompt.
+"""A batch of items, clean and under every condition on their text imagination; prompts are read once.
 
 A reply is cut after its last imagination, edited, fed back as the assistant's own beginning and continued.
 """

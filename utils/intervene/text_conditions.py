@@ -18,10 +18,8 @@
     swap_counterfactual                 what the model imagines under the item's edited image
     swap_blank, blank_x, blank          worlds of the mediation; blank is the positive control
 
-The model may imagine again behind an edit and so undo it; `again` in the record says that it did. Where the
-condition is that nothing is imagined (removal, filler, no_span, bare, truncate_0) it cannot write the opening
-mark: `n_forbidden` counts how often it would have. It may still fill the placeholder of bare. image_off
-cannot be undone; do(X) and blank are not asked, as the imagination is the model's own.
+The model may imagine again behind an edit and so undo it (`again`, docs/interventions.md), except where the
+condition is that nothing is imagined: there it cannot write the opening mark, and `n_forbidden` counts.
 
 An edit is a function f(text, spans, item, context) -> (new text, edit), or raises NotEditable. `text` is the
 reply up to its last imagination, `spans` its imaginations. The edit is a dict with "editor", "target",
@@ -194,6 +192,8 @@ TEXT_CONDITIONS = {
     **{name: TextCondition(None, kind, again="own") for name, kind in DO_X.items()}}
 TEXT_PRESETS = {"paper": ["sham", "directed"],
                 "maps": ["sham", *(name for name in EDITS if name.startswith("truncate"))],
+                "standard": ["sham", "paraphrase", "removal", "constant", "foreign", "no_span", "irrelevant",
+                             "directed", "image_off", "strict", "swap_blank", "blank_x"],
                 "full": [name for name in TEXT_CONDITIONS if name != "directed_llm"]}
 TEXT_CONTROLS = ("sham",)  # change nothing but the tokens
 

@@ -3,12 +3,15 @@
 Outputs are recognised by their metrics (`<output>.metrics.json`; `<folder>/metrics.json` of probe.py);
 `<output>.meta.json` has their settings. Imports neither torch nor matplotlib.
 """
+import base64
 import html
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
-from utils.display import Block, Figure, Table, Text, interval, intervene_blocks, percent
+from utils.display import Block, Table, Text, interval, intervene_blocks, percent
 from utils.jsonl import DataError, load_object, replace_file
 
 STAGES = ("evaluate", "intervene", "probe")
@@ -37,6 +40,13 @@ figure{margin:1.2rem 0}img{max-width:100%;height:auto}figcaption{font-size:.85re
 @media print{body{max-width:none;margin:0}table{font-size:7.5pt}figure,tr{break-inside:avoid}}"""
 
 
+class Figure(NamedTuple):
+    png: Path
+    caption: str
+    alt: str
+    numbers: str | None  # path of the CSV, relative to the page
+
+
 # ---- outputs in a run folder
 def read_metrics(path: Path) -> tuple[str | None, dict]:
     """Return the stage (None: one of the first three) and content of a metrics file."""
@@ -63,7 +73,7 @@ def find_outputs(folder: Path) -> dict[str, list[tuple[str, Path, dict]]]:
     return outputs
 
 
-def collect(folder: str | Path) -> list[Block]:
+def collect(folder: str | Path) -> list[Block | Figure]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder; expected one with outputs of {', '.join(STAGES)}")
@@ -173,11 +183,27 @@ SECTIONS: dict[str, Callable[[dict], list[Block]]] = {
 
 
 # ---- the page
-def page(title: str, blocks: list[Block]) -> str:
+def html_of(block: Block | Figure) -> str:
+    if isinstance(block, Text):
+        return f"<{block.tag}>{html.escape(block.text)}</{block.tag}>"
+    if isinstance(block, Figure):
+        data = base64.b64encode(block.png.read_bytes()).decode("ascii")
+        link = f' (<a href="{html.escape(quote(block.numbers))}">numbers</a>)' if block.numbers else ""
+        return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(block.alt)}">'
+                f"<figcaption>{html.escape(block.caption)}{link}</figcaption></figure>")
+
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in block.rows)
+    return f"<table><thead>{row(block.header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def page(title: str, blocks: list[Block | Figure]) -> str:
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', f"<h1>{title}</h1>",
-                      *(block.html() for block in blocks), "</body></html>", ""])
+                      *map(html_of, blocks), "</body></html>", ""])
 
 
 def write_report(folder: str | Path, title: str, blocks: list[Block]) -> dict:
