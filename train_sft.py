@@ -112,12 +112,11 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
     for example in train.examples[:3 if args.dry_run else 1]:
         log(f"{example.id}:\n{marked(train.qwen, example)}")
     log(" | ".join(f"{key} {value}" for key, value in plan.items()))
-    longest = args.batch_size * plan["max"] if train.target.spec else args.max_tokens
-    n_targets = min(CHUNK, longest * plan["trained_tokens"] // plan["tokens"] + 1)
-    parts = estimate_memory(train.qwen.config, longest, n_targets, train.world, device.type == "cuda",
-                            recompute, args.train_vision, args.lora_rank)
-    smaller = (f"a smaller --batch_size than {args.batch_size} or --recompute mlps" if train.target.spec
-               else f"a smaller --max_tokens than {args.max_tokens} or --recompute layers")
+    n_targets = min(CHUNK, args.max_tokens * plan["trained_tokens"] // plan["tokens"] + 1)
+    parts = estimate_memory(train.qwen.config, args.max_tokens, n_targets, train.world, device.type == "cuda",
+                            recompute, args.train_vision, args.lora_rank,
+                            max(len(example.steps) for example in train.examples))
+    smaller = f"a smaller --max_tokens than {args.max_tokens} or --recompute layers"
     log("\n".join(memory_lines(parts, device_memory(device), smaller)))
 
 
@@ -173,9 +172,10 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
                 args: argparse.Namespace) -> Run:
     import torch
 
+    from utils.train.batching import recompute_activations
     from utils.train.checkpoints import SETTINGS, Run, Saver, enter_run_folder, restore
     from utils.train.loop import Trainer
-    from utils.train.model import make_model, make_optimizer, recompute_activations
+    from utils.train.model import make_model, make_optimizer
     with acc.main_process_first():
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
@@ -198,8 +198,8 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
             Trainer(acc, qwen, objective, optimizer, run, saver, stop, args).fit(train, held_out)
         saver.close()
     except torch.OutOfMemoryError as error:
-        raise DataError(f"step {run.step + 1}: out of memory; use a smaller --max_tokens or --batch_size, or "
-                        f"--lora_rank: {error}") from error
+        raise DataError(f"step {run.step + 1}: out of memory; use a smaller --max_tokens or --lora_rank: "
+                        f"{error}") from error
     except KeyboardInterrupt:
         saver.close()  # writes the checkpoint of this step
         raise
@@ -249,8 +249,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="rows per optimizer step, whatever the number of GPUs")
     parser.add_argument("--max_tokens", type=parse_count, default=8192,
                         help="tokens that a device runs at once")
-    parser.add_argument("--batch_size", type=parse_count, default=1,
-                        help="--imagination latent: rows per forward pass, padded")
     parser.add_argument("--learning_rate", type=parse_number(1e-12, 1000, float), default=1e-5,
                         help="rate after the warm-up")
     parser.add_argument("--warmup_steps", type=parse_number(0), default=10,
@@ -269,7 +267,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
     parser.add_argument("--recompute", choices=RECOMPUTED,
                         help="activations recomputed in the backward pass; mlps is faster and takes more "
-                             "memory (default: none on a CPU, mlps for latents, else layers)")
+                             "memory (default: none on a CPU, else layers)")
     parser.add_argument("--image_tokens", type=parse_count, default=2000,
                         help="visual tokens per row above which images are scaled down")
     parser.add_argument("--tokens_per_image", type=parse_count, default=1280,
@@ -287,8 +285,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=parse_count, help="only the first N rows of each file")
     parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)
-    if args.recompute == "layers" and args.imagination == "latent":
-        parser.error("--recompute layers: --imagination latent needs the cache; use mlps")
     if args.lora_rank and args.train_vision:
         parser.error("--lora_rank and --train_vision exclude each other")
     return args
@@ -316,15 +312,14 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"--model {args.model}: latents of this base pass through a head ({LVR_HEAD}*), "
                             "which training neither applies nor keeps; expected a base without one, or "
                             "another --imagination")
-    batching = Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, args.train_vision,
-                        args.num_workers)
+    batching = Batching(args.seed, args.global_batch, args.max_tokens, args.train_vision, args.num_workers)
 
     def make_steps(rows: list[dict]) -> Steps:
-        examples = make_examples(tools, rows, target, None if target.spec else args.max_tokens)
+        examples = make_examples(tools, rows, target, args.max_tokens)
         return Steps(tools, examples, target, batching, acc.process_index, acc.num_processes)
 
     train, held_out = make_steps(train_rows), make_steps(held_out_rows) if held_out_rows else None
-    default = "none" if acc.device.type != "cuda" else "mlps" if target.spec else "layers"
+    default = "layers" if acc.device.type == "cuda" else "none"
     recompute, plan = args.recompute or default, make_plan(train, len(held_out_rows), args)
     show_plan(train, plan, acc.device, recompute, args)
     if args.dry_run:

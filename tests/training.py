@@ -16,7 +16,7 @@ from utils.train.examples import Target, add_tokens, make_examples
 
 def flags(data, checkpoint, output, *more):
     return ["--data", str(data), "--image_root", str(data.parent), "--model", str(checkpoint),
-            "--output", str(output), "--global_batch", "6", "--batch_size", "2", "--max_tokens", "300",
+            "--output", str(output), "--global_batch", "6", "--max_tokens", "300",
             "--learning_rate", "1e-3", "--num_workers", "0", "--epochs", "2", *more]
 
 

@@ -23,7 +23,7 @@ stage() {
 }
 
 world=$work/world
-train="python train_sft.py --image_root $world --global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1"
+train="python train_sft.py --image_root $world --global_batch 64 --num_workers 0 --save_every 50 --keep 1"
 lessons="$train --train_vision --warmup_steps 20 --learning_rate 3e-3"
 probed="--options text --probe_items $world/probe.jsonl --crossed 10 10"
 asked="--items $world/bench.jsonl --image_root $world --max_new_tokens 64 --batch_size 50 --dtype float32"

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 VARIANTS = ("text", "latent", "placeholder", "direct", "unfiltered")
 LEVEL = 0.95
 # the flags of toy/run.sh
-TRAIN = ("--global_batch 64 --batch_size 32 --num_workers 0 --save_every 50 --keep 1 --max_steps 200 "
+TRAIN = ("--global_batch 64 --num_workers 0 --save_every 50 --keep 1 --max_steps 200 "
          "--learning_rate 1e-3 --validation_rows 60 --eval_every 50").split()
 ASK = "--max_new_tokens 64 --batch_size 50 --dtype float32".split()
 

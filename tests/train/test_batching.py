@@ -7,9 +7,11 @@ from transformers import AutoConfig
 
 from toy.make_model import make_model
 from utils import qwen as Q
+from utils.items import END_OF_TURN
 from utils.latent_families import special_id
 from utils.train.batching import (Batching, Steps, count_parameters, device_memory, estimate_memory,
                                   memory_lines, peak_flops, training_flops)
+from utils.train.examples import plan_passes
 from utils.train.model import Objective, run_packed, use_packed_attention
 
 pytestmark = pytest.mark.numeric
@@ -21,7 +23,7 @@ SMALLER = "a smaller --max_tokens than 8192 or --recompute layers"
 def steps(tiny_checkpoint, data):
     """Return make(rank, world, imagination, settings...) -> Steps over twelve rows of unequal length."""
     def make(rank=0, world=1, imagination="text", **more):
-        settings = Batching(**{"global_batch": 6, "max_tokens": 300, "batch_size": 2} | more)
+        settings = Batching(**{"global_batch": 6, "max_tokens": 300} | more)
         return Steps(*load_examples(tiny_checkpoint, data, imagination), settings, rank, world)
     return make
 
@@ -48,7 +50,7 @@ def test_accumulation_and_devices_change_no_gradient(steps):
     results = []
     for world, max_tokens in ((1, 10_000), (1, 170), (2, 300), (3, 170)):
         ranks = [steps(rank, world, max_tokens=max_tokens) for rank in range(world)]
-        objective, work = Objective(ranks[0].qwen, None), ranks[0].work(0)
+        objective, work = Objective(ranks[0].qwen), ranks[0].work(0)
         assert work.micro_steps == len(ranks[0].plan(0)) and 0 < work.balance <= 1
         total, by_row = 0.0, {}
         with use_packed_attention(objective.model):
@@ -70,19 +72,20 @@ def test_accumulation_and_devices_change_no_gradient(steps):
 def test_work_is_what_the_batches_hold(steps, imagination):
     """The counts of the plan, made without loading an image, equal those of the batches."""
     ranks = [steps(rank, 2, imagination) for rank in range(2)]
+    end_id = special_id(ranks[0].qwen.tokenizer, END_OF_TURN)
     for step in range(2):
         work = ranks[0].work(step)
         batches = [rank[step, k] for rank in ranks for k in range(work.micro_steps)]
         real = [batch for batch in batches if batch["weight"]]
-        n_tokens = sum(int(batch["attention_mask"].sum()) if imagination == "latent"
-                       else batch["input_ids"].numel() for batch in real)
+        # a rank whose rows imagine less than the other's goes on after the end of its last row
+        n_tokens = sum(int((batch["input_ids"][0] == end_id).nonzero()[-1]) + 1 for batch in real)
         assert n_tokens == work.tokens and sum(len(batch["labels"]) for batch in real) == work.trained_tokens
         assert sum(len(batch.get(name, ())) for batch in real
                    for name in ("image_grid_thw", "step_image_grid_thw")) == work.images
         if imagination == "latent":
             assert sum(len(batch["latents"]) for batch in real) == work.segments > 0
             for k in range(work.micro_steps):  # sharded devices must run the same number of passes
-                assert len({len(rank[step, k]["blocks"]) for rank in ranks}) == 1
+                assert len({len(rank[step, k]["passes"]) for rank in ranks}) == 1
 
 
 def test_batches_come_in_order_from_workers_too(steps):
@@ -104,9 +107,10 @@ def test_operations_are_within_a_tenth_of_torch_s_counter(tmp_path, train_vision
     grids, lengths = [(1, 8, 8), (1, 8, 16)], [70, 90]
     ids = torch.full((1, 160), 5)
     ids[0, :16] = ids[0, 70:102] = image_id
-    pack = {"input_ids": ids, "position_ids": torch.arange(160).expand(3, 1, 160), "max_length": 90,
-            "cu_seqlens": torch.tensor([0, 70, 160], dtype=torch.int32),
-            "logit_positions": torch.cat([torch.arange(40, 70), torch.arange(120, 150)]),
+    predicting = torch.cat([torch.arange(40, 70), torch.arange(120, 150)])
+    ends = torch.tensor(lengths).cumsum(0)
+    passes, _ = plan_passes(torch.zeros(160, dtype=torch.bool), ends, predicting, 1)
+    pack = {"input_ids": ids, "position_ids": torch.arange(160).expand(3, 1, 160), "passes": passes,
             "pixel_values": torch.randn(64 + 128, 1176), "image_grid_thw": torch.tensor(grids)}
     with use_packed_attention(qwen.model), FlopCounterMode(display=False) as counter:
         qwen.model.lm_head(run_packed(qwen.model, pack)).sum().backward()
@@ -139,8 +143,8 @@ def test_memory_of_the_paper_s_run_by_hand(shared_data):
     assert counts["layers"] + counts["root"] == pytest.approx(7.616e9, rel=1e-3)
     assert counts["tower"] == pytest.approx(0.677e9, rel=2e-3)
 
-    def estimate(world=8, recompute="layers", lora_rank=0):
-        parts = estimate_memory(config, 8192, 1800, world, True, recompute, lora_rank=lora_rank)
+    def estimate(world=8, recompute="layers", **more):
+        parts = estimate_memory(config, 8192, 1800, world, True, recompute, **more)
         return parts, memory_lines(parts, 80e9, SMALLER)[0]
 
     parts, line = estimate()
@@ -155,6 +159,9 @@ def test_memory_of_the_paper_s_run_by_hand(shared_data):
     halfway, line = estimate(recompute="mlps")
     assert halfway["activations"] == 8192 * 2 * (28 * 30720 + 75776) == pytest.approx(15.3e9, rel=0.01)
     assert line.endswith(": fits")
+    # latents: two more copies of keys and values, 4 x 512 numbers, for each of two segments
+    imagining, _ = estimate(recompute="mlps", n_segments=2)
+    assert imagining["activations"] - halfway["activations"] == 8192 * 2 * 28 * 4 * 512 * 2
     adapted, _ = estimate(lora_rank=64)
     assert adapted["weights, gradients, optimizer"] < 0.4 * parts["weights, gradients, optimizer"]
 

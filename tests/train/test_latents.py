@@ -1,13 +1,18 @@
-"""Latents in training: layout, batches of any size, the vectors that decoding feeds, alignment."""
+"""Latents in training: packs against the padded form, the vectors that decoding feeds, alignment."""
+import random
+
 import pytest
 import torch
 from decoding import generate
+from padded import PaddedObjective, make_batch
 from training import load_examples, summed
 
 from utils import qwen as Q
-from utils.latent_families import PRESETS, pool_features, special_id
-from utils.train.examples import lay_out, load_images, make_batch, piece_lengths
-from utils.train.model import Objective, align, recompute_activations, run_latents
+from utils.jsonl import write_rows
+from utils.latent_families import PRESETS, pool_features, spec_of, special_id
+from utils.train.batching import recompute_activations
+from utils.train.examples import Target, add_tokens, load_images, make_examples, make_pack, plan_passes
+from utils.train.model import Objective, align, run_packed, use_packed_attention
 
 pytestmark = pytest.mark.numeric
 
@@ -20,35 +25,79 @@ def latent(tiny_checkpoint, data):
     return load_examples(tiny_checkpoint, data, "latent")
 
 
-def test_pieces_share_latent_columns():
-    columns, blocks = lay_out([[3, 2], [1, 4], [2]], n_latents=2, n_blocks=2)
-    assert blocks == [(0, 3), (5, 9)]
-    assert columns == [[0, 1, 2, 3, 4, 7, 8], [2, 3, 4, 5, 6, 7, 8], [1, 2]]
-    assert lay_out([[3], [1]], n_latents=2, n_blocks=3) == ([[0, 1, 2], [2]], [(0, 3), (5, 6), (8, 9)])
-    assert piece_lengths([1, 1, 9, 9, 4, 9, 9], pad_id=9, n_latents=2) == [2, 1, 0]
+def test_the_passes_of_three_rows_by_hand():
+    """Rows t t t z z t t, t z z t t t t and t t."""
+    is_latent, predicting = torch.zeros(16, dtype=torch.bool), torch.tensor([5, 10, 11, 14])
+    is_latent[[3, 4, 8, 9]] = True
+    passes, kept_at = plan_passes(is_latent, torch.tensor([7, 14, 16]), predicting, 2)
+    tokens = [[0, 1, 2, 7, 14, 15], [3, 8], [4, 9], [5, 6, 10, 11, 12, 13]]
+    assert [part["tokens"].tolist() for part in passes] == tokens
+    assert [part["kept"].tolist() for part in passes] == [[2, 3, 4], [0, 1], [1], [0, 2, 3]]
+    assert [part["fed"] if part["fed"] is None else part["fed"].tolist() for part in passes] == [
+        None, [0, 1], [0, 1], None]
+    assert [passes[n]["keys"].tolist() for n in (0, 1, 3)] == [
+        [0, 1, 2, 3, 4, 5], [[0, 1, 2], [3, -1, -1]], [0, 1, 2, 6, 8, 10, 11, 3, 7, 9, 12, 13, 14, 15]]
+    assert "keys" not in passes[2]
+    assert [passes[n]["cu_seqlens_q"].tolist() for n in (0, 3)] == [[0, 3, 4, 6], [0, 2, 6]]
+    assert [passes[n]["cu_seqlens_k"].tolist() for n in (0, 3)] == [[0, 3, 4, 6], [0, 7, 14]]
+    assert [(passes[n]["max_length_q"], passes[n]["max_length_k"]) for n in (0, 3)] == [(3, 3), (4, 7)]
+    assert kept_at[[2, 7, 14, 3, 8, *predicting.tolist()]].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 2]
 
 
-def test_batch_size_more_blocks_and_recomputation_leave_loss_and_gradient(latent):
-    """Oracle: the sums over rows one by one."""
-    qwen, examples, target = latent
-    objective = Objective(qwen, MIRAGE)
-    results = [summed(qwen.model, [objective(make_batch(qwen, examples[k:k + size], target, n_blocks=blocks))
-                                   for k in range(0, 12, size)])
-               for size, blocks in ((1, None), (5, None), (12, None), (5, 4))]
-    with recompute_activations(qwen.model, "mlps"):
-        results.append(summed(qwen.model, [objective(make_batch(qwen, examples, target))]))
-    (expected_sums, expected, hits), *others = results
-    for sums, its_gradient, its_hits in others:
-        assert torch.allclose(sums, expected_sums, rtol=1e-5) and sum(its_hits) == sum(hits)
-        assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
+def imagining_rows(folder, picture, seed, n_rows=5):
+    """Write rows of 0 to 3 imagined images at any place, with 0 to 2 pictures, texts of any length."""
+    rng, rows = random.Random(seed), []
+
+    def words():
+        return " ".join(["closer"] * rng.randint(1, rng.choice((2, 40))))
+
+    def draw(name):
+        picture(name, (28 * rng.randint(4, 7), 28 * rng.randint(4, 9)), rng.choice(("red", "blue")))
+        return name
+
+    for n in range(n_rows):
+        steps = [step for k in range(rng.randint(0, 3))
+                 for step in [{"text": words()}] * rng.randint(0, 1) + [
+                     {"image": draw(f"{n}_step_{k}.png"), "operation": "zoom", "caption": "a thing"}]]
+        rows.append({"id": f"t/{n}", "subset": "t", "question": f"What is {words()}?", "answer": str(n),
+                     "images": [draw(f"{n}_{k}.png") for k in range(rng.randint(0, 2))],
+                     "steps": [*steps, {"text": f"The answer is \\boxed{{{n}}}. {words()}"}], "chain": "a"})
+    write_rows(folder / "rows.jsonl", rows)
+    return rows
+
+
+@pytest.mark.parametrize("seed, family, size, align_loss", [
+    (0, "mirage", None, "cosine"), (1, "mirage", 1, "mse"), (2, "lvr", None, "mse"), (3, "lvr", 2, "cosine"),
+    (4, "monet_vllm", None, "cosine"), (5, "monet_capimagine", 3, "mse")])
+def test_a_pack_has_the_loss_and_the_gradient_of_the_padded_form(tiny_checkpoint, tmp_path, picture, seed,
+                                                                 family, size, align_loss):
+    """Rows at once, a few at a time and alone, with more segments than they have, and recomputed."""
+    target = Target("latent", str(tmp_path), spec_of(family, size))
+    qwen = Q.load(str(tiny_checkpoint), device="cpu")
+    add_tokens(qwen, target.spec.tokens)
+    examples = make_examples(qwen, imagining_rows(tmp_path, picture, seed), target)
+    oracle, objective = PaddedObjective(qwen, target.spec.size, align_loss), Objective(qwen, align_loss)
+    sums, expected, hits = summed(qwen.model, [oracle(make_batch(qwen, examples, target))])
+    assert sums.min() > 0
+    for size, n_segments, recompute in ((5, 0, "none"), (3, 4, "none"), (5, 0, "mlps"), (5, 4, "layers"),
+                                        (1, 0, "layers")):
+        with use_packed_attention(qwen.model), recompute_activations(qwen.model, recompute):
+            packs = [make_pack(qwen, examples[k:k + size], target, n_segments=n_segments)
+                     for k in range(0, 5, size)]
+            its_sums, gradient, its_hits = summed(qwen.model, map(objective, packs))
+        assert torch.allclose(its_sums, sums, rtol=1e-6) and its_hits == hits
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+        passes = {len(pack["passes"]) for pack in packs}
+        assert not n_segments or passes == {4 * (target.spec.size + 1) + 1}
 
 
 def test_training_feeds_the_latents_that_decoding_feeds(latent):
     """The vectors of the training pass equal those of utils.decode after the same words."""
     qwen, examples, target = latent
     chosen = [example for example in examples if example.steps][:4]
-    with torch.no_grad():
-        _, latents = run_latents(qwen.model, make_batch(qwen, chosen, target), MIRAGE)
+    pack = make_pack(qwen, chosen, target)
+    with torch.no_grad(), use_packed_attention(qwen.model):
+        latents = run_packed(qwen.model, pack)[pack["latents"]]
     pad_id, start_id = (special_id(qwen.tokenizer, name) for name in (MIRAGE.pad, MIRAGE.start))
     for i, example in enumerate(chosen):
         cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
@@ -59,7 +108,7 @@ def test_training_feeds_the_latents_that_decoding_feeds(latent):
             qwen.model.lm_head.weight[start_id] = generate(qwen, prompt, 1, capture=True)[0].states[0]
         row = generate(qwen, prompt, 6, MIRAGE, capture=True)[0]
         assert row.ids[0] == start_id and row.fed.shape == (4, 32)
-        assert torch.allclose(row.fed, torch.stack([step[i] for step in latents[0]]), atol=1e-4)
+        assert torch.allclose(row.fed, latents[i], atol=1e-4)
 
 
 def test_pooled_features_are_means_of_consecutive_tokens():
@@ -74,15 +123,14 @@ def test_pooled_features_are_means_of_consecutive_tokens():
 def test_alignment_by_hand(latent, loss):
     qwen, examples, target = latent
     chosen = [example for example in examples if example.steps][:1]
-    batch, states = make_batch(qwen, chosen, target), [torch.randn(1, 32) for _ in range(4)]
-    features = Q.image_features(qwen, {"pixel_values": batch["step_pixel_values"],
-                                       "image_grid_thw": batch["step_image_grid_thw"]})[0]
+    pack, states = make_pack(qwen, chosen, target), torch.randn(1, 4, 32)
+    features = Q.image_features(qwen, {"pixel_values": pack["step_pixel_values"],
+                                       "image_grid_thw": pack["step_image_grid_thw"]})[0]
     assert len(features) == 6  # 56 x 84 pixels; four groups of one each, the remainder dropped
     expected = 0.0
-    for state, feature in zip(states, features):
-        z = state[0]
+    for z, feature in zip(states[0], features):
         expected += (1 - z @ feature / z.norm() / feature.norm() if loss == "cosine"
                      else (z - feature).pow(2).mean()) / 4
     with torch.no_grad():
-        assert float(align(qwen, batch, [states], loss)) == pytest.approx(float(expected), rel=1e-4)
-        assert float(align(qwen, batch | {"weight": 0.0}, [states], loss)) == 0  # a row that does not count
+        assert float(align(qwen, pack, states, loss)) == pytest.approx(float(expected), rel=1e-4)
+        assert float(align(qwen, pack | {"weight": 0.0}, states, loss)) == 0  # a row that does not count

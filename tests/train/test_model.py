@@ -2,7 +2,6 @@
 
     python -m pytest tests/train/test_model.py
 """
-from contextlib import nullcontext
 from threading import Event
 
 import pytest
@@ -14,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from training import flags, load_examples, run_ranks
 
 import train_sft
-from utils.train.batching import Batching, Steps
+from utils.train.batching import Batching, Steps, recompute_activations
 from utils.train.checkpoints import Run, Saver, merge_adapters, restore, snapshot, whole_state
 from utils.train.loop import Trainer
-from utils.train.model import (Objective, make_model, make_optimizer, recompute_activations, shard,
-                               use_packed_attention)
+from utils.train.model import Objective, make_model, make_optimizer, shard, use_packed_attention
 
 pytestmark = pytest.mark.numeric
 
@@ -41,7 +39,7 @@ def prepare(checkpoint, data, more):
     optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay)
     for group in optimizer.param_groups:
         group["eps"] = EPS
-    batching = Batching(args.seed, args.global_batch, args.max_tokens, args.batch_size, args.train_vision)
+    batching = Batching(args.seed, args.global_batch, args.max_tokens, args.train_vision)
     steps = Steps(tools, examples, target, batching, acc.process_index, acc.num_processes)
     return Trainer(acc, qwen, objective, optimizer, Run(), None, Event(), args), steps
 
@@ -58,9 +56,8 @@ def run(trainer, steps, first, last) -> tuple[list[float], dict[str, torch.Tenso
 
     hook, trainer.run.step = trainer.optimizer.register_step_pre_hook(keep), first
     recompute = trainer.args.recompute if steps.world > 1 and trainer.args.recompute else "none"
-    with nullcontext() if steps.target.spec else use_packed_attention(model):
-        with recompute_activations(model, recompute):
-            records = [trainer.timed_step(steps, batches, 9)[0] for _ in range(first, last)]
+    with use_packed_attention(model), recompute_activations(model, recompute):
+        records = [trainer.timed_step(steps, batches, 9)[0] for _ in range(first, last)]
     return [record[name] for record in records for name in ("loss", "align") if record[name]], gradients
 
 
@@ -94,7 +91,8 @@ def check_rank(rank, folder, checkpoint, data, more, expected):
 
 
 @pytest.mark.parametrize("more", [(), ("--train_vision", "--recompute", "layers"),
-                                  ("--imagination", "latent", "--recompute", "mlps")])
+                                  ("--imagination", "latent", "--recompute", "mlps"),
+                                  ("--imagination", "latent", "--recompute", "layers")])
 def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data, tmp_path, more):
     """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other
     rank."""
@@ -115,7 +113,7 @@ def test_in_low_precision_loss_gradients_and_master_weights_are_float32(tiny_che
     qwen, examples, target = load_examples(tiny_checkpoint, data, dtype="bfloat16")
     qwen.model.model.visual.requires_grad_(False)
     batch = Steps(qwen, examples, target, Batching(global_batch=6, max_tokens=300), 0, 1)[0, 0]
-    objective = Objective(qwen, None).train()
+    objective = Objective(qwen).train()
     try:
         shard(objective, qwen.model, low_precision=True)
         with use_packed_attention(qwen.model):
@@ -129,7 +127,7 @@ def test_in_low_precision_loss_gradients_and_master_weights_are_float32(tiny_che
     assert {p.dtype for p in qwen.model.model.visual.parameters()} == {torch.bfloat16}
     exact, _, _ = load_examples(tiny_checkpoint, data)
     with use_packed_attention(exact.model):
-        reference, _, _ = Objective(exact, None)(batch)
+        reference, _, _ = Objective(exact)(batch)
     assert torch.allclose(losses, reference, rtol=0.02) and not torch.equal(losses, reference)
 
 

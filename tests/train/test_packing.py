@@ -10,9 +10,9 @@ from train_sft import RECOMPUTED
 from utils import qwen as Q
 from utils.jsonl import DataError, read_rows, write_rows
 from utils.latent_families import special_id
-from utils.train.batching import plan_packs
+from utils.train.batching import plan_packs, recompute_activations
 from utils.train.examples import Target, image_grids, load_images, make_pack
-from utils.train.model import NAME, Objective, recompute_activations, run_packed, use_packed_attention
+from utils.train.model import NAME, Objective, run_packed, use_packed_attention
 
 pytestmark = pytest.mark.numeric
 
@@ -74,7 +74,7 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute, monk
     loss, expected, hits = summed(qwen.model, (library_loss(qwen, [example], target) for example in examples))
     positions = {"position_ids": make_pack(qwen, examples, target)["position_ids"]}
     leaked_loss, leaked, _ = summed(qwen.model, [library_loss(qwen, examples, target, **positions)])
-    objective, widths = Objective(qwen, None).train(), []
+    objective, widths = Objective(qwen).train(), []
 
     def replaced():
         return {name.partition("language_model.")[2] for name, module in qwen.model.named_modules()
@@ -108,7 +108,8 @@ def test_a_frozen_tower_runs_once_and_the_last_mlp_where_something_is_predicted(
     assert runs == [False] and widths == [len(pack["labels"])]
     assert pack["row"].bincount().tolist() == [example.n_trained for example in examples]
     assert pack["row_ids"] == [example.id for example in examples] and pack["weight"] == 1.0
-    assert pack["max_length"] == max(example.n_tokens for example in examples)
+    [part] = pack["passes"]
+    assert part["max_length_q"] == max(example.n_tokens for example in examples)
 
 
 def test_an_image_that_changed_since_the_plan_is_an_error(rows, picture):
@@ -124,7 +125,7 @@ def test_outside_of_its_block_packing_is_refused(rows):
     before = qwen.model.config.text_config._attn_implementation
     with pytest.raises(RuntimeError, match="its rows would attend to each other"):
         run_packed(qwen.model, pack)
-    with pytest.raises(ValueError, match="one sequence with cu_seq_lens_q"), use_packed_attention(qwen.model):
+    with pytest.raises(ValueError, match="takes one sequence with"), use_packed_attention(qwen.model):
         qwen.model(input_ids=pack["input_ids"])
     configs = qwen.model.config, qwen.model.config.text_config, qwen.model.config.vision_config
     assert all(config._attn_implementation == before != NAME for config in configs)

@@ -2,15 +2,18 @@
 import math
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MethodType
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
 from utils.jsonl import DataError
 from utils.qwen import Qwen
-from utils.train.examples import Example, Target, make_batch, make_pack
+from utils.train.examples import Example, Target, make_pack
 
 # dense bfloat16 operations per second, from NVIDIA's data sheets
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
@@ -22,13 +25,11 @@ HEAD = 14  # bytes per logit: as computed, in float32, softmax, gradients
 # ---- the rows of a step
 @dataclass(frozen=True)
 class Batching:
-    """How rows become steps: `global_batch` rows per step, `max_tokens` per pack, `batch_size` rows per
-    padded batch of latents."""
+    """How rows become steps: `global_batch` rows per step, `max_tokens` per pack."""
 
     seed: int = 42
     global_batch: int = 128
     max_tokens: int = 8192
-    batch_size: int = 1
     train_vision: bool = False
     num_workers: int = 0
 
@@ -49,8 +50,7 @@ class Work:
 class Steps(torch.utils.data.Dataset):
     """Item (s, k) is this rank's micro-batch k in optimizer step s; every rank has the same number of them.
 
-    The rows of a step depend on (seed, step) alone: a run can resume on another number of ranks. Rows are
-    packed; rows with latents, whose recurrence needs common columns, are padded."""
+    The rows of a step depend on (seed, step) alone: a run can resume on another number of ranks."""
 
     def __init__(self, qwen: Qwen, examples: list[Example], target: Target, batching: Batching,
                  rank: int, world: int):
@@ -69,15 +69,9 @@ class Steps(torch.utils.data.Dataset):
         """Return plan[k][rank], the rows of a micro-batch."""
         epoch, place = divmod(step, self.per_epoch)
         rows = self.order(epoch)[place * self.batching.global_batch:(place + 1) * self.batching.global_batch]
-        if not self.target.spec:
-            lengths = [self.examples[i].n_tokens for i in rows]
-            packs = plan_packs(lengths, self.batching.max_tokens, self.world)
-            return [[[rows[i] for i in pack] for pack in micro_step] for micro_step in packs]
-        # similar rows together: less padding
-        rows.sort(key=lambda i: (len(self.examples[i].steps), self.examples[i].n_tokens))
-        size = self.batching.batch_size * self.world
-        return [[rows[k:k + size][rank::self.world] for rank in range(self.world)]
-                for k in range(0, len(rows), size)]
+        lengths = [self.examples[i].n_tokens for i in rows]
+        packs = plan_packs(lengths, self.batching.max_tokens, self.world)
+        return [[[rows[i] for i in pack] for pack in micro_step] for micro_step in packs]
 
     def __getitem__(self, place: tuple[int, int]) -> dict | DataError:
         """Return a micro-batch, or the error of its images: raised in a worker, it would be a traceback."""
@@ -92,10 +86,8 @@ class Steps(torch.utils.data.Dataset):
         of_all = [self.examples[i] for rank_rows in ranks for i in rank_rows]
         # a rank without rows runs one with weight 0, so that all ranks run the same number of passes
         examples, weight = ([self.examples[i] for i in rows], 1.0) if rows else (of_all[:1], 0.0)
-        if not self.target.spec:
-            return make_pack(self.qwen, examples, self.target, weight)
-        n_blocks = 1 + max(len(example.steps) for example in of_all)
-        return make_batch(self.qwen, examples, self.target, weight, n_blocks)
+        n_segments = max(len(example.steps) for example in of_all)
+        return make_pack(self.qwen, examples, self.target, weight, n_segments)
 
     def work(self, step: int) -> Work:
         plan = self.plan(step)
@@ -187,11 +179,11 @@ def count_parameters(config) -> dict[str, int]:
 
 
 def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, recompute: str,
-                    train_vision: bool = False, lora_rank: int = 0) -> dict[str, float]:
+                    train_vision: bool = False, lora_rank: int = 0, n_segments: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
 
     `sharded`: in bfloat16 (GPUs), else whole in float32 (a CPU). `n_targets`: predictions whose logits are
-    held at once.
+    held at once; `n_segments`: of latents in a row, which keep its keys and values twice more each.
     """
     text, counts = config.text_config, count_parameters(config)
     n_bytes = 2 if sharded else 4
@@ -202,7 +194,7 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
     weights = 4 * language + ADAMW * adapters if lora_rank else ADAMW * language
     # numbers that a layer's backward pass needs per token
     mlp, others = 4 * text.intermediate_size, 8 * text.hidden_size + 4 * kv
-    kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute]
+    kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute] + 4 * kv * n_segments
     again = {"layers": others + mlp, "mlps": mlp, "none": 0}[recompute]  # one layer at a time
     # two layers at a time; the root group for the whole pass, with its gradients as computed and as reduced
     gathered = 2 * n_bytes * counts["layers"] / text.num_hidden_layers + counts["root"] * (2 * n_bytes + 4)
@@ -212,6 +204,28 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
              "activations": n_bytes * max_tokens * (kept * text.num_hidden_layers + again),
              "logits": n_targets * text.vocab_size * HEAD}
     return parts | {"total": sum(parts.values())}
+
+
+@contextmanager
+def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
+    """Inside the block, have the backward pass recompute activations of "layers", "mlps" or "none".
+
+    The MLPs hold 7 tenths in the 7B model. The last layer is kept: the backward pass begins with it.
+    """
+    def forward(module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return type(module).forward(module, *args, **kwargs)
+        return checkpoint(type(module).forward, module, *args, use_reentrant=False, **kwargs)
+
+    layers = list(model.model.language_model.layers)
+    modules = {"layers": layers[:-1], "mlps": [layer.mlp for layer in layers], "none": []}[which]
+    for module in modules:
+        module.forward = MethodType(forward, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def memory_lines(parts: dict[str, float], available: float, smaller: str) -> list[str]:

@@ -1,12 +1,14 @@
-"""Rows as tokens: the four training targets (see train_sft.py), their loss masks, packs and batches."""
+"""Rows as tokens: the four training targets (see train_sft.py), their loss masks and packs."""
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from utils.images import image_size, open_image, resolve_image, smart_size
 from utils.items import END_OF_TURN, chat, plain
@@ -182,18 +184,32 @@ def marked(qwen: Qwen, example: Example) -> str:
     return text + ("<<" if before else "")
 
 
-# ---- packs and batches
-def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0) -> dict:
-    """Concatenate rows into one sequence of L tokens.
+# ---- packs
+def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0,
+              n_segments: int = 0) -> dict:
+    """Concatenate rows into one sequence of L tokens, which the model runs in the passes of `plan_passes`.
 
     Returns input_ids [1, L], position_ids [3, 1, L] (from 0 in every row), pixel_values and image_grid_thw,
-    cu_seqlens int32 [rows + 1], max_length, logit_positions [n] (where trained tokens are predicted), labels
-    [n], row [n] (of each label), row_ids, and `weight` (0: does not count).
+    passes, predicting [n] (the kept states that predict trained tokens), labels [n], row [n] (of each label),
+    row_ids, and `weight` (0: does not count). With latents also latents [images, K] (the kept states that are
+    fed), step_pixel_values and step_image_grid_thw of the imagined images.
+
+    All ranks must run the same number of passes: if no row has `n_segments` segments of latents, the last row
+    gets more of them after its end, where nothing attends to them.
     """
+    n_imagined, spec = sum(len(example.steps) for example in examples), target.spec
+    _, pad_id, end_id = latent_ids(qwen.tokenizer, spec) if spec else (None, None, None)
+    if n_segments > max(len(example.steps) for example in examples):
+        last = examples[-1]
+        more = ([pad_id] * spec.size + [end_id]) * (n_segments - len(last.steps))
+        longer = replace(last, ids=last.ids + more, trained=last.trained + [False] * len(more))
+        examples = [*examples[:-1], longer]
     with ThreadPoolExecutor(THREADS) as pool:
-        images = list(pool.map(lambda example: load_images(example.images, target, qwen.factor), examples))
+        images, steps = (list(pool.map(lambda paths: load_images(paths, target, qwen.factor), rows))
+                         for rows in ([e.images for e in examples], [e.steps for e in examples]))
     # one call: calling the image processor costs more than processing one image
-    pixels = process_images(qwen.image_processor, [image for row in images for image in row]) or {}
+    pixels, imagined = (process_images(qwen.image_processor, [image for row in rows for image in row]) or {}
+                        for rows in (images, steps))
     grids = pixels["image_grid_thw"].split([len(row) for row in images]) if pixels else [()] * len(images)
     rows = []
     for example, grid in zip(examples, grids):
@@ -203,97 +219,68 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
             raise DataError(f"{example.id}: {n_tokens} tokens, expected {example.n_tokens} from its images' "
                             "headers; was one changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
-    pack |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
     # counted from the end of a row, as images before the trained tokens are expanded
     places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
               for example, end in zip(examples, ends)]
     counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
-    return pack | {"cu_seqlens": torch.cat([torch.zeros(1), ends]).int(),
-                   "max_length": max(example.n_tokens for example in examples),
-                   "logit_positions": places - 1, "labels": pack["input_ids"][0, places],
-                   "row": torch.arange(len(examples)).repeat_interleave(counts),
-                   "row_ids": [example.id for example in examples], "weight": weight}
+    ids, n_latents = pack["input_ids"][0], spec.size if spec else 1
+    is_latent = ids == pad_id if spec else torch.zeros_like(ids, dtype=torch.bool)
+    passes, kept_at = plan_passes(is_latent, ends, places - 1, n_latents)
+    fed = kept_at[is_latent.nonzero().flatten() - 1].view(-1, n_latents)
+    return pack | pixels | {f"step_{name}": tensor for name, tensor in imagined.items()} | {
+        "passes": passes, "predicting": kept_at[places - 1], "labels": ids[places],
+        "row": torch.arange(len(examples)).repeat_interleave(counts), "latents": fed[:n_imagined],
+        "row_ids": [example.id for example in examples], "weight": weight}
 
 
-def lay_out(lengths: list[list[int]], n_latents: int,
-            n_blocks: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Place the tokens of every row so that latent segments share columns over the batch.
+def plan_passes(is_latent: torch.Tensor, ends: torch.Tensor, predicting: torch.Tensor,
+                n_latents: int) -> tuple[list[dict], torch.Tensor]:
+    """Plan the forward passes over packed rows whose latents come in segments of `n_latents`.
 
-    Text pieces are padded on the left. Three rows of text t and latents z, with lengths [[3, 2], [1, 4],
-    [2]], n_latents 2 and n_blocks 2; `.` is padding:
+    A latent needs the state before it, so a pass holds either a stretch of text or one latent of every row
+    that has it. Three rows of text t and latents z, two in a segment, and the pass of each token:
 
-        column   0 1 2  3 4  5 6 7 8
-        row 0    t t t  z z  . . t t
-        row 1    . . t  z z  t t t t
-        row 2    . t t  . .  . . . .
+        row 0    t t t z z t t    0 0 0 1 2 3 3
+        row 1    t z z t t t t    0 1 2 3 3 3 3
+        row 2    t t              0 0
 
-    Returns the column of each token of each row, and the column ranges (first, last + 1) of the text blocks,
-    here [(0, 3), (5, 9)]. A block that no row has is one column wide.
+    `is_latent` [L]; `ends` [rows] of the rows; `predicting` [n]: tokens whose last states are needed, as are
+    those of the tokens before latents.
+
+    Returns the passes, each a dictionary of tokens (places in the pack, row by row); kept (of its tokens,
+    those whose states are kept); fed (of the last pass's kept states, those that it runs; None: text); and
+    keys, which of all keys so far, in the order of the passes, its rows attend to. Of text they are [keys],
+    row by row, with cu_seqlens_q and cu_seqlens_k int32 [rows + 1], max_length_q and max_length_k; of the
+    first latents of a segment [rows, P], -1 where a row has fewer; later ones attend to those, too. And, for
+    the tokens [L] whose states are kept, their places among all kept states.
     """
-    blocks, offset = [], 0
-    for block in range(n_blocks):
-        width = max((pieces[block] for pieces in lengths if len(pieces) > block), default=1)
-        blocks.append((offset, offset + width))
-        offset += width + n_latents
-    columns = []
-    for pieces in lengths:
-        places = []
-        for block, length in enumerate(pieces):
-            end = blocks[block][1]
-            places += range(end - length, end)
-            places += range(end, end + n_latents) if block + 1 < len(pieces) else []
-        columns.append(places)
-    return columns, blocks
-
-
-def piece_lengths(ids: list[int], pad_id: int, n_latents: int) -> list[int]:
-    """Return the lengths of the text pieces between runs of `n_latents` latent pads."""
-    lengths, run = [0], 0
-    for token in ids:
-        if token == pad_id:
-            run += 1
-            if run == n_latents:
-                lengths.append(0)
-                run = 0
+    starts = F.pad(ends, (1, 0))[:-1]
+    row = torch.arange(len(ends)).repeat_interleave(ends - starts)
+    so_far = is_latent.cumsum(0)
+    so_far -= so_far[starts][row]  # latents of its row up to here
+    order = (so_far + (so_far - is_latent.long()) // n_latents).sort(stable=True)
+    place = order.indices.argsort()
+    is_needed = torch.zeros_like(is_latent).index_fill(0, predicting, True) | is_latent.roll(-1)
+    passes, kept = [], []
+    for tokens in order.indices.split(order.values.bincount().tolist()):
+        rows, counts = row[tokens].unique_consecutive(return_counts=True)
+        last = tokens[counts.cumsum(0) - 1]
+        keys = [place[start:end + 1] for start, end in zip(starts[rows].tolist(), last.tolist())]
+        needed = is_needed[tokens].nonzero().flatten()
+        if len(needed) == 0:  # every pass must have a gradient
+            needed = torch.tensor([len(tokens) - 1])
+        passes.append({"tokens": tokens, "kept": needed, "fed": None})
+        if is_latent[tokens[0]]:
+            passes[-1]["fed"] = torch.searchsorted(kept[-1], tokens - 1)
+            if passes[-2]["fed"] is None:
+                passes[-1]["keys"] = pad_sequence([of_row[:-1] for of_row in keys], True, -1)
         else:
-            lengths[-1] += 1
-    return lengths
-
-
-def make_batch(qwen: Qwen, examples: list[Example], target: Target, weight: float = 1.0,
-               n_blocks: int | None = None) -> dict:
-    """Collate examples: the tensors of `utils.qwen.collate` in the columns of `lay_out`, and the labels.
-
-    `logit_positions` [n] are flat indices into [B, L]; `labels` [n], `row` [n], `row_ids` and `weight` are as
-    in a pack. `latents` are (row, segment) of every imagined image, whose pixels are `step_pixel_values`.
-    `n_blocks`: text blocks to run, the same on all ranks.
-    """
-    spec = target.spec
-    pixels = [process_images(qwen.image_processor, load_images(e.images, target, qwen.factor))
-              for e in examples]
-    batch = collate(qwen, [e.ids for e in examples], pixels)
-    ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    pieces = [piece_lengths(row, latent_ids(qwen.tokenizer, spec)[1], spec.size) for row in ids]
-    columns, blocks = lay_out(pieces, spec.size, n_blocks or max(map(len, pieces)))
-    shape = len(ids), blocks[-1][1]
-    laid = {"input_ids": torch.full(shape, qwen.tokenizer.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "position_ids": torch.zeros(3, *shape, dtype=torch.long)}
-    logit_positions, labels, rows = [], [], []
-    for i, (example, row, places) in enumerate(zip(examples, ids, columns)):
-        laid["input_ids"][i, places] = torch.tensor(row)
-        laid["attention_mask"][i, places] = 1
-        laid["position_ids"][:, i, places] = batch["position_ids"][:, i, batch["attention_mask"][i].bool()]
-        first = len(row) - len(example.trained)  # images were expanded, all before the first trained token
-        trained = [first + j for j, is_trained in enumerate(example.trained) if is_trained]
-        logit_positions += [i * shape[1] + places[j - 1] for j in trained]
-        labels += [row[j] for j in trained]
-        rows += [i] * len(trained)
-    imagined = [image for e in examples for image in load_images(e.steps, target, qwen.factor)]
-    steps = process_images(qwen.image_processor, imagined)
-    return {**batch, **laid, "blocks": blocks, "logit_positions": torch.tensor(logit_positions),
-            "labels": torch.tensor(labels), "row": torch.tensor(rows), "row_ids": [e.id for e in examples],
-            "weight": weight,
-            "latents": [(i, s) for i, e in enumerate(examples) for s in range(len(e.steps))],
-            **{f"step_{name}": tensor for name, tensor in (steps or {}).items()}}
+            lengths = torch.tensor([len(of_row) for of_row in keys])
+            passes[-1] |= {"keys": torch.cat(keys),
+                           "cu_seqlens_q": F.pad(counts.cumsum(0), (1, 0)).int(),
+                           "cu_seqlens_k": F.pad(lengths.cumsum(0), (1, 0)).int(),
+                           "max_length_q": int(counts.max()), "max_length_k": int(lengths.max())}
+        kept.append(tokens[needed])
+    kept = torch.cat(kept)
+    return passes, torch.zeros_like(row).index_copy(0, kept, torch.arange(len(kept)))

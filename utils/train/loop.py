@@ -6,21 +6,22 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from utils.jsonl import DataError, disk_errors
 from utils.qwen import Qwen
 from utils.train.batching import Steps, Work, peak_flops
 from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot, whole_state
-from utils.train.model import Objective, average_replicated, use_packed_attention
+from utils.train.model import Objective, use_packed_attention
 
 RECENT = 50  # steps whose median loss a spike is measured from
 
@@ -53,11 +54,6 @@ def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) 
     qwen.image_processor.save_pretrained(folder)
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()}
-
-
 @dataclass
 class Trainer:
     """A run on this rank. Once `stop` is set on any rank, all ranks stop after the same step."""
@@ -85,7 +81,7 @@ class Trainer:
         batches = train.ahead(run.step, n_steps)
         bar = tqdm(total=n_steps, initial=run.step, desc=f"train {args.imagination}", unit="step",
                    disable=not self.acc.is_main_process)
-        with bar, nullcontext() if train.target.spec else use_packed_attention(self.qwen.model):
+        with bar, use_packed_attention(self.qwen.model):
             while run.step < n_steps:
                 record, is_stopping = self.timed_step(train, batches, n_steps)
                 is_last = run.step == n_steps
@@ -136,7 +132,7 @@ class Trainer:
         torch.manual_seed(args.seed * 1_000_003 + self.run.step)
         sums, by_row = torch.zeros(4, device=acc.device), []
         for batch in batches:
-            batch = to_device(batch, acc.device)
+            batch = send_to_device(batch, acc.device, non_blocking=True)
             losses, right, aligned = self.objective(batch)
             nll = losses.sum() * batch["weight"]
             alignment = args.align_weight * aligned / work.segments if work.segments else 0.0 * aligned
@@ -185,7 +181,7 @@ class Trainer:
         self.objective.eval()
         sums = torch.zeros(2, device=self.acc.device)
         for batch in held_out.ahead(0, held_out.per_epoch):
-            losses, _, _ = self.objective(to_device(batch, self.acc.device))
+            losses, _, _ = self.objective(send_to_device(batch, self.acc.device, non_blocking=True))
             sums += torch.stack([losses.sum(), losses.new_tensor(len(losses))]) * batch["weight"]
         self.objective.train()
         nll, n_tokens = self.acc.reduce(sums, "sum").tolist()
@@ -210,6 +206,16 @@ class Trainer:
             path = self.folder / "log.jsonl"
             with disk_errors(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
+    """Average the gradients of weights that are not sharded over ranks, missing ones as 0."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for parameter in parameters:
+            if not isinstance(parameter, DTensor):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The model in training: objective, attention within packed rows, latent recurrence, adapters, sharding.
+"""The model in training: objective, attention within packed rows, latents, adapters, sharding.
 
 Sharding is torch's `fully_shard` (FSDP2): accelerate's plugin does not run on CPU ranks and rounds the loss
 to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root group, gathered once
@@ -8,19 +8,17 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from utils.jsonl import DataError
-from utils.latent_families import LatentSpec, pool_features
+from utils.latent_families import pool_features
 from utils.qwen import Qwen, image_features, load, multiplied_patches
 from utils.train.examples import Target, add_tokens
 
@@ -34,24 +32,19 @@ class Objective(torch.nn.Module):
     """Sums for the caller to divide by the counts of a step: the negative log-likelihood [n] of each trained
     token, whether it was the likeliest [n], and the alignment's sum."""
 
-    def __init__(self, qwen: Qwen, spec: LatentSpec | None, align_loss: str = "cosine",
-                 autocast: bool = False):
+    def __init__(self, qwen: Qwen, align_loss: str = "cosine", autocast: bool = False):
         super().__init__()
-        self.model, self.qwen, self.spec = qwen.model, qwen, spec
-        self.align_loss, self.autocast = align_loss, autocast
+        self.model, self.qwen, self.align_loss, self.autocast = qwen.model, qwen, align_loss, autocast
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
-            if self.spec is None:
-                hidden = run_packed(self.model, batch)
-                aligned = torch.zeros((), device=batch["labels"].device)
-            else:
-                states, latents = run_latents(self.model, batch, self.spec)
-                hidden = states.flatten(0, 1)[batch["logit_positions"]]
-                aligned = align(self.qwen, batch, latents, self.align_loss) if batch["latents"] else 0.0
-                # every pass needs a gradient on every rank: else sharded layers would wait for each other
-                aligned = aligned + 0.0 * states.float().sum()
-            return *self.predict(hidden, batch["labels"]), aligned
+    def forward(self, pack: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        autocast = torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext()
+        with autocast, multiplied_patches(self.model, self.model.device.type):
+            states = run_packed(self.model, pack)
+            # every pass needs a gradient on every rank: else sharded layers would wait for each other
+            aligned = 0.0 * states.float().sum()
+            if len(pack["latents"]):
+                aligned = aligned + align(self.qwen, pack, states[pack["latents"]], self.align_loss)
+            return *self.predict(states[pack["predicting"]], pack["labels"]), aligned
 
     def predict(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return losses and hits, CHUNK rows of logits at a time, recomputed in the backward pass."""
@@ -67,65 +60,137 @@ class Objective(torch.nn.Module):
 
 
 # ---- packed rows
+class PassCache:
+    """The keys and values of the passes so far, and which of them the tokens of pass `n` attend to.
+
+    It stands where the library takes a prepared mask, which the language model alone gets. `layers`: keys and
+    values [1, heads, tokens, d] of every pass but the last one, by layer; a layer that the backward pass
+    computes again finds what it found before. `previous`: that of the pass before. What stands before a
+    segment of latents is selected once.
+    """
+
+    def __init__(self, passes: list[dict], n: int, layers: list[list[tuple[torch.Tensor, torch.Tensor]]],
+                 previous: "PassCache | None"):
+        self.part, self.n, self.layers, self.segment = passes[n], n, layers, None
+        self.is_last = n + 1 == len(passes)
+        if "keys" not in self.part:
+            self.segment = previous.segment
+        elif self.part["fed"] is not None:
+            keys = self.part["keys"]  # [rows, P]
+            self.segment = n, (keys < 0)[:, None], [
+                [x.squeeze(0).unflatten(1, keys.shape) for x in select(of_layer, keys.flatten().clamp(min=0))]
+                for of_layer in layers]
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scaling: float) -> torch.Tensor:
+        """Return the output [1, tokens, heads, d] of a layer's attention; keep the keys and values."""
+        part, kept = self.part, self.layers[layer]
+        if len(kept) == self.n and not self.is_last:
+            kept.append((key, value))
+        passes = [*kept[:self.n], (key, value)]
+        if self.segment:
+            first, is_hidden, before = self.segment
+            return attend_to_latents(query, *before[layer], is_hidden, passes[first:], scaling)
+        if self.n:
+            key, value = select(passes, part["keys"])
+        return attend_in_rows(query, key, value, part["cu_seqlens_q"], part["cu_seqlens_k"],
+                              part["max_length_q"], part["max_length_k"], scaling)
+
+
+def select(passes: list[tuple[torch.Tensor, torch.Tensor]], index: torch.Tensor) -> list[torch.Tensor]:
+    """Return the keys and the values [1, heads, n, d] at `index` [n] of those of all passes."""
+    return [torch.cat(parts, dim=2).index_select(2, index) for parts in zip(*passes)]
+
+
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     attention_mask: None, scaling: float | None = None,
+                     attention_mask: PassCache | None, scaling: float | None = None,
                      cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None,
-                     is_causal: bool | None = None, **kwargs) -> tuple[torch.Tensor, None]:
-    """Attend within the rows bounded by `cu_seq_lens_q` [n + 1]; [1, heads, L, d] to [1, L, heads, d]."""
-    if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
-        raise ValueError("packed attention takes one sequence with cu_seq_lens_q and without attention_mask")
-    causal = module.is_causal if is_causal is None else is_causal
+                     **kwargs) -> tuple[torch.Tensor, None]:
+    """Attend as a PassCache says or, in the vision tower, within the images or windows that `cu_seq_lens_q`
+    [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d]."""
     # under autocast the rotary embedding leaves float32
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if isinstance(attention_mask, PassCache):
+        return attention_mask.attend(module.layer_idx, query, key, value, scaling), None
+    if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
+        raise ValueError("packed attention takes one sequence with a PassCache or with cu_seq_lens_q")
+    return attend_in_rows(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+                          scaling, causal=False), None
+
+
+def attend_in_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor,
+                   key_bounds: torch.Tensor, longest: int, longest_key: int, scaling: float | None,
+                   causal: bool = True) -> torch.Tensor:
+    """Attend within rows; the queries of a row, between `bounds` [n + 1], are the last of its keys."""
     if value.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # a torch without CUDA does not have it
-        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, cu_seq_lens_q,
-                          max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0) if causal else (-1, -1), enable_gqa=True)
-        return out[None], None
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, key_bounds, longest,
+                          longest_key, scale=scaling, window_size=(-1, 0) if causal else (-1, -1),
+                          enable_gqa=True)
+        return out[None]
     # [heads, L, d]; x[0] would cost a copy of its gradient
     query, key, value = (x.squeeze(0) for x in (query, key, value))
-    lengths, back = cu_seq_lens_q.diff(), None
-    if len(lengths) > 2 * len(lengths.unique()):  # the vision tower's windows: group those of equal length
-        order, back = by_length(cu_seq_lens_q)
+    lengths, key_lengths, back = bounds.diff(), key_bounds.diff(), None
+    # the vision tower's windows: group those of equal length
+    if torch.equal(lengths, key_lengths) and len(lengths) > 2 * len(lengths.unique()):
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)
+        back = order.argsort()
         query, key, value = (x.index_select(1, order) for x in (query, key, value))
-        lengths = lengths.sort().values
-    runs = [(length, len(list(group))) for length, group in groupby(lengths.tolist())]
-    pieces = [x.split([length * n for length, n in runs], dim=1) for x in (query, key, value)]
+        lengths = key_lengths = lengths.sort().values
+    runs = [(*of_row, len(list(group)))
+            for of_row, group in groupby(zip(lengths.tolist(), key_lengths.tolist()))]
+    pieces = (query.split([q * n for q, _, n in runs], dim=1),
+              *(x.split([k * n for _, k, n in runs], dim=1) for x in (key, value)))
     rows = []
-    for (length, n), *parts in zip(runs, *pieces):
+    for (q, k, n), *parts in zip(runs, *pieces):
         # [n, heads, length, d]: one call for n rows
-        parts = [x.unflatten(1, (n, length)).transpose(0, 1) for x in parts]
-        out = F.scaled_dot_product_attention(*parts, scale=scaling, is_causal=causal, enable_gqa=True)
-        rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * length, heads, d]
+        parts = [x.unflatten(1, (n, -1)).transpose(0, 1) for x in parts]
+        mask = torch.ones(q, k, dtype=torch.bool).tril(k - q) if q < k else None
+        out = F.scaled_dot_product_attention(*parts, mask, scale=scaling, is_causal=causal and q == k,
+                                             enable_gqa=True)
+        rows.append(out.transpose(1, 2).flatten(0, 1))  # [n * q, heads, d]
     out = torch.cat(rows)
-    return (out if back is None else out[back])[None], None
+    return (out if back is None else out[back])[None]
 
 
-def by_length(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order [L] that sorts the rows in `bounds` [n + 1] by length, and its inverse."""
-    lengths, rows = bounds.diff().sort(stable=True)
-    shifts = bounds[:-1][rows] - (lengths.cumsum(0) - lengths)
-    order = torch.arange(int(bounds[-1])) + shifts.repeat_interleave(lengths)
-    return order, order.argsort()
+def attend_to_latents(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_hidden: torch.Tensor,
+                      latents: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> torch.Tensor:
+    """Attend from a latent of every row, query [1, heads, rows, d], to what is before its segment, keys and
+    values [heads, rows, P, d] except where `is_hidden` [rows, 1, P], and to the segment up to itself.
+
+    Joining the keys would copy them for every latent.
+    """
+    near_keys, near_values = (torch.stack(parts, dim=3).squeeze(0) for parts in zip(*latents))
+    query = query.squeeze(0).unflatten(0, (len(keys), -1)).transpose(1, 2) * scaling  # [.., group, d]
+    far = (query @ keys.mT).masked_fill(is_hidden, float("-inf"))
+    weights = torch.cat([far, query @ near_keys.mT], dim=-1).softmax(-1, torch.float32).to(values.dtype)
+    far, near = weights.split([keys.shape[2], len(latents)], dim=-1)
+    return (far @ values + near @ near_values).transpose(0, 1).flatten(1, 2)[None]
 
 
 def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
-    """Return the last hidden states [n, hidden] of a pack at its logit positions.
+    """Return the last hidden states [n, hidden] that the passes of a pack keep.
 
-    To be called, and its gradients taken, inside `use_packed_attention`. Exact are explicit cu_seqlens with
+    To be called, and its gradients taken, inside `use_packed_attention`. Exact are explicit bounds of rows in
     an attention function that has no other mask, positions from 0 in every row, and no cache. Six other
     plausible combinations let rows attend to each other: the loss moves by 0.4 %, the gradients are wrong.
     """
     if model.config.text_config._attn_implementation != NAME:
         raise RuntimeError("a pack outside use_packed_attention: its rows would attend to each other")
-    images = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
-    bounds, longest = pack["cu_seqlens"], pack["max_length"]
-    with last_layer_at(model, pack["logit_positions"]), multiplied_patches(model):
-        out = model.model(input_ids=pack["input_ids"], position_ids=pack["position_ids"],
-                          cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest,
-                          max_length_k=longest, use_cache=False, **images)
-    return out.last_hidden_state[0]
+    inputs = {name: pack[name] for name in ("pixel_values", "image_grid_thw") if name in pack}
+    layers, states, cache = [[] for _ in model.model.language_model.layers], [], None
+    for n, part in enumerate(pack["passes"]):
+        cache = PassCache(pack["passes"], n, layers, cache)
+        if part["fed"] is None:
+            inputs["input_ids"] = pack["input_ids"][:, part["tokens"]]
+        else:
+            inputs["inputs_embeds"] = states[-1][None, part["fed"]]
+        with last_layer_at(model, part["kept"]):
+            out = model.model(position_ids=pack["position_ids"][:, :, part["tokens"]], use_cache=False,
+                              attention_mask={"full_attention": cache}, **inputs)
+        states.append(out.last_hidden_state[0])
+        inputs = {}  # all images are in the first pass
+    return torch.cat(states)
 
 
 @contextmanager
@@ -160,48 +225,17 @@ def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
             config._attn_implementation = name
 
 
-# ---- rows with latents
-def run_latents(model: torch.nn.Module, batch: dict,
-                spec: LatentSpec) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """Run text blocks and latent steps in turn; return the states [B, L, hidden] and the K latents
-    [B, hidden] of each segment."""
-    states, latents, past = [], [], None
-
-    def step(start: int, end: int, **inputs) -> torch.Tensor:
-        nonlocal past
-        with multiplied_patches(model):
-            out = model.model(attention_mask=batch["attention_mask"][:, :end],
-                              position_ids=batch["position_ids"][:, :, start:end],
-                              use_cache=True, past_key_values=past, **inputs)
-        past = out.past_key_values
-        states.append(out.last_hidden_state)
-        return out.last_hidden_state[:, -1]
-
-    images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-    for block, (start, end) in enumerate(batch["blocks"]):
-        last = step(start, end, input_ids=batch["input_ids"][:, start:end], **(images if block == 0 else {}))
-        if block + 1 < len(batch["blocks"]):
-            latents.append([])
-            for k in range(spec.size):
-                latents[-1].append(last)
-                last = step(end + k, end + k + 1, inputs_embeds=last[:, None])
-    return torch.cat(states, dim=1), latents
-
-
-def align(qwen: Qwen, batch: dict, latents: list[list[torch.Tensor]], loss: str) -> torch.Tensor:
-    """Return the sum over segments of the mean distance ("cosine" or "mse") from K latents to the image's
-    pooled features."""
+def align(qwen: Qwen, pack: dict, latents: torch.Tensor, loss: str) -> torch.Tensor:
+    """Return the sum over segments of the mean distance ("cosine" or "mse") from their latents [segments, K,
+    hidden] to the image's pooled features."""
     with torch.no_grad():
-        features = image_features(qwen, {"pixel_values": batch["step_pixel_values"],
-                                         "image_grid_thw": batch["step_image_grid_thw"]})
-    total = 0.0
-    for (row, segment), feature in zip(batch["latents"], features, strict=True):
-        states = torch.stack([step[row] for step in latents[segment]]).float()
-        pooled = pool_features(feature, len(states)).float()
-        distance = (1 - F.cosine_similarity(states, pooled) if loss == "cosine"
-                    else (states - pooled).square().mean(-1))
-        total = total + distance.mean()
-    return total * batch["weight"]
+        features = image_features(qwen, {"pixel_values": pack["step_pixel_values"],
+                                         "image_grid_thw": pack["step_image_grid_thw"]})
+    pooled = torch.stack([pool_features(feature, latents.shape[1]) for feature in features]).float()
+    states = latents.float()
+    distance = (1 - F.cosine_similarity(states, pooled, dim=-1) if loss == "cosine"
+                else (states - pooled).square().mean(-1))
+    return distance.mean(1).sum() * pack["weight"]
 
 
 # ---- weights
@@ -219,7 +253,7 @@ def make_model(device: torch.device, world: int, target: Target,
     visual.requires_grad_(args.train_vision)
     if args.train_vision:
         visual.float()
-    objective = Objective(qwen, target.spec, args.align_loss, autocast=on_gpu and args.train_vision)
+    objective = Objective(qwen, args.align_loss, autocast=on_gpu and args.train_vision)
     if on_gpu or world > 1:
         shard(objective, qwen.model, low_precision=on_gpu)
     return qwen, objective.train()
@@ -246,29 +280,6 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float,
                               for (decays, _), parameters in groups.items()], lr=learning_rate, fused=True)
 
 
-@contextmanager
-def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
-    """Inside the block, have the backward pass recompute activations of "layers", "mlps" or "none".
-
-    The MLPs hold 7 tenths in the 7B model and, unlike layers, use no cache. The last layer is kept: the
-    backward pass begins with it.
-    """
-    def forward(module: torch.nn.Module, *args, **kwargs) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return type(module).forward(module, *args, **kwargs)
-        return checkpoint(type(module).forward, module, *args, use_reentrant=False, **kwargs)
-
-    layers = list(model.model.language_model.layers)
-    modules = {"layers": layers[:-1], "mlps": [layer.mlp for layer in layers], "none": []}[which]
-    for module in modules:
-        module.forward = MethodType(forward, module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
 # ---- sharding
 def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
     """Shard the language model over all ranks, with `objective`, whose forward runs it, as the root.
@@ -286,13 +297,3 @@ def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: boo
     for module in (model.model.language_model.embed_tokens, model.model.language_model.norm, model.lm_head):
         module.float()
     fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=set(model.model.visual.parameters()))
-
-
-def average_replicated(parameters: list[torch.nn.Parameter]) -> None:
-    """Average the gradients of weights that are not sharded over ranks, missing ones as 0."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for parameter in parameters:
-            if not isinstance(parameter, DTensor):
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
