@@ -9,6 +9,7 @@ Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, pr
 Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} of filter_data.py
 Writes  --output: the best checkpoint on held-out rows, in the released layout, at the end
         <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (export)
+        --skip_bad: {"id", "subset", "reason", "detail"} of every row left out
 Prints  progress on stderr; on stdout one JSON object, also in <output>.metrics.json
 
 --imagination is the training target, made from the same rows:
@@ -27,6 +28,7 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,7 +39,8 @@ from tqdm import tqdm
 from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, stop_on_signals
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
-from utils.jsonl import DataError, check_unique, find_checkpoint, sha256_file, write_json, write_meta
+from utils.jsonl import (DataError, call_key, check_output, check_unique, find_checkpoint, sha256_file,
+                         write_json, write_meta, write_rows)
 from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
 from utils.rows import read_own
 
@@ -45,6 +48,7 @@ if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch
     from accelerate import Accelerator
 
+    from utils.qwen import Qwen
     from utils.train.batching import Steps
     from utils.train.checkpoints import Run
     from utils.train.examples import Example, Target
@@ -54,13 +58,13 @@ IMAGINATIONS = ("text", "latent", "placeholder", "direct")
 RECOMPUTED = ("layers", "mlps", "none")  # parts whose activations the backward pass may recompute
 # flags that may change when a run resumes; files count by their content, not by their names
 FREE_SETTINGS = ("output", "num_workers", "save_every", "keep", "max_tokens", "recompute", "dry_run", "spike",
-                 "data", "model", "image_root")
+                 "data", "model", "image_root", "skip_bad")
 BASE_SUFFIXES = (".json", ".jinja", ".txt", ".safetensors")  # of the files that make up a checkpoint
 
 
 # ---- rows and plan
-def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Return (training rows, held-out rows) of all --data files, drawn by --seed."""
+def prepare_rows(args: argparse.Namespace) -> list[dict]:
+    """Return the rows of all --data files."""
     rows, seen = [], {}
     for path in args.data:
         for row in read_own(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
@@ -68,10 +72,51 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
             rows.append(row)
     if not rows:
         raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
-    if args.validation_rows >= len(rows):
-        raise DataError(f"--validation_rows {args.validation_rows} of {len(rows)} rows leaves none to train")
-    random.Random(args.seed).shuffle(rows)
-    return rows[args.validation_rows:], rows[:args.validation_rows]
+    return rows
+
+
+def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
+              args: argparse.Namespace) -> tuple[list[Example], list[dict]]:
+    """Return (examples, rows left out with their reasons), every picture opened once (--skip_bad)."""
+    from utils.train.examples import sort_rows
+    examples, faults = sort_rows(tools, rows, target, args.max_tokens)
+    unreadable = open_pictures(acc, examples)
+    for example in examples:
+        if broken := [unreadable[path] for path in (*example.images, *example.steps) if path in unreadable]:
+            faults[example.id] = broken[0]
+    left_out = [{"id": row["id"], "subset": row.get("subset"), "reason": faults[row["id"]].reason,
+                 "detail": str(faults[row["id"]])} for row in rows if row["id"] in faults]
+    if acc.is_main_process:
+        write_rows(args.skip_bad, left_out)
+    log(f"{len(left_out)} of {len(rows)} rows are left out: see {args.skip_bad}")
+    return [example for example in examples if example.id not in faults], left_out
+
+
+def open_pictures(acc: Accelerator, examples: list[Example]) -> dict[Path, ImageError]:
+    """Decode every picture, each on one rank; return the faults, the same on all."""
+    from accelerate.utils import gather_object
+    paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
+    own = paths[acc.process_index::acc.num_processes]
+
+    def fault(path: Path) -> tuple[str, str] | None:
+        try:
+            open_image(path)
+        except ImageError as error:
+            return error.reason, str(error)
+
+    with ThreadPoolExecutor() as threads:
+        found = [*zip(own, tqdm(threads.map(fault, own), "images", len(own), unit="image",
+                                disable=not acc.is_main_process))]
+    return {path: ImageError(*parts) for path, parts in gather_object(found) if parts}
+
+
+def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """Return (training rows, held-out rows), drawn by --seed."""
+    if args.validation_rows >= len(examples):
+        raise DataError(f"--validation_rows {args.validation_rows} of {len(examples)} usable rows; expected "
+                        "fewer")
+    random.Random(args.seed).shuffle(examples)
+    return examples[args.validation_rows:], examples[:args.validation_rows]
 
 
 def make_target(args: argparse.Namespace) -> Target:
@@ -81,13 +126,14 @@ def make_target(args: argparse.Namespace) -> Target:
                   args.system)
 
 
-def make_plan(train: Steps, n_held_out: int, args: argparse.Namespace) -> dict:
+def make_plan(train: Steps, n_held_out: int, left_out: list[dict], args: argparse.Namespace) -> dict:
     """Return the size of the run, extrapolated from its first epoch."""
     first = [train.work(step) for step in range(train.per_epoch)]
     n_steps = args.max_steps or args.epochs * train.per_epoch
     flops = sum(work.flops for work in first) / len(first) * n_steps
     lengths = describe_lengths(train.examples)
     return {"imagination": args.imagination, "rows": len(train.examples), "held_out_rows": n_held_out,
+            "left_out": len(left_out), "reasons": dict(Counter(row["reason"] for row in left_out)),
             "steps": n_steps, "global_batch": args.global_batch, "processes": train.world, **lengths,
             "trained_tokens_per_row": round(lengths["trained_tokens"] / len(train.examples), 1),
             "micro_steps_per_step": round(sum(work.micro_steps for work in first) / len(first), 2),
@@ -103,11 +149,19 @@ def describe_lengths(examples: list[Example]) -> dict[str, int]:
             "images": sum(len(example.images) + len(example.steps) for example in examples)}
 
 
+def marked(tools: Qwen, example: Example) -> str:
+    """Return the text of a row with the trained tokens between >> and <<."""
+    text, before = "", False
+    for token, is_trained in zip(example.ids, example.trained):
+        text += ">>" if is_trained and not before else "<<" if before and not is_trained else ""
+        text, before = text + tools.tokenizer.decode([token]), is_trained
+    return text + ("<<" if before else "")
+
+
 def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
               args: argparse.Namespace) -> None:
     """Log the first rows, the plan and the memory per device."""
     from utils.train.batching import device_memory, estimate_memory, memory_lines
-    from utils.train.examples import marked
     from utils.train.model import CHUNK
     for example in train.examples[:3 if args.dry_run else 1]:
         log(f"{example.id}:\n{marked(train.qwen, example)}")
@@ -120,22 +174,12 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
     log("\n".join(memory_lines(parts, device_memory(device), smaller)))
 
 
-def finish_dry_run(train: Steps, held_out: Steps | None, plan: dict) -> int:
-    """Decode every image and print the plan; return the exit code."""
-    examples = train.examples + (held_out.examples if held_out else [])
-    paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
-
-    def fault(path: Path) -> str | None:
-        try:
-            open_image(path)
-        except ImageError as error:
-            return str(error)
-
-    with ThreadPoolExecutor() as threads:
-        faults = [line for line in tqdm(threads.map(fault, paths), total=len(paths), desc="images",
-                                        unit="image") if line]
-    log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in faults[:20]))
-    print(json.dumps({**plan, "unreadable_images": len(faults)}))
+def finish_dry_run(acc: Accelerator, examples: list[Example], plan: dict) -> int:
+    """Decode every image of `examples` and print the plan; return the exit code."""
+    faults = open_pictures(acc, examples).values()
+    log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in [*faults][:20]))
+    if acc.is_main_process:
+        print(json.dumps({**plan, "unreadable_images": len(faults)}))
     return 2 if faults else 0
 
 
@@ -168,7 +212,7 @@ def identify(files: dict[str, Path], before: dict) -> dict[str, str]:
         return dict(zip(files, [*tqdm(threads.map(entry, files), "inputs", len(files), unit="file")]))
 
 
-def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recompute: str,
+def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out: list[dict], recompute: str,
                 args: argparse.Namespace) -> Run:
     import torch
 
@@ -179,6 +223,8 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, recomput
     with acc.main_process_first():
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
+        if left_out:  # the set belongs to the identity of a run
+            settings["rows left out"] = f"{len(left_out)} {call_key(ids=[row['id'] for row in left_out])}"
         if acc.is_main_process:
             files = input_files(train.examples + (held_out.examples if held_out else []), args)
             settings |= identify(files, read_settings(folder, SETTINGS) or {})
@@ -221,7 +267,8 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
         write_json(f"{output}.metrics.json", metrics)
         begun = read_settings(folder, SETTINGS)
         hashes = {path: begun[f"--data {n}"].rsplit(" ", 4)[1] for n, path in enumerate(args.data, 1)}
-        write_meta(output, args, [], seconds, inputs=hashes)
+        write_meta(output, args, [], seconds, inputs=hashes,
+                   **{name: plan[name] for name in ("left_out", "reasons")})
         os.replace(folder / f"best-{best.step}", output)
         for path in numbered_folders(folder, "step").values():
             shutil.rmtree(path)
@@ -283,6 +330,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=parse_seed, default=42,
                         help="of the order of rows and of the rows held out")
     parser.add_argument("--limit", type=parse_count, help="only the first N rows of each file")
+    parser.add_argument("--skip_bad", metavar="JSONL",
+                        help="leave out rows that cannot be trained on, after opening every image, and write "
+                             "them here with their reasons; without it they stop the run")
     parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)
     if args.lora_rank and args.train_vision:
@@ -295,7 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     output, folder = Path(args.output), Path(f"{args.output}.run")
     if output.exists():
         raise DataError(f"--output {output} exists and is never replaced; move it or give another name")
-    train_rows, held_out_rows = prepare_rows(args)
+    if args.skip_bad:
+        check_output(args.skip_bad, args.data, "--skip_bad")
+    rows = prepare_rows(args)
 
     import torch
     from accelerate import Accelerator
@@ -314,18 +366,20 @@ def main(argv: list[str] | None = None) -> int:
                             "another --imagination")
     batching = Batching(args.seed, args.global_batch, args.max_tokens, args.train_vision, args.num_workers)
 
-    def make_steps(rows: list[dict]) -> Steps:
-        examples = make_examples(tools, rows, target, args.max_tokens)
+    def make_steps(examples: list[Example]) -> Steps:
         return Steps(tools, examples, target, batching, acc.process_index, acc.num_processes)
 
-    train, held_out = make_steps(train_rows), make_steps(held_out_rows) if held_out_rows else None
+    examples, left_out = (leave_out(acc, tools, rows, target, args) if args.skip_bad else
+                          (make_examples(tools, rows, target, args.max_tokens), []))
+    parts = hold_out(examples, args)
+    train, held_out = make_steps(parts[0]), make_steps(parts[1]) if parts[1] else None
     default = "layers" if acc.device.type == "cuda" else "none"
-    recompute, plan = args.recompute or default, make_plan(train, len(held_out_rows), args)
+    recompute, plan = args.recompute or default, make_plan(train, len(parts[1]), left_out, args)
     show_plan(train, plan, acc.device, recompute, args)
     if args.dry_run:
-        return finish_dry_run(train, held_out, plan)
+        return finish_dry_run(acc, [] if args.skip_bad else examples, plan)
     with lock_run_folder(folder) if acc.is_main_process else nullcontext():
-        run = train_model(acc, train, held_out, recompute, args)
+        run = train_model(acc, train, held_out, left_out, recompute, args)
         finish(acc, plan, run, time.monotonic() - begun, args)
     return 0
 

@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from utils import qwen as Q
-from utils.decode import decode, embed_prompt, prefill
+from utils.decode import decode, prefill, prefill_blocks
 from utils.items import chat
 from utils.latent_families import PRESETS
+from utils.probe.states import embed_prompt
 from utils.train.examples import add_tokens
 
 MIRAGE = PRESETS["mirage"]
@@ -24,10 +25,18 @@ needs_bfloat16 = pytest.mark.skipif(LOWERED, reason="torch has no bfloat16 atten
                                                     "whose instructions ATEN_CPU_CAPABILITY lowers")
 
 
-def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False, with_logits=False,
-             prompt_latents=None):
-    return decode(qwen, prefill(qwen, inputs, spec, prompt_latents), max_new_tokens, spec, arms, capture,
-                  with_logits)[0]
+def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False, with_logits=False):
+    return decode(qwen, prefill(qwen, inputs), max_new_tokens, spec, arms, capture, with_logits)[0]
+
+
+def prefill_with(qwen, inputs, latents):
+    """`prefill` of prompts that hold latents of Mirage's."""
+    return prefill(qwen, inputs | {"inputs_embeds": embed_prompt(qwen, inputs, MIRAGE, latents)})
+
+
+def prefill_more(qwen, state, blocks):
+    """`prefill_blocks` that keeps `state`; return the new one."""
+    return prefill_blocks(qwen, state.select(list(range(len(state.mask)))), blocks)[1]
 
 
 def load_with(tiny_checkpoint, spec):
@@ -74,7 +83,7 @@ def embedded(qwen, ids):
 def one_pass(qwen, single, tail, **options):
     """Return the last states of a prompt of one row and the embeddings after it, computed without a cache."""
     steps = single["position_ids"][..., -1:] + 1 + torch.arange(tail.shape[1])
-    return qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, single, None, None), tail], 1),
+    return qwen.model.model(inputs_embeds=torch.cat([embed_prompt(qwen, single), tail], 1),
                             use_cache=False, position_ids=torch.cat([single["position_ids"], steps], -1),
                             **options).last_hidden_state[0]
 

@@ -91,13 +91,29 @@ def before_conclusion(text: str) -> list[tuple[int, int]]:
     return [(0, end)] if end else []
 
 
-def png(width: int, height: int, depth: int, colour: int, n_bytes: int, *extra: tuple[bytes, bytes]) -> bytes:
-    """Return a PNG whose pixel data are `n_bytes` zeros, with further chunks before them."""
+def png(width: int, height: int, depth: int, colour: int, pixels: int | bytes, *extra: tuple[bytes, bytes]
+        ) -> bytes:
+    """Return a PNG of these pixel data (a number: of zeros), with further chunks before them."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return (b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*pair) for pair in extra)
-            + chunk(b"IDAT", zlib.compress(bytes(n_bytes), 1)) + chunk(b"IEND", b""))
+            + chunk(b"IDAT", zlib.compress(bytes(pixels), 1)) + chunk(b"IEND", b""))
+
+
+def grey_tiff(values: list[int], bits: int, kind: int = 1, photometric: int = 1) -> bytes:
+    """Return a TIFF of one line of greys of 8, 12, 16 or 32 bits; `kind`: 1 unsigned, 2 signed, 3 floats."""
+    if bits == 12:
+        digits = "".join(f"{value:03x}" for value in values)
+        data = bytes.fromhex(digits + "0" * (len(digits) % 2))
+    else:
+        code = {(8, 1): "B", (16, 1): "H", (16, 2): "h", (32, 1): "I", (32, 2): "i", (32, 3): "f"}[bits, kind]
+        data = struct.pack(f"<{len(values)}{code}", *values)
+    tags = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1),
+            (278, 1), (279, len(data)), (339, kind)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries
+            + bytes(4))
 
 
 # ---- a model that answers at once

@@ -185,6 +185,22 @@ def test_every_sample_ends_once_with_its_reason(rows_file, captioner, capsys):
     assert not any(re.search(r"\{(question|segments|count|fault)\}", r.text) for r in captioner.asked)
 
 
+@pytest.mark.parametrize("fault", ["\\u0000", "\\u001b[31m", '", "x": NaN, "y": "', '", "caption": "a boat'])
+def test_what_is_no_text_is_kept_out_of_rows_and_captions(rows_file, captioner, monkeypatch, fault):
+    """A row that has it, and a row whose caption gets it from the model, also when asked again."""
+    reply = Captioner.reply
+    monkeypatch.setattr(Captioner, "reply", lambda self, text: reply(self, text).replace(
+        "shows", f"shows {fault}" if "strange" in text else "shows"))
+    bad = monet(2, question="c?")
+    bad["data"][2]["content"][0]["text"] = f"I look\x08 closer. {PAIR}"
+    path = rows_file([monet(0, question="plain?"), monet(1, question="strange?"), bad,
+                      monet(3, question="d\x1b[1m?"), monet(4, question="e\x0b\x85\u2028?")])
+    assert main(flags(path)) == 3
+    rows, rejected = result(path)
+    assert list(rows) == ["Visual_CoT/0", "Visual_CoT/4"]
+    assert rejected == {"Visual_CoT/1": "bad_json", "Visual_CoT/2": "control", "Visual_CoT/3": "control"}
+
+
 def test_a_refinement_that_fails_keeps_the_unrefined_chain(rows_file, captioner):
     sample = monet(1)
     sample["data"][2]["content"][0]["text"] = f"I spoil it. {PAIR}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from processes import run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -314,7 +315,118 @@ def test_a_broken_picture_ends_the_run_in_one_line(workers, tiny_checkpoint, dat
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError) as fault:
         train_sft.main(flags(data, tiny_checkpoint, tmp_path / "o", "--num_workers", str(workers)))
-    assert "1_0.png: not a whole picture" in str(fault.value) and "\n" not in str(fault.value)
+    assert re.fullmatch(r"step [12]: .*1_0\.png: not a whole picture .*; restore the picture and run the "
+                        r"same command again, or leave its rows out in a new run \(--skip_bad\)",
+                        str(fault.value))
+
+
+# ---- rows left out
+def spoil(data, picture) -> dict[str, str]:
+    """Add rows of every kind that cannot be trained on among the good ones; return their reasons by id."""
+    folder, rows = data.parent, read_rows(data, {})
+    picture("thin.png", (1, 201)), picture("half.png"), picture("grey.png")
+    (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:-30])  # its header is whole
+    Image.effect_noise((56, 84), 90).convert("F").save(folder / "grey.tif")
+    changes = {"image_aspect": {"images": ["thin.png"]}, "image_unreadable": {"images": ["half.png"]},
+               "image_depth": {"images": ["grey.tif"]}, "image_missing": {"images": ["gone.png"]},
+               "question": {"question": "<image> and <image>?"}, "empty": {"chain": " \n"},
+               "control": {"chain": "I look\x1b[1m. \\boxed{1}"}, "length": {"chain": "far " * 400}}
+    bad = [rows[1] | change | {"id": f"bad/{reason}"} for reason, change in changes.items()]
+    write_rows(folder / "spoiled.jsonl", [*bad[:3], *rows[:5], *bad[3:6], *rows[5:], *bad[6:]])
+    return {f"bad/{reason}": reason for reason in changes}
+
+
+@pytest.fixture
+def spoiled(data, picture):
+    """Return (file of good and bad rows, reasons of the bad ones by id)."""
+    reasons = spoil(data, picture)
+    return data.parent / "spoiled.jsonl", reasons
+
+
+def test_rows_left_out_are_as_if_they_had_not_been_there(train, tiny_checkpoint, spoiled, tmp_path, capsys):
+    path, reasons = spoiled
+    more = ["--validation_rows", "2", "--max_steps", "3"]
+    clean = train("clean", *more)
+    bad = tmp_path / "bad.jsonl"
+    assert train("left", *more, "--data", str(path), "--skip_bad", str(bad))[-1]["loss"] == clean[-1]["loss"]
+    assert losses(tmp_path / "left") == losses(tmp_path / "clean")
+    found = read_rows(bad, {"id": str, "subset": str, "reason": str, "detail": str})
+    assert [(row["id"], row["reason"]) for row in found] == [*reasons.items()]
+    details = {row["reason"]: row["detail"] for row in found}
+    assert "half.png: not a whole picture" in details["image_unreadable"]
+    assert "thin.png: 1x201 pixels" in details["image_aspect"] and "--max_tokens 300" in details["length"]
+    metrics, plain = (load_object(tmp_path / f"{name}.metrics.json") for name in ("left", "clean"))
+    assert metrics["left_out"] == 8 and metrics["reasons"] == dict.fromkeys(reasons.values(), 1)
+    assert (plain["left_out"], plain["reasons"]) == (0, {})
+    changed = {"left_out", "reasons", "seconds"}
+    assert {k: v for k, v in metrics.items() if k not in changed} == {
+        k: v for k, v in plain.items() if k not in changed}
+    meta = load_object(tmp_path / "left.meta.json")
+    assert (meta["left_out"], meta["reasons"]) == (8, metrics["reasons"])
+    capsys.readouterr()
+    arguments = flags(path, tiny_checkpoint, tmp_path / "o", *more)
+    assert run_here("train_sft", arguments) == 2  # without the flag
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert error.startswith("7 of 20 rows cannot be trained on") and not (tmp_path / "o.run").exists()
+    assert all(f"{name}: " in error for name in reasons if name != "bad/image_unreadable")
+    before = bad.read_bytes()
+    assert run_here("train_sft", [*arguments, "--skip_bad", str(bad), "--dry_run"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["left_out"], printed["unreadable_images"], bad.read_bytes()) == (8, 0, before)
+
+
+def test_two_processes_leave_out_the_same_rows(train, tiny_checkpoint, spoiled, tmp_path):
+    path, reasons = spoiled
+    picture = Image.open(tmp_path / "2_0.png")
+    for n in range(5):  # broken pictures on either rank
+        picture.save(tmp_path / f"cut{n}.png")
+        (tmp_path / f"cut{n}.png").write_bytes((tmp_path / f"cut{n}.png").read_bytes()[:-20 - n])
+    rows = read_rows(path, {})
+    write_rows(path, rows + [rows[-1] | {"id": f"cut/{n}", "chain": "\\boxed{1}", "images": [f"cut{n}.png"]}
+                             for n in range(5)])
+    more = ["--max_steps", "2", "--data", str(path), "--skip_bad"]
+    train("one", *more, str(tmp_path / "one.bad"))
+    run_ranks(train_rank, tmp_path, flags(path, tiny_checkpoint, tmp_path / "two", *more,
+                                          str(tmp_path / "two.bad")))
+    assert (tmp_path / "one.bad").read_bytes() == (tmp_path / "two.bad").read_bytes()
+    one, two = (load_object(tmp_path / f"{name}.metrics.json") for name in ("one", "two"))
+    assert one["left_out"] == two["left_out"] == 13 and one["reasons"] == two["reasons"]
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [None, "mended", "broken", "longer"])
+def test_the_rows_left_out_belong_to_a_run(train, tiny_checkpoint, spoiled, tmp_path, monkeypatch, capsys,
+                                           change):
+    path, _ = spoiled
+    more = ["--max_steps", "5", "--data", str(path), "--skip_bad", str(tmp_path / "bad.jsonl")]
+    interrupt(monkeypatch, flags(path, tiny_checkpoint, tmp_path / "o", *more))
+    if change == "mended":
+        shutil.copyfile(tmp_path / "1_1.png", tmp_path / "half.png")
+    elif change == "broken":
+        (tmp_path / "3_0.png").write_bytes((tmp_path / "3_0.png").read_bytes()[:-30])
+    elif change == "longer":
+        more += ["--max_tokens", "3000"]
+    elif change is None:
+        train("whole", *more)
+        more[-1] = str(tmp_path / "elsewhere.jsonl")  # the file's name does not count
+    capsys.readouterr()
+    code = run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", *more))
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert code == (2 if change else 0), error
+    if change:
+        assert "begun with other settings" in error and "\n  rows left out " in error
+    else:
+        assert losses(tmp_path / "o") == losses(tmp_path / "whole")
+
+
+def test_what_skip_bad_refuses(tiny_checkpoint, data, tmp_path, capsys):
+    arguments = flags(data, tiny_checkpoint, tmp_path / "o")
+    assert run_here("train_sft", [*arguments, "--skip_bad", str(data)]) == 2
+    assert "--skip_bad" in capsys.readouterr().err and len(read_rows(data, {})) == 12
+    write_rows(data, [row | {"chain": ""} for row in read_rows(data, {})])
+    assert run_here("train_sft", [*arguments, "--skip_bad", str(tmp_path / "bad.jsonl")]) == 2
+    assert "--validation_rows 0 of 0 usable rows" in capsys.readouterr().err
+    assert len(read_rows(tmp_path / "bad.jsonl", {})) == 12
 
 
 def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):

@@ -236,7 +236,7 @@ class LocalBackend:
         if not requests:
             return replies
         began, tokenizer = time.monotonic(), self.qwen.tokenizer
-        state = prefill(self.qwen, inputs, self.spec)
+        state = prefill(self.qwen, inputs)
         if state.hidden.is_cuda:
             torch.cuda.synchronize(state.hidden.device)
         prefill_seconds = round(time.monotonic() - began, 6)

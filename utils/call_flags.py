@@ -3,7 +3,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from utils.cli import (add_fresh_flag, log, parse_count, parse_seconds, parse_te
                        read_api_key)
 from utils.images import visual_tokens
 from utils.journal import Journal, move_aside, read_settings
-from utils.jsonl import DataError, call_key, load_object, write_json, write_meta
+from utils.jsonl import DataError, call_key, load_object, load_text, write_json, write_meta
 from utils.model_calls import Call, Caller, IncompleteError, is_reply
 from utils.rows import is_inspection
 
@@ -25,13 +25,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
-    return value
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := load_text(text, exact=True), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a JSON object")
 
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from utils.jsonl import DataError
 from utils.latent_families import (Generation, Intervention, LatentSpec, RowState, Segment, latent_ids,
                                    special_id)
-from utils.qwen import IMAGE_TOKEN, Qwen, image_features, multiplied_patches
+from utils.qwen import IMAGE_TOKEN, Qwen, multiplied_patches
 
 PREFILL_TOKENS = 4096  # read at once, padding included; more gains nothing
 
@@ -69,57 +68,33 @@ def keep_trace(row: Generation, trace: dict[str, list[torch.Tensor]], with_slots
     row.slots = trace["slots"] if with_slots else None
 
 
-def embed_prompt(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
-                 pad_id: int | None) -> torch.Tensor:
-    """Return the prompt's embeddings [B, L, hidden], with each row's `prompt_latents` [n, hidden] at its n
-    latent pads."""
-    embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
-    if "pixel_values" in inputs:
-        features = torch.cat(image_features(qwen, inputs)).to(embeds)
-        is_image = inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)
-        embeds = embeds.masked_scatter(is_image[..., None], features)
-    for i, vectors in enumerate(prompt_latents or []):
-        places = (inputs["input_ids"][i] == pad_id).nonzero()[:, 0]
-        if len(places) != len(vectors):
-            raise DataError(f"row {i}: {len(vectors)} latents for {len(places)} latent pads in the prompt")
-        embeds = embeds.index_put((torch.full_like(places, i), places), vectors.to(embeds))
-    return embeds
-
-
 @torch.no_grad()
-def prefill(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
-            prompt_latents: list[torch.Tensor] | None = None) -> State:
-    """Read a left-padded batch from `utils.qwen.encode`. `prompt_latents`: see `embed_prompt`."""
-    pad_id = latent_ids(qwen.tokenizer, spec)[1] if spec and prompt_latents else None
+def prefill(qwen: Qwen, inputs: dict) -> State:
+    """Read a left-padded batch from `utils.qwen.encode`, or its "inputs_embeds" [B, L, hidden] if given."""
     n_rows, length = inputs["input_ids"].shape
     size = max(1, PREFILL_TOKENS // length)
     if size >= n_rows:
-        cache, hidden = read_prompts(qwen, inputs, prompt_latents, pad_id)
+        cache, hidden = read_prompts(qwen, inputs)
     else:
-        parts = [read_prompts(qwen, part, prompt_latents and prompt_latents[first:first + size], pad_id)
-                 for first, part in split_rows(qwen, inputs, size)]
+        parts = [read_prompts(qwen, part) for part in split_rows(qwen, inputs, size)]
         cache = join_caches([part for part, _ in parts], length)
         hidden = torch.cat([last for _, last in parts])
     return State(cache, hidden, inputs["attention_mask"], inputs["position_ids"][..., -1:],
                  inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN))
 
 
-def read_prompts(qwen: Qwen, inputs: dict, prompt_latents: list[torch.Tensor] | None,
-                 pad_id: int | None) -> tuple[DynamicCache, torch.Tensor]:
+def read_prompts(qwen: Qwen, inputs: dict) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
-    if prompt_latents is None:
-        names = ("input_ids", "pixel_values", "image_grid_thw")
-        prompt = {name: inputs[name] for name in names if name in inputs}
-    else:
-        prompt = {"inputs_embeds": embed_prompt(qwen, inputs, prompt_latents, pad_id)}
+    given = "inputs_embeds" in inputs
+    names = ("inputs_embeds",) if given else ("input_ids", "pixel_values", "image_grid_thw")
+    prompt = {name: inputs[name] for name in (*names, "attention_mask", "position_ids") if name in inputs}
     with multiplied_patches(qwen.model):
-        out = qwen.model.model(**prompt, attention_mask=inputs["attention_mask"],
-                               position_ids=inputs["position_ids"], use_cache=True)
+        out = qwen.model.model(**prompt, use_cache=True)
     return out.past_key_values, out.last_hidden_state[:, -1]
 
 
-def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]]:
-    """Yield (index of the first row, part) for every `size` rows, without columns of only padding."""
+def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[dict]:
+    """Yield every `size` rows of a batch, without columns of only padding."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
     n_visual = (inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)).sum(1).cumsum(0).tolist()
     grids = inputs.get("image_grid_thw", inputs["input_ids"].new_zeros(0, 3))
@@ -129,10 +104,12 @@ def split_rows(qwen: Qwen, inputs: dict, size: int) -> Iterator[tuple[int, dict]
         last = min(first + size, len(n_visual))
         longest = int(inputs["attention_mask"][first:last].sum(1).max())
         part = {name: inputs[name][..., first:last, -longest:] for name in names}
+        if "inputs_embeds" in inputs:
+            part["inputs_embeds"] = inputs["inputs_embeds"][first:last, -longest:]
         if images[first] < images[last]:
             part["image_grid_thw"] = grids[images[first]:images[last]]
             part["pixel_values"] = inputs["pixel_values"][ends[images[first]]:ends[images[last]]]
-        yield first, part
+        yield part
 
 
 def join_caches(parts: list[DynamicCache], length: int) -> DynamicCache:
@@ -163,11 +140,6 @@ def prefill_blocks(qwen: Qwen, state: State, blocks: list[list[int]]) -> tuple[t
     hidden = out.last_hidden_state
     last = hidden[torch.arange(len(blocks)), lengths - 1]
     return hidden, State(out.past_key_values, last, mask, state.positions + lengths[:, None], state.is_image)
-
-
-def prefill_more(qwen: Qwen, state: State, blocks: list[list[int]]) -> State:
-    """`prefill_blocks` that keeps `state`; return the new one."""
-    return prefill_blocks(qwen, state.select(list(range(len(state.mask)))), blocks)[1]
 
 
 def truncate_cache(after: State, before: State, kept: list[int]) -> State:

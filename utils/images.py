@@ -1,5 +1,6 @@
 """Open, size and send pictures, with a closed reason for each unusable file."""
 import base64
+import functools
 import hashlib
 import io
 import math
@@ -8,14 +9,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageChops, ImageOps
+from PIL.ExifTags import Base
 
 from utils.jsonl import DataError
 
 IMAGE_REASONS = ("image_missing", "image_outside_root", "image_empty", "image_unreadable", "image_too_large",
-                 "image_aspect", "image_flat", "image_no_op")
+                 "image_aspect", "image_depth", "image_flat", "image_no_op")
 MAX_ASPECT = 200  # Qwen's smart_resize refuses more
 MAX_PIXELS = 178_956_970  # of one file: Pillow's own bomb limit
 REGION_PIXELS = 16384 * 28 * 28  # to which a region is shrunk
@@ -28,7 +30,7 @@ FLAT_WITHIN = 2  # of 255; a picture of one colour, stored as JPEG
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SERVED_FORMATS = ("JPEG", "PNG", "WEBP")  # which every OpenAI-compatible server decodes
 JPEG_QUALITY = 92  # of a shrunk picture; PNG takes 17 times as long
-ORIENTATION = 0x0112  # EXIF tag
+KEY_SCALE = {"L;2": 85, "L;4": 17}  # of the greys of 2 and 4 bits of a PNG to 8 bits
 # Exceptions of Pillow's readers on damaged pictures, collected by tests/hostile.py.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError,
           AttributeError, ArithmeticError, AssertionError, struct.error, zlib.error, RecursionError,
@@ -39,8 +41,7 @@ class ImageError(DataError):
     """A picture that cannot be used; `reason` is one of IMAGE_REASONS."""
 
     def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+        super().__init__(message, reason)
 
 
 class Picture(NamedTuple):
@@ -85,41 +86,69 @@ def open_image(path: str | Path) -> Image.Image:
 
 def decode_image(data: bytes, path: str | Path) -> Image.Image:
     """`open_image` for bytes already read; `path` is for messages."""
-    with opened(data, path) as image:
+    with opened(io.BytesIO(data), path) as image:
+        layout = image.tile[0][3] if image.format == "PNG" and image.tile else None  # of the file's values
         image.load()
+        if layout == "RGB;16B" and "transparency" in image.info:
+            image.putalpha(mask_of_key(image, data))
+        elif layout in KEY_SCALE and "transparency" in image.info:
+            image.info["transparency"] *= KEY_SCALE[layout]
         ImageOps.exif_transpose(image, in_place=True)
         return flatten(image)
 
 
+def mask_of_key(image: Image.Image, data: bytes) -> Image.Image:
+    """Return the alpha of a PNG of 16 bits a colour: only all six bytes tell the transparent colour."""
+    with Image.open(io.BytesIO(data)) as low:
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the lower bytes
+        bands = [band for both in zip(image.split(), low.split()) for band in both]
+    key = struct.pack(">3H", *image.info.pop("transparency"))
+    masks = [band.point([255 * (value != byte) for value in range(256)]) for band, byte in zip(bands, key)]
+    return functools.reduce(ImageChops.lighter, masks)
+
+
 @contextmanager
-def opened(data: bytes, path: str | Path) -> Iterator[Image.Image]:
-    """Yield the picture in `data`, its size checked; ImageError for any fault."""
+def opened(file: BinaryIO | str | Path, path: str | Path) -> Iterator[Image.Image]:
+    """Yield a picture, its size and depth checked by its header; ImageError for any fault."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             check_size(image.size, path)
+            check_depth(image, path)
             yield image
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", f"{path}: {error}") from error
     except ImageError:
         raise
     except BROKEN as error:
-        raise ImageError("image_unreadable", f"{path}: not a whole picture ({error})") from error
+        words = str(error).partition(" <_io")[0]  # without the place in memory, which differs between runs
+        raise ImageError("image_unreadable", f"{path}: not a whole picture ({words})") from error
 
 
 def check_size(size: tuple[int, int], path: str | Path) -> None:
     """Raise ImageError for a (width, height) in pixels that cannot be used."""
-    low, high = min(size), max(size)
-    for reason, is_wrong, expected in (
-            ("image_too_large", low * high > MAX_PIXELS, f"at most {MAX_PIXELS:,} in total"),
-            ("image_aspect", high > MAX_ASPECT * low, f"an aspect up to {MAX_ASPECT}")):
-        if is_wrong:
-            raise ImageError(reason, f"{path}: {size[0]}x{size[1]} pixels, expected {expected}")
+    found = f"{path}: {size[0]}x{size[1]} pixels, expected"
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError("image_too_large", f"{found} at most {MAX_PIXELS:,} in total")
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError("image_aspect", f"{found} an aspect up to {MAX_ASPECT}")
+
+
+def check_depth(image: Image.Image, path: str | Path) -> None:
+    """Raise ImageError for greys that are not 8 or 16 bits: no file says which of its values is white."""
+    if image.mode[0] in "FI" and image.format == "TIFF":
+        bits, photometric = map(image.tag_v2.get, (Base.BitsPerSample, Base.PhotometricInterpretation))
+        if image.mode in ("F", "I") or (bits, photometric) != ((16,), 1):
+            raise ImageError("image_depth", f"{path}: greys of mode {image.mode}, bits {bits}, photometric "
+                             f"{photometric}; expected 8 or 16 unsigned bits from black (0) to white")
 
 
 def flatten(image: Image.Image) -> Image.Image:
     """Return RGB: transparency on white (as vLLM does), 16-bit greys scaled to 8 bits."""
     if image.mode.startswith("I"):  # greys of 0..65535, which Pillow would clip at 255
-        image = image.convert("F").point(lambda value: value * 255 / 65535).convert("L")
+        key, deep = image.info.pop("transparency", None), image.convert("I")
+        image = deep.point([round(value / 257) for value in range(65536)], "L")
+        if key is not None:
+            image.putalpha(deep.point([255 * (value != key) for value in range(65536)], "L"))
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")  # a copy takes up to 700 MB
         white = Image.new("RGB", image.size, "white")
@@ -142,19 +171,15 @@ def crop_region(image: Image.Image, box: tuple[int, int, int, int], min_pixels: 
 
 # ---- sizes
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header, before EXIF."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except BROKEN as error:
-        raise ImageError("image_unreadable", f"{path}: no picture header ({error})") from error
+    """Return (width, height) in pixels from the header, before EXIF; ImageError for what it tells amiss."""
+    with opened(path, path) as image:
+        return image.size
 
 
 def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Return Qwen's (width, height): multiples of `factor`, area within bounds, as in transformers'
     `smart_resize` (Qwen2-VL), which takes height before width."""
-    if max(width, height) / min(width, height) > MAX_ASPECT:
-        raise ImageError("image_aspect", f"{width}x{height} pixels, expected an aspect up to {MAX_ASPECT}")
+    check_size((width, height), "a picture")
     new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
     if new_width * new_height > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
@@ -190,10 +215,10 @@ def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
     as JPEG, opened by `open_image` and shrunk by `smart_size` with the model's `factor` (28 or 32).
     """
     data = read_bytes(path)
-    with opened(data, path) as image:
+    with opened(io.BytesIO(data), path) as image:
         plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L")
                  and not image.has_transparency_data
-                 and getattr(image, "n_frames", 1) == 1 and image.getexif().get(ORIENTATION, 1) == 1)
+                 and getattr(image, "n_frames", 1) == 1 and image.getexif().get(Base.Orientation, 1) == 1)
         if plain and image.width * image.height <= max_pixels:
             return encode_url(image.format, data)
     image = decode_image(data, path)

@@ -153,13 +153,12 @@ def user_content(text: str, n_images: int) -> list[dict]:
     """Return the content of a user turn: images at the `<image>` marks, else first."""
     pieces = plain(text).split("<image>")
     if len(pieces) == 1:
-        return [{"type": "image"}] * n_images + [{"type": "text", "text": pieces[0]}]
+        pieces = [""] * n_images + pieces
     if len(pieces) - 1 != n_images:
-        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}")
-    content = [{"type": "text", "text": pieces[0]}]
-    for piece in pieces[1:]:
-        content += [{"type": "image"}, {"type": "text", "text": piece}]
-    return [part for part in content if part.get("text") != ""]
+        raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}",
+                        "question")
+    parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})]
+    return [part for part in parts[1:] if part.get("text") != ""]
 
 
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:

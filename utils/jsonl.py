@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -19,47 +20,62 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "pillow", "numpy"
 
 
 class DataError(ValueError):
-    """An error that the user can fix; it names place, fault and remedy."""
+    """An error that the user can fix; it names place, fault and remedy. `reason`: a word to count it by."""
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = reason
 
 
 # ---- reading
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    if len(value := dict(pairs)) < len(pairs):
+        [(name, n)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name[:40]!r} {n} times in one object")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
 def located_rows(path: str | Path, limit: int | None = None, hint: str | None = None,
-                 longest: int = LONGEST_ROW) -> Iterator[tuple[str, dict]]:
+                 longest: int = LONGEST_ROW, exact: bool = True) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each row of a UTF-8 JSONL file, or of a file that is one JSON list.
 
-    `hint` names the writer of a missing file. DataError for a row that is not an object or has more than
-    `longest` bytes.
+    `hint` names the writer of a missing file. DataError for a row that is not an object, has more than
+    `longest` bytes, a key twice or, if `exact`, NaN.
     """
     try:
         with open(path, "rb") as file:
             start = file.read(4096).removeprefix(BOM).lstrip()[:1]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}{f'; {hint}' if hint else ''}") from error
-    values = (parse_list if start == b"[" else parse_lines)(str(path), longest)
-    for line, row in islice(values, None if limit is None else max(limit, 0)):
+    values = (parse_list if start == b"[" else parse_lines)(str(path), exact)
+    for line, size, row in islice(values, None if limit is None else max(limit, 0)):
+        if size > longest:
+            raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected at most {longest:,}")
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
         yield f"{path}:{line}", row
 
 
-def parse_lines(path: str, longest: int) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) of every line that is not blank."""
+def parse_lines(path: str, exact: bool) -> Iterator[tuple[int, int, object]]:
+    """Yield (line number, bytes, value) of every line that is not blank."""
     with open(path, "rb") as file:
         for line, data in enumerate(file, 1):
             data = data.removeprefix(BOM) if line == 1 else data
             if data.strip():
-                check_length(path, line, len(data), longest)
                 try:
-                    value = load_text(data.removesuffix(b"\n").decode("utf-8"))
+                    value = load_text(data.removesuffix(b"\n").decode("utf-8"), exact)
                 except (ValueError, RecursionError) as error:
                     raise DataError(json_fault(path, line, error, "one object per line")) from error
-                yield line, value
+                yield line, len(data), value
 
 
-def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) of every item of a file that is one JSON list."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+def parse_list(path: str, exact: bool) -> Iterator[tuple[int, int, object]]:
+    """Yield (line number, characters, value) of every item of a file that is one JSON list."""
+    line, counted = 1, 0
     try:
         text = Path(path).read_bytes().removeprefix(BOM).decode("utf-8")
         place = text.index("[")
@@ -69,33 +85,31 @@ def parse_list(path: str, longest: int) -> Iterator[tuple[int, object]]:
                 place = begin
                 continue
             line, counted = line + text.count("\n", counted, begin), begin
-            value, end = decoder.raw_decode(text, begin)
-            check_surrogates(text[begin:end], value)
-            check_length(path, line, end - begin, longest)
-            yield line, value
+            value, end = DECODER.raw_decode(text, begin)
+            check_value(text[begin:end], value, exact)
+            yield line, end - begin, value
             place = SPACE.match(text, end).end()
             if text[place:place + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         place = SPACE.match(text, place + 1).end()
         if place < len(text):
             raise json.JSONDecodeError("Extra data", text, place)
-    except DataError:
-        raise
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", line)
         raise DataError(json_fault(path, line, error, "one list of objects")) from error
 
 
-def load_text(text: str) -> object:
-    """Parse JSON; UnicodeEncodeError for half a surrogate pair, which UTF-8 cannot hold."""
-    value = json.loads(text)
-    check_surrogates(text, value)
+def load_text(text: str, exact: bool = False) -> object:
+    value = DECODER.decode(text)
+    check_value(text, value, exact)
     return value
 
 
-def check_surrogates(text: str, value: object) -> None:
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+def check_value(text: str, value: object, exact: bool) -> None:
+    """Raise UnicodeEncodeError for half a surrogate pair, which UTF-8 cannot hold, and ValueError for NaN and
+    infinities if `exact`."""
+    if exact or "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False, allow_nan=not exact).encode("utf-8")
 
 
 def json_fault(path: str, line: int, error: ValueError | RecursionError, expected: str) -> str:
@@ -109,11 +123,6 @@ def json_fault(path: str, line: int, error: ValueError | RecursionError, expecte
     elif isinstance(error, RecursionError):
         error = "nested too deeply"
     return f"{path}:{line}: not JSON ({error}); expected {expected}"
-
-
-def check_length(path: str, line: int, size: int, longest: int) -> None:
-    if size > longest:
-        raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected at most {longest:,}, remove it")
 
 
 def check_fields(where: str, row: dict, fields: dict[str, type | tuple], hint: str | None = None) -> None:
@@ -180,11 +189,11 @@ def disk_errors(path: str | Path) -> Iterator[None]:
                         "written, and run the same command again") from error
 
 
-def check_output(output: str | Path, inputs: Iterable[str | Path]) -> None:
+def check_output(output: str | Path, inputs: Iterable[str | Path], flag: str = "--output") -> None:
     """Raise DataError if writing `output` would replace one of the inputs."""
     for path in inputs:
         if os.path.realpath(path) == os.path.realpath(output):
-            raise DataError(f"--output {output}: is read too, as {path}; name another --output")
+            raise DataError(f"{flag} {output}: is read too, as {path}; name another {flag}")
 
 
 def replace_file(path: str | Path, write: Callable, mode: str = "w") -> None:

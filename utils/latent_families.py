@@ -5,14 +5,12 @@ segment does not stop the row, nor does a start re-open it; every row has its ow
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.jsonl import DataError
+from utils.jsonl import DataError, find_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -258,16 +256,11 @@ def load_head(path: str, device: torch.device,
     import torch.nn.functional as F
     from safetensors import safe_open
 
-    files = ["model.safetensors"]
-    if index := find_file(path, "model.safetensors.index.json"):
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({file for name, file in places.items() if name.startswith(LVR_HEAD)})
     head = {}
-    for name in files:
-        if file := find_file(path, name):
-            with safe_open(file, "pt") as weights:
-                head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
-                         for key in weights.keys() if key.startswith(LVR_HEAD)}
+    for file in sorted(find_checkpoint(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
+                     for key in weights.keys() if key.startswith(LVR_HEAD)}
     if not head:
         return None
 

@@ -11,6 +11,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from utils.jsonl import check_value, unique_keys
+
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
            "sixteen seventeen eighteen nineteen twenty").split()
 TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
@@ -214,23 +216,32 @@ def fold(text: str, prose: bool = False) -> str:
 
 
 # ---- JSON
-DECODER = json.JSONDecoder(strict=False)  # servers let control characters pass inside strings
+LENIENT = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys)  # line breaks in strings pass
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters but for white space
 JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
 
 
 def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply that UTF-8 can hold, whatever surrounds it."""
-    place, last, escapes = text.find("{"), None, "\\u" in text
+    """Return the last JSON object in a reply, whatever surrounds it; None if it has control characters. What
+    is no JSON, or nothing that UTF-8 can hold, is no object."""
+    place, last = text.find("{"), None
     while place >= 0:
         try:
-            value, end = DECODER.raw_decode(text, place)
-            if escapes:  # of half a surrogate pair, say
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-            last = value
+            value, end = LENIENT.raw_decode(text, place)
+            check_value(text, value, exact=True)
+            last = None if CONTROL.search(texts_of(value)) else value
         except (ValueError, RecursionError):
             end = place + 1
         place = text.find("{", end)
     return last
+
+
+def texts_of(value: object) -> str:
+    """Return all strings in a JSON value, keys included, a line each."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(parts, list):
+        return "\n".join(map(texts_of, parts))
+    return parts if isinstance(parts, str) else ""
 
 
 def schema_fault(value: object, schema: dict, where: str = "the reply") -> str | None:

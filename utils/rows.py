@@ -16,14 +16,14 @@ from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
 from utils.jsonl import DataError, call_key, check_fields, read_rows
-from utils.reply_text import BOX, last_boxed
+from utils.reply_text import BOX, CONTROL, last_boxed, texts_of
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
 # Each alternative starts with a literal character: four times as fast as a character class.
 SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
-ROW_REASONS = ("structure", "question", "answer")
+ROW_REASONS = ("structure", "control", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta",
                    "caption_loop", "caption_markup", "caption_leak")
 IMAGE_WINDOW = 4096  # rows whose images are checked in parallel
@@ -31,7 +31,7 @@ MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for at most 80
 MAX_REPEATED = 0.3  # share of 4-grams that occurred before in the same text
 MARKUP = re.compile(
     r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
-    r"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{0,200}\]|\\boxed|```")
+    rf"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{{0,200}}\]|\\boxed|```|{CONTROL.pattern}")
 REFUSAL = re.compile(
     r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist|answer"
     r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b", re.I)
@@ -100,7 +100,7 @@ def has_loop(text: str, words: list[str] | None = None) -> bool:
 
 def find_markup(text: str) -> set[str]:
     # most texts have none of these characters: 20 times as fast
-    if "<" in text or "[" in text or "\\" in text or "`" in text:
+    if "<" in text or "[" in text or "\\" in text or "`" in text or not text.isprintable():
         return {match[0] for match in MARKUP.finditer(text)}
     return set()
 
@@ -146,11 +146,13 @@ def read_own(path: str, fields: dict, limit: int | None, hint: str) -> list[dict
 
 def row_fault(row: dict) -> str | None:
     """Return the first of ROW_REASONS that holds for a row of our form, or None. Rows need an image of the
-    question and of a step, a text as last step, the options that the question announces, an <image> marker
-    per image or none, and the answer in the last step's box."""
+    question and of a step, a text as last step, no control character, the options that the question
+    announces, an <image> marker per image or none, and the answer in the last step's box."""
     steps, question, answer = row["steps"], row["question"], row["answer"]
     if not row["images"] or not any("image" in step for step in steps) or "image" in steps[-1]:
         return "structure"
+    if CONTROL.search(texts_of([question, answer, steps, row.get("chain")])):
+        return "control"
     n_markers = question.count("<image>")
     if not question.strip() or NO_OPTIONS.search(question) or n_markers not in (0, len(row["images"])):
         return "question"

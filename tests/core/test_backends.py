@@ -27,6 +27,30 @@ def test_parse_json_reply(text, value):
     assert parse_json_reply(text) == value
 
 
+def wrapped(value: str) -> list[str]:
+    """Return replies that hold a JSON value: alone, deeper, in prose, in a fence, after a good one."""
+    return [f'{{"a": "red", "b": {value}}}', f'{{"a": [{{"b": {value}}}]}}', f'Sure: {{"a": {value}}} Done.',
+            f'```json\n{{"a": {{"b": [1, {value}]}}}}\n```', f'{{"a": 1}} {{"a": {value}}}']
+
+
+@pytest.mark.parametrize("value", [
+    "NaN", "-Infinity", "1e999", '{"c": 1, "c": 2}', '{"c": 1, "\\u0063": 1}', '"\\u0000"', '"a\0b"',
+    '"\\boxed{4}"', '"\\u001b[31m"', '"\x1b[0m"', '"\x7f"', '"\\u009b"', '{"\\u0007": 1}', '"\\ud83d"'])
+def test_a_reply_with_what_is_no_json_or_no_text_is_none(value):
+    *replies, after = wrapped(value)
+    assert [parse_json_reply(reply) for reply in replies] == [None] * 4
+    assert parse_json_reply(after) in (None, {"a": 1})
+
+
+@pytest.mark.parametrize("value, said", [
+    ('"a\nb\tc"', "a\nb\tc"), ('"\\u2028\\u0085"', "\u2028\x85"), ('"\\\\boxed{4}"', "\\boxed{4}"),
+    ("1e300", 1e300), ('"\\ud83d\\ude00"', "\U0001f600")])
+def test_white_space_and_escapes_of_a_reply_are_text(value, said):
+    assert [parse_json_reply(reply) for reply in wrapped(value)] == [
+        {"a": "red", "b": said}, {"a": [{"b": said}]}, {"a": said}, {"a": {"b": [1, said]}}, {"a": said}]
+
+
+
 @pytest.mark.parametrize("change, fault", [
     ({}, None), ({"extra": 1}, None), ({"caption": 3}, "'caption' should be of type string"),
     ({"caption": "x" * 21}, "'caption' is too long: 21 characters"),

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from decoding import (MIRAGE, batch_of, embedded, generate, library_generate, load_with, needs_bfloat16,
-                      one_pass)
+                      one_pass, prefill_more, prefill_with)
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from utils import qwen as Q
-from utils.decode import decode, layer_inputs, prefill, prefill_more, truncate_cache
+from utils.decode import decode, layer_inputs, prefill, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
@@ -136,10 +136,10 @@ def test_latents_put_into_the_prompt_replay_the_run(qwen):
     prompt = chat(qwen.tokenizer, "I look closer.", 0) + qwen.tokenizer.decode(clean.ids[:cut])
     again = Q.encode(qwen, [prompt], [[]])
     assert again["input_ids"][0, -cut:].tolist() == clean.ids[:cut]
-    rest = generate(qwen, again, 16 - cut, MIRAGE, prompt_latents=[clean.fed[:segment.size]])[0]
-    assert rest.ids == clean.ids[cut:]
+    state = prefill_with(qwen, again, [clean.fed[:segment.size]])
+    assert decode(qwen, state, 16 - cut, MIRAGE)[0][0].ids == clean.ids[cut:]
     with pytest.raises(DataError, match="1 latents for 4 latent pads"):
-        generate(qwen, again, 2, MIRAGE, prompt_latents=[clean.fed[:1]])
+        prefill_with(qwen, again, [clean.fed[:1]])
 
 
 def test_text_of_a_row_has_no_latents_and_no_control_tokens(qwen):
@@ -163,7 +163,7 @@ def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, ro
     padded = batch | {"input_ids": batch["input_ids"].clone()}
     padded["input_ids"][:, -3:-1] = latent_ids(qwen.tokenizer, MIRAGE)[1]
     latents = [torch.full((2, 32), value) for value in (0.0, 0.5, 1.0)]
-    whole, given = prefill(qwen, batch), prefill(qwen, padded, MIRAGE, latents)
+    whole, given = prefill(qwen, batch), prefill_with(qwen, padded, latents)
     monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
     parts = prefill(qwen, batch)
     assert torch.allclose(parts.hidden, whole.hidden, atol=1e-5)
@@ -177,8 +177,8 @@ def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, ro
             assert torch.equal(parts.hidden[i], prefill(qwen, batch_of(qwen, slice(i, i + 1))).hidden[0])
     together, apart = (decode(qwen, state, 16, MIRAGE)[0] for state in (whole, parts))
     assert [row.ids for row in together] == [row.ids for row in apart]
-    assert torch.allclose(prefill(qwen, padded, MIRAGE, latents).hidden, given.hidden, atol=1e-5)
-    assert not torch.allclose(prefill(qwen, padded, MIRAGE, latents[::-1]).hidden, given.hidden, atol=1e-3)
+    assert torch.allclose(prefill_with(qwen, padded, latents).hidden, given.hidden, atol=1e-5)
+    assert not torch.allclose(prefill_with(qwen, padded, latents[::-1]).hidden, given.hidden, atol=1e-3)
 
 
 def test_rows_taken_from_one_prefill_decode_as_they_do_alone(qwen, batch):

@@ -3,11 +3,13 @@ import base64
 import io
 import os
 import random
+import struct
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 from PIL import Image
-from samples import EPS, png
+from samples import EPS, grey_tiff, png
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from utils.images import (IMAGE_REASONS, ImageError, check_images, data_url, image_size, open_image,
@@ -50,7 +52,7 @@ UNCHANGED = ("rgb.png", "rgb.jpg", "grey.png", "grey.webp")  # what every server
     ("palette.png", PALETTE, RED, BLUE, {}), ("hole.png", PALETTE, WHITE, BLUE, {"transparency": 0}),
     ("cmyk.jpg", two_halves("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), RED, (0, 0, 0), {}),
     ("deep.png", two_halves("I;16", 257 * 10, 257 * 200), *GREY, {}),
-    ("deep.tif", two_halves("I", 257 * 10, 257 * 200), *GREY, {}),
+    ("deep.tif", two_halves("I;16", 257 * 10, 257 * 200), *GREY, {}),
     ("turned.png", HALVES, RED, BLUE, {"exif": TURNED}), ("a.gif", HALVES, RED, BLUE, {}),
     ("moving.gif", HALVES, RED, BLUE, {"save_all": True, "append_images": [two_halves("L", 10, 200)]})])
 def test_a_picture_becomes_rgb_and_is_sent_as_it_is_or_as_jpeg(tmp_path, name, image, left, right, options):
@@ -92,6 +94,68 @@ def test_files_that_cannot_be_used_have_a_reason(tmp_path, name, data, reason):
         with pytest.raises(ImageError, match=name) if reason else nullcontext() as caught:
             read(tmp_path / name)
         assert reason is None or caught.value.reason == reason in IMAGE_REASONS
+
+
+def colours(path) -> list[tuple]:
+    """Return the colours of a picture of one line as it is opened."""
+    return list(map(tuple, np.asarray(open_image(path))[0].tolist()))
+
+
+def test_greys_of_no_known_depth_are_refused_by_all_that_open_pictures(tmp_path):
+    rng = random.Random(0)
+    values = {kind: [rng.randrange(low, high) for _ in range(40)] for kind, low, high in (
+        (1, 0, 4096), (2, -9, 30_000), (3, 0, 1000))}
+    noise = Image.frombytes("F", (40, 30), struct.pack("<1200f", *(rng.random() for _ in range(1200))))
+    refused = {f"{bits}-{kind}": grey_tiff(values[kind], bits, kind)
+               for bits, kind in ((12, 1), (16, 2), (32, 1), (32, 2), (32, 3))}
+    refused |= {"white is 0": grey_tiff(values[1], 16, photometric=0)}
+    for mode in ("F", "I"):
+        noise.convert(mode).save(buffer := io.BytesIO(), "TIFF")
+        refused[mode] = buffer.getvalue()
+    path = tmp_path / "a.tif"
+    for name, data in refused.items():
+        path.write_bytes(data)
+        for read in (open_image, image_size, lambda path: data_url(path, 10**6, 28)):
+            with pytest.raises(ImageError, match=r"a\.tif: greys of mode .* expected 8 or 16") as caught:
+                read(path)
+            assert caught.value.reason == "image_depth", name
+        assert check_images(tmp_path, ["a.tif"], []).reason == "image_depth"
+    path.write_bytes(grey_tiff([value * 16 for value in values[1]], 16))
+    assert colours(path) == [(round(value * 16 / 257),) * 3 for value in values[1]]
+    path.write_bytes(grey_tiff([value // 16 for value in values[1]], 8))
+    assert colours(path) == [(value // 16,) * 3 for value in values[1]]
+
+
+@pytest.mark.parametrize("depth, colour", [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_colour_that_a_png_calls_transparent_becomes_white_and_no_other(tmp_path, depth, colour):
+    """Oracle: the pixels that were written, each scaled to 8 bits by hand. The key is one that is there, one
+    that differs from it in the last bit, or one that is nowhere."""
+    rng, n, size = random.Random(f"{depth} {colour}"), 3 if colour else 1, 96
+    top = (1 << depth) - 1
+    for round_ in range(12):
+        pixels = [tuple(rng.randrange(top + 1) for _ in range(n)) for _ in range(size)]
+        chosen = rng.choice(pixels)
+        near = (*chosen[:-1], chosen[-1] ^ 1)
+        pixels[5] = near if round_ % 2 else chosen
+        key = (chosen, near, tuple(rng.randrange(top + 1) for _ in range(n)))[round_ % 3]
+        bits = "".join(f"{value:0{depth}b}" for pixel in pixels for value in pixel)
+        line = b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
+        path = tmp_path / "a.png"
+        path.write_bytes(png(size, 1, depth, colour, line, (b"tRNS", struct.pack(f">{n}H", *key))))
+        is_deep = (depth, colour) == (16, 2)  # of which the library keeps the higher bytes
+        shown = [tuple(value >> 8 if is_deep else round(value * 255 / top) for value in pixel)
+                 for pixel in pixels]
+        expected = [WHITE if pixel == key else (tone * 3)[:3] for pixel, tone in zip(pixels, shown)]
+        assert colours(path) == expected, (depth, colour, key)
+        head, data = sent(path, 10**6)
+        assert head == "data:image/jpeg;base64" and Image.open(io.BytesIO(data)).mode == "RGB"
+
+
+def test_a_file_that_is_no_picture_is_described_alike_each_time(tmp_path):
+    """The library's words hold a place in memory."""
+    (tmp_path / "a.jpg").write_bytes(b"<html>404</html>")
+    details = {check_images(tmp_path, ["a.jpg"], []).detail for _ in range(3)}
+    assert len(details) == 1 and "0x" not in details.pop()
 
 
 def test_smart_size_equals_transformers():

@@ -53,6 +53,10 @@ ROW = b'{"id": "a", "n": 1}'
     (b'{"id": "\xff", "n": 1}', "byte 0xff is not UTF-8"), (b'{"id": "\\ud800"}', ".* half a surrogate pair"),
     (b"[" * 10_000 + b"]" * 10_000, ".*nested too deeply"), (b'{"id": ' + b"9" * 5000 + b"}", "not JSON"),
     (b'{"id": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", ".*nested too deeply"),
+    *((b'{"id": "b", "n": 1, "x": ' + number + b"}", r"not JSON \(Out of range float values")
+      for number in (b"NaN", b"[-Infinity]", b'{"y": 1e999}', b"9" * 400 + b".0")),
+    (b'{"id": "b", "n": 1, "n": 1}', r"not JSON \(key 'n' 2 times in one object\)"),
+    (b'{"id": "b", "n": 1, "x": [{"y": 1, "\\u0079": 2, "y": 3}]}', r"not JSON \(key 'y' 3 times"),
     (b'["' + b"x" * 2**20 + b'"]', "a row of 1,048,58[01] bytes")])
 def test_a_damaged_row_is_reported_with_its_line(tmp_path, row, match):
     for form, line in ((b"%b\n%b\n", 2), (b"%b\n\n%b", 3), (b"[%b,\n%b]", 2)):
@@ -82,6 +86,9 @@ def test_rows_after_the_limit_are_not_read(tmp_path, data):
 def test_a_damaged_object_is_a_data_error(tmp_path, text, match):
     path = write(tmp_path / "settings.json", b'{"a": 1}')
     assert load_object(path, fields={"a": int}) == {"a": 1}
+    path.write_text('{"a": 1, "a": 1}')
+    with pytest.raises(DataError, match="key 'a' 2 times in one object"):
+        load_object(path)
     path.write_text('{"a": NaN}')  # a measure may be undefined; a setting may not
     assert load_object(path)["a"] != load_object(path)["a"]
     path.write_text(text)

@@ -3,8 +3,8 @@ import pytest
 from samples import row, table
 
 from utils.jsonl import DataError
-from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, has_loop, parse_options,
-                        row_fault)
+from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, find_markup, has_loop,
+                        parse_options, row_fault)
 
 
 @pytest.mark.parametrize("text, loops", [
@@ -33,6 +33,17 @@ def test_parse_options(question, options):
 def test_row_fault():
     for case in table("row_faults"):
         assert row_fault(row(**case["changes"])) == case["reason"], case
+
+
+@pytest.mark.parametrize("char", ["\0", "\x07", "\x08", "\x1b", "\x7f", "\x9b"])
+def test_a_control_character_rejects_a_row_wherever_it_stands(char):
+    text, other = f"I look{char} closer.", row()
+    steps = other["steps"]
+    for changes in ({"question": f"What{char}?"}, {"answer": f"42{char}"}, {"chain": other["chain"] + char},
+                    {"steps": [{"text": text}, *steps[1:]]},
+                    {"steps": [steps[0], steps[1] | {"caption": text}, steps[2]]}):
+        assert row_fault(row(**changes)) == "control" and row_fault(other) is None
+    assert caption_fault(f"a red{char} boat") == "caption_markup" and find_markup(text) == {char}
 
 
 @pytest.mark.parametrize("changes, match", [

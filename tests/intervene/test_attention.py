@@ -1,10 +1,11 @@
 """Attention of the stems' rows against the library's own full maps."""
 import pytest
 import torch
-from decoding import MIRAGE, batch_of, load_with
+from decoding import MIRAGE, batch_of, load_with, prefill_more
 
-from utils.decode import decode, embed_prompt, prefill, prefill_more, truncate_cache
+from utils.decode import decode, prefill, truncate_cache
 from utils.intervene.attention import GROUPS, WATCHED, attention_weights, stem_attention, watched
+from utils.probe.states import embed_prompt
 
 pytestmark = pytest.mark.numeric
 
@@ -24,7 +25,7 @@ def full_maps(qwen, batch, block):
     images = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
     qwen.model.set_attn_implementation("eager")
     try:
-        out = qwen.model.model(inputs_embeds=embed_prompt(qwen, {"input_ids": ids, **images}, None, None),
+        out = qwen.model.model(inputs_embeds=embed_prompt(qwen, {"input_ids": ids, **images}),
                                position_ids=torch.cat([batch["position_ids"], places], dim=2),
                                attention_mask=mask, output_attentions=True)
     finally:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import MIRAGE, embedded, load_with, one_pass
+from decoding import MIRAGE, embedded, load_with, one_pass, prefill_with
 from imagining import make_picture, write_items
 from PIL import Image
 
@@ -128,7 +128,7 @@ def test_the_vectors_fed_again_without_an_image_depend_on_nothing_else(batch):
     ids = [i for segment in clean.segments for i in (start, *[batch.pad_id] * segment.size, batch.end_id)]
     assert record["ids"][:len(ids)] == ids and record["again"] is False
     text = prompt_of(qwen.tokenizer, ITEMS[0], 0, None, "") + qwen.tokenizer.decode(ids)
-    state = prefill(qwen, encode(qwen, [text], [[]]), MIRAGE, [clean.fed])
+    state = prefill_with(qwen, encode(qwen, [text], [[]]), [clean.fed])
     scores = score_options(qwen, state, ITEMS[:1], [STEM], [[]])
     assert record["r0"]["logp"] == pytest.approx(scores[0], abs=SAME)
     rest, _ = decode(qwen, state, 24 - len(ids), MIRAGE)

@@ -4,13 +4,16 @@ import random
 from dataclasses import replace
 
 import pytest
-from samples import PAIR, monet, row
+from PIL import Image
+from samples import PAIR, monet, png, row
 
+from train_sft import marked
 from utils import qwen as Q
 from utils.chain_formats import OPERATIONS, convert
+from utils.images import smart_size
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
-from utils.train.examples import (Target, add_tokens, budget_sizes, make_example, make_examples, marked,
+from utils.train.examples import (Target, add_tokens, budget_sizes, make_example, make_examples, sort_rows,
                                   target_text)
 
 MIRAGE = PRESETS["mirage"]
@@ -107,6 +110,92 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     add_tokens(qwen, MIRAGE.tokens)
     with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):
         make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))
+    latent = Target("latent", pictures, MIRAGE)
+    n_tokens = make_example(qwen, ROW, latent).n_tokens  # latents are held to --max_tokens, too
+    assert len(make_examples(qwen, [ROW], latent, max_tokens=n_tokens)) == 1
+    with pytest.raises(DataError, match=rf"s/1: {n_tokens} tokens, .* at most --max_tokens {n_tokens - 1}"):
+        make_examples(qwen, [ROW], latent, max_tokens=n_tokens - 1)
+
+
+def test_the_budget_keeps_every_picture_within_the_aspect_that_the_processor_takes(tiny_checkpoint):
+    """What stage 2 keeps stage 3 trains on: any aspect up to 200, next to pictures of any size."""
+    rng, qwen, clamped = random.Random(0), Q.load_tools(str(tiny_checkpoint)), 0
+    for _ in range(2000):
+        low = rng.randint(1, 120)
+        thin = (low, min(low * rng.randint(90, 200), 20_000))
+        others = [(rng.randint(28, 4000), rng.randint(28, 4000)) for _ in range(rng.randint(0, 4))]
+        sizes = [thin if rng.random() < 0.5 else thin[::-1], *others]
+        most, each = rng.choice([(2000, 1280), (200, 100), (20, 5)])
+        budgeted = budget_sizes(sizes, most, each)
+        for (width, height), size in zip(budgeted, sizes):
+            assert max(width, height) <= 200 * min(width, height)
+            smart_size(width, height, qwen.factor, 3136, 12_845_056)  # raises nothing
+            assert min(width, height) >= 28 or (width, height) == size
+        clamped += any(max(size) == 200 * min(size) for size in budgeted)
+        assert budgeted == sizes or sum(w * h for w, h in sizes) > most * 784
+    assert clamped > 20
+
+
+def header(path, kind):
+    """Write a file whose fault its header tells, or (None) none."""
+    noise = Image.effect_noise((60, 40), 90)
+    if kind == "mode F":
+        noise.convert("F").save(path, "TIFF")
+    elif kind == "mode I":
+        noise.convert("I").save(path, "TIFF")
+    elif kind == "aspect":
+        Image.new("RGB", (3, 601)).save(path, "PNG")
+    elif kind == "too large":
+        path.write_bytes(png(14_000, 14_000, 8, 2, 64))
+    elif kind == "format":
+        noise.save(path, "PPM")
+    elif kind == "cut":
+        noise.save(path, "PNG")
+        path.write_bytes(path.read_bytes()[:20])
+    elif kind != "gone":
+        path.write_bytes(b"" if kind == "empty" else noise.tobytes())
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("mode F", "greys of mode F"), ("mode I", "greys of mode I"),
+    ("aspect", "3x601 pixels, expected an aspect"), ("too large", "Image size"),
+    ("format", "not a whole picture"), ("cut", "not a whole picture"),
+    ("empty", "not a whole picture"), ("noise", "not a whole picture"), ("gone", "no such image")])
+@pytest.mark.parametrize("imagination", ["text", "latent"])
+def test_what_a_header_tells_is_refused_at_the_start(tiny_checkpoint, pictures, tmp_path, kind, words,
+                                                     imagination):
+    """In one line with the row and the picture: of the question, and of a step that is imagined."""
+    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
+    header(tmp_path / "bad.png", kind)
+    change = {"images": ["bad.png"]}
+    if imagination == "latent":
+        target = replace(target, spec=MIRAGE)
+        add_tokens(qwen, MIRAGE.tokens)
+        change = {"steps": [{"image": "bad.png", "operation": "zoom"}, *ROW["steps"][2:]]}
+    with pytest.raises(DataError, match=rf"1 of 2 rows .*: bad/1: .*bad\.png: {words}") as caught:
+        make_examples(qwen, [ROW, ROW | change | {"id": "bad/1"}], target)
+    assert "\n" not in str(caught.value)
+    if imagination == "latent":  # where the step is not imagined its picture is not looked at
+        assert len(make_examples(qwen, [ROW | change], Target("placeholder", pictures))) == 1
+
+
+@pytest.mark.parametrize("imagination", ["text", "direct", "placeholder", "latent"])
+def test_control_characters_are_refused_where_the_target_shows_them(tiny_checkpoint, pictures, imagination):
+    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
+    if imagination == "latent":
+        target = replace(target, spec=MIRAGE)
+        add_tokens(qwen, MIRAGE.tokens)
+    controls = [chr(code) for code in (*range(32), *range(127, 160)) if not chr(code).isspace()]
+    texts = [f"a {char} boat" for char in controls] + ["\x1b[31mred", "bo\x00at"]
+    own = {"text": lambda text: {"chain": text}, "direct": lambda text: {"answer": text}}.get(
+        imagination, lambda text: {"steps": [*ROW["steps"][:2], {"text": text}]})
+    rows = [ROW | own(text) | {"id": f"r/{n}"} for n, text in enumerate(texts)]
+    examples, faults = sort_rows(qwen, [*rows, ROW | {"id": "q", "question": "What\x07?"}], target)
+    assert not examples and {error.reason for error in faults.values()} == {"control"}
+    whole = [ROW | own(f"a{space}boat") | {"id": f"s/{n}"}
+             for n, space in enumerate("\t\n\r\x0b\x0c\x1c\x85\u2028")]
+    examples, faults = sort_rows(qwen, whole, target)
+    assert len(examples) == len(whole) and not faults
 
 
 @pytest.mark.parametrize("sizes, budget, expected", [

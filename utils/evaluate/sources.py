@@ -50,7 +50,7 @@ class Hub:
 
 # ---- files
 def file_rows(path: Path) -> Rows:
-    json_rows = partial(located_rows, longest=MAX_CELL)  # lines may hold pictures
+    json_rows = partial(located_rows, longest=MAX_CELL, exact=False)  # lines may hold pictures
     readers = {".tsv": table_rows, ".csv": partial(table_rows, delimiter=","), ".parquet": parquet_rows,
                ".jsonl": json_rows, ".json": json_rows}
     if path.suffix not in readers:

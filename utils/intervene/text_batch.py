@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from utils.decode import State, decode, prefill_more
+from utils.decode import State, decode, prefill_blocks
 from utils.intervene.attention import stem_attention
 from utils.intervene.latent_case import NotPossible, why_no_prompt
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, pick_donor,
@@ -88,7 +88,7 @@ class TextBatch:
             able = self.prompts.places(kind)
             for places in self.settings.pieces([i for i in self.emitters if i in able]):
                 heads = [self.head(i) for i in places]
-                state = prefill_more(self.qwen, self.prompts.select(kind, places), heads)
+                state = prefill_blocks(self.qwen, self.prompts.select(kind, places), heads)[1]
                 for i, head, row in zip(places, heads, self.continued(state, places)):
                     text = self.text_of(head + row.ids)
                     self.other_spans[kind][i] = passages(text, find_spans(text))
@@ -178,7 +178,7 @@ class TextBatch:
     def read(self, kind: str, prefixes: list[Prefix]) -> State:
         """Feed the texts of prefixes back; return the state behind them."""
         ids = [self.qwen.tokenizer(prefix.text, add_special_tokens=False).input_ids for prefix in prefixes]
-        return prefill_more(self.qwen, self.prompts.select(kind, [prefix.place for prefix in prefixes]), ids)
+        return prefill_blocks(self.qwen, self.prompts.select(kind, [one.place for one in prefixes]), ids)[1]
 
     def words(self, place: int) -> str | None:
         """Return the words between the clean run's last imagination and its box, with that opened."""

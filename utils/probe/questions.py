@@ -33,7 +33,7 @@ from utils.latent_families import Generation, LatentSpec, clean_text, last_laten
 from utils.means import robust_mean, sign_flip
 from utils.option_scores import describe_scores, score_options
 from utils.probe.similarity import LEVEL, draw_halves
-from utils.probe.states import States, batched, find_steps
+from utils.probe.states import States, batched, embed_prompt, find_steps
 from utils.qwen import Qwen, encode
 from utils.rows import CLOSE, OPEN, conclusion
 from utils.stats import chance, paired_interval, share_interval
@@ -169,8 +169,10 @@ class Prober:
             for i, source in enumerate(sources):
                 text = self.store.records[source]["imagination"]
                 prompts[i] += beginning(spec, text, len(latents[i]) if spec else 0)
-        state = prefill(self.qwen, encode(self.qwen, prompts, images), spec if latents else None, latents)
-        return Asked(state, forced_ids, list(range(len(batch))))
+        inputs = encode(self.qwen, prompts, images)
+        if latents:
+            inputs["inputs_embeds"] = embed_prompt(self.qwen, inputs, spec, latents)
+        return Asked(prefill(self.qwen, inputs), forced_ids, list(range(len(batch))))
 
     def latents(self, source: str) -> np.ndarray:
         """Return the latents [k, hidden] of the first segment."""

@@ -21,7 +21,7 @@ import argparse
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +36,9 @@ from utils.decode import State, decode, prefill
 from utils.items import prompt_of
 from utils.journal import Journal, read_settings
 from utils.jsonl import DataError, replace_file
-from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids, latent_steps
+from utils.latent_families import Generation, Intervention, LatentSpec, latent_ids, latent_steps, special_id
 from utils.probe.similarity import Cell
-from utils.qwen import Qwen, encode, image_features
+from utils.qwen import IMAGE_TOKEN, Qwen, encode, image_features
 from utils.rows import CLOSE, find_spans
 
 KINDS = ("latent", "fed", "imagined", "text", "image", "inner", "dummy_pad", "start")
@@ -184,6 +184,25 @@ def read_record(where: str, line: bytes) -> dict:
         raise DataError(f"{where}: damaged line {line[:40]!r} ({error}); remove it to capture its sample "
                         "again") from error
     return record
+
+
+# ---- latents in a prompt
+@torch.no_grad()
+def embed_prompt(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
+                 latents: Iterable[torch.Tensor] = ()) -> torch.Tensor:
+    """Return the embeddings [B, L, hidden] of `encode`'s prompts, with each row's `latents` [n, hidden] at
+    its n latent pads."""
+    embeds = qwen.model.get_input_embeddings()(inputs["input_ids"])
+    if "pixel_values" in inputs:
+        is_image = inputs["input_ids"] == special_id(qwen.tokenizer, IMAGE_TOKEN)
+        features = torch.cat(image_features(qwen, inputs)).to(embeds)
+        embeds = embeds.masked_scatter(is_image[..., None], features)
+    for i, vectors in enumerate(latents):
+        is_pad = inputs["input_ids"][i] == latent_ids(qwen.tokenizer, spec)[1]
+        if is_pad.sum() != len(vectors):
+            raise DataError(f"row {i}: {len(vectors)} latents for {is_pad.sum()} latent pads in the prompt")
+        embeds[i, is_pad] = vectors.to(embeds)
+    return embeds
 
 
 # ---- capture

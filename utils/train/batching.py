@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
+from utils.images import ImageError
 from utils.jsonl import DataError
 from utils.qwen import Qwen
 from utils.train.examples import Example, Target, make_pack
@@ -77,6 +78,9 @@ class Steps(torch.utils.data.Dataset):
         """Return a micro-batch, or the error of its images: raised in a worker, it would be a traceback."""
         try:
             return self.make(*place)
+        except ImageError as error:
+            return DataError(f"step {place[0] + 1}: {error}; restore the picture and run the same command "
+                             "again, or leave its rows out in a new run (--skip_bad)")
         except DataError as error:
             return DataError(str(error))
 

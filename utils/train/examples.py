@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from utils.images import image_size, open_image, resolve_image, smart_size
+from utils.images import MAX_ASPECT, image_size, open_image, resolve_image, smart_size
 from utils.items import END_OF_TURN, chat, plain
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids, special_id
 from utils.qwen import THREADS, Qwen, collate, process_images
+from utils.reply_text import CONTROL
 
 PLACEHOLDER = "<think_image>"
 SILENT = re.compile(r"</?think_image>|\\boxed\{\s*\}")  # what a reply may hold and still say nothing
@@ -91,22 +92,19 @@ def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_t
     """Return the (width, height) of each image of a sample under a budget of visual tokens.
 
     Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py): above the total every image shrinks by
-    one ratio, and only then each is bounded by `image_tokens`.
+    one ratio, and only then each is bounded by `image_tokens`. Here the aspect stays within MAX_ASPECT, too.
     """
     area, total = factor * factor, sum(width * height for width, height in sizes)
     if total <= total_tokens * area:
         return list(sizes)
 
-    def shrink(width: int, height: int, ratio: float) -> tuple[int, int]:
-        return tuple(max(factor, int(side * ratio) // factor * factor) for side in (width, height))
+    def shrink(size: tuple[int, int], ratio: float) -> tuple[int, int]:
+        sides = [max(factor, int(side * ratio) // factor * factor) for side in size]
+        return tuple(min(side, MAX_ASPECT * min(sides)) for side in sides)
 
-    budgeted = []
-    for width, height in sizes:
-        width, height = shrink(width, height, math.sqrt(total_tokens * area / total))
-        if width * height > image_tokens * area:
-            width, height = shrink(width, height, math.sqrt(image_tokens * area / (width * height)))
-        budgeted.append((width, height))
-    return budgeted
+    budgeted = [shrink(size, math.sqrt(total_tokens * area / total)) for size in sizes]
+    return [size if math.prod(size) <= image_tokens * area else
+            shrink(size, math.sqrt(image_tokens * area / math.prod(size))) for size in budgeted]
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
@@ -120,11 +118,10 @@ def load_images(paths: list[Path], target: Target, factor: int) -> list:
 def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int, int]]:
     """Return, from file headers, the (rows, columns) of patches that images will have, swapped where EXIF
     rotates the image; only their product is used."""
-    limits = qwen.image_processor.size["shortest_edge"], qwen.image_processor.size["longest_edge"]
-    sizes = budget_sizes([image_size(path) for path in paths], target.total_tokens, target.image_tokens,
-                         qwen.factor)
-    sizes = [smart_size(*size, qwen.factor, *limits) for size in sizes]
-    side = qwen.image_processor.patch_size
+    limits, side = qwen.image_processor.size, qwen.image_processor.patch_size
+    sizes = budget_sizes(list(map(image_size, paths)), target.total_tokens, target.image_tokens, qwen.factor)
+    sizes = [smart_size(*size, qwen.factor, limits["shortest_edge"], limits["longest_edge"])
+             for size in sizes]
     return [(height // side, width // side) for width, height in sizes]
 
 
@@ -137,7 +134,9 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
     reply = target_text(row, target) + END_OF_TURN
     if not says_something(row, target):
         raise DataError(f"the reply is {reply[:60]!r}, expected words: its text is empty (--imagination "
-                        f"{target.imagination})")
+                        f"{target.imagination})", "empty")
+    if found := CONTROL.search(row["question"] + reply):
+        raise DataError(f"the control character {found[0]!a} in question or reply, expected text", "control")
     prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids
                              for text in (prompt, reply))
     steps, untrained = [], set()
@@ -151,37 +150,37 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
     for path, (rows, columns) in zip(steps, example.step_grids):
         n_visual = rows * columns // 4
         if n_visual < spec.size:
-            raise DataError(f"{path}: {n_visual} visual tokens, expected at least {spec.size}, the latents")
+            raise DataError(f"{path}: {n_visual} visual tokens, expected at least {spec.size}, the latents",
+                            "latents")
     return example
 
 
-def make_examples(qwen: Qwen, rows: list[dict], target: Target,
-                  max_tokens: int | None = None) -> list[Example]:
-    """Tokenize all rows; one DataError counts and names the bad ones."""
-    examples, faults = [], []
+def sort_rows(qwen: Qwen, rows: list[dict], target: Target,
+              max_tokens: int | None = None) -> tuple[list[Example], dict[str, DataError]]:
+    """Return (rows as examples, the faults of the others by id). Of pictures only the header is read."""
+    examples, faults = [], {}
     for row in rows:
         try:
             example = make_example(qwen, row, target)
             if max_tokens is not None and example.n_tokens > max_tokens:
                 raise DataError(f"{example.n_tokens} tokens, visual ones included, expected at most "
-                                f"--max_tokens {max_tokens}")
+                                f"--max_tokens {max_tokens}", "length")
             examples.append(example)
         except DataError as error:
-            faults.append(f"{row['id']}: {error}")
+            faults[row["id"]] = error
+    return examples, faults
+
+
+def make_examples(qwen: Qwen, rows: list[dict], target: Target, max_tokens: int | None = None
+                  ) -> list[Example]:
+    """Tokenize all rows; one DataError counts and names the bad ones."""
+    examples, faults = sort_rows(qwen, rows, target, max_tokens)
     if faults:
-        more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise DataError(f"{len(faults)} of {len(rows)} rows cannot be trained on; fix or remove them:\n  "
-                        + "\n  ".join(faults[:SHOWN]) + more)
+        lines = [f"{name}: {error}" for name, error in faults.items()]
+        lines[SHOWN:] = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        head = f"{len(faults)} of {len(rows)} rows cannot be trained on; fix them or use --skip_bad:"
+        raise DataError(("\n  " if len(lines) > 1 else " ").join([head, *lines]))
     return examples
-
-
-def marked(qwen: Qwen, example: Example) -> str:
-    """Return the text of a row with the trained tokens between >> and <<."""
-    text, before = "", False
-    for token, is_trained in zip(example.ids, example.trained):
-        text += ">>" if is_trained and not before else "<<" if before and not is_trained else ""
-        text, before = text + qwen.tokenizer.decode([token]), is_trained
-    return text + ("<<" if before else "")
 
 
 # ---- packs
