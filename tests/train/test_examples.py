@@ -107,6 +107,8 @@ def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
     assert all(part in text for part in ("a/2: ", "gone.png", "a/3: ", "1 <image> markers for 0 images"))
     with pytest.raises(DataError, match=r"s/1: \d+ tokens, visual ones included, expected at most --max_"):
         make_examples(qwen, [ROW], target, max_tokens=20)
+    with pytest.raises(DataError, match="^'<.latent_pad.>' is .* expected one added token"):  # no row's fault
+        sort_rows(qwen, [ROW], Target("latent", pictures, MIRAGE))
     add_tokens(qwen, MIRAGE.tokens)
     with pytest.raises(DataError, match="b.png: 6 visual tokens, expected at least 9"):
         make_examples(qwen, [ROW], Target("latent", pictures, replace(MIRAGE, size=9)))

@@ -167,6 +167,8 @@ def sort_rows(qwen: Qwen, rows: list[dict], target: Target,
                                 f"--max_tokens {max_tokens}", "length")
             examples.append(example)
         except DataError as error:
+            if error.reason is None:  # not the row's
+                raise
             faults[row["id"]] = error
     return examples, faults
 
