@@ -152,8 +152,7 @@ def plain(text: str) -> str:
 def user_content(text: str, n_images: int) -> list[dict]:
     """Return the content of a user turn: images at the `<image>` marks, else first."""
     pieces = plain(text).split("<image>")
-    if len(pieces) == 1:
-        pieces = [""] * n_images + pieces
+    pieces = pieces if len(pieces) > 1 else [""] * n_images + pieces
     if len(pieces) - 1 != n_images:
         raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}",
                         "question")

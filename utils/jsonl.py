@@ -106,8 +106,7 @@ def load_text(text: str, exact: bool = False) -> object:
 
 
 def check_value(text: str, value: object, exact: bool) -> None:
-    """Raise UnicodeEncodeError for half a surrogate pair, which UTF-8 cannot hold, and ValueError for NaN and
-    infinities if `exact`."""
+    """Raise UnicodeEncodeError for half a surrogate pair and, if `exact`, ValueError for NaN and infinity."""
     if exact or "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False, allow_nan=not exact).encode("utf-8")
 
