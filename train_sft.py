@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from accelerate import Accelerator
 
-    from utils.qwen import load_tools
+    from utils.qwen import checkpoint_errors, load_tools
     from utils.train.batching import Batching, Steps
     from utils.train.checkpoints import lock_run_folder
     from utils.train.examples import add_tokens, make_examples
@@ -360,7 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     target, tools = make_target(args), load_tools(args.model)
     if target.spec:
         add_tokens(tools, target.spec.tokens)
-        if load_head(args.model, torch.device("cpu"), torch.float32):
+        with checkpoint_errors(args.model):
+            head = load_head(args.model, torch.device("cpu"), torch.float32)
+        if head:
             raise DataError(f"--model {args.model}: latents of this base pass through a head ({LVR_HEAD}*), "
                             "which training neither applies nor keeps; expected a base without one, or "
                             "another --imagination")

@@ -302,7 +302,7 @@ def test_no_latents_are_trained_on_a_base_with_a_latent_head(tiny_checkpoint, da
     weights = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(weights[:len(weights) // 2])
     assert run_here("train_sft", flags(data, base, tmp_path / "o", *more)) == 2
-    assert "model.safetensors: not whole" in capsys.readouterr().err
+    assert "no whole checkpoint here or on the hub: " in capsys.readouterr().err
 
 
 def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):

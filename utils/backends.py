@@ -203,7 +203,7 @@ class LocalBackend:
                 images.append([open_picture(picture) for picture in request.pictures])
                 ready.append(request)
             except ImageError as error:
-                failed.append(failure(request, error.reason))
+                failed.append(Reply(request.key, "", "error", 0, 0, 0.0, error.reason))
         tokenizer = self.qwen.tokenizer
         prompts = [render(tokenizer, request.messages) if request.messages else
                    chat(tokenizer, request.text, len(request.images), request.system) for request in ready]
@@ -219,7 +219,7 @@ class LocalBackend:
         del prepared
         torch.cuda.empty_cache()
         if len(batch) == 1:
-            return [failure(batch[0], OUT_OF_MEMORY)]
+            return [Reply(batch[0].key, "", "error", 0, 0, 0.0, OUT_OF_MEMORY)]
         half = len(batch) // 2
         n_tokens = len(batch) * max(self.length(request) + request.max_tokens for request in batch)
         self.batch_tokens = max(1, min(self.batch_tokens, n_tokens // 2))
@@ -254,10 +254,6 @@ class LocalBackend:
                 image_grids=tuple(next(grids) for _ in request.pictures), prefill_seconds=prefill_seconds,
                 n_rows=len(rows)))
         return replies
-
-
-def failure(request: Request, error: str) -> Reply:
-    return Reply(request.key, "", "error", 0, 0, 0.0, error)
 
 
 def render(tokenizer, messages: tuple) -> str:

@@ -85,9 +85,8 @@ def prefill(qwen: Qwen, inputs: dict) -> State:
 
 def read_prompts(qwen: Qwen, inputs: dict) -> tuple[DynamicCache, torch.Tensor]:
     """Return the cache and the last states [B, hidden] of one forward pass."""
-    given = "inputs_embeds" in inputs
-    names = ("inputs_embeds",) if given else ("input_ids", "pixel_values", "image_grid_thw")
-    prompt = {name: inputs[name] for name in (*names, "attention_mask", "position_ids") if name in inputs}
+    keys = ["inputs_embeds"] if "inputs_embeds" in inputs else ["input_ids", "pixel_values", "image_grid_thw"]
+    prompt = {name: inputs[name] for name in (*keys, "attention_mask", "position_ids") if name in inputs}
     with multiplied_patches(qwen.model):
         out = qwen.model.model(**prompt, use_cache=True)
     return out.past_key_values, out.last_hidden_state[:, -1]

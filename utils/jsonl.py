@@ -55,8 +55,7 @@ def located_rows(path: str | Path, limit: int | None = None, hint: str | None = 
         if size > longest:
             raise DataError(f"{path}:{line}: a row of {size:,} bytes; expected at most {longest:,}")
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{line}: expected a JSON object, got {type(row).__name__} {str(row)[:40]!r}")
+            raise DataError(f"{path}:{line}: expected a JSON object, got {type(row).__name__} {row!r:.40}")
         yield f"{path}:{line}", row
 
 
