@@ -33,8 +33,8 @@ from utils.journal import Journal
 from utils.jsonl import DataError, check_output, object_schema, read_rows, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.reply_text import last_boxed
-from utils.rows import (CAPTION_REASONS, CLOSE, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_rows,
-                        find_markup, parse_options, read_own, row_fault, split_final)
+from utils.rows import (CAPTION_REASONS, CLOSE, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own,
+                        check_rows, count_words, find_markup, parse_options, row_fault, split_final, units_of)
 from utils.stats import wilson
 
 PROMPTS_VERSION = 3  # raised with every change of a prompt below; the paper's own prompts are not public
@@ -92,6 +92,14 @@ class Verdict:
 
 
 # ---- rules
+def read_input(path: str, limit: int | None) -> list[dict]:
+    """Read the rows of stage 1."""
+    rows = read_rows(path, INPUT_FIELDS, limit, "rewrite_captions.py writes it")
+    for row in rows:
+        check_own(f"{path}: id {row['id']!r}", row)
+    return rows
+
+
 def split_spans(text: str) -> tuple[list[str], str]:
     """Return (the imaginations of a whole chain, the chain without them)."""
     end = text.rfind(CLOSE) + len(CLOSE) if CLOSE in text else 0  # searching further takes quadratic time
@@ -137,13 +145,13 @@ def compare(value: str, wanted: str, options: dict[str, str]) -> bool | None:
     if options:
         return False if any(answers_match(value, text, options) for text in options.values()) else None
     texts = [normalize(value), normalize(wanted)]
-    words, numbers = [text.split() for text in texts], [QUANTITY.fullmatch(text) for text in texts]
+    words, numbers = [units_of(text) for text in texts], [QUANTITY.fullmatch(text) for text in texts]
     if texts[0] in NO_VALUE or {*words[0]} <= {*words[1]} or {*words[1]} <= {*words[0]}:
         return None
     if any(numbers):
         units = {number and (number[1] or number[4]) for number in numbers} - {""}
         return None if None in units or len(units) > 1 else False
-    return None if max(map(len, words)) > LONGEST_COMPARED else False
+    return None if max(map(count_words, words)) > LONGEST_COMPARED else False
 
 
 def decide(value: dict, row: dict, keep_unclear: bool) -> list[str]:
@@ -298,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = load_prompts(args.prompts, PROMPTS)
     return run_stage(args, Stage(
         inputs, prompts, PROMPTS_VERSION, SCHEMAS, {"stage": "filter_data"},
-        read=lambda: read_own(args.input, INPUT_FIELDS, args.limit, "rewrite_captions.py writes it"),
+        read=lambda: read_input(args.input, args.limit),
         preview=lambda rows: preview(rows, args, prompts),
         work=lambda rows, caller: judge(rows, caller, args),
         export=lambda rows, verdicts: export(rows, verdicts, args.output, faults),

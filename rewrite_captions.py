@@ -35,8 +35,8 @@ from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import check_output, check_unique, located_rows, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
-from utils.rows import (CAPTION_REASONS, ROW_REASONS, caption_fault, check_rows, find_markup, has_loop, mark,
-                        split_final)
+from utils.rows import (CAPTION_REASONS, HAN_KANA, ROW_REASONS, THAI_KHMER, caption_fault, check_rows,
+                        count_words, find_markup, has_loop, mark, split_final)
 
 PROMPTS_VERSION = 2  # raised with every change of a prompt below; the paper's own prompts are not public
 PROMPTS = {
@@ -85,13 +85,16 @@ SCHEMAS = {
 REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS,
            "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
 NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # a third faster than \d+
-QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”")
+QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|「([^」]+)」|『([^』]+)』")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
 SHORT_CAPTION = 5  # content words, of which none may be lost
 FILLER = set("and are but for from has have its the their there this that was were which with".split())
+# a word of three letters; without spaces, a character but for Japanese inflections, or four of Thai
+CONTENT = re.compile(rf"[^\W{HAN_KANA}{THAI_KHMER}]{{3,}}|(?![\u3041-\u309fー的了])[{HAN_KANA}]"
+                     rf"|(?=([{THAI_KHMER}]{{4}}))")
 POINTING = re.compile(  # at images that a reader of the chain does not have
     r"\b(?:at|in|see|on|from) (?:the|this) (?:image|picture|figure|crop) (?:above|below)\b"
-    r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b", re.I)
+    r"|\b(?:above|below|attached) (?:image|picture|figure|crop)\b|[上下][图圖図]|如[图圖]", re.I)
 LENGTH_RATIO = (0.5, 2.0)  # characters of the refined chain against those before
 
 
@@ -245,7 +248,7 @@ def segment_fault(segment: Segment, after: str, segments: list[Segment]) -> str 
         if has_loop(after) and not has_loop(segment.text):
             return "repeats itself"
     lower = after.lower()
-    if "above" in lower or "below" in lower or "attached" in lower:  # in every POINTING
+    if any(word in lower for word in ("above", "below", "attached", "图", "圖", "図")):  # in every POINTING
         if (match := POINTING.search(after)) and not POINTING.search(segment.text):
             return f"points at an image that the reader does not have: {match[0]!r}"
     new = set(NUMBER.findall(after))
@@ -264,8 +267,10 @@ def lost_facts(caption: str, refined: str) -> str | None:
     quotes = [quote for quote in map("".join, QUOTED.findall(caption)) if quote not in refined]
     if numbers or quotes:
         return f"lost {', '.join([*numbers, *quotes])}"
-    words, kept = (set(re.findall(r"\w{3,}", text.lower())) - FILLER for text in (caption, refined))
-    needed = len(words) if len(words) <= SHORT_CAPTION else MIN_RECALL * len(words)
+    words, kept = ({match[1] or match[0] for match in CONTENT.finditer(text.lower())} - FILLER
+                   for text in (caption, refined))
+    n_words = count_words([word[0] if "\u0e00" <= word < "\u1800" else word for word in words])
+    needed = len(words) if n_words <= SHORT_CAPTION else MIN_RECALL * len(words)
     if len(words & kept) < needed:
         return f"lost too much of what was seen: {', '.join(sorted(words - kept)[:6])}"
     return None

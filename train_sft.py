@@ -39,10 +39,10 @@ from tqdm import tqdm
 from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, stop_on_signals
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
-from utils.jsonl import (DataError, call_key, check_output, check_unique, find_checkpoint, sha256_file,
-                         write_json, write_meta, write_rows)
+from utils.jsonl import (DataError, call_key, check_output, check_unique, find_checkpoint, read_rows,
+                         sha256_file, write_json, write_meta, write_rows)
 from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
-from utils.rows import read_own
+from utils.rows import check_own
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch
@@ -67,7 +67,8 @@ def prepare_rows(args: argparse.Namespace) -> list[dict]:
     """Return the rows of all --data files."""
     rows, seen = [], {}
     for path in args.data:
-        for row in read_own(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
+        for row in read_rows(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
+            check_own(f"{path}: id {row['id']!r}", row)
             check_unique(path, row["id"], seen)
             rows.append(row)
     if not rows:

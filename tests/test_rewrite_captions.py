@@ -105,7 +105,14 @@ def test_check_refined(case):
     ("red square, red four", "I see a blue square, blue four.", True),
     ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
     ("A tall wooden door stands open beside a window with green curtains.",
-     "A wooden door stands beside green curtains.", False)])
+     "A wooden door stands beside green curtains.", False),
+    ("红色的正方形", "放大后可以看到红色的正方形", False), ("红色的正方形", "放大后可以看到蓝色的正方形", True),
+    ("船身上写着「安娜」", "放大后，船身上写着「安娜」二字", False), ("船身上写着「安娜」", "放大后，船身上写着安妮二字", True),
+    ("一艘红色的船，船身上写着数字七，旁边有一只小狗。", "放大之后可以看到红船，船身写有数字七，旁边是一只狗。", False),
+    ("一艘红色的船，船身上写着数字七，旁边有一只小狗。", "沙发上躺着两只黑猫，窗外正在下雨。", True),
+    ("赤い四角、赤い四", "青い四角、青い四が見える", True), ("赤い船に七がある", "拡大すると、赤かった船には七が見えた", False),
+    ("เรือสีแดงมีเลขเจ็ด", "เมื่อขยายดู เรือสีแดงมีเลขเจ็ด", False),
+    ("เรือสีแดงมีเลขเจ็ด", "เห็นแมวสีดำนอนอยู่", True)])
 def test_a_short_caption_may_lose_no_word(caption, refined, lost):
     assert (lost_facts(caption, refined) is not None) is lost
 

@@ -4,10 +4,11 @@ Memory holds only the place of each record.
 """
 import fcntl
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,14 +68,8 @@ class Journal:
     def cut_torn_tail(self) -> int:
         """Move the unfinished last line that a kill left to `*.torn`; return the size."""
         size = os.fstat(self.fd).st_size
-        kept, tail = size, b""
-        while kept and not tail.startswith(b"\n"):  # back to the last newline, in steps: lines may be long
-            step = min(kept, 1 << 16)
-            block = os.pread(self.fd, step, kept - step)
-            cut = max(block.rfind(b"\n"), 0)
-            tail = block[cut:] + tail
-            kept -= step - cut
-        torn = tail.removeprefix(b"\n")
+        with mmap.mmap(self.fd, 0, prot=mmap.PROT_READ) if size else nullcontext(b"") as written:
+            torn = written[written.rfind(b"\n") + 1:]
         if torn:
             with open(self.path.with_suffix(".torn"), "ab") as file:
                 file.write(torn + b"\n")

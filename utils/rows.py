@@ -15,37 +15,46 @@ from utils.answers import answers_match
 from utils.cli import log
 from utils.images import IMAGE_REASONS, Inspection, check_images
 from utils.journal import Journal
-from utils.jsonl import DataError, call_key, check_fields, read_rows
+from utils.jsonl import DataError, call_key, check_fields
 from utils.reply_text import BOX, CONTROL, last_boxed, texts_of
 
 OPEN, CLOSE = "<think_image>", "</think_image>"
 SPAN = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-# Each alternative starts with a literal character: four times as fast as a character class.
-SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|\n\n*|</think>|</think_image>\s*")
+SENTENCE_BREAK = re.compile(r"\.\s+|!\s+|\?\s+|؟\s+|\n\n*|[。！？।]\s*|</think>|</think_image>\s*")
 OWN_FIELDS = {"id": str, "subset": str, "images": list, "question": str, "answer": str, "steps": list}
 ROW_REASONS = ("structure", "control", "question", "answer")
 CAPTION_REASONS = ("caption_empty", "caption_short", "caption_long", "caption_refusal", "caption_meta",
                    "caption_loop", "caption_markup", "caption_leak")
 IMAGE_WINDOW = 4096  # rows whose images are checked in parallel
-MIN_WORDS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for at most 80
-MAX_REPEATED = 0.3  # share of 4-grams that occurred before in the same text
+# scripts without spaces: about two characters make a word of Chinese or Japanese, four of the others
+HAN_KANA = r"\u3005-\u3007\u3041-\u312f\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+THAI_KHMER = r"\u0e01-\u0fff\u1000-\u109f\u1780-\u17ff"
+UNIT = re.compile(rf"[{HAN_KANA}{THAI_KHMER}]|[^\s、-〠！-／：-＠{HAN_KANA}{THAI_KHMER}]+")
+MIN_UNITS, MAX_WORDS = 2, 120  # of a caption; the prompts ask for at most 80 words
+MAX_REPEATED = 0.3  # share of runs of four words that occurred before in the same text
 MARKUP = re.compile(
     r"<\|[^|<>]*\|>|</?(?:image|img|abs_vis_token|abs_vis_token_pad|observation|think|think_image"
     rf"|output_image|box|ref)\b[^<>]*>|\[(?:IMG|IMAGE|image)\b[^\]]{{0,200}}\]|\\boxed|```|{CONTROL.pattern}")
 REFUSAL = re.compile(
     r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist|answer"
-    r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b", re.I)
+    r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b"
+    r"|^\s*(?:很|非常)?(?:抱歉|对不起|對不起|申し訳|죄송)|我(?:无法|無法|不能|没法)|(?:语言|語言)模型"
+    r"|言語モデル|언어 모델|作为(?:一个|一名)?(?:AI|人工智能)", re.I | re.A)
 META = re.compile(  # of the task, not of the scene
     r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
     r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) "
     r"(?:shows|depicts|displays|contains|features)\b"
-    r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b", re.I)
+    r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b"
+    r"|(?:图片?|圖片?|[图圖]像|照片)[中里裡]?(?:显示|顯示|展示|描绘|描繪)|この(?:画像|写真|図)"
+    r"|(?:描述|标题|標題|説明|キャプション)[:：]|回答(?:问题|問題)|質問に答え", re.I | re.A)
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
-                  r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b", re.I)
+                  r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b"
+                  r"|答案[是为為:：]|正确(?:答案|选项)|正確(?:答案|選項)|(?:答え|正解)[は:：]", re.I | re.A)
 # Every match of REFUSAL, META and LEAK holds one of these; looking for them first is ten times as fast.
 SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "language model", "apolog",
-           "caption", "description", "image", "picture", "photo", "region", "crop", "question")
-OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?\(?([A-Z])[.):]\s++(\S.*)", re.MULTILINE)
+           "caption", "description", "image", "picture", "photo", "region", "crop", "question",
+           *"歉对對申죄我模モ모作图圖照画写図描标標説キ问問質答正")
+OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?[(（]?([A-Z])(?:[.):]\s++|[．、）：]\s*+)(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
 
@@ -83,19 +92,25 @@ def split_final(text: str) -> tuple[str, str]:
 
 
 # ---- captions
-def has_loop(text: str, words: list[str] | None = None) -> bool:
-    """Return whether more than MAX_REPEATED of a text's 4-grams are repeats, or a line occurs three times.
-    `words`: its lower-case words, if known."""
-    words = text.lower().split() if words is None else words
-    n_grams = len(words) - 3
-    # at least len(set(words)) - 3 4-grams differ: most texts need no count
-    if n_grams >= 5 and len(set(words)) - 3 < (1 - MAX_REPEATED) * n_grams:
-        if 1 - len(set(zip(words, words[1:], words[2:], words[3:]))) / n_grams > MAX_REPEATED:
-            return True
-    if text.count("\n") < 2:
-        return False
+def units_of(text: str) -> list[str]:
+    """Return lower-case words; of a script without spaces, characters without punctuation."""
+    return text.lower().split() if text.isascii() else UNIT.findall(text.lower())
+
+
+def count_words(units: list[str]) -> float:
+    """Return how many words `units_of` a text make up."""
+    return sum(1 if len(unit) > 1 else 0.25 if "\u0e00" < unit < "\u1800" else
+               0.5 if "\u3000" < unit < "\ua000" or unit > "\uf900" else 1 for unit in units)
+
+
+def has_loop(text: str) -> bool:
+    """Return whether over MAX_REPEATED of a text's runs of four words repeat, or a line occurs thrice."""
+    units = units_of(text)
+    n_words = count_words(units)
+    size = round(4 * len(units) / n_words) if n_words >= 8 else len(units) + 1
+    runs = list(zip(*(units[first:] for first in range(size))))
     lines = Counter(line.strip() for line in text.splitlines() if line.strip())
-    return max(lines.values(), default=0) >= 3
+    return len(set(runs)) < (1 - MAX_REPEATED) * len(runs) or max(lines.values(), default=0) >= 3
 
 
 def find_markup(text: str) -> set[str]:
@@ -108,12 +123,11 @@ def find_markup(text: str) -> set[str]:
 def caption_fault(text: str) -> str | None:
     """Return the first of CAPTION_REASONS that holds for a caption, or None."""
     lower = text.lower()
-    words = lower.split()
-    n_words = len(words)
+    units = units_of(text)
     suspect = any(word in lower for word in SUSPECT)
-    holds = (n_words == 0, n_words < MIN_WORDS, n_words > MAX_WORDS, suspect and REFUSAL.search(text),
-             suspect and META.search(text), has_loop(text, words), find_markup(text),
-             suspect and LEAK.search(text))
+    holds = (not units, len(units) < MIN_UNITS, count_words(units) > MAX_WORDS,
+             suspect and REFUSAL.search(text), suspect and META.search(text), has_loop(text),
+             find_markup(text), suspect and LEAK.search(text))
     return next((reason for reason, hit in zip(CAPTION_REASONS, holds, strict=True) if hit), None)
 
 
@@ -132,16 +146,8 @@ def check_own(where: str, row: dict) -> None:
         kinds = {name: type(part) for name, part in step.items()} if isinstance(step, dict) else {}
         is_text = kinds.get("text") is str and "image" not in kinds
         if not is_text and (kinds.get("image") is not str or step.get("operation") not in ("zoom", "draw")):
-            expected = '{"text"} or {"image", "operation": zoom or draw}'
-            raise DataError(f"{where}: step {n} should be {expected}, got {str(step)[:60]!r}")
-
-
-def read_own(path: str, fields: dict, limit: int | None, hint: str) -> list[dict]:
-    """Read rows of our form that have `fields`."""
-    rows = read_rows(path, fields, limit, hint)
-    for row in rows:
-        check_own(f"{path}: id {row['id']!r}", row)
-    return rows
+            raise DataError(f'{where}: step {n} should be {{"text"}} or {{"image", "operation": zoom or '
+                            f'draw}}, got {str(step)[:60]!r}')
 
 
 def row_fault(row: dict) -> str | None:

@@ -251,8 +251,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def kl(clean: dict[str, float], other: dict[str, float]) -> float:
     """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
-    return max(0.0, sum(p * (math.log(p) - math.log(max(other[letter], 1e-300)))
-                        for letter, p in clean.items() if p > 0))
+    return max(0.0, float(sum(special.rel_entr(p, max(other[name], 1e-300)) for name, p in clean.items())))
 
 
 def chance(n_options: Sequence[int]) -> float:

@@ -1,10 +1,12 @@
 """The rules for rows and captions: at least one accepted and one rejected case each."""
+import random
+
 import pytest
 from samples import row, table
 
 from utils.jsonl import DataError
-from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, find_markup, has_loop,
-                        parse_options, row_fault)
+from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, count_words, find_markup,
+                        has_loop, parse_options, row_fault, split_final, units_of)
 
 
 @pytest.mark.parametrize("text, loops", [
@@ -21,7 +23,63 @@ def test_caption_fault(reason):
     assert texts and {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
 
 
+# words of a script, what stands between them, what ends a sentence, and where the pieces of a looping one are
+# cut: (colours, things, verbs, places, between, end)
+SCRIPTS = {
+    "English": ("red blue green white", "boat circle dog sign", "stands hangs lies glows",
+                "below above behind", " ", ". "),
+    "Korean": ("빨간 파란 초록색 하얀", "배가 원이 개가 간판이", "서있다 걸려있다 누워있다 빛난다", "아래에 위에 뒤에", " ", ". "),
+    "Chinese": ("红色的 蓝色的 绿色的 白色的", "小船 圆形 小狗 招牌", "停靠着 悬挂着 躺在那里 闪着光", "在下面 在上方 在后边", "", "，"),
+    "Traditional Chinese": ("紅色的 藍色的 綠色的 白色的", "小船 圓形 小狗 招牌", "停靠著 懸掛著 躺在那裡 閃著光", "在下面 在上方 在後邊", "", "。"),
+    "Japanese": ("赤い 青い 緑の 白い", "ボートが 丸が 子犬が 看板が", "立っている 掛かっている 寝ている 光る", "下に 上に 後ろに", "", "。"),
+    "Thai": ("สีแดง สีน้ำเงิน สีเขียว สีขาว", "เรือ วงกลม สุนัข ป้าย", "ตั้งอยู่ แขวนอยู่ นอนอยู่ ส่องแสง",
+             "ด้านล่าง ด้านบน ข้างหลัง", "", " "),
+    "Khmer": ("ក្រហម ខៀវ បៃតង ស", "ទូក រង្វង់ ឆ្កែ ផ្លាក", "ឈរ ព្យួរ ដេក ភ្លឺ",
+              "ខាងក្រោម ខាងលើ ខាងក្រោយ", "", " "),
+    "mixed": ("red 蓝色的 緑の สีขาว", "boat 圆形 看板が เรือ", "stands 悬挂着 光る ตั้งอยู่",
+              "below 在上方 後ろに ด้านล่าง", " ", "。")}
+
+
+def sentences(rng: random.Random, script: str, n: int) -> list[str]:
+    *parts, between, end = SCRIPTS[script]
+    parts = [part.split() for part in parts]
+    found = {between.join(rng.choice(words) for words in (parts[3], parts[0], parts[1], parts[2])) + end
+             for _ in range(40 * n)}
+    return rng.sample(sorted(found), n)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_captions_of_every_script_are_kept_and_looping_ones_rejected(script):
+    rng = random.Random(script)
+    for _ in range(60):
+        caption = "".join(sentences(rng, script, rng.randint(2, 4))).strip()
+        assert caption_fault(caption) is None, caption
+        looping = caption + SCRIPTS[script][-2] + "".join(sentences(rng, script, 1)) * rng.randint(8, 12)
+        assert has_loop(looping) and caption_fault(looping) in ("caption_loop", "caption_long"), looping
+        stuck = (rng.choice(SCRIPTS[script][0].split()) + SCRIPTS[script][-2]) * 40  # one word
+        assert caption_fault(stuck.strip()) == "caption_loop", stuck
+
+
+def test_words_are_counted_in_every_script():
+    for script in SCRIPTS:
+        one = sentences(random.Random(script), script, 1)[0]
+        assert 2 <= count_words(units_of(one)) <= 8, one  # four words
+    for text in ("The hull shows a 42!", "l’été – “très” bien", "Ünï  côdé\u00a0x", "Привет, мир",
+                 "مرحبا بالعالم", "नमस्ते दुनिया", "빨간 배 42"):
+        assert units_of(text) == text.lower().split() and count_words(units_of(text)) == len(text.split())
+    assert units_of("船身写着HELLO 42。") == ["船", "身", "写", "着", "hello", "42"]
+
+
+@pytest.mark.parametrize("before, final", [
+    ("船身上写着42。", "所以答案是\\boxed{42}。"), ("船が見える！", "答えは\\boxed{42}です。"),
+    ("هل يظهر الرقم؟ ", "الجواب \\boxed{42}"), ("नाव पर ४२ है।", "उत्तर \\boxed{42}")])
+def test_the_last_sentence_is_split_off_in_other_scripts(before, final):
+    assert split_final(before + final) == (before.strip(), final)
+
+
 @pytest.mark.parametrize("question, options", [
+    ("（A）红色\n（B）蓝色", {"A": "红色", "B": "蓝色"}), ("A、红色\nB、蓝色", {"A": "红色", "B": "蓝色"}),
+    ("A．赤\nB．青", {"A": "赤", "B": "青"}),
     ("What?\nOptions:\nA. a cat\nB. a dog\nPlease select", {"A": "a cat", "B": "a dog"}),
     ("(A) x\n(B) y", {"A": "x", "B": "y"}), ("A. only one", {}), ("B. x\nC. y", {}), ("What is it?", {}),
     ("    - A. Success.\n    - B. Fail.", {"A": "Success.", "B": "Fail."}),
