@@ -48,11 +48,11 @@ from utils.cli import (Help, add_model_flags, cli, log, parse_count, parse_numbe
                        rank_world, read_api_key)
 from utils.display import Block, Table, Text, intervene_blocks, percent, plain_text, summary, swept
 from utils.images import ImageError
+from utils.intervene.edits import open_others, planning_item
 from utils.intervene.effects import POSITIVE_CONTROL, Declared, Limits, summarize
 from utils.intervene.latent_conditions import (CONDITIONS, CONTROLS, DO_X, PRESET_CONDITIONS, canonical,
                                                find_condition)
 from utils.intervene.mediation import detectable_difference, items_with_no_change, margin_shown
-from utils.intervene.planning import open_others, planning_item
 from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_images, prompt_of, read_items

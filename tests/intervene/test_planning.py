@@ -9,7 +9,8 @@ from samples import shortest_path
 
 import intervene
 from utils.images import ImageError, open_image
-from utils.intervene.planning import edited_boards, open_others, planning_item, read_path, swap_cells
+from utils.intervene.edits import edited_boards, open_others, planning_item, swap_cells
+from utils.intervene.prompts import read_path
 from utils.items import walk_vsp
 from utils.jsonl import DataError, write_rows
 

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from samples import before_conclusion
 
+from utils.intervene.edits import NOT_EDITABLE, NotEditable, direct, word_distance
 from utils.intervene.text_conditions import (CONSTANT, EDITS, TEXT_CONDITIONS, TEXT_PRESETS, Context,
                                              until_last_span)
-from utils.intervene.text_edits import NOT_EDITABLE, NotEditable, direct, word_distance
 from utils.intervene.word_forms import CLASSES, SYNONYMS, option_words, others, reworded, survivors
 from utils.jsonl import read_rows
 from utils.reply_text import NUMBERS

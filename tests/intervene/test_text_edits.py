@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 from fault_server import calls_of, serving
 
+from utils.intervene.edits import (NOT_EDITABLE, NotEditable, clauses, direct, put_spans, slot_values, slots,
+                                   table_values, verify_directed, word_distance)
 from utils.intervene.text_conditions import RETRIES, VERSION, direct_all, make_caller
-from utils.intervene.text_edits import (NOT_EDITABLE, NotEditable, clauses, direct, put_spans, slot_values,
-                                        slots, table_values, verify_directed, word_distance)
 from utils.intervene.word_forms import article_for
 from utils.journal import Journal
 from utils.model_calls import IncompleteError

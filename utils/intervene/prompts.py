@@ -13,11 +13,11 @@ from utils.answers import answers_match, extract_choice, strip_label
 from utils.decode import State, prefill
 from utils.images import MASK_GREY
 from utils.intervene.latent_case import sampler
-from utils.intervene.planning import read_path
-from utils.items import gold_words, group_of, prompt_of
+from utils.items import gold_words, group_of, prompt_of, vsp_moves, walk_vsp
 from utils.latent_families import Intervention
 from utils.option_scores import describe_scores, score_options
 from utils.qwen import Qwen, encode
+from utils.reply_text import visible
 
 BOX = "\\boxed{"
 
@@ -189,6 +189,19 @@ def answer_fields(item: dict, text: str, last_words: str, ids: list[int], finish
         correct = letter == item["answer"]["value"]
     return {"text": text, "finish": finish, "n_new": len(ids), "pred": letter, "rule": rule,
             "correct": correct, "degenerate": is_degenerate(ids, finish)}
+
+
+def read_path(item: dict, words: str) -> tuple[str | None, str, bool]:
+    """Return the letter of the board that the boxed moves solve, the edited one first ("neither"; None
+    without a box), the rule, and whether they solve the asked board.
+
+    They are read by walking them, in the free reply (R2); R0 and R1 score the shortest paths of both boards.
+    """
+    moves = vsp_moves(visible(words))
+    if moves is None:
+        return None, "no_box", False
+    solved = [letter for letter, board in item["boards"].items() if walk_vsp(board, moves)]
+    return (solved[-1] if solved else "neither"), "boxed_path", item["answer"]["value"] in solved
 
 
 def same_words(a: str, b: str) -> bool:

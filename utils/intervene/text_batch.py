@@ -10,12 +10,12 @@ from PIL import Image
 
 from utils.decode import State, decode, prefill_blocks
 from utils.intervene.attention import stem_attention
+from utils.intervene.edits import NotEditable, put_spans
 from utils.intervene.latent_case import NotPossible, why_no_prompt
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, pick_donor,
                                      stem_of)
 from utils.intervene.text_conditions import (EDITS, TEXT_CONDITIONS, Context, TextCondition, direct_all,
                                              until_last_span)
-from utils.intervene.text_edits import NotEditable, put_spans
 from utils.latent_families import Generation, Intervention
 from utils.model_calls import Caller
 from utils.qwen import Qwen

@@ -33,9 +33,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from utils.intervene.edits import NotEditable, direct, pick_slot, put_spans, total_distance, verify_directed
 from utils.intervene.latent_conditions import DO_X
-from utils.intervene.text_edits import (NotEditable, direct, pick_slot, put_spans, total_distance,
-                                        verify_directed)
 from utils.intervene.word_forms import others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema

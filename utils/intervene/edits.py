@@ -1,16 +1,22 @@
-"""The directed edit by rules: rewrite imaginations so that they support another option.
+"""Edits after which another answer is right: of an imagination in text, by rules, and of a planning board.
 
 `slots` finds the words by which two options differ. `swap` exchanges them: a value anywhere, a side only in
 clauses about the question, yes and no by negating the statement that the question asks about.
 `verify_directed` holds rules and LLM to the same conditions.
 """
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from PIL import Image
+
 from utils.answers import LETTER, strip_label
+from utils.images import crop_region
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
+from utils.items import find_cell, open_images, region_in, shortest_path, walk_vsp
+from utils.jsonl import DataError
 from utils.rows import CLOSE, OPEN, passages
 
 NOT_EDITABLE = (
@@ -27,6 +33,9 @@ JOIN = r"\s+(?:and|but|while|whereas|which|where|because|so)\b"
 CLAUSE = re.compile(rf"[.!?;:,\n]+(?:{JOIN})?|{JOIN}", re.IGNORECASE)
 PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?"
                      r"(?:it|its|he|she|his|her|they|their|which)\b", re.IGNORECASE)
+
+Board = list[list[int]]
+HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
 
 
 class NotEditable(ValueError):
@@ -217,3 +226,66 @@ def word_distance(before: str, after: str) -> int:
         for j, new in enumerate(words, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != new)))
     return row[-1]
+
+
+# ---- planning items, and other images of an item
+def edited_boards(board: Board) -> list[tuple[Board, list[list[int]]]]:
+    """Return (board, [cell, cell] that change places) of every edit that makes the shortest path fail and
+    leaves another: the goal and a safe cell, or a hole and a cell of that path."""
+    size, path, found = range(len(board)), shortest_path(board), []
+    kinds = {(row, column): board[row][column] for row in size for column in size}
+    moved = [find_cell(board, 2), *(cell for cell, kind in kinds.items() if kind == -1)]
+    safe = [cell for cell, kind in kinds.items() if kind == 0]
+    for (r, c), (row, column) in ((one, other) for one in moved for other in safe):
+        edited = [list(line) for line in board]
+        edited[r][c], edited[row][column] = edited[row][column], edited[r][c]
+        if path is not None and not walk_vsp(edited, path) and shortest_path(edited) is not None:
+            found.append((edited, [[r, c], [row, column]]))
+    return found
+
+
+def planning_item(item: dict, seed: int) -> dict:
+    """Return a VSP item as one with options: "A" is a shortest path of its board, "B" one of the board after
+    an edit, drawn by seed and item, or of the item's own counterfactual; DataError if a board has neither."""
+    board, edit = item["answer"]["value"], item.get("counterfactual")
+    if edit:
+        other, changed = edit["answer"]["value"], {"images": edit["images"]}
+    else:
+        choices = edited_boards(board)
+        if not choices:
+            raise DataError(f"item {item['id']!r}: no two cells of {board} can change places so that another "
+                            "path solves it; expected such a board, or a counterfactual")
+        rng = random.Random(f"{seed}/edit/{item['id']}")
+        goal = [choice for choice in choices if list(find_cell(board, 2)) in choice[1]]
+        holes = [choice for choice in choices if choice not in goal]
+        other, swap = rng.choice(rng.choice([part for part in (goal, holes) if part]))
+        changed = {"swap": swap}
+    paths = {letter: ",".join(shortest_path(one) or "") for letter, one in (("A", board), ("B", other))}
+    return item | {"boards": {"A": board, "B": other}, "options": list(map(list, paths.items())),
+                   "answer": {"type": "letter", "value": "A"},
+                   "counterfactual": {**(edit or {}), **changed, "answer": {"type": "letter", "value": "B"}}}
+
+
+def swap_cells(images: list[Image.Image], edited: dict) -> list[Image.Image]:
+    """Return the pictures with the two cells of an edited item's "swap" exchanged in the first."""
+    image, result = images[0], images[0].copy()
+    side = image.width / len(edited["boards"]["B"])  # of a cell, in pixels
+    boxes = [[round(side * n) for n in (c, r, c + 1, r + 1)] for r, c in edited["swap"]]
+    for box, other in zip(boxes, boxes[::-1]):
+        result.paste(image.crop(other).resize((box[2] - box[0], box[3] - box[1])), box)
+    return [result, *images[1:]]
+
+
+def open_others(item: dict, images: list[Image.Image], root: str) -> dict[str, tuple[dict, list]]:
+    """Return (item, images) of the item's answer-changing edit ("counterfactual") and of the item with the
+    image that helps with it ("helper": its own, else its region, enlarged), as far as it has them."""
+    others, shown = {}, None
+    if item.get("counterfactual"):
+        edited = {**item, **item["counterfactual"], "id": f"{item['id']}#edit"}
+        changed = swap_cells(images, edited) if "swap" in edited else open_images(edited, root)
+        others["counterfactual"] = edited, changed
+    if item.get("helper"):
+        shown = open_images({"images": [item["helper"]]}, root)[0]
+    elif item.get("region"):
+        shown = crop_region(images[0], tuple(region_in(item, images[0].size)), HELPER_PIXELS)
+    return others | ({"helper": (item, [shown] * max(1, len(images)))} if shown else {})
