@@ -1,4 +1,4 @@
-"""Fine-tune a Qwen2.5-VL on chains whose imagination is text, latents, a placeholder, or left out.
+"""Fine-tune a Qwen2.5-VL or Qwen3-VL on chains that imagine in text, latents, a placeholder or not at all.
 
 Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, probe.py
 
@@ -7,7 +7,7 @@ Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, pr
     python train_sft.py --model tiny --data sft.jsonl --output checkpoint --global_batch 64
 
 Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} of filter_data.py
-Writes  --output: the best checkpoint on held-out rows, in the released layout, at the end
+Writes  --output: the best checkpoint on held-out rows, in the layout of its base, at the end
         <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (export)
         --skip_bad: {"id", "subset", "reason", "detail"} of every row left out
 Prints  progress on stderr; on stdout one JSON object, also in <output>.metrics.json
@@ -40,7 +40,7 @@ from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, sto
 from utils.images import ImageError, open_image
 from utils.journal import read_settings
 from utils.jsonl import (DataError, call_key, check_output, check_unique, find_checkpoint, read_rows,
-                         sha256_file, write_json, write_meta, write_rows)
+                         write_json, write_meta, write_rows)
 from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
 from utils.rows import check_own
 
@@ -63,17 +63,37 @@ BASE_SUFFIXES = (".json", ".jinja", ".txt", ".safetensors")  # of the files that
 
 
 # ---- rows and plan
-def prepare_rows(args: argparse.Namespace) -> list[dict]:
-    """Return the rows of all --data files."""
-    rows, seen = [], {}
-    for path in args.data:
+def parse_warmup(text: str) -> float:
+    """Return a count of steps, or a share of the run below 1."""
+    number = parse_number(0, kind=float)(text)
+    if number > 1 and number % 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of steps, or a share below 1")
+    return number if number % 1 else int(number)
+
+
+def parse_data(text: str) -> tuple[str, float]:
+    """Return (path, weight) of "path" or "path:weight"."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, parse_number(1e-6, 1000, float)(weight)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: no such file, and its weight is {error}") from error
+
+
+def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
+    """Return the rows of all --data files, and {id: number of its file}."""
+    rows, seen, file_of = [], {}, {}
+    for number, path in enumerate(args.data):
         for row in read_rows(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
             check_own(f"{path}: id {row['id']!r}", row)
             check_unique(path, row["id"], seen)
+            file_of[row["id"]] = number
             rows.append(row)
     if not rows:
         raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
-    return rows
+    return rows, file_of
 
 
 def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
@@ -129,25 +149,19 @@ def make_target(args: argparse.Namespace) -> Target:
 
 def make_plan(train: Steps, n_held_out: int, left_out: list[dict], args: argparse.Namespace) -> dict:
     """Return the size of the run, extrapolated from its first epoch."""
+    from utils.train.batching import describe_lengths
     first = [train.work(step) for step in range(train.per_epoch)]
     n_steps = args.max_steps or args.epochs * train.per_epoch
     flops = sum(work.flops for work in first) / len(first) * n_steps
     lengths = describe_lengths(train.examples)
-    return {"imagination": args.imagination, "rows": len(train.examples), "held_out_rows": n_held_out,
+    return {"imagination": args.imagination, "rows": len(train.examples),
+            "rows_per_epoch": len(train.order(0)), "held_out_rows": n_held_out,
             "left_out": len(left_out), "reasons": dict(Counter(row["reason"] for row in left_out)),
             "steps": n_steps, "global_batch": args.global_batch, "processes": train.world, **lengths,
             "trained_tokens_per_row": round(lengths["trained_tokens"] / len(train.examples), 1),
             "micro_steps_per_step": round(sum(work.micro_steps for work in first) / len(first), 2),
             "balance": round(sum(work.balance for work in first) / len(first), 4),
             "petaflop": round(flops / 1e15, 6)}
-
-
-def describe_lengths(examples: list[Example]) -> dict[str, int]:
-    lengths = sorted(example.n_tokens for example in examples)
-    quantiles = {"median": 0.5, "p95": 0.95, "max": 1.0}
-    return {**{name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in quantiles.items()},
-            "tokens": sum(lengths), "trained_tokens": sum(example.n_trained for example in examples),
-            "images": sum(len(example.images) + len(example.steps) for example in examples)}
 
 
 def marked(tools: Qwen, example: Example) -> str:
@@ -163,10 +177,15 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
               args: argparse.Namespace) -> None:
     """Log the first rows, the plan and the memory per device."""
     from utils.train.batching import device_memory, estimate_memory, memory_lines
+    from utils.train.loop import warmup_length
     from utils.train.model import CHUNK
     for example in train.examples[:3 if args.dry_run else 1]:
         log(f"{example.id}:\n{marked(train.qwen, example)}")
     log(" | ".join(f"{key} {value}" for key, value in plan.items()))
+    n_steps, warmup = plan["steps"], warmup_length(args.warmup_steps, plan["steps"])
+    if warmup > n_steps:
+        log(f"warning: --warmup_steps {warmup} are more than the {n_steps} steps of the run, which ends at "
+            f"{n_steps / warmup:.0%} of --learning_rate")
     n_targets = min(CHUNK, args.max_tokens * plan["trained_tokens"] // plan["tokens"] + 1)
     parts = estimate_memory(train.qwen.config, args.max_tokens, n_targets, train.world, device.type == "cuda",
                             recompute, args.train_vision, args.lora_rank,
@@ -195,32 +214,14 @@ def input_files(examples: list[Example], args: argparse.Namespace) -> dict[str, 
             | {f"--image_root {path.relative_to(root)}": path for path in sorted(images)})
 
 
-def identify(files: dict[str, Path], before: dict) -> dict[str, str]:
-    """Return "name SHA-256 size times" of each file, or its entry in `before` if the content is the same.
-
-    All bytes are hashed once. Later a file with the same size and times is not read again; the second time is
-    the inode's, which copying and `touch` renew.
-    """
-    def entry(name: str) -> str:
-        path, old = files[name], str(before.get(name)).rsplit(" ", 4)
-        stat = path.stat()
-        now = [str(number) for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
-        if old[2:] == now or (digest := sha256_file(path)) == "".join(old[1:2]):
-            return before[name]
-        return " ".join([path.name[-20:], digest, *now])
-
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(files, [*tqdm(threads.map(entry, files), "inputs", len(files), unit="file")]))
-
-
 def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out: list[dict], recompute: str,
                 args: argparse.Namespace) -> Run:
     import torch
 
     from utils.train.batching import recompute_activations
-    from utils.train.checkpoints import SETTINGS, Run, Saver, enter_run_folder, restore
+    from utils.train.checkpoints import SETTINGS, Run, Saver, enter_run_folder, identify, restore
     from utils.train.loop import Trainer
-    from utils.train.model import make_model, make_optimizer
+    from utils.train.weights import gradients_from_embedding, make_model, make_optimizer
     with acc.main_process_first():
         settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
         folder = Path(f"{args.output}.run")
@@ -232,7 +233,7 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out
         checkpoint = enter_run_folder(folder, settings, acc.is_main_process)
     run = Run.from_state(checkpoint[1], checkpoint[0]) if checkpoint else Run()
     qwen, objective = make_model(acc.device, acc.num_processes, train.target, args)
-    optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay, args.merger_learning_rate)
     if checkpoint:
         restore(checkpoint[0], qwen.model, optimizer)
         log(f"resumed from {checkpoint[0]}")
@@ -241,7 +242,8 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out
             steps.qwen = qwen
     saver = Saver(acc.process_index, acc.num_processes)
     try:
-        with stop_on_signals() as stop, recompute_activations(qwen.model, recompute):
+        with (stop_on_signals() as stop, recompute_activations(qwen.model, recompute),
+              gradients_from_embedding(qwen.model) if args.train_vision == "merger_only" else nullcontext()):
             Trainer(acc, qwen, objective, optimizer, run, saver, stop, args).fit(train, held_out)
         saver.close()
     except torch.OutOfMemoryError as error:
@@ -278,7 +280,8 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of rows")
+    parser.add_argument("--data", nargs="+", required=True, type=parse_data, metavar="FILE[:WEIGHT]",
+                        help="JSONL files of rows; an epoch has WEIGHT (1) times the rows of the file")
     parser.add_argument("--image_root", default=".", help="folder of the images")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; it must not exist")
@@ -287,6 +290,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
     parser.add_argument("--latent_size", type=parse_number(1, 16384),
                         help="latents per image (default: the family's)")
+    parser.add_argument("--token_init", nargs="+", metavar="TEXT",
+                        help="latents' tokens that the base lacks begin as the mean of this text's tokens, "
+                             "or each of its own text's (default: the mean of all tokens)")
     parser.add_argument("--align_weight", type=parse_number(0, 10**6, float), default=10.0,
                         help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
     parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
@@ -299,20 +305,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="tokens that a device runs at once")
     parser.add_argument("--learning_rate", type=parse_number(1e-12, 1000, float), default=1e-5,
                         help="rate after the warm-up")
-    parser.add_argument("--warmup_steps", type=parse_number(0), default=10,
-                        help="optimizer steps of linear warm-up; 0: none")
-    parser.add_argument("--schedule", choices=("linear", "constant"), default="linear",
+    parser.add_argument("--warmup_steps", type=parse_warmup, default=10,
+                        help="optimizer steps of linear warm-up; below 1: their share of the run; 0: none")
+    parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                         help="decay after the warm-up")
+    parser.add_argument("--min_rate", type=parse_number(0, 1, float), default=0.0,
+                        help="share of --learning_rate that the decay ends at")
     parser.add_argument("--weight_decay", type=parse_number(0, 1000, float), default=0.01,
                         help="AdamW's, on matrices only; 0: none")
     parser.add_argument("--clip", type=parse_number(0, 10**12, float), default=1.0,
                         help="largest norm of the gradient; 0: any")
     parser.add_argument("--spike", type=parse_number(0, 1000, float), default=2.0,
                         help="nats above the median of 50 steps at which a loss stops the run; 0: never")
-    parser.add_argument("--train_vision", action="store_true",
-                        help="also train the vision tower (the paper freezes it)")
+    parser.add_argument("--train_vision", nargs="?", const="all", choices=("all", "merger", "merger_only"),
+                        help="also train the vision tower, which the paper freezes, or of it the merger; "
+                             "merger_only: the merger and no language model (default: none; alone: all)")
+    parser.add_argument("--merger_learning_rate", type=parse_number(1e-12, 1000, float),
+                        help="the merger's rate after the warm-up (default: --learning_rate)")
     parser.add_argument("--lora_rank", type=parse_number(0, 4096), default=0,
-                        help="train LoRA of this rank and merge it (needs peft; use --learning_rate 1e-4)")
+                        help="train LoRA of this rank, and latents' tokens, and merge it "
+                             "(use --learning_rate 1e-4)")
     parser.add_argument("--recompute", choices=RECOMPUTED,
                         help="activations recomputed in the backward pass; mlps is faster and takes more "
                              "memory (default: none on a CPU, else layers)")
@@ -336,8 +348,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "them here with their reasons; without it they stop the run")
     parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)
-    if args.lora_rank and args.train_vision:
-        parser.error("--lora_rank and --train_vision exclude each other")
+    if args.lora_rank and args.train_vision == "merger_only":
+        parser.error("--lora_rank and --train_vision merger_only exclude each other")
+    if args.merger_learning_rate and not args.train_vision:
+        parser.error("--merger_learning_rate needs --train_vision")
+    if args.token_init:
+        tokens = PRESETS[args.latent].tokens
+        if args.imagination != "latent" or not all(args.token_init):
+            parser.error("--token_init: expected --imagination latent and texts that are not empty")
+        if len(args.token_init) not in (1, len(tokens)):
+            parser.error(f"--token_init: {len(args.token_init)} texts, expected 1, or {len(tokens)} for "
+                         f"{' '.join(tokens)}")
+    args.data, args.data_weights = map(list, zip(*args.data))
     return args
 
 
@@ -348,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"--output {output} exists and is never replaced; move it or give another name")
     if args.skip_bad:
         check_output(args.skip_bad, args.data, "--skip_bad")
-    rows = prepare_rows(args)
+    rows, file_of = prepare_rows(args)
 
     import torch
     from accelerate import Accelerator
@@ -369,13 +391,15 @@ def main(argv: list[str] | None = None) -> int:
                             "another --imagination")
     batching = Batching(args.seed, args.global_batch, args.max_tokens, args.train_vision, args.num_workers)
 
-    def make_steps(examples: list[Example]) -> Steps:
-        return Steps(tools, examples, target, batching, acc.process_index, acc.num_processes)
+    def make_steps(examples: list[Example], weights: list[float]) -> Steps:
+        files = [file_of[example.id] for example in examples]
+        return Steps(tools, examples, target, batching, acc.process_index, acc.num_processes, files, weights)
 
     examples, left_out = (leave_out(acc, tools, rows, target, args) if args.skip_bad else
                           (make_examples(tools, rows, target, args.max_tokens), []))
     parts = hold_out(examples, args)
-    train, held_out = make_steps(parts[0]), make_steps(parts[1]) if parts[1] else None
+    train = make_steps(parts[0], args.data_weights)
+    held_out = make_steps(parts[1], [1.0] * len(args.data)) if parts[1] else None
     default = "layers" if acc.device.type == "cuda" else "none"
     recompute, plan = args.recompute or default, make_plan(train, len(parts[1]), left_out, args)
     show_plan(train, plan, acc.device, recompute, args)

@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Qwen2.5-VL in the released layout, and pictures made on the spot."""
 import os
 import random
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,35 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     make_model(TEXTS, folder, n_tokens=320, seed=0, sizes=TINY, vision_sizes=TINY_VISION)
     return folder
+
+
+def make_qwen3(base: Path, folder: Path, sizes: dict = TINY, vision_sizes: dict = TINY_VISION) -> Path:
+    """Write a random Qwen3-VL with the tokenizer of a checkpoint. Its first layers read what the vision
+    tower's first block sees; heads of queries are wider than the model."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from utils.jsonl import load_object, write_json
+    shutil.copytree(base, folder)
+    old, image = (load_object(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    ids = {key: value for key, value in old.items() if key.endswith("_token_id") and "s_" not in key}
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    config = Qwen3VLConfig(
+        text_config=sizes | {"vocab_size": old["vocab_size"], "head_dim": 32, "rope_parameters": rope},
+        vision_config=vision_sizes | {"out_hidden_size": sizes["hidden_size"], "num_position_embeddings": 64,
+                                      "deepstack_visual_indexes": [0], "initializer_range": 0.2}, **ids)
+    config.text_config.initializer_range = 0.2
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", image | {"patch_size": 16})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Folder of a random Qwen3-VL as small as `tiny_checkpoint`."""
+    return make_qwen3(tiny_checkpoint, tmp_path_factory.mktemp("qwen3") / "checkpoint")
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # no
 from toy.make_model import make_model
 from utils.cli import cli
 from utils.jsonl import write_json, write_rows
-from utils.train.loop import save
+from utils.train.weights import save
 
 for path in ROOT.glob("utils/*/*.py"):  # scripts import these late; all forks share one import
     importlib.import_module(f"utils.{path.parent.name}.{path.stem}")

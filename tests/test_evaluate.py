@@ -24,7 +24,7 @@ from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
 from utils.qwen import load, load_processors
 from utils.train.examples import add_tokens
-from utils.train.loop import save
+from utils.train.weights import save
 
 
 @pytest.fixture

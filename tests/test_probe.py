@@ -25,7 +25,7 @@ from utils.qwen import encode, load
 from utils.rows import CLOSE
 from utils.stats import mcnemar_exact, wilson
 from utils.train.examples import add_tokens
-from utils.train.loop import save
+from utils.train.weights import save
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("plain_figures")]
 

@@ -18,11 +18,13 @@ from processes import run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training import flags, load_examples, log_of, losses, run_ranks
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import train_sft
 from utils import qwen as Q
 from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_rows
-from utils.train.loop import Trainer, learning_rate_at, save
+from utils.train.loop import Trainer, learning_rate_at, warmup_length
+from utils.train.weights import save
 
 numeric = pytest.mark.numeric
 TARGETS = ("text", "latent", "placeholder", "direct")
@@ -50,9 +52,22 @@ def train_rank(rank, arguments):
     assert train_sft.main(arguments) == 0
 
 
-def test_learning_rate():
-    rates = [learning_rate_at(step, 10, 1.0, 2) for step in range(10)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+@pytest.mark.parametrize("warmup, floor", [(0, 0.0), (2, 0.0), (3, 0.1)])
+def test_learning_rate(warmup, floor):
+    """Oracle: the library's schedules, whose warm-up begins at 0 where ours ends at the peak."""
+    def library(make, **more):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.5)
+        return make(optimizer, warmup, 10, **more).lr_lambdas[0]
+
+    oracles = {"cosine": library(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=floor),
+               "constant": lambda step: 1.0}
+    straight = library(get_linear_schedule_with_warmup)
+    oracles["linear"] = lambda step: floor + (1 - floor) * straight(step)
+    for schedule, oracle in oracles.items():
+        rates = [learning_rate_at(step, 10, 0.5, warmup, schedule, floor) for step in range(10)]
+        assert rates[:warmup] == pytest.approx([0.5 * (step + 1) / warmup for step in range(warmup)])
+        assert rates[warmup:] == pytest.approx([0.5 * oracle(step) for step in range(warmup, 10)])
+    assert [warmup_length(given, 40) for given in (0, 0.03, 0.1, 0.99, 1, 10)] == [0, 2, 4, 40, 1, 10]
 
 
 # ---- whole runs
@@ -84,8 +99,7 @@ def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data
     before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     config = load_object(tmp_path / "out" / "config.json")
-    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
-    assert Q.load_tools(str(tmp_path / "out")).saved_dtype == torch.bfloat16
+    assert config["torch_dtype"] == "bfloat16"
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).is_file()
@@ -101,21 +115,80 @@ def test_the_best_by_held_out_loss(train, tmp_path):
     assert not list((tmp_path / "o.run").glob("best-*"))
 
 
-def test_adapters_are_merged_into_what_is_written(train, tiny_checkpoint, data, tmp_path):
-    pytest.importorskip("peft")
-    more = ["--lora_rank", "4", "--max_steps", "4", "--save_every", "2"]
+ADAPTED = {f"model.layers.{part}_proj.weight" for part in (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+ROWS, MERGER = {"model.embed_tokens.weight", "lm_head.weight"}, "visual.merger."
+
+
+@pytest.mark.parametrize("more, changed", [
+    (["--lora_rank", "4"], ADAPTED), (["--lora_rank", "4", "--imagination", "latent"], ADAPTED | ROWS),
+    (["--lora_rank", "4", "--train_vision", "merger"], ADAPTED | {MERGER}),
+    (["--train_vision", "merger_only"], {MERGER}),
+    (["--train_vision", "merger_only", "--imagination", "latent"], ROWS | {MERGER})])
+def test_only_what_is_to_be_trained_changes(train, tiny_checkpoint, data, tmp_path, more, changed):
+    """Adapters are merged; of embedding and head only the rows of added tokens change. Some rows have no
+    picture: a step of the merger alone may have nothing to learn on a rank."""
+    more = [*more, "--max_steps", "4", "--save_every", "2"]
     train("one", *more)
     run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
     # each rank draws its own dropout
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=0.02)
-    before, after = tensors_of(tiny_checkpoint), tensors_of(tmp_path / "one")
-    assert before.keys() == after.keys()
-    changed = {re.sub(r"\.\d+\.", ".", name) for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.layers.{part}_proj.weight" for part in (
-        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    n_known = len(Q.load_tools(str(tiny_checkpoint)).tokenizer)
+    for name in ("one", "two"):
+        before, after = tensors_of(tiny_checkpoint), tensors_of(tmp_path / name)
+        assert before.keys() == after.keys()
+        found = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {MERGER if MERGER in name else re.sub(r"\.\d+\.", ".", name) for name in found} == changed
+        for name in ROWS & found:
+            rows = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
+            assert rows == [n_known, n_known + 1, n_known + 2]
+            if "--lora_rank" in more:  # trained: not what they began as
+                assert not torch.allclose(after[name][rows], before[name][:n_known].mean(0), atol=1e-4)
 
 
-def test_flags_have_their_effects(train, tmp_path, picture):
+def test_mirage_s_second_stage_uses_no_helper_picture(train, tmp_path, picture):
+    """The same steps with other helper pictures: at --align_weight 0 the weights are the same to the bit."""
+    more = ["--imagination", "latent", "--max_steps", "3", "--warmup_steps", "0"]
+    train("first", *more)
+    second = ["--model", str(tmp_path / "first"), *more]
+    for color in ("green", "red"):
+        for n in range(12):
+            picture(f"{n}_1.png", (56, 84), color)
+        for weight in ("0", "10"):
+            train(f"{color}-{weight}", *second, "--align_weight", weight)
+    tensors = {path.name: tensors_of(path) for path in tmp_path.iterdir() if path.name[-2:] in ("-0", "10")}
+    for weight, is_same in (("0", True), ("10", False)):
+        pair = tensors[f"green-{weight}"], tensors[f"red-{weight}"]
+        assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0]) == is_same
+    # the first stage's tokens go on from where they were
+    rows = [tensors_of(tmp_path / name)["lm_head.weight"] for name in ("first", "green-0")]
+    assert rows[0].shape == rows[1].shape and 0 < (rows[0] - rows[1]).abs().max() < 0.01
+    assert log_of(tmp_path / "green-0")[0]["align"] is not None
+
+
+def test_files_are_mixed_by_weight_also_after_a_stop_and_by_two_processes(
+        train, tiny_checkpoint, data, tmp_path, monkeypatch, capsys):
+    rows = read_rows(data, {})
+    write_rows(tmp_path / "a.jsonl", rows[:8])
+    write_rows(tmp_path / "b.jsonl", rows[8:])
+    mixed = ["--data", str(tmp_path / "a.jsonl:0.5"), f"{tmp_path / 'b.jsonl'}:1.5"]
+    more = [*mixed, "--global_batch", "5", "--epochs", "3", "--save_every", "1"]
+    train("whole", *more)
+    assert load_object(tmp_path / "whole.metrics.json")["rows_per_epoch"] == 4 + 6
+    assert load_object(tmp_path / "whole.metrics.json")["steps"] == 3 * 2
+    interrupt(monkeypatch, flags(data, tiny_checkpoint, tmp_path / "cut", *more))
+    other = [word.replace(":1.5", ":2") for word in more]
+    assert run_here("train_sft", flags(data, tiny_checkpoint, tmp_path / "cut", *other)) == 2
+    assert "data_weights" in capsys.readouterr().err
+    train("cut", *more)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    names = load_object(tmp_path / "whole.meta.json")["inputs"]
+    assert set(names) == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}
+
+
+def test_flags_have_their_effects(train, tmp_path, picture, capsys):
     picture("1_0.png", (280, 280))  # 100 visual tokens
 
     def run(*more):
@@ -140,6 +213,19 @@ def test_flags_have_their_effects(train, tmp_path, picture):
         changed = run(*more)  # by the first update
         assert changed[0]["loss"] == text[0]["loss"] and changed[1]["loss"] != text[1]["loss"]
     assert [line["lr"] for line in run("--warmup_steps", "0", "--schedule", "constant")] == [1e-3, 1e-3]
+    cosine = run("--warmup_steps", "0.5", "--schedule", "cosine", "--min_rate", "0.1", "--max_steps", "4")
+    assert [line["lr"] for line in cosine] == pytest.approx([5e-4, 1e-3, 1e-3, 5.5e-4])
+    begun = run("--imagination", "latent", "--token_init", "a red circle")
+    assert begun[0]["loss"] != latent[0]["loss"]
+    vision = run("--train_vision", "merger")
+    slow = run("--train_vision", "merger", "--merger_learning_rate", "1e-9")
+    assert vision[0]["loss"] == slow[0]["loss"] == text[0]["loss"]
+    assert vision[1]["loss"] != slow[1]["loss"] and abs(slow[1]["loss"] - text[1]["loss"]) < 1e-4
+    capsys.readouterr()
+    run("--warmup_steps", "8")
+    assert "warmup_steps 8 are more than the 2 steps of the run, which ends at 25%" in capsys.readouterr().err
+    run("--warmup_steps", "2")
+    assert "warning" not in capsys.readouterr().err
 
 
 @numeric
@@ -268,10 +354,18 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
 
 
 # ---- refused
-def test_flags_that_exclude_each_other(capsys):
+@pytest.mark.parametrize("more, message", [
+    (("--lora_rank", "4", "--train_vision", "merger_only"), "exclude each other"),
+    (("--merger_learning_rate", "1e-4"), "needs --train_vision"),
+    (("--token_init", "a"), "expected --imagination latent and texts"),
+    (("--imagination", "latent", "--token_init", "a", "b"), "2 texts, expected 1, or 3 for"),
+    (("--warmup_steps", "1.5"), "a whole number of steps, or a share below 1"),
+    (("--data", "none.jsonl:0"), "no such file, and its weight"),
+    (("--data", "none.jsonl:x"), "no such file, and its weight")])
+def test_flags_that_exclude_each_other(capsys, more, message):
     with pytest.raises(SystemExit):
-        train_sft.parse_args(["--data", "d", "--output", "o", "--lora_rank", "4", "--train_vision"])
-    assert "exclude each other" in capsys.readouterr().err
+        train_sft.parse_args(["--data", "d", "--output", "o", *more])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, match", [

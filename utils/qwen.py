@@ -36,7 +36,7 @@ class Qwen:
 
     `model`: None after `load_tools`. `factor`: pixels per side of a visual token (28 for Qwen2.5-VL, 32 for
     Qwen3-VL). `eos_ids`: tokens that end a reply (the model config has only one of Qwen's two).
-    `saved_dtype`: of the weights on disk. `latent_head`: LVR's, set by `load_with`.
+    `latent_head`: LVR's, set by `load_with`.
     """
 
     model: torch.nn.Module | None
@@ -46,7 +46,6 @@ class Qwen:
     factor: int
     eos_ids: list[int]
     config: object
-    saved_dtype: torch.dtype
     latent_head: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -77,7 +76,7 @@ def load_tools(path: str, min_pixels: int | None = None, max_pixels: int | None 
     eos = tokenizer.eos_token_id if eos is None else eos
     return Qwen(None, tokenizer, image_processor, str(path),
                 image_processor.patch_size * image_processor.merge_size,
-                eos if isinstance(eos, list) else [eos], config, config.dtype or torch.float32)
+                eos if isinstance(eos, list) else [eos], config)
 
 
 def load(path: str, dtype: str = "auto", device: str | None = None,

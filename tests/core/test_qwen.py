@@ -16,7 +16,6 @@ from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
 from utils.train.examples import add_tokens
-from utils.train.loop import save
 
 pytestmark = pytest.mark.numeric
 
@@ -44,7 +43,8 @@ def real_vocabulary(shared_data, tmp_path_factory):
 
 def test_flat_and_nested_configs_load_alike(tiny, tiny_checkpoint, tmp_path):
     assert "text_config" not in json.loads((tiny_checkpoint / "config.json").read_text())
-    save(tiny, str(tmp_path / "nested"))
+    for part in (tiny.model, tiny.tokenizer, tiny.image_processor):
+        part.save_pretrained(tmp_path / "nested")
     assert "text_config" in json.loads((tmp_path / "nested" / "config.json").read_text())
     again = Q.load(str(tmp_path / "nested"), device="cpu")
     assert again.eos_ids == tiny.eos_ids and again.factor == 28

@@ -15,7 +15,7 @@ from filter_data import Verdict, calibrate
 from toy.report import data_blocks
 from utils.jsonl import DataError
 from utils.probe.report import STAGES, collect, page
-from utils.train.loop import save
+from utils.train.weights import save
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,11 @@
 """The rows of a step on any number of devices; operations and memory against counters and by hand."""
+import math
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import make_qwen3
 from torch.utils.flop_counter import FlopCounterMode
 from training import gradient, load_examples
 from transformers import AutoConfig
@@ -11,8 +16,9 @@ from utils.items import END_OF_TURN
 from utils.latent_families import special_id
 from utils.train.batching import (Batching, Steps, count_parameters, device_memory, estimate_memory,
                                   memory_lines, peak_flops, training_flops)
-from utils.train.examples import plan_passes
+from utils.train.examples import Target, plan_passes
 from utils.train.model import Objective, run_packed, use_packed_attention
+from utils.train.weights import choose_trained, gradients_from_embedding
 
 pytestmark = pytest.mark.numeric
 
@@ -88,21 +94,44 @@ def test_work_is_what_the_batches_hold(steps, imagination):
                 assert len({len(rank[step, k]["passes"]) for rank in ranks}) == 1
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.5), (0.01, 3.0), (1.5, 1.0)])
+def test_files_are_mixed_by_weight(weights):
+    """Every epoch holds a weight's share of each file, whose rows are drawn equally often, or once more."""
+    files = [0] * 10 + [1] * 7
+    examples = [SimpleNamespace(n_tokens=1) for _ in files]
+    steps = Steps(None, examples, Target(), Batching(global_batch=4), 0, 1, files, weights)
+    again = Steps(None, examples, Target(), Batching(global_batch=4), 1, 2, files, weights)
+    shares, counts = [max(1, round(10 * weights[0])), max(1, round(7 * weights[1]))], Counter()
+    assert steps.per_epoch == math.ceil(sum(shares) / 4)
+    for epoch in range(9):
+        order = steps.order(epoch)
+        assert order == again.order(epoch)
+        assert [sum(i < 10 for i in order), sum(i >= 10 for i in order)] == shares
+        counts.update(order)
+        for rows in (range(10), range(10, 17)):
+            assert max(counts[i] for i in rows) - min(counts[i] for i in rows) <= 1
+    drawn = [i for step in range(steps.per_epoch) for k in steps.plan(step) for rank in k for i in rank]
+    assert sorted(drawn) == sorted(steps.order(0)) and steps.order(0) != steps.order(1)
+
+
 def test_batches_come_in_order_from_workers_too(steps):
     in_process = [batch["row_ids"] for batch in steps().ahead(1, 4)]
     assert in_process == [batch["row_ids"] for batch in steps(num_workers=2).ahead(1, 4)]
     assert len(in_process) == sum(len(steps().plan(step)) for step in (1, 2, 3))
 
 
-@pytest.mark.parametrize("train_vision", [False, True])
-def test_operations_are_within_a_tenth_of_torch_s_counter(tmp_path, train_vision):
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+@pytest.mark.parametrize("train_vision", [None, "all", "merger", "merger_only"])
+def test_operations_are_within_a_tenth_of_torch_s_counter(tmp_path, family, train_vision):
     """The counter counts masked attention too, which is a small share here."""
-    make_model(["a red circle"] * 4, tmp_path / "m", n_tokens=300, seed=0, sizes={
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2},
-        vision_sizes={"depth": 3, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4})
-    qwen = Q.load(str(tmp_path / "m"), device="cpu")
-    qwen.model.model.visual.requires_grad_(train_vision)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2}
+    vision_sizes = {"depth": 3, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4}
+    make_model(["a red circle"] * 4, tmp_path / "qwen2_5", 300, 0, sizes, vision_sizes)
+    if family == "qwen3":
+        make_qwen3(tmp_path / "qwen2_5", tmp_path / family, sizes, vision_sizes)
+    qwen = Q.load(str(tmp_path / family), device="cpu")
+    choose_trained(qwen.model, train_vision)
     config, image_id = qwen.model.config, special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
     grids, lengths = [(1, 8, 8), (1, 8, 16)], [70, 90]
     ids = torch.full((1, 160), 5)
@@ -111,8 +140,10 @@ def test_operations_are_within_a_tenth_of_torch_s_counter(tmp_path, train_vision
     ends = torch.tensor(lengths).cumsum(0)
     passes, _ = plan_passes(torch.zeros(160, dtype=torch.bool), ends, predicting, 1)
     pack = {"input_ids": ids, "position_ids": torch.arange(160).expand(3, 1, 160), "passes": passes,
-            "pixel_values": torch.randn(64 + 128, 1176), "image_grid_thw": torch.tensor(grids)}
-    with use_packed_attention(qwen.model), FlopCounterMode(display=False) as counter:
+            "pixel_values": torch.randn(64 + 128, 6 * qwen.image_processor.patch_size**2),
+            "image_grid_thw": torch.tensor(grids)}
+    with (use_packed_attention(qwen.model), gradients_from_embedding(qwen.model),
+          FlopCounterMode(display=False) as counter):
         qwen.model.lm_head(run_packed(qwen.model, pack)).sum().backward()
     counted = training_flops(config, lengths, 60, grids, train_vision)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
@@ -133,7 +164,7 @@ def test_parameters_are_counted_without_loading_any(tiny_checkpoint):
     counts = count_parameters(Q.load_tools(str(tiny_checkpoint)).config)
     model = Q.load(str(tiny_checkpoint), device="cpu").model
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert counts["tower"] == sum(p.numel() for p in model.model.visual.parameters())
+    assert counts["tower"] + counts["merger"] == sum(p.numel() for p in model.model.visual.parameters())
 
 
 def test_memory_of_the_paper_s_run_by_hand(shared_data):
@@ -141,7 +172,7 @@ def test_memory_of_the_paper_s_run_by_hand(shared_data):
     config = AutoConfig.from_pretrained(shared_data / "qwen2_5_vl")
     counts = count_parameters(config)
     assert counts["layers"] + counts["root"] == pytest.approx(7.616e9, rel=1e-3)
-    assert counts["tower"] == pytest.approx(0.677e9, rel=2e-3)
+    assert counts["tower"] + counts["merger"] == pytest.approx(0.677e9, rel=2e-3)
 
     def estimate(world=8, recompute="layers", **more):
         parts = estimate_memory(config, 8192, 1800, world, True, recompute, **more)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from decoding import generate
 from padded import PaddedObjective, make_batch
-from training import load_examples, summed
+from training import gradient, load_examples, summed
 
 from utils import qwen as Q
 from utils.jsonl import write_rows
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.numeric
 MIRAGE = PRESETS["mirage"]
 
 
-@pytest.fixture
-def latent(tiny_checkpoint, data):
+@pytest.fixture(params=["tiny_checkpoint", "tiny_qwen3"])
+def latent(request, data):
     """(qwen, examples, target) of twelve rows, eight of which imagine."""
-    return load_examples(tiny_checkpoint, data, "latent")
+    return load_examples(request.getfixturevalue(request.param), data, "latent")
 
 
 def test_the_passes_of_three_rows_by_hand():
@@ -101,7 +101,7 @@ def test_training_feeds_the_latents_that_decoding_feeds(latent):
     pad_id, start_id = (special_id(qwen.tokenizer, name) for name in (MIRAGE.pad, MIRAGE.start))
     for i, example in enumerate(chosen):
         cut = example.ids.index(pad_id)  # everything up to the start marker is the prompt
-        pixels = [Q.process_images(qwen.image_processor, load_images(example.images, target, 28))]
+        pixels = [Q.process_images(qwen.image_processor, load_images(example.images, target, qwen.factor))]
         prompt = Q.collate(qwen, [example.ids[:cut - 1]], pixels)
         with torch.no_grad():  # make the start marker the sampled token, then decode
             qwen.model.lm_head.weight.zero_()
@@ -134,3 +134,43 @@ def test_alignment_by_hand(latent, loss):
     with torch.no_grad():
         assert float(align(qwen, pack, states, loss)) == pytest.approx(float(expected), rel=1e-4)
         assert float(align(qwen, pack | {"weight": 0.0}, states, loss)) == 0  # a row that does not count
+
+
+def sequential(qwen, example, target, detach):
+    """Return the summed loss of a row, from forwards over the whole row without a cache: each latent is the
+    last state of a forward up to it."""
+    batch, model = make_batch(qwen, [example], target), qwen.model
+    pixels = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    pad_id = special_id(qwen.tokenizer, MIRAGE.pad)
+    rows = list(model.get_input_embeddings()(ids)[0])
+    kinds = (ids == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
+
+    def states(n):
+        return model.model(inputs_embeds=torch.stack(rows[:n])[None], position_ids=positions[..., :n],
+                           mm_token_type_ids=kinds[:, :n], use_cache=False, **pixels).last_hidden_state[0]
+
+    for place in (ids[0] == pad_id).nonzero().flatten().tolist():
+        latent = states(place)[-1]
+        rows[place] = latent.detach() if detach else latent
+    logits = model.lm_head(states(len(rows))[batch["logit_positions"]])
+    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+
+
+def test_without_alignment_latents_learn_through_the_answer_alone(latent):
+    """Mirage's stage 2. Oracle: `sequential`; with its latents cut off from the gradient, another one."""
+    qwen, examples, target = latent
+    example = next(example for example in examples if example.steps and example.images)
+    with use_packed_attention(qwen.model):
+        loss, _, aligned = Objective(qwen)(make_pack(qwen, [example], target))
+        (loss.sum() + 0.0 * aligned).backward()
+    found = gradient(qwen.model)
+    results = []
+    for detach in (False, True):
+        qwen.model.zero_grad()
+        expected = sequential(qwen, example, target, detach)
+        expected.backward()
+        assert float(expected.detach()) == pytest.approx(float(loss.detach().sum()), rel=1e-5)
+        results.append(gradient(qwen.model))
+    assert (found - results[0]).norm() < 1e-4 * results[0].norm()
+    assert (found - results[1]).norm() > 1e-2 * results[1].norm()

@@ -41,12 +41,12 @@ def test_small_plans():
         plan_packs([3, 7], 6, 1)
 
 
-@pytest.fixture
-def rows(tiny_checkpoint, data):
+@pytest.fixture(params=["tiny_checkpoint", "tiny_qwen3"])
+def rows(request, data):
     """(qwen, examples, target): five rows of unequal length with 1, 2, 0, 1 and 3 images."""
     write_rows(data, [row | {"images": [f"{n}_{k}.png" if k < 2 else "9_0.png" for k in range(n_images)]}
                       for n, (row, n_images) in enumerate(zip(read_rows(data, {}), (1, 2, 0, 1, 3)))])
-    return load_examples(tiny_checkpoint, data)
+    return load_examples(request.getfixturevalue(request.param), data)
 
 
 def library_loss(qwen, examples, target, **more):
@@ -90,7 +90,7 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_rows(rows, recompute, monk
             its_loss, its_gradient, its_hits = summed(qwen.model, map(objective, packs))
         assert torch.allclose(its_loss, loss, rtol=1e-6) and its_hits == hits and max(widths) <= chunk
         assert (its_gradient - expected).norm() < 1e-5 * expected.norm() and not replaced()
-    assert 0.1 < sum(hits) / len(hits) < 0.9
+    assert 0.05 < sum(hits) / len(hits) < 0.9
     # why gradients are compared: the loss hardly shows a leak
     assert torch.allclose(leaked_loss, loss, rtol=0.05)
     assert (leaked - expected).norm() > 0.05 * expected.norm()

@@ -31,7 +31,7 @@ class Batching:
     seed: int = 42
     global_batch: int = 128
     max_tokens: int = 8192
-    train_vision: bool = False
+    train_vision: str | None = None
     num_workers: int = 0
 
 
@@ -51,18 +51,24 @@ class Work:
 class Steps(torch.utils.data.Dataset):
     """Item (s, k) is this rank's micro-batch k in optimizer step s; every rank has the same number of them.
 
-    The rows of a step depend on (seed, step) alone: a run can resume on another number of ranks."""
+    The rows of a step depend on (seed, step) alone: a run can resume on another number of ranks. `files`: the
+    number of each example's file, whose weight times its rows is its share of an epoch."""
 
     def __init__(self, qwen: Qwen, examples: list[Example], target: Target, batching: Batching,
-                 rank: int, world: int):
+                 rank: int, world: int, files: list[int] | None = None, weights: list[float] = (1.0,)):
         self.qwen, self.examples, self.target, self.batching = qwen, examples, target, batching
-        self.rank, self.world = rank, world
-        self.per_epoch = math.ceil(len(examples) / batching.global_batch)
+        self.rank, self.world, self.weights = rank, world, weights
+        self.files = [[i for i, file in enumerate(files or [0] * len(examples)) if file == n]
+                      for n in range(len(weights))]
+        self.per_epoch = math.ceil(len(self.order(0)) / batching.global_batch)
 
     @lru_cache(4)  # called for every micro-batch, and shuffling is slow for a hundred thousand rows
     def order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.batching.seed}/{epoch}").shuffle(order)
+        """Return the rows of an epoch, in order."""
+        seed = self.batching.seed
+        order = [i for n, (rows, weight) in enumerate(zip(self.files, self.weights, strict=True))
+                 for i in draw_rows(rows, weight, epoch, f"{seed}/{n}")]
+        random.Random(f"{seed}/{epoch}").shuffle(order)
         return order
 
     @lru_cache(16)
@@ -118,6 +124,28 @@ class Steps(torch.utils.data.Dataset):
             yield micro
 
 
+def describe_lengths(examples: list[Example]) -> dict[str, int]:
+    lengths = sorted(example.n_tokens for example in examples)
+    quantiles = {"median": 0.5, "p95": 0.95, "max": 1.0}
+    return {**{name: lengths[math.ceil(q * len(lengths)) - 1] for name, q in quantiles.items()},
+            "tokens": sum(lengths), "trained_tokens": sum(example.n_trained for example in examples),
+            "images": sum(len(example.images) + len(example.steps) for example in examples)}
+
+
+def draw_rows(rows: list[int], weight: float, epoch: int, seed: str) -> list[int]:
+    """Return `weight` times the rows of a file, rounded, at least one: an epoch's piece of an endless deal
+    that gives out every row once before any row again."""
+    n = len(rows)
+    if weight == 1 or not rows:
+        return rows
+    count, drawn = max(1, round(weight * n)), []
+    for place in range(epoch * count, (epoch + 1) * count):
+        if not drawn or place % n == 0:
+            deal = random.Random(f"{seed}/{place // n}").sample(rows, n)
+        drawn.append(deal[place % n])
+    return drawn
+
+
 def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[list[int]]]:
     """Return packs[k][rank], the indices of the rows that a rank runs in micro-step k; it may have none.
 
@@ -141,31 +169,43 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 
 
 # ---- operations
+def attention_widths(text) -> tuple[int, int]:
+    """Return the numbers per token of all queries, and of all keys; a head need not be a share of the width.
+    """
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head, text.num_key_value_heads * head
+
+
 def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple[int, int, int]],
-                   train_vision: bool = False) -> float:
+                   train_vision: str | None = None) -> float:
     """Return the operations of both passes over rows of `lengths` tokens with `n_targets` predictions; a
     multiplication and an addition are two. `grids` are (frames, rows, columns) of patches per image.
 
     Terms: weight matrices per token, attention within a row, head and last MLP at predictions alone, and the
-    vision tower with windowed attention outside `fullatt_block_indexes`. Recomputed activations do not count,
-    nor does a frozen tower's backward pass."""
+    vision tower: Qwen2.5-VL's with windowed attention outside `fullatt_block_indexes`, Qwen3-VL's with two
+    matrices in an MLP and a merger for every level that it hands on. Recomputed activations do not count, nor
+    does the backward pass of frozen weights, but that through a frozen language model."""
     text, vision = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
-    kv_width = text.num_key_value_heads * (width // text.num_attention_heads)
+    q_width, kv_width = attention_widths(text)
     mlp = 3 * width * text.intermediate_size
-    at_all = layers * (2 * width * width + 2 * width * kv_width + mlp) - mlp
-    attention = layers * width * sum(2 * n * n for n in lengths)  # 4 n^2, half of it masked
+    at_all = layers * (2 * width * q_width + 2 * width * kv_width + mlp) - mlp
+    attention = layers * q_width * sum(2 * n * n for n in lengths)  # 4 n^2, half of it masked
     language = 2 * (at_all * sum(lengths) + (mlp + width * text.vocab_size) * n_targets) + attention
     patches = [t * h * w for t, h, w in grids]
     n, d = sum(patches), vision.hidden_size
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     merged = d * vision.spatial_merge_size**2
-    n_full = sum(block < vision.depth for block in vision.fullatt_block_indexes)
-    tower = (2 * n * (vision.depth * (4 * d * d + 3 * d * vision.intermediate_size) + pixels * d)
+    full = getattr(vision, "fullatt_block_indexes", None)  # Qwen2.5-VL's alone
+    n_full = vision.depth if full is None else sum(block < vision.depth for block in full)
+    block = 4 * d * d + (2 if full is None else 3) * d * vision.intermediate_size
+    tower = (2 * n * (vision.depth * block + pixels * d)
              + 4 * d * n_full * sum(p * p for p in patches)
-             + 4 * d * (vision.depth - n_full) * sum(p * min(p, WINDOW) for p in patches)
-             + 2 * n // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size))
-    return 3.0 * language + (3.0 if train_vision else 1.0) * tower
+             + 4 * d * (vision.depth - n_full) * sum(p * min(p, WINDOW) for p in patches))
+    merger = (2 * n // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size)
+              * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))))
+    return ((2.0 if train_vision == "merger_only" else 3.0) * language
+            + (3.0 if train_vision == "all" else 1.0) * tower + (3.0 if train_vision else 1.0) * merger)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -174,16 +214,19 @@ def peak_flops(device_name: str) -> float | None:
 
 # ---- memory
 def count_parameters(config) -> dict[str, int]:
-    """Return the numbers of weights of the decoder's layers, the tower and the rest (root)."""
+    """Return the numbers of weights of the decoder's layers, the tower, its mergers and the rest (root)."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    counts = {"layers": sum(p.numel() for p in model.model.language_model.layers.parameters()),
-              "tower": sum(p.numel() for p in model.model.visual.parameters())}
+    visual, layers = model.model.visual, model.model.language_model.layers
+    counts = {"layers": sum(p.numel() for p in layers.parameters()),
+              "merger": sum(p.numel() for name, p in visual.named_parameters() if "merger" in name)}
+    counts["tower"] = sum(p.numel() for p in visual.parameters()) - counts["merger"]
     return counts | {"root": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
 
 
 def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, recompute: str,
-                    train_vision: bool = False, lora_rank: int = 0, n_segments: int = 0) -> dict[str, float]:
+                    train_vision: str | None = None, lora_rank: int = 0,
+                    n_segments: int = 0) -> dict[str, float]:
     """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
 
     `sharded`: in bfloat16 (GPUs), else whole in float32 (a CPU). `n_targets`: predictions whose logits are
@@ -192,18 +235,20 @@ def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded
     text, counts = config.text_config, count_parameters(config)
     n_bytes = 2 if sharded else 4
     language = counts["layers"] + counts["root"]
-    kv = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    adapted = 9 * text.hidden_size + 2 * kv + 3 * text.intermediate_size
+    q, kv = attention_widths(text)
+    adapted = 7 * text.hidden_size + 2 * q + 2 * kv + 3 * text.intermediate_size
     adapters = lora_rank * text.num_hidden_layers * adapted
-    weights = 4 * language + ADAMW * adapters if lora_rank else ADAMW * language
+    is_frozen = lora_rank or train_vision == "merger_only"
+    weights = 4 * language + ADAMW * adapters if is_frozen else ADAMW * language
     # numbers that a layer's backward pass needs per token
-    mlp, others = 4 * text.intermediate_size, 8 * text.hidden_size + 4 * kv
+    mlp, others = 4 * text.intermediate_size, 4 * text.hidden_size + 4 * q + 4 * kv
     kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute] + 4 * kv * n_segments
     again = {"layers": others + mlp, "mlps": mlp, "none": 0}[recompute]  # one layer at a time
     # two layers at a time; the root group for the whole pass, with its gradients as computed and as reduced
     gathered = 2 * n_bytes * counts["layers"] / text.num_hidden_layers + counts["root"] * (2 * n_bytes + 4)
     parts = {"weights, gradients, optimizer": weights / (world if sharded else 1),
-             "vision tower": counts["tower"] * (ADAMW if train_vision else n_bytes),
+             "vision tower": counts["tower"] * (ADAMW if train_vision == "all" else n_bytes)
+             + counts["merger"] * (ADAMW if train_vision else n_bytes),
              "gathered weights": sharded * gathered,
              "activations": n_bytes * max_tokens * (kept * text.num_hidden_layers + again),
              "logits": n_targets * text.vocab_size * HEAD}

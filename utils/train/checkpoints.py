@@ -6,7 +6,6 @@ optimizer's state. Another number of ranks may read it.
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,10 +19,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from utils.cli import log
 from utils.journal import keep_settings
-from utils.jsonl import DataError, disk_errors, replace_file
+from utils.jsonl import DataError, disk_errors, replace_file, sha256_file
 
 SETTINGS, STATE = "settings.json", "state.json"
 POLL = 0.05  # seconds between looks at the other ranks' files
@@ -85,6 +85,24 @@ def enter_run_folder(folder: Path, settings: dict, is_first: bool) -> tuple[Path
     return newest_checkpoint(folder)
 
 
+def identify(files: dict[str, Path], before: dict) -> dict[str, str]:
+    """Return "name SHA-256 size times" of each file, or its entry in `before` if the content is the same.
+
+    All bytes are hashed once. Later a file with the same size and times is not read again; the second time is
+    the inode's, which copying and `touch` renew.
+    """
+    def entry(name: str) -> str:
+        path, old = files[name], str(before.get(name)).rsplit(" ", 4)
+        stat = path.stat()
+        now = [str(number) for number in (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)]
+        if old[2:] == now or (digest := sha256_file(path)) == "".join(old[1:2]):
+            return before[name]
+        return " ".join([path.name[-20:], digest, *now])
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(files, [*tqdm(threads.map(entry, files), "inputs", len(files), unit="file")]))
+
+
 def keep_lines(path: Path, n_lines: int) -> None:
     """Cut a log back to the step resumed from."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines] if path.exists() else []
@@ -106,34 +124,6 @@ def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int
                 local = tensor.detach().to_local() if is_sharded else tensor.detach()
                 copies[f"{key}/{name}"] = local.to("cpu", copy=True).contiguous()
     return copies
-
-
-def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """Return all weights on the CPU, adapters merged, to ranks with `keep`; every rank must call it."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            is_part = ".lora_" in name or ".base_layer." in name
-            state[name] = tensor.cpu() if is_part else tensor.to("cpu", dtype, copy=True)
-    return merge_adapters(model, state, dtype)
-
-
-def merge_adapters(model: torch.nn.Module, state: dict[str, torch.Tensor],
-                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return a state without LoRA: W + scaling * B A under the name of W."""
-    merged = {}
-    for name, tensor in state.items():
-        if ".base_layer." in name:
-            owner = name[:name.index(".base_layer.")]
-            if name.endswith(".weight"):
-                a, b = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
-                tensor = tensor + model.get_submodule(owner).scaling["default"] * b @ a
-            merged[name.replace(".base_layer.", ".")] = tensor.to(dtype)
-        elif not re.search(r"\.lora_[AB]\.", name):
-            merged[name] = tensor
-    return merged
 
 
 def rank_file(rank: int, world: int) -> str:

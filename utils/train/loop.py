@@ -17,41 +17,32 @@ from accelerate.utils import gather_object, send_to_device
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from utils.jsonl import DataError, disk_errors
+from utils.jsonl import DataError, disk_errors, find_checkpoint
 from utils.qwen import Qwen
 from utils.train.batching import Steps, Work, peak_flops
-from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot, whole_state
+from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot
 from utils.train.model import Objective, use_packed_attention
+from utils.train.weights import file_dtype, save, whole_state
 
 RECENT = 50  # steps whose median loss a spike is measured from
 
 
-def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear") -> float:
-    """Return the rate: a linear warm-up, then "linear" decay to 0 at `n_steps` or "constant"."""
+def warmup_length(given: float, n_steps: int) -> int:
+    """Return the steps of warm-up: `given` itself from 1 on, else that share of the run, rounded up."""
+    return int(given) if given >= 1 else math.ceil(given * n_steps)
+
+
+def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str = "linear",
+                     floor: float = 0.0) -> float:
+    """Return the rate: a linear warm-up, then "linear" or "cosine" decay to `floor` * `peak` at `n_steps`, or
+    "constant"."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    return peak * (n_steps - step) / max(1, n_steps - warmup)
-
-
-def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a checkpoint in the released layout.
-
-    `state`: the weights by their names in the model, of one dtype, if the model's own are sharded or of other
-    types.
-    """
-    qwen.model.save_pretrained(folder, state_dict=state)
-    if state is not None:  # the library wrote the dtype of the model in memory
-        path = Path(folder) / "config.json"
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            if "dtype" in part:
-                part["dtype"] = dtype
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    qwen.tokenizer.save_pretrained(folder)
-    qwen.image_processor.save_pretrained(folder)
+    left = (n_steps - step) / max(1, n_steps - warmup)
+    share = left if schedule == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2
+    return peak * (floor + (1 - floor) * share)
 
 
 @dataclass
@@ -104,9 +95,10 @@ class Trainer:
         """Run an optimizer step; return its record with speed and memory, and whether to stop."""
         begun, self.waited = time.perf_counter(), 0.0
         args, acc, work = self.args, self.acc, train.work(self.run.step)
-        rate = learning_rate_at(self.run.step, n_steps, args.learning_rate, args.warmup_steps, args.schedule)
+        rate = learning_rate_at(self.run.step, n_steps, args.learning_rate,
+                                warmup_length(args.warmup_steps, n_steps), args.schedule, args.min_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         record, is_stopping = self.step(self.take(batches, work.micro_steps), work)
         self.run.step += 1
         seconds = time.perf_counter() - begun
@@ -188,9 +180,9 @@ class Trainer:
         return nll / n_tokens
 
     def export(self) -> None:
-        """Have the whole weights written as best-N, in their original type."""
+        """Have the whole weights written as best-N, in the type of the base's files."""
         qwen, is_main = self.qwen, self.acc.is_main_process
-        state = whole_state(qwen.model, qwen.saved_dtype, keep=is_main)
+        state = whole_state(qwen.model, file_dtype(find_checkpoint(qwen.path)), keep=is_main)
         if is_main:
             folder = self.folder / f"best-{self.run.step}"
             self.saver.submit(publish, folder, lambda to: save(qwen, to, state))

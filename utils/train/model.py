@@ -1,31 +1,18 @@
-"""The model in training: objective, attention within packed rows, latents, adapters, sharding.
-
-Sharding is torch's `fully_shard` (FSDP2): accelerate's plugin does not run on CPU ranks and rounds the loss
-to bfloat16. Every decoder layer is sharded; embedding, last norm and head are one root group, gathered once
-per pass. The vision tower is replicated, so that a rank without images does not wait.
-"""
-import argparse
+"""The passes of training: objective, attention within packed rows, latents."""
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from utils.jsonl import DataError
 from utils.latent_families import pool_features
-from utils.qwen import Qwen, image_features, load, multiplied_patches
-from utils.train.examples import Target, add_tokens
+from utils.qwen import Qwen, image_features, multiplied_patches
 
 NAME = "packed_flash"  # with "flash" in the name the vision tower passes all windows in one call
 CHUNK = 2048  # predictions whose logits are held at once: 2048 x 152,064 x 14 bytes are 4.4 GB
-# the linear layers of the language model, not those of the vision tower
-ADAPTED = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 class Objective(torch.nn.Module):
@@ -63,7 +50,7 @@ class Objective(torch.nn.Module):
 class PassCache:
     """The keys and values of the passes so far, and which of them the tokens of pass `n` attend to.
 
-    It stands where the library takes a prepared mask, which the language model alone gets. `layers`: keys and
+    The library hands it on to every attention; the vision tower's has bounds of its own. `layers`: keys and
     values [1, heads, tokens, d] of every pass but the last one, by layer; a layer that the backward pass
     computes again finds what it found before. `previous`: that of the pass before. What stands before a
     segment of latents is selected once.
@@ -103,15 +90,15 @@ def select(passes: list[tuple[torch.Tensor, torch.Tensor]], index: torch.Tensor)
 
 
 def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                     attention_mask: PassCache | None, scaling: float | None = None,
+                     attention_mask: None, scaling: float | None = None,
                      cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None,
-                     **kwargs) -> tuple[torch.Tensor, None]:
+                     pass_cache: PassCache | None = None, **kwargs) -> tuple[torch.Tensor, None]:
     """Attend as a PassCache says or, in the vision tower, within the images or windows that `cu_seq_lens_q`
     [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d]."""
     # under autocast the rotary embedding leaves float32
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if isinstance(attention_mask, PassCache):
-        return attention_mask.attend(module.layer_idx, query, key, value, scaling), None
+    if cu_seq_lens_q is None and pass_cache is not None:
+        return pass_cache.attend(module.layer_idx, query, key, value, scaling), None
     if cu_seq_lens_q is None or attention_mask is not None or len(query) != 1:
         raise ValueError("packed attention takes one sequence with a PassCache or with cu_seq_lens_q")
     return attend_in_rows(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
@@ -187,7 +174,7 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
             inputs["inputs_embeds"] = states[-1][None, part["fed"]]
         with last_layer_at(model, part["kept"]):
             out = model.model(position_ids=pack["position_ids"][:, :, part["tokens"]], use_cache=False,
-                              attention_mask={"full_attention": cache}, **inputs)
+                              pass_cache=cache, **inputs)
         states.append(out.last_hidden_state[0])
         inputs = {}  # all images are in the first pass
     return torch.cat(states)
@@ -236,64 +223,3 @@ def align(qwen: Qwen, pack: dict, latents: torch.Tensor, loss: str) -> torch.Ten
     distance = (1 - F.cosine_similarity(states, pooled, dim=-1) if loss == "cosine"
                 else (states - pooled).square().mean(-1))
     return distance.mean(1).sum() * pack["weight"]
-
-
-# ---- weights
-def make_model(device: torch.device, world: int, target: Target,
-               args: argparse.Namespace) -> tuple[Qwen, Objective]:
-    """Load, freeze, adapt and shard the model: bfloat16 on GPUs, float32 on CPUs."""
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(args.seed)  # every rank makes the same new embedding rows and adapters
-    qwen = load(args.model, dtype="bfloat16" if on_gpu else "float32", device=str(device))
-    if target.spec:
-        add_tokens(qwen, target.spec.tokens)
-    if args.lora_rank:
-        add_adapters(qwen.model, args.lora_rank)
-    visual = qwen.model.model.visual
-    visual.requires_grad_(args.train_vision)
-    if args.train_vision:
-        visual.float()
-    objective = Objective(qwen, args.align_loss, autocast=on_gpu and args.train_vision)
-    if on_gpu or world > 1:
-        shard(objective, qwen.model, low_precision=on_gpu)
-    return qwen, objective.train()
-
-
-def add_adapters(model: torch.nn.Module, rank: int) -> None:
-    """Freeze all weights and add LoRA to the language model: alpha twice the rank, dropout 0.05."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model  # optional: only --lora_rank needs it
-    except ImportError as error:
-        raise DataError("--lora_rank needs the package peft (pip install peft)") from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=ADAPTED)
-    inject_adapter_in_model(config, model)
-
-
-def make_optimizer(model: torch.nn.Module, learning_rate: float,
-                   weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW with decay on matrices only; a trained tower, which is not sharded, has its own groups."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, ".visual." in name), []).append(parameter)
-    return torch.optim.AdamW([{"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-                              for (decays, _), parameters in groups.items()], lr=learning_rate, fused=True)
-
-
-# ---- sharding
-def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: bool) -> None:
-    """Shard the language model over all ranks, with `objective`, whose forward runs it, as the root.
-
-    Weights become float32 layer by layer, never all at once. With `low_precision` they are gathered and used
-    as bfloat16; gradients are reduced in float32.
-    """
-    if not dist.is_initialized():  # one process, not started by torchrun
-        dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo", store=dist.HashStore(),
-                                rank=0, world_size=1)
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
-    for layer in model.model.language_model.layers:
-        fully_shard(layer.float(), mesh=mesh, mp_policy=policy)
-    for module in (model.model.language_model.embed_tokens, model.model.language_model.norm, model.lm_head):
-        module.float()
-    fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=set(model.model.visual.parameters()))

@@ -1,7 +1,8 @@
-"""The training model: two sharded CPU ranks against one process, precision, adapters.
+"""The weights in training: two sharded CPU ranks against one process, precision, adapters.
 
-    python -m pytest tests/train/test_model.py
+    python -m pytest tests/train/test_weights.py
 """
+from contextlib import nullcontext
 from threading import Event
 
 import pytest
@@ -13,10 +14,15 @@ from torch.distributed.tensor import DTensor
 from training import flags, load_examples, run_ranks
 
 import train_sft
-from utils.train.batching import Batching, Steps, recompute_activations
-from utils.train.checkpoints import Run, Saver, merge_adapters, restore, snapshot, whole_state
+from utils import qwen as Q
+from utils.latent_families import PRESETS, special_id
+from utils.train.batching import Batching, Steps, count_parameters, recompute_activations
+from utils.train.checkpoints import Run, Saver, restore, snapshot
+from utils.train.examples import add_tokens
 from utils.train.loop import Trainer
-from utils.train.model import Objective, make_model, make_optimizer, shard, use_packed_attention
+from utils.train.model import Objective, use_packed_attention
+from utils.train.weights import (add_adapters, choose_trained, gradients_from_embedding, init_tokens,
+                                 make_model, make_optimizer, shard, whole_state)
 
 pytestmark = pytest.mark.numeric
 
@@ -36,7 +42,7 @@ def prepare(checkpoint, data, more):
     acc = Accelerator(cpu=True)
     tools, examples, target = load_examples(checkpoint, data, args.imagination)
     qwen, objective = make_model(acc.device, acc.num_processes, target, args)
-    optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(qwen.model, args.learning_rate, args.weight_decay, args.merger_learning_rate)
     for group in optimizer.param_groups:
         group["eps"] = EPS
     batching = Batching(args.seed, args.global_batch, args.max_tokens, args.train_vision)
@@ -56,7 +62,9 @@ def run(trainer, steps, first, last) -> tuple[list[float], dict[str, torch.Tenso
 
     hook, trainer.run.step = trainer.optimizer.register_step_pre_hook(keep), first
     recompute = trainer.args.recompute if steps.world > 1 and trainer.args.recompute else "none"
-    with use_packed_attention(model), recompute_activations(model, recompute):
+    alone = trainer.args.train_vision == "merger_only"
+    with (use_packed_attention(model), recompute_activations(model, recompute),
+          gradients_from_embedding(model) if alone else nullcontext()):
         records = [trainer.timed_step(steps, batches, 9)[0] for _ in range(first, last)]
     return [record[name] for record in records for name in ("loss", "align") if record[name]], gradients
 
@@ -90,12 +98,16 @@ def check_rank(rank, folder, checkpoint, data, more, expected):
         check_near(state, expected["state"], NEAR)
 
 
-@pytest.mark.parametrize("more", [(), ("--train_vision", "--recompute", "layers"),
-                                  ("--imagination", "latent", "--recompute", "mlps"),
-                                  ("--imagination", "latent", "--recompute", "layers")])
-def test_two_ranks_equal_one_process_and_resume_to_the_bit(tiny_checkpoint, data, tmp_path, more):
+@pytest.mark.parametrize("more", [
+    (), ("--train_vision", "--recompute", "layers"), ("--imagination", "latent", "--recompute", "mlps"),
+    ("--imagination", "latent", "--recompute", "layers"), ("--train_vision", "merger_only"),
+    ("--train_vision", "merger", "--merger_learning_rate", "1e-4", "--imagination", "latent"),
+    ("tiny_qwen3", "--train_vision"), ("tiny_qwen3", "--imagination", "latent")])
+def test_two_ranks_equal_one_process_and_resume_to_the_bit(request, data, tmp_path, more):
     """Some packs have text alone (rows 0, 4 and 8 have no picture), with or without a picture on the other
     rank."""
+    base, *more = more if more and more[0] == "tiny_qwen3" else ("tiny_checkpoint", *more)
+    tiny_checkpoint = request.getfixturevalue(base)
     one = prepare(tiny_checkpoint, data, more)
     curve, gradients = run(*one, 0, 3)
     run(*one, 3, 5)
@@ -138,14 +150,61 @@ def test_weights_decay_where_they_are_matrices(tiny_checkpoint, data):
     assert decays == {(0.5, True), (0.0, False)}
 
 
-def test_adapters_merge_by_their_formula():
-    layer = torch.nn.Module()
-    layer.q_proj = torch.nn.Module()
-    layer.q_proj.scaling = {"default": 2.0}
-    w, a, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(4, 2)
-    state = {"q_proj.base_layer.weight": w, "q_proj.base_layer.bias": torch.ones(4),
-             "q_proj.lora_A.default.weight": a, "q_proj.lora_B.default.weight": b,
-             "norm.weight": torch.ones(3)}
-    merged = merge_adapters(layer, state, torch.float32)
-    assert list(merged) == ["q_proj.weight", "q_proj.bias", "norm.weight"]
-    assert torch.allclose(merged["q_proj.weight"], w + 2 * b @ a)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_adapters_and_rows_export_what_they_compute(tiny_checkpoint, data, is_tied):
+    """Oracle: the same ids, through the model as it is trained and through one with the exported weights."""
+    qwen, _, _ = load_examples(tiny_checkpoint, data, "latent")
+    plain = load_examples(tiny_checkpoint, data, "latent")[0].model
+    ids = [special_id(qwen.tokenizer, name) for name in PRESETS["mirage"].tokens]
+    if is_tied:
+        qwen.model.lm_head.weight = qwen.model.get_input_embeddings().weight
+    add_adapters(qwen.model, 3, ids)
+    trained = [p for p in qwen.model.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.3)
+    state = whole_state(qwen.model, torch.float32, True)
+    assert state.keys() == {name for name, _ in plain.named_parameters()} - (
+        {"lm_head.weight"} if is_tied else set())
+    plain.load_state_dict(state, strict=not is_tied)
+    if is_tied:
+        plain.lm_head.weight = plain.get_input_embeddings().weight
+    inputs = torch.tensor([[5, *ids, 7, 40, 80, ids[1]]])
+    assert torch.allclose(qwen.model.eval()(inputs).logits, plain.eval()(inputs).logits, atol=1e-5)
+    # 2 layers of 7 adapted matrices, and rows of embedding and head
+    assert len(trained) == 2 * 2 * 7 + (1 if is_tied else 2)
+
+
+def test_new_tokens_begin_as_a_mean_and_known_ones_stay(tiny_checkpoint):
+    """The tiny base has spare rows, which nothing trained."""
+    names = PRESETS["mirage"].tokens
+    for texts in (None, ["a red circle"], ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]):
+        qwen = Q.load(str(tiny_checkpoint), device="cpu")
+        matrices = [qwen.model.get_input_embeddings().weight, qwen.model.lm_head.weight]
+        before, n_known = [matrix.clone() for matrix in matrices], len(qwen.tokenizer)
+        ids = add_tokens(qwen, names)
+        qwen.model.lm_head.weight.data[n_known + 3] = 9.0  # another spare row
+        init_tokens(qwen, ids, n_known, texts)
+        for matrix, old in zip(matrices, before):
+            for n, token in enumerate(ids):
+                like = (list(range(n_known)) if texts is None else
+                        qwen.tokenizer(texts[n % len(texts)]).input_ids)
+                assert torch.allclose(matrix[token], old[like].mean(0), atol=1e-6)
+            assert torch.equal(matrix[:n_known], old[:n_known])
+        after = [matrix.clone() for matrix in matrices]
+        init_tokens(qwen, add_tokens(qwen, names), len(qwen.tokenizer), ["7"])  # a second stage
+        assert all(torch.equal(*pair) for pair in zip(matrices, after))
+
+
+def test_a_part_is_trained_and_has_its_rate(tiny_checkpoint, data):
+    for vision, parts in ((None, {"language"}), ("merger", {"language", "merger"}),
+                          ("merger_only", {"merger"}), ("all", {"language", "merger", "tower"})):
+        model = load_examples(tiny_checkpoint, data)[0].model
+        choose_trained(model, vision)
+        part_of = {p: "language" if ".visual." not in name else "merger" if ".merger." in name else "tower"
+                   for name, p in model.named_parameters()}
+        groups = make_optimizer(model, 1e-3, 0.5, 2e-4).param_groups
+        rates = {part_of[p]: group["rate"] for group in groups for p in group["params"]}
+        assert {part_of[p] for p in part_of if p.requires_grad} == rates.keys() == parts
+        assert rates == {part: 0.2 if part == "merger" else 1.0 for part in parts}
+        sizes = count_parameters(model.config)
+        assert sizes["merger"] == sum(p.numel() for p in part_of if part_of[p] == "merger")
