@@ -1,0 +1,124 @@
+"""What training writes, read by the transformers of another major version. It installs that version:
+
+    python -m pytest -m engines tests/test_engines.py
+"""
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import pytest
+import torch
+from PIL import Image
+
+import train_sft
+from toy.make_model import make_model
+from toy.world import ask, draw_scene, make_scene, observation, opening, prompt_text, zoom_in
+from utils import qwen as Q
+from utils.decode import decode, prefill
+from utils.items import chat
+from utils.jsonl import write_rows
+from utils.latent_families import PRESETS
+
+pytestmark = pytest.mark.engines
+
+OTHER, N_ITEMS, N_TOKENS = "transformers==4.57.6", 20, 40
+READER = """
+import json, sys
+import torch, transformers
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessor
+folder, questions = sys.argv[1:]
+tokenizer, reader = AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessor.from_pretrained(folder)
+model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+replies = []
+for path, question in json.load(open(questions)):
+    text = tokenizer.apply_chat_template([{"role": "user", "content": [
+        {"type": "image"}, {"type": "text", "text": question}]}], tokenize=False, add_generation_prompt=True)
+    pixels = reader([Image.open(path)], return_tensors="pt")
+    n_visual = int(pixels["image_grid_thw"].prod()) // reader.merge_size**2
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * n_visual)
+    inputs = tokenizer(text, return_tensors="pt")
+    out = model.generate(**inputs, **pixels, max_new_tokens=N_TOKENS, do_sample=False)
+    replies.append(out[0, inputs["input_ids"].shape[1]:].tolist())
+print(json.dumps({"version": transformers.__version__, "replies": replies, "dtype": str(model.dtype),
+                  "missing": sorted(report["missing_keys"]), "unexpected": sorted(report["unexpected_keys"]),
+                  "rope": AutoConfig.from_pretrained(folder).rope_scaling, "n_tokens": len(tokenizer)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def other_python(tmp_path_factory):
+    """Python with the other version; torch is this one's, which is found behind its own packages."""
+    folder = tmp_path_factory.mktemp("engines") / "venv"
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", OTHER, "pillow"], check=True)
+    own = next((folder / "lib").glob("python*/site-packages"))
+    (own / "torch_of_this.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def make_rows(folder, n, seed):
+    """Draw scenes of the toy with a question each."""
+    rows = []
+    for i in range(n):
+        rng = random.Random(f"{seed}/{i}")
+        scene = make_scene(rng)
+        question = ask(rng, scene, "zoom")
+        picture = draw_scene(scene)
+        picture.save(folder / f"{seed}_{i}.png")
+        zoom_in(picture, question.thing).save(folder / f"{seed}_{i}_zoom.png")
+        answer = f"The answer is \\boxed{{{question.answer}}}."
+        steps = [{"text": opening(question)}, {"image": f"{seed}_{i}_zoom.png", "operation": "zoom"},
+                 {"text": f"{observation(question)} {answer}"}]
+        chain = f"{opening(question)} <think_image>{observation(question)}</think_image> {answer}"
+        rows.append({"id": f"{seed}/{i}", "images": [f"{seed}_{i}.png"], "question": prompt_text(question),
+                     "answer": question.answer, "steps": steps, "chain": chain})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder of items, of a model trained on text, and of one trained on latents from there."""
+    folder = tmp_path_factory.mktemp("world")
+    rows, items = make_rows(folder, 128, "train"), make_rows(folder, N_ITEMS, "test")
+    write_rows(folder / "rows.jsonl", rows)
+    make_model([row["question"] + row["chain"] for row in rows], folder / "random")
+    shared = ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--global_batch", "32",
+              "--batch_size", "16", "--num_workers", "0", "--learning_rate", "3e-3", "--schedule", "constant"]
+    for name, base, more in (("text", "random", ["--train_vision", "--max_steps", "60"]),
+                             ("latent", "text", ["--imagination", "latent", "--max_steps", "10"])):
+        more += ["--model", str(folder / base), "--output", str(folder / name)]
+        assert train_sft.main([*shared, *more]) == 0
+    (folder / "items.json").write_text(json.dumps(
+        [[str(folder / row["images"][0]), row["question"]] for row in items]))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["text", "latent"])
+def test_the_other_version_gives_the_same_replies(world, other_python, name):
+    code = READER.replace("N_TOKENS", str(N_TOKENS), 1)
+    done = subprocess.run([other_python, "-c", code, world / name, world / "items.json"], text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    other = json.loads(done.stdout.splitlines()[-1])
+    assert other["version"] == OTHER.partition("==")[2] and other["missing"] == other["unexpected"] == []
+    assert other["rope"]["mrope_section"] and other["dtype"] == "torch.float32"
+    qwen = Q.load(str(world / name), device="cpu")
+    assert other["n_tokens"] == len(qwen.tokenizer)
+    if name == "latent":
+        assert len(Q.add_tokens(qwen, PRESETS["mirage"].tokens)) == len(qwen.tokenizer) - len(
+            Q.load_tools(str(world / "text")).tokenizer)
+    items = json.loads((world / "items.json").read_text())
+    inputs = Q.encode(qwen, [chat(qwen.tokenizer, question, 1) for _, question in items],
+                      [[Image.open(path).convert("RGB")] for path, _ in items])
+    with torch.no_grad():
+        ours = decode(qwen, prefill(qwen, inputs, None), N_TOKENS)[0]
+    assert [row.ids for row in ours] == other["replies"]
+    assert len({tuple(row.ids) for row in ours}) > 1
+    print(f"{sys.version.split()[0]}: {len(ours)} replies equal, such as",
+          qwen.tokenizer.decode(ours[0].ids), file=sys.stderr)
