@@ -13,8 +13,8 @@ cd "$(dirname "$0")"
 dry=
 if [ "${1:-}" = --dry_run ]; then dry=1; shift; fi
 work=${1:-reproduction}
-# models 190, checkpoints of five finished trainings 90 and of one running 190, data 120, items 30, journals, spare
-n_gpus=8 gib_needed=750
+# models 190, checkpoints of six finished trainings 108 and of one running 190, data 120, items 30, journals, spare
+n_gpus=8 gib_needed=770
 BASE=${BASE:-Qwen/Qwen2.5-VL-7B-Instruct}
 CAPTIONER=${CAPTIONER:-Qwen/Qwen3-VL-4B-Instruct}
 EDITOR_LLM=${EDITOR_LLM:-Qwen/Qwen3-32B} # edits imaginations, and maps an unclear reply to an option
@@ -104,14 +104,16 @@ stage filter 45 "$work/sft.jsonl" python filter_data.py --input "$work/rewritten
 stop_server
 
 # Stage 3: the text model, its ablations, and the other targets, from the same rows
-train() {  # train NAME MINUTES ROWS IMAGINATION
+train() {  # train NAME MINUTES ROWS IMAGINATION FLAGS...
   stage "train_$1" "$2" "$work/$1" "${many[@]}" train_sft.py --data "$work/$3.jsonl" --image_root "$data/monet" --model "$BASE" \
-    --output "$work/$1" --imagination "$4" --validation_rows 200   # {"imagination": "text", "rows":
+    --output "$work/$1" --imagination "$4" --validation_rows 200 "${@:5}"   # {"imagination": "text", "rows":
 }
 train text 150 sft text
 train placeholder 140 sft placeholder
 train unfiltered 950 rewritten text
 train latent 300 sft latent
+# Mirage's second stage: from the first one's checkpoint, latents learn through the answer alone
+train latent2 300 sft latent --model "$work/latent" --align_weight 0
 train direct 120 sft direct
 
 # Stage 4: prepare items once, then every model; a judge maps unclear replies to options without the answer
@@ -143,7 +145,7 @@ evaluate monet Monet "$MONET" "$all" --latent monet_vllm --protocol monet
 evaluate lvr LVR "$LVR" "vstar hr4k hr8k realworld Jigsaw Multi-view_Reasoning" --latent lvr
 for name in placeholder unfiltered; do evaluate "$name" "$name" "$work/$name" "$main" --method text --protocol monet; done
 evaluate direct direct "$work/direct" "$main"
-evaluate latent latent "$work/latent" "$main" --latent mirage --protocol monet
+for name in latent latent2; do evaluate "$name" "$name" "$work/$name" "$main" --latent mirage --protocol monet; done
 evaluate deepeyes DeepEyes "$DEEPEYES" "vstar hr4k hr8k realworld" --method tool
 if [ -n "$MIRAGE" ]; then
   prepare vsp 1 vsp --source "$MIRAGE_VSP"

@@ -357,8 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.imagination != "latent" or not all(args.token_init):
             parser.error("--token_init: expected --imagination latent and texts that are not empty")
         if len(args.token_init) not in (1, len(tokens)):
-            parser.error(f"--token_init: {len(args.token_init)} texts, expected 1, or {len(tokens)} for "
-                         f"{' '.join(tokens)}")
+            parser.error(f"--token_init: {len(args.token_init)} texts, expected 1 or those of {tokens}")
     args.data, args.data_weights = map(list, zip(*args.data))
     return args
 

@@ -22,6 +22,7 @@ from utils.decode import decode, prefill
 from utils.items import chat
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS
+from utils.train.examples import add_tokens
 
 pytestmark = pytest.mark.engines
 
@@ -89,7 +90,7 @@ def world(tmp_path_factory):
     write_rows(folder / "rows.jsonl", rows)
     make_model([row["question"] + row["chain"] for row in rows], folder / "random")
     shared = ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--global_batch", "32",
-              "--batch_size", "16", "--num_workers", "0", "--learning_rate", "3e-3", "--schedule", "constant"]
+              "--num_workers", "0", "--learning_rate", "3e-3", "--schedule", "constant"]
     for name, base, more in (("text", "random", ["--train_vision", "--max_steps", "60"]),
                              ("latent", "text", ["--imagination", "latent", "--max_steps", "10"])):
         more += ["--model", str(folder / base), "--output", str(folder / name)]
@@ -111,7 +112,7 @@ def test_the_other_version_gives_the_same_replies(world, other_python, name):
     qwen = Q.load(str(world / name), device="cpu")
     assert other["n_tokens"] == len(qwen.tokenizer)
     if name == "latent":
-        assert len(Q.add_tokens(qwen, PRESETS["mirage"].tokens)) == len(qwen.tokenizer) - len(
+        assert len(add_tokens(qwen, PRESETS["mirage"].tokens)) == len(qwen.tokenizer) - len(
             Q.load_tools(str(world / "text")).tokenizer)
     items = json.loads((world / "items.json").read_text())
     inputs = Q.encode(qwen, [chat(qwen.tokenizer, question, 1) for _, question in items],

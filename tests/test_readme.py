@@ -110,7 +110,10 @@ def test_the_plan_holds_every_stage_target_and_benchmark(planned):
     calls = {script: [parsed(words) for words in planned if f"{script}.py" in words] for script in MAINS}
     assert len(calls["rewrite_captions"]) == len(calls["filter_data"]) == 1
     assert [(args.imagination, Path(args.data[0]).stem) for args in calls["train_sft"]] == [
-        ("text", "sft"), ("placeholder", "sft"), ("text", "rewritten"), ("latent", "sft"), ("direct", "sft")]
+        ("text", "sft"), ("placeholder", "sft"), ("text", "rewritten"), ("latent", "sft"), ("latent", "sft"),
+        ("direct", "sft")]
+    assert [(Path(args.model).name, args.align_weight) for args in calls["train_sft"][3:5]] == [
+        ("Qwen2.5-VL-7B-Instruct", 10), ("latent", 0)]
     prepared = [name for args in calls["evaluate"] for name in args.benchmark or ()]
     assert set(prepared) == {
         "hrbench_4k", "hrbench_8k", "mme_realworld_lite", "blink/Jigsaw", "vsp", "vstar", "tablevqa/vwtq",

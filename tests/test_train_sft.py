@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
     (("--lora_rank", "4", "--train_vision", "merger_only"), "exclude each other"),
     (("--merger_learning_rate", "1e-4"), "needs --train_vision"),
     (("--token_init", "a"), "expected --imagination latent and texts"),
-    (("--imagination", "latent", "--token_init", "a", "b"), "2 texts, expected 1, or 3 for"),
+    (("--imagination", "latent", "--token_init", "a", "b"), "2 texts, expected 1 or those of"),
     (("--warmup_steps", "1.5"), "a whole number of steps, or a share below 1"),
     (("--data", "none.jsonl:0"), "no such file, and its weight"),
     (("--data", "none.jsonl:x"), "no such file, and its weight")])
