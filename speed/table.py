@@ -65,6 +65,19 @@ def train_growth(result: dict) -> list[tuple]:
     return rows
 
 
+def train_latents(result: dict) -> list[tuple]:
+    numbers = "{seconds} s, {passes} passes, {columns} columns, {peak_gib} GiB"
+    ours = numbers.format(**result["contenders"]["packed"])
+    what = f"training with latents, {result['rows']} rows of {spread(result['row_tokens'])} tokens, packed"
+    rows = []
+    for name, run in list(result["contenders"].items())[1:]:
+        kind, _, size = name.partition("_")
+        peer = f"{kind}, {size} rows a batch" if size else kind
+        rows.append((what, ours, f"{peer}: {numbers.format(**run)} ({run['packed_is_faster_by']}, "
+                     f"{spread(run['over_rounds'])})"))
+    return rows
+
+
 def evaluate(result: dict) -> list[tuple]:
     started, process = result["started"], result["same_process"]
     prefill, decode = (f"{100 * result['shares'][name]:.0f} %" for name in ("prefill", "decode"))
@@ -95,6 +108,7 @@ ROWS = {train: TRAIN, train_own_pixels: f"{TRAIN}_own_pixels --own_pixels --roun
         train_layers: f"{TRAIN}_layers --recompute layers",
         train_none: f"{TRAIN}_none --recompute none --contenders ours trainer_rebalance",
         train_growth: f"{TRAIN}_growth --growth --rounds 1 --steps 3",
+        train_latents: "python speed/latents.py --folder work/latents",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         infer_gpu: "python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         evaluate: "python speed/evaluate.py --model toy/work/text --items toy/work/world/bench.jsonl "
