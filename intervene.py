@@ -18,7 +18,7 @@ Writes  --output: one JSON line per item and condition, "clean" first: {"id", "g
         "n_fed", "rel_change", "reach", "donor", "edit", "r0", "r1", "text", "finish", "n_new", "pred",
         "rule", "correct", "changed", "first_diff", "degenerate", "reason"; of do(X) also "asked",
         "same_answer"}; <output>.metrics.json; <output>.meta.json; figures with CSV files:
-        <output>.effects.png, .mediation.png, .attention.png, .early.png, and of sweeps .map.png,
+        <output>.effects.png, .mediation.png, .attention.png, and of sweeps .map.png,
         .positions.png, .doses.png; <output>.run/, the journal to resume from
 Prints  emission and a table of the conditions on stderr; on stdout one JSON object: emission, effects with
         intervals, verdicts
@@ -209,16 +209,6 @@ def declare(args: argparse.Namespace) -> dict[str, Declared]:
     return declared
 
 
-def kept_shares(names: list[str], spec: LatentSpec | None) -> dict[str, float]:
-    """Return the share of the imagination that each truncating condition keeps; one condition for a share."""
-    if spec is None:
-        return {name: int(name[9:]) / 100 for name in names if name.startswith("truncate_")}
-    kept = {"markers_only": 0.0, **{name: find_condition(name)[1] / spec.size for name in names
-                                    if name.startswith("keep_first")}}
-    by_share = {share: name for name, share in kept.items() if name in names and share < 1}
-    return {name: share for share, name in by_share.items()}
-
-
 def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
     """Write the records in order of items and conditions; return them by id and condition."""
     sites, records, rows = {"clean": None}, {}, []
@@ -403,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
                "stem": args.stem, "prior": args.prior, "dtype": dtype,
                "calibration": {"items": len(calibration_items),
                                "latents": calibration.n_latents if calibration else 0},
-               **summarize(items, records, declare(args), limits, kept_shares(args.conditions, spec)),
+               **summarize(items, records, declare(args), limits),
                "dose_trends": dose_trends(items, records, args.min_emitters),
                "seconds": round(time.monotonic() - began, 1)}
     metrics["summary"] = summary(metrics)

@@ -291,13 +291,10 @@ def test_image_off_and_the_worlds_of_text(text_model, items, tmp_path):
                if record["condition"] in ("clean", "sham", "blank_x"))  # the reply's own words are the stem
 
 
-def test_a_model_that_follows_the_text_settles_with_it(text_model, items, tmp_path):
-    model, follows = text_model
-    metrics, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "maps")
-    early = metrics["early_answering"]
-    assert [point["kept"] for point in early["r0"]["curve"]] == [0, 0.25, 0.5, 0.75, 1] and early["n"] == 40
-    assert (early["r0"]["curve"][0]["same"] < 0.7) == follows and (early["r2"]["aoc"] > 0.2) == follows
-    assert all((tmp_path / f"r.jsonl.{name}.png").is_file() for name in ("early", "attention"))
+def test_maps_show_where_the_answer_looks(text_model, items, tmp_path):
+    model, _ = text_model
+    _, records = run(items, model, tmp_path / "r.jsonl", "--conditions", "maps")
+    assert (tmp_path / "r.jsonl.attention.png").is_file()
     assert all(0 < record["attention"]["uniform"]["imagination"] < 0.5 for record in records
                if record["condition"] == "clean")
 
@@ -375,12 +372,6 @@ def test_the_stem_is_fixed_for_latents_and_the_words_of_the_reply_for_text():
     asked = flags("i.jsonl", "m", "r.jsonl")
     assert intervene.parse_args([*asked, "--latent", "lvr"]).stem == " The answer is \\boxed{"
     assert intervene.parse_args(asked).stem is None
-
-
-def test_a_share_of_the_imagination_is_one_point_of_the_curve():
-    names = ["tau", "markers_only", "keep_first:0", "keep_first", "keep_first:2", "keep_first:4"]
-    kept = intervene.kept_shares(names, PRESETS["mirage"])
-    assert kept == {"keep_first:0": 0, "keep_first": 0.25, "keep_first:2": 0.5}
 
 
 def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items, tmp_path):

@@ -234,15 +234,6 @@ def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[
         axes.fill_between(x, low, high, alpha=0.12, color=style.color, linewidth=0)
 
 
-def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Sequence[float],
-                  style: LineStyle, note: str = "") -> None:
-    """Draw one line of a forest plot, with a note at the right edge."""
-    axes.plot(thin, [y, y], color=style.color, linewidth=1)
-    axes.plot(thick, [y, y], color=style.color, linewidth=3)
-    axes.plot(value, y, style.mark, color=style.color, markersize=style.size)
-    axes.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-
-
 def draw_grid(axes, grid, bound: float, **more) -> object:
     """Draw and return a heat map from -bound (blue) to bound (red), NaN left blank."""
     return axes.imshow(grid, vmin=-bound, vmax=bound, cmap="RdBu_r", interpolation="nearest", **more)

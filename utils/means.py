@@ -33,29 +33,6 @@ def robust_mean(values: Sequence[float], groups: Sequence[Hashable],
     return mean, mean - half, mean + half
 
 
-def tost_mean(values: Sequence[float], groups: Sequence[Hashable], margin: float) -> float:
-    """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests, cluster-robust).
-
-    Below alpha exactly if `robust_mean` of level 1 - 2 alpha is inside (-margin, margin).
-    """
-    if not 0 < margin < math.inf:
-        raise ValueError(f"margin {margin}: expected a finite number above 0, in the units of the values")
-    mean, error, df = mean_and_error(values, groups)
-    slack = margin - abs(mean)  # the nearer of the two ends decides
-    if error == 0:
-        return 0.0 if slack > 0 else 1.0
-    return t_tail(slack / error, df)
-
-
-def t_test(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Return the two-sided p of "the mean is 0", cluster-robust: below .05 exactly if the 95 % interval of
-    `robust_mean` excludes 0."""
-    mean, error, df = mean_and_error(values, groups)
-    if error == 0:
-        return 0.0 if mean else 1.0
-    return 2 * t_tail(abs(mean) / error, df)
-
-
 def mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float, float]:
     """Return (mean, its cluster-robust standard error, degrees of freedom).
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from utils.means import group_sums, mean_and_error, robust_mean, t_quantile, t_tail
 
@@ -180,19 +179,6 @@ def share_interval(outcomes: Sequence[int], groups: Sequence[Hashable],
     return min(low for low, _ in ends), max(high for _, high in ends)
 
 
-def upper_share(k: int, n: int, n_effective: float) -> float:
-    """Return the upper 95 % bound (one-sided) of a share of k in n, exact for independent items (Clopper and
-    Pearson 1934), with as many items as there are effective groups."""
-    hits = k * n_effective / n
-    return 1.0 if k == n else float(special.betaincinv(hits + 1, n_effective - hits, 0.95))
-
-
-def share_test(k: int, n: int, n_effective: float, bound: float) -> float:
-    """Return the p of "the share is below bound", one-sided: below .05 exactly if `upper_share` is."""
-    hits = k * n_effective / n
-    return 1.0 if k == n else float(special.betainc(n_effective - hits, hits + 1, 1 - bound))
-
-
 def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
     """Return the verdict at 5 % on an effect, against a margin fixed beforehand.
 
@@ -247,11 +233,6 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def kl(clean: dict[str, float], other: dict[str, float]) -> float:
-    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
-    return max(0.0, float(sum(special.rel_entr(p, max(other[name], 1e-300)) for name, p in clean.items())))
 
 
 def chance(n_options: Sequence[int]) -> float:

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from utils.display import (EDITED, EFFECTS, SAID, SUBJECTS, LineStyle, draw_bars, draw_estimate, draw_grid,
-                           draw_line, effect_row, interval, intervene_blocks, legend, nats, new_figure,
-                           percent, plain_text, points, summary, write_figure)
+from utils.display import (EDITED, EFFECTS, SAID, SUBJECTS, LineStyle, draw_bars, draw_grid, draw_line,
+                           effect_row, interval, intervene_blocks, legend, nats, new_figure, percent,
+                           plain_text, points, summary, write_figure)
+from utils.intervene.figures import draw_estimate
 
 
 def test_numbers_are_written_in_one_form():

@@ -7,8 +7,8 @@ from decoding import batch_of, embedded, one_pass
 
 from utils import qwen as Q
 from utils.decode import prefill
+from utils.intervene.mediation import kl
 from utils.option_scores import describe_scores, option_blocks, score_options
-from utils.stats import kl
 
 ITEMS = [{"options": [["A", "red"], ["B", "blue square"], ["C", "the red circle"]]},
          {"options": [["A", "7"], ["B", "red"]]}, {"options": [["A", "red"], ["B", "red circle"]]}]

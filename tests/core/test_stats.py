@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from analytic import trinomial
 
-from utils.means import mean_and_error, robust_mean, sign_flip, t_quantile, t_tail, t_test, tost_mean
+from utils.intervene.mediation import t_test, tost_mean, upper_share
+from utils.means import mean_and_error, robust_mean, sign_flip, t_quantile, t_tail
 from utils.stats import (cluster_bootstrap, effective_groups, holm, mcnemar_exact, paired_interval,
-                         paired_readings, share_interval, tango_ci, tango_z, tost, tost_tango, upper_share,
-                         verdict, wilson)
+                         paired_readings, share_interval, tango_ci, tango_z, tost, tost_tango, verdict,
+                         wilson)
 
 
 def test_golden_values():

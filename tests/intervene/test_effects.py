@@ -9,7 +9,7 @@ from PIL import Image
 from utils.intervene.effects import (INSIDE, Declared, Limits, Pair, change_of_accuracy, change_of_score,
                                      effect_of, settle, settle_all, specific_effect, summarize)
 from utils.intervene.figures import draw_effects
-from utils.intervene.mediation import attention_by_layer, early_answering, early_curve
+from utils.intervene.mediation import attention_by_layer
 from utils.intervene.prompts import first_difference, is_degenerate, stem_of
 from utils.jsonl import DataError
 from utils.stats import tango_ci
@@ -261,38 +261,6 @@ def test_a_few_large_changes_of_the_score_are_not_called_equivalent():
 
 
 # ---- curves
-def test_the_area_over_the_curve():
-    """Triangles and rectangles counted by hand: the last is .75 * .5 + .25 * .2."""
-    for curve, area in (([(0, 1), (1, 1)], 0.0), ([(0, 0), (0.5, 0), (1, 1)], 0.75),
-                        ([(0, 0.4), (0.75, 0.6), (1, 1)], 0.425)):
-        assert early_answering(curve) == pytest.approx(area, abs=1e-12)
-    for wrong in ([], [(0, 1)], [(0, 1), (0.5, 1)], [(0.1, 1), (1, 1)], [(0, 1), (0, 0), (1, 1)],
-                  [(0, 1), (1, 1.1)], [(0, -0.1), (1, 1)]):
-        with pytest.raises(ValueError, match="expected"):
-            early_answering(wrong)
-
-
-def test_early_answering_by_hand():
-    """Three items settle at 0, 50 and 100 %: the curve is 1/3, 2/3, 1 and the area over it 1/3."""
-    def reply(pred):
-        return {"pred": pred, "r0": {"pred": "A"}}
-
-    records = [{"clean": reply("A"), "t0": reply("A" if n == 0 else "B"),
-                "t50": reply("A" if n < 2 else None)} for n in range(3)]
-    left_out = [{"reason": "no_span"}, reply("A") | {"again": True}]
-    records += [{"clean": reply("A"), "t0": first, "t50": reply("A")} for first in left_out]
-    records.append({"clean": reply(None), "t0": reply(None), "t50": reply(None)})  # the same nothing
-    early = early_curve(records, {"t50": 0.5, "t0": 0.0}, "abcdef")
-    points = early["r2"]["curve"]
-    assert early["n"] == 3 and [point["same"] for point in points] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert early["r2"]["aoc"] == pytest.approx(1 / 3) and early["r0"]["aoc"] == 0
-    assert early["r0"]["ci95"][1] > 0.1  # three items that never change prove no area of 0
-    for point in points[:2]:
-        assert 0 <= point["ci95"][0] < point["same"] < point["ci95"][1] <= 1
-    assert early_curve(records, {"t50": 0.5}, "abcdef") is None
-    assert early_curve(records[:1], {"t50": 0.5, "t0": 0}, "a") is None
-
-
 def test_attention_is_a_mean_over_items_with_its_interval():
     looks = [{"mass": {"image": [x, 0.5]}, "uniform": {"image": u}} for x, u in ((0.2, 0.1), (0.4, 0.3))]
     attention = attention_by_layer(looks, "ab")
@@ -317,15 +285,12 @@ def test_figures_come_with_the_numbers_behind_them(run, tmp_path):
 def test_curves_are_drawn_as_they_are_given(tmp_path):
     part = {"mean": 0.2, "ci95": [0.1, 0.3]}
     groups = ("first", "image", "question", "imagination", "said")
-    points = [{"kept": 0.0, "same": 0.6, "ci95": [0.4, 0.8]}, {"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]}]
-    early = {readout: {"aoc": 0.2, "ci95": [0.1, 0.3], "curve": points} for readout in ("r2", "r0")}
     metrics = {"model": "m", "arm": "latent", "conditions": {}, "emission": {"k": 30, "n": 30},
                "attention": {"n": 30, "uniform": dict.fromkeys(groups, 0.2),
-                             "mass": dict.fromkeys(groups, [part, part])},
-               "early_answering": {"n": 30, **early}}
+                             "mass": dict.fromkeys(groups, [part, part])}}
     draw_effects(metrics, str(tmp_path / "r"))
-    assert (len(rows_of(tmp_path, "attention")), len(rows_of(tmp_path, "early"))) == (10, 4)
-    draw_effects({**metrics, "attention": None, "early_answering": None}, str(tmp_path / "none"))
+    assert len(rows_of(tmp_path, "attention")) == 10
+    draw_effects({**metrics, "attention": None}, str(tmp_path / "none"))
     assert not list(tmp_path.glob("none*"))
 
 

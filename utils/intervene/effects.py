@@ -14,14 +14,13 @@ from math import ceil, isfinite
 from statistics import median
 from typing import NamedTuple
 
-from utils.intervene.mediation import (ALPHA, WORLDS, attention_by_layer, early_curve, items_needed,
-                                       margin_shown, markers_share, mediation_at, retrieval, share_of,
-                                       specific_effect)
+from utils.intervene.mediation import (ALPHA, WORLDS, attention_by_layer, items_needed, kl, margin_shown,
+                                       markers_share, mediation_at, retrieval, share_of, share_test,
+                                       specific_effect, t_test, tost_mean, upper_share)
 from utils.items import group_of
 from utils.jsonl import DataError
-from utils.means import RESOLUTION, robust_mean, sign_flip, t_test, tost_mean
-from utils.stats import (Interval, effective_groups, holm, kl, mcnemar_exact, paired_readings, share_test,
-                         tost, upper_share)
+from utils.means import RESOLUTION, robust_mean, sign_flip
+from utils.stats import Interval, effective_groups, holm, mcnemar_exact, paired_readings, tost
 
 INSIDE = ("equivalent", "small effect inside the margin")
 UNBOUNDED = "the mean is inside the margin, large changes are not excluded"
@@ -232,9 +231,8 @@ def settle_all(conditions: dict[str, dict], sensitivity: dict[str, dict]) -> Non
 
 # ---- all conditions
 def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: dict[str, Declared],
-              limits: Limits, kept: dict[str, float] | None = None) -> dict:
-    """Return emission, effects, mediation, early answering and attention. `records` by item id and condition;
-    `kept`: the share of the imagination that truncating conditions keep."""
+              limits: Limits) -> dict:
+    """Return emission, effects, mediation and attention. `records` by item id and condition."""
     read = [item for item in items if "error" not in records[item["id"]]["clean"]]
     clean = {item["id"]: records[item["id"]]["clean"] for item in read}
     emitters = [item for item in read if clean[item["id"]]["emitted"]]
@@ -255,8 +253,7 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
               "acc_clean_others": share(others, "correct"), "segments": len(segments),
               "closed_by": dict(Counter(segment["closed_by"] for segment in segments)),
               "sensitivity": sensitivity, "conditions": conditions, "specific": None,
-              "markers_share": None, "mediation": {}, "early_answering": None, "attention": None,
-              "retrieval": None}
+              "markers_share": None, "mediation": {}, "attention": None, "retrieval": None}
     if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
     if {"directed", "irrelevant"} <= set(declared):
@@ -271,8 +268,6 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
                 for readout in ("r0", "r2")}
     paired = {item["id"]: group_of(item) for item in emitters if clean[item["id"]].get("vectors")}
     result["retrieval"] = retrieval([clean[name]["vectors"] for name in paired], list(paired.values()))
-    result["early_answering"] = early_curve([records[item["id"]] for item in emitters], kept or {},
-                                            list(map(group_of, emitters)))
     looking = [item for item in emitters if clean[item["id"]].get("attention")]
     result["attention"] = attention_by_layer([clean[item["id"]]["attention"] for item in looking],
                                              list(map(group_of, looking)))

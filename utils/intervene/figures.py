@@ -1,10 +1,11 @@
 """Figures of an intervention run, each with a CSV of its numbers; those of sweeps are in
 `utils.intervene.sweeps`. The forest plot holds the paper's Fig. 2(c), left.
 """
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.display import (BAND, BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, LineStyle, draw_bars,
-                           draw_estimate, draw_line, legend, new_figure, swept, tidy, write_figure)
+                           draw_line, legend, new_figure, swept, tidy, write_figure)
 
 VERDICTS = {"equivalent": ("s", GREEN), "small effect inside the margin": ("D", GREEN),
             "effect": ("o", BLUE), "effect, not after Holm": ("o", SKY), "inconclusive": ("o", GREY),
@@ -15,8 +16,6 @@ COLUMNS = {"imagination": LineStyle("imagination", BLUE), "image": LineStyle("im
            "question": LineStyle("question, template", ORANGE, "s"),
            "said": LineStyle("other words of the reply", PINK, "D"),
            "first": LineStyle("first token", GREY, "x")}
-EARLY = {"r2": LineStyle("reply, parsed", BLUE, size=10),  # large below small: both show where they meet
-         "r0": LineStyle("likeliest option (R0)", ORANGE, "s")}
 
 
 def draw_effects(metrics: dict, output: str) -> None:
@@ -24,7 +23,7 @@ def draw_effects(metrics: dict, output: str) -> None:
     points = swept(metrics["conditions"])
     shown = {name: entry for name, entry in metrics["conditions"].items()
              if entry["effect"] and name not in points}
-    figures = {"attention": attention_figure(metrics), "early": early_figure(metrics)}
+    figures = {"attention": attention_figure(metrics)}
     if shown:
         figures |= {"effects": forest_figure(metrics, shown), "mediation": mediation_figure(metrics)}
     write_figures(figures, output)
@@ -79,6 +78,15 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
     figure.suptitle(f"{title_of(metrics)}\nthick: 90 % interval (equivalence), thin: 95 %; band: margin",
                     fontsize=10)
     return figure, rows
+
+
+def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Sequence[float],
+                  style: LineStyle, note: str = "") -> None:
+    """Draw one line of a forest plot, with a note at the right edge."""
+    axes.plot(thin, [y, y], color=style.color, linewidth=1)
+    axes.plot(thick, [y, y], color=style.color, linewidth=3)
+    axes.plot(value, y, style.mark, color=style.color, markersize=style.size)
+    axes.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), fontsize=7, va="center")
 
 
 def mediation_figure(metrics: dict) -> tuple:
@@ -137,26 +145,4 @@ def attention_figure(metrics: dict) -> tuple:
     legend(figure, [shares])
     figure.suptitle(f"{title_of(metrics)}\nattention of the answer's stem (mass is not use); 95 % intervals; "
                     "dotted: uniform attention", fontsize=10)
-    return figure, rows
-
-
-def early_figure(metrics: dict) -> tuple:
-    early = metrics["early_answering"]
-    if not early:
-        return None, []
-    figure, [[axes]] = new_figure(6.5, 4.4)
-    rows = []
-    for readout, style in EARLY.items():
-        area, points = early[readout]["aoc"], early[readout]["curve"]
-        low, high = early[readout]["ci95"]
-        label = f"{style.label}; area over the curve {area:.2f} [{low:.2f}, {high:.2f}]"
-        draw_line(axes, [100 * point["kept"] for point in points], [100 * point["same"] for point in points],
-                  [[100 * end for end in point["ci95"]] for point in points], style._replace(label=label),
-                  whiskers=True)
-        rows += [{"readout": readout, "n": early["n"], "kept": point["kept"], "same": point["same"],
-                  **ends_of(point, "ci95"), "aoc": area} for point in points]
-    axes.set(ylim=(0, 105), xlabel="share of the imagination kept, %", ylabel="answers as with all of it, %")
-    tidy(axes)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    axes.set_title(f"{title_of(metrics)}\n{early['n']} items, 95 % intervals", fontsize=9)
     return figure, rows

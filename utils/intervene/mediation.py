@@ -9,16 +9,16 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from scipy import special
 
 from utils.items import group_of
-from utils.means import mean_and_error, t_quantile
+from utils.means import mean_and_error, t_quantile, t_tail
 from utils.stats import (Interval, effective_groups, paired_interval, paired_readings, robust_mean,
                          share_interval)
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
           "text": ("swap_blank", "blank_x")}
-Curve = Sequence[tuple[float, float]]
 ALPHA, POWER = 0.05, 0.8
 Z = NormalDist().inv_cdf
 Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
@@ -167,48 +167,46 @@ def retrieval(vectors: Sequence[Sequence[Sequence[float]]], groups: Sequence[Has
             "chance": float((1 / (1 + others.sum(1))).mean())}
 
 
-def early_answering(curve: Curve) -> float:
-    """Return the area over the early-answering curve (AOC), 0 to 1, by the trapezoidal rule (Lanham et al.
-    2023, arXiv:2307.13702). `curve` holds (share of the imagination kept, share of answers equal to the whole
-    reply's) from share 0 to 1. At an area of 0 the answer never depends on the imagination; ValueError for a
-    curve that does not rise from 0 to 1 or leaves [0, 1]."""
-    kept = [x for x, _ in curve]
-    if len(kept) < 2 or kept[0] != 0 or kept[-1] != 1 or any(a >= b for a, b in zip(kept, kept[1:])):
-        raise ValueError(f"curve over the shares {kept}, expected rising shares from 0 to 1")
-    if any(not 0 <= y <= 1 for _, y in curve):
-        raise ValueError(f"curve {list(curve)}, expected shares of answers within 0 and 1")
-    return 1 - sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:]))
+# ---- tests of scores
+def tost_mean(values: Sequence[float], groups: Sequence[Hashable], margin: float) -> float:
+    """Return the p of "the mean is smaller than margin, both ways" (two one-sided t tests, cluster-robust).
+
+    Below alpha exactly if `robust_mean` of level 1 - 2 alpha is inside (-margin, margin).
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin {margin}: expected a finite number above 0, in the units of the values")
+    mean, error, df = mean_and_error(values, groups)
+    slack = margin - abs(mean)  # the nearer of the two ends decides
+    if error == 0:
+        return 0.0 if slack > 0 else 1.0
+    return t_tail(slack / error, df)
 
 
-def early_curve(records: Sequence[dict[str, dict]], kept: dict[str, float],
-                groups: Sequence[Hashable]) -> dict | None:
-    """Return {"n", "r2": {"aoc", "ci95", "curve": [{"kept", "same", "ci95"}]}, "r0": the same} over the items
-    whose `records` hold the clean run and all truncations of `kept`, none of which the model filled in again,
-    and a clean answer. The mean of the items' areas is the area over the mean curve. None below two groups,
-    or without a share of 0 and another."""
-    names = sorted(kept, key=kept.get)
-    complete = [(by, group) for by, group in zip(records, groups)
-                if all(has_readout(by[name], "r0") for name in ("clean", *names))
-                and by["clean"]["pred"] is not None]
-    groups = [group for _, group in complete]
-    if len(names) < 2 or kept[names[0]] != 0 or len(set(groups)) < 2:
-        return None
-    result = {"n": len(complete)}
-    for readout, answer in (("r2", lambda record: record["pred"]),
-                            ("r0", lambda record: record["r0"]["pred"])):
-        same = [[int(answer(by[name]) == answer(by["clean"])) for name in names] for by, _ in complete]
-        areas = [early_answering([*((kept[name], y) for name, y in zip(names, row)), (1, 1)]) for row in same]
-        mean, low, high = robust_mean(areas, groups, 0.95)
-        points = []
-        for name, column in zip(names, zip(*same)):
-            change = paired_interval([1] * len(column), column, groups, 0.95)
-            points.append({"kept": kept[name], "same": sum(column) / len(column),
-                           "ci95": [min(1.0, max(0.0, 1 + end)) for end in change]})
-        points.append({"kept": 1.0, "same": 1.0, "ci95": [1.0, 1.0]})
-        # a mean of equal areas has no width of its own: at least that of the points
-        far = [early_answering([(point["kept"], point["ci95"][end]) for point in points]) for end in (1, 0)]
-        result[readout] = {"aoc": mean, "ci95": [min(low, far[0]), max(high, far[1])], "curve": points}
-    return result
+def t_test(values: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """Return the two-sided p of "the mean is 0", cluster-robust: below .05 exactly if the 95 % interval of
+    `robust_mean` excludes 0."""
+    mean, error, df = mean_and_error(values, groups)
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return 2 * t_tail(abs(mean) / error, df)
+
+
+def upper_share(k: int, n: int, n_effective: float) -> float:
+    """Return the upper 95 % bound (one-sided) of a share of k in n, exact for independent items (Clopper and
+    Pearson 1934), with as many items as there are effective groups."""
+    hits = k * n_effective / n
+    return 1.0 if k == n else float(special.betaincinv(hits + 1, n_effective - hits, 0.95))
+
+
+def share_test(k: int, n: int, n_effective: float, bound: float) -> float:
+    """Return the p of "the share is below bound", one-sided: below .05 exactly if `upper_share` is."""
+    hits = k * n_effective / n
+    return 1.0 if k == n else float(special.betainc(n_effective - hits, hits + 1, 1 - bound))
+
+
+def kl(clean: dict[str, float], other: dict[str, float]) -> float:
+    """Return the Kullback-Leibler divergence in nats from `clean` to `other`, {letter: share}; at least 0."""
+    return max(0.0, float(sum(special.rel_entr(p, max(other[name], 1e-300)) for name, p in clean.items())))
 
 
 def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:

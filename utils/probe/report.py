@@ -25,7 +25,6 @@ FIGURES = {  # by file name: the paper's figure, then what is shown
     "positions": ("new", "single positions kept or replaced"),
     "doses": ("new", "effect against dose"),
     "attention": ("new", "attention of the answer's stem, by layer"),
-    "early": ("new", "share of answers settled, by how much of the imagination is kept"),
     "heatmap": ("Fig. 2(b) left", "cosine of every two instances, step by step, raw and centred"),
     "curves": ("Fig. 2(b) right", "similarity between instances and from step to step"),
     "probing": ("Fig. 2(c) right", "accuracy on questions about what was imagined"),
