@@ -118,7 +118,7 @@ def test_the_other_version_gives_the_same_replies(world, other_python, name):
     inputs = Q.encode(qwen, [chat(qwen.tokenizer, question, 1) for _, question in items],
                       [[Image.open(path).convert("RGB")] for path, _ in items])
     with torch.no_grad():
-        ours = decode(qwen, prefill(qwen, inputs, None), N_TOKENS)[0]
+        ours = decode(qwen, prefill(qwen, inputs), N_TOKENS)[0]
     assert [row.ids for row in ours] == other["replies"]
     assert len({tuple(row.ids) for row in ours}) > 1
     print(f"{sys.version.split()[0]}: {len(ours)} replies equal, such as",
