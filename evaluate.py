@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from utils.backends import LocalBackend, render
+from utils.backends import LocalBackend
 from utils.call_flags import add_journal_flags, add_server_flags, open_backend
 from utils.cli import (Help, cli, log, parse_count, parse_number, parse_seconds, parse_seed, rank_world,
                        read_api_key)
@@ -51,7 +51,7 @@ from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages
 from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
 from utils.evaluate.scoring import as_published, check_scorable, n_options, rotation_of, score, vsp_floors
-from utils.items import ANSWER_TYPES, group_of, read_items
+from utils.items import ANSWER_TYPES, group_of, read_items, render
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
                          write_rows)

@@ -8,9 +8,9 @@ Stage 1 of 6:  [rewrite_captions.py] -> filter_data.py -> train_sft.py    (one c
     python rewrite_captions.py --input ... --image_root . --output ... --backend openai --concurrency 256
 
 Reads   --input, JSON or JSONL: Monet-SFT ("metadata", "data"), Mirage ("text_input", "image_input",
-        "text_output", "image_output") or our own form: {"id", "subset", "images", "question", "answer",
-        "steps"}, each step {"text"} or {"image", "operation": zoom or draw}, the last one a text with
-        \\boxed{the answer}
+        "text_output", "image_output"), "conversations" or "messages" with images in the reply, or our own
+        form: {"id", "subset", "images", "question", "answer", "steps"}, each step {"text"} or {"image",
+        "operation": zoom or draw}, the last one a text with \\boxed{the answer}
 Writes  --output: JSONL rows of our own form with "chain" and "refined", in input order
         <output>.run/: meta.json, calls-*.jsonl (one line per model call), images-*.jsonl (checked images),
         rejected.jsonl (all other samples and their reasons)
@@ -26,14 +26,16 @@ import argparse
 import os
 import re
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from utils.call_flags import Stage, add_call_flags, load_prompts, run_stage, show_calls
-from utils.chain_formats import OPERATIONS, SOURCE_REASONS, Sample, convert
+from utils.chain_formats import SOURCE_REASONS, Fault, read_chains
 from utils.cli import Help, cli, log, parse_count
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
-from utils.jsonl import check_output, check_unique, located_rows, object_schema, write_rows
+from utils.jsonl import DataError, check_output, object_schema, write_rows
 from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
 from utils.rows import (CAPTION_REASONS, HAN_KANA, ROW_REASONS, THAI_KHMER, caption_fault, check_rows,
                         count_words, find_markup, has_loop, mark, split_final)
@@ -82,8 +84,10 @@ SCHEMAS = {
     "draw": object_schema(marks=MARKS, description=TEXT, changed={"type": "boolean"}),
     "refine": object_schema(segments={"type": "array", "items": SEGMENT}),
 }
-REASONS = (*dict.fromkeys((*SOURCE_REASONS, *ROW_REASONS, *IMAGE_REASONS)), "duplicate", *CAPTION_REASONS,
-           "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
+REASONS = (*dict.fromkeys((*SOURCE_REASONS, "nothing_to_rewrite", *ROW_REASONS, *IMAGE_REASONS)), "duplicate",
+           *CAPTION_REASONS, "caption_illegible", "caption_unchanged", "caption_repeated", *ERROR_REASONS)
+# the paper's split
+OPERATIONS = {"Visual_CoT": "zoom", "ReFocus": "draw", "CogCoM": "draw", "Mirage": "draw"}
 NUMBER = re.compile(r"\d\d*(?:\.\d+)?")  # a third faster than \d+
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|「([^」]+)」|『([^』]+)』")
 MIN_RECALL = 0.6  # of a caption's content words, in its refined segment
@@ -103,24 +107,60 @@ class Segment(NamedTuple):
     text: str
 
 
+@dataclass
+class Sample:
+    """An input sample; rejected with a `reason`. `hashes`: of the images of the question, then of the steps.
+    """
+
+    row: dict
+    reason: str | None = None
+    detail: str = ""
+    hashes: list[str] = field(default_factory=list)
+
+    def reject(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+
+
 # ---- samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """Read and convert the inputs in order; DataError for a duplicate id. Copies of a Mirage sample, whose id
-    is of its content, are numbered."""
-    samples, seen, operations, copies = [], {}, OPERATIONS | dict(args.operation), Counter()
-    for path in args.input:
-        limit = None if args.limit is None else args.limit - len(samples)
-        for where, value in located_rows(path, limit):
-            sample = convert(where, value, operations)
-            if "text_input" in value:
-                copies.update([name := sample.row["id"]])
-                sample.row["id"] = name if copies[name] == 1 else f"{name}-{copies[name]}"
-            check_unique(where, sample.row["id"], seen)
-            samples.append(sample)
+    """Read and convert the inputs in order; DataError for a duplicate id."""
+    operations = OPERATIONS | dict(args.operation)
+    chains = islice(read_chains(args.input), args.limit)
+    samples = [make_sample(where, row, fault, operations) for _, where, row, fault in chains]
     for subset, operation in args.operation:
         if all(sample.row["subset"] != subset for sample in samples):
             log(f"--operation {subset}={operation}: no sample read is of that subset")
+    if n := sum(sample.reason == "nothing_to_rewrite" for sample in samples):
+        log(f"{n:,} of {len(samples):,} samples have no image in the reply: nothing to rewrite; train_sft.py "
+            "trains on them as they are")
     return samples
+
+
+def make_sample(where: str, row: dict, fault: Fault | None, operations: dict[str, str]) -> Sample:
+    """Return a sample whose images have their operations, or that is rejected."""
+    images = [step for step in row["steps"] if "image" in step]
+    for step in images:
+        step["operation"] = step.get("operation") or operation_of(where, row["subset"], operations)
+    sample = Sample(row)
+    if fault:
+        sample.reject(*fault)
+    elif not images:
+        sample.reject("nothing_to_rewrite", "no image in the reply; train_sft.py trains on its text as it is")
+    elif "history" in row:
+        sample.reject("structure", "several questions; chains are made for one")
+    return sample
+
+
+def operation_of(where: str, subset: str, operations: dict[str, str]) -> str:
+    """Return "zoom" or "draw" for a subset, by `operations` or its name."""
+    if subset in operations:
+        return operations[subset]
+    if subset.startswith("Zebra_CoT_"):
+        return "zoom"
+    if subset.endswith(("_zoom", "_draw")):
+        return subset[-4:]
+    raise DataError(f"{where}: no operation is known for subset {subset!r}; give it with "
+                    f"--operation {subset}=zoom or --operation {subset}=draw")
 
 
 def accepted(samples: list[Sample]) -> list[Sample]:

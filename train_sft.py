@@ -6,7 +6,8 @@ Stage 3 of 6:  filter_data.py -> [train_sft.py] -> evaluate.py, intervene.py, pr
       --output checkpoint
     python train_sft.py --model tiny --data sft.jsonl --output checkpoint --global_batch 64
 
-Reads   --data: JSONL rows {"id", "images", "question", "answer", "steps", "chain"} of filter_data.py
+Reads   --data, JSON or JSONL: rows {"id", "images", "question", "answer", "steps", "chain"} of
+        filter_data.py, "conversations" (LLaVA, ShareGPT), "messages" (OpenAI), Monet-SFT or Mirage
 Writes  --output: the best checkpoint on held-out rows, in the layout of its base, at the end
         <output>.run/: log.jsonl (one line per step), step-N/ (to resume from), best-N/ (export)
         --skip_bad: {"id", "subset", "reason", "detail"} of every row left out
@@ -28,20 +29,17 @@ import random
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from utils.chain_formats import read_chains
 from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, stop_on_signals
-from utils.images import ImageError, open_image
+from utils.items import plain
 from utils.journal import read_settings
-from utils.jsonl import (DataError, call_key, check_output, check_unique, find_checkpoint, read_rows,
-                         write_json, write_meta, write_rows)
+from utils.jsonl import DataError, call_key, check_output, find_checkpoint, write_json, write_meta, write_rows
 from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
-from utils.rows import check_own
+from utils.reply_text import last_boxed
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch
@@ -52,7 +50,6 @@ if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     from utils.train.checkpoints import Run
     from utils.train.examples import Example, Target
 
-INPUT_FIELDS = {"id": str, "images": list, "question": str, "answer": str, "steps": list, "chain": str}
 IMAGINATIONS = ("text", "latent", "placeholder", "direct")
 RECOMPUTED = ("layers", "mlps", "none")  # parts whose activations the backward pass may recompute
 # flags that may change when a run resumes; files count by their content, not by their names
@@ -83,13 +80,11 @@ def parse_data(text: str) -> tuple[str, float]:
 
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
     """Return the rows of all --data files, and {id: number of its file}."""
-    rows, seen, file_of = [], {}, {}
-    for number, path in enumerate(args.data):
-        for row in read_rows(path, INPUT_FIELDS, args.limit, "filter_data.py writes it"):
-            check_own(f"{path}: id {row['id']!r}", row)
-            check_unique(path, row["id"], seen)
-            file_of[row["id"]] = number
-            rows.append(row)
+    chains = read_chains(args.data, args.limit, "filter_data.py writes it")
+    rows, file_of = [], {}
+    for number, _, row, fault in chains:
+        rows.append(prepare_row(row, fault, args))
+        file_of[row["id"]] = number
     if not rows:
         raise DataError(f"--data {' '.join(args.data)}: no rows; expected at least one")
     return rows, file_of
@@ -99,6 +94,7 @@ def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
               args: argparse.Namespace) -> tuple[list[Example], list[dict]]:
     """Return (examples, rows left out with their reasons), every picture opened once (--skip_bad)."""
     from utils.train.examples import sort_rows
+    from utils.train.loop import open_pictures
     examples, faults = sort_rows(tools, rows, target, args.max_tokens)
     unreadable = open_pictures(acc, examples)
     for example in examples:
@@ -112,24 +108,6 @@ def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
     return [example for example in examples if example.id not in faults], left_out
 
 
-def open_pictures(acc: Accelerator, examples: list[Example]) -> dict[Path, ImageError]:
-    """Decode every picture, each on one rank; return the faults, the same on all."""
-    from accelerate.utils import gather_object
-    paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
-    own = paths[acc.process_index::acc.num_processes]
-
-    def fault(path: Path) -> tuple[str, str] | None:
-        try:
-            open_image(path)
-        except ImageError as error:
-            return error.reason, str(error)
-
-    with ThreadPoolExecutor() as threads:
-        found = [*zip(own, tqdm(threads.map(fault, own), "images", len(own), unit="image",
-                                disable=not acc.is_main_process))]
-    return {path: ImageError(*parts) for path, parts in gather_object(found) if parts}
-
-
 def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     """Return (training rows, held-out rows), drawn by --seed."""
     if args.validation_rows >= len(examples):
@@ -139,11 +117,27 @@ def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Ex
     return examples[args.validation_rows:], examples[:args.validation_rows]
 
 
+def prepare_row(row: dict, fault: tuple[str, str] | None, args: argparse.Namespace) -> dict:
+    """Return a row with its earlier turns as they stand in the text, or with its "fault" (reason, detail),
+    which may be that it lacks what the target is made of."""
+    missing = {"text": "chain" not in row and "no chain; rewrite_captions.py makes it of the steps",
+               "direct": not row["answer"].strip() and "no answer, as a key or in a \\boxed{} of the chain"
+               }.get(args.imagination, not row["steps"] and "only a finished chain, no steps with the images")
+    if missing and not fault:
+        fault = "target", f"{missing} (--imagination {args.imagination})"
+    if fault:
+        return row | {"fault": fault}
+    for turn in row.get("history", []):
+        boxed = args.imagination == "direct" and args.turns == "all"
+        turn[1] = plain(f"\\boxed{{{last_boxed(turn[1]) or ''}}}" if boxed else turn[1])
+    return row | ({"system": plain(row["system"])} if "system" in row else {})
+
+
 def make_target(args: argparse.Namespace) -> Target:
     from utils.train.examples import Target
     spec = spec_of(args.latent, args.latent_size) if args.imagination == "latent" else None
     return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image,
-                  args.system)
+                  args.system, args.turns)
 
 
 def make_plan(train: Steps, n_held_out: int, left_out: list[dict], args: argparse.Namespace) -> dict:
@@ -195,6 +189,7 @@ def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
 
 def finish_dry_run(acc: Accelerator, examples: list[Example], plan: dict) -> int:
     """Decode every image of `examples` and print the plan; return the exit code."""
+    from utils.train.loop import open_pictures
     faults = open_pictures(acc, examples).values()
     log(f"images that cannot be read: {len(faults)}" + "".join(f"\n  {fault}" for fault in [*faults][:20]))
     if acc.is_main_process:
@@ -286,6 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of the trained checkpoint; it must not exist")
     parser.add_argument("--imagination", choices=IMAGINATIONS, default="text",
                         help="the training target; see above")
+    parser.add_argument("--turns", choices=("all", "last"), default="all",
+                        help="the replies of a conversation that are trained; the others are its prompt")
     parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
     parser.add_argument("--latent_size", type=parse_number(1, 16384),
                         help="latents per image (default: the family's)")
@@ -331,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="visual tokens per row above which images are scaled down")
     parser.add_argument("--tokens_per_image", type=parse_count, default=1280,
                         help="largest size of one of these images (Monet)")
-    parser.add_argument("--system", help="system prompt (default: the chat template's)")
+    parser.add_argument("--system", help="system prompt (default: the row's, or the chat template's)")
     parser.add_argument("--validation_rows", type=parse_number(0), default=0,
                         help="rows held out to choose the best checkpoint")
     parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
@@ -376,7 +373,8 @@ def main(argv: list[str] | None = None) -> int:
     from utils.qwen import checkpoint_errors, load_tools
     from utils.train.batching import Batching, Steps
     from utils.train.checkpoints import lock_run_folder
-    from utils.train.examples import add_tokens, make_examples
+    from utils.train.examples import make_examples
+    from utils.train.weights import add_tokens
     acc = Accelerator(cpu=not torch.cuda.is_available())
     target, tools = make_target(args), load_tools(args.model)
     if target.spec:

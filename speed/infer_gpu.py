@@ -28,7 +28,7 @@ from utils.items import chat
 from utils.jsonl import load_object, write_json, write_rows
 from utils.latent_families import PRESETS
 from utils.qwen import encode, load
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 from utils.train.weights import save
 
 CONDITIONS = ("identity", "add_noise", "tau", "swap_random", "slot_swap_random", "cut_latent")

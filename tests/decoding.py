@@ -15,7 +15,7 @@ from utils.decode import decode, prefill, prefill_blocks
 from utils.items import chat
 from utils.latent_families import PRESETS
 from utils.probe.states import embed_prompt
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 
 MIRAGE = PRESETS["mirage"]
 LOWERED = (os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2")

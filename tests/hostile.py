@@ -50,7 +50,8 @@ from utils.items import chat, question_text, read_items
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS
 from utils.probe.states import States, StateWriter
-from utils.train.examples import END_OF_TURN, add_tokens, make_examples
+from utils.train.examples import END_OF_TURN, make_examples
+from utils.train.weights import add_tokens
 
 LIMIT_S, LIMIT_GIB = 10.0, 2.0
 COUNTED = ("rows", "images")

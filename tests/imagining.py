@@ -19,8 +19,7 @@ from utils import qwen as Q
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, latent_ids
 from utils.rows import CLOSE, OPEN
-from utils.train.examples import add_tokens
-from utils.train.weights import save
+from utils.train.weights import add_tokens, save
 
 COLORS = {"red": (230, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 230), "gray": (128, 128, 128)}
 NAMES = sorted(COLORS)

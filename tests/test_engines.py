@@ -22,7 +22,7 @@ from utils.decode import decode, prefill
 from utils.items import chat
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 
 pytestmark = pytest.mark.engines
 

@@ -23,8 +23,7 @@ from utils.evaluate.sources import table_rows
 from utils.jsonl import DataError, load_object, write_rows
 from utils.latent_families import PRESETS
 from utils.qwen import load, load_processors
-from utils.train.examples import add_tokens
-from utils.train.weights import save
+from utils.train.weights import add_tokens, save
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from utils.probe.states import States, find_steps
 from utils.qwen import encode, load
 from utils.rows import CLOSE
 from utils.stats import mcnemar_exact, wilson
-from utils.train.examples import add_tokens
-from utils.train.weights import save
+from utils.train.weights import add_tokens, save
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("plain_figures")]
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 from samples import PAIR, StandIn, flags, mirage, monet, table
 
-from rewrite_captions import REASONS, check_refined, lost_facts, main, make_segments, parse_args
-from utils.chain_formats import OPERATIONS, Sample, convert
+from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, lost_facts, main, make_sample,
+                              make_segments, parse_args)
+from utils.chain_formats import convert
 from utils.jsonl import DataError, read_rows
 from utils.rows import split_final
 
 
 def converted(value: dict) -> Sample:
-    return convert("in.json:1", value, OPERATIONS)
+    return make_sample("in.json:1", *convert("in.json:1", value), OPERATIONS)
 
 
 def test_monet_becomes_a_row():
@@ -37,7 +38,7 @@ def test_monets_discard_rules():
         sample = converted(value)
         assert sample.reason == case["reason"], case
         assert not re.search("abs_vis_token|observation>", json.dumps(sample.row["steps"]))
-        assert converted(value | {"data": value["data"][1:]}).reason == "structure"  # no system turn
+        assert converted(value | {"data": value["data"][1:]}) == sample  # a system turn is not needed
 
 
 @pytest.mark.parametrize("subset, operation, keeps_suffix", [
@@ -54,17 +55,19 @@ THOUGHTS = ["<think> Go on. </think>", "The answer is \\boxed{A}."]
 
 
 @pytest.mark.parametrize("changes, texts, images, reason", [
-    ({}, THOUGHTS, ["b.png"], None), ({"image_input": ["a.png", "c.png"]}, THOUGHTS, ["b.png"], None),
+    ({}, THOUGHTS, ["b.png"], None), ({"image_input": ["a.png", "c.png"]}, [], [], "structure"),
     ({"image_output": ["b.png", "c.png"], "text_output": "x<output_image>y<output_image>\\boxed{A}"},
      ["x", "y", "\\boxed{A}"], ["b.png", "c.png"], None),
     ({"text_output": "<output_image>\\boxed{A}"}, ["\\boxed{A}"], ["b.png"], None),
-    ({"text_output": "none \\boxed{A}"}, [], [], "tag_count"),
-    ({"image_output": ["b.png", "c.png"]}, [], [], "tag_count")])
+    ({"text_output": "none \\boxed{A}"}, [], [], "structure"), ({"image_input": [1]}, [], [], "structure"),
+    ({"image_output": ["b.png", "c.png"]}, [], [], "structure"),
+    ({"image_output": [], "text_output": "\\boxed{A}"}, [], [], "nothing_to_rewrite")])
 def test_mirage_becomes_a_row(changes, texts, images, reason):
     sample = converted(mirage(**changes))
     row = sample.row
     assert (sample.reason, row["subset"]) == (reason, "Mirage") and row["id"].startswith("mirage/")
-    assert row["question"] == "Map: <image>\nSafe?" and row["answer"] == ("A" if reason is None else "")
+    asked = (row["question"], row["answer"]) == ("Map: <image>\nSafe?", "A")
+    assert asked is (reason in (None, "nothing_to_rewrite"))
     assert [step["text"] for step in row["steps"] if "text" in step] == texts
     drawn = [{"image": image, "operation": "draw"} for image in images]
     assert [step for step in row["steps"] if "image" in step] == drawn
@@ -256,6 +259,36 @@ def test_several_inputs_of_all_forms(rows_file, captioner):
     assert rows[drawn]["question"] == "Map: <image>\nSafe?"
     with pytest.raises(DataError, match=r"own\.json:1: duplicate id 'x/1', first seen at .*own\.json"):
         main([*flags(paths[0]), "--input", str(paths[2]), str(paths[2])])
+
+
+def test_conversations_with_pictures_are_rewritten_and_finished_chains_are_not(rows_file, captioner, capsys):
+    reply, chain = "I look. <image>So it is \\boxed{42}.", "<think_image>42</think_image> \\boxed{42}"
+    drawn = {"id": 5, "images": ["a.png", "b.png"], "conversations": [
+        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": reply}]}
+    zoomed = {"subset": "mine_zoom", "messages": [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "How?"}]},
+        {"role": "assistant", "content": [
+            {"type": "text", "text": "I look."}, {"type": "image", "image": "c.png"},
+            {"type": "text", "text": "So it is \\boxed{42}."}]}]}
+    finished = {"id": "f", "image": "a.png", "conversations": [
+        {"from": "human", "value": "Why?"}, {"from": "gpt", "value": chain}]}
+    own = {"id": "o", "images": ["a.png"], "question": "Who?", "chain": chain}
+    talk = drawn | {"id": 6, "conversations": [*finished["conversations"], *drawn["conversations"][1:]]}
+    path = rows_file([drawn, zoomed, finished, own, monet(1, assistant=[("text", chain)]),
+                      mirage(image_output=[], text_output="x"), talk])
+    with pytest.raises(DataError, match="in.jsonl:1: no operation is known for subset 'conversations'"):
+        main(flags(path))
+    assert main(flags(path, "--operation", "conversations=draw")) == 0
+    rows, rejected = result(path)
+    assert [(row["subset"], row.get("system"), row["chain"]) for row in rows.values()] == [
+        ("conversations", "Be brief.",
+         "Well, I look. <think_image>Well, A box marks 42.</think_image> So it is \\boxed{42}."),
+        ("mine_zoom", None,
+         "Well, I look. <think_image>Well, The hull shows 42.</think_image> So it is \\boxed{42}.")]
+    assert list(rows)[0] == "5" and list(rows)[1].startswith("messages/")
+    assert [reason for reason in rejected.values()] == ["nothing_to_rewrite"] * 4 + ["structure"]
+    assert "4 of 7 samples have no image in the reply: nothing to rewrite; train" in capsys.readouterr().err
 
 
 def test_ids_of_mirage_are_of_the_content_in_any_files_and_order(rows_file, captioner):

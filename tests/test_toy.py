@@ -12,7 +12,7 @@ from processes import parsed
 
 import evaluate
 import train_sft
-from rewrite_captions import caption_calls, parse_args
+from rewrite_captions import caption_calls, make_sample, parse_args
 from toy import lessons, make_world, variants
 from toy.report import alike_rows
 from toy.world import (CELL, COLORS, DIGITS, GRID, PLACES, SHAPES, ask, draw_scene, make_scene, prompt_text,
@@ -82,7 +82,7 @@ def test_training_samples_are_in_monet_s_form_and_do_not_show_the_truth(world):
     assert "bad" not in (world / "Toy_zoom/train.json").read_text()
     for subset in ("Toy_zoom", "Toy_draw"):
         for value in json.loads((world / subset / "train.json").read_text()):
-            sample = convert("x", value, {})
+            sample = make_sample("x", *convert("x", value), {})
             assert sample.reason is None
             helper = next(step["image"] for step in sample.row["steps"] if "image" in step)
             assert (world / helper).exists() == (truth[sample.row["id"]] != "missing_image")
@@ -93,7 +93,7 @@ def test_the_base_learns_the_prompts_of_the_calls(world):
     """The caption call of a training sample has the text of the lesson about the same question."""
     for subset in ("Toy_zoom", "Toy_draw"):
         value = json.loads((world / subset / "train.json").read_text())[0]
-        sample = convert("x", value, {})
+        sample = make_sample("x", *convert("x", value), {})
         sample.hashes = ["a", "b"]
         args = parse_args(["--input", "x", "--output", "x", "--image_root", str(world)])
         call = caption_calls(sample, args, lessons.PROMPTS["rewrite"])[0]

@@ -369,7 +369,7 @@ def test_flags_that_exclude_each_other(capsys, more, message):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda row: {k: v for k, v in row.items() if k != "chain"}, r"rows.jsonl:2.*'chain'"),
+    (lambda row: {k: v for k, v in row.items() if k != "chain"}, "1 of 12 rows .*t/1: no chain; rewr"),
     (lambda row: row | {"answer": 7}, r"rows.jsonl:2.*'answer'.*str")])
 def test_bad_rows_are_named(train, data, change, match):
     rows = read_rows(data, {})
@@ -402,7 +402,7 @@ def test_no_latents_are_trained_on_a_base_with_a_latent_head(tiny_checkpoint, da
 def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):
     rows = read_rows(data, {})
     write_rows(tmp_path / "more.jsonl", [rows[0] | {"id": "new"}, rows[5]])
-    with pytest.raises(DataError, match=r"more\.jsonl: duplicate id 't/5', first seen at .*rows\.jsonl"):
+    with pytest.raises(DataError, match=r"more\.jsonl:2: duplicate id 't/5', first seen at .*rows\.jsonl"):
         train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
 
 

@@ -11,7 +11,8 @@ from torch.multiprocessing import start_processes
 from utils import qwen as Q
 from utils.jsonl import read_rows
 from utils.latent_families import PRESETS
-from utils.train.examples import Target, add_tokens, make_examples
+from utils.train.examples import Target, make_examples
+from utils.train.weights import add_tokens
 
 
 def flags(data, checkpoint, output, *more):

@@ -13,10 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from filter_data import Verdict, judge_call
-from rewrite_captions import join_chain, make_segments, refine_call
+from rewrite_captions import Sample, join_chain, make_segments, refine_call
 from toy.world import (COLORS, CORNERS, PLACES, Question, Thing, ask, ask_about, draw_scene, make_scene,
                        observation, opening, prompt_text, zoom_in)
-from utils.chain_formats import Sample
 from utils.model_calls import fill
 from utils.rows import mark
 

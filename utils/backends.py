@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from utils.cli import log
 from utils.images import ImageError, Picture, open_picture, visual_tokens
-from utils.items import chat, plain
+from utils.items import chat, render
 from utils.jsonl import find_checkpoint, model_identity
 
 if TYPE_CHECKING:
@@ -256,11 +256,3 @@ class LocalBackend:
         return replies
 
 
-def render(tokenizer, messages: tuple) -> str:
-    turns = []
-    for role, parts in messages:
-        if isinstance(parts, str):
-            parts = [plain(parts) if role == "assistant" else parts]
-        turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str)
-                                                else {"type": "image"} for part in parts]})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

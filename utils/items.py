@@ -1,6 +1,7 @@
 """Benchmark items: reading with checks, the prompts in which every script asks them, VSP's boards."""
 import re
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -149,22 +150,31 @@ def plain(text: str) -> str:
     return MARKS.sub("< ", text)
 
 
-def user_content(text: str, n_images: int) -> list[dict]:
-    """Return the content of a user turn: images at the `<image>` marks, else first."""
+def user_content(text: str, n_images: int) -> list[str | None]:
+    """Return the parts of a user turn, None for an image: at the `<image>` marks, else first."""
     pieces = plain(text).split("<image>")
     pieces = pieces if len(pieces) > 1 else [""] * n_images + pieces
     if len(pieces) - 1 != n_images:
         raise DataError(f"{len(pieces) - 1} <image> markers for {n_images} images in {text[:60]!r}",
                         "question")
-    parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})]
-    return [part for part in parts[1:] if part.get("text") != ""]
+    return [part for piece in pieces for part in (None, piece) if part != ""][1:]
+
+
+def render(tokenizer, messages: Sequence[tuple]) -> str:
+    """Return the prompt of a conversation: (role, text) or (role, parts), each a text or else an image."""
+    turns = []
+    for role, parts in messages:
+        if isinstance(parts, str):
+            parts = [plain(parts) if role == "assistant" else parts]
+        turns.append({"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str)
+                                                else {"type": "image"} for part in parts]})
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def chat(tokenizer, text: str, n_images: int, system: str | None = None) -> str:
     """Return the prompt of one user turn, up to the assistant's; `system`: None is the template's own."""
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    messages.append({"role": "user", "content": user_content(text, n_images)})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages = [("system", system)] if system else []
+    return render(tokenizer, [*messages, ("user", user_content(text, n_images))])
 
 
 def prompt_of(tokenizer, item: dict, n_images: int, system: str | None, suffix: str,

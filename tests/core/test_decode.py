@@ -16,7 +16,7 @@ from utils.decode import decode, layer_inputs, prefill, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 
 pytestmark = pytest.mark.numeric
 

@@ -9,7 +9,7 @@ from decoding import batch_of, generate, load_with, qwen3_checkpoint
 from utils import qwen as Q
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS, Intervention, RowState, latent_ids, spec_of
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 
 START, PAD, END, EOS, AFTER = 1, 2, 3, 9, 8
 N_SCRIPTS = 20_000

@@ -15,7 +15,7 @@ from utils.images import open_image, smart_size
 from utils.items import chat
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
-from utils.train.examples import add_tokens
+from utils.train.weights import add_tokens
 
 pytestmark = pytest.mark.numeric
 

@@ -9,10 +9,10 @@ import torch
 from fault_server import calls_of, serving
 from scipy.stats import chisquare
 
-from utils.backends import LocalBackend, Request, render
+from utils.backends import LocalBackend, Request
 from utils.evaluate.answering import Local, Served, answer_all, replay, sampler
 from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS, Conversation
-from utils.items import chat
+from utils.items import chat, render
 from utils.journal import Journal
 from utils.jsonl import DataError
 from utils.openai_backend import HttpBackend

@@ -9,12 +9,12 @@ from samples import PAIR, monet, png, row
 
 from train_sft import marked
 from utils import qwen as Q
-from utils.chain_formats import OPERATIONS, convert
+from utils.chain_formats import convert
 from utils.images import smart_size
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
-from utils.train.examples import (Target, add_tokens, budget_sizes, make_example, make_examples, sort_rows,
-                                  target_text)
+from utils.train.examples import Target, budget_sizes, make_example, make_examples, sort_rows, target_text
+from utils.train.weights import add_tokens
 
 MIRAGE = PRESETS["mirage"]
 ROW = row(caption="a red 7")
@@ -58,7 +58,7 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
     """By hand: each token of the sequence, and whether Monet's rules train it (its src/utils.py). Only the
     newline after "assistant", part of the generation prompt, is not trained here."""
     qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
-    converted = convert("in.json:1", MONET, OPERATIONS).row | {"chain": ""}
+    converted = convert("in.json:1", MONET)[0]
     prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
               "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>",
               "<|vision_end|>", "What", " number", " is", " on", " the", " boat", "?", "<|im_end|>", "\n",

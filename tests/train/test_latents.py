@@ -11,8 +11,9 @@ from utils import qwen as Q
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, pool_features, spec_of, special_id
 from utils.train.batching import recompute_activations
-from utils.train.examples import Target, add_tokens, load_images, make_examples, make_pack, plan_passes
+from utils.train.examples import Target, load_images, make_examples, make_pack, plan_passes
 from utils.train.model import Objective, align, run_packed, use_packed_attention
+from utils.train.weights import add_tokens
 
 pytestmark = pytest.mark.numeric
 

@@ -18,11 +18,10 @@ from utils import qwen as Q
 from utils.latent_families import PRESETS, special_id
 from utils.train.batching import Batching, Steps, count_parameters, recompute_activations
 from utils.train.checkpoints import Run, Saver, restore, snapshot
-from utils.train.examples import add_tokens
 from utils.train.loop import Trainer
 from utils.train.model import Objective, use_packed_attention
-from utils.train.weights import (add_adapters, choose_trained, gradients_from_embedding, init_tokens,
-                                 make_model, make_optimizer, shard, whole_state)
+from utils.train.weights import (add_adapters, add_tokens, choose_trained, gradients_from_embedding,
+                                 init_tokens, make_model, make_optimizer, shard, whole_state)
 
 pytestmark = pytest.mark.numeric
 

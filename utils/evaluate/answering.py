@@ -12,12 +12,12 @@ from zipfile import BadZipFile
 
 from tqdm import tqdm
 
-from utils.backends import (FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prepared, Request, read_finish,
-                            render)
+from utils.backends import FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prepared, Request, read_finish
 from utils.cli import log
 from utils.evaluate.prompts import Conversation, show_messages
 from utils.evaluate.reference_scorers import NO_REPLY as FAILED_CALL
 from utils.evaluate.sources import Rows, as_text, file_rows, is_missing, key_of
+from utils.items import render
 from utils.journal import Journal
 from utils.jsonl import DataError, check_fields, check_unique
 from utils.model_calls import Guard

@@ -227,10 +227,10 @@ class Conversation:
                                                for image in item["images"]])
         try:
             content = user_content(user_text(item, protocol), len(item["images"]))
-            content += [{"type": "text", "text": text}] if (text := protocol.marked(item)) else []
+            content += [text] if (text := protocol.marked(item)) else []
         except DataError as error:
             raise DataError(f"item {item['id']!r}: {error}") from error
-        parts = tuple(part["text"] if part["type"] == "text" else next(pictures, None) for part in content)
+        parts = tuple(next(pictures, None) if part is None else part for part in content)
         self.opening = ((("system", protocol.system),) if protocol.system else ()) + (("user", parts),)
         self.prompt = self.key = self.first_prompt = None
         self.reset()

@@ -3,6 +3,7 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,30 +12,22 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.images import MAX_ASPECT, image_size, open_image, resolve_image, smart_size
-from utils.items import END_OF_TURN, chat, plain
+from utils.items import END_OF_TURN, plain, render, user_content
 from utils.jsonl import DataError
 from utils.latent_families import LatentSpec, latent_ids, special_id
-from utils.qwen import THREADS, Qwen, collate, process_images
+from utils.qwen import IMAGE_TOKEN, THREADS, Qwen, collate, process_images
 from utils.reply_text import CONTROL
 
 PLACEHOLDER = "<think_image>"
-SILENT = re.compile(r"</?think_image>|\\boxed\{\s*\}")  # what a reply may hold and still say nothing
+# what a reply may hold and still say nothing: marks, latents, boxes
+SILENT = re.compile(r"</?think_image>|<\|[^|]*\|>|</?abs_vis_token(?:_pad)?>|\\boxed\{|\}")
 SHOWN = 20  # bad rows that one error names
-
-
-def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
-    """Add missing special tokens, in the given order, and return the ids of all. The embedding grows only
-    when the ids exceed the rows that the release left free."""
-    qwen.tokenizer.add_tokens(list(names), special_tokens=True)
-    if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
-        qwen.model.resize_token_embeddings(len(qwen.tokenizer))
-    return [special_id(qwen.tokenizer, name) for name in names]
 
 
 @dataclass(frozen=True)
 class Target:
     """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: of
-    `budget_sizes`; `system`: None is the chat template's."""
+    `budget_sizes`; `system`: None is the row's or the template's; `turns`: "all" or the "last" is trained."""
 
     imagination: str = "text"
     image_root: str = "."
@@ -42,6 +35,7 @@ class Target:
     total_tokens: int = 2000
     image_tokens: int = 1280
     system: str | None = None
+    turns: str = "all"
 
 
 @dataclass
@@ -66,6 +60,12 @@ class Example:
     def n_trained(self) -> int:
         return sum(self.trained)
 
+    def places(self, image_id: int) -> list[int]:
+        """Return where the trained tokens are once every image (`image_id`) is expanded."""
+        sizes = iter([rows * columns // 4 for rows, columns in self.grids])
+        ends = accumulate(next(sizes) if token == image_id else 1 for token in self.ids)
+        return [end - 1 for end, is_trained in zip(ends, self.trained) if is_trained]
+
 
 def target_text(row: dict, target: Target) -> str:
     """Return the reply, without the end of turn."""
@@ -79,12 +79,26 @@ def target_text(row: dict, target: Target) -> str:
     return " ".join(piece for piece in pieces if piece)
 
 
-def says_something(row: dict, target: Target) -> bool:
-    """Return whether a reply has a visible character besides marks, images and an empty box."""
-    texts = {"text": [row["chain"]], "direct": [row["answer"]]}.get(
-        target.imagination, [step["text"] for step in row["steps"] if "text" in step])
-    words = SILENT.sub("", " ".join(texts))
-    return any(char.isprintable() and not char.isspace() for char in words)
+def pieces_of(tokenizer, row: dict, target: Target) -> list[tuple[str, bool]]:
+    """Return a row as (text, whether it is trained), by the chat template: replies and ends of their turns.
+    "history" in a row: earlier [question with a mark per image, reply]."""
+    turns = [*row.get("history", []), [row["question"], target_text(row, target)]]
+    system, pieces, text = target.system or row.get("system"), [], ""
+    messages = [("system", system)] if system else []
+    for n, (question, reply) in enumerate(turns, 1):
+        n_images = question.count("<image>") if len(turns) > 1 else len(row["images"])
+        messages.append(("user", user_content(question, n_images)))
+        if target.turns == "all" or n == len(turns):
+            if not any(char.isprintable() and not char.isspace() for char in SILENT.sub("", reply)):
+                raise DataError(f"the reply is {reply[:60]!r}, expected words: its text is empty "
+                                f"(--imagination {target.imagination})", "empty")
+            prompt = render(tokenizer, messages)
+            if not prompt.startswith(text):
+                raise DataError("the chat template changes earlier turns; use --turns last", "turns")
+            pieces += [(prompt[len(text):], False), (reply + END_OF_TURN, True)]
+            text = prompt + reply + END_OF_TURN
+        messages.append(("assistant", reply))
+    return pieces
 
 
 def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
@@ -126,27 +140,25 @@ def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int
 
 
 def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
-    """Tokenize a row. Trained: the reply and the end of turn, but neither latent pads nor an end marker that
-    decoding forces."""
+    """Tokenize a row. Trained: as in `pieces_of`, but neither latent pads nor an end marker that decoding
+    forces."""
+    if "fault" in row:
+        reason, detail = row["fault"]
+        raise DataError(detail, reason)
     root, spec = Path(target.image_root), target.spec
     images = [resolve_image(root, name) for name in row["images"]]
-    prompt = chat(qwen.tokenizer, row["question"], len(images), target.system)
-    reply = target_text(row, target) + END_OF_TURN
-    if not says_something(row, target):
-        raise DataError(f"the reply is {reply[:60]!r}, expected words: its text is empty (--imagination "
-                        f"{target.imagination})", "empty")
-    if found := CONTROL.search(row["question"] + reply):
+    pieces = pieces_of(qwen.tokenizer, row, target)
+    if found := CONTROL.search("".join(text for text, _ in pieces)):
         raise DataError(f"the control character {found[0]!a} in question or reply, expected text", "control")
-    prompt_ids, reply_ids = (qwen.tokenizer(text, add_special_tokens=False).input_ids
-                             for text in (prompt, reply))
     steps, untrained = [], set()
     if spec is not None:
         _, pad_id, end_id = latent_ids(qwen.tokenizer, spec)
         untrained = {pad_id, end_id} if spec.force_end else {pad_id}
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
-    trained = [False] * len(prompt_ids) + [i not in untrained for i in reply_ids]
-    example = Example(row["id"], prompt_ids + reply_ids, trained, images, steps,
-                      image_grids(qwen, images, target), image_grids(qwen, steps, target))
+    ids = [(i, is_trained and i not in untrained) for text, is_trained in pieces
+           for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
+    example = Example(row["id"], *map(list, zip(*ids)), images, steps, image_grids(qwen, images, target),
+                      image_grids(qwen, steps, target))
     for path, (rows, columns) in zip(steps, example.step_grids):
         n_visual = rows * columns // 4
         if n_visual < spec.size:
@@ -221,8 +233,8 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
                             "headers; was one changed during the run?")
     pack = {name: torch.cat([row[name] for row in rows], dim=-1) for name in ("input_ids", "position_ids")}
     ends = torch.tensor([example.n_tokens for example in examples]).cumsum(0)
-    # counted from the end of a row, as images before the trained tokens are expanded
-    places = [end + torch.tensor(example.trained).nonzero().flatten() - len(example.trained)
+    image_id = special_id(qwen.tokenizer, IMAGE_TOKEN)
+    places = [end - example.n_tokens + torch.tensor(example.places(image_id))
               for example, end in zip(examples, ends)]
     counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
     ids, n_latents = pack["input_ids"][0], spec.size if spec else 1

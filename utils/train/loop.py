@@ -6,6 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -17,14 +18,33 @@ from accelerate.utils import gather_object, send_to_device
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from utils.images import ImageError, open_image
 from utils.jsonl import DataError, disk_errors, find_checkpoint
 from utils.qwen import Qwen
 from utils.train.batching import Steps, Work, peak_flops
 from utils.train.checkpoints import Run, Saver, keep_lines, prune, publish, snapshot
+from utils.train.examples import Example
 from utils.train.model import Objective, use_packed_attention
 from utils.train.weights import file_dtype, save, whole_state
 
 RECENT = 50  # steps whose median loss a spike is measured from
+
+
+def open_pictures(acc: Accelerator, examples: list[Example]) -> dict[Path, ImageError]:
+    """Decode every picture, each on one rank; return the faults, the same on all."""
+    paths = sorted({path for example in examples for path in (*example.images, *example.steps)})
+    own = paths[acc.process_index::acc.num_processes]
+
+    def fault(path: Path) -> tuple[str, str] | None:
+        try:
+            open_image(path)
+        except ImageError as error:
+            return error.reason, str(error)
+
+    with ThreadPoolExecutor() as threads:
+        found = [*zip(own, tqdm(threads.map(fault, own), "images", len(own), unit="image",
+                                disable=not acc.is_main_process))]
+    return {path: ImageError(*parts) for path, parts in gather_object(found) if parts}
 
 
 def warmup_length(given: float, n_steps: int) -> int:

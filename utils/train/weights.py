@@ -20,8 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from utils.jsonl import DataError, find_checkpoint, load_object, write_json
+from utils.latent_families import special_id
 from utils.qwen import Qwen, load, load_processors
-from utils.train.examples import Target, add_tokens
+from utils.train.examples import Target
 from utils.train.model import Objective
 
 # the linear layers of the language model's decoder that LoRA adapts
@@ -37,6 +38,15 @@ TOOL_FILES = (CONFIG, TOKENIZER_CONFIG, TOKENIZER, ADDED, "generation_config.jso
 
 
 # ---- loading
+def add_tokens(qwen: Qwen, names: tuple[str, ...]) -> list[int]:
+    """Add missing special tokens, in the given order, and return the ids of all. The embedding grows only
+    when the ids exceed the rows that the release left free."""
+    qwen.tokenizer.add_tokens(list(names), special_tokens=True)
+    if qwen.model is not None and len(qwen.tokenizer) > qwen.model.lm_head.out_features:
+        qwen.model.resize_token_embeddings(len(qwen.tokenizer))
+    return [special_id(qwen.tokenizer, name) for name in names]
+
+
 def make_model(device: torch.device, world: int, target: Target,
                args: argparse.Namespace) -> tuple[Qwen, Objective]:
     """Load, freeze, adapt and shard the model: bfloat16 on GPUs, float32 on CPUs."""
