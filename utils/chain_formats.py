@@ -17,7 +17,7 @@ INPUTS = {"monet": {"metadata": dict, "data": list},
           "conversations": {"conversations": list}, "messages": {"messages": list},
           "own": {"id": str, "images": list, "question": str}}
 SOURCE_REASONS = ("structure", "tag_missing", "tag_count", "no_observation")  # why a row is not converted
-ROLES = {"system": "s", "human": "u", "user": "u", "gpt": "a", "model": "a", "assistant": "a"}
+ROLES = dict(system="s", developer="s", human="u", user="u", gpt="a", model="a", assistant="a")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # a drive has one letter
 # Monet-SFT's markup and rules: NOVAglow646/Monet src/task.py
 LATENT_PAIR = "<abs_vis_token></abs_vis_token>"
@@ -36,12 +36,20 @@ def read_chains(paths: Iterable[str], limit: int | None = None,
     seen, copies = {}, Counter()
     for number, path in enumerate(paths):
         for where, value in located_rows(path, limit, hint):
-            row, fault = convert(where, value)
-            if value.keys() & {"text_input", "conversations", "messages"}:
-                copies.update([name := row["id"]])
-                row["id"] = name if copies[name] == 1 else f"{name}-{copies[name]}"
+            row, fault = convert(where, value := without_nulls(value))
+            name = row["id"]
+            while row["id"] in seen and value.keys() & {"text_input", "conversations", "messages"}:
+                copies[name] += 1
+                row["id"] = f"{name}-{copies[name] + 1}"
             check_unique(where, row["id"], seen)
             yield number, where, row, fault
+
+
+def without_nulls(value: object) -> object:
+    """Return JSON without keys that hold null: a table's export gives every object every key."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def convert(where: str, value: dict) -> tuple[dict, Fault | None]:
@@ -64,14 +72,16 @@ def convert(where: str, value: dict) -> tuple[dict, Fault | None]:
         name = "mirage/" + call_key(**{field: value[field] for field in INPUTS["mirage"]})[:12]
     else:
         subset, turns, name = str(value.get("subset") or form), value[form], value.get("id")
-        paths = value.get("images", value.get("image")) or []
+        paths = value.get("images") or value.get("image") or []
         if type(name) not in (str, int) or name == "":
             name = f"{form}/{call_key(content=str((turns, paths)))[:12]}"
     row = {"id": str(name), "subset": subset, "images": [], "question": "", "answer": "", "steps": []}
     try:
         if form == "mirage":
             turns, paths = mirage_turns(value)
-        system, contents = read_turns(turns, paths if isinstance(paths, list) else [paths])
+        paths = paths if isinstance(paths, list) else [paths]
+        system, contents = read_turns(turns, [path_of({"image": path}) for path in paths])
+        system = system or join(read_content("system", value.get("system", ""), []))
     except DataError as error:
         return row, ("structure", str(error))
     return fill_row(row, value, system, contents, form == "monet")
@@ -98,8 +108,8 @@ def fill_row(row: dict, value: dict, system: str, contents: list[Content],
         row["history"] = [[join(asked), join(said)] for asked, said in zip(contents[:-2:2], contents[1:-2:2])]
     else:  # images that stand first need no marks
         row["question"] = row["question"].removeprefix("<image>" * len(row["images"]))
-    answer = value.get("answer")
-    row["answer"] = str(answer) if isinstance(answer, (str, int, float)) else final_answer(row)
+    answer = value.get("answer")  # True may say that it is right
+    row["answer"] = (str(answer) if type(answer) in (str, int, float) else "").strip() or final_answer(row)
     return row, None
 
 
@@ -110,25 +120,24 @@ def read_turns(turns: list, paths: list[str]) -> tuple[str, list[Content]]:
     if odd := [turn for turn in turns if not isinstance(turn, dict)]:
         raise DataError(f"turn {str(odd[0])[:40]!r}, expected an object with role and content")
     names, left = [str(turn.get("role", turn.get("from"))) for turn in turns], list(paths)
-    if not re.fullmatch("s?(?:ua)+", "".join(ROLES.get(name, "?") for name in names)):
+    if not re.fullmatch("s?(?:ua)+", "".join(ROLES.get(name.lower(), "?") for name in names)):
         raise DataError(f"turns of {', '.join(names)[:60] or 'nobody'}; expected those of user (human) and "
                         "assistant (gpt) by turns, after a system turn if any")
     contents = [read_content(f"turn {n}", turn.get("content", turn.get("value")), left)
                 for n, turn in enumerate(turns, 1)]
-    system = join(contents.pop(0)) if len(contents) % 2 else ""
+    system = contents.pop(0) if len(contents) % 2 else []
     used = [text for content in contents for kind, text in content if kind == "image"]
     if left and used and used != paths:
         raise DataError(f"{len(paths)} images for {len(used)} <image> marks or image parts")
     if not used:
         contents[0] = [("image", check_path(path)) for path in left] + contents[0]
-    if any(kind == "image" for content in contents[1:-1:2] for kind, _ in content):
-        raise DataError("an image in a reply before the last; expected images in the last alone")
-    return system, contents
+    if any(kind == "image" for content in [system, *contents[1:-1:2]] for kind, _ in content):
+        raise DataError("an image in a reply before the last or in the system turn; expected none there")
+    return join(system), contents
 
 
 def read_content(where: str, content: object, left: list[str]) -> Content:
-    """Return the parts of a turn; marks and image parts without a path take from the paths that are `left`.
-    """
+    """Return a turn's parts; marks and image parts without a path take from the paths that are `left`."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f"{where}: content {str(content)[:40]!r}, expected a text or a list of parts")
@@ -152,10 +161,10 @@ def read_content(where: str, content: object, left: list[str]) -> Content:
 
 
 def path_of(part: object) -> object:
-    """Return what an image part holds, or None."""
+    """Return what an image part holds, also in an object such as {"url"} or {"bytes", "path"}, or None."""
     fields = part if isinstance(part, dict) else {}
-    path = next((fields[name] for name in ("image", "image_url", "path") if name in fields), None)
-    return path.get("url") if isinstance(path, dict) else path
+    path = next((fields[name] for name in ("image", "image_url", "path", "url") if name in fields), None)
+    return path_of(path) if isinstance(path, dict) else path
 
 
 def check_path(path: object) -> str:
@@ -204,7 +213,6 @@ def convert_own(where: str, value: dict) -> dict:
     row |= {name: value[name] for name in (*OWN_FIELDS, "chain", "system") if name in value}
     check_fields(where, row, OWN_FIELDS | {name: str for name in row.keys() - OWN_FIELDS.keys()})
     check_own(where, row)
-    row["steps"] = [dict(step) for step in row["steps"]]  # captions are added to them
     return row if "answer" in value else row | {"answer": final_answer(row)}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.cli import log, rank_world
-from utils.jsonl import CANONICAL, DataError, disk_errors, load_object, load_text, write_json
+from utils.jsonl import DataError, disk_errors, load_object, load_text, write_json
 
 FSYNC_EVERY_S = 1.0  # a kill loses nothing without fsync; this bounds the loss of a power cut
 
@@ -149,13 +149,8 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 
 def read_settings(folder: str | Path, name: str = "meta.json") -> dict | None:
-    """Return the object in `folder/<name>`, or None without the file."""
-    path, hint = Path(folder, name), "restore it, or start over with another --output"
+    """Return the object in `folder/<name>`, or None without it. NaN, which equals nothing, is damage."""
+    path = Path(folder, name)
     if not path.is_file():
         return None
-    settings = load_object(path, hint)
-    try:
-        CANONICAL.encode(settings)  # ValueError for NaN, which equals no setting
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); {hint}") from error
-    return settings
+    return load_object(path, "restore it, or start over with another --output", exact=True)

@@ -163,10 +163,10 @@ def read_rows(path: str | Path, fields: dict[str, type | tuple], limit: int | No
 
 
 def load_object(path: str | Path, hint: str = "run the stage that writes it again",
-                fields: dict[str, type | tuple] | None = None) -> dict:
+                fields: dict[str, type | tuple] | None = None, exact: bool = False) -> dict:
     """Return the JSON object in a file, which must have `fields`; `hint` ends the DataError."""
     try:
-        value = load_text(Path(path).read_text(encoding="utf-8-sig"))
+        value = load_text(Path(path).read_text(encoding="utf-8-sig"), exact)
         if not isinstance(value, dict):
             raise ValueError(f"{type(value).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:

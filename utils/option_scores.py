@@ -14,8 +14,6 @@ from utils.decode import State, prefill_blocks
 from utils.items import plain
 from utils.qwen import Qwen
 
-BRACE = "}"
-
 
 def option_words(item: dict, by: str) -> dict[str, str]:
     """Return {letter: content of the box}: the letter (by "letter") or the option's words ("text"), as always
@@ -32,7 +30,7 @@ def option_blocks(qwen: Qwen, stem: str, words: list[str], before: list[int]) ->
 
     blocks = ids("")
     if any(a is not b and a == b[:len(a)] for a in blocks for b in blocks):
-        blocks = ids(BRACE)
+        blocks = ids("}")
     shortest = min(map(len, blocks)) - 1
     shared = next((n for n in range(shortest) if len({block[n] for block in blocks}) > 1), shortest)
     if shared == 0:

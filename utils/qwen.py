@@ -114,8 +114,7 @@ def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixel
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:
-    """Return (tokenizer, image processor) of a checkpoint; the pixels bound an image's area (None: its own).
-    """
+    """Return a checkpoint's (tokenizer, image processor); pixels bound an image's area (None: its own)."""
     check_folder(path)
     for file in (Path(path) / "tokenizer.json", Path(path) / "vocab.json"):
         try:

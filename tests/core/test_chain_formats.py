@@ -58,6 +58,10 @@ DIALECTS = {
     "image_url, a text": in_parts(lambda path: {"type": "image_url", "image_url": path}),
     "path, repeated in images": in_parts(lambda path: {"type": "image", "path": path}, listed=True),
     "image without a path": in_parts(lambda path: {"type": "image"}, listed=True),
+    "url": in_parts(lambda path: {"type": "image", "url": path}),
+    "an object": in_parts(lambda path: {"type": "image", "image": {"bytes": None, "path": path}}),
+    "objects in images": lambda talk: openai(talk) | {
+        "images": [{"bytes": None, "path": path} for path in paths_of(talk)]},
     "no types": in_parts(lambda path: {"image": path}, lambda text: {"text": text})}
 
 
@@ -105,6 +109,45 @@ def test_a_conversation_is_the_same_row_in_every_dialect(dialect, n_pairs, in_re
         assert f"\\boxed{{{made['answer']}}}" in turns[-1][-1]
 
 
+KEYS = ("from role content value text image image_url path url type images conversations messages system "
+        "answer").split()
+
+
+def exported(value):
+    """Return a value as a table exports it, every object with every key, roles in any case."""
+    if isinstance(value, dict):
+        value = {name: part.title() if name in ("from", "role") else exported(part)
+                 for name, part in value.items()}
+        return dict.fromkeys(KEYS) | value
+    return list(map(exported, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_null_is_no_value_and_the_system_prompt_may_stand_beside_the_turns(dialect, tmp_path):
+    rng, values = random.Random(dialect), []
+    for n in range(12):
+        talk = make_talk(rng, rng.randint(1, 3), rng.random() < 0.5)
+        values.append(DIALECTS[dialect](talk) | {"id": str(n)})
+        if talk[0][0] == "system":
+            values.append(DIALECTS[dialect](talk[1:]) | {"id": str(n), "system": "Be brief."})
+    tables = exported(values) + [exported(row()) | {"answer": "42"}]
+    write_rows(tmp_path / "x.jsonl", tables)
+    read = [made for _, _, made, _ in read_chains([tmp_path / "x.jsonl"])]
+    direct = {}
+    for value in values:
+        made, fault = convert("x:1", value)
+        assert fault is None and direct.setdefault(made["id"], made) == made
+    assert [made | {"id": made["id"].removesuffix("-2")} for made in read[:-1]] == [
+        direct[value["id"]] for value in values]
+    assert read[-1] == convert("x:1", row())[0]
+
+
+@pytest.mark.parametrize("empty", [None, [], ""])
+def test_image_counts_where_images_is_empty(empty, tmp_path):
+    value = llava([("user", [("image", "a.png"), "hi"]), ("assistant", ["b"])]) | {"images": empty}
+    assert convert("x:1", value)[0]["images"] == ["a.png"]
+
+
 def test_images_without_marks_stand_first_in_the_first_turn():
     value = {"images": ["a.png", "b.png"], "conversations": [
         {"from": "human", "value": "Same?"}, {"from": "gpt", "value": "No."}]}
@@ -116,7 +159,9 @@ def test_images_without_marks_stand_first_in_the_first_turn():
 
 
 @pytest.mark.parametrize("extra, answer", [({}, "4"), ({"answer": "5"}, "5"), ({"answer": 5}, "5"),
-                                           ({"answer": None}, "4"), ({"answer": ["5"]}, "4")])
+                                           ({"answer": None}, "4"), ({"answer": ["5"]}, "4"),
+                                           ({"answer": ""}, "4"), ({"answer": " "}, "4"),
+                                           ({"answer": True}, "4"), ({"answer": 0}, "0")])
 def test_the_answer_is_its_key_or_that_of_the_last_box(extra, answer):
     talk = [("user", ["What?"]), ("assistant", ["\\boxed{3} or \\boxed{4}"])]
     assert convert("x:1", openai(talk) | extra)[0]["answer"] == answer
@@ -161,6 +206,10 @@ URL = "data:image/png;base64,aGk="
     (openai([("user", ["a"]), ("assistant", ["b"])]) | {"images": {"bytes": "a"}}, "expected a file"),
     (openai([("user", ["a"]), ("assistant", [("image", "b.png")]), ("user", ["a"]), ("assistant", ["b"])]),
      "an image in a reply before the last"),
+    (openai([("system", [("image", "a.png")]), ("user", [("image", "b.png")]), ("assistant", ["b"])]),
+     "an image in .* the system turn"),
+    (openai([("system", [("image", "a.png")]), ("user", ["a"]), ("assistant", ["b"])]), "in the system turn"),
+    (openai([("user", ["a"]), ("assistant", ["b"])]) | {"system": 3}, "system: content '3', expected a text"),
     (monet(user=[("video", "x")]), "turn 2, item 1: expected a text"),
     (monet(user=[("image", 3)]), "image '3', expected a file"), (monet() | {"data": [3]}, "turn '3', expec"),
     (mirage(image_input=["a.png", "c.png"]), "1 <image> and 1 <output_image> marks for 2 and 1 images"),
@@ -202,5 +251,7 @@ def test_ids_are_their_own_or_of_the_content_and_repeated_ones_are_numbered(writ
     named = ids([value | {"id": n} for n, value in enumerate(values)],
                 [value | {"id": "0"} for value in values])
     assert sorted(named.values()) == ["0-2", "0-3", "0-4", "0-5", "0-6", "0-7"]
+    odd = ["0", "0-2", "0", "0-3", "0", "0-2"]  # own ids that look like numbered ones
+    assert len(set(ids([value | {"id": name} for name, value in zip(odd, values)]).values())) == 6
     with pytest.raises(DataError, match="duplicate id 's/1', first seen at"):
         ids([row()], [row()])
