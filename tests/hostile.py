@@ -366,7 +366,7 @@ class Readers:
         target, tokenizer = train_sft.make_target(args), self.qwen.tokenizer
 
         def act() -> None:
-            rows = train_sft.prepare_rows(args)
+            rows, _ = train_sft.prepare_rows(args)
             for value, example in zip(rows, make_examples(self.qwen, rows, target, args.max_tokens)):
                 n_steps, spec = sum("image" in step for step in value["steps"]), target.spec
                 latents = (spec.start + spec.pad * spec.size + spec.end) * n_steps if spec else ""
