@@ -40,6 +40,7 @@ from utils.journal import read_settings
 from utils.jsonl import DataError, call_key, check_output, find_checkpoint, write_json, write_meta, write_rows
 from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
 from utils.reply_text import last_boxed
+from utils.rows import CLOSE, OPEN
 
 if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
     import torch
@@ -111,8 +112,8 @@ def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
 def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     """Return (training rows, held-out rows), drawn by --seed."""
     if args.validation_rows >= len(examples):
-        raise DataError(f"--validation_rows {args.validation_rows} of {len(examples)} usable rows; expected "
-                        "fewer")
+        raise DataError(f"{len(examples)} usable rows, of which --validation_rows {args.validation_rows} are "
+                        "held out: none is left to train on")
     random.Random(args.seed).shuffle(examples)
     return examples[args.validation_rows:], examples[:args.validation_rows]
 
@@ -125,6 +126,10 @@ def prepare_row(row: dict, fault: tuple[str, str] | None, args: argparse.Namespa
                }.get(args.imagination, not row["steps"] and "only a finished chain, no steps with the images")
     if missing and not fault:
         fault = "target", f"{missing} (--imagination {args.imagination})"
+    replies = [*(said for _, said in row.get("history", []) if args.turns == "all"), row.get("chain", "")]
+    closed = [[part.count(CLOSE) for part in reply.split(OPEN)] for reply in replies]  # 0, then 1 per mark
+    if args.imagination == "text" and not fault and any(n[0] or set(n[1:]) - {1} for n in closed):
+        fault = "marks", f"a reply in which {OPEN} and {CLOSE} do not stand by turns"
     if fault:
         return row | {"fault": fault}
     for turn in row.get("history", []):
@@ -348,6 +353,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--lora_rank and --train_vision merger_only exclude each other")
     if args.merger_learning_rate and not args.train_vision:
         parser.error("--merger_learning_rate needs --train_vision")
+    if args.min_rate and args.schedule == "constant":
+        parser.error("--min_rate needs a --schedule that decays")
     if args.token_init:
         tokens = PRESETS[args.latent].tokens
         if args.imagination != "latent" or not all(args.token_init):
@@ -365,6 +372,8 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"--output {output} exists and is never replaced; move it or give another name")
     if args.skip_bad:
         check_output(args.skip_bad, args.data, "--skip_bad")
+        if Path(args.skip_bad).resolve().is_relative_to(output.resolve()):
+            raise DataError(f"--skip_bad {args.skip_bad}: in --output, which must not exist; name another")
     rows, file_of = prepare_rows(args)
 
     import torch

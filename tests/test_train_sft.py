@@ -357,6 +357,7 @@ def test_a_loss_that_is_not_finite_or_jumps_stops_with_the_rows(train, tmp_path,
 @pytest.mark.parametrize("more, message", [
     (("--lora_rank", "4", "--train_vision", "merger_only"), "exclude each other"),
     (("--merger_learning_rate", "1e-4"), "needs --train_vision"),
+    (("--min_rate", "0.1", "--schedule", "constant"), "needs a --schedule that decays"),
     (("--token_init", "a"), "expected --imagination latent and texts"),
     (("--imagination", "latent", "--token_init", "a", "b"), "2 texts, expected 1 or those of"),
     (("--warmup_steps", "1.5"), "a whole number of steps, or a share below 1"),
@@ -523,8 +524,11 @@ def test_what_skip_bad_refuses(tiny_checkpoint, data, tmp_path, capsys):
     assert "--skip_bad" in capsys.readouterr().err and len(read_rows(data, {})) == 12
     write_rows(data, [row | {"chain": ""} for row in read_rows(data, {})])
     assert run_here("train_sft", [*arguments, "--skip_bad", str(tmp_path / "bad.jsonl")]) == 2
-    assert "--validation_rows 0 of 0 usable rows" in capsys.readouterr().err
+    assert "0 usable rows" in capsys.readouterr().err
     assert len(read_rows(tmp_path / "bad.jsonl", {})) == 12
+    for name in ("o", "o/bad.jsonl", "o/../o/deep/bad.jsonl"):  # the checkpoint is moved there at the end
+        assert run_here("train_sft", [*arguments, "--skip_bad", str(tmp_path / name), "--dry_run"]) == 2
+        assert "in --output" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):

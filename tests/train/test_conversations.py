@@ -1,6 +1,7 @@
 """Training on the rows that people have: finished chains in four layouts, conversations of several turns."""
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -235,6 +236,20 @@ def test_a_reply_that_says_nothing_is_refused_where_it_is_trained(replies, targe
     if match == "its text is empty" and replies[1].strip():  # the first is not trained
         last = prepared(value, "--imagination", target, "--turns", "last")
         assert make_example(qwen, last, Target(target, turns="last")).n_trained > 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_marks_of_imaginations_close_in_their_reply_where_it_is_trained(place):
+    for n in range(5):
+        for marks in product(("<think_image>", "</think_image>"), repeat=n):
+            replies = ["a \\boxed{3}", "b \\boxed{4}"]
+            replies[place] = "a".join(("", *marks, " \\boxed{4}"))
+            by_turns = all(("/" in mark) == k % 2 for k, mark in enumerate(marks)) and n % 2 == 0
+            for turns, target in product(("all", "last"), ("text", "direct")):
+                row = prepared(talk_of(*(("Well?", reply) for reply in replies)), "--turns", turns,
+                               "--imagination", target)
+                is_trained = target == "text" and (turns == "all" or place == 1)
+                assert row.get("fault", ("",))[0] == ("marks" if is_trained and not by_turns else ""), marks
 
 
 def test_control_tokens_in_a_conversation_are_text(tiny_checkpoint, tmp_path):
