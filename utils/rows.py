@@ -38,22 +38,25 @@ MARKUP = re.compile(
 REFUSAL = re.compile(
     r"\bI(?:'m| am) (?:sorry|unable|not able)\b|\bI (?:can't|cannot|can not) (?:see|view|help|assist|answer"
     r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b"
-    r"|^\s*(?:很|非常)?(?:抱歉|对不起|對不起|申し訳|죄송)|我(?:无法|無法|不能|没法)|(?:语言|語言)模型"
-    r"|言語モデル|언어 모델|作为(?:一个|一名)?(?:AI|人工智能)", re.I | re.A)
+    r"|^\s*(?:很|非常)?(?:抱歉|对不起|對不起|不好意思|申し訳|すみません|ごめんなさい|恐れ入り|죄송|미안|ขออภัย|ขอโทษ)"
+    r"|我(?:无法|無法|不能|没法|看不到)|(?:无法|無法|看不到)(?:查看|看到|识别|識別)?[这這该該]?[张張]?[图圖][片像]"
+    r"|作为(?:一个|一名)?(?:AI|人工智能)|(?:语言|語言)模型|言語モデル|언어 모델|(?:画像|写真)を.{1,8}でき(?:ません|ない)"
+    r"|お(?:答え|応え|手伝い)でき(?:ません|ない)|(?:이미지|사진)[을를] .{1,4} 수 없|도와 ?드릴 수 없|(?:ฉัน|ผม)ไม่สามารถ", re.I | re.A)
 META = re.compile(  # of the task, not of the scene
     r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
     r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) "
     r"(?:shows|depicts|displays|contains|features)\b"
     r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b"
-    r"|(?:图片?|圖片?|[图圖]像|照片)[中里裡]?(?:显示|顯示|展示|描绘|描繪)|この(?:画像|写真|図)"
-    r"|(?:描述|标题|標題|説明|キャプション)[:：]|回答(?:问题|問題)|質問に答え", re.I | re.A)
+    r"|(?:图片?|圖片?|[图圖]像|照片)[中里裡]?(?:显示|顯示|展示|描绘|描繪)|この(?:画像|写真|図)|[이그] (?:이미지|사진|그림)[은는이]"
+    r"|(?:描述|标题|標題|説明|キャプション|설명)[:：]|[为為]了?回答(?:问题|問題)|質問に答え|(?:ภาพ|รูป)นี้", re.I | re.A)
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b"
-                  r"|答案[是为為:：]|正确(?:答案|选项)|正確(?:答案|選項)|(?:答え|正解)[は:：]", re.I | re.A)
+                  r"|答案[是为為:：]|正确(?:答案|选项)|正確(?:答案|選項)|(?:答え|正解)[は:：]|정답[은는:：]|คำตอบ(?:คือ|:)", re.I | re.A)
 # Every match of REFUSAL, META and LEAK holds one of these; looking for them first is ten times as fast.
 SUSPECT = ("answer", "option", "choice", "sorry", "able", "can", "as an ai", "language model", "apolog",
            "caption", "description", "image", "picture", "photo", "region", "crop", "question",
-           *"歉对對申죄我模モ모作图圖照画写図描标標説キ问問質答正")
+           *"歉对對申죄我模モ모作图圖照画写図描标標説キ问問質答正恐応伝미",
+           *"好意 すみ ごめ 이미지 사진 그림 설명 도와 정답 ขอ ไม่สามารถ นี้ คำตอบ".split())
 OPTION = re.compile(r"^[^\S\n]*+(?:[-*]\s++)?[(（]?([A-Z])(?:[.):]\s++|[．、）：]\s*+)(\S.*)", re.MULTILINE)
 NO_OPTIONS = re.compile(r"\boptions:\s*(?:please\b.*|answer\b.*)?$", re.I | re.DOTALL)
 
@@ -67,10 +70,6 @@ def find_spans(text: str) -> list[tuple[int, int]]:
     """Return (start, end) of every imagination before the first box, without the marks."""
     boxed = text.find("\\boxed")
     return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
-
-
-def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
-    return [text[start:end] for start, end in spans]
 
 
 def after_marks(text: str, end: int) -> int:

@@ -60,6 +60,44 @@ def test_captions_of_every_script_are_kept_and_looping_ones_rejected(script):
         assert caption_fault(stuck.strip()) == "caption_loop", stuck
 
 
+# (what begins a refusal, what may follow, refusals that need no such beginning)
+REFUSALS = {
+    "Chinese": ("抱歉，|很抱歉，|非常抱歉，|对不起，|不好意思，", "看不清楚。|请重新上传。|没有内容可以描述。",
+                "我无法查看图片。|我看不到图片的内容。|无法识别这张图片。|作为一个AI助手，不便回答。|作为人工智能语言模型，没有眼睛。"),
+    "Traditional Chinese": ("抱歉，|很抱歉，|對不起，", "看不清楚。|請重新上傳。", "我無法查看圖片。|無法識別該圖像。|看不到圖片。"),
+    "Japanese": ("申し訳ありませんが、|申し訳ございません。|すみませんが、|ごめんなさい、|恐れ入りますが、",
+                 "見えません。|もう一度お送りください。",
+                 "画像を見ることができません。|画像を確認できません。|写真を開くことができない。|お手伝いできません。|お答えできません。"),
+    "Korean": ("죄송합니다. |죄송하지만 |미안합니다. |미안하지만 ", "잘 보이지 않습니다.|다시 올려 주세요.",
+               "이미지를 볼 수 없습니다.|사진을 확인할 수 없습니다.|도와드릴 수 없습니다.|저는 언어 모델입니다."),
+    "Thai": ("ขออภัย |ขออภัยค่ะ |ขอโทษครับ ", "มองไม่เห็น|กรุณาส่งใหม่",
+             "ฉันไม่สามารถดูรูปได้|ผมไม่สามารถช่วยได้|ดิฉันไม่สามารถตอบได้")}
+NO_REFUSALS = (  # a sign that begs pardon; what cannot be made out; words that are like those of refusals
+    "门上的牌子写着“抱歉，今日休息”。|数字模糊，无法辨认。|右侧的文字看不清。|无法看清地图上的街道名。|一个模型飞机放在桌上。|学生站起来回答问题。"
+    "|看板に「申し訳ございません、本日休業」と書かれている。|文字がぼやけて読めない。|壁に写真が掛かっている。"
+    "|안내문에 '죄송합니다'라고 적혀 있다.|글자가 흐려서 읽을 수 없다.|벽에 사진이 걸려 있다."
+    "|ป้ายเขียนว่า ขออภัยในความไม่สะดวก|ตัวเลขเบลอ อ่านไม่ออก|ไม่สามารถอ่านตัวเลขได้").split("|")
+OTHER_FAULTS = {
+    "caption_meta": "图片显示一艘红船。|この画像には赤い船がある。|이 이미지는 빨간 배를 보여준다.|그 사진은 배이다."
+                    "|ภาพนี้แสดงเรือสีแดง|为了回答问题，看一下船。",
+    "caption_leak": "答案是42。|正解はBである。|정답은 42입니다.|คำตอบคือ 42"}
+
+
+@pytest.mark.parametrize("script", REFUSALS)
+def test_refusals_in_every_script(script):
+    begun, goes_on, alone = (texts.split("|") for texts in REFUSALS[script])
+    for text in [*(start + rest for start in begun for rest in goes_on + alone), *alone,
+                 *(f"\n{start}42。" for start in begun)]:
+        assert caption_fault(text) == "caption_refusal", text
+
+
+def test_what_is_no_refusal_in_other_scripts():
+    assert {text: caption_fault(text) for text in NO_REFUSALS} == dict.fromkeys(NO_REFUSALS)
+    for reason, joined in OTHER_FAULTS.items():
+        texts = joined.split("|")
+        assert {text: caption_fault(text) for text in texts} == dict.fromkeys(texts, reason)
+
+
 def test_words_are_counted_in_every_script():
     for script in SCRIPTS:
         one = sentences(random.Random(script), script, 1)[0]

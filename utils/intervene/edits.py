@@ -17,7 +17,7 @@ from utils.images import crop_region
 from utils.intervene.word_forms import SOMETHING, TABLES, article_for, exchange, replace_values, stems
 from utils.items import find_cell, open_images, region_in, shortest_path, walk_vsp
 from utils.jsonl import DataError
-from utils.rows import CLOSE, OPEN, passages
+from utils.rows import CLOSE, OPEN
 
 NOT_EDITABLE = (
     "no_span", "no_slot_value", "letter_in_span", "gold_not_mentioned", "residual_gold",
@@ -148,6 +148,10 @@ def negate(clause: str, gold: str) -> tuple[str, Counter]:
 
 
 # ---- the directed edit
+def passages(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    return [text[start:end] for start, end in spans]
+
+
 def put_spans(text: str, spans: list[tuple[int, int]], after: Sequence[str]) -> str:
     """Return `text` with its spans replaced by `after`."""
     for (start, end), span in zip(reversed(spans), reversed(after), strict=True):  # so that offsets hold

@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.decode import State, decode, prefill_blocks
 from utils.intervene.attention import stem_attention
-from utils.intervene.edits import NotEditable, put_spans
+from utils.intervene.edits import NotEditable, passages, put_spans
 from utils.intervene.latent_case import NotPossible, why_no_prompt
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, pick_donor,
                                      stem_of)
@@ -19,7 +19,7 @@ from utils.intervene.text_conditions import (EDITS, TEXT_CONDITIONS, Context, Te
 from utils.latent_families import Generation, Intervention
 from utils.model_calls import Caller
 from utils.qwen import Qwen
-from utils.rows import CLOSE, OPEN, conclusion, find_spans, passages
+from utils.rows import CLOSE, OPEN, conclusion, find_spans
 
 BEGINNING = "<think"  # of the opening mark; what completes it is forbidden, not every "<"
 Forbid = Callable[[Generation, int], bool]

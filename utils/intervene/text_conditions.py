@@ -33,13 +33,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from utils.intervene.edits import NotEditable, direct, pick_slot, put_spans, total_distance, verify_directed
+from utils.intervene.edits import (NotEditable, direct, passages, pick_slot, put_spans, total_distance,
+                                   verify_directed)
 from utils.intervene.latent_conditions import DO_X
 from utils.intervene.word_forms import others, replace_values, reworded, survivors
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
-from utils.rows import CLOSE, OPEN, after_marks, passages
+from utils.rows import CLOSE, OPEN, after_marks
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]
