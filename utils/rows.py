@@ -40,14 +40,15 @@ REFUSAL = re.compile(
     r"|provide|describe|identify|determine)\b|\bas an AI\b|\blanguage model\b|\bI apologi[sz]e\b"
     r"|^\s*(?:很|非常)?(?:抱歉|对不起|對不起|不好意思|申し訳|すみません|ごめんなさい|恐れ入り|죄송|미안|ขออภัย|ขอโทษ)"
     r"|我(?:无法|無法|不能|没法|看不到)|(?:无法|無法|看不到)(?:查看|看到|识别|識別)?[这這该該]?[张張]?[图圖][片像]"
-    r"|作为(?:一个|一名)?(?:AI|人工智能)|(?:语言|語言)模型|言語モデル|언어 모델|(?:画像|写真)を.{1,8}でき(?:ません|ない)"
-    r"|お(?:答え|応え|手伝い)でき(?:ません|ない)|(?:이미지|사진)[을를] .{1,4} 수 없|도와 ?드릴 수 없|(?:ฉัน|ผม)ไม่สามารถ", re.I | re.A)
+    r"|作为(?:一个|一名)?(?:AI|人工智能)|(?:语言|語言)模型|言語モデル|언어 모델|お(?:答え|応え|手伝い)でき(?:ません|ない)"
+    r"|(?:画像|写真)を(?:見|確認|認識|表示|開|説明).{0,6}でき(?:ません|ない)|(?:ฉัน|ผม)ไม่สามารถ|도와 ?드릴 수 없"
+    r"|(?:이미지|사진)[을를] (?:볼|열|확인할|인식할|설명할) 수 없", re.I | re.A)
 META = re.compile(  # of the task, not of the scene
     r"\bhere(?:'s| is| are) (?:the|a|my)? ?(?:caption|description)\b|\b(?:caption|description):"
     r"|\b(?:the|this) (?:\w+ )?(?:image|picture|photo|region|crop) "
     r"(?:shows|depicts|displays|contains|features)\b"
     r"|\b(?:to answer|about|asked in) the question\b|\bthe question asks\b"
-    r"|(?:图片?|圖片?|[图圖]像|照片)[中里裡]?(?:显示|顯示|展示|描绘|描繪)|この(?:画像|写真|図)|[이그] (?:이미지|사진|그림)[은는이]"
+    r"|(?:图片?|圖片?|[图圖]像|照片)[中里裡]?(?:显示|顯示|展示|描绘|描繪)|この(?:画像|写真|図)|이 (?:이미지|사진|그림)[은는이]"
     r"|(?:描述|标题|標題|説明|キャプション|설명)[:：]|[为為]了?回答(?:问题|問題)|質問に答え|(?:ภาพ|รูป)นี้", re.I | re.A)
 LEAK = re.compile(r"\b(?:final |correct |right )?answer (?:is|would be|must be)\b|\banswer:"
                   r"|\bcorrect (?:option|choice)\b|\boption \(?[A-H]\)? is (?:correct|right)\b"
