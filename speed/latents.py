@@ -40,9 +40,9 @@ from utils.jsonl import read_rows, write_json, write_rows  # noqa: E402
 from utils.latent_families import PRESETS  # noqa: E402
 from utils.qwen import load  # noqa: E402
 from utils.train.batching import plan_packs  # noqa: E402
-from utils.train.examples import (Target, make_examples, make_pack  # noqa: E402)
-from utils.train.weights import add_tokens
+from utils.train.examples import Target, make_examples, make_pack  # noqa: E402
 from utils.train.model import Objective, use_packed_attention  # noqa: E402
+from utils.train.weights import add_tokens  # noqa: E402
 
 NAMES = ("packed", "padded_4", "padded_8", "padded_16", "text")
 SPEC = PRESETS["mirage"]

@@ -152,6 +152,11 @@ def test_a_library_s_forward_is_replaced_only_inside_a_context_manager(name):
 
 
 # ---- sizes
+def test_every_file_can_be_compiled():
+    for name in FILES:
+        compile(text_of(name), str(FILES[name]), "exec")
+
+
 def test_lines_are_at_most_110_columns():
     assert not [f"{name}:{n}" for name in FILES for n, line in enumerate(text_of(name).splitlines(), 1)
                 if len(line) > 110]
