@@ -83,7 +83,7 @@ def test_work_is_what_the_batches_hold(steps, imagination):
         work = ranks[0].work(step)
         batches = [rank[step, k] for rank in ranks for k in range(work.micro_steps)]
         real = [batch for batch in batches if batch["weight"]]
-        # a rank whose rows imagine less than the other's goes on after the end of its last row
+        # a rank whose rows imagine less than the other's continues after the end of its last row
         n_tokens = sum(int((batch["input_ids"][0] == end_id).nonzero()[-1]) + 1 for batch in real)
         assert n_tokens == work.tokens and sum(len(batch["labels"]) for batch in real) == work.trained_tokens
         assert sum(len(batch.get(name, ())) for batch in real

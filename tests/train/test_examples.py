@@ -23,6 +23,15 @@ MONET = monet(user=[("image", "a.png"), ("text", "What number is on the boat?")]
                          ("text", "<observation>The hull shows 42.</observation> \\boxed{42}")])
 
 
+def tools_and_target(checkpoint, pictures, imagination):
+    """Return the tools, which know the target's tokens, and the target; latents are Mirage's."""
+    qwen, target = Q.load_tools(str(checkpoint)), Target(imagination, pictures)
+    if imagination == "latent":
+        target = replace(target, spec=MIRAGE)
+        add_tokens(qwen, MIRAGE.tokens)
+    return qwen, target
+
+
 @pytest.fixture
 def pictures(picture, tmp_path):
     picture("a.png"), picture("b.png")
@@ -167,12 +176,10 @@ def header(path, kind):
 def test_what_a_header_tells_is_refused_at_the_start(tiny_checkpoint, pictures, tmp_path, kind, words,
                                                      imagination):
     """In one line with the row and the picture: of the question, and of a step that is imagined."""
-    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
+    qwen, target = tools_and_target(tiny_checkpoint, pictures, imagination)
     header(tmp_path / "bad.png", kind)
     change = {"images": ["bad.png"]}
     if imagination == "latent":
-        target = replace(target, spec=MIRAGE)
-        add_tokens(qwen, MIRAGE.tokens)
         change = {"steps": [{"image": "bad.png", "operation": "zoom"}, *ROW["steps"][2:]]}
     with pytest.raises(DataError, match=rf"1 of 2 rows .*: bad/1: .*bad\.png: {words}") as caught:
         make_examples(qwen, [ROW, ROW | change | {"id": "bad/1"}], target)
@@ -183,10 +190,7 @@ def test_what_a_header_tells_is_refused_at_the_start(tiny_checkpoint, pictures, 
 
 @pytest.mark.parametrize("imagination", ["text", "direct", "placeholder", "latent"])
 def test_control_characters_are_refused_where_the_target_shows_them(tiny_checkpoint, pictures, imagination):
-    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
-    if imagination == "latent":
-        target = replace(target, spec=MIRAGE)
-        add_tokens(qwen, MIRAGE.tokens)
+    qwen, target = tools_and_target(tiny_checkpoint, pictures, imagination)
     controls = [chr(code) for code in (*range(32), *range(127, 160)) if not chr(code).isspace()]
     texts = [f"a {char} boat" for char in controls] + ["\x1b[31mred", "bo\x00at"]
     own = {"text": lambda text: {"chain": text}, "direct": lambda text: {"answer": text}}.get(
@@ -223,10 +227,7 @@ SPOKEN = ["7", "-", "是", "＋", "\\boxed{7}", "<think_image>a boat</think_imag
 
 @pytest.mark.parametrize("imagination", ["text", "direct", "placeholder", "latent"])
 def test_rows_that_say_nothing_are_counted_and_refused(tiny_checkpoint, pictures, imagination):
-    qwen, target = Q.load_tools(str(tiny_checkpoint)), Target(imagination, pictures)
-    if imagination == "latent":
-        target = replace(target, spec=MIRAGE)
-        add_tokens(qwen, MIRAGE.tokens)
+    qwen, target = tools_and_target(tiny_checkpoint, pictures, imagination)
 
     def rows(texts):
         """One row per text, which the target of this imagination takes alone, and rows that have no step."""

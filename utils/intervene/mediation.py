@@ -1,4 +1,4 @@
-"""Effects along X -> Z -> Y from four worlds that were all run, curves of a run, and sizes of samples.
+"""Effects along X -> Z -> Y from four worlds that were all run, retrieval, tests of scores, sizes of samples.
 
 Y(x, z) is an item's outcome with the prompt x and the imagination forced to z; Z(x) is the imagination that x
 brings about, x' the contrast prompt (a blank image). Definitions: Pearl 2001; Vig et al. 2020 apply them to
@@ -147,7 +147,7 @@ def share_of(hits: Sequence[bool], groups: Sequence[Hashable]) -> dict:
             "ci95": list(share_interval([int(hit) for hit in hits], groups)) if n else None}
 
 
-# ---- curves
+# ---- retrieval
 def retrieval(vectors: Sequence[Sequence[Sequence[float]]], groups: Sequence[Hashable]) -> dict | None:
     """Return how often an item's vector finds its own partner by cosine among those of the items of other
     groups, both sets centred (`vectors`: one pair per item): {"n", "r1", "r5" (the partner is the nearest, or
@@ -209,6 +209,7 @@ def kl(clean: dict[str, float], other: dict[str, float]) -> float:
     return max(0.0, float(sum(special.rel_entr(p, max(other[name], 1e-300)) for name, p in clean.items())))
 
 
+# ---- attention
 def attention_by_layer(looks: Sequence[dict], groups: Sequence[Hashable]) -> dict | None:
     """Return {"n", "mass": {columns: [{"mean", "ci95"} per layer]}, "uniform": {columns: share}} of the
     items' `stem_attention`; None below two groups of items."""
