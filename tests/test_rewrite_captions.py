@@ -11,7 +11,6 @@ from rewrite_captions import (OPERATIONS, REASONS, Sample, check_refined, lost_f
                               make_segments, parse_args)
 from utils.chain_formats import convert
 from utils.jsonl import DataError, read_rows
-from utils.rows import split_final
 
 
 def converted(value: dict) -> Sample:
@@ -71,22 +70,6 @@ def test_mirage_becomes_a_row(changes, texts, images, reason):
     assert [step["text"] for step in row["steps"] if "text" in step] == texts
     drawn = [{"image": image, "operation": "draw"} for image in images]
     assert [step for step in row["steps"] if "image" in step] == drawn
-
-
-@pytest.mark.parametrize("case", table("unknown_forms"), ids=lambda case: case["match"])
-def test_a_sample_of_no_known_form_is_reported(case):
-    with pytest.raises(DataError, match=f"^in.json:1: {case['match']}"):
-        converted(case["value"])
-
-
-@pytest.mark.parametrize("before, final", [
-    ("The hull shows 42.", "The answer is \\boxed{42}."), ("", "The answer is \\boxed{42}."),
-    ("", "So 3.5 is \\boxed{3.5}"), ("It shows.", "So \\fbox{1}."),
-    ("First \\boxed{1}. Then", "so \\boxed{2}. Done."),
-    ("<think> Go on </think>", "The answer is \\boxed{A}.")])
-def test_split_final(before, final):
-    for between in ("\n", "" if before.endswith(">") else "  " if before.endswith(".") else "\n\n"):
-        assert split_final(f"{before}{between}{final}") == (before, final)
 
 
 STEPS = [{"text": "I look closer at the boat."},

@@ -26,7 +26,6 @@ from utils.jsonl import DataError, load_object, read_rows, sha256_file, write_ro
 from utils.train.loop import Trainer, learning_rate_at, warmup_length
 from utils.train.weights import save
 
-numeric = pytest.mark.numeric
 TARGETS = ("text", "latent", "placeholder", "direct")
 
 
@@ -83,6 +82,10 @@ def test_each_variant_trains_and_reloads(train, tiny_checkpoint, tmp_path, capsy
     assert line["trained_tokens"] < line["tokens"] and line["images"] > 0 and line["flops"] > 1e6
     assert line["mfu"] is None and 0 <= line["data_wait"] < 1
     assert line["balance"] == 1.0  # one process does not wait for another
+    scores = {record["step"]: record["held_out_loss"] for record in log if "held_out_loss" in record}
+    best = min(scores, key=scores.get)
+    assert list(scores) == [*range(2, 17, 2)] and not list((tmp_path / "out.run").glob("best-*"))
+    assert (printed["best_step"], printed["best_held_out_loss"]) == (best, scores[best])
     again, before = Q.load(str(output), device="cpu"), Q.load(str(tiny_checkpoint), device="cpu")
     for (name, a), (_, b) in zip(again.model.model.visual.named_parameters(),
                                  before.model.model.visual.named_parameters()):
@@ -103,16 +106,6 @@ def test_the_result_has_the_names_and_the_type_of_its_base(tiny_checkpoint, data
     assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
     for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).is_file()
-
-
-def test_the_best_by_held_out_loss(train, tmp_path):
-    log = train("o", "--validation_rows", "3", "--eval_every", "2", "--max_steps", "6")
-    scores = {record["step"]: record["held_out_loss"] for record in log if "held_out_loss" in record}
-    assert list(scores) == [2, 4, 6]
-    best = min(scores, key=scores.get)
-    metrics = load_object(tmp_path / "o.metrics.json")
-    assert (metrics["best_step"], metrics["best_held_out_loss"]) == (best, scores[best])
-    assert not list((tmp_path / "o.run").glob("best-*"))
 
 
 ADAPTED = {f"model.layers.{part}_proj.weight" for part in (
@@ -184,6 +177,7 @@ def test_files_are_mixed_by_weight_also_after_a_stop_and_by_two_processes(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert load_object(tmp_path / "two.metrics.json")["processes"] == 2
     names = load_object(tmp_path / "whole.meta.json")["inputs"]
     assert set(names) == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}
 
@@ -212,6 +206,9 @@ def test_flags_have_their_effects(train, tmp_path, picture, capsys):
     for more in (("--weight_decay", "100"), ("--clip", "1e-9"), ("--warmup_steps", "0")):
         changed = run(*more)  # by the first update
         assert changed[0]["loss"] == text[0]["loss"] and changed[1]["loss"] != text[1]["loss"]
+    for more in (("--max_tokens", "10000"), ("--max_tokens", "260", "--recompute", "layers"),
+                 ("--recompute", "mlps")):  # the same rows, however they are packed
+        assert [line["loss"] for line in run(*more)] == pytest.approx([line["loss"] for line in text], rel=1e-4)
     assert [line["lr"] for line in run("--warmup_steps", "0", "--schedule", "constant")] == [1e-3, 1e-3]
     cosine = run("--warmup_steps", "0.5", "--schedule", "cosine", "--min_rate", "0.1", "--max_steps", "4")
     assert [line["lr"] for line in cosine] == pytest.approx([5e-4, 1e-3, 1e-3, 5.5e-4])
@@ -226,24 +223,6 @@ def test_flags_have_their_effects(train, tmp_path, picture, capsys):
     assert "warmup_steps 8 are more than the 2 steps of the run, which ends at 25%" in capsys.readouterr().err
     run("--warmup_steps", "2")
     assert "warning" not in capsys.readouterr().err
-
-
-@numeric
-def test_two_processes_give_the_losses_of_one(train, tiny_checkpoint, data, tmp_path):
-    # five rows per step: the two ranks hold unequal shares, and one of them gets rows without a picture
-    more = ["--imagination", "latent", "--train_vision", "--global_batch", "5"]
-    train("one", *more, "--recompute", "mlps")
-    run_ranks(train_rank, tmp_path, flags(data, tiny_checkpoint, tmp_path / "two", *more))
-    assert load_object(tmp_path / "two.metrics.json")["processes"] == 2
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
-
-
-@numeric
-def test_a_step_is_the_same_rows_however_they_are_packed(train):
-    runs = (("--max_tokens", "10000"), ("--max_tokens", "300"),
-            ("--max_tokens", "170", "--recompute", "layers"))
-    curves = [[record["loss"] for record in train(str(n), *more)] for n, more in enumerate(runs)]
-    assert all(curve == pytest.approx(curves[0], rel=1e-4) for curve in curves[1:])
 
 
 # ---- interruptions
@@ -369,14 +348,13 @@ def test_flags_that_exclude_each_other(capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, match", [
-    (lambda row: {k: v for k, v in row.items() if k != "chain"}, "1 of 12 rows .*t/1: no chain; rewr"),
-    (lambda row: row | {"answer": 7}, r"rows.jsonl:2.*'answer'.*str")])
-def test_bad_rows_are_named(train, data, change, match):
+def test_damaged_rows_are_named_with_their_place(train, data, tmp_path):
     rows = read_rows(data, {})
-    rows[1] = change(rows[1])
-    write_rows(data, rows)
-    with pytest.raises(DataError, match=match):
+    write_rows(tmp_path / "more.jsonl", [rows[0] | {"id": "new"}, rows[5]])
+    with pytest.raises(DataError, match=r"more\.jsonl:2: duplicate id 't/5', first seen at .*rows\.jsonl"):
+        train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
+    write_rows(data, [rows[0], rows[1] | {"answer": 7}])
+    with pytest.raises(DataError, match=r"rows.jsonl:2.*'answer'.*str"):
         train("o")
 
 
@@ -398,13 +376,6 @@ def test_no_latents_are_trained_on_a_base_with_a_latent_head(tiny_checkpoint, da
     (base / "model.safetensors").write_bytes(weights[:len(weights) // 2])
     assert run_here("train_sft", flags(data, base, tmp_path / "o", *more)) == 2
     assert "no whole checkpoint here or on the hub: " in capsys.readouterr().err
-
-
-def test_an_id_in_two_files_is_named_with_both(train, data, tmp_path):
-    rows = read_rows(data, {})
-    write_rows(tmp_path / "more.jsonl", [rows[0] | {"id": "new"}, rows[5]])
-    with pytest.raises(DataError, match=r"more\.jsonl:2: duplicate id 't/5', first seen at .*rows\.jsonl"):
-        train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,8 +3,7 @@ import time
 from collections import Counter
 
 import pytest
-from harness_table import OPTIONS, REPLIES
-from planted import planted
+from replies import OPTIONS, REPLIES, planted
 from samples import table
 
 from utils.answers import answers_match, extract_choice, normalize
@@ -12,14 +11,15 @@ from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0
 from utils.jsonl import read_rows
 from utils.reply_text import SPECIAL_TOKEN, last_boxed
 
-# in some a looser rule would read a letter that is not chosen, in some a narrower rule would miss the letter;
-# negations, Chinese, options within options, latents
-WORDINGS = table("wordings")
+# in some wordings a looser rule would read a letter that is not chosen, in some a narrower rule would miss the
+# letter; negations, Chinese, options within options, latents
+CASES = [(reply, OPTIONS[name], letter, rule) for name, _, reply, _, _, letter, rule in REPLIES] + [
+    (case["reply"], case["options"], case["letter"], case["rule"]) for case in table("wordings")]
 
 
-@pytest.mark.parametrize("name, gold, reply, head, mme, letter, rule", REPLIES)
-def test_extraction_table(name, gold, reply, head, mme, letter, rule):
-    assert extract_choice(reply, OPTIONS[name]) == (letter, rule)
+@pytest.mark.parametrize("reply, options, letter, rule", CASES, ids=[reply[:30] for reply, *_ in CASES])
+def test_the_letter_of_a_reply_and_the_rule_that_reads_it(reply, options, letter, rule):
+    assert extract_choice(reply, options) == (letter, rule)
 
 
 def test_the_table_holds_one_wrong_letter():
@@ -27,11 +27,6 @@ def test_the_table_holds_one_wrong_letter():
     assert len(REPLIES) == 48 and sum(row[1] == row[5] for row in REPLIES) == 42
     [wrong] = [reply for _, gold, reply, *_, letter, _ in REPLIES if letter not in (gold, None)]
     assert wrong.endswith("a matte surface whose colour is clearly red.")
-
-
-@pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording["reply"][:30])
-def test_other_wordings(wording):
-    assert extract_choice(wording["reply"], wording["options"]) == (wording["letter"], wording["rule"])
 
 
 def test_a_reply_that_was_cut_off_is_not_read_by_its_last_sentence():
@@ -54,36 +49,12 @@ def test_last_box(text, expected):
     assert last_boxed(text) == expected
 
 
-SAME = {  # name of the options -> pairs of answers; without options a letter is not read as a text
-    "COL": [("Red", "red."), ("the cat", "cat"), ("two", "2"), ("1,234", "1234"), ("50%", "50"), ("B", "red"),
-            ("B. red", "red")],
-    None: [("42.0", "42"), ("\\boxed{42}", "42"), ("(B)", "B"), ("5 cm", "5cm"), ("$5", "5 dollars"),
-           ("left of the river", "left of river"), ("twenty", "20"),
-           ("one million", "1,000,000"),
-           ("two thousand and five", "2005"), ("one hundred and five", "105"),
-           ("hundred", "100"), ("10%", "10 per cent"), ("5 yd", "5 yards"),
-           ("6 million", "6,000,000"), ("1.5 thousand", "1500"),
-           ("two thirds", "2/3"), ("three quarters", "0.75"), ("twenty-first", "21st"),
-           ("one hundred thousand", "100000"), ("a .5 m rope", "a 0.5 m rope"), ("red,blue", "red, blue"),
-           ("(3, 4)", "(3,4)"), ("U.S.A.", "USA"), ("3:30 p.m.", "3:30 PM"), ("98.6 °F", "98.6°F"),
-           ("4 x 5", "4 × 5"), ("5 miles per hour", "5 mph"), ("6 in", "6 inches"), ("€5", "5 euros"),
-           ("top-left", "upper left"), ("the root $x$ here", "the root x here"),
-           ("Jan. 5", "January 5"), ("1990's", "1990s"), ("05:30", "5:30"), ("5 kms", "5 km"),
-           ("«blue»", "blue"), ("5~\\text{cm}", "5 cm"),
-           ("20s", "20 s"), ("a  b", "a b")]}
-UNLIKE = {"COL": [("blue", "red"), ("12", "1"), ("redish", "red")],
-          None: [("", ""), ("", " "), ("5 cm", "5 m"), ("3 m", "3 km"), ("50%", "50 kg"), ("$50", "50%"),
-                 ("-5", "5"), ("1,2", "12"), ("Vitamin A", "Vitamin"), ("fifteen twenty", "35"),
-                 ("five twenty", "25"), ("1/0", "5"),
-                 ("€5", "$5"), ("one of them", "2 of them"), ("2020 1/2", "2020.5 m"),
-                 ("1990s", "1990"), ("the 1980's", "1980")]}
-
-
-@pytest.mark.parametrize("pairs, same", [(SAME, True), (UNLIKE, False)])
-def test_answers_are_compared_after_normalizing(pairs, same):
-    for a, b, options in ((*pair, OPTIONS.get(name)) for name in pairs for pair in pairs[name]):
-        assert answers_match(a, b, options) is same is answers_match(b, a, options), (a, b)
-        assert normalize(normalize(a)) == normalize(a)
+@pytest.mark.parametrize("case", table("answer_pairs"), ids=lambda case: case["a"])
+def test_answers_are_compared_after_normalizing(case):
+    """Without options a letter is not read as a text."""
+    a, b, options = case["a"], case["b"], OPTIONS.get(case["options"])
+    assert answers_match(a, b, options) is case["same"] is answers_match(b, a, options)
+    assert normalize(normalize(a)) == normalize(a)
 
 
 def test_real_replies_against_a_judge_and_against_vlmevalkit(shared_data):

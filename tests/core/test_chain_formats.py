@@ -4,7 +4,7 @@ import random
 import re
 
 import pytest
-from samples import PAIR, mirage, monet, row
+from samples import PAIR, mirage, monet, row, table
 
 from utils.chain_formats import convert, read_chains
 from utils.jsonl import DataError, write_rows
@@ -221,16 +221,10 @@ def test_odd_rows_have_a_fault_in_words(value, match, tmp_path):
     assert [fault is None for *_, fault in read_chains([tmp_path / "x.jsonl"])] == [False, True]
 
 
-@pytest.mark.parametrize("value, match", [
-    ({"conversations": {}}, "field 'conversations' should be list"),
-    ({"messages": "hi"}, "field 'messages' should be list"),
-    ({"id": "a", "images": [], "question": "q", "chain": 3}, "field 'chain' should be str"),
-    ({"id": "a", "images": [], "question": "q", "answer": 3}, "field 'answer' should be str"),
-    ({"id": "a", "images": [3], "question": "q", "chain": "c"}, "should be a list of paths"),
-    ({"prompt": "a"}, "keys prompt are of no known form; expected those of monet")])
-def test_wrong_keys_end_the_run(value, match):
-    with pytest.raises(DataError, match=f"^x:1: .*{match}"):
-        convert("x:1", value)
+@pytest.mark.parametrize("case", table("unknown_forms"), ids=lambda case: case["match"])
+def test_wrong_keys_end_the_run(case):
+    with pytest.raises(DataError, match=f"^x:1: {case['match']}"):
+        convert("x:1", case["value"])
 
 
 @pytest.mark.parametrize("write", [llava, openai, in_parts(lambda path: {"type": "image", "image": path})])

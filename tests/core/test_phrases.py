@@ -5,8 +5,7 @@ import re
 import time
 
 import pytest
-from harness_table import OPTIONS
-from planted import planted
+from replies import OPTIONS, planted
 from samples import table
 
 from utils.answers import answers_match, extract_choice
@@ -93,32 +92,6 @@ def test_numbers_in_any_spelling_are_one_answer():
             assert extract_choice(f"\\boxed{{{text}}}", options).letter == letter, text
 
 
-def test_what_is_no_full_statement_of_a_truth_or_a_yes():
-    for reply, truth in (("The table shows 5 wins. True", "1"), ("The table shows 5 wins.\n\nFalse", "0"),
-                         ("No, it is false.", "0"), ("True or false?", None),
-                         ("True/False: False", "0"), ("It is true only if he won.", None),
-                         ("The answer is False and not True.", "0"),
-                         ("The number of true answers is 5.", None), ("True. No wait, False.", None),
-                         ("True, False", None), ("False. Actually, it is true.", None),
-                         ("True. Wait, row 3 shows it.", "1"),
-                         ("The statement is not supported, so False.", "0"),
-                         ("It is not true that all won, so False.", "0")):
-        assert read_truth(reply).value == truth, reply
-    for reply, word in (("I would say yes.", "yes"), ("Yes (there is one)", "yes"), ("'No'", "no"),
-                        ("Yes yes", "yes"), ("答案：No", "no"), ("Yes no", None),
-                        ("Answer - yes", "yes"), ("__No__", "no"),
-                        ("So yes, there is.", "yes"), ("Ja", None), ("No…", "no"), ("Yes and no.", None),
-                        ("yes ✅", "yes"), ("A: Yes, it is.", "yes"), ("No that's wrong", "no"),
-                        ("No but close", "no"), ("Not a dog, therefore no.", "no"),
-                        ("The answer would be no.", "no")):
-        assert read_yes_no(reply).value == word, reply
-    assert read_value("Therefore, the answer is 12").value == read_value("Answer - 12").value == "12"
-    assert read_value("Answer = 12").value == "12" == read_value("\\boxed{12}").value
-    assert read_value("\\boxed{New~York}").value == "New York"
-    assert read_value("\\boxed{7,\\!500}").value == "7,500"
-    assert read_value("正确答案：1987").value == read_value("Réponse : 1987").value == "1987"
-
-
 @pytest.mark.parametrize("reply", ["{}", "({})", "Answer: {}", "The answer is {} in this case.",
                                    "**Answer**: {}", "It stands there.\n\n{}", "{}\n\nIt stands there.",
                                    "\\boxed{{{}}}",
@@ -164,22 +137,6 @@ def test_what_only_looks_like_a_choice_is_left_open(reply):
     for letter, other in zip("ABCD", "BCDA"):
         said = reply.format(letter, COLOURS[letter], other, COLOURS[other])
         assert extract_choice(said, COLOURS).letter is None, said
-
-
-def test_numbers_of_steps_are_no_answers_and_labels_before_words_are_none():
-    numbers = dict(zip("ABCD", "1234"))
-    assert extract_choice("Step 1: look. Step 2: answer.", numbers).letter is None
-    assert extract_choice("1. Look\n2. Count\n\nThere are 3.", numbers).letter == "C"
-    sides = dict(zip("ABCD", "above below left right".split()))
-    assert extract_choice("The right answer is below.", sides).letter == "B"
-    assert extract_choice("Answer: red.\nThe laptop is black.", COLOURS).letter == "B"
-    assert extract_choice("So the answer is b.", COLOURS).letter == "B"
-    assert extract_choice("It is B.", dict(zip("ABCD", "O A B AB".split()))).letter != "B"
-    for reply in ("yes, no", "No. Yes."):
-        assert extract_choice(reply, {"A": "Yes", "B": "No"}).letter is None is read_yes_no(reply).value
-    assert extract_choice("The cup is red and is next to the black box.", COLOURS).letter == "B"
-    assert extract_choice("No, it is red.", COLOURS).letter == "B"
-    assert extract_choice("\\boxed{blue (not red)}", COLOURS).letter == "C"
 
 
 def test_a_denied_option_never_counts_and_reading_twice_changes_nothing():

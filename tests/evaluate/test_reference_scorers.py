@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness_table import OPTIONS, REPLIES
+from replies import OPTIONS, REPLIES
 from samples import shortest_path, table
 
 from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,

@@ -70,8 +70,9 @@ READERS = {"value": read_value, "truth": read_truth, "yes_no": read_yes_no}
 
 @pytest.mark.parametrize("case", table("readings"), ids=lambda case: case["text"])
 def test_what_is_read_in_a_reply(case):
-    assert READERS[case["reader"]](case["text"]) == (case["value"], case["rule"])
-    if case["reader"] == "yes_no":
+    found = READERS[case["reader"]](case["text"])
+    assert found == (case["value"], case.get("rule", found.rule))
+    if "vlmevalkit" in case:
         assert reference_scorers.yes_or_no(case["text"]) == case["vlmevalkit"]
 
 

@@ -88,21 +88,27 @@ def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, p
 
 
 def test_the_image_budget_is_the_published_algorithm_on_1000_random_sizes():
-    """Oracle: Monet's resize_by_token_budget, written a second time from its description."""
+    """Oracle: Monet's resize_by_token_budget, written a second time from its description; and by hand."""
     rng, changed = random.Random(0), 0
     for _ in range(1000):
-        sizes = [(rng.randint(20, 3000), rng.randint(20, 3000)) for _ in range(rng.randint(1, 5))]
-        most, each = rng.choice([(2000, 1280), (1500, 1280), (1000, 500), (2000, 2000)])
-        expected = []
-        if (total := sum(w * h for w, h in sizes)) > most * 784:
+        sizes = [(rng.randint(20, 3000), rng.randint(20, 3000)) for _ in range(rng.randint(0, 5))]
+        most, each = rng.choice([(2000, 1280), (1500, 1280), (1000, 500), (2000, 2000), (100, 25)])
+        factor, expected = rng.choice((28, 32)), []
+        if (total := sum(w * h for w, h in sizes)) > most * factor**2:
             changed += 1
             for size in sizes:
-                size = [max(28, int(side * math.sqrt(most * 784 / total)) // 28 * 28) for side in size]
-                if (area := size[0] * size[1]) > each * 784:
-                    size = [max(28, int(side * math.sqrt(each * 784 / area)) // 28 * 28) for side in size]
+                for area, limit in ((total, most), (None, each)):
+                    share = limit * factor**2 / (area or size[0] * size[1])
+                    if share < 1:
+                        size = [max(factor, int(side * math.sqrt(share)) // factor * factor) for side in size]
                 expected.append(tuple(size))
-        assert budget_sizes(sizes, most, each) == (expected or sizes)
+        assert budget_sizes(sizes, most, each, factor) == (expected or sizes)
     assert 500 < changed < 1000
+    assert budget_sizes([(1253, 1251)], 2000, 1280, 28) == [(1253, 1251)]  # 1,567,503 of 1,568,000 pixels
+    # r = sqrt(1568000 / 3000000) = 0.72296: 1445 x 722 -> 1428 x 700 < 1003520; 722 x 722 -> 700 x 700
+    assert budget_sizes([(2000, 1000), (1000, 1000)], 2000, 1280, 28) == [(1428, 700), (700, 700)]
+    # r = sqrt(7840 / 90000) = 0.2951: 88 -> 84, never below one token: 2 -> 28
+    assert budget_sizes([(300, 290), (300, 10)], 10, 10, 28) == [(84, 84), (84, 28)]
 
 
 def test_bad_rows_are_counted_and_named_together(tiny_checkpoint, pictures):
@@ -202,22 +208,6 @@ def test_control_characters_are_refused_where_the_target_shows_them(tiny_checkpo
              for n, space in enumerate("\t\n\r\x0b\x0c\x1c\x85\u2028")]
     examples, faults = sort_rows(qwen, whole, target)
     assert len(examples) == len(whole) and not faults
-
-
-@pytest.mark.parametrize("sizes, budget, expected", [
-    ([(100, 100)], (2000, 1280, 28), [(100, 100)]),  # within the total: unchanged, not even rounded
-    ([(1253, 1251)], (2000, 1280, 28), [(1253, 1251)]),  # 1,567,503 of 1,568,000 pixels
-    ([(1120, 1120)], (2000, 1280, 28), [(1120, 1120)]),  # above the bound of one image, within the total
-    # r = sqrt(1568000 / 4000000) = .6261; 1252 -> 44 * 28; 1232^2 > 1280 * 784; s = .8131: 1001 -> 35 * 28
-    ([(2000, 2000)], (2000, 1280, 28), [(980, 980)]),
-    # r = sqrt(1568000 / 3000000) = 0.72296: 1445 x 722 -> 1428 x 700 < 1003520; 722 x 722 -> 700 x 700
-    ([(2000, 1000), (1000, 1000)], (2000, 1280, 28), [(1428, 700), (700, 700)]),
-    # r = sqrt(7840 / 90000) = 0.2951: 88 -> 84, never below one token: 2 -> 28
-    ([(300, 290), (300, 10)], (10, 10, 28), [(84, 84), (84, 28)]),
-    ([(640, 640)], (100, 25, 32), [(160, 160)]),  # r = 0.5 -> 320 = 100 tokens > 25: s = 0.5 -> 160
-    ([], (2000, 1280, 28), [])])
-def test_budget_sizes_by_hand(sizes, budget, expected):
-    assert budget_sizes(sizes, *budget) == expected
 
 
 SILENT = ["", " \n\t", "\u200b\ufeff", "\x00", "<think_image> </think_image>", "\\boxed{ }",
