@@ -1,6 +1,5 @@
 """Conversion of Monet and Mirage samples, refinement checks, whole runs with a scripted model."""
 import json
-import random
 import re
 from pathlib import Path
 
@@ -86,19 +85,7 @@ def test_check_refined(case):
     assert "the ids were not" in check_refined(segments, {"segments": parts[::-1]})[1]
 
 
-@pytest.mark.parametrize("caption, refined, lost", [
-    ("red square, red four", "I see a red square, red four.", False),
-    ("red square, red four", "I see a blue square, blue four.", True),
-    ("The hull shows a white 42.", "Zooming in, the hull shows a white 42.", False),
-    ("A tall wooden door stands open beside a window with green curtains.",
-     "A wooden door stands beside green curtains.", False),
-    ("红色的正方形", "放大后可以看到红色的正方形", False), ("红色的正方形", "放大后可以看到蓝色的正方形", True),
-    ("船身上写着「安娜」", "放大后，船身上写着「安娜」二字", False), ("船身上写着「安娜」", "放大后，船身上写着安妮二字", True),
-    ("一艘红色的船，船身上写着数字七，旁边有一只小狗。", "放大之后可以看到红船，船身写有数字七，旁边是一只狗。", False),
-    ("一艘红色的船，船身上写着数字七，旁边有一只小狗。", "沙发上躺着两只黑猫，窗外正在下雨。", True),
-    ("赤い四角、赤い四", "青い四角、青い四が見える", True), ("赤い船に七がある", "拡大すると、赤かった船には七が見えた", False),
-    ("เรือสีแดงมีเลขเจ็ด", "เมื่อขยายดู เรือสีแดงมีเลขเจ็ด", False),
-    ("เรือสีแดงมีเลขเจ็ด", "เห็นแมวสีดำนอนอยู่", True)])
+@pytest.mark.parametrize("caption, refined, lost", [case.values() for case in table("lost_facts")])
 def test_a_short_caption_may_lose_no_word(caption, refined, lost):
     assert (lost_facts(caption, refined) is not None) is lost
 
@@ -274,27 +261,11 @@ def test_conversations_with_pictures_are_rewritten_and_finished_chains_are_not(r
     assert "4 of 7 samples have no image in the reply: nothing to rewrite; train" in capsys.readouterr().err
 
 
-def test_ids_of_mirage_are_of_the_content_in_any_files_and_order(rows_file, captioner):
-    """A file per task, rows inserted, moved to another file or copied; ids hold for what was not edited."""
-    rng = random.Random(0)
-    values = [mirage(text_input=f"Map {n}: <image>\nSafe?") for n in range(6)]
-    ids = {value["text_input"]: converted(value).row["id"] for value in values}
-    assert len(set(ids.values())) == 6
-    for changes in ({"text_input": "<image>?"}, {"text_output": "x<output_image>y"}, {"image_input": "c.png"},
-                    {"image_output": "c.png"}):
-        assert converted(mirage(**changes)).row["id"] not in {converted(mirage()).row["id"], *ids.values()}
-    for trial in range(3):
-        rng.shuffle(values)
-        cut = rng.randint(1, 5)
-        paths = [rows_file(part, f"{trial}-{n}.jsonl") for n, part in enumerate((values[:cut], values[cut:]))]
-        assert main([*flags(paths[0]), "--fresh", "--input", *map(str, paths)]) == 0
-        rows, _ = result(paths[0])
-        assert {row["question"]: name for name, row in rows.items()} == ids
-    copied = rows_file([values[0], values[1], values[0], values[0]], "copied.jsonl")
-    assert main([*flags(copied), "--fresh"]) == 0
-    rows, rejected = result(copied)
-    first = ids[values[0]["text_input"]]
-    assert list(rows) == [first, ids[values[1]["text_input"]]]
+def test_copied_rows_get_ids_of_their_own_and_are_duplicates(rows_file, captioner):
+    path = rows_file([mirage(), mirage(text_input="Other: <image>\nSafe?"), mirage(), mirage()])
+    assert main(flags(path)) == 0
+    rows, rejected = result(path)
+    first, _ = rows
     assert rejected == {f"{first}-2": "duplicate", f"{first}-3": "duplicate"}
 
 

@@ -11,7 +11,7 @@ from utils.evaluate.reference_scorers import vlmevalkit_e8e78f0
 from utils.jsonl import read_rows
 from utils.reply_text import SPECIAL_TOKEN, last_boxed
 
-# in some wordings a looser rule would read a letter that is not chosen, in some a narrower rule would miss the
+# in some wordings a looser rule would read a letter that is not chosen, in some a narrower one would miss the
 # letter; negations, Chinese, options within options, latents
 CASES = [(reply, OPTIONS[name], letter, rule) for name, _, reply, _, _, letter, rule in REPLIES] + [
     (case["reply"], case["options"], case["letter"], case["rule"]) for case in table("wordings")]

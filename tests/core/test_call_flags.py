@@ -184,9 +184,7 @@ def test_replies_without_text_are_told_and_asked_for_again(world, tmp_path, stag
         assert run(stage, path, url) == 3
         texts = [call["text"] for call in calls_of(tmp_path)]
     err = capsys.readouterr().err
-    assert ("replies without text: 2 with reasoning only (raise --max_new_tokens, or serve without "
-            "--reasoning-parser), 2 with tool calls only (serve without --tool-call-parser), 2 with nothing "
-            "else\n") in err
+    assert re.search("text: 2 with reasoning only .*, 2 with tool calls only .*, 2 with nothing", err)
     faults = ["it had no text, only reasoning", "it had no text, only tool calls",
               "it was not one JSON object"]
     assert [sum(fault in text for text in texts) for fault in faults] == [1, 1, 1]

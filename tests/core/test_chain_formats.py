@@ -236,7 +236,7 @@ def test_ids_are_their_own_or_of_the_content_and_repeated_ones_are_numbered(writ
         for n, rows in enumerate(files):
             text = json.dumps(rows) if n % 2 else "\n".join(map(json.dumps, rows))  # a list, or lines
             (tmp_path / f"{n}.json").write_text(text)
-        return {json.dumps(made["chain"]): made["id"] for _, _, made, _ in read_chains(
+        return {made["chain"]: made["id"] for _, _, made, _ in read_chains(
             [tmp_path / f"{n}.json" for n in range(len(files))])}
 
     first = ids(values)
@@ -247,5 +247,8 @@ def test_ids_are_their_own_or_of_the_content_and_repeated_ones_are_numbered(writ
     assert sorted(named.values()) == ["0-2", "0-3", "0-4", "0-5", "0-6", "0-7"]
     odd = ["0", "0-2", "0", "0-3", "0", "0-2"]  # own ids that look like numbered ones
     assert len(set(ids([value | {"id": name} for name, value in zip(odd, values)]).values())) == 6
+    changes = [{}, {"text_input": "<image>?"}, {"text_output": "x<output_image>y"}, {"image_input": "c.png"},
+               {"image_output": "c.png"}]
+    assert len({convert("x:1", mirage(**change))[0]["id"] for change in changes}) == len(changes)
     with pytest.raises(DataError, match="duplicate id 's/1', first seen at"):
         ids([row()], [row()])

@@ -1,5 +1,4 @@
 """The HTTP backend against real server processes: the retry table, lost servers, signals, secrets."""
-import json
 import signal
 import subprocess
 import threading
@@ -110,20 +109,6 @@ def test_every_row_of_the_table_and_no_neighbour_is_touched(world, tmp_path, run
     written = [p.read_text() for p in tmp_path.rglob("*.json*") if p.is_file() and p.name != "calls.jsonl"]
     assert SECRET not in out + err + "".join(written)
     assert "fault 400 for Bearer (key)" in rejected["400"]["detail"] and calls[0]["key"] == f"Bearer {SECRET}"
-
-
-def test_a_second_run_asks_only_for_what_a_server_lost(world, tmp_path, run):
-    path = world({"plain": "plain?", "lost": "fault:reset_always", "bad": "fault:400"})
-    with serving(tmp_path) as (_, url):
-        assert run(path, url)[0] == 3
-        n_calls = len(calls_of(tmp_path))
-        assert run(path, url)[0] == 3
-        assert [call["fault"] for call in calls_of(tmp_path)[n_calls:]] == ["reset_always"] * 5
-        code, out, _ = run(path, "http://127.0.0.1:9/v1", "--export_only")
-        assert code == 3 and json.loads(out)["n_calls"] == 0
-        path = world({"plain": "plain?", "bad": "fault:400"})
-        assert run(path, url, "--retry_errors")[0] == 3
-    assert [call["fault"] for call in calls_of(tmp_path)[n_calls + 5:]] == ["400"]
 
 
 @pytest.mark.parametrize("fault", ["401", "404", "302"])

@@ -69,7 +69,7 @@ def test_words_are_counted_in_every_script():
     ("هل يظهر الرقم؟ ", "الجواب \\boxed{42}"), ("नाव पर ४२ है।", "उत्तर \\boxed{42}"),
     ("The hull shows 42.\n", "The answer is \\boxed{42}."), ("The hull shows 42.  ", "So \\boxed{42}."),
     ("", "The answer is \\boxed{42}."), ("\n\n", "So 3.5 is \\boxed{3.5}"), ("It shows.\n", "So \\fbox{1}."),
-    ("First \\boxed{1}. Then\n\n", "so \\boxed{2}. Done."), ("First \\boxed{1}. Then\n", "so \\boxed{2}. Done."),
+    ("First \\boxed{1}. Then\n\n", "so \\boxed{2}. Done."),
     ("<think> Go on </think>", "The answer is \\boxed{A}."), ("<think> Go on </think>\n", "So \\boxed{A}.")])
 def test_the_last_sentence_is_split_off(before, final):
     assert split_final(before + final) == (before.strip(), final)

@@ -81,9 +81,7 @@ def test_a_reply_without_text_is_counted_and_told(ask):
     assert metrics["unresolved"] == 4 and "reasoning" not in results[0]
     assert [result.get("reasoning") for result in results[2:5]] == ["It is red.", "It is red.", None]
     assert results[4]["tool_calls"].startswith("<tool_call>")
-    assert ("replies without text: 2 with reasoning only (raise --max_new_tokens, or serve without "
-            "--reasoning-parser), 1 with tool calls only (serve without --tool-call-parser), 1 with nothing "
-            "else\n") in err
+    assert re.search("text: 2 with reasoning only .*, 1 with tool calls only .*, 1 with nothing", err)
 
 
 def test_tool_calls_of_the_api_are_followed_like_written_ones(ask):
