@@ -19,8 +19,8 @@ Writes  --output: one JSON line per item, in input order: {"id", "benchmark", "c
         "clean_output", "finish_reason", "n_tokens", "n_latent", "extraction": {"value", "rule"}, "verdict":
         correct | incorrect | unresolved | error, "compat": {rule: its verdict}}; after an error "error"; of
         HR-Bench "rotation"; with a tool "turns" and "ended_by"; with a judge "judge" and "judged"; with
-        --samples a line per reply with "item" and "sample"; "reasoning" and "tool_calls" that a server took
-        out of the text;
+        --samples a line per reply with "item" and "sample"; with --shuffle_options "shown": the order, gold
+        and answer as shown; "reasoning" and "tool_calls" that a server took out of the text;
         <output>.metrics.json, <output>.meta.json, <output>.run/ (replies and seconds; every run scores again)
 Prints  a table by category on stderr; on stdout one JSON object: counts, accuracy with interval, protocol
 
@@ -45,12 +45,12 @@ from utils.call_flags import add_journal_flags, add_server_flags, open_backend
 from utils.cli import (Help, cli, log, parse_count, parse_number, parse_seconds, parse_seed, rank_world,
                        read_api_key)
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
-from utils.evaluate.benchmarks import TABLE, prepare
+from utils.evaluate.benchmarks import TABLE, prepare, shuffle_options
 from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
 from utils.evaluate.judge import KINDS, Judge, add_verdicts
 from utils.evaluate.prompts import MAX_TOKENS, NO_REPLY, PROTOCOLS, Conversation, Protocol, show_messages
 from utils.evaluate.results import headline, judged_right, own_scores, parts_of, sample_scores, summarize
-from utils.evaluate.scoring import check_scorable, n_options, rotation_of, score, vsp_floors
+from utils.evaluate.scoring import as_published, check_scorable, n_options, rotation_of, score, vsp_floors
 from utils.items import ANSWER_TYPES, group_of, read_items, render
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
@@ -154,6 +154,8 @@ def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentS
         answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
         if answers and judge:
             add_verdicts(judge, answers.items, answers.results)
+    if answers and args.shuffle_options:
+        answers.results = list(map(as_published, answers.items, answers.results))
     return answers
 
 
@@ -252,6 +254,7 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
                 "system": protocol and protocol.system, "suffix": args.suffix, "pixels": answers.pixels,
                 "max_new_tokens": protocol and args.max_new_tokens,
                 "temperature": args.temperature, "samples": args.samples, "seed": args.seed,
+                "shuffle_options": args.seed if args.shuffle_options else None,
                 "prompt_sha": protocol and call_key(prompts=[r["prompt_sha"] for r in answers.results])[:16],
                 "judge": "none" if args.judge == "none" else f"{args.judge}:{args.judge_model}"}
     return settings | {"line": protocol_line(settings)}
@@ -286,8 +289,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="largest area of a picture (default: the protocol's)")
     parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
                         f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
+    parser.add_argument("--shuffle_options", action="store_true",
+                        help="show each item's options in an order drawn by --seed")
     parser.add_argument("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of --samples")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of --samples and --shuffle_options")
     parser.add_argument("--limit", type=parse_count, help="only the first N items")
     add_journal_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
@@ -331,9 +336,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
         parser.error(f"--samples {args.samples}: expected --temperature above 0, and no --responses")
     if args.responses:
         if args.compare or args.table or args.prepare or args.dry_run or args.protocol or (
-                args.method not in ("direct", "text")):
+                args.shuffle_options or args.method not in ("direct", "text")):
             parser.error("--responses: nothing is asked; expected --items or --benchmark, --method direct or "
-                         "text, and no --protocol")
+                         "text, and no --protocol or --shuffle_options")
         args.protocol = "elsewhere"
     args.protocol = args.protocol or ("deepeyes" if args.method == "tool" else "vlmevalkit")
     if (args.method == "tool") != (args.protocol == "deepeyes"):
@@ -384,6 +389,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"items": len(items), "categories": Counter(i.get("category") for i in items)}))
         return 0
     check_scorable(items)
+    if args.shuffle_options:
+        items = shuffle_options(items, args.seed)
     protocol = None if args.responses else find_protocol(args)
     spec = spec_of(args.latent, args.latent_size, args.force_start)
     if args.dry_run:

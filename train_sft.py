@@ -42,7 +42,8 @@ from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
 from utils.reply_text import last_boxed
 from utils.rows import CLOSE, OPEN
 
-if TYPE_CHECKING:  # main imports torch, once the flags are parsed
+if TYPE_CHECKING:  # torch is imported by main, once the flags are parsed
+    import torch
     from accelerate import Accelerator
 
     from utils.qwen import Qwen
@@ -170,9 +171,12 @@ def marked(tools: Qwen, example: Example) -> str:
     return text + ("<<" if before else "")
 
 
-def show_plan(train: Steps, plan: dict, args: argparse.Namespace) -> None:
-    """Log the first rows and the plan."""
+def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
+              args: argparse.Namespace) -> None:
+    """Log the first rows, the plan and the memory per device."""
+    from utils.train.batching import device_memory, estimate_memory, memory_lines
     from utils.train.loop import warmup_length
+    from utils.train.model import CHUNK
     for example in train.examples[:3 if args.dry_run else 1]:
         log(f"{example.id}:\n{marked(train.qwen, example)}")
     log(" | ".join(f"{key} {value}" for key, value in plan.items()))
@@ -180,6 +184,12 @@ def show_plan(train: Steps, plan: dict, args: argparse.Namespace) -> None:
     if warmup > n_steps:
         log(f"warning: --warmup_steps {warmup} are more than the {n_steps} steps of the run, which ends at "
             f"{n_steps / warmup:.0%} of --learning_rate")
+    n_targets = min(CHUNK, args.max_tokens * plan["trained_tokens"] // plan["tokens"] + 1)
+    parts = estimate_memory(train.qwen.config, args.max_tokens, n_targets, train.world, device.type == "cuda",
+                            recompute, args.train_vision, args.lora_rank,
+                            max(len(example.steps) for example in train.examples))
+    smaller = f"a smaller --max_tokens than {args.max_tokens} or --recompute layers"
+    log("\n".join(memory_lines(parts, device_memory(device), smaller)))
 
 
 def finish_dry_run(acc: Accelerator, examples: list[Example], plan: dict) -> int:
@@ -203,7 +213,7 @@ def input_files(examples: list[Example], args: argparse.Namespace) -> dict[str, 
             | {f"--image_root {path.relative_to(root)}": path for path in sorted(images)})
 
 
-def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out: list[dict],
+def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out: list[dict], recompute: str,
                 args: argparse.Namespace) -> Run:
     import torch
 
@@ -229,7 +239,6 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out
     for steps in (train, held_out):
         if steps:
             steps.qwen = qwen
-    recompute = args.recompute or ("layers" if acc.device.type == "cuda" else "none")
     saver = Saver(acc.process_index, acc.num_processes)
     try:
         with (stop_on_signals() as stop, recompute_activations(qwen.model, recompute),
@@ -396,12 +405,13 @@ def main(argv: list[str] | None = None) -> int:
     parts = hold_out(examples, args)
     train = make_steps(parts[0], args.data_weights)
     held_out = make_steps(parts[1], [1.0] * len(args.data)) if parts[1] else None
-    plan = make_plan(train, len(parts[1]), left_out, args)
-    show_plan(train, plan, args)
+    default = "layers" if acc.device.type == "cuda" else "none"
+    recompute, plan = args.recompute or default, make_plan(train, len(parts[1]), left_out, args)
+    show_plan(train, plan, acc.device, recompute, args)
     if args.dry_run:
         return finish_dry_run(acc, [] if args.skip_bad else examples, plan)
     with lock_run_folder(folder) if acc.is_main_process else nullcontext():
-        run = train_model(acc, train, held_out, left_out, args)
+        run = train_model(acc, train, held_out, left_out, recompute, args)
         finish(acc, plan, run, time.monotonic() - begun, args)
     return 0
 

@@ -379,6 +379,28 @@ def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
     assert "| CapImagine | 33.3 (85.9) | not run (74.1) |" in table and "| m (tool) | 33.3 | - |" in table
 
 
+def test_shuffled_options_are_asked_in_their_order_and_written_with_their_published_letters(items, server):
+    """The server of this file always answers A."""
+    tool = ["--method", "tool", "--shuffle_options", "--seed", "3"]
+    assert evaluate.main(remote(items, server, *tool)) == 0
+    metrics, results = metrics_of(items), results_of(items)
+    orders = [result["shown"]["order"] for result in results]
+    assert len(set(orders)) > 2 and metrics["protocol"]["line"].endswith(" shuffled=3")
+    texts = dict(rows(items)[0]["options"])
+    for result, item in zip(results, rows(items)):
+        order = result["shown"]["order"]
+        shown = "".join(f"\\n{name}. {texts[letter]}" for name, letter in zip("ABC", order))
+        assert shown in result["prompt"] and result["gold"] == item["answer"]["value"]
+        assert (result["extraction"]["value"], result["shown"]["value"]) == (order[0], "A")
+        assert (result["verdict"] == "correct") == (order[0] == result["gold"])
+    assert metrics["constant"]["accuracy"] == max(
+        Counter(result["shown"]["gold"] for result in results).values()) / 9
+    assert evaluate.main(remote(items, server, *tool[:2], output="plain.jsonl")) == 0
+    pair = [str(items.parent / name) for name in ("plain.jsonl", "out.jsonl")]
+    assert evaluate.main(["--compare", *pair, "--output", str(items.parent / "c.json")]) == 0
+    assert load_object(items.parent / "c.json")["other_prompts"] == 9 - orders.count("ABC")
+
+
 def test_several_replies_are_drawn_scored_and_resumed_to_the_same(tiny_checkpoint, items):
     more = ["--samples", "3", "--temperature", "2.5"]
     metrics, results = answer(items, tiny_checkpoint, *more)
@@ -467,6 +489,7 @@ def test_predictions_of_vlmevalkit_belong_to_the_items_of_their_source(tmp_path,
     (["--responses", "r", "--protocol", "monet"], "nothing is asked"),
     (["--responses", "r", "--method", "tool"], "nothing is asked"),
     (["--responses", "r", "--dry_run"], "nothing is asked"),
+    (["--responses", "r", "--shuffle_options"], "nothing is asked"),
     (["--samples", "2"], "expected --temperature above 0"), (["--temperature", "-1"], "from 0 to 10"),
     (["--temperature", "nan"], "from 0 to 10"),
     (["--samples", "2", "--temperature", "1", "--responses", "r"], "no --responses"),

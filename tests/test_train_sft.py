@@ -503,11 +503,12 @@ def test_what_skip_bad_refuses(tiny_checkpoint, data, tmp_path, capsys):
         assert "in --output" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
-def test_dry_run_shows_rows_and_plan_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
+def test_dry_run_shows_rows_plan_and_memory_and_checks_images(tiny_checkpoint, data, tmp_path, capsys):
     arguments = flags(data, tiny_checkpoint, tmp_path / "o", "--dry_run")
     assert train_sft.main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.err.count(">>I look") == 3 and "<|im_end|><<" in captured.err
+    assert "memory per device, estimated: fits" in captured.err
     printed = json.loads(captured.out)
     assert printed["steps"] == 4 and printed["unreadable_images"] == 0 and not list(tmp_path.glob("o*"))
     lengths = sorted(example.n_tokens for example in load_examples(tiny_checkpoint, data)[1])

@@ -3,17 +3,22 @@ import base64
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from benchmark_fixtures import EXPECTED
 from PIL import Image
 from samples import table
+from scipy.stats import binomtest, chisquare
 
+from utils.evaluate.benchmarks import shuffle_options
 from utils.evaluate.prompts import (EXAMPLE, PROTOCOLS, SWIMBIRD_SYSTEM, TOOL_SYSTEM, Conversation, read_turn,
                                     user_text)
+from utils.evaluate.scoring import as_published, score
 from utils.images import ImageError, Picture, open_picture, picture_url
 from utils.items import question_text
+from utils.jsonl import DataError
 
 CASES = [(case["item"], case["prompt"]) for case in table("vlmevalkit_prompts")]
 MCQ = CASES[0][0]
@@ -105,3 +110,69 @@ def test_cv_bench_is_asked_in_its_own_words():
             "options": [["A", "1"], ["B", "2"]], "raw": {"prompt": "How many? Select from (A) 1 (B) 2"}}
     assert user_text(item, PROTOCOLS["vlmevalkit"]) == "How many? Select from (A) 1 (B) 2"
     assert user_text(item | {"raw": {}}, PROTOCOLS["plain"]) == question_text(item)
+
+
+# ---- options in another order
+def mcq(n: int, gold: str = "A", letters: str = "ABCD") -> dict:
+    return {"id": f"v/{n}", "metric": "mcq", "question": "?", "images": [], "category": "c",
+            "options": [[letter, f"text {letter}"] for letter in letters],
+            "answer": {"type": "letter", "value": gold}}
+
+
+def test_options_keep_their_texts_and_the_gold_its_text_and_nothing_else_changes():
+    items = [mcq(n, "ABC"[n % 3], "ABCDE"[:3 + n % 3]) for n in range(60)] + [
+        {"id": "t", "metric": "wtq", "options": [], "answer": {"type": "values", "value": ["A"]}}]
+    asked = shuffle_options(items, 0)
+    assert asked == shuffle_options(items[::-1], 0)[::-1] != shuffle_options(items, 1)  # by id and seed alone
+    assert asked[-1] == items[-1]  # it has none
+    for item, other in zip(items[:-1], asked):
+        assert sorted(text for _, text in other["options"]) == [text for _, text in item["options"]]
+        assert [letter for letter, _ in other["options"]] == [letter for letter, _ in item["options"]]
+        assert all(dict(item["options"])[other["letters"][shown]] == text for shown, text in other["options"])
+        gold = other["answer"]["value"]
+        assert other["letters"][gold] == item["answer"]["value"]
+        assert {name for name in other if other[name] != item.get(name)} <= {
+            "options", "answer", "letters", "raw"}
+
+
+def test_words_that_name_the_options_are_left_out():
+    """CV-Bench's own prompt lists them in their published order."""
+    item = mcq(0) | {"benchmark": "cv_bench/2D", "raw": {"prompt": "Select from (A) text A ...", "idx": 1}}
+    asked = shuffle_options([item], 0)[0]
+    assert asked["raw"] == {"idx": 1} and item["raw"]["prompt"]
+    assert user_text(asked, PROTOCOLS["vlmevalkit"]) == question_text(asked)
+
+
+def test_orders_are_equally_frequent_and_a_model_that_always_says_a_gets_chance():
+    """3,000 items whose right option is always the first: without another order it would get all."""
+    asked = shuffle_options([mcq(n, letters="ABC") for n in range(3000)], 0)
+    orders = Counter("".join(item["letters"].values()) for item in asked)
+    assert len(orders) == 6 and chisquare(list(orders.values())).pvalue > 0.01
+    reply = {"clean_output": "A", "finish_reason": "stop"}
+    results = [as_published(item, {"gold": item["answer"]["value"], **score(item, reply)}) for item in asked]
+    hits = sum(result["verdict"] == "correct" for result in results)
+    assert binomtest(hits, 3000, 1 / 3).pvalue > 0.01 and {result["gold"] for result in results} == {"A"}
+    for item, result in zip(asked, results):
+        assert result["extraction"]["value"] == item["letters"]["A"] == result["shown"]["order"][0]
+        assert (result["extraction"]["value"] == "A") == (result["verdict"] == "correct")
+        assert result["compat"] == {"vlmevalkit_e8e78f0": item["letters"]["A"]}
+        assert result["shown"]["value"] == "A" and result["shown"]["gold"] == item["answer"]["value"]
+
+
+def test_a_judge_s_letter_is_published_too_and_unread_replies_stay_unread():
+    asked = shuffle_options([mcq(n) for n in range(9)], 0)
+    item = next(item for item in asked if item["letters"]["A"] == "C")
+    result = {"gold": "A", "extraction": {"value": None, "rule": "empty"}, "compat": {"x": None, "y": "Z"}}
+    found = as_published(item, result | {"judge": {"parsed": "A"}})
+    assert found["judge"] == {"parsed": "C"} and found["extraction"]["value"] is None
+    assert found["compat"] == {"x": None, "y": "Z"} and found["gold"] == "C"
+    assert as_published(item, result | {"judge": {"parsed": "yes"}})["judge"] == {"parsed": "yes"}
+    assert as_published(mcq(0), result) == result
+
+
+@pytest.mark.parametrize("items, match", [
+    ([mcq(0), mcq(1) | {"raw": {"cycle_category": "2"}}], "'v/1' and 0 more are rotations"),
+    ([{"id": "t", "metric": "wtq"}], "no item has options")])
+def test_items_whose_options_cannot_be_shuffled(items, match):
+    with pytest.raises(DataError, match=match):
+        shuffle_options(items, 0)

@@ -1,4 +1,4 @@
-"""The rows of a step on any number of devices; operations against counters and by hand."""
+"""The rows of a step on any number of devices; operations and memory against counters and by hand."""
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -14,12 +14,15 @@ from toy.make_model import make_model
 from utils import qwen as Q
 from utils.items import END_OF_TURN
 from utils.latent_families import special_id
-from utils.train.batching import Batching, Steps, peak_flops, training_flops
+from utils.train.batching import (Batching, Steps, count_parameters, device_memory, estimate_memory,
+                                  memory_lines, peak_flops, training_flops)
 from utils.train.examples import Target, plan_passes
 from utils.train.model import Objective, run_packed, use_packed_attention
 from utils.train.weights import choose_trained, gradients_from_embedding
 
 pytestmark = pytest.mark.numeric
+
+SMALLER = "a smaller --max_tokens than 8192 or --recompute layers"
 
 
 @pytest.fixture
@@ -157,6 +160,43 @@ def test_operations_of_the_released_sizes(shared_data):
     assert patches / 4 / 2 == pytest.approx(631.5e6 + 44.6e6 / 4, rel=0.01)
 
 
+def test_parameters_are_counted_without_loading_any(tiny_checkpoint):
+    counts = count_parameters(Q.load_tools(str(tiny_checkpoint)).config)
+    model = Q.load(str(tiny_checkpoint), device="cpu").model
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    assert counts["tower"] + counts["merger"] == sum(p.numel() for p in model.model.visual.parameters())
+
+
+def test_memory_of_the_paper_s_run_by_hand(shared_data):
+    """7B on 8 GPUs of 80 GB, 8,192 tokens: activations are 1.6 GB of checkpoints and 1.8 GB of one layer."""
+    config = AutoConfig.from_pretrained(shared_data / "qwen2_5_vl")
+    counts = count_parameters(config)
+    assert counts["layers"] + counts["root"] == pytest.approx(7.616e9, rel=1e-3)
+    assert counts["tower"] + counts["merger"] == pytest.approx(0.677e9, rel=2e-3)
+
+    def estimate(world=8, recompute="layers", **more):
+        parts = estimate_memory(config, 8192, 1800, world, True, recompute, **more)
+        return parts, memory_lines(parts, 80e9, SMALLER)[0]
+
+    parts, line = estimate()
+    assert parts["weights, gradients, optimizer"] == pytest.approx(15.2e9, rel=0.01)
+    assert parts["vision tower"] == pytest.approx(1.35e9, rel=0.01)
+    assert parts["activations"] == pytest.approx(3.4e9, rel=0.05)
+    assert parts["total"] == pytest.approx(sum(size for name, size in parts.items() if name != "total"))
+    assert 28e9 < parts["total"] < 40e9 and line.endswith(": fits")
+    assert estimate(world=1)[1].endswith("use more devices, a smaller model, or --lora_rank 64")
+    assert estimate(recompute="none")[1].endswith(f"DOES NOT FIT; use {SMALLER}")
+    # 28 layers of 8 x 3584 + 4 x 512 numbers per token, and the 4 x 18944 of one MLP
+    halfway, line = estimate(recompute="mlps")
+    assert halfway["activations"] == 8192 * 2 * (28 * 30720 + 75776) == pytest.approx(15.3e9, rel=0.01)
+    assert line.endswith(": fits")
+    # latents: two more copies of keys and values, 4 x 512 numbers, for each of two segments
+    imagining, _ = estimate(recompute="mlps", n_segments=2)
+    assert imagining["activations"] - halfway["activations"] == 8192 * 2 * 28 * 4 * 512 * 2
+    adapted, _ = estimate(lora_rank=64)
+    assert adapted["weights, gradients, optimizer"] < 0.4 * parts["weights, gradients, optimizer"]
+
+
 def test_what_is_known_of_devices():
     assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("NVIDIA A800-SXM4-80GB") == 312e12
-    assert peak_flops("Some other device") is None
+    assert peak_flops("Some other device") is None and device_memory(torch.device("cpu")) > 2**30

@@ -16,7 +16,7 @@ from training import flags, load_examples, run_ranks
 import train_sft
 from utils import qwen as Q
 from utils.latent_families import PRESETS, special_id
-from utils.train.batching import Batching, Steps, recompute_activations
+from utils.train.batching import Batching, Steps, count_parameters, recompute_activations
 from utils.train.checkpoints import Run, Saver, restore, snapshot
 from utils.train.loop import Trainer
 from utils.train.model import Objective, use_packed_attention
@@ -205,3 +205,5 @@ def test_a_part_is_trained_and_has_its_rate(tiny_checkpoint, data):
         rates = {part_of[p]: group["rate"] for group in groups for p in group["params"]}
         assert {part_of[p] for p in part_of if p.requires_grad} == rates.keys() == parts
         assert rates == {part: 0.2 if part == "merger" else 1.0 for part in parts}
+        sizes = count_parameters(model.config)
+        assert sizes["merger"] == sum(p.numel() for p in part_of if part_of[p] == "merger")

@@ -13,11 +13,12 @@ from PIL import Image
 
 from utils.cli import log
 from utils.evaluate import layouts
+from utils.evaluate.scoring import rotation_of
 from utils.evaluate.sources import (Hub, Rows, SameAs, check_digest, dataset_rows, download, file_rows,
                                     key_of, pinned, vstar_folder_rows)
 from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
-from utils.jsonl import DataError, check_unique, disk_errors, replace_file
+from utils.jsonl import DataError, call_key, check_unique, disk_errors, replace_file
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp",
             "TIFF": ".tif"}
@@ -255,3 +256,26 @@ def check_all(items: list[dict], bench: Benchmark, source: object) -> None:
         raise DataError(f"{source}: {len(items)} items, {dict(counts)}; expected {expected} of {bench.name}")
     if bench.check and (fault := bench.check(items)):
         raise DataError(f"{source}: {fault}")
+
+
+# ---- options in another order
+def shuffle_options(items: list[dict], seed: int) -> list[dict]:
+    """Return items with the options of each multiple-choice item in an order that its id and the seed decide,
+    and "letters" {as shown: as published}. DataError for HR-Bench, which asks in four orders by itself."""
+    if rotated := [item["id"] for item in items if rotation_of(item) is not None]:
+        raise DataError(f"--shuffle_options: item {rotated[0]!r} and {len(rotated) - 1} more are rotations "
+                        "of their options; expected items with one order")
+    if not any(item["metric"] == "mcq" for item in items):
+        raise DataError("--shuffle_options: no item has options; expected multiple choice")
+    return [shuffled(item, seed) if item["metric"] == "mcq" else item for item in items]
+
+
+def shuffled(item: dict, seed: int) -> dict:
+    order = sorted(item["options"], key=lambda option: call_key(seed=seed, id=item["id"], letter=option[0]))
+    letters = {shown: letter for (shown, _), (letter, _) in zip(item["options"], order)}
+    gold = next(shown for shown, letter in letters.items() if letter == item["answer"]["value"])
+    options = [[shown, text] for shown, (_, text) in zip(letters, order)]
+    # a published prompt lists the options
+    raw = {name: value for name, value in (item.get("raw") or {}).items() if name != "prompt"}
+    return item | {"options": options, "answer": item["answer"] | {"value": gold}, "letters": letters,
+                   "raw": raw}

@@ -40,6 +40,7 @@ def protocol_line(protocol: dict) -> str:
     pixels = "unknown" if high is None else f"{'server' if low is None else low}..{high}"
     return (f"protocol={protocol['protocol']} method={protocol['method']} "
             f"prompt={protocol['prompt_sha'] or 'unknown'} pixels={pixels} judge={protocol['judge']}"
+            + ("" if protocol.get("shuffle_options") is None else f" shuffled={protocol['shuffle_options']}")
             + (f" temperature={protocol['temperature']} samples={protocol['samples']} seed={protocol['seed']}"
                if protocol.get("temperature") else ""))
 

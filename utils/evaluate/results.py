@@ -66,11 +66,11 @@ def counted(values: Iterable[str]) -> dict[str, int]:
 
 
 def constant_answer(records: list[dict]) -> dict | None:
-    """Return {"answers", "accuracy"} of the best fixed answer to each benchmark; None if a gold is a map:
-    see utils.evaluate.scoring.vsp_floors."""
+    """Return {"answers", "accuracy"} of the best fixed answer to each benchmark, as the options were shown;
+    None if a gold is a map: see utils.evaluate.scoring.vsp_floors."""
     golds = defaultdict(Counter)
     for record in records:
-        gold = record["gold"]
+        gold = record.get("shown", record)["gold"]
         if is_board(gold):
             return None
         golds[record.get("benchmark") or ""][gold_text(gold) if isinstance(gold, list) else str(gold)] += 1
@@ -201,9 +201,10 @@ def mme_scores(records: list[dict], right: Callable[[dict], bool] = is_right) ->
 
 # ---- scores with floors; `hit` says how right a record is, 0 to 1
 def with_floors(score: Callable, records: list[dict], right: Callable[[dict], bool]) -> dict:
-    """Return a benchmark's published score, and that of a guess and of the best constant answer."""
-    constant = [score(records, lambda record: record["gold"] == gold)
-                for gold in {record["gold"] for record in records}]
+    """Return a benchmark's published score, and the same score of a guess and of the best constant answer, as
+    the options were shown."""
+    golds = {record.get("shown", record)["gold"] for record in records}
+    constant = [score(records, lambda record: record.get("shown", record)["gold"] == gold) for gold in golds]
     return {"score": score(records, right), "chance": score(records, lambda record: 1 / record["n_options"]),
             "constant": None if None in constant else max(constant)}
 

@@ -201,6 +201,21 @@ def verdict(value: str | None, rule: str, right: bool) -> dict:
             "verdict": "unresolved" if value is None else "correct" if right else "incorrect"}
 
 
+def as_published(item: dict, result: dict) -> dict:
+    """Return a result with the published letters; "shown" has the order, the gold and the answer as shown."""
+    if "letters" not in item:
+        return result
+    letters, judge, found = item["letters"], result.get("judge"), result["extraction"]
+    shown = {"order": "".join(letters.values()), "gold": result["gold"], "value": found["value"]}
+    result = result | {
+        "gold": letters[result["gold"]], "shown": shown,
+        "extraction": found | {"value": letters.get(found["value"])},
+        "compat": {name: letters.get(value, value) for name, value in result["compat"].items()}}
+    if judge:
+        result["judge"] = judge | {"parsed": letters.get(judge["parsed"], judge["parsed"])}
+    return result
+
+
 def gold_text(values: list[str]) -> str:
     """Return VWTQ's gold as its scorer expects it: values escaped and joined by bars."""
     return "|".join(text.replace("\\", r"\\").replace("|", r"\p").replace("\n", r"\n") for text in values)

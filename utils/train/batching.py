@@ -1,4 +1,4 @@
-"""The rows of an optimizer step, as micro-batches on every device; their operations."""
+"""The rows of an optimizer step, as micro-batches on every device; their operations and memory."""
 import math
 import random
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from types import MethodType
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText
 
 from utils.images import ImageError
 from utils.jsonl import DataError
@@ -18,6 +19,8 @@ from utils.train.examples import Example, Target, make_pack
 # dense bfloat16 operations per second, from NVIDIA's data sheets
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
 WINDOW = 64  # patches that a patch of the vision tower sees in its windowed blocks: 112 / 14, squared
+ADAMW = 16  # bytes per trained weight: float32 weight, gradient, two moments
+HEAD = 14  # bytes per logit: as computed, in float32, softmax, gradients
 
 
 # ---- the rows of a step
@@ -166,6 +169,13 @@ def plan_packs(lengths: list[int], max_tokens: int, world: int) -> list[list[lis
 
 
 # ---- operations
+def attention_widths(text) -> tuple[int, int]:
+    """Return the numbers per token of all queries, and of all keys; a head need not be a share of the width.
+    """
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head, text.num_key_value_heads * head
+
+
 def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple[int, int, int]],
                    train_vision: str | None = None) -> float:
     """Return the operations of both passes over rows of `lengths` tokens with `n_targets` predictions; a
@@ -177,8 +187,7 @@ def training_flops(config, lengths: list[int], n_targets: int, grids: list[tuple
     does the backward pass of frozen weights, but that through a frozen language model."""
     text, vision = config.text_config, config.vision_config
     width, layers = text.hidden_size, text.num_hidden_layers
-    head = getattr(text, "head_dim", None) or width // text.num_attention_heads  # no share of the width
-    q_width, kv_width = text.num_attention_heads * head, text.num_key_value_heads * head
+    q_width, kv_width = attention_widths(text)
     mlp = 3 * width * text.intermediate_size
     at_all = layers * (2 * width * q_width + 2 * width * kv_width + mlp) - mlp
     attention = layers * q_width * sum(2 * n * n for n in lengths)  # 4 n^2, half of it masked
@@ -203,7 +212,49 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-# ---- activations
+# ---- memory
+def count_parameters(config) -> dict[str, int]:
+    """Return the numbers of weights of the decoder's layers, the tower, its mergers and the rest (root)."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    visual, layers = model.model.visual, model.model.language_model.layers
+    counts = {"layers": sum(p.numel() for p in layers.parameters()),
+              "merger": sum(p.numel() for name, p in visual.named_parameters() if "merger" in name)}
+    counts["tower"] = sum(p.numel() for p in visual.parameters()) - counts["merger"]
+    return counts | {"root": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
+
+
+def estimate_memory(config, max_tokens: int, n_targets: int, world: int, sharded: bool, recompute: str,
+                    train_vision: str | None = None, lora_rank: int = 0,
+                    n_segments: int = 0) -> dict[str, float]:
+    """Return the bytes that training takes on one of `world` devices, by purpose, and their "total".
+
+    `sharded`: in bfloat16 (GPUs), else whole in float32 (a CPU). `n_targets`: predictions whose logits are
+    held at once; `n_segments`: of latents in a row, which keep its keys and values twice more each.
+    """
+    text, counts = config.text_config, count_parameters(config)
+    n_bytes = 2 if sharded else 4
+    language = counts["layers"] + counts["root"]
+    q, kv = attention_widths(text)
+    adapted = 7 * text.hidden_size + 2 * q + 2 * kv + 3 * text.intermediate_size
+    adapters = lora_rank * text.num_hidden_layers * adapted
+    is_frozen = lora_rank or train_vision == "merger_only"
+    weights = 4 * language + ADAMW * adapters if is_frozen else ADAMW * language
+    # numbers that a layer's backward pass needs per token
+    mlp, others = 4 * text.intermediate_size, 4 * text.hidden_size + 4 * q + 4 * kv
+    kept = {"layers": text.hidden_size, "mlps": others, "none": others + mlp}[recompute] + 4 * kv * n_segments
+    again = {"layers": others + mlp, "mlps": mlp, "none": 0}[recompute]  # one layer at a time
+    # two layers at a time; the root group for the whole pass, with its gradients as computed and as reduced
+    gathered = 2 * n_bytes * counts["layers"] / text.num_hidden_layers + counts["root"] * (2 * n_bytes + 4)
+    parts = {"weights, gradients, optimizer": weights / (world if sharded else 1),
+             "vision tower": counts["tower"] * (ADAMW if train_vision == "all" else n_bytes)
+             + counts["merger"] * (ADAMW if train_vision else n_bytes),
+             "gathered weights": sharded * gathered,
+             "activations": n_bytes * max_tokens * (kept * text.num_hidden_layers + again),
+             "logits": n_targets * text.vocab_size * HEAD}
+    return parts | {"total": sum(parts.values())}
+
+
 @contextmanager
 def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
     """Inside the block, have the backward pass recompute activations of "layers", "mlps" or "none".
@@ -224,3 +275,21 @@ def recompute_activations(model: torch.nn.Module, which: str) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
+
+
+def memory_lines(parts: dict[str, float], available: float, smaller: str) -> list[str]:
+    """Return the estimate as text, with advice (`smaller`: on activations) if it does not fit."""
+    lines = [f"  {name:<32}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'of the device':<32}{available / 2**30:9.2f} GiB")
+    if parts["total"] <= 0.95 * available:
+        return ["memory per device, estimated: fits", *lines]
+    fixed = parts["total"] - parts["activations"]
+    advice = smaller if fixed < 0.9 * available else "more devices, a smaller model, or --lora_rank 64"
+    return [f"memory per device, estimated: DOES NOT FIT; use {advice}", *lines]
+
+
+def device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return int(file.readline().split()[1]) * 1024
