@@ -1,4 +1,5 @@
 """Rules and decisions one by one, planted faults, whole runs with a scripted judge."""
+import itertools
 import json
 import random
 from pathlib import Path
@@ -7,8 +8,8 @@ import pytest
 from fault_server import calls_of, raw, serving
 from samples import StandIn, flags, row, table
 
-from filter_data import (COMPARED, JUDGE_REASONS, PROMPTS, RULE_REASONS, Verdict, calibrate, chain_fault,
-                         compare, correct, decide, judge_call, main, share_of)
+from filter_data import (JUDGE_REASONS, PROMPTS, RULE_REASONS, Verdict, calibrate, chain_fault, compare,
+                         correct, decide, judge_call, main, share_of)
 from utils.jsonl import DataError, read_rows, write_rows
 
 JUDGED = {"reason": "fine", "asked": "boat", "found": "boat", "seen": "42", "stated": "42", "problems": []}
@@ -18,21 +19,6 @@ def test_chain_fault():
     for case in table("chains"):
         assert chain_fault(row(**case["changes"])) == case["reason"], case
         assert case["reason"] is None or case["reason"] in RULE_REASONS
-
-
-# ---- values: those of a line are spellings of one value, lines of a group are different values
-GROUPS = [
-    ["42|42.|forty-two|**42**|\\boxed{42}|42.0", "24|twenty-four|024|$24$", "1,000|1000|one thousand|1000.00",
-     "-42|minus 42|−42"],
-    ["red|Red|a red|the red.|`red`", "blue|BLUE|the blue|(blue)", "dark green|Dark-green|the dark green"],
-    ["yes|Yes.|YES", "no|No.|**no**"],
-    ["5 cm|5cm|five centimeters|5 centimetre", "6 cm|6 cm.|six centimeters"],
-    ["20%|20 %|20 percent|twenty per cent", "50%|50 percent"],
-    ["Main Street|main street|The Main Street", "Oak Avenue|OAK AVENUE|oak avenue."],
-    ["top left|upper left|the top-left", "lower right|bottom right"]]
-OPTIONS = {"A": "red", "B": "blue", "C": "42", "D": "not shown"}
-SPELLED = {"A": "A|(A)|A.|red|Red.|A. red|option A", "B": "B|b)|blue|the blue|B: blue",
-           "C": "C|42|forty-two|C. 42", "D": "D|not shown|Not shown."}
 
 
 @pytest.mark.parametrize("value, wanted", [
@@ -46,38 +32,22 @@ def test_a_value_that_cannot_be_compared_is_neither_same_nor_a_conflict(value, w
     assert compare(value, "B", {"A": "seven", "B": "teal"}) is None  # names no option
 
 
-@pytest.mark.parametrize("changes, strict, lenient", [
-    ({}, [], []), ({"found": "Not shown."}, ["unanswerable"], ["unanswerable"]),
-    ({"found": "house"}, ["unanswerable"], ["unanswerable"]), ({"found": "the Boat"}, [], []),
-    ({"found": "big boat"}, ["unanswerable_unclear"], []),
-    ({"asked": "unclear", "found": "unclear"}, ["unanswerable_unclear"], []),
-    ({"asked": "", "found": ""}, ["unanswerable_unclear"], []),
-    ({"asked": "number on the old boat", "found": "not shown"}, ["unanswerable"], ["unanswerable"]),
-    ({"seen": "24"}, ["unsupported"], ["unsupported"]), ({"seen": "unclear"}, ["unsupported_unclear"], []),
-    ({"stated": "24"}, ["inconsistent"], ["inconsistent"]), ({"stated": "red"}, ["inconsistent_unclear"], []),
-    ({"seen": "24", "stated": "24"}, ["unsupported", "inconsistent"], ["unsupported", "inconsistent"]),
-    ({"seen": "24", "stated": ""}, ["unsupported", "inconsistent_unclear"], ["unsupported"]),
-    ({"problems": ["garbled_text", "wrong_observation", "garbled_text"]},
-     ["wrong_observation", "garbled_text"], ["wrong_observation", "garbled_text"]),
-    ({"reason": "I would drop this"}, [], [])])
+@pytest.mark.parametrize("changes, strict, lenient", [case.values() for case in table("decisions")])
 def test_code_decides_from_the_values(changes, strict, lenient):
     assert decide(JUDGED | changes, row(), False) == strict and set(strict) <= set(JUDGE_REASONS)
     assert decide(JUDGED | changes, row(), True) == lenient
 
 
-def test_every_planted_conflict_is_found_and_no_spelling_of_the_answer_is_one():
+@pytest.mark.parametrize("case", table("spellings"), ids=lambda case: case["values"][0][0])
+def test_every_planted_conflict_is_found_and_no_spelling_of_the_answer_is_one(case):
     """The judge reports what it sees and reads; the stated answer is another value, or spelled otherwise."""
-    rng = random.Random(0)
-    for _ in range(500):
-        lines = [line.split("|") for line in rng.choice([*GROUPS, [*SPELLED.values()]])]
-        options = OPTIONS if "A" in lines[0] else {}
-        truth, wrong = rng.sample(lines, 2)
-        planted = rng.choice([(), ("unsupported",), ("inconsistent",), ("unsupported", "inconsistent")])
-        value = JUDGED | {name: rng.choice(wrong if reason in planted else truth)
-                          for name, reason in zip(("seen", "stated"), COMPARED[1:])}
-        question = "\n".join(["Which one?", *(f"{letter}. {text}" for letter, text in options.items())])
-        asked = row(question=question, answer=rng.choice(truth))
-        assert decide(value, asked, False) == [*planted], (value, asked["answer"])
+    lines = [f"{letter}. {text}" for letter, text in case["options"].items()]
+    for truth, seen, stated in itertools.product(case["values"], repeat=3):
+        planted = ["unsupported"] * (seen != truth) + ["inconsistent"] * (stated != truth)
+        for n, (answer, one) in enumerate(itertools.product(truth, seen)):
+            asked = row(question="\n".join(["Which one?", *lines]), answer=answer)
+            value = JUDGED | {"seen": one, "stated": stated[n % len(stated)]}
+            assert decide(value, asked, False) == planted, (value, answer)
 
 
 def test_the_judge_sees_the_chain_without_its_conclusion():

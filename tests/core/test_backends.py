@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from samples import table
 
 from utils import decode
 from utils.backends import LocalBackend, Request
@@ -50,16 +51,7 @@ def test_white_space_and_escapes_of_a_reply_are_text(value, said):
         {"a": "red", "b": said}, {"a": [{"b": said}]}, {"a": said}, {"a": {"b": [1, said]}}, {"a": said}]
 
 
-
-@pytest.mark.parametrize("change, fault", [
-    ({}, None), ({"extra": 1}, None), ({"caption": 3}, "'caption' should be of type string"),
-    ({"caption": "x" * 21}, "'caption' is too long: 21 characters"),
-    ({"legible": "maybe"}, "'legible' should be one of yes, no"),
-    ({"marks": ["a"] * 3}, "'marks' has 3 items, at most 2"),
-    ({"marks": ["a", 2]}, "item 2 of 'marks' should be of type string"),
-    ({"marks": "a"}, "'marks' should be of type array"),
-    ({"changed": "true"}, "'changed' should be of type boolean"),
-    ({"n": True}, "'n' should be of type integer"), ({"n": 1.5}, "'n' should be of type integer")])
+@pytest.mark.parametrize("change, fault", [case.values() for case in table("schema_faults")])
 def test_schema_fault(change, fault):
     shown = schema_fault(GOOD | change, SCHEMA)
     assert shown is None if fault is None else fault in shown

@@ -3,6 +3,7 @@ import json
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 from replies import OPTIONS, planted
@@ -15,13 +16,8 @@ from utils.phrases import find_phrase, named_option
 from utils.reply_text import fold, visible
 
 COLOURS = OPTIONS["COL"]
-THOUGHTS = ["<think>The answer is A. \\boxed{C}</think>", "It is white.\nThe answer is D.</think>\n",
-            "[THINK]B[/THINK]", "◁think▷<answer>A</answer>◁/think▷", "<seed:think>C?</seed:think>",
-            "<unused94>thought\nThe answer is A.<unused95>",
-            "<REASONING>White is A.</REASONING>", "<|begin_of_thought|>D<|end_of_thought|>",
-            "<|channel|>analysis<|message|>The answer is A<|end|><|start|>assistant"
-            "<|channel|>final<|message|>",
-            '<tool_call>{"name": "zoom", "arguments": {"label": "black laptop"}}</tool_call>\n']
+# thoughts in front of a reply; sentences that choose the letter {}; those that choose none of letters and texts
+PHRASES = json.loads((Path(__file__).parents[1] / "files" / "phrases.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", table("reply_kinds"), ids=lambda case: case["reply"][:30])
@@ -51,7 +47,7 @@ def test_replies_in_published_shapes(shared_data):
         assert sum(read) >= 0.97 * len(read), name
 
 
-@pytest.mark.parametrize("thought", THOUGHTS)
+@pytest.mark.parametrize("thought", PHRASES["thoughts"])
 def test_a_thought_in_front_changes_nothing(thought):
     for _, options, _, reply in planted(300, seed=1):
         assert extract_choice(thought + reply, options) == extract_choice(reply, options), reply
@@ -92,18 +88,7 @@ def test_numbers_in_any_spelling_are_one_answer():
             assert extract_choice(f"\\boxed{{{text}}}", options).letter == letter, text
 
 
-@pytest.mark.parametrize("reply", ["{}", "({})", "Answer: {}", "The answer is {} in this case.",
-                                   "**Answer**: {}", "It stands there.\n\n{}", "{}\n\nIt stands there.",
-                                   "\\boxed{{{}}}",
-                                   "选{}",
-                                   "I choose {} with high confidence.", "The answer is {} and not Z.",
-                                   "{} is correct.", "Die Antwort ist {}.", "The figure matches ({}).",
-                                   "The answer, then, is {}.", "The answer is \\({}\\).",
-                                   "The answer is indeed {}.", "Label: {}",
-                                   "{} fits best.", "Definitely {}.", "It is dark, i.e. {}.",
-                                   "The time is option {}.", "Its mark corresponds to option {}.",
-                                   "The closer point is {}.", "{} es la respuesta correcta.",
-                                   "{}) it\n\nF, G and H are wrong.", "정답: {}", '{{"answer": "{}"}}'])
+@pytest.mark.parametrize("reply", PHRASES["choosing"])
 def test_all_letters_are_read_alike(reply):
     options = dict(zip("ABCDEFGH", "sun moon rain snow wind hail mist dust".split()))
     assert [extract_choice(reply.format(letter), options).letter for letter in options] == list(options)
@@ -127,12 +112,7 @@ def test_a_place_next_to_an_option_and_two_things_name_no_option():
                                 COLOURS) is None, form
 
 
-@pytest.mark.parametrize("reply", ["!{0}", "¬{0}", "{0}. wrong", "{0}. {3} or {1}", "Anything but {1}",
-                                   "If it is dark, the answer is {0}.",
-                                   '{{"answer": ["{0}", "{2}"]}}', "A {1} and {3} thing",
-                                   "Look.\nAnswer: {1}.\nThe thing next is {3}.",
-                                   "\\boxed{{{0}}} \\text{{ or }} \\boxed{{{2}}}",
-                                   "\\boxed{{{0}, {2}, E}}"])
+@pytest.mark.parametrize("reply", PHRASES["open"])
 def test_what_only_looks_like_a_choice_is_left_open(reply):
     for letter, other in zip("ABCD", "BCDA"):
         said = reply.format(letter, COLOURS[letter], other, COLOURS[other])

@@ -9,14 +9,6 @@ from utils.rows import (CAPTION_REASONS, caption_fault, check_own, check_rows, c
                         has_loop, parse_options, row_fault, split_final, units_of)
 
 
-@pytest.mark.parametrize("text, loops", [
-    ("the cat sat on the mat and looked at the dog that ran past the house", False),
-    ("the cat is red the cat is red the cat is red the cat is red", True), ("a\nb\na\nc\na", True),
-    ("a\nb\na\nc", False), ("no no no no", False), ("", False)])
-def test_has_loop(text, loops):
-    assert has_loop(text) is loops
-
-
 @pytest.mark.parametrize("reason", [None, *CAPTION_REASONS])
 def test_caption_fault(reason):
     texts = [case["caption"] for case in table("captions") if case["reason"] == reason]
