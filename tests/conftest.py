@@ -64,6 +64,27 @@ def tiny_qwen3(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def released_files(shared_data, tmp_path_factory) -> Path:
+    """Folder of a small random model with the config, vocabulary and settings of Qwen2.5-VL-7B as released."""
+    import torch
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    from utils.jsonl import load_object, write_json
+    folder = tmp_path_factory.mktemp("released") / "checkpoint"
+    shutil.copytree(shared_data / "qwen2_5_vl", folder)
+    config = load_object(folder / "config.json") | TINY | {"torch_dtype": "float32"}
+    config["rope_scaling"]["mrope_section"] = [2, 3, 3]
+    config["vision_config"] |= TINY_VISION | {"out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    write_json(folder / "config.json", config)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    for path, content in files.items():  # flat again, as released
+        path.write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def imagining_model(tmp_path_factory):
     """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py."""
     @cache

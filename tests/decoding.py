@@ -1,14 +1,10 @@
 """A batch of prompts, and a random model that likes to imagine."""
-import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TINY_VISION
 from PIL import Image
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from utils import qwen as Q
 from utils.decode import decode, prefill, prefill_blocks
@@ -47,24 +43,6 @@ def load_with(tiny_checkpoint, spec):
     with torch.no_grad():
         qwen.model.lm_head.weight[start_id] = states.mean(0) * 3 / states.mean(0).norm()
     return qwen
-
-
-def qwen3_checkpoint(tiny_checkpoint, folder):
-    """A random Qwen3-VL with the same tokenizer; its visual tokens have 32 pixels a side."""
-    shutil.copytree(tiny_checkpoint, folder)
-    old = json.loads((folder / "config.json").read_text())
-    ids = {key: old[key] for key in ("image_token_id", "video_token_id", "vision_start_token_id",
-                                     "vision_end_token_id")}
-    config = Qwen3VLConfig(
-        text_config=TINY | {"vocab_size": old["vocab_size"], "head_dim": 16,
-                            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
-                                                "rope_theta": 1e4}}, vision_config=TINY_VISION
-        | {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}, **ids)
-    (folder / "model.safetensors").unlink()
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"patch_size": 16}))
-    return folder
 
 
 def batch_of(qwen, rows=slice(None)):

@@ -1,18 +1,14 @@
 """Answering and scoring items."""
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from benchmark_fixtures import EXPECTED, FILES
 from fault_server import calls_of, serving
-from processes import command, rank_of, run_here
+from processes import run_here
 from samples import framed, shortest_path
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -208,34 +204,6 @@ def test_all_real_vsp_problems_run_and_their_shortest_paths_are_right(tiny_check
     assert evaluate.main(arguments) == 0
     metrics = load_object(f"{output}.metrics.json")
     assert (metrics["correct"], metrics["accuracy"]) == (400, 1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are read from /proc")
-def test_a_killed_rank_ends_the_run_and_the_same_command_resumes(tiny_checkpoint, items):
-    """Killed in the middle of its share: torchrun stops the rest, no result is written, and three processes
-    finish what two began, with the bytes of one."""
-    more = ["--max_new_tokens", "400", "--batch_size", "1", "--dtype", "float32"]
-    arguments = flags(items, tiny_checkpoint, *more, output="cut.jsonl")
-
-    def torchrun(processes):
-        return subprocess.Popen(command("evaluate", arguments, processes), stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
-
-    run, journal = torchrun(2), items.parent / "cut.jsonl.run"
-    share = journal / "calls-00001-of-00002.jsonl"
-    while run.poll() is None and not (share.exists() and share.read_bytes().count(b"\n")):
-        time.sleep(0.005)
-    os.kill(rank_of(run.pid, 1), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode not in (0, None) and "same command" in err and 'evaluate.py", line' not in err, err
-    assert not (items.parent / "cut.jsonl").exists()
-    assert 1 <= sum(path.read_bytes().count(b"\n") for path in journal.glob("calls-*")) < 9
-    again = torchrun(3)
-    out, err = again.communicate(timeout=180)
-    assert again.returncode == 0 and json.loads(out.splitlines()[-1])["n"] == 9, err
-    assert evaluate.main(flags(items, tiny_checkpoint, *more, output="whole.jsonl")) == 0
-    assert (items.parent / "cut.jsonl").read_bytes() == (items.parent / "whole.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import batch_of, generate, load_with, qwen3_checkpoint
+from decoding import batch_of, generate, load_with
 
 from utils import qwen as Q
 from utils.jsonl import DataError
@@ -121,12 +121,11 @@ def test_the_state_machine_is_that_of_the_release(name):
 
 
 @pytest.mark.parametrize("name", sorted(LOOPS))
-def test_a_batch_of_scripts_on_a_model_of_the_family(tiny_checkpoint, tmp_path, name):
+def test_a_batch_of_scripts_on_a_model_of_the_family(tiny_checkpoint, tiny_qwen3, name):
     """Left-padded prompts of unlike lengths, several segments a row: each row as alone by the release's loop,
     and each latent the state that led to it."""
     spec = replace(PRESETS[name], size=3)
-    is_qwen3 = name == "swimbird"
-    qwen = load_with(qwen3_checkpoint(tiny_checkpoint, tmp_path / "q") if is_qwen3 else tiny_checkpoint, spec)
+    qwen = load_with(tiny_qwen3 if name == "swimbird" else tiny_checkpoint, spec)
     start, pad, end = latent_ids(qwen.tokenizer, spec)
     real = {START: start, PAD: pad, END: end, EOS: qwen.eos_ids[0], 5: 50, 6: 60,
             AFTER: (qwen.tokenizer(spec.after_limit).input_ids or [70])[0]}

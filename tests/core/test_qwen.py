@@ -5,10 +5,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_VISION
-from decoding import generate, library_generate, qwen3_checkpoint
+from decoding import generate, library_generate
 from PIL import Image
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil
 
 from utils import qwen as Q
 from utils.images import open_image, smart_size
@@ -23,22 +22,6 @@ pytestmark = pytest.mark.numeric
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint):
     return Q.load(str(tiny_checkpoint), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def real_vocabulary(shared_data, tmp_path_factory):
-    """A small random checkpoint with the config, vocabulary, template and image settings of Qwen2.5-VL-7B."""
-    folder = tmp_path_factory.mktemp("real") / "checkpoint"
-    shutil.copytree(shared_data / "qwen2_5_vl", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= TINY | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "torch_dtype": "float32"}
-    config["vision_config"] |= TINY_VISION | {"out_hidden_size": 32, "fullatt_block_indexes": [1]}
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))  # flat again, as released
-    shutil.copy(shared_data / "qwen2_5_vl" / "generation_config.json", folder)  # saving wrote another
-    return folder
 
 
 def test_flat_and_nested_configs_load_alike(tiny, tiny_checkpoint, tmp_path):
@@ -136,9 +119,8 @@ def test_collate_counts_positions_and_padding(tiny):
         Q.encode(tiny, [prompts[2]], [images[0]])
 
 
-def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
-    folder = qwen3_checkpoint(tiny_checkpoint, tmp_path / "qwen3")
-    qwen = Q.load(str(folder), device="cpu", max_pixels=64 * 32 * 32)
+def test_qwen3_vl_loads_the_same_way(tiny_qwen3):
+    qwen = Q.load(str(tiny_qwen3), device="cpu", max_pixels=64 * 32 * 32)
     assert qwen.factor == 32 and qwen.model.config.model_type == "qwen3_vl"
     batch = Q.encode(qwen, [chat(qwen.tokenizer, "What?", 1), chat(qwen.tokenizer, "No picture here.", 0)],
                      [[Image.new("RGB", (64, 96))], []])
@@ -149,18 +131,18 @@ def test_qwen3_vl_loads_the_same_way(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(PRESETS))
-def test_each_family_starts_at_the_first_free_id(real_vocabulary, family):
-    qwen, names = Q.load(str(real_vocabulary), device="cpu"), PRESETS[family].tokens
+def test_each_family_starts_at_the_first_free_id(released_files, family):
+    qwen, names = Q.load(str(released_files), device="cpu"), PRESETS[family].tokens
     for _ in range(2):  # a second time adds nothing
         assert add_tokens(qwen, names) == [*range(151665, 151665 + len(names))]
     assert qwen.model.lm_head.out_features == 152064 and qwen.eos_ids == [151645, 151643]
 
 
-def test_real_photographs_at_budgets_from_4_to_2000_tokens(real_vocabulary, shared_data):
+def test_real_photographs_at_budgets_from_4_to_2000_tokens(released_files, shared_data):
     images = [open_image(path) for path in sorted((shared_data / "photos").iterdir())]
     assert len(images) == 11
     for tokens, some in ((4, images), (500, images), (2000, images[:2])):
-        qwen = Q.load(str(real_vocabulary), device="cpu", max_pixels=tokens * 28 * 28)
+        qwen = Q.load(str(released_files), device="cpu", max_pixels=tokens * 28 * 28)
         for image in some:
             batch = Q.encode(qwen, [chat(qwen.tokenizer, "What is in the picture?", 1)], [[image]])
             width, height = smart_size(*image.size, 28, 3136, tokens * 784)
