@@ -65,7 +65,7 @@ def tiny_qwen3(tiny_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def released_files(shared_data, tmp_path_factory) -> Path:
-    """Folder of a small random model with the config, vocabulary and settings of Qwen2.5-VL-7B as released."""
+    """Folder of a tiny random model with the config and vocabulary of Qwen2.5-VL-7B as released."""
     import torch
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 

@@ -16,7 +16,7 @@ from utils.phrases import find_phrase, named_option
 from utils.reply_text import fold, visible
 
 COLOURS = OPTIONS["COL"]
-# thoughts in front of a reply; sentences that choose the letter {}; those that choose none of letters and texts
+# thoughts in front of a reply; sentences that choose the letter {}; those that choose no letter and no text
 PHRASES = json.loads((Path(__file__).parents[1] / "files" / "phrases.json").read_text(encoding="utf-8"))
 
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 from fault_server import calls_of, raw, serving
+from samples import table
 
 from utils import openai_backend
 from utils.backends import Reply, Request
@@ -56,45 +57,17 @@ def test_the_reasons_to_finish_are_a_closed_list(ask, tmp_path):
     assert (replies[-1].error, replies[-1].attempts) == (None, 3) and "<answer>" in replies[-1].text
 
 
-CALL = {"id": "c", "type": "function", "function": {"name": "zoom", "arguments": '{"bbox_2d": [1, 2, 3, 4]}'}}
-WRITTEN = '<tool_call>\n{"name": "zoom", "arguments": {"bbox_2d": [1, 2, 3, 4]}}\n</tool_call>'
-
-
 @pytest.mark.parametrize("content, message, text, reasoning, calls", [
-    ("a", {}, "a", "", ""), (None, {}, "", "", ""), ("", {"reasoning_content": "hm"}, "", "hm", ""),
-    (None, {"reasoning": "hm"}, "", "hm", ""),
-    ("a", {"reasoning_content": None, "reasoning": "hm"}, "a", "hm", ""),
-    ([{"type": "text", "text": "a"}, {"type": "text", "text": "é"}], {}, "aé", "", ""), ([], {}, "", "", ""),
-    (None, {"tool_calls": [CALL]}, "", "", WRITTEN),
-    ("I zoom.", {"tool_calls": [CALL] * 2}, "I zoom.", "", f"{WRITTEN}\n{WRITTEN}"),
-    (None, {"function_call": {"name": "zoom", "arguments": {"bbox_2d": [1, 2, 3, 4]}}}, "", "", WRITTEN),
-    (None, {"tool_calls": [{"function": {"name": "n", "arguments": "no json"}}]}, "", "",
-     '<tool_call>\n{"name": "n", "arguments": no json}\n</tool_call>'),
-    ("a", {"tool_calls": [], "function_call": None, "refusal": None}, "a", "", "")])
+    case.values() for case in table("served_texts")])
 def test_text_reasoning_and_tool_calls_are_told_apart(ask, content, message, text, reasoning, calls):
     reply, = ask(said(content, **message))
     assert (reply.text, reply.reasoning, reply.tool_calls, reply.error) == (text, reasoning, calls, None)
     assert (reply.n_prompt, reply.n_new, reply.served["model"]) == (20, 9, "served")
 
 
-@pytest.mark.parametrize("answer, words, tries", [
-    (said("", refusal="I cannot help."), "the server refused: .*I cannot help", 1),
-    (said([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]), "type 'image_url', e", 1),
-    (said([{"type": "refusal", "refusal": "No."}]), "of type 'refusal', expected 'text': .*No[.]", 1),
-    (said(7), "no completion: .*7", 3), (said({"text": "a"}), "no completion", 3),
-    (said(["a"]), "no completion", 3), (said(False), "no completion", 3),
-    (said([{"type": "text"}]), "no completion", 3), (said("\ud800"), "no completion", 3),
-    (said("", reasoning="\ud800"), "no completion", 3), (said("", reasoning=["a"]), "no completion", 3),
-    (said(None, tool_calls=[{}]), "no completion", 3), (said(None, tool_calls=7), "no completion", 3),
-    (raw(message={}, finish_reason="stop"), "no completion", 3),
-    (raw(message=None, finish_reason="stop"), "no completion", 3),
-    (raw(choices=[], error={"message": "out of luck"}), "no completion: .*out of luck", 3),
-    (raw(choices=None), "no completion", 3), (raw(choices=[[]]), "no completion", 3),
-    (raw(choices=[{"finish_reason": "stop", "message": {"content": "a"}}],
-         usage={"prompt_tokens": float("inf")}), "no completion", 3),
-    (raw(charset="unknown", message={"content": "é"}, finish_reason="stop"), "no completion", 3)])
+@pytest.mark.parametrize("answer, words, tries", [case.values() for case in table("served_errors")])
 def test_what_is_no_reply_is_an_error_in_the_server_s_own_words(ask, answer, words, tries):
-    reply, = ask(answer)
+    reply, = ask(raw(**answer))
     assert (reply.attempts, reply.transient) == (tries, False) and re.search(words, reply.error, re.DOTALL)
 
 

@@ -142,7 +142,8 @@ def test_a_base_of_another_kind_of_numbers_is_refused(tmp_path):
 def test_the_release_s_own_files(released_files, data, tmp_path):
     """Its vocabulary, config and settings, at a small size; a trained token is its tokenizer's first free."""
     out = tmp_path / "out"
-    assert train_sft.main(flags(data, released_files, out, "--imagination", "latent", "--max_steps", "1")) == 0
+    more = ["--imagination", "latent", "--max_steps", "1"]
+    assert train_sft.main(flags(data, released_files, out, *more)) == 0
     for path in released_files.iterdir():
         name = path.name
         if path.suffix == ".safetensors":
