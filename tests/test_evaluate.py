@@ -319,20 +319,6 @@ def test_a_judge_that_fails_leaves_no_headline_until_it_is_repaired(items, tmp_p
     assert metrics_of(items)["headline"] is not None
 
 
-def test_a_server_that_fails_on_an_item_or_is_gone_is_reported(items, tmp_path):
-    change(items, question=lambda n, item: "fault:400" if n == 2 else "What?")
-    with serving(tmp_path, name="m.jsonl") as (_, model):
-        assert evaluate.main(remote(items, model)) == 3
-    metrics = metrics_of(items)
-    assert (metrics["n"], metrics["error"], metrics["headline"]) == (8, 1, None)
-    assert "status 400" in results_of(items)[2]["error"]
-    with serving(tmp_path, name="n.jsonl", faults=False) as (_, model):
-        assert evaluate.main(remote(items, model)) == 3 and not calls_of(tmp_path, "n.jsonl")
-        assert evaluate.main([*remote(items, model), "--retry_errors"]) == 0
-        assert len(calls_of(tmp_path, "n.jsonl")) == 1
-    assert run_here("evaluate", remote(items, model, "--server_wait", "1", output="new.jsonl")) == 4
-
-
 def test_results_are_compared_and_tabulated(items, tmp_path, server, capsys):
     change(items, benchmark=lambda n, item: "vstar")
     assert evaluate.main(remote(items, server, output="a.jsonl")) == 0
