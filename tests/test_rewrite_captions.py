@@ -49,17 +49,7 @@ def test_the_subset_tells_the_operation_and_whether_monet_keeps_the_suffix(subse
     assert row["steps"][1]["operation"] == operation
 
 
-THOUGHTS = ["<think> Go on. </think>", "The answer is \\boxed{A}."]
-
-
-@pytest.mark.parametrize("changes, texts, images, reason", [
-    ({}, THOUGHTS, ["b.png"], None), ({"image_input": ["a.png", "c.png"]}, [], [], "structure"),
-    ({"image_output": ["b.png", "c.png"], "text_output": "x<output_image>y<output_image>\\boxed{A}"},
-     ["x", "y", "\\boxed{A}"], ["b.png", "c.png"], None),
-    ({"text_output": "<output_image>\\boxed{A}"}, ["\\boxed{A}"], ["b.png"], None),
-    ({"text_output": "none \\boxed{A}"}, [], [], "structure"), ({"image_input": [1]}, [], [], "structure"),
-    ({"image_output": ["b.png", "c.png"]}, [], [], "structure"),
-    ({"image_output": [], "text_output": "\\boxed{A}"}, [], [], "nothing_to_rewrite")])
+@pytest.mark.parametrize("changes, texts, images, reason", [case.values() for case in table("mirage_rows")])
 def test_mirage_becomes_a_row(changes, texts, images, reason):
     sample = converted(mirage(**changes))
     row = sample.row

@@ -19,11 +19,7 @@ SCHEMA = object_schema(caption={"type": "string", "maxLength": 20},
 GOOD = {"caption": "a cat", "legible": "yes", "marks": ["x"], "changed": True, "n": 1}
 
 
-@pytest.mark.parametrize("text, value", [
-    ('{"a": 1}', {"a": 1}), ('```json\n{"a": {"b": 2}}\n```', {"a": {"b": 2}}), ("", None),
-    ('{"a": 1} or rather {"a": 2}.', {"a": 2}), ('Sure {not json} {"a": "x\ny"}', {"a": "x\ny"}),
-    ("[1, 2]", None), ('{"a": ', None), ("{" * 5000, None), ('{"a": ' * 5000, None),
-    ('{"a": "\\ud800"}', None), ('{"a": "}{"}', {"a": "}{"}), ('[{"a": 1}]', {"a": 1})])
+@pytest.mark.parametrize("text, value", [case.values() for case in table("json_replies")])
 def test_parse_json_reply(text, value):
     assert parse_json_reply(text) == value
 

@@ -181,39 +181,7 @@ def test_finished_chains_of_all_forms():
     assert fault == ("tag_count", "1 latent pairs for 0 images")
 
 
-URL = "data:image/png;base64,aGk="
-
-
-@pytest.mark.parametrize("value, match", [
-    (openai([("user", ["a"])]), "turns of user; expected those of"), ({"messages": []}, "turns of nobody"),
-    (openai([("assistant", ["a"])]), "turns of assistant; expected"),
-    (openai([("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]), "user, assistant, user; expected"),
-    (openai([("user", ["a"]), ("user", ["a"]), ("assistant", ["b"])]), "user, user, assistant; expected"),
-    ({"messages": [{"role": "tool", "content": None}]}, "turns of tool; expected"),
-    ({"messages": [{"role": ["user"], "content": "a"}, {}]}, "expected those of user"),
-    ({"messages": ["a"]}, "turn 'a', expected an object with role and content"),
-    ({"messages": [{"role": "user", "content": 3}, {"role": "assistant"}]}, "turn 1: content '3', expect"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "turn 2: content 'None'"),
-    (in_parts(lambda path: {"type": "video", "video": path})([
-        ("user", [("image", "a.mp4")]), ("assistant", ["b"])]), "turn 1, item 1: expected a text"),
-    (in_parts(None, lambda text: text)([("user", ["a"]), ("assistant", ["b"])]), "got 'a'"),
-    (sharegpt([("user", [("image", URL)]), ("assistant", ["b"])]), "data:image.*no URL and no data"),
-    (DIALECTS["image_url"]([("user", [("image", "https://a.b/c.png")]), ("assistant", ["b"])]), "no URL"),
-    (DIALECTS["image_url"]([("user", [("image", "file:///c.png")]), ("assistant", ["b"])]), "no URL"),
-    (llava([("user", [("image", 3)]), ("assistant", ["b"])]), "image '3', expected a file"),
-    (openai([("user", ["<image><image>"]), ("assistant", ["b"])]) | {"images": ["a"]}, "image 'None', expec"),
-    (openai([("user", ["<image>"]), ("assistant", ["b"])]) | {"images": ["a", "b"]}, "2 images for 1 <imag"),
-    (openai([("user", ["a"]), ("assistant", ["b"])]) | {"images": {"bytes": "a"}}, "expected a file"),
-    (openai([("user", ["a"]), ("assistant", [("image", "b.png")]), ("user", ["a"]), ("assistant", ["b"])]),
-     "an image in a reply before the last"),
-    (openai([("system", [("image", "a.png")]), ("user", [("image", "b.png")]), ("assistant", ["b"])]),
-     "an image in .* the system turn"),
-    (openai([("system", [("image", "a.png")]), ("user", ["a"]), ("assistant", ["b"])]), "in the system turn"),
-    (openai([("user", ["a"]), ("assistant", ["b"])]) | {"system": 3}, "system: content '3', expected a text"),
-    (monet(user=[("video", "x")]), "turn 2, item 1: expected a text"),
-    (monet(user=[("image", 3)]), "image '3', expected a file"), (monet() | {"data": [3]}, "turn '3', expec"),
-    (mirage(image_input=["a.png", "c.png"]), "1 <image> and 1 <output_image> marks for 2 and 1 images"),
-    (mirage(image_input=[1]), "image '1', expected")])
+@pytest.mark.parametrize("value, match", [case.values() for case in table("odd_rows")])
 def test_odd_rows_have_a_fault_in_words(value, match, tmp_path):
     made, (reason, detail) = convert("x:1", value)
     assert reason == "structure" and re.search(match, detail), detail

@@ -67,13 +67,7 @@ def test_the_last_sentence_is_split_off(before, final):
     assert split_final(before + final) == (before.strip(), final)
 
 
-@pytest.mark.parametrize("question, options", [
-    ("（A）红色\n（B）蓝色", {"A": "红色", "B": "蓝色"}), ("A、红色\nB、蓝色", {"A": "红色", "B": "蓝色"}),
-    ("A．赤\nB．青", {"A": "赤", "B": "青"}),
-    ("What?\nOptions:\nA. a cat\nB. a dog\nPlease select", {"A": "a cat", "B": "a dog"}),
-    ("(A) x\n(B) y", {"A": "x", "B": "y"}), ("A. only one", {}), ("B. x\nC. y", {}), ("What is it?", {}),
-    ("    - A. Success.\n    - B. Fail.", {"A": "Success.", "B": "Fail."}),
-    ("I saw A. Smith and B. Jones", {})])
+@pytest.mark.parametrize("question, options", [case.values() for case in table("options_in_questions")])
 def test_parse_options(question, options):
     assert parse_options(question) == options
 

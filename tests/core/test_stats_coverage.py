@@ -1,4 +1,4 @@
-"""How often intervals cover and tests of equivalence err on up to 500 data sets of known truth; `pytest -s` prints the rates.
+"""How often intervals cover and tests of equivalence err on data sets of known truth; `-s` prints the rates.
 
 Misses are accepted if as many or more have a probability above 1 in 1000 (exact binomial): at 5 % at most 41.
 """

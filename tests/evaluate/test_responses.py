@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from samples import table
 
 from utils.evaluate.answering import is_other_gold, read_replies
 from utils.jsonl import DataError, write_rows
@@ -109,13 +110,7 @@ def test_samples_of_lmms_eval_by_place(tmp_path):
                                                   for n, gold in ((1, "A"), (2, "B"), (0, "A"))]), ITEMS)
 
 
-@pytest.mark.parametrize("rows, match", [
-    ([], "no rows"),
-    ([{"name": "a", "reply": "b"}], "r.jsonl:1: columns name, reply; expected index and prediction"),
-    ([{"id": "x", "text": "A"}], "no row belongs to an item such as 'vstar/7'"),
-    ([{"id": "vstar/7", "text": 4}], "'text' should be str, got int"),
-    ([{"doc_id": 0, "target": "A", "resps": [["A", "B"]]}], "r.jsonl:1: reply .*'B'.*, expected one text"),
-    ([{"index": 7, "prediction": "A"}, {"index": 9}], "r.jsonl:2: no field 'prediction'")])
+@pytest.mark.parametrize("rows, match", [case.values() for case in table("bad_responses")])
 def test_files_that_cannot_be_read(tmp_path, rows, match):
     with pytest.raises(DataError, match=match):
         read_replies(jsonl(tmp_path / "r.jsonl", rows), ITEMS)
@@ -130,11 +125,7 @@ def test_a_name_in_two_benchmarks_names_no_item(tmp_path):
         read_replies(jsonl(tmp_path / "s.jsonl", [{"doc_id": 0, "target": "A", "resps": "A"}]), items)
 
 
-@pytest.mark.parametrize("kind, own, gold, other", [
-    ("letter", "A", "A.", False), ("letter", "A", "b", True), ("letter", "B", "Dark red", False),
-    ("letter", "A", "dark red", True), ("letter", "A", "something", False), ("letter", "A", None, False),
-    ("yesno", "yes", "No", True), ("yesno", "yes", "Yes", False), ("bool", True, "0", True),
-    ("bool", False, 0, False), ("values", ["a"], "b", False)])
+@pytest.mark.parametrize("kind, own, gold, other", [case.values() for case in table("golds")])
 def test_a_gold_that_can_be_read_must_be_the_item_s(kind, own, gold, other):
     assert is_other_gold(item("i", answer={"type": kind, "value": own}), gold) is other
     equal = item("i", options=[["A", "red"], ["B", "red"]], answer={"type": "letter", "value": "A"})
