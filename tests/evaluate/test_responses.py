@@ -94,7 +94,7 @@ def test_a_workbook_needs_openpyxl_or_is_asked_for_as_tsv(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "openpyxl", library)
     assert texts(read_replies(str(tmp_path / "p.xlsx"), ITEMS)[0]) == ["red", "", "4"]
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(DataError, match="p.xlsx: openpyxl is not installed; save the sheet as TSV or CSV"):
+    with pytest.raises(DataError, match="p.xlsx: openpyxl is not installed; save as TSV or CSV"):
         read_replies(str(tmp_path / "p.xlsx"), ITEMS)
 
 

@@ -1,8 +1,8 @@
 """Who answers an item: a checkpoint in this process or a server, in one reply or in turns with a tool; or a
 file of replies made elsewhere.
 
-The journal alone, with one record per turn, decides what was said, so that a run that was killed, or spread
-over processes, ends like one that was not. Seconds are in the journal and in no result.
+The journal, with one record per turn, alone decides what was said: a run that was killed, or spread over
+processes, ends like any other. Seconds are in the journal and in no result.
 """
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from utils.backends import FINISHED, OUT_OF_MEMORY, TEXTLESS, LocalBackend, Prep
 from utils.cli import log
 from utils.evaluate.prompts import Conversation, show_messages
 from utils.evaluate.reference_scorers import NO_REPLY as FAILED_CALL
-from utils.evaluate.sources import Rows, as_text, file_rows, is_missing, key_of
+from utils.evaluate.sources import Row, Rows, as_text, file_rows, is_missing
 from utils.items import render
 from utils.journal import Journal
 from utils.jsonl import DataError, check_fields, check_unique
@@ -45,7 +45,7 @@ def sampler(temperature: float) -> Callable[[Request], Callable]:
 
 class Local:
     """A checkpoint in this process. Batches are made of all conversations, whatever is done and however many
-    processes share them, so that replies are the same to the bit."""
+    processes share them: replies are the same to the bit."""
 
     def __init__(self, backend: LocalBackend, max_new_tokens: int):
         backend.load()
@@ -87,8 +87,8 @@ class Local:
 
 
 class Served:
-    """A model behind an OpenAI-compatible server: one call per turn, all conversations at once. The server
-    resizes pictures by its own settings, after they were shrunk to `max_pixels`."""
+    """A model behind an OpenAI-compatible server, all conversations at once. The server resizes pictures by
+    its own settings, after they were shrunk to `max_pixels`."""
 
     def __init__(self, backend: object, max_new_tokens: int, max_pixels: int):
         self.backend, self.max_new_tokens, self.pixels = backend, max_new_tokens, [None, max_pixels]
@@ -118,14 +118,13 @@ class Served:
 
 # ---- all conversations
 def is_turn(record: dict) -> bool:
-    """Return whether a journal record is an error or a finished turn; DataError without their fields."""
     check_fields("turn", record, {"key": str, "error": str} if "error" in record else TURN_FIELDS)
     return "error" in record or record["finish_reason"] in FINISHED
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
-               world: int, guarded: bool = False) -> bool:
-    """Answer this process's share and end every conversation; False if others have not done theirs."""
+               world: int, guarded: bool) -> bool:
+    """Answer this process's share and end every conversation; return whether the others have done theirs."""
     guard = Guard(guarded)
     batches = system.batches(conversations, rank, world)
     for c in (c for batch in batches for c in batch):
@@ -152,7 +151,7 @@ def answer_all(system: Local | Served, conversations: list[Conversation], journa
 
 
 def replay(system: Local | Served, conversations: list[Conversation], journal: Journal) -> bool:
-    """End conversations from the journal alone, all or none; False if a record is missing."""
+    """End conversations from the journal alone, all or none; return whether no record is missing."""
     unfinished = [c for c in conversations if c.ended_by is None]
     for c in unfinished:
         while c.ended_by is None and c.ask(system) in journal:
@@ -203,7 +202,7 @@ def read_replies(path: str, items: list[dict]) -> tuple[list[dict], dict]:
         check_fields(where, row, REPLY_FORMS[form])
         if item := known.get(name_of(where, row, form)):
             gold = row.get(GOLDS.get(form))
-            if is_other_gold(item, gold):
+            if gold is not None and is_other_gold(item, gold):
                 differing.append(f"{where} has {gold!r}, {item['id']!r} {item['answer']['value']!r}")
             found[item["id"]].append(reply_of(where, row, form))
     if differing or not found:
@@ -220,12 +219,10 @@ def read_replies(path: str, items: list[dict]) -> tuple[list[dict], dict]:
 
 
 def xlsx_rows(path: Path) -> Rows:
-    """Yield the rows of a workbook's first sheet."""
     try:
         from openpyxl import load_workbook
     except ImportError as error:
-        raise DataError(f"{path}: openpyxl is not installed; save the sheet as TSV or CSV, or install "
-                        "it") from error
+        raise DataError(f"{path}: openpyxl is not installed; save as TSV or CSV, or install it") from error
     try:
         lines = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
         names = [str(name) for name in next(lines, ())]
@@ -259,7 +256,7 @@ def items_by_name(items: list[dict], form: str) -> dict[str, dict]:
 def name_of(where: str, row: dict, form: str) -> str:
     if form != "vlmevalkit":
         return str(row["id" if form == "ours" else "doc_id"])
-    return "/".join(key_of(where, row, name) for name in ("index", "cycle_category") if name in row)
+    return "/".join(Row(where, row).key(name) for name in ("index", "cycle_category") if name in row)
 
 
 def reply_of(where: str, row: dict, form: str) -> dict:
@@ -290,7 +287,6 @@ def is_other_gold(item: dict, gold: object) -> bool:
 
 
 def settle(replies: list[dict]) -> dict:
-    """Return the one reply to an item, or the error that there is none or that several differ."""
     if not replies:
         return {"error": "no_response"}
     return replies[0] if all(reply == replies[0] for reply in replies) else {"error": "different_responses"}

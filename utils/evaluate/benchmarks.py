@@ -14,8 +14,8 @@ from PIL import Image
 from utils.cli import log
 from utils.evaluate import layouts
 from utils.evaluate.scoring import rotation_of
-from utils.evaluate.sources import (Hub, Rows, SameAs, check_digest, dataset_rows, download, file_rows,
-                                    key_of, pinned, vstar_folder_rows)
+from utils.evaluate.sources import (Hub, Row, Rows, SameAs, check_digest, dataset_rows, download, file_rows,
+                                    pinned, vstar_folder_rows)
 from utils.images import BROKEN, FORMATS, ImageError, read_bytes, resolve_image
 from utils.items import ANSWER_TYPES, item_fault
 from utils.jsonl import DataError, call_key, check_unique, disk_errors, replace_file
@@ -138,12 +138,11 @@ def open_rows(bench: Benchmark, source: str | Path | None, revision: str | None)
     return vstar_folder_rows(path), path
 
 
-def read_row(bench: Benchmark, where: str, row: dict) -> dict:
-    """Return a row's item."""
+def read_row(bench: Benchmark, row: Row) -> dict:
     for column, read in bench.layouts:
-        if column in row:
-            return read(where, row, bench.name)
-    raise DataError(f"{where}: columns {', '.join(row)} are not a known layout of {bench.name}; expected "
+        if column in row.cells:
+            return read(row)
+    raise row.fault(f"columns {', '.join(row.cells)} are not a known layout of {bench.name}; expected "
                     f"{' or '.join(repr(column) for column, _ in bench.layouts)}")
 
 
@@ -161,18 +160,19 @@ def prepare(bench: Benchmark, folder: str | Path, source: str | Path | None = No
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     items, stored, seen, kept, others = [], {}, {}, {}, Counter()
-    for where, row in rows:
+    for where, cells in rows:
         if limit is not None and len(items) == limit:
             break
-        subset = next((row[column] for column in bench.subset_columns if column in row), bench.subset)
+        subset = next((cells[column] for column in bench.subset_columns if column in cells), bench.subset)
         if subset != bench.subset:
             others[subset] += 1
             continue
-        item = read_row(bench, where, row)
+        row = Row(where, cells, bench.name)
+        item = read_row(bench, row)
         check_unique(where, item["id"], seen)
         item["images"] = [store_any(where, image, root, folder, kept) for image in item["images"]]
         if not any(isinstance(image, SameAs) for image in item["images"]):
-            stored[key_of(where, row, "index") if "index" in row else ""] = item["images"]
+            stored[row.key("index") if "index" in cells else ""] = item["images"]
         items.append(item)
     if not items:
         found = f"{others.total()} rows of {', '.join(map(repr, others))}" if others else "no rows"
@@ -222,7 +222,7 @@ def store(where: str, data: bytes, folder: Path, kept: dict[str, dict]) -> dict:
 
 
 def resolve_same(item: dict, stored: dict[str, list[dict]]) -> None:
-    """Give an item the pictures of the rows that its own row names."""
+    """Replace each `SameAs` by the pictures of that row."""
     images = []
     for image in item["images"]:
         if isinstance(image, SameAs) and image.index not in stored:

@@ -1,8 +1,7 @@
 """Rows and cells of a published benchmark: a TSV, CSV, parquet, JSONL, a folder, or a data set on the hub.
 
-Every reader of rows yields (where, row) one by one: the largest file has 4.6 GB. The readers of cells, the
-same for all layouts, take what pandas and the datasets library make of a cell; their errors name `where` and
-the column.
+Rows come one by one as (where, cells): the largest file has 4.6 GB. A `Row` reads what pandas and the
+datasets library make of a cell; its errors name the place and the column.
 """
 import ast
 import base64
@@ -59,8 +58,8 @@ def file_rows(path: Path) -> Rows:
 
 
 def table_rows(path: Path, delimiter: str = "\t") -> Rows:
-    """Yield a TSV's or CSV's rows, quoted as pandas writes them. Every cell is text: pandas' own reader turns
-    the option "None" into a missing value and the gold "1" into an integer."""
+    """Yield a TSV's or CSV's rows. Every cell is text: pandas turns the option "None" into a missing value
+    and the gold "1" into an integer."""
     before, line = csv.field_size_limit(MAX_CELL), 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -101,8 +100,8 @@ def parquet_rows(path: Path) -> Rows:
 
 
 def vstar_folder_rows(root: Path) -> Rows:
-    """Yield V* as its authors publish it: pictures in two folders, each with a JSON file of its name;
-    `image_file` and `test_type` (the folder) are added, as in penghao-wu/vstar vstar_bench_eval.py."""
+    """Yield V* as its authors publish it: pictures in two folders, each with a JSON file; `image_file` and
+    `test_type` (the folder) are added, as in penghao-wu/vstar vstar_bench_eval.py."""
     for folder in VSTAR_FOLDERS:
         notes = sorted(Path(root, folder).glob("*.json"))
         if not notes:
@@ -116,7 +115,6 @@ def vstar_folder_rows(root: Path) -> Rows:
 
 
 def check_digest(path: Path, accepted: tuple[str, ...]) -> None:
-    """Raise DataError unless the file has one of these MD5 digests."""
     with open(path, "rb") as file:
         actual = hashlib.file_digest(file, "md5").hexdigest()
     if actual not in accepted:
@@ -144,7 +142,6 @@ def dataset_rows(place: str | Path, config: str | None, split: str | None,
 
 
 def pinned(hub: Hub, revision: str | None) -> str:
-    """Return the commit to read: the caller's, or the pinned one."""
     chosen = revision or hub.revision
     if chosen is None:
         raise DataError(f"{hub.repo}: no revision is pinned; give --revision, a commit of 40 hex digits")
@@ -177,35 +174,16 @@ def is_nan(value: object) -> bool:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a cell is empty: null, NaN, or blank."""
     return value is None or is_nan(value) or (isinstance(value, str) and not value.strip())
 
 
 def as_text(value: object) -> str | None:
-    """Return a cell as text: a string as it is, a number as it was before pandas gave its column a NaN (1.0
-    is 1); None for anything else."""
+    """Return a string as it is, a number as it was before pandas gave its column a NaN (1.0 is 1); None for
+    anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not is_nan(value)
     return value if isinstance(value, str) else str(value) if is_number else None
-
-
-def cell(where: str, row: dict, *columns: str) -> str:
-    """Return the text of the first of `columns` that a row has; DataError if it is missing or not text."""
-    column = next((column for column in columns if column in row), None)
-    if column is None:
-        raise DataError(f"{where}: no column {' or '.join(map(repr, columns))}; it has {', '.join(row)}")
-    if is_missing(row[column]):
-        raise DataError(f"{where}: column {column!r} is empty; expected text")
-    if (text := as_text(row[column])) is None:
-        raise DataError(f"{where}: column {column!r} is {type(row[column]).__name__} "
-                        f"{str(row[column])[:40]!r}, expected text or a number")
-    return text
-
-
-def key_of(where: str, row: dict, *columns: str) -> str:
-    """Return an index or a rotation: 0, "0", 0.0 and "0.0" are one."""
-    return re.sub(r"^(\d+)\.0+$", r"\1", cell(where, row, *columns).strip())
 
 
 def option_text(value: object) -> str | None:
@@ -214,84 +192,107 @@ def option_text(value: object) -> str | None:
     return None if text is None or text.strip().lower() == "nan" else text
 
 
-def letter_of(where: str, row: dict, *columns: str) -> str:
-    """Return a gold letter: "B", "b" or "(B)"."""
-    match = re.fullmatch(r"\(?([A-Za-z])\)?", text := cell(where, row, *columns).strip())
-    if not match:
-        raise DataError(f"{where}: answer {text[:40]!r}, expected a letter such as 'B' or '(B)'")
-    return match[1].upper()
+@dataclass(frozen=True)
+class Row:
+    """A published row: where it stands, its cells by column, the name of its benchmark."""
 
+    where: str
+    cells: dict
+    name: str = ""
 
-def lettered(where: str, column: str, values: list) -> list[list[str]]:
-    """Return [[letter, text]] of the values that are not missing; a letter belongs to its place."""
-    if len(values) > len(ascii_uppercase):
-        raise DataError(f"{where}: {len(values)} options in {column}, expected at most 26")
-    if wrong := [value for value in values if not is_missing(value) and as_text(value) is None]:
-        raise DataError(f"{where}: option {str(wrong[0])[:40]!r} in {column} is {type(wrong[0]).__name__}, "
-                        "expected text or a number")
-    return [[letter, text] for letter, value in zip(ascii_uppercase, values)
-            if (text := option_text(value)) is not None]
+    def fault(self, message: str) -> DataError:
+        return DataError(f"{self.where}: {message}")
 
+    def text(self, *columns: str) -> str:
+        """Return the text of the first of `columns` that the row has."""
+        column = next((column for column in columns if column in self.cells), None)
+        if column is None:
+            raise self.fault(f"no column {' or '.join(map(repr, columns))}; it has {', '.join(self.cells)}")
+        value = self.cells[column]
+        if is_missing(value):
+            raise self.fault(f"column {column!r} is empty; expected text")
+        if (text := as_text(value)) is None:
+            raise self.fault(f"column {column!r} is {type(value).__name__} {str(value)[:40]!r}, expected "
+                             "text or a number")
+        return text
 
-def column_options(where: str, row: dict) -> list[list[str]]:
-    """Return [[letter, text]] of the columns A, B and so on that are not empty."""
-    n = next(n for n, letter in enumerate(f"{ascii_uppercase}.") if letter not in row)
-    if late := [letter for letter in ascii_uppercase[n:] if not is_missing(row.get(letter))]:
-        raise DataError(f"{where}: option column {late[0]!r} without {ascii_uppercase[n]!r}; expected A, B, "
-                        "... without a gap")
-    return lettered(where, "columns A, B, ...", [row[letter] for letter in ascii_uppercase[:n]])
+    def key(self, *columns: str) -> str:
+        """Return an index or a rotation: 0, "0", 0.0 and "0.0" are one."""
+        return re.sub(r"^(\d+)\.0+$", r"\1", self.text(*columns).strip())
 
+    def letter(self, *columns: str) -> str:
+        """Return a gold letter: "B", "b" or "(B)"."""
+        match = re.fullmatch(r"\(?([A-Za-z])\)?", text := self.text(*columns).strip())
+        if not match:
+            raise self.fault(f"answer {text[:40]!r}, expected a letter such as 'B' or '(B)'")
+        return match[1].upper()
 
-def text_list(where: str, column: str, value: object) -> list:
-    """Return a list, possibly written as a Python literal."""
-    if isinstance(value, str):
+    def lettered(self, column: str, values: list) -> list[list[str]]:
+        """Return [[letter, text]] of the values that are not missing; a letter belongs to its place."""
+        if len(values) > len(ascii_uppercase):
+            raise self.fault(f"{len(values)} options in {column}, expected at most 26")
+        if wrong := [value for value in values if not is_missing(value) and as_text(value) is None]:
+            raise self.fault(f"option {str(wrong[0])[:40]!r} in {column} is {type(wrong[0]).__name__}, "
+                             "expected text or a number")
+        return [[letter, text] for letter, value in zip(ascii_uppercase, values)
+                if (text := option_text(value)) is not None]
+
+    def options(self) -> list[list[str]]:
+        """Return [[letter, text]] of the columns A, B and so on that are not empty."""
+        n = next(n for n, letter in enumerate(f"{ascii_uppercase}.") if letter not in self.cells)
+        if late := [letter for letter in ascii_uppercase[n:] if not is_missing(self.cells.get(letter))]:
+            raise self.fault(f"option column {late[0]!r} without {ascii_uppercase[n]!r}; expected A, B, ... "
+                             "without a gap")
+        return self.lettered("columns A, B, ...", [self.cells[letter] for letter in ascii_uppercase[:n]])
+
+    def choices(self) -> list[list[str]]:
+        return self.lettered("'choices'", self.as_list("choices", self.cells.get("choices")))
+
+    def as_list(self, column: str, value: object) -> list:
+        """Return a list, possibly written as a Python literal."""
+        if isinstance(value, str):
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+                raise self.fault(f"column {column!r} {value[:40]!r} is not a Python list "
+                                 f"({error})") from error
+        if not isinstance(value, list) or not value:
+            raise self.fault(f"column {column!r} is {str(value)[:40]!r}, expected a list of texts")
+        return value
+
+    # ---- pictures
+    def pictures(self, *columns: str) -> list:
+        """Return the pictures of the first of `columns` (default: PICTURES) that is filled."""
+        columns = columns or PICTURES
+        for column in columns:
+            if not is_missing(self.cells.get(column)):
+                return self.read_pictures(column, self.cells[column])
+        found = [column for column in columns if column in self.cells]
+        raise self.fault(f"{f'column {found[0]!r} is empty' if found else 'no picture'}; expected it in "
+                         f"{' or '.join(columns)}: bytes, base64, a path, a list of them, or a row's index")
+
+    def read_pictures(self, column: str, value: object) -> list:
+        """Return the pictures of a cell: bytes, {"bytes", "path"}, a path, base64 (as a data URL, wrapped,
+        unpadded or URL-safe too), another row's index, or a list of these, also as a Python literal."""
+        if isinstance(value, dict):  # as the datasets library stores it
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = self.as_list(column, value.strip())
+        if isinstance(value, list) and value:
+            return [picture for part in value for picture in self.read_pictures(column, part)]
+        if isinstance(value, bytes) and value:
+            return [value]
+        if (text := as_text(value)) is None or not text.strip():
+            raise self.fault(f"column {column!r} holds {type(value).__name__} {str(value)[:20]!r}, expected "
+                             "bytes, base64 or a path")
+        text = text.strip()
+        if column == "image_path" or text[-5:].lower().endswith(ENDINGS):
+            return [text]
+        if len(text) < SHORTEST_PICTURE and not text.startswith("data:"):
+            return [SameAs(text)]
+        data = "".join(DATA_URL.sub("", text).split()).translate(URL_SAFE)
         try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise DataError(f"{where}: column {column!r} {value[:40]!r} is not a Python list "
-                            f"({error})") from error
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: column {column!r} is {str(value)[:40]!r}, expected a list of texts")
-    return value
-
-
-# ---- pictures
-def pictures_in(where: str, row: dict, columns: tuple[str, ...] = PICTURES) -> list:
-    """Return the pictures of the first of `columns` that is filled."""
-    for column in columns:
-        if not is_missing(row.get(column)):
-            return read_pictures(where, column, row[column])
-    found = [column for column in columns if column in row]
-    raise DataError(f"{where}: {f'column {found[0]!r} is empty' if found else 'no picture'}; expected it in "
-                    f"{' or '.join(columns)}: bytes, base64, a path, a list of them, or a row's index")
-
-
-def read_pictures(where: str, column: str, value: object) -> list:
-    """Return the pictures of a cell: bytes, {"bytes", "path"}, a path, base64 (as a data URL, wrapped,
-    unpadded or URL-safe too), another row's index, or a list of these, also as a Python literal."""
-    if isinstance(value, dict):  # as the datasets library stores it
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = text_list(where, column, value.strip())
-    if isinstance(value, list) and value:
-        return [picture for part in value for picture in read_pictures(where, column, part)]
-    if isinstance(value, bytes) and value:
-        return [value]
-    if (text := as_text(value)) is None or not text.strip():
-        raise DataError(f"{where}: column {column!r} holds {type(value).__name__} {str(value)[:20]!r}, "
-                        "expected bytes, base64 or a path")
-    text = text.strip()
-    if column == "image_path" or text[-5:].lower().endswith(ENDINGS):
-        return [text]
-    if len(text) < SHORTEST_PICTURE and not text.startswith("data:"):
-        return [SameAs(text)]
-    return [from_base64(where, column, text)]
-
-
-def from_base64(where: str, column: str, text: str) -> bytes:
-    data = "".join(DATA_URL.sub("", text).split()).translate(URL_SAFE)
-    try:
-        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: column {column!r}: the picture {text[:20]!r}... is neither base64 "
-                        f"({error}) nor a path that ends as a picture's") from error
+            return [base64.b64decode(data + "=" * (-len(data) % 4), validate=True)]
+        except (binascii.Error, ValueError) as error:
+            raise self.fault(f"column {column!r}: the picture {text[:20]!r}... is neither base64 ({error}) "
+                             "nor a path that ends as a picture's") from error
