@@ -10,7 +10,7 @@ from replies import OPTIONS, REPLIES
 from samples import shortest_path, table
 
 from utils.evaluate.reference_scorers import (mme_realworld, unescape, vlmevalkit_e8e78f0,
-                                              vlmevalkit_realworld, vtabfact, vwtq, without_label)
+                                              vlmevalkit_realworld, vtabfact, vwtq)
 from utils.items import vsp_moves, walk_vsp
 from utils.jsonl import write_rows
 
@@ -50,11 +50,6 @@ def test_escapes_are_undone_in_order_and_an_infinite_gold_is_refused():
     with pytest.raises(ValueError, match="infinite"):
         vwtq("5", "inf")
     assert not vwtq("9" * 400, "1.5") and not vwtq("9" * 5000, "5")  # nor are these numbers of theirs
-
-
-def test_only_a_label_in_front_is_removed():
-    assert without_label("Answer: 2004") == "2004"
-    assert all(without_label(text) == text for text in ("answer: 2", "The Answer: 2", "Answer:2"))
 
 
 def test_a_long_row_of_brackets_takes_no_time():

@@ -96,7 +96,7 @@ def test_mme_adds_accuracy_and_accuracy_plus():
     records = [BASE | {"verdict": "correct" if (picture, k) != (0, 1) else "unresolved", "category": "count",
                        "benchmark": "mme", "group_id": f"p{picture}"}
                for picture in range(4) for k in range(2)]
-    scores = mme_scores(records)
+    scores = mme_scores(records, is_right)
     assert scores["tasks"]["count"] == {"accuracy": 0.875, "accuracy_plus": 0.75, "score": 162.5}
     assert (scores["perception"], scores["reasoning"]) == (None, None)
     assert own_scores(records)["mme"] == scores
@@ -283,11 +283,11 @@ def rotated(question: int, rotation: int, right: bool) -> dict:
 def test_rotations_with_missing_rows():
     """Rotation 0: 1 of 4 right; rotation 1: 1 of 2 right. All right needs all four rotations."""
     rows = [rotated(question, 0, question == 0) for question in range(4)]
-    assert rotation_scores([*rows, rotated(0, 1, True), rotated(1, 1, False)]) == {
+    assert rotation_scores([*rows, rotated(0, 1, True), rotated(1, 1, False)], is_right) == {
         "average": 0.375, "by_rotation": {0: 0.25, 1: 0.5}, "all_right": None, "complete": 0}
     rows = [rotated(question, rotation, (question, rotation) != (1, 3)) for question in range(3)
             for rotation in range(4)]
-    scores = rotation_scores(rows[:-1])  # question 2 lacks a rotation
+    scores = rotation_scores(rows[:-1], is_right)  # question 2 lacks a rotation
     assert (scores["all_right"], scores["complete"]) == (0.5, 2)
 
 

@@ -1,8 +1,8 @@
 """Show the scores of a run, compare result files with tests (--compare), make the paper's table (--table).
 
-A pair of files on the same items gives a difference with its interval, a test and the ids whose answer
-changed; several pairs are adjusted by Holm. Items that are an error in either file are left out and counted.
-Where a judge read both files, the same follows for its verdicts, as "judged".
+Two files on the same items give a difference with its interval, a test and the ids whose answer changed, also
+of a judge that read both ("judged"); several pairs are adjusted by Holm. Items that are an error in either
+file are left out and counted.
 
     --table CapImagine=vstar.jsonl CapImagine=hrbench.jsonl Monet=monet_vstar.jsonl mine.jsonl
 
@@ -67,9 +67,10 @@ def show(metrics: dict) -> None:
         shares["with judge"] = judge["accuracy"]
     shares |= {name: part["accuracy"] for name, part in metrics.get("compat", {}).items()}
     log(" | ".join(f"{name} {value:.1%}" for name, value in shares.items() if value is not None))
-    if metrics["n"]:
-        log("ended: " + rates(metrics["finish_reasons"], metrics["n"])
-            + f" | unresolved: {rates(metrics['unresolved_rules'], metrics['n']) or 'none'}")
+    if n := metrics["n"]:
+        ended, unresolved = (", ".join(f"{name} {count} ({count / n:.1%})" for name, count in counts.items())
+                             for counts in (metrics["finish_reasons"], metrics["unresolved_rules"]))
+        log(f"ended: {ended} | unresolved: {unresolved or 'none'}")
     if metrics.get("samples", {}).get("items"):
         log(describe_samples(metrics["samples"]))
     log_textless(metrics.get("no_text"))
@@ -79,16 +80,12 @@ def show(metrics: dict) -> None:
 
 
 def flat(scores: dict) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a benchmark's own scores that stand in one line."""
+    """Yield the numbers of a benchmark's own scores that are shown."""
     for name, value in scores.items():
         if isinstance(value, dict):
             value = value.get("accuracy", value.get("average"))
         if isinstance(value, float):
             yield name, value
-
-
-def rates(counts: dict[str, int], n: int) -> str:
-    return ", ".join(f"{name} {count} ({count / n:.1%})" for name, count in counts.items())
 
 
 def describe_samples(samples: dict) -> str:
@@ -118,10 +115,8 @@ def read_pair(paths: list[str]) -> tuple[list[tuple[dict, dict]], int]:
 
 
 def difference(pairs: list[tuple[dict, dict]], verdict: str = "verdict") -> dict:
-    """Return what changes from the first to the second of each pair, by this field.
-
-    "p" is exact McNemar's where every item is its own group, else of a test that flips the signs of groups.
-    """
+    """Return what changes from the first to the second of each pair, by this field. "p" is exact McNemar's
+    where every item is its own group, else of a test that flips the signs of groups."""
     n, groups = len(pairs), [group_of(row) for row, _ in pairs]
     n_groups = len(set(groups))
     right = [[int(row[verdict] == "correct") for row in side] for side in zip(*pairs)]
@@ -216,7 +211,6 @@ class Result:
 
 
 def read_result(text: str) -> Result:
-    """Read NAME=FILE or FILE, with its metrics."""
     name, _, path = text.rpartition("=")
     metrics_path = f"{path}.metrics.json"
     metrics, rows, scores = load_object(metrics_path, AGAIN), read_results(path), defaultdict(list)

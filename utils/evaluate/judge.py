@@ -1,9 +1,8 @@
 """Two optional judges behind an OpenAI-compatible server, asked in words alone at temperature 0.
 
-    map     VLMEvalKit's judge (vlmeval/dataset/utils/multiple_choice.py, build_prompt and
-            extract_answer_from_item): sees question, options and reply, never the gold answer, and names the
-            option that the reply means, or Z
-    grade   Monet's reward (RL/tools/api_judge.py): sees question, gold answer and reply, answers yes or no
+    map     VLMEvalKit's (vlmeval/dataset/utils/multiple_choice.py, build_prompt, extract_answer_from_item):
+            sees question, options and reply, names the option that the reply means, or Z
+    grade   Monet's reward (RL/tools/api_judge.py): sees the gold answer too, answers yes or no
 
 After three unusable replies the judge has failed: no option is drawn. The words are our own. The next run
 repeats what failed.
@@ -109,7 +108,7 @@ class Judge:
                         f"{text[:200]!r}, expected {wanted!r}; name another, or use --judge none")
 
     def decide(self, asked: list[tuple[dict, str]]) -> list[dict | None]:
-        """Return for each (item, reply) a result's "judge", or None without a question."""
+        """Return a result's "judge" for each (item, reply), None without a question."""
         prompts = [question_for(self.kind, item, reply) for item, reply in asked]
         items = {prompt: item for prompt, (item, _) in zip(prompts, asked) if prompt is not None}
         calls = [Call(item["id"], self.kind, -1, prompt) for prompt, item in items.items()]

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from utils.backends import TEXTLESS, Request, pictures_of
 from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
@@ -43,8 +42,8 @@ REALWORLD = ("Select the best answer to the above multiple-choice question based
 
 
 def vlmevalkit_words(item: dict) -> str:
-    """Return VLMEvalKit's words. It reads files with pandas, so that an option None, NA or N/A is not shown
-    there, and its letter is left out; here it is. CV-Bench has prompts of its own."""
+    """Return VLMEvalKit's words, also with the options None, NA or N/A, which it loses by reading files with
+    pandas. CV-Bench has prompts of its own."""
     question = item["question"]
     if (item.get("benchmark") or "").startswith("cv_bench/") and (item.get("raw") or {}).get("prompt"):
         return item["raw"]["prompt"]
@@ -97,6 +96,7 @@ Return a json object with function name and arguments within <tool_call></tool_c
 </tool_call>"""
 ASKED = ("\nThink first, call **image_zoom_in_tool** if needed, then answer. Format strictly as:  "
          "<think>...</think>  <tool_call>...</tool_call> (if tools needed)  <answer>...</answer> ")
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -128,7 +128,7 @@ SELECT = "Please select the correct answer from the options above. \n"  # which 
 
 
 def swimbird_ask(item: dict) -> str:
-    """Return what SwimBird's build_prompt adds to a question in English."""
+    """Return what SwimBird adds to a question in English."""
     name = item.get("benchmark") or ""
     if item.get("metric", "mcq") != "mcq":
         return "\nPlease try to answer the question with short words or phrases if possible."
@@ -141,25 +141,18 @@ def swimbird_ask(item: dict) -> str:
             "choices, enclosed in <answer>...</answer> directly.")
 
 
-class Turn(NamedTuple):
-    """The box to show next (left, top, right, bottom in pixels), or why the conversation ends."""
-
-    box: tuple[int, int, int, int] | None
-    ended_by: str | None
-
-
-def read_turn(reply: str, size: tuple[int, int]) -> Turn:
-    """Return what a reply about a picture of this (width, height) asks for."""
+def read_turn(reply: str, size: tuple[int, int]) -> tuple[Box | None, str | None]:
+    """Return the box that a reply about a picture of this (width, height) asks for, or why the conversation
+    ends."""
     if "</answer>" in reply:
-        return Turn(None, "answer")
-    match = CALL.search(reply)
-    if match is None:
-        return Turn(None, "no_call")
+        return None, "answer"
+    if (match := CALL.search(reply)) is None:
+        return None, "no_call"
     box = read_box(match[1], size)
-    return Turn(box, None if box else "bad_call")
+    return box, None if box else "bad_call"
 
 
-def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+def read_box(call: str, size: tuple[int, int]) -> Box | None:
     """Return the box of a call, clipped to the picture, if it can be followed."""
     try:
         value = json.loads(call)
@@ -177,10 +170,10 @@ def read_box(call: str, size: tuple[int, int]) -> tuple[int, int, int, int] | No
 # ---- protocols
 @dataclass(frozen=True)
 class Protocol:
-    """`system`: None is the chat template's. `min_pixels`, `max_pixels`: area to which a picture is enlarged
-    or shrunk; None is the checkpoint's. Pictures are the stored bytes: VLMEvalKit stores those of files above
-    1 GB as JPEG of quality 75 again (vlmeval/smp/file.py, localize_df), lmms-eval all as JPEG of quality 85
-    (lmms_eval/models/simple/qwen2_5_vl.py)."""
+    """`system`: None is the chat template's. `min_pixels`, `max_pixels`: the area to which a picture is
+    enlarged or shrunk; None is the checkpoint's. Pictures are the stored bytes: VLMEvalKit stores those of
+    files above 1 GB as JPEG of quality 75 again (vlmeval/smp/file.py, localize_df), lmms-eval all as JPEG of
+    quality 85 (lmms_eval/models/simple/qwen2_5_vl.py)."""
 
     system: str | None
     words: Callable[[dict], str]
@@ -211,9 +204,9 @@ def user_text(item: dict, protocol: Protocol) -> str:
 class Conversation:
     """An item and its `messages`: (role, text) or (role, parts), each part a text or a Picture.
 
-    `sample` and `seed` tell several conversations about an item apart. `ended_by` is None while a turn is
-    due, else reply, error, or how the tool's conversation ended. `prompt` and `key` (a hash of words,
-    pictures and regions) are those of the next turn.
+    `sample` and `seed` tell conversations about one item apart. `ended_by` is None while a turn is due, else
+    reply, error, or how the tool's conversation ended. `prompt` and `key` (a hash of words, pictures and
+    regions) are the next turn's.
     """
 
     def __init__(self, item: dict, protocol: Protocol, root: str, method: str, hashes: dict[str, str],
@@ -258,12 +251,12 @@ class Conversation:
             self.ended_by = "reply"
         else:
             shown = pictures_of(self.messages)[0]
-            turn = read_turn(record["clean_output"], open_picture(shown).size)
-            self.ended_by = turn.ended_by or ("turns" if len(self.turns) == MAX_TURNS else None)
+            box, ended_by = read_turn(record["clean_output"], open_picture(shown).size)
+            self.ended_by = ended_by or ("turns" if len(self.turns) == MAX_TURNS else None)
             if self.ended_by is None:
-                self.boxes.append(list(turn.box))
+                self.boxes.append(list(box))
                 self.messages += (("assistant", record["clean_output"]), ("user", (
-                    "<tool_response>", Picture(shown.path, turn.box), ASKED, "</tool_response>")))
+                    "<tool_response>", Picture(shown.path, box), ASKED, "</tool_response>")))
 
     def result(self) -> dict:
         """Return the last turn's fields of a result, with the tokens of all turns."""
@@ -278,13 +271,13 @@ class Conversation:
                 for turn, box in zip(self.turns, [*self.boxes, None])]}
         return result
 
-    def seconds(self, name: str = "seconds") -> float:
+    def seconds(self, name: str) -> float:
         """Return the sum over the turns; servers report no "prefill_seconds"."""
         return sum(turn.get(name, 0.0) for turn in self.turns)
 
 
 def image_hash(root: str, path: str, known: dict[str, str]) -> str:
-    """Return the sha256 of a file, or "error: <reason>"."""
+    """Return a file's sha256, or "error: <reason>"."""
     if path not in known:
         try:
             known[path] = hashlib.sha256(read_bytes(resolve_image(root, path))).hexdigest()

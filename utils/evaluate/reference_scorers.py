@@ -106,9 +106,9 @@ def vwtq(output: str, gold: str) -> bool:
     """Return whether an output has the gold's denotation, for VWTQ and VWTQ-Syn.
 
     `evaluate_wtq` (naver-ai/tablevqabench, src/evaluate_tablevqa_dataset.py, commit 88d0514e; also in
-    VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, after `without_label`): both sides are sets of values
-    joined by bars, equally many, and each of the gold's is met. An infinite number stops those scripts; here
-    it is a wrong answer, in the gold a ValueError.
+    VLMEvalKit, vlmeval/dataset/utils/tablevqabench.py, after its image_vqa.py removed "Answer: "): both sides
+    are sets of values joined by bars, equally many, and each of the gold's is met. An infinite number stops
+    those scripts; here it is a wrong answer, in the gold a ValueError.
     """
     targets = read_values(gold)
     try:
@@ -117,11 +117,6 @@ def vwtq(output: str, gold: str) -> bool:
                                                    for target in targets)
     except (ValueError, OverflowError):
         return False
-
-
-def without_label(output: str) -> str:
-    """Return an output without a leading "Answer: " (VLMEvalKit, vlmeval/dataset/image_vqa.py)."""
-    return output.removeprefix("Answer: ")
 
 
 def vtabfact(output: str, gold: str) -> bool | None:
@@ -150,7 +145,6 @@ def read_values(text: str) -> list[Value]:
 
 
 def parse_value(text: str) -> tuple[str, object]:
-    """Return ("number", amount), ("date", (year, month, day)) or ("string", None)."""
     amount = parse_number(text)
     if amount is not None:
         # int() truncates, so 2.9999999 is 2 and not 3: theirs
@@ -246,6 +240,6 @@ def straight_path(board: list[list[int]], vertical_first: bool, looks: bool = Fa
 
 
 def needs_detour(board: list[list[int]]) -> bool:
-    """Return whether every way is longer than start and goal are apart in rows and columns."""
+    """Return whether no way is as short as start and goal are apart in rows and columns."""
     path = shortest_path(board)
     return path is None or len(path) > len(straight_path(board, True))

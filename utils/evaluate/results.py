@@ -35,7 +35,7 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
 
 
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
-    """Return counts, scores and intervals; "emission" counts results that `imagines` accepts."""
+    """Return counts, scores and intervals; "emission" counts what `imagines` accepts."""
     counts = Counter(record["verdict"] for record in records)
     scored = [record for record in records if record["verdict"] != "error"]
     n = len(scored)
@@ -80,8 +80,8 @@ def constant_answer(records: list[dict]) -> dict | None:
 
 
 def compat_shares(records: list[dict]) -> dict:
-    """Return {rules of another harness: share} over the results they apply to, and of both together with a
-    judge that matches options; "no_verdict" counts what the rules cannot read."""
+    """Return {rules of another harness: share} over the results they apply to, also with a judge that matches
+    options; "no_verdict" counts what the rules cannot read."""
     shares = {}
     for name in dict.fromkeys(name for record in records for name in record["compat"]):
         covered = [record for record in records if name in record["compat"]]
@@ -91,14 +91,9 @@ def compat_shares(records: list[dict]) -> dict:
         matched = [judge for record in unread if (judge := record.get("judge")) and judge["kind"] == "map"]
         if matched and not any(judge["error"] for judge in matched):
             shares[f"{name}+judge"] = {"n": len(covered), **share(
-                covered, lambda record: right_with_judge(record, name))}
+                covered, lambda record: compat_right(record, name) if record["compat"][name] else
+                (record.get("judge") or {}).get("parsed") == record["gold"])}
     return shares
-
-
-def right_with_judge(record: dict, name: str) -> bool:
-    if record["compat"][name]:
-        return compat_right(record, name)
-    return (record.get("judge") or {}).get("parsed") == record["gold"]
 
 
 def judge_shares(records: list[dict]) -> dict:
@@ -165,7 +160,7 @@ def macro(parts: Iterable[list[bool]]) -> float:
     return mean(list(map(mean, parts)))
 
 
-def rotation_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
+def rotation_scores(records: list[dict], right: Callable[[dict], bool]) -> dict:
     """Return HR-Bench's scores. "average" is the mean of the rotations' shares (open-compass/VLMEvalKit,
     vlmeval/dataset/utils/hrbench.py, report_acc_hrbench; lmms-eval has the same formula), "all_right" the
     share right in all four rotations."""
@@ -179,7 +174,7 @@ def rotation_scores(records: list[dict], right: Callable[[dict], bool] = is_righ
             "all_right": mean(complete) if complete else None, "complete": len(complete)}
 
 
-def mme_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
+def mme_scores(records: list[dict], right: Callable[[dict], bool]) -> dict:
     """MME: accuracy plus accuracy+ (both questions about a picture right) per subtask, in percent, and sums
     over complete sets (VLMEvalKit vlmeval/dataset/utils/yorn.py, MME_rating). A picture with an error or
     without one of its questions does not count in accuracy+."""
@@ -238,16 +233,16 @@ def source_score(records: list[dict], hit: Callable[[dict], float]) -> float | N
 
 # ---- several replies to an item
 def sample_scores(records: list[dict]) -> dict:
-    """Return scores of items with k replies each, without the items of which one is an error:
+    """Return scores of items with k replies each, without items of which one is an error:
 
     "mean"      share of right replies
-    "majority"  share of items whose most frequent answer is right; a tie is not, nor is an item of which no
+    "majority"  share of items whose most frequent answer is right; neither is a tie, nor an item of which no
                 reply could be read: "tied" and "unread" count them
     "pass"      {m: share of items with a right one among m replies}, the unbiased estimator of Chen et al.
                 (2021, arXiv 2107.03374), 1 - C(k - right, m) / C(k, m)
 
-    Intervals are of 95 %. Those of "pass" are Wilson's with as many items as there are effective groups: no
-    value between 0 and 1 varies more than a 0/1 one of the same mean.
+    Intervals are of 95 %; those of "pass" are Wilson's with as many items as effective groups, since no value
+    between 0 and 1 varies more than a 0/1 one of the same mean.
     """
     by_item = defaultdict(list)
     for record in records:
@@ -268,7 +263,6 @@ def sample_scores(records: list[dict]) -> dict:
 
 
 def vote(rows: list[dict]) -> str:
-    """Return whether the most frequent answer is right or wrong, or tied, or unread."""
     answers = defaultdict(list)  # -> whether it is right
     for row in rows:
         if row["extraction"]["value"] is not None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from utils.answers import YES_NO_FIRST, extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, straight_path, vlmevalkit_e8e78f0,
-                                              vlmevalkit_realworld, vtabfact, vwtq, without_label, yes_or_no)
+                                              vlmevalkit_realworld, vtabfact, vwtq, yes_or_no)
 from utils.items import group_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
 from utils.phrases import CJK, CONTRAST, NEGATION, NOUN, SENTENCE_END, TURNED
@@ -65,10 +65,10 @@ def read_value(output: str) -> Reading:
 def read_truth(output: str, finish_reason: str | None = None) -> Reading:
     """Return "1" or "0" for a VTabFact reply that means true or false.
 
-    Rules: boxed_truth, boxed_open_truth, tag_truth, whole_truth for a part that is the word alone (or yes,
-    no, 1, 0), first_word ("True. The table ..."), truth_word for the last true or false of a reply without
-    box or tag, phrase ("the statement is false") where that word decides nothing. A word that is negated,
-    questioned ("true or false?") or cut off (`finish_reason` "length") is unresolved.
+    Rules: boxed_truth, boxed_open_truth, tag_truth, whole_truth for the word alone (or yes, no, 1, 0),
+    first_word ("True. The table ..."), truth_word for the last true or false of a reply without box or tag,
+    phrase ("the statement is false") where that word decides nothing. A word that is negated, questioned
+    ("true or false?") or cut off (`finish_reason` "length") is unresolved.
     """
     content, rule = answer_part(output)
     if not content:
@@ -149,56 +149,36 @@ def answer_part(output: str) -> tuple[str, str]:
 
 
 # ---- scoring a reply
-def score_mcq(item: dict, record: dict) -> dict:
-    options, text = dict(item["options"]), record["clean_output"]
-    choice = extract_choice(text, options, record["finish_reason"])
-    compat = ({VLMEVALKIT: vlmevalkit_realworld(text), LMMS_EVAL: mme_realworld(text)}
-              if item.get("benchmark") == "mme_realworld_lite" else
-              {VLMEVALKIT: vlmevalkit_e8e78f0(text, options)})
-    return verdict(choice.letter, choice.rule, choice.letter == item["answer"]["value"]) | {"compat": compat}
-
-
-def score_vsp(item: dict, record: dict) -> dict:
-    moves = vsp_moves(visible(record["clean_output"]))
-    right = moves is not None and walk_vsp(item["answer"]["value"], moves)
-    return verdict(moves, "no_box" if moves is None else "boxed_path", right) | {"compat": {}}
-
-
-def score_wtq(item: dict, record: dict) -> dict:
-    gold, text = gold_text(item["answer"]["value"]), record["clean_output"]
-    value, rule = read_value(text)
-    return verdict(value, rule, value is not None and vwtq(value, gold)) | {
-        "compat": {"tablevqabench": vwtq(without_label(text), gold)}}
-
-
-def score_tabfact(item: dict, record: dict) -> dict:
-    gold, text = "1" if item["answer"]["value"] else "0", record["clean_output"]
-    value, rule = read_truth(text, record["finish_reason"])
-    return verdict(value, rule, value == gold) | {
-        "compat": {"tablevqabench": vtabfact(without_label(text), gold)}}
-
-
-def score_yes_no(item: dict, record: dict) -> dict:
-    text = record["clean_output"]
-    value, rule = read_yes_no(text, record["finish_reason"])
-    return verdict(value, rule, value == item["answer"]["value"]) | {
-        "compat": {"vlmevalkit": yes_or_no(text)}}
-
-
-SCORE = {"mcq": score_mcq, "vsp_path": score_vsp, "wtq": score_wtq, "tabfact": score_tabfact,
-         "yesno_pair": score_yes_no}
+METRICS = ("mcq", "vsp_path", "wtq", "tabfact", "yesno_pair")  # those with a scorer
 
 
 def score(item: dict, record: dict) -> dict:
     """Return an item's "extraction", "verdict" and "compat"."""
     if "error" in record:
         return {"extraction": {"value": None, "rule": record["error"]}, "verdict": "error", "compat": {}}
-    return SCORE[item["metric"]](item, record)
-
-
-def verdict(value: str | None, rule: str, right: bool) -> dict:
-    return {"extraction": {"value": value, "rule": rule},
-            "verdict": "unresolved" if value is None else "correct" if right else "incorrect"}
+    text, finish, gold = record["clean_output"], record["finish_reason"], item["answer"]["value"]
+    if item["metric"] == "mcq":
+        options = dict(item["options"])
+        value, rule = extract_choice(text, options, finish)
+        compat = ({VLMEVALKIT: vlmevalkit_realworld(text), LMMS_EVAL: mme_realworld(text)}
+                  if item.get("benchmark") == "mme_realworld_lite" else
+                  {VLMEVALKIT: vlmevalkit_e8e78f0(text, options)})
+        right = value == gold
+    elif item["metric"] == "vsp_path":
+        value, compat = vsp_moves(visible(text)), {}
+        rule, right = "no_box" if value is None else "boxed_path", value is not None and walk_vsp(gold, value)
+    elif item["metric"] == "wtq":
+        (value, rule), gold = read_value(text), gold_text(gold)
+        right = value is not None and vwtq(value, gold)
+        compat = {"tablevqabench": vwtq(text.removeprefix("Answer: "), gold)}  # as VLMEvalKit does
+    elif item["metric"] == "tabfact":
+        (value, rule), gold = read_truth(text, finish), "1" if gold else "0"
+        right, compat = value == gold, {"tablevqabench": vtabfact(text.removeprefix("Answer: "), gold)}
+    else:
+        value, rule = read_yes_no(text, finish)
+        right, compat = value == gold, {"vlmevalkit": yes_or_no(text)}
+    verdict = "unresolved" if value is None else "correct" if right else "incorrect"
+    return {"extraction": {"value": value, "rule": rule}, "verdict": verdict, "compat": compat}
 
 
 def as_published(item: dict, result: dict) -> dict:
@@ -217,7 +197,7 @@ def as_published(item: dict, result: dict) -> dict:
 
 
 def gold_text(values: list[str]) -> str:
-    """Return VWTQ's gold as its scorer expects it: values escaped and joined by bars."""
+    """Return VWTQ's gold as its scorer takes it: values escaped and joined by bars."""
     return "|".join(text.replace("\\", r"\\").replace("|", r"\p").replace("\n", r"\n") for text in values)
 
 
@@ -240,9 +220,9 @@ def compat_right(record: dict, name: str) -> bool:
 
 def check_scorable(items: list[dict]) -> None:
     """Raise DataError for items without a scorer and for wrong rotations."""
-    if unscored := [item for item in items if item["metric"] not in SCORE]:
+    if unscored := [item for item in items if item["metric"] not in METRICS]:
         raise DataError(f"item {unscored[0]['id']!r} and {len(unscored) - 1} more: metric "
-                        f"{unscored[0]['metric']!r} has no scorer; expected one of {', '.join(SCORE)}")
+                        f"{unscored[0]['metric']!r} has no scorer; expected one of {', '.join(METRICS)}")
     seen = set()
     for item in items:
         rotation = rotation_of(item)
@@ -259,9 +239,9 @@ def is_board(gold: object) -> bool:
 
 
 def vsp_floors(records: list[dict]) -> dict[str, dict]:
-    """Return {size: {policy: share of its boards solved}}, and their means weighted by boards as "all": the
-    one path that solves most boards of a size, of all shortest paths; a straight path that ignores holes, one
-    direction first; one that looks one square ahead; any path that needs no detour."""
+    """Return {size: {policy: share of its boards solved}}, and the means over boards as "all": the path that
+    solves most boards of a size; a straight path that ignores holes, one direction first; one that looks a
+    square ahead; any path that needs no detour."""
     boards = [record["gold"] for record in records
               if record["verdict"] != "error" and is_board(record["gold"])]
     paths = sorted({shortest_path(board) or "" for board in boards})
