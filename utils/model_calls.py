@@ -189,15 +189,9 @@ def ask(caller: Caller, calls: list[Call], check: Check, desc: str, guarded: boo
     pending = list(range(len(calls)))
     for attempt in range(1 + retries):
         requests = {i: caller.request(calls[i], attempt, outcomes.get(i)) for i in pending}
-        owners = {request.key: calls[i] for i, request in requests.items()}
-        guard = Guard(caller.guarded and guarded and attempt == 0)
-
-        def fault_of(record: dict) -> str | None:
-            outcome = read_outcome(record, owners[record["key"]], check)
-            return f"{outcome.reason}: {outcome.detail}" if outcome.reason in ERROR_REASONS else None
-
-        run_requests(caller, list(requests.values()), owners, attempt, f"{desc}, again" if attempt else desc,
-                     guard, fault_of)
+        run_requests(caller, {request.key: (request, calls[i]) for i, request in requests.items()}, check,
+                     attempt, f"{desc}, again" if attempt else desc,
+                     Guard(caller.guarded and guarded and attempt == 0))
         for i, request in requests.items():
             outcomes[i] = caller.read(request, calls[i], attempt, check)
         pending = [i for i in pending if outcomes[i].value is None and outcomes[i].reason != "backend_error"]
@@ -236,29 +230,29 @@ class Guard:
                 "server, model or prompts, then add --retry_errors, or use --no_guard for a weak model")
 
 
-def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call], attempt: int, desc: str,
-                 guard: Guard, fault_of: Callable[[dict], str | None]) -> None:
-    """Make the calls that the journal lacks, equal ones once; append one record each."""
-    unique = list({request.key: request for request in requests}.values())
-    n_done = sum(request.key in caller.journal for request in unique)
-    done = caller.counters
+def run_requests(caller: Caller, asked: dict[str, tuple[Request, Call]], check: Check, attempt: int,
+                 desc: str, guard: Guard) -> None:
+    """Make the calls that the journal lacks, `asked` by key; append one record each."""
+    done, n_done = caller.counters, sum(key in caller.journal for key in asked)
     done.n_reused += n_done
-    if n_done == len(unique):
+    if n_done == len(asked):
         return
     if caller.backend is None:
-        raise IncompleteError(f"{len(unique) - n_done:,} of {len(unique):,} calls missing")
+        raise IncompleteError(f"{len(asked) - n_done:,} of {len(asked):,} calls missing")
     began, n_errors, prompts = time.monotonic(), 0, call_key(**caller.prompts)[:16]
     with (stop_on_signals() as stop,
-          tqdm(total=len(unique), initial=n_done, desc=desc, unit="call",
+          tqdm(total=len(asked), initial=n_done, desc=desc, unit="call",
                disable=rank_world()[0] != 0) as bar):
-        for reply in caller.backend.generate(unique, caller.journal, stop):
+        requests = [request for request, _ in asked.values()]
+        for reply in caller.backend.generate(requests, caller.journal, stop):
             if reply.key in caller.journal:  # made again because its local batch was
                 continue
-            call = owners[reply.key]
+            call = asked[reply.key][1]
             record = reply.record() | {"id": call.id, "kind": call.kind, "step": call.step,
                                        "attempt": attempt, "prompts": prompts, "time": round(time.time(), 3)}
             caller.journal.append(record)
-            fault = fault_of(record)
+            outcome = read_outcome(record, call, check)
+            fault = f"{outcome.reason}: {outcome.detail}" if outcome.reason in ERROR_REASONS else None
             n_errors += fault is not None
             done.n_calls, done.n_new_tokens = done.n_calls + 1, done.n_new_tokens + reply.n_new
             speed = done.n_new_tokens / (done.wall_s + time.monotonic() - began)
@@ -266,5 +260,5 @@ def run_requests(caller: Caller, requests: list[Request], owners: dict[str, Call
             bar.update()
             guard.count(fault)
     done.wall_s += time.monotonic() - began
-    if not all(request.key in caller.journal for request in unique):
+    if not all(key in caller.journal for key in asked):
         raise KeyboardInterrupt  # only a signal ends the backend's work early

@@ -63,7 +63,7 @@ class Job:
 
 class HttpBackend:
     """Requests to one server, `window` at once: half as many after a busy answer, one when it is down, one
-    more after every reply. The methods on_... decide what an answer of the server means."""
+    more after every reply. `settle` decides what an answer of the server means."""
 
     def __init__(self, model: str, base_url: str, max_pixels: int, image_factor: int = 32,
                  concurrency: int = 64, timeout_s: float = 300.0, server_wait_s: float = 1800.0,
@@ -127,52 +127,41 @@ class HttpBackend:
 
     def settle(self, job: Job, attempt: Try) -> Reply | None:
         """Return the reply of a job that ends here, else send it again at `job.send_at`."""
-        job.send_at, self.last_words = time.monotonic(), self.redact(attempt.message)
-        if self.is_down and attempt.result in (Result.REPLY, Result.BUSY, Result.UNCLEAR, Result.BAD_SAMPLE):
+        result, job.send_at, self.last_words = attempt.result, time.monotonic(), attempt.message
+        if self.api_key:  # which a server may quote
+            self.last_words = self.last_words.replace(self.api_key, "(key)")
+        if self.is_down and result in (Result.REPLY, Result.BUSY, Result.UNCLEAR, Result.BAD_SAMPLE):
             log(f"{self.url}: answers again")
             self.is_down = False
-        if attempt.result is Result.BAD_RUN:
+        if result is Result.BAD_RUN:
             raise DataError(f"{self.url}: {self.last_words}")
-        if attempt.result is Result.BAD_SAMPLE:
+        if result is Result.CRASH:
+            raise RuntimeError("the thread of a request died; its traceback is above")
+        if result is Result.REPLY:
+            self.n_refused, self.n_answered = 0, self.n_answered + 1
+            self.window = min(self.concurrency, self.window + 1)
+            return replace(attempt.reply, attempts=job.n_sent)
+        if result is Result.BUSY:
+            job.n_busy += self.n_answered > job.n_answered  # other calls were answered since its last try
+            job.n_answered = self.n_answered
+            if job.n_busy < TRIES_BUSY:
+                self.pause(attempt, window=max(1, self.window // 2))
+                job.send_at = self.pause_until
+        if result in (Result.DOWN, Result.DIED):
+            if not self.is_down:
+                log(f"{self.url}: gone ({self.last_words}); waiting until it is back")
+            self.is_down = True
+            self.pause(attempt, window=1)  # the next call shows whether it is back
+        if result in (Result.LOST, Result.DIED):  # a call that runs whenever the server dies is given up
+            job.n_lost += 1
+            job.send_at += backoff(job.n_lost)
+        if result is Result.UNCLEAR:
+            job.n_500 += 1
+            job.send_at += backoff(job.n_500)
+        if result is Result.BAD_SAMPLE or job.n_500 == TRIES_500:
             return self.error(job)
-        return getattr(self, f"on_{attempt.result.name.lower()}")(job, attempt)
-
-    def on_reply(self, job: Job, attempt: Try) -> Reply:
-        self.n_refused, self.n_answered = 0, self.n_answered + 1
-        self.window = min(self.concurrency, self.window + 1)
-        return replace(attempt.reply, attempts=job.n_sent)
-
-    def on_crash(self, job: Job, attempt: Try) -> None:
-        raise RuntimeError("the thread of a request died; its traceback is above")
-
-    def on_unclear(self, job: Job, attempt: Try) -> Reply | None:
-        job.n_500 += 1
-        job.send_at += backoff(job.n_500)
-        return self.error(job) if job.n_500 == TRIES_500 else None
-
-    def on_lost(self, job: Job, attempt: Try) -> Reply | None:
-        job.n_lost += 1
-        job.send_at += backoff(job.n_lost)
-        return self.error(job, transient=True) if job.n_lost == TRIES_LOST else None
-
-    def on_died(self, job: Job, attempt: Try) -> Reply | None:
-        self.on_down(job, attempt)
-        return self.on_lost(job, attempt)  # a call that runs whenever the server dies is given up
-
-    def on_down(self, job: Job, attempt: Try) -> None:
-        if not self.is_down:
-            log(f"{self.url}: gone ({self.last_words}); waiting until it is back")
-        self.is_down = True
-        self.pause(attempt, window=1)  # the next call shows whether it is back
-
-    def on_busy(self, job: Job, attempt: Try) -> Reply | None:
-        job.n_busy += self.n_answered > job.n_answered  # other calls were answered since its last try
-        job.n_answered = self.n_answered
-        if job.n_busy == TRIES_BUSY:
-            return self.error(job, transient=True)
-        self.pause(attempt, window=max(1, self.window // 2))
-        job.send_at = self.pause_until
-        return None
+        given_up = job.n_lost == TRIES_LOST or job.n_busy == TRIES_BUSY
+        return self.error(job, transient=True) if given_up else None
 
     def pause(self, attempt: Try, window: int) -> None:
         """Send nothing for a while; calls that fail together count once."""
@@ -189,9 +178,6 @@ class HttpBackend:
         waited = f"{seconds:.0f} of --server_wait {self.server_wait_s:.0f} s"
         return (f"{self.url}: {fault} for {waited}, {n_open} call{'s' * (n_open > 1)} left; the last one: "
                 f"{self.last_words or 'no answer'}; start or repair it, then run the same command again")
-
-    def redact(self, message: str) -> str:
-        return message.replace(self.api_key, "(key)") if self.api_key else message  # which a server may quote
 
     # ---- in a thread
     def work(self, job: Job, tries: queue.SimpleQueue) -> None:
