@@ -45,7 +45,7 @@ from toy.make_model import make_model
 from utils import qwen as Q
 from utils.cli import cli
 from utils.evaluate.prompts import PROTOCOLS, user_text
-from utils.images import ImageError, data_url, image_size, open_image
+from utils.images import ImageError, Picture, image_size, open_image, picture_url
 from utils.items import chat, question_text, read_items
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS
@@ -459,7 +459,7 @@ class Readers:
         write_rows(self.input, [value])
         args = train_sft.parse_args(["--data", "x", "--image_root", str(self.root), "--output", "x"])
         acts = {"opened": lambda: open_image(path), "measured": lambda: image_size(path),
-                "sent": lambda: data_url(path, 10**6, 28),
+                "sent": lambda: picture_url(Picture(str(path)), 10**6, 28),
                 "trained on": lambda: make_examples(self.qwen, [value], train_sft.make_target(args), 8192)}
 
         def try_out(act: Callable) -> None:

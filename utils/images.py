@@ -200,32 +200,27 @@ def visual_tokens(path: str | Path, max_pixels: int, min_pixels: int = 28 * 28, 
 
 # ---- sending
 def picture_url(picture: Picture, max_pixels: int, factor: int) -> str:
-    """Return a picture as a data URL: a file as `data_url` sends it, a region as PNG."""
-    if picture.box is None:
-        return data_url(picture.path, max_pixels, factor)
-    buffer = io.BytesIO()
-    open_picture(picture).save(buffer, "PNG")
-    return encode_url("PNG", buffer.getvalue())
-
-
-def data_url(path: str | Path, max_pixels: int, factor: int) -> str:
-    """Return a picture as a data URL: the file's own bytes if a server would show the model the same pixels.
+    """Return a picture as a data URL: a region as PNG, a file as its own bytes if a server would show the
+    model the same pixels.
 
     A picture larger than `max_pixels`, turned by EXIF, not RGB or grey, animated, or in a rare format is sent
     as JPEG, opened by `open_image` and shrunk by `smart_size` with the model's `factor` (28 or 32).
     """
-    data = read_bytes(path)
-    with opened(io.BytesIO(data), path) as image:
+    buffer = io.BytesIO()
+    if picture.box is not None:
+        open_picture(picture).save(buffer, "PNG")
+        return encode_url("PNG", buffer.getvalue())
+    data = read_bytes(picture.path)
+    with opened(io.BytesIO(data), picture.path) as image:
         plain = (image.format in SERVED_FORMATS and image.mode in ("RGB", "L")
                  and not image.has_transparency_data
                  and getattr(image, "n_frames", 1) == 1 and image.getexif().get(Base.Orientation, 1) == 1)
         if plain and image.width * image.height <= max_pixels:
             return encode_url(image.format, data)
-    image = decode_image(data, path)
+    image = decode_image(data, picture.path)
     if image.width * image.height > max_pixels:
         image = image.resize(smart_size(*image.size, factor, factor * factor, max_pixels),
                              Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return encode_url("JPEG", buffer.getvalue())
 

@@ -12,8 +12,8 @@ from PIL import Image
 from samples import EPS, grey_tiff, png
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from utils.images import (IMAGE_REASONS, ImageError, check_images, data_url, image_size, open_image,
-                          resolve_image, smart_size)
+from utils.images import (IMAGE_REASONS, ImageError, Picture, check_images, image_size, open_image,
+                          picture_url, resolve_image, smart_size)
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
@@ -30,7 +30,7 @@ def check_halves(image: Image.Image, left: tuple, right: tuple, within: int = 2)
 
 
 def sent(path, max_pixels: int) -> tuple[str, bytes]:
-    head, _, data = data_url(path, max_pixels, 28).partition(",")
+    head, _, data = picture_url(Picture(str(path)), max_pixels, 28).partition(",")
     return head, base64.b64decode(data)
 
 
@@ -90,7 +90,7 @@ def saved(size: tuple[int, int] = (80, 80), ending: str = "png", kept: float = 1
     ("thin.png", saved((28, 28 * 201)), "image_aspect"), ("limit.png", saved((28, 28 * 200)), None)])
 def test_files_that_cannot_be_used_have_a_reason(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
-    for read in (open_image, lambda path: data_url(path, 1, 28)):  # the second shrinks it
+    for read in (open_image, lambda path: picture_url(Picture(str(path)), 1, 28)):  # the second shrinks it
         with pytest.raises(ImageError, match=name) if reason else nullcontext() as caught:
             read(tmp_path / name)
         assert reason is None or caught.value.reason == reason in IMAGE_REASONS
@@ -115,7 +115,7 @@ def test_greys_of_no_known_depth_are_refused_by_all_that_open_pictures(tmp_path)
     path = tmp_path / "a.tif"
     for name, data in refused.items():
         path.write_bytes(data)
-        for read in (open_image, image_size, lambda path: data_url(path, 10**6, 28)):
+        for read in (open_image, image_size, lambda path: picture_url(Picture(str(path)), 10**6, 28)):
             with pytest.raises(ImageError, match=r"a\.tif: greys of mode .* expected 8 or 16") as caught:
                 read(path)
             assert caught.value.reason == "image_depth", name
@@ -193,7 +193,7 @@ def test_an_image_is_sent_by_its_content_and_shrunk_to_whole_tokens(tmp_path, pi
     assert sent(path, 10**6) == ("data:image/png;base64", path.read_bytes())
     path.write_bytes(b"x")
     with pytest.raises(ImageError, match="not a whole picture"):
-        data_url(path, 10**6, 28)
+        picture_url(Picture(str(path)), 10**6, 28)
     shown = Image.open(io.BytesIO(sent(picture("big.png", size=(400, 300)), 100 * 100)[1]))
     assert (shown.format, shown.size) == ("JPEG", smart_size(400, 300, 28, 28 * 28, 100 * 100))
 
