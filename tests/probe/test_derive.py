@@ -94,7 +94,7 @@ def test_a_region_that_cannot_be_written_ends_the_run_and_is_not_a_bad_region(wo
         view_items(items, None, args)
     folder.unlink()
     good, bad = view_items([*items, item(5, region=[300, 0, 310, 9])], None, args)
-    assert isinstance(good, View) and bad.reason == "region" and "in an image of 120 x 90" in bad.detail
+    assert isinstance(good, View) and bad[0] == "region" and "in an image of 120 x 90" in bad[1]
     assert Image.open(good.paths[1]).format == "PNG" and not list(folder.glob("*.tmp"))
 
 

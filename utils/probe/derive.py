@@ -83,14 +83,8 @@ class View(NamedTuple):
     hashes: tuple[str, ...] = ()
 
 
-class Fault(NamedTuple):
-
-    reason: str
-    detail: str
-
-
-def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> View | Fault:
-    """Return the view of an item; its enlarged region is written once."""
+def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> View | tuple[str, str]:
+    """Return the view of an item, or (reason, detail) against it; its enlarged region is written once."""
     paths = [os.path.join(args.image_root, image["path"]) for image in item["images"]]
     if not item.get("region"):
         return View(tuple(paths), tuple(hashes))
@@ -101,7 +95,7 @@ def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> Vi
         try:
             left, top, right, bottom = region_in(item, (width, height))
         except DataError as error:
-            return Fault("region", str(error))
+            return "region", str(error)
         x, y = round(MARGIN * (right - left)), round(MARGIN * (bottom - top))
         box = max(left - x, 0), max(top - y, 0), min(right + x, width), min(bottom + y, height)
         picture = open_picture(Picture(paths[0], box, min_pixels=LEAST_SHOWN))
@@ -109,16 +103,17 @@ def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> Vi
     return View((*paths, str(path)), (*hashes, name))
 
 
-def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespace) -> list[View | Fault]:
+def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespace
+               ) -> list[View | tuple[str, str]]:
     rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]),
              "steps": [], "images": [image["path"] for image in item["images"]]} for item in items]
     checked = check_rows(rows, args.image_root, lambda row: None, caller and caller.images)
-    views: list[View | Fault] = []
+    views = []
     for item, (reason, detail, hashes) in zip(items, checked):
         try:
-            views.append(Fault(reason, detail) if reason else view_of(item, hashes, args))
+            views.append((reason, detail) if reason else view_of(item, hashes, args))
         except ImageError as error:
-            views.append(Fault(error.reason, str(error)))
+            views.append((error.reason, str(error)))
     return views
 
 
@@ -144,7 +139,7 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.N
                  for item in items}
     views = dict(zip(by_source, view_items(items, caller, args)))
     for name, view in views.items():
-        for candidate in by_source[name] if isinstance(view, Fault) else ():
+        for candidate in () if isinstance(view, View) else by_source[name]:
             candidate.reject("rule", *view)
     views = {name: view for name, view in views.items() if isinstance(view, View)}
     sources = [item for item in items if item["id"] in views]

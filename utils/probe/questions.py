@@ -154,7 +154,6 @@ class Prober:
         return list(zip(scores, replies))
 
     def begin(self, batch: list[dict], sources: list[str], name: str) -> Asked:
-        """Read the prompts of "tokens_only"."""
         spec, latents = self.spec, None
         shows = name in ("image", "image_own")
         items = [self.items[probe["source"]] for probe in batch]
@@ -222,7 +221,6 @@ class Prober:
         return ([latent_ids(tokenizer, self.spec)[2]] if self.spec else closing) + turn
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
-        """Return one line of answers.jsonl."""
         gold = probe["answer"]["value"]
         row = {"id": probe["id"], "source": probe["source"],
                "donor": None if name in ("image", "text_only") else donor, "condition": name, "gold": gold,

@@ -128,16 +128,17 @@ def evaluate_blocks(metrics: dict) -> list[Block]:
     blocks = [Table(["category", "items", "accuracy, %", "95 % interval", "chance, %", "unresolved",
                      "errors"], rows),
               Text(f"{metrics['protocol']['line']} model={metrics['protocol']['model']}")]
-    if emission := metrics.get("emission"):
-        blocks.append(Text(f"Imagined something: {emission['k']} of {emission['n']} items."))
-    return blocks
+    return blocks + ([Text(said)] if (said := emitted(metrics)) else [])
+
+
+def emitted(metrics: dict) -> str:
+    counts = metrics.get("emission")
+    return "Imagined something: {k} of {n} items.".format(**counts) if counts else ""
 
 
 def probe_blocks(metrics: dict) -> list[Block]:
-    text = f"{metrics['model']}: latents {metrics['latent']}, {metrics['steps']} steps."
-    if emission := metrics.get("emission"):
-        text += f" Imagined something: {emission['k']} of {emission['n']} items."
-    blocks: list[Block] = [Text(text)]
+    text = f"{metrics['model']}: latents {metrics['latent']}, {metrics['steps']} steps. {emitted(metrics)}"
+    blocks: list[Block] = [Text(text.rstrip())]
     if kinds := metrics["similarity"]:
         measures = dict.fromkeys(name for means in kinds.values() for name in means)
         rows = [[name.replace("_", " "), *("-" if means.get(name) is None else f"{means[name]:.3g}"
@@ -206,7 +207,6 @@ def page(title: str, blocks: list[Block | Figure]) -> str:
 
 
 def write_report(folder: str | Path, title: str, blocks: list[Block]) -> dict:
-    """Write report.html into `folder`; return its path and counts."""
     path = Path(folder, "report.html")
     replace_file(path, lambda file: file.write(page(title, blocks)))
     return {"report": str(path), "tables": sum(isinstance(block, Table) for block in blocks),

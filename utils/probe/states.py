@@ -124,7 +124,6 @@ class States:
                             "them again") from error
 
     def load(self, key: str, kind: str) -> np.ndarray | None:
-        """Return the states of one kind, if the sample has it."""
         if kind not in self.records[key]["tensors"]:
             return None
         with self.open_sample(key) as file:
