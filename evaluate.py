@@ -42,8 +42,8 @@ from pathlib import Path
 
 from utils.backends import LocalBackend
 from utils.call_flags import add_journal_flags, add_server_flags, open_backend
-from utils.cli import (Help, cli, log, parse_count, parse_number, parse_seconds, parse_seed, rank_world,
-                       read_api_key)
+from utils.cli import (Help, add_latent_flags, cli, log, parse_count, parse_number, parse_seconds, parse_seed,
+                       rank_world, read_api_key)
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
 from utils.evaluate.benchmarks import TABLE, prepare, shuffle_options
 from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
@@ -55,7 +55,7 @@ from utils.items import ANSWER_TYPES, group_of, read_items, render
 from utils.journal import Journal, move_aside
 from utils.jsonl import (DataError, call_key, check_output, replace_file, sha256_file, write_json, write_meta,
                          write_rows)
-from utils.latent_families import PRESETS, LatentSpec, spec_of
+from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import is_reply
 from utils.openai_backend import HttpBackend
 from utils.rows import OPEN
@@ -127,16 +127,15 @@ def open_judge(args: argparse.Namespace) -> Iterator[Judge | None]:
 
 
 def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> list[Conversation]:
-    hashes = {}
-    seed = args.seed if args.temperature else 0
+    hashes, seed = {}, args.seed if args.temperature else 0
     return [Conversation(item, protocol, args.image_root, args.method, hashes, sample, seed)
             for item in items for sample in range(args.samples)]
 
 
 @dataclass
 class Answers:
-    """The results of all items, as they were asked; their conversations, none if the replies were made
-    elsewhere; the pixel limits of their pictures."""
+    """The results of all items; their conversations, none if the replies were made elsewhere; the pixel
+    limits of their pictures."""
 
     items: list[dict]
     results: list[dict]
@@ -145,22 +144,9 @@ class Answers:
     responses: dict | None = None
 
 
-def answer_and_judge(items: list[dict], protocol: Protocol | None, spec: LatentSpec | None,
-                     args: argparse.Namespace) -> Answers | None:
-    """Answer, score and judge all items; None if other processes are not done."""
-    if args.fresh:
-        move_aside(Path(f"{args.output}.run"), rank_world()[1])
-    with open_judge(args) as judge:
-        answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
-        if answers and judge:
-            add_verdicts(judge, answers.items, answers.results)
-    if answers and args.shuffle_options:
-        answers.results = list(map(as_published, answers.items, answers.results))
-    return answers
-
-
 def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
            args: argparse.Namespace) -> Answers | None:
+    """Return the answers of all processes; None if others are not done."""
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
     rank, world, _ = rank_world()
@@ -207,7 +193,6 @@ def imagination_test(method: str) -> Callable[[dict], bool] | None:
 
 
 def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
-    """Return the scores of a run, in total and by category, and its cost."""
     results, test = answers.results, imagination_test(args.method)
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
@@ -232,7 +217,6 @@ def by_sample(score: Callable[[list[dict]], dict], results: list[dict]) -> dict:
 
 
 def efficiency(answers: Answers) -> dict:
-    """Return seconds and tokens, in total and per item; None where they are unknown."""
     n, names = len(answers.results), ("seconds", "prefill_seconds", "tokens")
     if not answers.conversations:
         return dict.fromkeys((*names, "seconds_per_item", "tokens_per_item"))
@@ -263,61 +247,49 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
 # ---- the stage
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--model", help="checkpoint folder, hub name, or the server's name for it")
-    parser.add_argument("--items", help="items JSONL")
-    parser.add_argument("--benchmark", nargs="+", choices=TABLE, metavar="NAME",
-                        help=f"make the items: {', '.join(TABLE)}")
-    parser.add_argument("--responses", metavar="FILE", help="score replies made elsewhere; no model is asked")
-    parser.add_argument("--source", help="the benchmark's file or folder, or your own for mcq "
-                        "(default: the hub)")
-    parser.add_argument("--revision", help="commit on the hub (default: the pinned one)")
-    parser.add_argument("--prepare", action="store_true", help="write the items and stop")
-    parser.add_argument("--compare", nargs="+", metavar="RESULTS",
-                        help="two result files on the same items, or several pairs")
-    parser.add_argument("--table", nargs="+", metavar="[NAME=]RESULTS", help="the paper's table from results")
-    parser.add_argument("--output", required=True, help="JSONL (--compare: JSON, --table: Markdown)")
-    parser.add_argument("--image_root", help="folder of images (default: that of the items or source)")
-    parser.add_argument("--method", choices=METHODS,
-                        help="what comes before the answer (default: direct, or latent)")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="words, system prompt and pixel limits "
-                        "(default: vlmevalkit; deepeyes for --method tool)")
-    parser.add_argument("--system", help="system prompt that replaces the protocol's")
-    parser.add_argument("--suffix", default="", help="text added to the question")
-    parser.add_argument("--min_pixels", type=parse_count,
-                        help="smallest area of a picture (default: the protocol's)")
-    parser.add_argument("--max_pixels", type=parse_count,
-                        help="largest area of a picture (default: the protocol's)")
-    parser.add_argument("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
-                        f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
-    parser.add_argument("--shuffle_options", action="store_true",
-                        help="show each item's options in an order drawn by --seed")
-    parser.add_argument("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of --samples and --shuffle_options")
-    parser.add_argument("--limit", type=parse_count, help="only the first N items")
+    add = parser.add_argument
+    add("--model", help="checkpoint folder, hub name, or the server's name for it")
+    add("--items", help="items JSONL")
+    add("--benchmark", nargs="+", choices=TABLE, metavar="NAME", help=f"make the items: {', '.join(TABLE)}")
+    add("--responses", metavar="FILE", help="score replies made elsewhere; no model is asked")
+    add("--source", help="the benchmark's file or folder, or your own for mcq (default: the hub)")
+    add("--revision", help="commit on the hub (default: the pinned one)")
+    add("--prepare", action="store_true", help="write the items and stop")
+    add("--compare", nargs="+", metavar="RESULTS",
+        help="two result files on the same items, or several pairs")
+    add("--table", nargs="+", metavar="[NAME=]RESULTS", help="the paper's table from results")
+    add("--output", required=True, help="JSONL (--compare: JSON, --table: Markdown)")
+    add("--image_root", help="folder of images (default: that of the items or source)")
+    add("--method", choices=METHODS, help="what comes before the answer (default: direct, or latent)")
+    add("--protocol", choices=PROTOCOLS,
+        help="words, system prompt and pixel limits (default: vlmevalkit; deepeyes for --method tool)")
+    add("--system", help="system prompt that replaces the protocol's")
+    add("--suffix", default="", help="text added to the question")
+    add("--min_pixels", type=parse_count, help="smallest area of a picture (default: the protocol's)")
+    add("--max_pixels", type=parse_count, help="largest area of a picture (default: the protocol's)")
+    add("--max_new_tokens", type=parse_count, help="per turn, latent steps included "
+        f"(default: {MAX_NEW_TOKENS}; {MAX_TOKENS} for --method tool)")
+    add("--shuffle_options", action="store_true", help="show each item's options in an order drawn by --seed")
+    add("--samples", type=parse_count, default=1, help="replies per item, with --temperature")
+    add("--seed", type=parse_seed, default=0, help="of --samples and --shuffle_options")
+    add("--limit", type=parse_count, help="only the first N items")
     add_journal_flags(parser)
-    parser.add_argument("--dry_run", action="store_true", help="show a prompt and count the items")
-    parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
+    add("--dry_run", action="store_true", help="show a prompt and count the items")
     local = parser.add_argument_group("--backend local")
-    local.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                       help="family of the latents")
-    local.add_argument("--latent_size", type=parse_number(1, 16384),
-                       help="latents per segment (default: the family's)")
-    local.add_argument("--force_start", action="store_true",
-                       help="replies begin with the start of latents: another policy than the model's")
-    local.add_argument("--batch_size", type=parse_count, default=32, help="items per batch, at most")
-    local.add_argument("--batch_tokens", type=parse_count, default=65536,
-                       help="tokens per batch, at most")
-    local.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="auto: bfloat16 on a GPU, else float32")
+    add_latent_flags(local)
+    add = local.add_argument
+    add("--latent_size", type=parse_number(1, 16384), help="latents per segment (default: the family's)")
+    add("--batch_size", type=parse_count, default=32, help="items per batch, at most")
+    add("--batch_tokens", type=parse_count, default=65536, help="tokens per batch, at most")
     add_server_flags(parser, "--backend openai, and the judge", 28)
-    judge = parser.add_argument_group("--judge (reads text alone; free to change between runs)")
-    judge.add_argument("--judge", choices=("none", *KINDS), default="none",
-                       help="map: which option a reply means; grade: is it the gold answer")
-    judge.add_argument("--judge_model", help="the server's name for the judge")
-    judge.add_argument("--judge_base_url", default="http://127.0.0.1:8001/v1", help="the judge's server")
-    judge.add_argument("--judge_key_file", help="file with its key (default: $OPENAI_API_KEY, if set)")
-    judge.add_argument("--judge_wait", type=parse_seconds, default=60.0,
-                       help="seconds without reply until it counts as gone")
+    add = parser.add_argument_group("--judge (reads text alone; free to change between runs)").add_argument
+    add("--judge", choices=("none", *KINDS), default="none",
+        help="map: which option a reply means; grade: is it the gold answer")
+    add("--judge_model", help="the server's name for the judge")
+    add("--judge_base_url", default="http://127.0.0.1:8001/v1", help="the judge's server")
+    add("--judge_key_file", help="file with its key (default: $OPENAI_API_KEY, if set)")
+    add("--judge_wait", type=parse_seconds, default=60.0,
+        help="seconds without reply until it counts as gone")
     return check_args(parser, parser.parse_args(argv))
 
 
@@ -367,7 +339,6 @@ def tabulate_files(args: argparse.Namespace) -> dict:
 
 
 def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> dict:
-    """Show the first prompt; return the length of the longest."""
     from utils.qwen import load_processors
 
     tokenizer = None if args.backend == "openai" else load_processors(args.model)[0]
@@ -396,8 +367,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(json.dumps(show_prompt(items, protocol, args)))
         return 0
-    answers = answer_and_judge(items, protocol, spec, args)
-    if answers is None:
+    if args.fresh:
+        move_aside(Path(f"{args.output}.run"), rank_world()[1])
+    with open_judge(args) as judge:
+        answers = adopt(items, args) if args.responses else answer(items, protocol, spec, args)
+        if answers and judge:
+            add_verdicts(judge, answers.items, answers.results)
+    if answers and args.shuffle_options:
+        answers.results = list(map(as_published, answers.items, answers.results))
+    if answers is None:  # other processes are not done
         print(f"process {rank_world()[0]}: its share is done; the last to finish writes {args.output}",
               file=sys.stderr)
         return 0

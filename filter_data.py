@@ -93,7 +93,6 @@ class Verdict:
 
 # ---- rules
 def read_input(path: str, limit: int | None) -> list[dict]:
-    """Read the rows of stage 1."""
     rows = read_rows(path, INPUT_FIELDS, limit, "rewrite_captions.py writes it")
     for row in rows:
         check_own(f"{path}: id {row['id']!r}", row)
@@ -184,7 +183,6 @@ def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace) -> 
 
 # ---- output
 def count_verdicts(rows: list[dict], verdicts: list[Verdict]) -> dict:
-    """Return counts over all rows and by subset, of each row's first reason."""
     outcomes = ("rule", "judge", "error", "kept")
     subsets = defaultdict(lambda: dict.fromkeys(("in", *outcomes), 0) | {"reasons": Counter()})
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -268,7 +266,6 @@ def share_rows(shares: dict[str, dict | None]) -> list[list[str]]:
 
 
 def export(rows: list[dict], verdicts: list[Verdict], output: str, faults: dict | None) -> dict:
-    """Write the kept rows and every verdict; return the counts."""
     write_rows(f"{output}.run/verdicts.jsonl", (
         {"id": row["id"], "subset": row["subset"], "keep": verdict.stage is None, "stage": verdict.stage,
          "reasons": verdict.reasons, "detail": verdict.detail, "judge": verdict.judge}
@@ -289,12 +286,13 @@ def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str])
 # ---- the stage
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--input", required=True, help="JSONL written by rewrite_captions.py")
+    add = parser.add_argument
+    add("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)
-    parser.add_argument("--keep_unclear", action="store_true", help="keep rows whose values do not compare")
-    parser.add_argument("--calibrate", metavar="TRUTH",
-                        help='JSONL {"id", "bad": null or a kind}: how well are these faults found?')
-    parser.add_argument("--rules_only", action="store_true", help="use no model: keep what passes the rules")
+    add("--keep_unclear", action="store_true", help="keep rows whose values do not compare")
+    add("--calibrate", metavar="TRUTH",
+        help='JSONL {"id", "bad": null or a kind}: how well are these faults found?')
+    add("--rules_only", action="store_true", help="use no model: keep what passes the rules")
     return parser.parse_args(argv)
 
 

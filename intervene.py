@@ -277,37 +277,35 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
     add_model_flags(parser)
-    parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
-    parser.add_argument("--output", required=True, help="records JSONL to write")
-    parser.add_argument("--conditions", nargs="+", default=["paper"], metavar="NAME",
-                        help="paper, standard (what critiques ask), full, maps (sweeps), or names, with a "
-                             f"number where they take one; latents: {', '.join(CONDITIONS)}; text: "
-                             f"{', '.join(TEXT_CONDITIONS)}")
-    parser.add_argument("--calibration", type=parse_count, default=32,
-                        help="first items, not analysed, whose clean latents give tau and means")
-    parser.add_argument("--stem", help="text that options are scored behind (R0); by default the clean "
-                        f"reply's own words on the way to its box, for latents \" {STEM}\"")
-    parser.add_argument("--prior", choices=("none", "question"), default="none",
-                        help="question: from an option's log-probability take the one after the same stem "
-                             "without image and imagination (PMI)")
-    parser.add_argument("--margin", type=parse_number(1e-6, 0.999, float), default=0.05,
-                        help="equivalence margin, a share of items; choose it before the run")
-    parser.add_argument("--margin_nll", type=parse_number(1e-6, 100, float), default=0.05,
-                        help="the same of R0 and R1, nats")
-    parser.add_argument("--min_emitters", type=parse_count, default=50,
-                        help="fewest effective groups of items with an imagination for an effect "
-                             "(items without groups count one each)")
-    parser.add_argument("--rows", type=parse_count, default=64, help="rows decoded side by side")
-    parser.add_argument("--temperature", type=parse_temperature, default=0.0,
-                        help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
-    parser.add_argument("--editor_model", help="model of directed_llm, as its server names it")
-    parser.add_argument("--editor_url", default="http://127.0.0.1:8000/v1",
-                        help="its OpenAI-compatible server")
-    parser.add_argument("--api_key_file", help="file with its key (default: OPENAI_API_KEY)")
-    parser.add_argument("--limit", type=parse_count, help="analyse only N items after calibration")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="show a prompt, count decodings and plan; writes nothing")
+    add("--items", required=True, help="items JSONL from evaluate.py --prepare")
+    add("--output", required=True, help="records JSONL to write")
+    add("--conditions", nargs="+", default=["paper"], metavar="NAME",
+        help="paper, standard (what critiques ask), full, maps (sweeps), or names, with a "
+             f"number where they take one; latents: {', '.join(CONDITIONS)}; text: "
+             f"{', '.join(TEXT_CONDITIONS)}")
+    add("--calibration", type=parse_count, default=32,
+        help="first items, not analysed, whose clean latents give tau and means")
+    add("--stem", help="text that options are scored behind (R0); by default the clean "
+        f"reply's own words on the way to its box, for latents \" {STEM}\"")
+    add("--prior", choices=("none", "question"), default="none",
+        help="question: from an option's log-probability take the one after the same stem without image and "
+             "imagination (PMI)")
+    add("--margin", type=parse_number(1e-6, 0.999, float), default=0.05,
+        help="equivalence margin, a share of items; choose it before the run")
+    add("--margin_nll", type=parse_number(1e-6, 100, float), default=0.05, help="the same of R0 and R1, nats")
+    add("--min_emitters", type=parse_count, default=50,
+        help="fewest effective groups of items with an imagination for an effect (items without groups count "
+             "one each)")
+    add("--rows", type=parse_count, default=64, help="rows decoded side by side")
+    add("--temperature", type=parse_temperature, default=0.0,
+        help="0 is greedy; all conditions on an item use the same random numbers (--seed)")
+    add("--editor_model", help="model of directed_llm, as its server names it")
+    add("--editor_url", default="http://127.0.0.1:8000/v1", help="its OpenAI-compatible server")
+    add("--api_key_file", help="file with its key (default: OPENAI_API_KEY)")
+    add("--limit", type=parse_count, help="analyse only N items after calibration")
+    add("--dry_run", action="store_true", help="show a prompt, count decodings and plan; writes nothing")
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args

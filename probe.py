@@ -41,7 +41,7 @@ from utils.cli import Help, add_model_flags, cli, log, parse_count, parse_seed
 from utils.display import plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
-from utils.jsonl import DataError, disk_errors, read_rows, write_json, write_meta, write_rows
+from utils.jsonl import DataError, check_unique, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, probe_blocks, write_report
 
@@ -82,14 +82,12 @@ class Inputs:
 # ---- inputs
 def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
     """Return items by id, each with its "file" and the "root" of its images."""
-    items: dict[str, dict] = {}
+    items, seen = {}, {}
     for path in args.items:
         for item in read_items(path, args.limit, tuple(ANSWER_TYPES)):
             if not item["images"]:
                 raise DataError(f"{path}: {item['id']}: no image; expected at least one")
-            if item["id"] in items:
-                raise DataError(f"{path}: duplicate id {item['id']!r} (first seen in "
-                                f"{items[item['id']]['file']}); expected it once")
+            check_unique(path, item["id"], seen)
             items[item["id"]] = item | {"file": path, "root": args.image_root or str(Path(path).parent)}
     if not items:
         raise DataError(f"{' '.join(args.items)}: no items; expected at least one")
@@ -151,7 +149,6 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
 
 
 def open_store(folder: str | Path, inputs: Inputs) -> States:
-    """Return the store; DataError if it lacks an item."""
     from utils.probe.states import States
     store = States(folder)
     keys = [*inputs.to_decode(), *(item["id"] for items in inputs.edits.values() for item in items)]
@@ -162,7 +159,6 @@ def open_store(folder: str | Path, inputs: Inputs) -> States:
 
 
 def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespace) -> dict:
-    """Measure and draw; return the part of metrics.json about it."""
     from utils.probe.analysis import Analysis, summarise
     from utils.probe.input_edits import measure_edits, split_crossed
     from utils.probe.similarity import LEVEL
@@ -170,8 +166,8 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespac
     output = Path(args.output)
     emitted = [store.records[item["id"]]["emitted"] for item in inputs.chosen]
     instances = [item for item, imagined in zip(inputs.chosen, emitted) if imagined]
-    interval_of_share = share_interval(emitted, list(map(group_of, inputs.chosen)), LEVEL)
-    metrics = {"emission": {"k": len(instances), "n": len(emitted), "ci": interval_of_share}}
+    interval = share_interval(emitted, list(map(group_of, inputs.chosen)), LEVEL)
+    metrics = {"emission": {"k": len(instances), "n": len(emitted), "ci": interval}}
     if inputs.edits:
         metrics["edits"] = measure_edits(store, inputs.edits, args.seed)
     if len(instances) >= 4:  # two in each half
@@ -214,28 +210,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(task="report")
         return parser.parse_args(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
     add_model_flags(parser)
-    parser.add_argument("--items", nargs="+", required=True,
-                        help="items JSONL from evaluate.py --prepare")
-    parser.add_argument("--probe_items", help="JSONL of questions to be answered without the image")
-    parser.add_argument("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
-                        help="capture states, analyse the store, ask the probe items, or all three")
-    parser.add_argument("--store", help="folder of the states (default: <output>/states)")
-    parser.add_argument("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
-                        help="how the image is kept from the probe questions")
-    parser.add_argument("--reader", help="another checkpoint that answers from what --model imagined")
-    parser.add_argument("--stem", default=STEM, help="text that R0 scores options behind")
-    parser.add_argument("--circular", action="store_true", help="ask once per rotation of the options")
-    parser.add_argument("--crossed", type=parse_count, nargs=2, metavar=("A", "B"),
-                        help="images x questions to cross")
-    parser.add_argument("--edits", nargs="+", choices=("all", *EDITS), default=[],
-                        help="changes of the instances' inputs")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--n_items", type=parse_count, default=100,
-                        help="instances compared, evenly spread over the files")
-    parser.add_argument("--limit", type=parse_count, help="read only the first N items and probe items")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="show a prompt and count decodings; writes nothing")
+    add("--items", nargs="+", required=True, help="items JSONL from evaluate.py --prepare")
+    add("--probe_items", help="JSONL of questions to be answered without the image")
+    add("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
+        help="capture states, analyse the store, ask the probe items, or all three")
+    add("--store", help="folder of the states (default: <output>/states)")
+    add("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
+        help="how the image is kept from the probe questions")
+    add("--reader", help="another checkpoint that answers from what --model imagined")
+    add("--stem", default=STEM, help="text that R0 scores options behind")
+    add("--circular", action="store_true", help="ask once per rotation of the options")
+    add("--crossed", type=parse_count, nargs=2, metavar=("A", "B"), help="images x questions to cross")
+    add("--edits", nargs="+", choices=("all", *EDITS), default=[], help="changes of the instances' inputs")
+    add("--output", required=True, help="folder to write")
+    add("--n_items", type=parse_count, default=100, help="instances compared, evenly spread over the files")
+    add("--limit", type=parse_count, help="read only the first N items and probe items")
+    add("--dry_run", action="store_true", help="show a prompt and count decodings; writes nothing")
     parser.set_defaults(task="probe")
     if argv and not argv[0].startswith("-"):
         parser.error(f"{argv[0]!r}: expected derive, report, or flags")
@@ -250,16 +242,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def parse_derive_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="probe.py derive", description=DERIVE, formatter_class=Help)
-    parser.add_argument("--items", required=True, help="items JSONL from evaluate.py --prepare")
+    add = parser.add_argument
+    add("--items", required=True, help="items JSONL from evaluate.py --prepare")
     add_call_flags(parser, max_new_tokens=1536)
-    parser.add_argument("--questions", type=parse_count, default=3, help="candidates per source")
-    parser.add_argument("--answer_model", help="the model that answers the candidates (default: --model)")
-    parser.add_argument("--answer_backend", choices=("local", "openai"),
-                        help="the backend of --answer_model (default: --backend)")
-    parser.add_argument("--answer_base_url", help="the server of --answer_model (default: --base_url)")
-    parser.add_argument("--drop_blind", action="store_true",
-                        help="drop questions answered right without the image")
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of the orders of options")
+    add("--questions", type=parse_count, default=3, help="candidates per source")
+    add("--answer_model", help="the model that answers the candidates (default: --model)")
+    add("--answer_backend", choices=("local", "openai"),
+        help="the backend of --answer_model (default: --backend)")
+    add("--answer_base_url", help="the server of --answer_model (default: --base_url)")
+    add("--drop_blind", action="store_true", help="drop questions answered right without the image")
+    add("--seed", type=parse_seed, default=0, help="of the orders of options")
     parser.set_defaults(task="derive")
     args = parser.parse_args(argv)
     if (args.answer_backend or args.answer_base_url) and not args.answer_model:
@@ -300,7 +292,6 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: argparse.Namespace) -
 
 
 def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Namespace) -> dict:
-    """Do the stages of --stage, write the metrics and return them."""
     from utils.probe.similarity import LEVEL
     from utils.qwen import load_with
     began, output, qwen = time.monotonic(), Path(args.output), None

@@ -123,7 +123,6 @@ class Sample:
 
 # ---- samples
 def read_samples(args: argparse.Namespace) -> list[Sample]:
-    """Read and convert the inputs in order; DataError for a duplicate id."""
     operations = OPERATIONS | dict(args.operation)
     chains = islice(read_chains(args.input), args.limit)
     samples = [make_sample(where, row, fault, operations) for _, where, row, fault in chains]
@@ -237,7 +236,6 @@ def reject_repeated(samples: list[Sample], at_most: int) -> None:
 
 # ---- refinement
 def make_segments(steps: list[dict]) -> tuple[list[Segment], str]:
-    """Return (segments, final sentence) of captioned steps."""
     before, final = split_final(steps[-1]["text"])
     segments = [Segment("observation", step["caption"]) if "image" in step
                 else Segment("text", step["text"].strip()) for step in steps[:-1]]
@@ -342,7 +340,6 @@ def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> 
 
 
 def export(samples: list[Sample], args: argparse.Namespace) -> dict:
-    """Write the rewritten and the rejected rows in input order; return the counts."""
     reject_repeated(samples, args.max_same_caption)
     kept = [sample.row for sample in accepted(samples)]
     rejected = [{"id": sample.row["id"], "subset": sample.row["subset"], "reason": sample.reason,
@@ -385,14 +382,14 @@ def parse_operation(text: str) -> tuple[str, str]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--input", required=True, nargs="+", help="one or more files, read in this order")
+    add = parser.add_argument
+    add("--input", required=True, nargs="+", help="one or more files, read in this order")
     add_call_flags(parser, max_new_tokens=512)
-    parser.add_argument("--operation", type=parse_operation, action="append", default=[],
-                        metavar="SUBSET=zoom|draw",
-                        help="the operation of another data set; repeatable")
-    parser.add_argument("--no_refine", action="store_true", help="join captions and texts without refinement")
-    parser.add_argument("--max_same_caption", type=parse_count, default=20,
-                        help="reject a caption that more different images have")
+    add("--operation", type=parse_operation, action="append", default=[], metavar="SUBSET=zoom|draw",
+        help="the operation of another data set; repeatable")
+    add("--no_refine", action="store_true", help="join captions and texts without refinement")
+    add("--max_same_caption", type=parse_count, default=20,
+        help="reject a caption that more different images have")
     return parser.parse_args(argv)
 
 

@@ -81,9 +81,8 @@ def parse_data(text: str) -> tuple[str, float]:
 
 def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
     """Return the rows of all --data files, and {id: number of its file}."""
-    chains = read_chains(args.data, args.limit, "filter_data.py writes it")
     rows, file_of = [], {}
-    for number, _, row, fault in chains:
+    for number, _, row, fault in read_chains(args.data, args.limit, "filter_data.py writes it"):
         rows.append(prepare_row(row, fault, args))
         file_of[row["id"]] = number
     if not rows:
@@ -110,7 +109,6 @@ def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
 
 
 def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """Return (training rows, held-out rows), drawn by --seed."""
     if args.validation_rows >= len(examples):
         raise DataError(f"{len(examples)} usable rows, of which --validation_rows {args.validation_rows} are "
                         "held out: none is left to train on")
@@ -173,7 +171,6 @@ def marked(tools: Qwen, example: Example) -> str:
 
 def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
               args: argparse.Namespace) -> None:
-    """Log the first rows, the plan and the memory per device."""
     from utils.train.batching import device_memory, estimate_memory, memory_lines
     from utils.train.loop import warmup_length
     from utils.train.model import CHUNK
@@ -279,75 +276,69 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--data", nargs="+", required=True, type=parse_data, metavar="FILE[:WEIGHT]",
-                        help="JSONL files of rows; an epoch has WEIGHT (1) times the rows of the file")
-    parser.add_argument("--image_root", default=".", help="folder of the images")
-    parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
-    parser.add_argument("--output", required=True, help="folder of the trained checkpoint; it must not exist")
-    parser.add_argument("--imagination", choices=IMAGINATIONS, default="text",
-                        help="the training target; see above")
-    parser.add_argument("--turns", choices=("all", "last"), default="all",
-                        help="the replies of a conversation that are trained; the others are its prompt")
-    parser.add_argument("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
-    parser.add_argument("--latent_size", type=parse_number(1, 16384),
-                        help="latents per image (default: the family's)")
-    parser.add_argument("--token_init", nargs="+", metavar="TEXT",
-                        help="latents' tokens that the base lacks begin as the mean of this text's tokens, "
-                             "or each of its own text's (default: the mean of all tokens)")
-    parser.add_argument("--align_weight", type=parse_number(0, 10**6, float), default=10.0,
-                        help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
-    parser.add_argument("--align_loss", choices=("cosine", "mse"), default="cosine",
-                        help="cosine (Mirage) or mse (LVR)")
-    parser.add_argument("--epochs", type=parse_count, default=4, help="passes over the rows")
-    parser.add_argument("--max_steps", type=parse_count, help="optimizer steps in all (overrides --epochs)")
-    parser.add_argument("--global_batch", type=parse_count, default=128,
-                        help="rows per optimizer step, whatever the number of GPUs")
-    parser.add_argument("--max_tokens", type=parse_count, default=8192,
-                        help="tokens that a device runs at once")
-    parser.add_argument("--learning_rate", type=parse_number(1e-12, 1000, float), default=1e-5,
-                        help="rate after the warm-up")
-    parser.add_argument("--warmup_steps", type=parse_warmup, default=10,
-                        help="optimizer steps of linear warm-up; below 1: their share of the run; 0: none")
-    parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
-                        help="decay after the warm-up")
-    parser.add_argument("--min_rate", type=parse_number(0, 1, float), default=0.0,
-                        help="share of --learning_rate that the decay ends at")
-    parser.add_argument("--weight_decay", type=parse_number(0, 1000, float), default=0.01,
-                        help="AdamW's, on matrices only; 0: none")
-    parser.add_argument("--clip", type=parse_number(0, 10**12, float), default=1.0,
-                        help="largest norm of the gradient; 0: any")
-    parser.add_argument("--spike", type=parse_number(0, 1000, float), default=2.0,
-                        help="nats above the median of 50 steps at which a loss stops the run; 0: never")
-    parser.add_argument("--train_vision", nargs="?", const="all", choices=("all", "merger", "merger_only"),
-                        help="also train the vision tower, which the paper freezes, or of it the merger; "
-                             "merger_only: the merger and no language model (default: none; alone: all)")
-    parser.add_argument("--merger_learning_rate", type=parse_number(1e-12, 1000, float),
-                        help="the merger's rate after the warm-up (default: --learning_rate)")
-    parser.add_argument("--lora_rank", type=parse_number(0, 4096), default=0,
-                        help="train LoRA of this rank, and latents' tokens, and merge it "
-                             "(use --learning_rate 1e-4)")
-    parser.add_argument("--recompute", choices=RECOMPUTED,
-                        help="activations recomputed in the backward pass; mlps is faster and takes more "
-                             "memory (default: none on a CPU, else layers)")
-    parser.add_argument("--image_tokens", type=parse_count, default=2000,
-                        help="visual tokens per row above which images are scaled down")
-    parser.add_argument("--tokens_per_image", type=parse_count, default=1280,
-                        help="largest size of one of these images (Monet)")
-    parser.add_argument("--system", help="system prompt (default: the row's, or the chat template's)")
-    parser.add_argument("--validation_rows", type=parse_number(0), default=0,
-                        help="rows held out to choose the best checkpoint")
-    parser.add_argument("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
-    parser.add_argument("--save_every", type=parse_count, default=250, help="steps between checkpoints")
-    parser.add_argument("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
-    parser.add_argument("--num_workers", type=parse_number(0, 256), default=2,
-                        help="processes that prepare batches; 0: the training process")
-    parser.add_argument("--seed", type=parse_seed, default=42,
-                        help="of the order of rows and of the rows held out")
-    parser.add_argument("--limit", type=parse_count, help="only the first N rows of each file")
-    parser.add_argument("--skip_bad", metavar="JSONL",
-                        help="leave out rows that cannot be trained on, after opening every image, and write "
-                             "them here with their reasons; without it they stop the run")
-    parser.add_argument("--dry_run", action="store_true", help="check rows and images; train nothing")
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, type=parse_data, metavar="FILE[:WEIGHT]",
+        help="JSONL files of rows; an epoch has WEIGHT (1) times the rows of the file")
+    add("--image_root", default=".", help="folder of the images")
+    add("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="checkpoint to start from")
+    add("--output", required=True, help="folder of the trained checkpoint; it must not exist")
+    add("--imagination", choices=IMAGINATIONS, default="text", help="the training target; see above")
+    add("--turns", choices=("all", "last"), default="all",
+        help="the replies of a conversation that are trained; the others are its prompt")
+    add("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
+    add("--latent_size", type=parse_number(1, 16384), help="latents per image (default: the family's)")
+    add("--token_init", nargs="+", metavar="TEXT",
+        help="latents' tokens that the base lacks begin as the mean of this text's tokens, or each of its "
+             "own text's (default: the mean of all tokens)")
+    add("--align_weight", type=parse_number(0, 10**6, float), default=10.0,
+        help="of the alignment, to 1 of the cross-entropy (Mirage: 10, then 0)")
+    add("--align_loss", choices=("cosine", "mse"), default="cosine", help="cosine (Mirage) or mse (LVR)")
+    add("--epochs", type=parse_count, default=4, help="passes over the rows")
+    add("--max_steps", type=parse_count, help="optimizer steps in all (overrides --epochs)")
+    add("--global_batch", type=parse_count, default=128,
+        help="rows per optimizer step, whatever the number of GPUs")
+    add("--max_tokens", type=parse_count, default=8192, help="tokens that a device runs at once")
+    add("--learning_rate", type=parse_number(1e-12, 1000, float), default=1e-5, help="rate after the warm-up")
+    add("--warmup_steps", type=parse_warmup, default=10,
+        help="optimizer steps of linear warm-up; below 1: their share of the run; 0: none")
+    add("--schedule", choices=("linear", "cosine", "constant"), default="linear",
+        help="decay after the warm-up")
+    add("--min_rate", type=parse_number(0, 1, float), default=0.0,
+        help="share of --learning_rate that the decay ends at")
+    add("--weight_decay", type=parse_number(0, 1000, float), default=0.01,
+        help="AdamW's, on matrices only; 0: none")
+    add("--clip", type=parse_number(0, 10**12, float), default=1.0,
+        help="largest norm of the gradient; 0: any")
+    add("--spike", type=parse_number(0, 1000, float), default=2.0,
+        help="nats above the median of 50 steps at which a loss stops the run; 0: never")
+    add("--train_vision", nargs="?", const="all", choices=("all", "merger", "merger_only"),
+        help="also train the vision tower, which the paper freezes, or of it the merger; merger_only: the "
+             "merger and no language model (default: none; alone: all)")
+    add("--merger_learning_rate", type=parse_number(1e-12, 1000, float),
+        help="the merger's rate after the warm-up (default: --learning_rate)")
+    add("--lora_rank", type=parse_number(0, 4096), default=0,
+        help="train LoRA of this rank, and latents' tokens, and merge it (use --learning_rate 1e-4)")
+    add("--recompute", choices=RECOMPUTED,
+        help="activations recomputed in the backward pass; mlps is faster and takes more memory (default: "
+             "none on a CPU, else layers)")
+    add("--image_tokens", type=parse_count, default=2000,
+        help="visual tokens per row above which images are scaled down")
+    add("--tokens_per_image", type=parse_count, default=1280,
+        help="largest size of one of these images (Monet)")
+    add("--system", help="system prompt (default: the row's, or the chat template's)")
+    add("--validation_rows", type=parse_number(0), default=0,
+        help="rows held out to choose the best checkpoint")
+    add("--eval_every", type=parse_count, default=50, help="steps between held-out losses")
+    add("--save_every", type=parse_count, default=250, help="steps between checkpoints")
+    add("--keep", type=parse_count, default=2, help="checkpoints kept to resume from")
+    add("--num_workers", type=parse_number(0, 256), default=2,
+        help="processes that prepare batches; 0: the training process")
+    add("--seed", type=parse_seed, default=42, help="of the order of rows and of the rows held out")
+    add("--limit", type=parse_count, help="only the first N rows of each file")
+    add("--skip_bad", metavar="JSONL",
+        help="leave out rows that cannot be trained on, after opening every image, and write them here with "
+             "their reasons; without it they stop the run")
+    add("--dry_run", action="store_true", help="check rows and images; train nothing")
     args = parser.parse_args(argv)
     if args.lora_rank and args.train_vision == "merger_only":
         parser.error("--lora_rank and --train_vision merger_only exclude each other")

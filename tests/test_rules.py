@@ -215,8 +215,8 @@ def test_every_file_named_is_in_the_repository(name):
 def flags_of(name: str) -> dict[str, dict[str, ast.expr]]:
     """Return {flag: keywords} of the add_argument calls in a file; positional arguments are left out."""
     return {call.args[0].value: {keyword.arg: keyword.value for keyword in call.keywords}
-            for call in nodes(name, ast.Call) if isinstance(call.func, ast.Attribute)
-            and call.func.attr == "add_argument" and call.args[0].value.startswith("--")}
+            for call in nodes(name, ast.Call) if ast.unparse(call.func) in ("add", "parser.add_argument")
+            and call.args[0].value.startswith("--")}
 
 
 FLAGS = sorted({flag for name in [*SCRIPTS, *MODULES] for flag in flags_of(name)})

@@ -32,43 +32,46 @@ def parse_object(text: str) -> dict:
 
 
 def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument("--output", required=True, help="JSONL to write; <output>.run/ holds the journal")
-    parser.add_argument("--image_root", required=True, help="folder of the images, which paths may not leave")
-    parser.add_argument("--model", default="Qwen/Qwen3-VL-4B-Instruct", help="folder, hub or server's name")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=max_new_tokens,
-                        help="length of a reply; a longer one is asked for again with twice as many")
-    parser.add_argument("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area of an image")
-    parser.add_argument("--prompts", help="JSON object of prompts that replace those of the script")
-    parser.add_argument("--limit", type=parse_count, help="only the first N samples")
-    parser.add_argument("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
-    parser.add_argument("--export_only", action="store_true", help="write the output without calls")
+    add = parser.add_argument
+    add("--output", required=True, help="JSONL to write; <output>.run/ holds the journal")
+    add("--image_root", required=True, help="folder of the images, which paths may not leave")
+    add("--model", default="Qwen/Qwen3-VL-4B-Instruct", help="folder, hub or server's name")
+    add("--max_new_tokens", type=parse_count, default=max_new_tokens,
+        help="length of a reply; a longer one is asked for again with twice as many")
+    add("--max_pixels", type=parse_count, default=1280 * 28 * 28, help="area of an image")
+    add("--prompts", help="JSON object of prompts that replace those of the script")
+    add("--limit", type=parse_count, help="only the first N samples")
+    add("--dry_run", action="store_true", help="show prompts and count calls; writes nothing")
+    add("--export_only", action="store_true", help="write the output without calls")
     add_journal_flags(parser)
-    parser.add_argument("--shard", type=parse_shard, metavar="I/N", help="every Nth sample from the Ith on")
-    parser.add_argument("--backend", choices=("local", "openai"), default="local", help="openai: a server")
-    local = parser.add_argument_group("--backend local (free to change between restarts)")
-    local.add_argument("--batch_size", type=parse_count, default=16, help="calls per batch, at most")
-    local.add_argument("--batch_tokens", type=parse_count, default=32768, help="tokens per batch, at most")
+    add("--shard", type=parse_shard, metavar="I/N", help="every Nth sample from the Ith on")
+    add = parser.add_argument_group("--backend local (free to change between restarts)").add_argument
+    add("--batch_size", type=parse_count, default=16, help="calls per batch, at most")
+    add("--batch_tokens", type=parse_count, default=32768, help="tokens per batch, at most")
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
 
 
 def add_journal_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--retry_errors", action="store_true", help="ask again where a call failed before")
-    parser.add_argument("--no_guard", action="store_true", help="continue however many calls fail")
+    add = parser.add_argument
+    add("--retry_errors", action="store_true", help="ask again where a call failed before")
+    add("--no_guard", action="store_true", help="continue however many calls fail")
     add_fresh_flag(parser)
 
 
 def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
-    server = parser.add_argument_group(title)
-    server.add_argument("--base_url", default="http://127.0.0.1:8000/v1", help="is waited for while down")
-    server.add_argument("--concurrency", type=parse_count, default=64, help="calls at a time")
-    server.add_argument("--timeout", type=parse_seconds, default=300.0, help="seconds until a call is lost")
-    server.add_argument("--server_wait", type=parse_seconds, default=1800, help="seconds without any reply")
-    server.add_argument("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
-    server.add_argument("--temperature", type=parse_temperature, default=0.0, help="0: greedy")
-    server.add_argument("--image_factor", type=parse_count, default=image_factor,
-                        help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
-    server.add_argument("--extra_body", type=parse_object, default={}, metavar="JSON",
-                        help="more fields of every request; null leaves a field out")
+    add = parser.add_argument
+    add("--backend", choices=("local", "openai"), default="local", help="openai: a server")
+    add = parser.add_argument_group(title).add_argument
+    add("--base_url", default="http://127.0.0.1:8000/v1", help="is waited for while down")
+    add("--concurrency", type=parse_count, default=64, help="calls at a time")
+    add("--timeout", type=parse_seconds, default=300.0, help="seconds until a call is lost")
+    add("--server_wait", type=parse_seconds, default=1800, help="seconds without any reply")
+    add("--api_key_file", help="file with the key (default: $OPENAI_API_KEY, if set)")
+    add("--temperature", type=parse_temperature, default=0.0, help="0: greedy")
+    add("--image_factor", type=parse_count, default=image_factor,
+        help="side of a visual token in pixels: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
+    add("--extra_body", type=parse_object, default={}, metavar="JSON",
+        help="more fields of every request; null leaves a field out")
 
 
 def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:

@@ -81,22 +81,28 @@ def add_fresh_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="move an earlier run's journal aside first")
 
 
+def add_latent_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--latent", choices=("off", *sorted(PRESETS)), default="off",
+        help="family of the latent tokens; off: text imaginations")
+    add("--force_start", action="store_true",
+        help="replies begin with the start of latents: another policy than the model's")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on a GPU, else float32")
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--latent", choices=("off", *sorted(PRESETS)), default="off",
-                        help="family of the latent tokens; off: text imaginations")
-    parser.add_argument("--force_start", action="store_true",
-                        help="replies begin with the start of latents: another policy than the model's")
-    parser.add_argument("--image_root", help="folder of the images (default: that of the items file)")
-    parser.add_argument("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
-    parser.add_argument("--suffix", default="", help="text after the question")
-    parser.add_argument("--max_new_tokens", type=parse_count, default=1024, help="a reply's, with latents")
-    parser.add_argument("--batch_size", type=parse_count, default=8, help="items per batch, with donors")
-    parser.add_argument("--max_pixels", type=parse_count, help="area to which an image is shrunk")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of all random numbers")
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder or hub name")
+    add_latent_flags(parser)
+    add("--image_root", help="folder of the images (default: that of the items file)")
+    add("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
+    add("--system", help="system prompt (default: the chat template's own)")
+    add("--suffix", default="", help="text after the question")
+    add("--max_new_tokens", type=parse_count, default=1024, help="a reply's, with latents")
+    add("--batch_size", type=parse_count, default=8, help="items per batch, with donors")
+    add("--max_pixels", type=parse_count, help="area to which an image is shrunk")
+    add("--seed", type=parse_seed, default=0, help="of all random numbers")
     add_fresh_flag(parser)
 
 

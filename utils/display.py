@@ -48,7 +48,6 @@ def nats(mean: float, pair: list[float]) -> str:
 
 
 def share_cell(share: dict) -> str:
-    """Return a share with its count and interval."""
     return f"{percent(share['share'])} of {share['n']} ({interval(share['ci95'])})"
 
 

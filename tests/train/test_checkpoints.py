@@ -132,13 +132,13 @@ def test_an_error_of_the_disk_reaches_the_training(tmp_path):
 
 def test_the_best_is_kept_and_the_rest_removed_after_the_checkpoint(tmp_path):
     run, entered = Run(), []
-    assert Run.from_state(json.loads(json.dumps(asdict(run)))) == run
+    assert Run.from_state(json.loads(json.dumps(asdict(run))), "state.json") == run
     for run.step, loss in {1: 0.5, 2: 0.3, 3: 0.9, 4: 0.3}.items():
         entered.append(run.is_best(loss))
         publish(tmp_path / f"best-{run.step}", os.mkdir)
         write(tmp_path, run.step)
     assert entered == [True, True, False, False] and run.best == Best(0.3, 2)
-    assert Run.from_state(json.loads(json.dumps(asdict(run)))) == run
+    assert Run.from_state(json.loads(json.dumps(asdict(run))), "state.json") == run
     with pytest.raises(DataError, match="step-4: written by another version .*move the .run folder away"):
         Run.from_state({"step": 4, "best": [[0.3, 2]], "recent": []}, "step-4")
     prune(tmp_path, 1, run.best.step)

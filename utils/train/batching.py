@@ -64,7 +64,6 @@ class Steps(torch.utils.data.Dataset):
 
     @lru_cache(4)  # called for every micro-batch, and shuffling is slow for a hundred thousand rows
     def order(self, epoch: int) -> list[int]:
-        """Return the rows of an epoch, in order."""
         seed = self.batching.seed
         order = [i for n, (rows, weight) in enumerate(zip(self.files, self.weights, strict=True))
                  for i in draw_rows(rows, weight, epoch, f"{seed}/{n}")]
@@ -112,7 +111,6 @@ class Steps(torch.utils.data.Dataset):
             balance=sum(lengths) / sum(self.world * max(rank_loads) for rank_loads in loads))
 
     def ahead(self, first: int, last: int) -> Iterator[dict]:
-        """Return the micro-batches of steps first to last - 1."""
         places = ((step, k) for step in range(first, last) for k in range(len(self.plan(step))))
         workers = self.batching.num_workers
         for micro in torch.utils.data.DataLoader(

@@ -51,7 +51,7 @@ class Run:
         return self.best.step == self.step
 
     @classmethod
-    def from_state(cls, state: dict, where: object = STATE) -> "Run":
+    def from_state(cls, state: dict, where: object) -> "Run":
         try:
             return cls(state["step"], state["best"] and Best(**state["best"]), state["recent"])
         except (KeyError, TypeError) as error:
