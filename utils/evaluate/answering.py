@@ -123,7 +123,7 @@ def is_turn(record: dict) -> bool:
 
 
 def answer_all(system: Local | Served, conversations: list[Conversation], journal: Journal, rank: int,
-               world: int, guarded: bool) -> bool:
+               world: int, guarded: bool = False) -> bool:
     """Answer this process's share and end every conversation; return whether the others have done theirs."""
     guard = Guard(guarded)
     batches = system.batches(conversations, rank, world)
