@@ -29,10 +29,10 @@ server failed on, is an error: it is not scored, and "headline" is null. Re-run 
 resume. Under torchrun the last process to finish writes the results of all. Exit codes: 0 complete, 2 usage,
 settings or damage, 3 complete with errors, 4 no server answers or too many calls fail, 130 interrupted.
 """
-import argparse
 import json
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ JUDGE_MAX_TOKENS = 1024  # of a judge's reply, its thoughts included
 
 
 # ---- items
-def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
+def find_items(args: Namespace) -> tuple[list[dict], str]:
     """Return the items and their file; set --image_root."""
     path = args.items
     if args.benchmark:
@@ -85,14 +85,13 @@ def find_items(args: argparse.Namespace) -> tuple[list[dict], str]:
     return items, path
 
 
-def find_protocol(args: argparse.Namespace) -> Protocol:
+def find_protocol(args: Namespace) -> Protocol:
     given = {name: getattr(args, name) for name in ("system", "min_pixels", "max_pixels", "suffix")}
     return replace(PROTOCOLS[args.protocol], **{k: value for k, value in given.items() if value is not None})
 
 
 # ---- who answers, who judges
-def open_system(args: argparse.Namespace, protocol: Protocol,
-                spec: LatentSpec | None) -> tuple[Local | Served, dict]:
+def open_system(args: Namespace, protocol: Protocol, spec: LatentSpec | None) -> tuple[Local | Served, dict]:
     """Return the model that answers and its identity (its weights, not its name alone)."""
     if args.backend == "openai":
         if protocol.max_pixels is None:
@@ -111,7 +110,7 @@ def open_system(args: argparse.Namespace, protocol: Protocol,
 
 
 @contextmanager
-def open_judge(args: argparse.Namespace) -> Iterator[Judge | None]:
+def open_judge(args: Namespace) -> Iterator[Judge | None]:
     """Yield the judge, which has answered a test question before hours of answering; None without one."""
     if args.judge == "none":
         yield None
@@ -126,7 +125,7 @@ def open_judge(args: argparse.Namespace) -> Iterator[Judge | None]:
         yield judge
 
 
-def open_conversations(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> list[Conversation]:
+def open_conversations(items: list[dict], protocol: Protocol, args: Namespace) -> list[Conversation]:
     hashes, seed = {}, args.seed if args.temperature else 0
     return [Conversation(item, protocol, args.image_root, args.method, hashes, sample, seed)
             for item in items for sample in range(args.samples)]
@@ -144,8 +143,7 @@ class Answers:
     responses: dict | None = None
 
 
-def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
-           args: argparse.Namespace) -> Answers | None:
+def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None, args: Namespace) -> Answers | None:
     """Return the answers of all processes; None if others are not done."""
     conversations = open_conversations(items, protocol, args)
     system, identity = open_system(args, protocol, spec)
@@ -167,7 +165,7 @@ def answer(items: list[dict], protocol: Protocol, spec: LatentSpec | None,
     return Answers([c.item for c in conversations], results, conversations, system.pixels)
 
 
-def adopt(items: list[dict], args: argparse.Namespace) -> Answers:
+def adopt(items: list[dict], args: Namespace) -> Answers:
     """Return the results of replies made elsewhere; an item without one is an error."""
     replies, counts = read_replies(args.responses, items)
     log(", ".join(f"{name} {value}" for name, value in counts.items()))
@@ -177,7 +175,7 @@ def adopt(items: list[dict], args: argparse.Namespace) -> Answers:
 
 
 # ---- results
-def result_of(item: dict, reply: dict, pixels: list[int | None], args: argparse.Namespace) -> dict:
+def result_of(item: dict, reply: dict, pixels: list[int | None], args: Namespace) -> dict:
     rotation = rotation_of(item)
     return {"id": item["id"], "benchmark": item.get("benchmark"), "category": item.get("category"),
             "group_id": group_of(item), "gold": item["answer"]["value"], "n_options": n_options(item),
@@ -192,7 +190,7 @@ def imagination_test(method: str) -> Callable[[dict], bool] | None:
             "tool": lambda record: len(record["turns"]) > 1}.get(method)
 
 
-def measure(answers: Answers, protocol: dict, args: argparse.Namespace) -> dict:
+def measure(answers: Answers, protocol: dict, args: Namespace) -> dict:
     results, test = answers.results, imagination_test(args.method)
     metrics = {**summarize(results, test),
                "categories": {name: summarize(part, test) for name, part in parts_of(results).items()},
@@ -228,7 +226,7 @@ def efficiency(answers: Answers) -> dict:
 
 
 def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentSpec | None, path: str,
-                      args: argparse.Namespace) -> dict:
+                      args: Namespace) -> dict:
     """Return the settings of a run and a line about them; None for what another program chose."""
     settings = {"protocol": args.protocol, "method": args.method, "model": args.model or args.responses,
                 "backend": None if args.responses else args.backend,
@@ -245,8 +243,8 @@ def describe_protocol(answers: Answers, protocol: Protocol | None, spec: LatentS
 
 
 # ---- the stage
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="checkpoint folder, hub name, or the server's name for it")
     add("--items", help="items JSONL")
@@ -293,7 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return check_args(parser, parser.parse_args(argv))
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def check_args(parser: ArgumentParser, args: Namespace) -> Namespace:
     """Refuse contradictions, and set defaults that depend on other flags."""
     if sum(map(bool, (args.items, args.benchmark, args.compare, args.table))) != 1:
         parser.error("expected one of --items, --benchmark, --compare and --table")
@@ -321,7 +319,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
     return args
 
 
-def compare_files(args: argparse.Namespace) -> dict:
+def compare_files(args: Namespace) -> dict:
     result = compare_all(args.compare)
     write_json(args.output, result)
     for part in result.get("comparisons", [result]):
@@ -331,14 +329,14 @@ def compare_files(args: argparse.Namespace) -> dict:
     return result
 
 
-def tabulate_files(args: argparse.Namespace) -> dict:
+def tabulate_files(args: Namespace) -> dict:
     text = make_table(args.table)
     replace_file(args.output, lambda file: file.write(text))
     log(text)
     return {"results": len(args.table), "output": args.output}
 
 
-def show_prompt(items: list[dict], protocol: Protocol, args: argparse.Namespace) -> dict:
+def show_prompt(items: list[dict], protocol: Protocol, args: Namespace) -> dict:
     from utils.qwen import load_processors
 
     tokenizer = None if args.backend == "openai" else load_processors(args.model)[0]

@@ -18,8 +18,8 @@ The judge fills in short values: what is asked and found, seen and stated. Code 
 another choice needs no new call. A row on which the model failed is an error, neither kept nor dropped.
 --calibrate scores the filter on planted faults. Resuming and exit codes are as in rewrite_captions.py.
 """
-import argparse
 import os
+from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -164,7 +164,7 @@ def decide(value: dict, row: dict, keep_unclear: bool) -> list[str]:
     return reasons + [problem for problem in PROBLEMS if problem in value["problems"]]
 
 
-def judge(rows: list[dict], caller: Caller | None, args: argparse.Namespace) -> list[Verdict]:
+def judge(rows: list[dict], caller: Caller | None, args: Namespace) -> list[Verdict]:
     """Return a verdict per row; without `caller`, by rules alone."""
     if caller is None:
         return apply_rules(rows, args.image_root)
@@ -275,7 +275,7 @@ def export(rows: list[dict], verdicts: list[Verdict], output: str, faults: dict 
     return counts if faults is None else counts | {"calibration": calibrate(rows, verdicts, faults)}
 
 
-def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+def preview(rows: list[dict], args: Namespace, prompts: dict[str, str]) -> dict:
     """Show one prompt of each kind; return counts (--dry_run)."""
     verdicts = apply_rules(rows, args.image_root)
     calls = [judge_call(row, verdict, args.image_root, prompts)
@@ -284,8 +284,8 @@ def preview(rows: list[dict], args: argparse.Namespace, prompts: dict[str, str])
 
 
 # ---- the stage
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--input", required=True, help="JSONL written by rewrite_captions.py")
     add_call_flags(parser, max_new_tokens=384)

@@ -33,9 +33,9 @@ interrupted.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Run:
     """What a run works with. `decode(items, images, counterfactuals)` returns {condition: record} for each
     item; `exact`: float32, where a row does not depend on the batch beyond the last bits."""
 
-    args: argparse.Namespace
+    args: Namespace
     journal: Journal
     decode: Callable[[list[dict], list[list], list], list[dict[str, dict]]]
     latent: bool
@@ -162,7 +162,7 @@ def check_guards(name: str, condition: str, clean: dict, record: dict, exact: bo
                         "expected a change")
 
 
-def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, settings: Settings,
+def make_decoder(args: Namespace, qwen: Qwen, spec: LatentSpec | None, settings: Settings,
                  calibration: object, editor: Caller | None) -> Callable:
     """Return what decodes a batch: on latents, or on text where `spec` is None."""
     from utils.intervene.latent_batch import LatentBatch
@@ -177,7 +177,7 @@ def make_decoder(args: argparse.Namespace, qwen: Qwen, spec: LatentSpec | None, 
 
 
 # ---- the run
-def split_items(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+def split_items(args: Namespace) -> tuple[list[dict], list[dict]]:
     """Return (calibration items, analysed items)."""
     n_calibration = args.calibration if args.latent != "off" else 0
     items = read_items(args.items, None if args.limit is None else n_calibration + args.limit)
@@ -196,7 +196,7 @@ def batches_of(items: list[dict], size: int) -> list[list[dict]]:
     return batches
 
 
-def declare(args: argparse.Namespace) -> dict[str, Declared]:
+def declare(args: Namespace) -> dict[str, Declared]:
     """Return the site and the role of every condition, before any is run."""
     is_text, points = args.latent == "off", swept(args.conditions)
     controls, declared = TEXT_CONTROLS if is_text else CONTROLS, {}
@@ -226,7 +226,7 @@ def export(run: Run, items: list[dict]) -> dict[str, dict[str, dict]]:
     return records
 
 
-def plan(args: argparse.Namespace, items: list[dict]) -> dict:
+def plan(args: Namespace, items: list[dict]) -> dict:
     """Return what these items can show at 80 % power, for shares of changed answers. Groups count, not
     items: the data may not show that the items of a group vary on their own."""
     n = effective_groups(list(map(group_of, items)))
@@ -247,7 +247,7 @@ def published_blocks(items: list[dict], metrics: dict) -> list[Block]:
             Table(["condition", "this run", "CapImagine, stage 1", "stage 2", "TRT"], rows)]
 
 
-def open_journal(args: argparse.Namespace) -> Journal:
+def open_journal(args: Namespace) -> Journal:
     folder = Path(f"{args.output}.run")
     if args.fresh:
         move_aside(folder, rank_world()[1])
@@ -255,7 +255,7 @@ def open_journal(args: argparse.Namespace) -> Journal:
     return Journal(folder, {**settings, "items": sha256_file(args.items)})
 
 
-def declared_anew(args: argparse.Namespace, folder: Path) -> dict[str, list]:
+def declared_anew(args: Namespace, folder: Path) -> dict[str, list]:
     """Return {flag: [value of the first start, value now]} of what verdicts have to be declared by."""
     path, now = folder / "declared.json", {name: getattr(args, name) for name in DECLARED}
     if not path.is_file():
@@ -264,7 +264,7 @@ def declared_anew(args: argparse.Namespace, folder: Path) -> dict[str, list]:
     return {name: [first.get(name), value] for name, value in now.items() if first.get(name) != value}
 
 
-def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
+def open_editor(args: Namespace, stack: ExitStack) -> Caller | None:
     """Return the caller of directed_llm, if that is among the conditions."""
     if "directed_llm" not in args.conditions:
         return None
@@ -275,8 +275,8 @@ def open_editor(args: argparse.Namespace, stack: ExitStack) -> Caller | None:
     return make_caller(backend, journal)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add_model_flags(parser)
     add("--items", required=True, help="items JSONL from evaluate.py --prepare")
@@ -311,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Fill in presets and folders; end with a usage error for flags that conflict."""
     presets = TEXT_PRESETS if args.latent == "off" else PRESET_CONDITIONS
     names = [name for word in args.conditions for name in presets.get(word, [word])]

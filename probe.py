@@ -28,10 +28,10 @@ of every image or question and measures how far the imagination moves (`utils.pr
 """
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,8 @@ from utils.journal import move_aside, read_settings
 from utils.jsonl import DataError, check_unique, disk_errors, read_rows, write_json, write_meta, write_rows
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, probe_blocks, write_report
+from utils.probe.similarity import LEVEL
+from utils.stats import share_interval
 
 if TYPE_CHECKING:
     from utils.probe.states import States
@@ -80,7 +82,7 @@ class Inputs:
 
 
 # ---- inputs
-def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
+def read_item_files(args: Namespace) -> dict[str, dict]:
     """Return items by id, each with its "file" and the "root" of its images."""
     items, seen = {}, {}
     for path in args.items:
@@ -94,7 +96,7 @@ def read_item_files(args: argparse.Namespace) -> dict[str, dict]:
     return items
 
 
-def read_probes(args: argparse.Namespace, items: dict[str, dict]) -> list[dict]:
+def read_probes(args: Namespace, items: dict[str, dict]) -> list[dict]:
     probes = read_rows(args.probe_items, PROBE_FIELDS, args.limit) if args.probe_items else []
     for probe in probes:
         if fault := item_fault({**probe, "images": [], "metric": "mcq"}, ("mcq",)):
@@ -118,7 +120,7 @@ def choose(items: list[dict], n_items: int) -> list[dict]:
     return chosen
 
 
-def read_inputs(args: argparse.Namespace) -> Inputs:
+def read_inputs(args: Namespace) -> Inputs:
     from utils.probe.input_edits import cross_items, edit_items
     items = read_item_files(args)
     chosen = choose(list(items.values()), args.n_items)
@@ -129,7 +131,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 # ---- capture, analyse, ask
 def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_steps: int,
-               args: argparse.Namespace) -> Qwen:
+               args: Namespace) -> Qwen:
     """Capture the states that the store lacks; return the model."""
     from utils.probe.input_edits import open_edited
     from utils.probe.states import StateWriter, batched, capture
@@ -158,11 +160,9 @@ def open_store(folder: str | Path, inputs: Inputs) -> States:
     return store
 
 
-def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespace) -> dict:
+def analyse(store: States, inputs: Inputs, n_steps: int, args: Namespace) -> dict:
     from utils.probe.analysis import Analysis, summarise
     from utils.probe.input_edits import measure_edits, split_crossed
-    from utils.probe.similarity import LEVEL
-    from utils.stats import share_interval
     output = Path(args.output)
     emitted = [store.records[item["id"]]["emitted"] for item in inputs.chosen]
     instances = [item for item, imagined in zip(inputs.chosen, emitted) if imagined]
@@ -182,7 +182,7 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: argparse.Namespac
     return metrics
 
 
-def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args: argparse.Namespace) -> dict:
+def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args: Namespace) -> dict:
     """Ask the probe items whose source imagined something; return the metrics."""
     from utils.probe.figures import draw_probing
     from utils.probe.questions import Prober, list_conditions, rotations, score
@@ -199,17 +199,17 @@ def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args
 
 
 # ---- the run
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["derive"]:
         return parse_derive_args(argv[1:])
     if argv[:1] == ["report"]:
-        parser = argparse.ArgumentParser(prog="probe.py report",
-                                         description="Gather the outputs of stages 4 to 6 on one page.")
+        parser = ArgumentParser(prog="probe.py report",
+                                description="Gather the outputs of stages 4 to 6 on one page.")
         parser.add_argument("folder", help="folder with the outputs; report.html is written into it")
         parser.set_defaults(task="report")
         return parser.parse_args(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add_model_flags(parser)
     add("--items", nargs="+", required=True, help="items JSONL from evaluate.py --prepare")
@@ -240,8 +240,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_derive_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="probe.py derive", description=DERIVE, formatter_class=Help)
+def parse_derive_args(argv: list[str]) -> Namespace:
+    parser = ArgumentParser(prog="probe.py derive", description=DERIVE, formatter_class=Help)
     add = parser.add_argument
     add("--items", required=True, help="items JSONL from evaluate.py --prepare")
     add_call_flags(parser, max_new_tokens=1536)
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def preview(inputs: Inputs, spec: LatentSpec | None, args: argparse.Namespace) -> dict:
+def preview(inputs: Inputs, spec: LatentSpec | None, args: Namespace) -> dict:
     """Show a prompt; return the counts of a run (--dry_run)."""
     from utils.probe.questions import list_conditions
     from utils.qwen import load_processors
@@ -291,8 +291,7 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: argparse.Namespace) -
             "decodings_at_most": n_decoded + n_asked * len(list_conditions(spec, args.variants))}
 
 
-def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: argparse.Namespace) -> dict:
-    from utils.probe.similarity import LEVEL
+def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) -> dict:
     from utils.qwen import load_with
     began, output, qwen = time.monotonic(), Path(args.output), None
     with disk_errors(output):

@@ -22,9 +22,9 @@ process makes its share of the calls, and the last one writes the output. Exit c
 settings or damage, 3 complete but the model failed on samples, 4 too many failed calls, or no server answers,
 130 interrupted.
 """
-import argparse
 import os
 import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import islice
@@ -122,7 +122,7 @@ class Sample:
 
 
 # ---- samples
-def read_samples(args: argparse.Namespace) -> list[Sample]:
+def read_samples(args: Namespace) -> list[Sample]:
     operations = OPERATIONS | dict(args.operation)
     chains = islice(read_chains(args.input), args.limit)
     samples = [make_sample(where, row, fault, operations) for _, where, row, fault in chains]
@@ -177,7 +177,7 @@ def apply_rules(samples: list[Sample], root: str, image_journal: Journal | None)
 
 
 # ---- captions
-def caption_calls(sample: Sample, args: argparse.Namespace, prompts: dict[str, str]) -> list[Call]:
+def caption_calls(sample: Sample, args: Namespace, prompts: dict[str, str]) -> list[Call]:
     """Return one call per image step. It shows the region of a zoom, or what a draw made of the first image.
     """
     row, calls = sample.row, []
@@ -207,7 +207,7 @@ def caption_of(call: Call, value: dict) -> str:
     return " ".join(value["caption" if call.kind == "zoom" else "description"].split())
 
 
-def add_captions(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
+def add_captions(samples: list[Sample], caller: Caller, args: Namespace) -> None:
     """Give every image step its caption, or reject the sample."""
     calls = [(sample, call) for sample in accepted(samples)
              for call in caption_calls(sample, args, caller.prompts)]
@@ -314,7 +314,7 @@ def lost_facts(caption: str, refined: str) -> str | None:
     return None
 
 
-def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
+def add_chains(samples: list[Sample], caller: Caller, args: Namespace) -> None:
     """Give every captioned sample its chain, refined if the refinement passes the checks."""
     alive = accepted(samples)
     parts = {sample.row["id"]: make_segments(sample.row["steps"]) for sample in alive}
@@ -333,13 +333,13 @@ def add_chains(samples: list[Sample], caller: Caller, args: argparse.Namespace) 
 
 
 # ---- the stage
-def rewrite(samples: list[Sample], caller: Caller, args: argparse.Namespace) -> None:
+def rewrite(samples: list[Sample], caller: Caller, args: Namespace) -> None:
     apply_rules(samples, args.image_root, caller.images)
     add_captions(samples, caller, args)
     add_chains(samples, caller, args)
 
 
-def export(samples: list[Sample], args: argparse.Namespace) -> dict:
+def export(samples: list[Sample], args: Namespace) -> dict:
     reject_repeated(samples, args.max_same_caption)
     kept = [sample.row for sample in accepted(samples)]
     rejected = [{"id": sample.row["id"], "subset": sample.row["subset"], "reason": sample.reason,
@@ -357,7 +357,7 @@ def export(samples: list[Sample], args: argparse.Namespace) -> dict:
             "reasons": {subset: dict(sorted(counts.items())) for subset, counts in sorted(reasons.items())}}
 
 
-def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+def preview(samples: list[Sample], args: Namespace, prompts: dict[str, str]) -> dict:
     """Show one prompt of each kind; return counts (--dry_run)."""
     apply_rules(samples, args.image_root, None)
     calls = []
@@ -376,12 +376,12 @@ def preview(samples: list[Sample], args: argparse.Namespace, prompts: dict[str, 
 def parse_operation(text: str) -> tuple[str, str]:
     subset, _, operation = text.rpartition("=")
     if not subset or operation not in ("zoom", "draw"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected SUBSET=zoom or SUBSET=draw")
+        raise ArgumentTypeError(f"{text!r}: expected SUBSET=zoom or SUBSET=draw")
     return subset, operation
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--input", required=True, nargs="+", help="one or more files, read in this order")
     add_call_flags(parser, max_new_tokens=512)

@@ -22,12 +22,12 @@ The paper's "without filtering" is --data with the rows of rewrite_captions.py.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import shutil
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,7 +64,7 @@ def parse_warmup(text: str) -> float:
     """Return a count of steps, or a share of the run below 1."""
     number = parse_number(0, kind=float)(text)
     if number > 1 and number % 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of steps, or a share below 1")
+        raise ArgumentTypeError(f"{text}: expected a whole number of steps, or a share below 1")
     return number if number % 1 else int(number)
 
 
@@ -75,11 +75,11 @@ def parse_data(text: str) -> tuple[str, float]:
         return text, 1.0
     try:
         return path, parse_number(1e-6, 1000, float)(weight)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: no such file, and its weight is {error}") from error
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{text}: no such file, and its weight is {error}") from error
 
 
-def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
+def prepare_rows(args: Namespace) -> tuple[list[dict], dict[str, int]]:
     """Return the rows of all --data files, and {id: number of its file}."""
     rows, file_of = [], {}
     for number, _, row, fault in read_chains(args.data, args.limit, "filter_data.py writes it"):
@@ -91,7 +91,7 @@ def prepare_rows(args: argparse.Namespace) -> tuple[list[dict], dict[str, int]]:
 
 
 def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
-              args: argparse.Namespace) -> tuple[list[Example], list[dict]]:
+              args: Namespace) -> tuple[list[Example], list[dict]]:
     """Return (examples, rows left out with their reasons), every picture opened once (--skip_bad)."""
     from utils.train.examples import sort_rows
     from utils.train.loop import open_pictures
@@ -108,7 +108,7 @@ def leave_out(acc: Accelerator, tools: Qwen, rows: list[dict], target: Target,
     return [example for example in examples if example.id not in faults], left_out
 
 
-def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: list[Example], args: Namespace) -> tuple[list[Example], list[Example]]:
     if args.validation_rows >= len(examples):
         raise DataError(f"{len(examples)} usable rows, of which --validation_rows {args.validation_rows} are "
                         "held out: none is left to train on")
@@ -116,7 +116,7 @@ def hold_out(examples: list[Example], args: argparse.Namespace) -> tuple[list[Ex
     return examples[args.validation_rows:], examples[:args.validation_rows]
 
 
-def prepare_row(row: dict, fault: tuple[str, str] | None, args: argparse.Namespace) -> dict:
+def prepare_row(row: dict, fault: tuple[str, str] | None, args: Namespace) -> dict:
     """Return a row with its earlier turns as they stand in the text, or with its "fault" (reason, detail),
     which may be that it lacks what the target is made of."""
     missing = {"text": "chain" not in row and "no chain; rewrite_captions.py makes it of the steps",
@@ -136,14 +136,14 @@ def prepare_row(row: dict, fault: tuple[str, str] | None, args: argparse.Namespa
     return row | ({"system": plain(row["system"])} if "system" in row else {})
 
 
-def make_target(args: argparse.Namespace) -> Target:
+def make_target(args: Namespace) -> Target:
     from utils.train.examples import Target
     spec = spec_of(args.latent, args.latent_size) if args.imagination == "latent" else None
     return Target(args.imagination, args.image_root, spec, args.image_tokens, args.tokens_per_image,
                   args.system, args.turns)
 
 
-def make_plan(train: Steps, n_held_out: int, left_out: list[dict], args: argparse.Namespace) -> dict:
+def make_plan(train: Steps, n_held_out: int, left_out: list[dict], args: Namespace) -> dict:
     """Return the size of the run, extrapolated from its first epoch."""
     from utils.train.batching import describe_lengths
     first = [train.work(step) for step in range(train.per_epoch)]
@@ -169,8 +169,7 @@ def marked(tools: Qwen, example: Example) -> str:
     return text + ("<<" if before else "")
 
 
-def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str,
-              args: argparse.Namespace) -> None:
+def show_plan(train: Steps, plan: dict, device: torch.device, recompute: str, args: Namespace) -> None:
     from utils.train.batching import device_memory, estimate_memory, memory_lines
     from utils.train.loop import warmup_length
     from utils.train.model import CHUNK
@@ -200,7 +199,7 @@ def finish_dry_run(acc: Accelerator, examples: list[Example], plan: dict) -> int
 
 
 # ---- training
-def input_files(examples: list[Example], args: argparse.Namespace) -> dict[str, Path]:
+def input_files(examples: list[Example], args: Namespace) -> dict[str, Path]:
     """Return the files that decide the result, by names that hold when they move: rows, base, images."""
     root, folder = Path(args.image_root).resolve(), find_checkpoint(args.model)
     images = {path for example in examples for path in (*example.images, *example.steps)}
@@ -211,7 +210,7 @@ def input_files(examples: list[Example], args: argparse.Namespace) -> dict[str, 
 
 
 def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out: list[dict], recompute: str,
-                args: argparse.Namespace) -> Run:
+                args: Namespace) -> Run:
     import torch
 
     from utils.train.batching import recompute_activations
@@ -253,7 +252,7 @@ def train_model(acc: Accelerator, train: Steps, held_out: Steps | None, left_out
     return run
 
 
-def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argparse.Namespace) -> None:
+def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: Namespace) -> None:
     """Move the best export to --output, write the metrics, and remove the checkpoints."""
     from utils.train.checkpoints import SETTINGS, Best, numbered_folders
     acc.wait_for_everyone()
@@ -274,8 +273,8 @@ def finish(acc: Accelerator, plan: dict, run: Run, seconds: float, args: argpars
         print(json.dumps(metrics))
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--data", nargs="+", required=True, type=parse_data, metavar="FILE[:WEIGHT]",
         help="JSONL files of rows; an epoch has WEIGHT (1) times the rows of the file")

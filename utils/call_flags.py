@@ -1,7 +1,7 @@
 """What the stages with model calls share: flags, opening the journals, running, showing a preview."""
-import argparse
 import json
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from utils.rows import is_inspection
 def parse_shard(text: str) -> tuple[int, int]:
     index, _, n = text.partition("/")
     if not (index.isdecimal() and n.isdecimal() and int(index) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1")
+        raise ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N-1")
     return int(index), int(n)
 
 
@@ -28,10 +28,10 @@ def parse_object(text: str) -> dict:
     with suppress(ValueError, RecursionError):
         if isinstance(value := load_text(text, exact=True), dict):
             return value
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a JSON object")
+    raise ArgumentTypeError(f"{text[:40]!r}: expected a JSON object")
 
 
-def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_call_flags(parser: ArgumentParser, max_new_tokens: int) -> None:
     add = parser.add_argument
     add("--output", required=True, help="JSONL to write; <output>.run/ holds the journal")
     add("--image_root", required=True, help="folder of the images, which paths may not leave")
@@ -51,14 +51,14 @@ def add_call_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None
     add_server_flags(parser, "--backend openai (the first five are free to change between restarts)", 32)
 
 
-def add_journal_flags(parser: argparse.ArgumentParser) -> None:
+def add_journal_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--retry_errors", action="store_true", help="ask again where a call failed before")
     add("--no_guard", action="store_true", help="continue however many calls fail")
     add_fresh_flag(parser)
 
 
-def add_server_flags(parser: argparse.ArgumentParser, title: str, image_factor: int) -> None:
+def add_server_flags(parser: ArgumentParser, title: str, image_factor: int) -> None:
     add = parser.add_argument
     add("--backend", choices=("local", "openai"), default="local", help="openai: a server")
     add = parser.add_argument_group(title).add_argument
@@ -86,7 +86,7 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
     return prompts | changes
 
 
-def open_backend(args: argparse.Namespace, backend: str, model: str, base_url: str, max_pixels: int):
+def open_backend(args: Namespace, backend: str, model: str, base_url: str, max_pixels: int):
     """Return the backend of the flags, but for those given, not loaded yet."""
     if backend == "local":
         if args.temperature or args.extra_body:
@@ -98,7 +98,7 @@ def open_backend(args: argparse.Namespace, backend: str, model: str, base_url: s
 
 
 @contextmanager
-def open_calls(args: argparse.Namespace, prompts: dict[str, str], schemas: dict[str, dict],
+def open_calls(args: Namespace, prompts: dict[str, str], schemas: dict[str, dict],
                settings: dict) -> Iterator[Caller]:
     """Open the journals in `<output>.run` and yield the caller; `settings` are those that change the result.
     With --export_only the journal names the model."""
@@ -147,7 +147,7 @@ class Stage:
     needs_model: bool = True
 
 
-def run_stage(args: argparse.Namespace, stage: Stage) -> int:
+def run_stage(args: Namespace, stage: Stage) -> int:
     """Run a stage, first this shard's calls, then all samples from the journal; return its exit code."""
     began = time.monotonic()
     samples = stage.read()
@@ -171,7 +171,7 @@ def run_stage(args: argparse.Namespace, stage: Stage) -> int:
     return 3 if metrics["errors"] else 0
 
 
-def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list, object, dict]:
+def work_on(args: Namespace, stage: Stage, samples: list) -> tuple[list, object, dict]:
     if not stage.needs_model:
         return samples, stage.work(samples, None), {}
     with open_calls(args, stage.prompts, stage.schemas, stage.settings) as caller:
@@ -183,7 +183,7 @@ def work_on(args: argparse.Namespace, stage: Stage, samples: list) -> tuple[list
         return samples, stage.work(samples, caller), caller.stats()
 
 
-def show_calls(calls: list[Call], args: argparse.Namespace, system: str) -> dict[str, dict]:
+def show_calls(calls: list[Call], args: Namespace, system: str) -> dict[str, dict]:
     """Log one prompt of each kind; return the calls and their tokens, of 4 characters or 28 x 28 pixels."""
     counts = {}
     for kind in dict.fromkeys(call.kind for call in calls):

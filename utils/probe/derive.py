@@ -9,9 +9,9 @@ Prints  one JSON object: sources, asked, kept, rejected, errors, reasons, speed
 
 A model's failure is an error, not a rejection: kept + rejected + errors = asked = sources x questions.
 """
-import argparse
 import os
 import random
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -83,7 +83,7 @@ class View(NamedTuple):
     hashes: tuple[str, ...] = ()
 
 
-def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> View | tuple[str, str]:
+def view_of(item: dict, hashes: tuple[str, ...], args: Namespace) -> View | tuple[str, str]:
     """Return the view of an item, or (reason, detail) against it; its enlarged region is written once."""
     paths = [os.path.join(args.image_root, image["path"]) for image in item["images"]]
     if not item.get("region"):
@@ -103,8 +103,7 @@ def view_of(item: dict, hashes: tuple[str, ...], args: argparse.Namespace) -> Vi
     return View((*paths, str(path)), (*hashes, name))
 
 
-def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespace
-               ) -> list[View | tuple[str, str]]:
+def view_items(items: list[dict], caller: Caller | None, args: Namespace) -> list[View | tuple[str, str]]:
     rows = [{"id": item["id"], "question": item["question"], "answer": str(item["answer"]["value"]),
              "steps": [], "images": [image["path"] for image in item["images"]]} for item in items]
     checked = check_rows(rows, args.image_root, lambda row: None, caller and caller.images)
@@ -117,7 +116,7 @@ def view_items(items: list[dict], caller: Caller | None, args: argparse.Namespac
     return views
 
 
-def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[str, str]) -> Call:
+def write_call(item: dict, view: View, args: Namespace, prompts: dict[str, str]) -> Call:
     shown, subject = ZOOMED if item.get("region") else WHOLE
     text = fill(prompts["WRITE"], shown=shown, subject=subject, n=str(args.questions),
                 attributes=", ".join(ATTRIBUTES), answer=gold_words(item) or "not told",
@@ -125,14 +124,14 @@ def write_call(item: dict, view: View, args: argparse.Namespace, prompts: dict[s
     return Call(item["id"], "write", -1, text, *view, SCHEMAS["write"])
 
 
-def answer_call(candidate: Candidate, kind: str, view: View, args: argparse.Namespace,
+def answer_call(candidate: Candidate, kind: str, view: View, args: Namespace,
                 prompts: dict[str, str]) -> Call:
     options = "\n".join(f"{letter}. {text}" for letter, text in candidate.options(args.seed).items())
     text = fill(prompts[kind.upper()], question=candidate.question.strip(), options=options)
     return Call(candidate.id, kind, -1, text, *view, SCHEMAS[kind])
 
 
-def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.Namespace,
+def derive(items: list[dict], caller: Caller, answerer: Caller, args: Namespace,
            prompts: dict[str, str]) -> list[Candidate]:
     """Return --questions candidates per source: a pure function of items and journals."""
     by_source = {item["id"]: [Candidate(f"{item['id']}/probe/{n}", item) for n in range(args.questions)]
@@ -158,7 +157,7 @@ def derive(items: list[dict], caller: Caller, answerer: Caller, args: argparse.N
 
 
 # ---- the run
-def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
+def find_answerer(args: Namespace) -> tuple[object, dict | None]:
     """Return the backend and the identity of --answer_model, if given."""
     if not args.answer_model:
         return None, None
@@ -170,7 +169,7 @@ def find_answerer(args: argparse.Namespace) -> tuple[object, dict | None]:
     return backend, {"backend": kind, "max_pixels": args.max_pixels, **backend.identity}
 
 
-def preview(items: list[dict], args: argparse.Namespace, prompts: dict[str, str]) -> dict:
+def preview(items: list[dict], args: Namespace, prompts: dict[str, str]) -> dict:
     """Show a prompt; return the counts of calls (--dry_run)."""
     calls = [write_call(item, view, args, prompts) for item, view in zip(items, view_items(items, None, args))
              if isinstance(view, View)]
@@ -178,7 +177,7 @@ def preview(items: list[dict], args: argparse.Namespace, prompts: dict[str, str]
             "answers_at_most": len(calls) * args.questions * (1 + args.drop_blind)}
 
 
-def export_questions(candidates: list[Candidate], args: argparse.Namespace) -> dict:
+def export_questions(candidates: list[Candidate], args: Namespace) -> dict:
     """Write the kept questions and every verdict; return the counts."""
     kept = [candidate for candidate in candidates if candidate.stage is None]
     letters = list("ABCD" * (len(kept) // 4 + 1))[:len(kept)]
@@ -208,7 +207,7 @@ def show(metrics: dict) -> None:
         log(f"    {reason:<40}{n:>6,}")
 
 
-def derive_questions(args: argparse.Namespace) -> int:
+def derive_questions(args: Namespace) -> int:
     """Run `probe.py derive`; return the exit code."""
     prompts = load_prompts(args.prompts, PROMPTS)
     check_output(args.output, [args.items])

@@ -52,8 +52,7 @@ def warmup_length(given: float, n_steps: int) -> int:
     return int(given) if given >= 1 else math.ceil(given * n_steps)
 
 
-def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str,
-                     floor: float) -> float:
+def learning_rate_at(step: int, n_steps: int, peak: float, warmup: int, schedule: str, floor: float) -> float:
     """Return the rate: a linear warm-up, then "linear" or "cosine" decay to `floor` * `peak` at `n_steps`, or
     "constant"."""
     if step < warmup:

@@ -5,6 +5,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -23,7 +24,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.qwen, self.align_loss, self.autocast = qwen.model, qwen, align_loss, autocast
 
-    def forward(self, pack: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, pack: dict) -> tuple[Tensor, Tensor, Tensor]:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext()
         with autocast, multiplied_patches(self.model, self.model.device.type):
             states = run_packed(self.model, pack)
@@ -33,9 +34,9 @@ class Objective(torch.nn.Module):
                 aligned = aligned + align(self.qwen, pack, states[pack["latents"]], self.align_loss)
             return *self.predict(states[pack["predicting"]], pack["labels"]), aligned
 
-    def predict(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses and hits, CHUNK rows of logits at a time, recomputed in the backward pass."""
-        def losses(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def losses(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.model.lm_head(hidden).float()
             return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(-1) == labels
 
@@ -56,7 +57,7 @@ class PassCache:
     segment of latents is selected once.
     """
 
-    def __init__(self, passes: list[dict], n: int, layers: list[list[tuple[torch.Tensor, torch.Tensor]]],
+    def __init__(self, passes: list[dict], n: int, layers: list[list[tuple[Tensor, Tensor]]],
                  previous: "PassCache | None"):
         self.part, self.n, self.layers, self.segment = passes[n], n, layers, None
         self.is_last = n + 1 == len(passes)
@@ -68,8 +69,7 @@ class PassCache:
                 [x.squeeze(0).unflatten(1, keys.shape) for x in select(of_layer, keys.flatten().clamp(min=0))]
                 for of_layer in layers]
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Return the output [1, tokens, heads, d] of a layer's attention; keep the keys and values."""
         part, kept = self.part, self.layers[layer]
         if len(kept) == self.n and not self.is_last:
@@ -84,15 +84,15 @@ class PassCache:
                               part["max_length_q"], part["max_length_k"], scaling)
 
 
-def select(passes: list[tuple[torch.Tensor, torch.Tensor]], index: torch.Tensor) -> list[torch.Tensor]:
+def select(passes: list[tuple[Tensor, Tensor]], index: Tensor) -> list[Tensor]:
     """Return the keys and the values [1, heads, n, d] at `index` [n] of those of all passes."""
     return [torch.cat(parts, dim=2).index_select(2, index) for parts in zip(*passes)]
 
 
-def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def packed_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                      attention_mask: None, scaling: float | None = None,
-                     cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None,
-                     pass_cache: PassCache | None = None, **kwargs) -> tuple[torch.Tensor, None]:
+                     cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None,
+                     pass_cache: PassCache | None = None, **kwargs) -> tuple[Tensor, None]:
     """Attend as a PassCache says or, in the vision tower, within the images or windows that `cu_seq_lens_q`
     [n + 1] bounds; [1, heads, L, d] to [1, L, heads, d]."""
     # under autocast the rotary embedding leaves float32
@@ -105,9 +105,8 @@ def packed_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Te
                           scaling, causal=False), None
 
 
-def attend_in_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor,
-                   key_bounds: torch.Tensor, longest: int, longest_key: int, scaling: float | None,
-                   causal: bool = True) -> torch.Tensor:
+def attend_in_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, key_bounds: Tensor,
+                   longest: int, longest_key: int, scaling: float | None, causal: bool = True) -> Tensor:
     """Attend within rows; the queries of a row, between `bounds` [n + 1], are the last of its keys."""
     if value.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # a torch without CUDA does not have it
@@ -140,8 +139,8 @@ def attend_in_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return (out if back is None else out[back])[None]
 
 
-def attend_to_latents(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_hidden: torch.Tensor,
-                      latents: list[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> torch.Tensor:
+def attend_to_latents(query: Tensor, keys: Tensor, values: Tensor, is_hidden: Tensor,
+                      latents: list[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Attend from a latent of every row, query [1, heads, rows, d], to what is before its segment, keys and
     values [heads, rows, P, d] except where `is_hidden` [rows, 1, P], and to the segment up to itself.
 
@@ -155,7 +154,7 @@ def attend_to_latents(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
     return (far @ values + near @ near_values).transpose(0, 1).flatten(1, 2)[None]
 
 
-def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
+def run_packed(model: torch.nn.Module, pack: dict) -> Tensor:
     """Return the last hidden states [n, hidden] that the passes of a pack keep.
 
     To be called, and its gradients taken, inside `use_packed_attention`. Exact are explicit bounds of rows in
@@ -181,11 +180,11 @@ def run_packed(model: torch.nn.Module, pack: dict) -> torch.Tensor:
 
 
 @contextmanager
-def last_layer_at(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+def last_layer_at(model: torch.nn.Module, positions: Tensor) -> Iterator[None]:
     """Inside the block, have the last decoder layer compute only `positions` [n] after its attention."""
     layer = model.model.language_model.layers[-1]
 
-    def forward(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(hidden: Tensor, **kwargs) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
         hidden = (hidden + attended).index_select(1, positions)
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -212,7 +211,7 @@ def use_packed_attention(model: torch.nn.Module) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def align(qwen: Qwen, pack: dict, latents: torch.Tensor, loss: str) -> torch.Tensor:
+def align(qwen: Qwen, pack: dict, latents: Tensor, loss: str) -> Tensor:
     """Return the sum over segments of the mean distance ("cosine" or "mse") from their latents [segments, K,
     hidden] to the image's pooled features."""
     with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -112,7 +113,7 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: f
 def gradients_from_embedding(model: torch.nn.Module) -> Iterator[None]:
     """Inside the block, the embedding's output requires a gradient. A frozen language model then has a
     backward pass on every rank: without one, a rank without images would leave the others waiting."""
-    def require(module: torch.nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
+    def require(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
         return out.requires_grad_() if torch.is_grad_enabled() else out
 
     hook = model.get_input_embeddings().register_forward_hook(require)
@@ -133,11 +134,11 @@ class LowRank(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.zeros(base_layer.out_features, rank, device=device))
         torch.nn.init.kaiming_uniform_(self.a, a=5**0.5)  # as Linear does
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, DROPOUT, self.training), self.a)
         return self.base_layer(x) + ALPHA * F.linear(low, self.b)
 
-    def merged(self, weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def merged(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         return weight + ALPHA * parts["b"] @ parts["a"]
 
 
@@ -149,7 +150,7 @@ class AddedRows(torch.nn.Module):
         super().__init__()
         self.base_layer, self.first, self.rows = base_layer, first, rows
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         first, last = self.first, self.first + len(self.rows)
         out = self.base_layer(x)
         if isinstance(self.base_layer, torch.nn.Embedding):
@@ -157,7 +158,7 @@ class AddedRows(torch.nn.Module):
             return torch.where(((x >= first) & (x < last))[..., None], own, out)
         return torch.cat([out[..., :first], F.linear(x, self.rows), out[..., last:]], dim=-1)
 
-    def merged(self, weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def merged(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         return torch.cat([weight[:self.first], parts["rows"], weight[self.first + len(parts["rows"]):]])
 
 
@@ -197,7 +198,7 @@ def shard(objective: torch.nn.Module, model: torch.nn.Module, low_precision: boo
 
 
 # ---- export
-def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """Return all weights on the CPU, adapters merged, to ranks with `keep`; every rank must call it."""
     adapters = {f"{name}.": module for name, module in model.named_modules()
                 if isinstance(module, (LowRank, AddedRows))}
@@ -233,7 +234,7 @@ def file_dtype(folder: Path) -> torch.dtype:
     return DTYPES[found]
 
 
-def save(qwen: Qwen, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+def save(qwen: Qwen, folder: str, state: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint: weights under the names of its base, and the base's own files. Only what training
     changed is changed in them: the size of the vocabulary, added tokens, and a wrong data type.
 
