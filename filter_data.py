@@ -31,7 +31,7 @@ from utils.display import share_cell, table_lines
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import DataError, check_output, object_schema, read_rows, write_rows
-from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
+from utils.model_calls import ERROR_REASONS, RETRY, Call, Caller, ask, fill
 from utils.reply_text import last_boxed
 from utils.rows import (CAPTION_REASONS, CLOSE, OWN_FIELDS, ROW_REASONS, SPAN, caption_fault, check_own,
                         check_rows, count_words, find_markup, parse_options, row_fault, split_final, units_of)
@@ -59,7 +59,7 @@ and "garbled_text"; [] if none does.
 "seen" and "stated" are quoted: a number, a few words, an option's letter, or "unclear" if you cannot tell.
 Reply with JSON: {"reason": "...", "asked": "...", "found": "...", "seen": "...", "stated": "...", \
 "problems": []}""",
-    "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
+    "RETRY": RETRY,
 }
 INPUT_FIELDS = OWN_FIELDS | {"chain": str}
 FAULT_FIELDS = {"id": str, "bad": (str, type(None))}

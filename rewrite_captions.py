@@ -36,7 +36,7 @@ from utils.cli import Help, cli, log, parse_count
 from utils.images import IMAGE_REASONS
 from utils.journal import Journal
 from utils.jsonl import DataError, check_output, object_schema, write_rows
-from utils.model_calls import ERROR_REASONS, Call, Caller, ask, fill
+from utils.model_calls import ERROR_REASONS, RETRY, Call, Caller, ask, fill
 from utils.rows import (CAPTION_REASONS, HAN_KANA, ROW_REASONS, THAI_KHMER, caption_fault, check_rows,
                         count_words, find_markup, has_loop, mark, split_final)
 
@@ -74,7 +74,7 @@ Keep about the same length.
 {segments}
 
 Reply with JSON: {"segments": [{"id": 1, "text": "..."}, ...]} with ids 1 to {count}.""",
-    "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
+    "RETRY": RETRY,
 }
 TEXT = {"type": "string", "maxLength": 1200}
 MARKS = {"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 16}

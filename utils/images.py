@@ -35,6 +35,7 @@ KEY_SCALE = {"L;2": 85, "L;4": 17}  # of the greys of 2 and 4 bits of a PNG to 8
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, LookupError, TypeError,
           AttributeError, ArithmeticError, AssertionError, struct.error, zlib.error, RecursionError,
           NotImplementedError, Image.DecompressionBombError)
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class ImageError(DataError):
@@ -45,11 +46,10 @@ class ImageError(DataError):
 
 
 class Picture(NamedTuple):
-    """An image of a prompt: a file, or its region `box` (left, top, right, bottom in pixels, after EXIF) by
-    `crop_region`."""
+    """An image of a prompt: a file, or its region `box` (after EXIF) by `crop_region`."""
 
     path: str
-    box: tuple[int, int, int, int] | None = None
+    box: Box | None = None
     min_pixels: int = 4 * 28 * 28
 
 
@@ -163,7 +163,7 @@ def open_picture(picture: Picture) -> Image.Image:
     return image if picture.box is None else crop_region(image, picture.box, picture.min_pixels)
 
 
-def crop_region(image: Image.Image, box: tuple[int, int, int, int], min_pixels: int) -> Image.Image:
+def crop_region(image: Image.Image, box: Box, min_pixels: int) -> Image.Image:
     """Return a part of a picture, resized to multiples of 28 within `min_pixels` and REGION_PIXELS."""
     region = image.crop(box)
     return region.resize(smart_size(*region.size, 28, min_pixels, REGION_PIXELS), Image.Resampling.BICUBIC)

@@ -18,6 +18,7 @@ from utils.journal import Journal
 from utils.jsonl import call_key, check_fields
 from utils.reply_text import parse_json_reply, schema_fault
 
+RETRY = "Your last reply could not be used: {fault}. Reply again, with the JSON object only."
 # the model failed, not a stage's own rule
 ERROR_REASONS = ("cut_off", "bad_json", "bad_schema", "backend_error")
 REPLY_FIELDS = {"key": str, "text": str, "finish_reason": object, "n_prompt": int, "n_new": int,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from utils.backends import TEXTLESS, Request, pictures_of
-from utils.images import MAX_ASPECT, ImageError, Picture, open_picture, read_bytes, resolve_image
+from utils.images import MAX_ASPECT, Box, ImageError, Picture, open_picture, read_bytes, resolve_image
 from utils.items import question_text, user_content
 from utils.jsonl import DataError, call_key
 
@@ -96,7 +96,6 @@ Return a json object with function name and arguments within <tool_call></tool_c
 </tool_call>"""
 ASKED = ("\nThink first, call **image_zoom_in_tool** if needed, then answer. Format strictly as:  "
          "<think>...</think>  <tool_call>...</tool_call> (if tools needed)  <answer>...</answer> ")
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 

@@ -24,7 +24,7 @@ from utils.images import ImageError, Picture, open_image, open_picture
 from utils.items import ANSWER_TYPES, gold_words, read_items, region_in
 from utils.journal import read_settings
 from utils.jsonl import DataError, call_key, check_output, object_schema, replace_file, write_rows
-from utils.model_calls import Call, Caller, ask, fill
+from utils.model_calls import RETRY, Call, Caller, ask, fill
 from utils.probe.candidates import N_WRONG, Candidate, apply_rules, read_answer, read_questions
 from utils.rows import check_rows
 
@@ -61,7 +61,7 @@ Reply with JSON: {"letter": "A"}""",
 {options}
 Reply with the letter of the option that is the likeliest from these words alone.
 Reply with JSON: {"letter": "A"}""",
-    "RETRY": "Your last reply could not be used: {fault}. Reply again, with the JSON object only.",
+    "RETRY": RETRY,
 }
 WHOLE = "Look at the picture above.", "what that question looks at"
 ZOOMED = ("The last picture above is a region cut out of the first one and enlarged.",
