@@ -118,7 +118,7 @@ def test_a_conversation_with_the_tool_runs_until_it_ends(items, talk, journal, r
     result = conversation.result()
     assert (conversation.ended_by, result["ended_by"], len(result["turns"]), result["n_tokens"]) == (
         ended_by, ended_by, n_turns, 5 * n_turns)
-    assert conversation.seconds() == 0.5 * n_turns
+    assert conversation.seconds("seconds") == 0.5 * n_turns
     if n_turns > 1:
         assistant, user = system.asked[1][-2:]
         assert assistant == ("assistant", CALL)
