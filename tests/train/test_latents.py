@@ -1,10 +1,9 @@
-"""Latents in training: packs against the padded form, the vectors that decoding feeds, alignment."""
+"""Latents in training: packs against one row at a time, the vectors that decoding feeds, alignment."""
 import random
 
 import pytest
 import torch
 from decoding import generate
-from padded import PaddedObjective, make_batch
 from training import gradient, load_examples, summed
 
 from utils import qwen as Q
@@ -67,18 +66,48 @@ def imagining_rows(folder, picture, seed, n_rows=5):
     return rows
 
 
+def sequential(qwen, example, target, align_loss="cosine", detach=False):
+    """Return what an Objective does of a row, from forwards over the whole row without a cache: each latent is
+    the last state of a forward up to it."""
+    model, spec = qwen.model, target.spec
+    images, steps = (Q.process_images(qwen.image_processor, load_images(paths, target, qwen.factor))
+                     for paths in (example.images, example.steps))
+    batch = Q.collate(qwen, [example.ids], [images])
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    rows, latents = list(model.get_input_embeddings()(ids)[0]), []
+    kinds = (ids == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
+
+    def states(n):
+        out = model.model(inputs_embeds=torch.stack(rows[:n])[None], position_ids=positions[..., :n],
+                          mm_token_type_ids=kinds[:, :n], use_cache=False, **(images or {}))
+        return out.last_hidden_state[0]
+
+    for place in (ids[0] == special_id(qwen.tokenizer, spec.pad)).nonzero().flatten().tolist():
+        latents.append(states(place)[-1])
+        rows[place] = latents[-1].detach() if detach else latents[-1]
+    first = len(rows) - len(example.trained)  # images were expanded, all before the first trained token
+    trained = torch.tensor([first + n for n, is_trained in enumerate(example.trained) if is_trained])
+    logits, labels, aligned = model.lm_head(states(len(rows))[trained - 1]), ids[0][trained], torch.zeros(())
+    if latents:
+        pack = {"weight": 1.0, **{f"step_{name}": tensor for name, tensor in steps.items()}}
+        aligned = align(qwen, pack, torch.stack(latents).unflatten(0, (-1, spec.size)), align_loss)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return losses, logits.argmax(-1) == labels, aligned
+
+
 @pytest.mark.parametrize("seed, family, size, align_loss", [
     (0, "mirage", None, "cosine"), (1, "mirage", 1, "mse"), (2, "lvr", None, "mse"), (3, "lvr", 2, "cosine"),
-    (4, "monet_vllm", None, "cosine"), (5, "monet_capimagine", 3, "mse")])
-def test_a_pack_has_the_loss_and_the_gradient_of_the_padded_form(tiny_checkpoint, tmp_path, picture, seed,
-                                                                 family, size, align_loss):
+    (4, "monet_vllm", 5, "cosine"), (5, "monet_capimagine", 3, "mse")])
+def test_a_pack_has_the_loss_and_the_gradient_of_its_rows(tiny_checkpoint, tmp_path, picture, seed, family,
+                                                          size, align_loss):
     """Rows at once, a few at a time and alone, with more segments than they have, and recomputed."""
     target = Target("latent", str(tmp_path), spec_of(family, size))
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     add_tokens(qwen, target.spec.tokens)
     examples = make_examples(qwen, imagining_rows(tmp_path, picture, seed), target)
-    oracle, objective = PaddedObjective(qwen, target.spec.size, align_loss), Objective(qwen, align_loss)
-    sums, expected, hits = summed(qwen.model, [oracle(make_batch(qwen, examples, target))])
+    objective = Objective(qwen, align_loss)
+    sums, expected, hits = summed(qwen.model, (sequential(qwen, example, target, align_loss)
+                                               for example in examples))
     assert sums.min() > 0
     for size, n_segments, recompute in ((5, 0, "none"), (3, 4, "none"), (5, 0, "mlps"), (5, 4, "layers"),
                                         (1, 0, "layers")):
@@ -137,27 +166,6 @@ def test_alignment_by_hand(latent, loss):
         assert float(align(qwen, pack | {"weight": 0.0}, states, loss)) == 0  # a row that does not count
 
 
-def sequential(qwen, example, target, detach):
-    """Return the summed loss of a row, from forwards over the whole row without a cache: each latent is the
-    last state of a forward up to it."""
-    batch, model = make_batch(qwen, [example], target), qwen.model
-    pixels = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-    ids, positions = batch["input_ids"], batch["position_ids"]
-    pad_id = special_id(qwen.tokenizer, MIRAGE.pad)
-    rows = list(model.get_input_embeddings()(ids)[0])
-    kinds = (ids == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
-
-    def states(n):
-        return model.model(inputs_embeds=torch.stack(rows[:n])[None], position_ids=positions[..., :n],
-                           mm_token_type_ids=kinds[:, :n], use_cache=False, **pixels).last_hidden_state[0]
-
-    for place in (ids[0] == pad_id).nonzero().flatten().tolist():
-        latent = states(place)[-1]
-        rows[place] = latent.detach() if detach else latent
-    logits = model.lm_head(states(len(rows))[batch["logit_positions"]])
-    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
-
-
 def test_without_alignment_latents_learn_through_the_answer_alone(latent):
     """Mirage's stage 2. Oracle: `sequential`; with its latents cut off from the gradient, another one."""
     qwen, examples, target = latent
@@ -169,7 +177,7 @@ def test_without_alignment_latents_learn_through_the_answer_alone(latent):
     results = []
     for detach in (False, True):
         qwen.model.zero_grad()
-        expected = sequential(qwen, example, target, detach)
+        expected = sequential(qwen, example, target, detach=detach)[0].sum()
         expected.backward()
         assert float(expected.detach()) == pytest.approx(float(loss.detach().sum()), rel=1e-5)
         results.append(gradient(qwen.model))
