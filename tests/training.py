@@ -10,8 +10,8 @@ from torch.multiprocessing import start_processes
 
 from utils import qwen as Q
 from utils.jsonl import read_rows
-from utils.latent_families import PRESETS
-from utils.train.examples import Target, make_examples
+from utils.latent_families import PRESETS, special_id
+from utils.train.examples import Target, make_examples, make_pack
 from utils.train.weights import add_tokens
 
 
@@ -66,6 +66,21 @@ def summed(model, found) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         sums += torch.stack([losses.sum(), aligned]).detach()
         hits += right.tolist()
     return sums, gradient(model), hits
+
+
+def library_loss(qwen, examples, target, **more):
+    """Return what an Objective does, from the library's loss with labels: exact on one row, the oracle. In a
+    pack (with its positions in `more`) rows attend to those before them."""
+    pack = make_pack(qwen, examples, target)
+    image_id = special_id(qwen.tokenizer, Q.IMAGE_TOKEN)
+    is_image, labels = pack["input_ids"] == image_id, torch.full_like(pack["input_ids"], -100)
+    labels[~is_image] = torch.tensor([
+        i if is_trained else -100 for example in examples
+        for i, is_trained in zip(example.ids, example.trained) if i != image_id])
+    inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "image_grid_thw") if name in pack}
+    out = qwen.model(**inputs, **more, mm_token_type_ids=is_image.int(), labels=labels, use_cache=False)
+    right = (out.logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100]
+    return out.loss * len(right), right, torch.zeros(())
 
 
 def gradient(model) -> torch.Tensor:

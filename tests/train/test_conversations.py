@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import run_here
 from samples import monet
-from training import flags, log_of, summed
+from training import flags, library_loss, log_of, summed
 
 import train_sft
 from utils import qwen as Q
@@ -145,32 +145,13 @@ def test_labels_are_where_they_stand_after_pictures_of_later_turns(small):
 
 
 @pytest.mark.numeric
-def test_all_turns_of_a_pack_have_the_loss_of_their_beginnings_one_by_one(small):
-    """Oracle: the library's loss on each conversation cut off after its kth reply, which alone is trained."""
-    qwen, target, _ = small
-    losses = []
-    for value in TALKS:
-        n_pairs = len(value["messages"]) // 2
-        for k in range(1, n_pairs + 1):
-            cut = {"messages": value["messages"][:2 * k]}
-            n_images = sum(turn["content"].count("<image>") for turn in cut["messages"])
-            row = prepared(cut | {"images": value.get("images", [])[:n_images]}, "--turns", "last")
-            example = make_example(qwen, row, replace(target, turns="last"))
-            pack = make_pack(qwen, [example], target)
-            labels = torch.full_like(pack["input_ids"], -100)
-            labels[0, -example.n_trained:] = pack["input_ids"][0, -example.n_trained:]
-            kinds = (pack["input_ids"] == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
-            names = ("input_ids", "pixel_values", "image_grid_thw")
-            inputs = {name: pack[name] for name in names if name in pack}
-            out = qwen.model(**inputs, mm_token_type_ids=kinds, labels=labels, use_cache=False)
-            hits = (out.logits[0, :-1].argmax(-1) == labels[0, 1:])[labels[0, 1:] != -100]
-            losses.append((out.loss * example.n_trained, hits, torch.zeros(())))
-    loss, expected, _ = summed(qwen.model, losses)
-    examples = [make_example(qwen, prepared(value), target) for value in TALKS]
+def test_all_turns_of_a_pack_have_the_loss_of_the_library(small):
+    qwen, target, rows = small
+    examples = [make_example(qwen, row, target) for row in rows]
+    loss, expected, hits = summed(qwen.model, (library_loss(qwen, [one], target) for one in examples))
     with use_packed_attention(qwen.model):
-        objective = Objective(qwen, None).train()
-        found, its_gradient, _ = summed(qwen.model, [objective(make_pack(qwen, examples, target))])
-    assert torch.allclose(found, loss, rtol=1e-5)
+        found, its_gradient, its_hits = summed(qwen.model, [Objective(qwen)(make_pack(qwen, examples, target))])
+    assert torch.allclose(found, loss, rtol=1e-5) and hits == its_hits
     assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -67,8 +67,8 @@ def imagining_rows(folder, picture, seed, n_rows=5):
 
 
 def sequential(qwen, example, target, align_loss="cosine", detach=False):
-    """Return what an Objective does of a row, from forwards over the whole row without a cache: each latent is
-    the last state of a forward up to it."""
+    """Return what an Objective does of a row, from forwards over the whole row without a cache: each latent
+    is the last state of a forward up to it."""
     model, spec = qwen.model, target.spec
     images, steps = (Q.process_images(qwen.image_processor, load_images(paths, target, qwen.factor))
                      for paths in (example.images, example.steps))

@@ -3,13 +3,12 @@ import random
 
 import pytest
 import torch
-from training import load_examples, summed
+from training import library_loss, load_examples, summed
 
 import utils.train.model
 from train_sft import RECOMPUTED
 from utils import qwen as Q
 from utils.jsonl import DataError, read_rows, write_rows
-from utils.latent_families import special_id
 from utils.train.batching import plan_packs, recompute_activations
 from utils.train.examples import Target, image_grids, load_images, make_pack
 from utils.train.model import NAME, Objective, run_packed, use_packed_attention
@@ -47,19 +46,6 @@ def rows(request, data):
     write_rows(data, [row | {"images": [f"{n}_{k}.png" if k < 2 else "9_0.png" for k in range(n_images)]}
                       for n, (row, n_images) in enumerate(zip(read_rows(data, {}), (1, 2, 0, 1, 3)))])
     return load_examples(request.getfixturevalue(request.param), data)
-
-
-def library_loss(qwen, examples, target, **more):
-    """Return what an Objective does, from the library's loss with labels: exact on one row, the oracle. In a
-    pack (with its positions in `more`) rows attend to those before them."""
-    pack = make_pack(qwen, examples, target)
-    labels = torch.cat([torch.tensor([-100] * (example.n_tokens - example.n_trained)
-                                     + example.ids[-example.n_trained:]) for example in examples])[None]
-    kinds = (pack["input_ids"] == special_id(qwen.tokenizer, Q.IMAGE_TOKEN)).int()
-    inputs = {name: pack[name] for name in ("input_ids", "pixel_values", "image_grid_thw") if name in pack}
-    out = qwen.model(**inputs, **more, mm_token_type_ids=kinds, labels=labels, use_cache=False)
-    right = (out.logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100]
-    return out.loss * len(right), right, torch.zeros(())
 
 
 REPLACED = {"none": set(), "layers": {"layers.0"}, "mlps": {"layers.0.mlp", "layers.1.mlp"}}
