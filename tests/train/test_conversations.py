@@ -150,7 +150,8 @@ def test_all_turns_of_a_pack_have_the_loss_of_the_library(small):
     examples = [make_example(qwen, row, target) for row in rows]
     loss, expected, hits = summed(qwen.model, (library_loss(qwen, [one], target) for one in examples))
     with use_packed_attention(qwen.model):
-        found, its_gradient, its_hits = summed(qwen.model, [Objective(qwen)(make_pack(qwen, examples, target))])
+        of_pack = Objective(qwen)(make_pack(qwen, examples, target))
+        found, its_gradient, its_hits = summed(qwen.model, [of_pack])
     assert torch.allclose(found, loss, rtol=1e-5) and hits == its_hits
     assert (its_gradient - expected).norm() < 1e-5 * expected.norm()
 
