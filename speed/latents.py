@@ -10,7 +10,7 @@ process of its own.
 
   packed      train_sft.py's packs, of at most 8,192 tokens
   padded_N    batches of N rows of like length, whose text blocks and latents have columns in common
-              (tests/padded.py: the same loss and gradient)
+              (speed/padded.py: the same loss and gradient)
   text        the same rows with text in place of the latents (--imagination text), packed
 
 Writes  results/train_latents.json
@@ -30,10 +30,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from padded import PaddedObjective, make_batch  # noqa: E402
-
+from speed.padded import PaddedObjective, make_batch  # noqa: E402
 from speed.train import SIZES, VISION_SIZES, VOCABULARY, words  # noqa: E402
 from toy.make_model import make_model  # noqa: E402
 from utils.jsonl import read_rows, write_json, write_rows  # noqa: E402

@@ -6,6 +6,7 @@ import torch
 from decoding import generate
 from training import gradient, load_examples, summed
 
+from speed.padded import PaddedObjective, make_batch
 from utils import qwen as Q
 from utils.jsonl import write_rows
 from utils.latent_families import PRESETS, pool_features, spec_of, special_id
@@ -109,6 +110,8 @@ def test_a_pack_has_the_loss_and_the_gradient_of_its_rows(tiny_checkpoint, tmp_p
     sums, expected, hits = summed(qwen.model, (sequential(qwen, example, target, align_loss)
                                                for example in examples))
     assert sums.min() > 0
+    padded = PaddedObjective(qwen, target.spec.size, align_loss)(make_batch(qwen, examples, target))
+    assert torch.allclose(torch.stack([padded[0].sum(), padded[2]]), sums, rtol=1e-6)  # what speed/ compares
     for size, n_segments, recompute in ((5, 0, "none"), (3, 4, "none"), (5, 0, "mlps"), (5, 4, "layers"),
                                         (1, 0, "layers")):
         with use_packed_attention(qwen.model), recompute_activations(qwen.model, recompute):
