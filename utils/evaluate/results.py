@@ -105,13 +105,12 @@ def judge_shares(records: list[dict]) -> dict:
 
 # ---- a benchmark's own scores
 def own_scores(records: list[dict], right: Callable[[dict], bool] = is_right) -> dict:
-    by_name, scores = defaultdict(list), {}
+    by_name, scores, tables, halves = defaultdict(list), {}, [], []
     for record in records:
         by_name[record.get("benchmark") or ""].append(record)
-    by_name = {name: rows for name, rows in by_name.items() if without_errors(rows)}
-    tables, halves = [], []
     for name, everything in by_name.items():
-        rows = without_errors(everything)
+        if not (rows := without_errors(everything)):
+            continue
         if all("rotation" in record for record in rows):
             scores[name] = {"all": rotation_scores(rows, right)} | {
                 category: rotation_scores(part, right) for category, part in parts_of(rows).items()}

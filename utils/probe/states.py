@@ -62,20 +62,11 @@ def file_name(key: str) -> str:
 
 
 # ---- the store
-class StateWriter:
+class StateWriter(Journal):
     """Appends samples to a store; `key in writer` is whether it has one."""
 
     def __init__(self, folder: str | Path, settings: dict | None = None):
-        self.folder, self.journal = Path(folder), Journal(folder, settings, NAME)
-
-    def __enter__(self) -> "StateWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.journal.__exit__(*exception)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.journal
+        super().__init__(folder, settings, NAME)
 
     def add(self, key: str, tensors: dict[str, np.ndarray], **facts) -> None:
         """Write the states of a sample as float32, then its line."""
@@ -86,7 +77,7 @@ class StateWriter:
         data = to_bytes({name: np.ascontiguousarray(x, dtype=np.float32) for name, x in tensors.items()})
         replace_file(self.folder / file_name(key), lambda file: file.write(data), "wb")
         shapes = {name: list(x.shape) for name, x in tensors.items()}
-        self.journal.append({"key": key, "file": file_name(key), "tensors": shapes, **facts})
+        self.append({"key": key, "file": file_name(key), "tensors": shapes, **facts})
 
 
 class States:
