@@ -171,10 +171,10 @@ def test_finished_chains_of_all_forms():
     chain = "I look. <think_image>a 7</think_image> It is \\boxed{7}."
     talk = [("user", [("image", "a.png"), "What?"]), ("assistant", [chain])]
     rows = [convert("x:1", value)[0] for value in (
-        monet(assistant=[("text", chain)]), llava(talk), openai(talk),
+        monet(question="What?", assistant=[("text", chain)]), llava(talk), openai(talk),
         {"id": "x", "images": ["a.png"], "question": "What?", "chain": chain})]
-    assert [(made["chain"], made["answer"], made["images"], made["steps"]) for made in rows] == [
-        (chain, "7", ["a.png"], [])] * 4
+    names = ("question", "chain", "answer", "images", "steps")
+    assert [[made[name] for name in names] for made in rows] == [["What?", chain, "7", ["a.png"], []]] * 4
     assert convert("x:1", row() | {"chain": chain})[0] == {
         name: value for name, value in row(chain=chain).items() if name != "refined"}
     made, fault = convert("x:1", monet(assistant=[("text", f"{chain} {PAIR}")]))

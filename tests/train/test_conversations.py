@@ -1,4 +1,4 @@
-"""Training on the rows that people have: finished chains in four layouts, conversations of several turns."""
+"""Training on the rows that people have: finished chains, with pictures, conversations of several turns."""
 import json
 from dataclasses import replace
 from itertools import product
@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from processes import run_here
-from samples import monet
+from samples import PAIR, monet
 from training import flags, library_loss, log_of, summed
 
 import train_sft
@@ -22,21 +22,13 @@ CHAIN = "I zoom in. <think_image>a red 42</think_image> It is \\boxed{42}."
 ASKED = "What number is on the boat?"
 
 
-def in_layout(layout, n=1, chain=CHAIN):
-    """Return a finished chain in one of the layouts that CapImagine's data may have."""
-    turns = [("human", f"<image>{ASKED}"), ("gpt", chain)]
-    return {
-        "monet": lambda: monet(n, user=[("image", "a.png"), ("text", ASKED)], assistant=[("text", chain)]),
-        "conversations": lambda: {"id": f"c/{n}", "image": "a.png", "conversations": [
-            {"from": role, "value": text} for role, text in turns]},
-        "messages": lambda: {"messages": [
-            {"role": "user", "content": [{"type": "image", "image": "a.png"},
-                                         {"type": "text", "text": ASKED}]},
-            {"role": "assistant", "content": [{"type": "text", "text": chain}]}]},
-        "own": lambda: {"id": f"o/{n}", "images": ["a.png"], "question": ASKED, "chain": chain}}[layout]()
+MONET = monet(user=[("image", "a.png"), ("text", ASKED)],
+              assistant=[("text", f"I zoom in. {PAIR}"), ("image", "b.png"),
+                         ("text", "<observation>The hull shows 42.</observation> \\boxed{42}")])
 
 
-each_layout = pytest.mark.parametrize("layout", ["monet", "conversations", "messages", "own"])
+def finished(n=1, chain=CHAIN):
+    return {"id": f"o/{n}", "images": ["a.png"], "question": ASKED, "chain": chain}
 
 
 def prepared(value, *more):
@@ -59,17 +51,32 @@ USER, REPLY = ["<|im_start|>", "user", "\n"], ["<|im_end|>", "\n", "<|im_start|>
 BOAT = [*SYSTEM, *USER, *IMAGE, "What", " number", " is", " on", " the", " boat", "?", *REPLY]
 
 
-@each_layout
-def test_labels_of_a_finished_chain_in_every_layout(layout, shared_data, tmp_path, picture):
-    picture("a.png")
-    qwen, target = Q.load_tools(str(shared_data / "qwen2_5_vl")), Target("text", str(tmp_path))
-    assert tokens_of(qwen, make_example(qwen, prepared(in_layout(layout)), target)) == [
-        *BOAT, "+I", "+ zoom", "+ in", "+.", "+ <", "+think", "+_image", "+>a", "+ red", "+ ", "+4", "+2",
-        "+</", "+think", "+_image", "+>", "+ It", "+ is", "+ \\", "+boxed", "+{", "+4", "+2", "+}.",
-        "+<|im_end|>"]
-    direct = make_example(qwen, prepared(in_layout(layout), "--imagination", "direct"),
-                          replace(target, imagination="direct"))
-    assert tokens_of(qwen, direct) == [*BOAT, "+\\", "+boxed", "+{", "+4", "+2", "+}", "+<|im_end|>"]
+def trained(text):
+    return ["+" + token for token in text.split("·")]
+
+
+BOX, SHOWN = "\\·boxed·{·4·2·}·<|im_end|>", " The· hull· shows· ·4·2·.· "
+
+
+@pytest.mark.parametrize("imagination, value, reply", [
+    ("text", finished(), trained("I· zoom· in·.· <·think·_image·>a· red· ·4·2·</·think·_image·>· It· is· \\·"
+                                 "boxed·{·4·2·}.·<|im_end|>")),
+    ("direct", finished(), trained(BOX)),
+    ("placeholder", MONET, trained("I· zoom· in·.· <·think·_image·>·" + SHOWN + BOX)),
+    ("latent", MONET, [*trained("I· zoom· in·.· ·<abs_vis_token>"), *["<abs_vis_token_pad>"] * 2,
+                       "</abs_vis_token>", *trained(SHOWN + BOX)])])
+def test_labels_of_each_target_in_the_vocabulary_of_the_release(imagination, value, reply, shared_data,
+                                                                tmp_path, picture):
+    """Each token by hand, and whether Monet's rules train it (its src/utils.py). Only the newline after
+    "assistant", part of the generation prompt, is not trained here."""
+    picture("a.png"), picture("b.png")
+    qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
+    spec = replace(PRESETS["monet_vllm"], size=2) if imagination == "latent" else None
+    if spec:
+        add_tokens(qwen, spec.tokens)
+    row = prepared(value, "--imagination", imagination)
+    example = make_example(qwen, row, Target(imagination, str(tmp_path), spec))
+    assert tokens_of(qwen, example) == [*BOAT, *reply]
 
 
 TALK = {"images": ["a.png", "b.png"], "conversations": [
@@ -168,11 +175,9 @@ def layout_file(tmp_path, picture):
     return write
 
 
-@each_layout
 @pytest.mark.parametrize("imagination", ["text", "direct"])
-def test_every_layout_is_shown_and_trains(layout, imagination, tiny_checkpoint, layout_file, tmp_path,
-                                          capsys):
-    path = layout_file([in_layout(layout, n) for n in range(4)])
+def test_finished_chains_are_shown_and_train(imagination, tiny_checkpoint, layout_file, tmp_path, capsys):
+    path = layout_file([finished(n) for n in range(4)])
     arguments = flags(path, tiny_checkpoint, tmp_path / "o", "--imagination", imagination, "--max_steps", "2",
                       "--global_batch", "2", "--max_tokens", "1000")
     assert run_here("train_sft", [*arguments, "--dry_run"]) == 0
@@ -182,17 +187,15 @@ def test_every_layout_is_shown_and_trains(layout, imagination, tiny_checkpoint, 
     assert [line["step"] for line in log_of(tmp_path / "o")] == [1, 2]
 
 
-@each_layout
-def test_targets_that_need_steps_refuse_a_finished_chain(layout, tiny_checkpoint, layout_file, tmp_path,
-                                                         capsys):
-    path = layout_file([in_layout(layout, n) for n in range(2)])
+def test_targets_that_need_steps_refuse_a_finished_chain(tiny_checkpoint, layout_file, tmp_path, capsys):
+    path = layout_file([finished(n) for n in range(2)])
     for imagination in ("placeholder", "latent"):
         assert run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", "--imagination",
                                            imagination)) == 2
         error = capsys.readouterr().err.rpartition("error: ")[2]
         assert error.startswith("2 of 2 rows cannot be trained on") and error.count(
             f"only a finished chain, no steps with the images (--imagination {imagination})") == 2
-    path = layout_file([in_layout(layout, n, "I think so.") for n in range(2)])
+    path = layout_file([finished(n, "I think so.") for n in range(2)])
     assert run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", "--imagination", "direct")) == 2
     assert capsys.readouterr().err.count("no answer, as a key or in a \\boxed{} of the chain (--imag") == 2
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from samples import PAIR, monet, png, row
+from samples import png, row
 
 from train_sft import marked
 from utils import qwen as Q
-from utils.chain_formats import convert
 from utils.images import smart_size
 from utils.jsonl import DataError
 from utils.latent_families import PRESETS
@@ -18,11 +17,6 @@ from utils.train.weights import add_tokens
 
 MIRAGE = PRESETS["mirage"]
 ROW = row(caption="a red 7")
-MONET = monet(user=[("image", "a.png"), ("text", "What number is on the boat?")],
-              assistant=[("text", f"I zoom in. {PAIR}"), ("image", "b.png"),
-                         ("text", "<observation>The hull shows 42.</observation> \\boxed{42}")])
-
-
 def tools_and_target(checkpoint, pictures, imagination):
     """Return the tools, which know the target's tokens, and the target; latents are Mirage's."""
     qwen, target = Q.load_tools(str(checkpoint)), Target(imagination, pictures)
@@ -61,30 +55,6 @@ def test_only_the_reply_is_trained_and_no_pad_nor_forced_end(tiny_checkpoint, pi
         parts = [qwen.tokenizer.decode([i for i, t in zip(example.ids, example.trained) if t == is_trained])
                  for is_trained in (True, False)]
         assert parts[0] == reply and parts[1].endswith("<|im_start|>assistant\n" + rest)
-
-
-def test_labels_of_a_monet_sample_in_the_release_s_own_vocabulary(shared_data, pictures):
-    """By hand: each token of the sequence, and whether Monet's rules train it (its src/utils.py). Only the
-    newline after "assistant", part of the generation prompt, is not trained here."""
-    qwen = Q.load_tools(str(shared_data / "qwen2_5_vl"))
-    converted = convert("in.json:1", MONET)[0]
-    prompt = ["<|im_start|>", "system", "\n", "You", " are", " a", " helpful", " assistant", ".",
-              "<|im_end|>", "\n", "<|im_start|>", "user", "\n", "<|vision_start|>", "<|image_pad|>",
-              "<|vision_end|>", "What", " number", " is", " on", " the", " boat", "?", "<|im_end|>", "\n",
-              "<|im_start|>", "assistant", "\n"]
-    words = ["The", " hull", " shows", " ", "4", "2", ".", " \\", "boxed", "{", "4", "2", "}", "<|im_end|>"]
-    for target, reply in (
-            (Target("placeholder", pictures), [(word, True) for word in [
-                "I", " zoom", " in", ".", " <", "think", "_image", ">", " The", *words[1:]]]),
-            (Target("latent", pictures, replace(PRESETS["monet_vllm"], size=2)), [
-                *[(word, True) for word in ["I", " zoom", " in", ".", " ", "<abs_vis_token>"]],
-                *[("<abs_vis_token_pad>", False)] * 2, ("</abs_vis_token>", False), (" The", True),
-                *[(word, True) for word in words[1:]]])):
-        if target.spec:
-            add_tokens(qwen, target.spec.tokens)
-        example = make_example(qwen, converted, target)
-        assert list(zip((qwen.tokenizer.decode([i]) for i in example.ids), example.trained)) == [
-            (word, False) for word in prompt] + reply
 
 
 def test_the_image_budget_is_the_published_algorithm_on_1000_random_sizes():
