@@ -1,5 +1,4 @@
 """Who answers: batches, turns with a tool, servers, pictures that cannot be read."""
-import json
 import threading
 from unittest.mock import Mock
 
@@ -10,8 +9,8 @@ from fault_server import calls_of, serving
 from scipy.stats import chisquare
 
 from utils.backends import LocalBackend, Request
-from utils.evaluate.answering import Local, Served, answer_all, replay, sampler
-from utils.evaluate.prompts import ASKED, MAX_TURNS, PROTOCOLS, Conversation
+from utils.evaluate.answering import Local, Served, answer_all, sampler
+from utils.evaluate.prompts import PROTOCOLS, Conversation
 from utils.items import chat, render
 from utils.journal import Journal
 from utils.jsonl import DataError
@@ -81,50 +80,6 @@ def test_batches_are_bounded_sorted_and_the_same_for_any_number_of_processes(loc
     budget = 3 * (max(in_order) + 10)
     bounded = local(100, budget).batches(talk(items), 0, 1)
     assert all(len(batch) * (max(lengths(batch)) + 10) <= budget for batch in bounded) and len(bounded) > 2
-
-
-class Scripted:
-    """A system that says the next of `replies` to every conversation; `asked` are the messages shown."""
-    pixels, prepare = [None, None], None
-
-    def __init__(self, *replies):
-        self.replies, self.asked = replies, []
-
-    def batches(self, conversations, rank, world):
-        return [conversations]
-
-    def render(self, messages):
-        return json.dumps([[role, str(parts)] for role, parts in messages])
-
-    def answer(self, batch, journal, prepared=None):
-        for c in batch:
-            self.asked.append(c.messages)
-            text = self.replies[min(len(c.turns), len(self.replies) - 1)]
-            yield {"key": c.key, "raw_output": "", "clean_output": text, "finish_reason": "stop",
-                   "n_tokens": 5, "n_latent": 0, "image_grids": [], "seconds": 0.5}
-
-
-@pytest.mark.parametrize("replies, ended_by, n_turns", [
-    ((CALL, "<answer>A</answer>"), "answer", 2), (("It is red.",), "no_call", 1),
-    (("<tool_call>x</tool_call>",), "bad_call", 1), ((CALL,), "turns", MAX_TURNS)])
-def test_a_conversation_with_the_tool_runs_until_it_ends(items, talk, journal, replies, ended_by, n_turns):
-    system, conversation = Scripted(*replies), talk(items[:1], "tool", "deepeyes")[0]
-    assert answer_all(system, [conversation], journal, 0, 1)
-    assert len(list(journal)) == n_turns == len(system.asked)  # every turn has a key of its own
-    again, more = talk(items[:1], "tool", "deepeyes"), talk(items[:2], "tool", "deepeyes")
-    assert replay(system, again, journal) and again[0].result() == conversation.result()
-    assert not replay(system, more, journal)  # a record is missing: conversations stay as they were
-    assert [(c.ended_by, c.turns) for c in more] == [(None, [])] * 2
-    result = conversation.result()
-    assert (conversation.ended_by, result["ended_by"], len(result["turns"]), result["n_tokens"]) == (
-        ended_by, ended_by, n_turns, 5 * n_turns)
-    assert conversation.seconds("seconds") == 0.5 * n_turns
-    if n_turns > 1:
-        assistant, user = system.asked[1][-2:]
-        assert assistant == ("assistant", CALL)
-        assert (user[0], user[1][0], user[1][2:]) == ("user", "<tool_response>", (ASKED, "</tool_response>"))
-        boxes = [turn["box"] for turn in result["turns"]]
-        assert user[1][1].box == (0, 0, 40, 30) and (boxes[0], boxes[-1]) == ([0, 0, 40, 30], None)
 
 
 def test_a_checkpoint_takes_turns_with_the_tool_and_sees_the_region(local, items, talk, journal, monkeypatch):

@@ -8,6 +8,7 @@ from fault_server import ZOOM, any_answer, calls_of, raw, serving
 from processes import run_here, words
 
 from utils import openai_backend
+from utils.evaluate.prompts import ASKED
 from utils.jsonl import load_object, write_rows
 
 BOX = json.loads(ZOOM["function"]["arguments"])["bbox_2d"]
@@ -84,18 +85,27 @@ def test_a_reply_without_text_is_counted_and_told(ask):
     assert re.search("text: 2 with reasoning only .*, 1 with tool calls only .*, 1 with nothing", err)
 
 
-def test_tool_calls_of_the_api_are_followed_like_written_ones(ask):
+def test_tool_calls_of_the_api_are_followed_like_written_ones_until_a_conversation_ends(ask, monkeypatch):
     called = raw(message={"content": "<think>Closer.</think>", "tool_calls": [ZOOM]},
                  finish_reason="tool_calls")
     alone = raw(message={"content": None, "tool_calls": [ZOOM]}, finish_reason="stop")
     broken = {"type": "function", "function": {"name": "image_zoom_in_tool", "arguments": "{"}}
     wrong = raw(message={"content": None, "tool_calls": [broken]}, finish_reason="tool_calls")
-    code, results, metrics, _, _ = ask(["", called, alone, wrong], "--method", "tool")
+    written, none = (raw(message={"content": text}, finish_reason="stop")
+                     for text in ("<tool_call>x</tool_call>", "It is red."))
+    questions = ["", called, alone, wrong, written, none]
+    code, results, metrics, _, calls = ask(questions, "--method", "tool")
     assert code == 0 and metrics["no_text"] == {}
-    assert [result["ended_by"] for result in results] == ["answer"] * 3 + ["bad_call"]
-    for result in results[:3]:
-        assert [turn["box"] for turn in result["turns"]] == [BOX, None]
+    assert [result["ended_by"] for result in results] == ["answer"] * 3 + ["bad_call"] * 2 + ["no_call"]
+    boxes = [[turn["box"] for turn in result["turns"]] for result in results]
+    assert boxes == [[BOX, None]] * 3 + [[None]] * 3
+    assert [result["n_tokens"] for result in results] == [18] * 3 + [9] * 3  # of all turns
     assert results[1]["turns"][0]["raw_output"].split() == results[0]["turns"][0]["raw_output"].split()
+    shown = [call for call in calls if call["text"] == f"<tool_response>{ASKED}</tool_response>"]
+    assert len(calls) == 9 and [len(call["images"]) for call in shown] == [1] * 3  # the region
+    assert ask(questions, "--method", "tool")[1::3] == (results, [])  # from the journal
+    monkeypatch.setattr("utils.evaluate.prompts.MAX_TURNS", 1)
+    assert [result["ended_by"] for result in ask(["now"], "--method", "tool")[1]] == ["turns"]
 
 
 def test_the_guard_stops_a_run_whose_calls_fail(ask):

@@ -1,5 +1,4 @@
 """Training on the rows that people have: finished chains, with pictures, conversations of several turns."""
-import json
 from dataclasses import replace
 from itertools import product
 
@@ -164,20 +163,9 @@ def test_all_turns_of_a_pack_have_the_loss_of_the_library(small):
 
 
 # ---- whole runs
-@pytest.fixture
-def layout_file(tmp_path, picture):
-    """Return write(values) -> path of a JSON list next to the pictures."""
-    picture("a.png"), picture("b.png")
-
-    def write(values):
-        (tmp_path / "rows.json").write_text(json.dumps(values))
-        return tmp_path / "rows.json"
-    return write
-
-
 @pytest.mark.parametrize("imagination", ["text", "direct"])
-def test_finished_chains_are_shown_and_train(imagination, tiny_checkpoint, layout_file, tmp_path, capsys):
-    path = layout_file([finished(n) for n in range(4)])
+def test_finished_chains_are_shown_and_train(imagination, tiny_checkpoint, rows_file, tmp_path, capsys):
+    path = rows_file([finished(n) for n in range(4)])
     arguments = flags(path, tiny_checkpoint, tmp_path / "o", "--imagination", imagination, "--max_steps", "2",
                       "--global_batch", "2", "--max_tokens", "1000")
     assert run_here("train_sft", [*arguments, "--dry_run"]) == 0
@@ -187,21 +175,21 @@ def test_finished_chains_are_shown_and_train(imagination, tiny_checkpoint, layou
     assert [line["step"] for line in log_of(tmp_path / "o")] == [1, 2]
 
 
-def test_targets_that_need_steps_refuse_a_finished_chain(tiny_checkpoint, layout_file, tmp_path, capsys):
-    path = layout_file([finished(n) for n in range(2)])
+def test_targets_that_need_steps_refuse_a_finished_chain(tiny_checkpoint, rows_file, tmp_path, capsys):
+    path = rows_file([finished(n) for n in range(2)])
     for imagination in ("placeholder", "latent"):
         assert run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", "--imagination",
                                            imagination)) == 2
         error = capsys.readouterr().err.rpartition("error: ")[2]
         assert error.startswith("2 of 2 rows cannot be trained on") and error.count(
             f"only a finished chain, no steps with the images (--imagination {imagination})") == 2
-    path = layout_file([finished(n, "I think so.") for n in range(2)])
+    path = rows_file([finished(n, "I think so.") for n in range(2)])
     assert run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", "--imagination", "direct")) == 2
     assert capsys.readouterr().err.count("no answer, as a key or in a \\boxed{} of the chain (--imag") == 2
 
 
-def test_chains_with_pictures_train_on_their_steps(tiny_checkpoint, layout_file, tmp_path, capsys):
-    path = layout_file([monet(1), monet(2)])
+def test_chains_with_pictures_train_on_their_steps(tiny_checkpoint, rows_file, tmp_path, capsys):
+    path = rows_file([monet(1), monet(2)])
     more = ["--max_steps", "2", "--max_tokens", "1000"]
     assert run_here("train_sft", flags(path, tiny_checkpoint, tmp_path / "o", *more)) == 2
     fault = "no chain; rewrite_captions.py makes it of the steps (--imagination text)"
