@@ -3,22 +3,18 @@
 Every backend has an `identity` and `generate(requests, done, stop)`. torch is imported with the model: a run
 that only reads its journal needs none.
 """
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from utils.cli import log
 from utils.images import ImageError, Picture, open_picture, visual_tokens
 from utils.items import chat, render
 from utils.jsonl import find_checkpoint, model_identity
-
-if TYPE_CHECKING:
-    from utils.latent_families import LatentSpec
+from utils.latent_families import Intervention, LatentSpec, clean_text
 
 WINDOW = 2048  # requests among which batches are formed by length
 OUT_OF_MEMORY = "out_of_memory"  # the error of a request that does not fit alone
@@ -231,7 +227,6 @@ class LocalBackend:
         import torch
 
         from utils.decode import decode, prefill
-        from utils.latent_families import Intervention, clean_text
         requests, inputs, replies = prepared
         if not requests:
             return replies

@@ -1,7 +1,5 @@
 """How numbers are shown: as text, as a stage's tables on a terminal and in the report, as figures (a PNG and
 a CSV) in the colours of Okabe and Ito (2008), which colour-blind readers can tell apart."""
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
