@@ -392,8 +392,9 @@ def test_a_broken_picture_ends_the_run_in_one_line(workers, tiny_checkpoint, dat
 
 
 # ---- rows left out
-def spoil(data, picture) -> dict[str, str]:
-    """Add rows of every kind that cannot be trained on among the good ones; return their reasons by id."""
+@pytest.fixture
+def spoiled(data, picture):
+    """Return (file of good rows and a bad one of every kind among them, reasons of the bad ones by id)."""
     folder, rows = data.parent, read_rows(data, {})
     picture("thin.png", (1, 201)), picture("half.png"), picture("grey.png")
     (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:-30])  # its header is whole
@@ -404,14 +405,7 @@ def spoil(data, picture) -> dict[str, str]:
                "control": {"chain": "I look\x1b[1m. \\boxed{1}"}, "length": {"chain": "far " * 400}}
     bad = [rows[1] | change | {"id": f"bad/{reason}"} for reason, change in changes.items()]
     write_rows(folder / "spoiled.jsonl", [*bad[:3], *rows[:5], *bad[3:6], *rows[5:], *bad[6:]])
-    return {f"bad/{reason}": reason for reason in changes}
-
-
-@pytest.fixture
-def spoiled(data, picture):
-    """Return (file of good and bad rows, reasons of the bad ones by id)."""
-    reasons = spoil(data, picture)
-    return data.parent / "spoiled.jsonl", reasons
+    return folder / "spoiled.jsonl", {f"bad/{reason}": reason for reason in changes}
 
 
 def test_rows_left_out_are_as_if_they_had_not_been_there(train, tiny_checkpoint, spoiled, tmp_path, capsys):

@@ -11,8 +11,6 @@ from utils.evaluate.benchmarks import TABLE, prepare
 from utils.items import ANSWER_TYPES, read_items
 from utils.jsonl import DataError, write_rows
 
-HUB_BLINK = "BLINK/Jigsaw/val-00000-of-00001.parquet"
-
 
 @pytest.mark.parametrize("name, source", EXPECTED)
 def test_every_layout_comes_through_without_loss(tmp_path, name, source):
@@ -57,24 +55,22 @@ def test_a_broken_file_is_named(tmp_path, case):
         prepare(bench, tmp_path / "images", path)
 
 
-@pytest.mark.parametrize("name, fields, match", [
-    ("tablevqa/vtabfact", {"qa_id": "1", "gt": 2}, "gold '2', expected the text '1' or '0'"),
-    ("tablevqa/vwtq", {"qa_id": "1", "gt": " "}, "row 0: column 'gt' is empty"),
-    ("mme", {"question_id": "a.jpg", "answer": "Yes", "category": "c"},
-     r"1 of 1 pictures have no pair.*\['yes'\]; expected as many")])
-def test_an_odd_gold_and_an_unpaired_picture_are_named(tmp_path, name, fields, match):
-    path = write_parquet(tmp_path / "t.parquet", [{"image": struct(picture(1)), "question": "q"} | fields])
-    with pytest.raises(DataError, match=match):
-        prepare(replace(TABLE[name], n=1), tmp_path / "images", path)
+QUESTION = {"image": struct(picture(1)), "question": "q"}
+FIRST, SECOND = read_rows("BLINK/Jigsaw/val-00000-of-00001.parquet")
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"image_3": None}, r"row 1: item 'blink/Jigsaw/val_Jigsaw_1': 2 pictures, expected 3"),
-    ({"image_2": None}, "pictures in image_1, image_3, expected them from image_1 on without a gap"),
-    ({"answer": "hidden"}, r"answer 'hidden', expected a letter"),
-    ({"answer": "(C)"}, "gold 'C' and letters")])
-def test_a_broken_blink_is_named(tmp_path, change, match):
-    first, second = read_rows(HUB_BLINK)
-    path = write_parquet(tmp_path / "b.parquet", [first, second | change])
+@pytest.mark.parametrize("name, rows, match", [
+    ("tablevqa/vtabfact", [QUESTION | {"qa_id": "1", "gt": 2}], "gold '2', expected the text '1' or '0'"),
+    ("tablevqa/vwtq", [QUESTION | {"qa_id": "1", "gt": " "}], "row 0: column 'gt' is empty"),
+    ("mme", [QUESTION | {"question_id": "a.jpg", "answer": "Yes", "category": "c"}],
+     r"1 of 1 pictures have no pair.*\['yes'\]; expected as many"),
+    ("blink/Jigsaw", [FIRST, SECOND | {"image_3": None}],
+     "row 1: item 'blink/Jigsaw/val_Jigsaw_1': 2 pictures, expected 3"),
+    ("blink/Jigsaw", [FIRST, SECOND | {"image_2": None}],
+     "pictures in image_1, image_3, expected them from image_1 on without a gap"),
+    ("blink/Jigsaw", [FIRST, SECOND | {"answer": "hidden"}], "answer 'hidden', expected a letter"),
+    ("blink/Jigsaw", [FIRST, SECOND | {"answer": "(C)"}], "gold 'C' and letters")])
+def test_a_broken_row_of_parquet_is_named(tmp_path, name, rows, match):
+    path = write_parquet(tmp_path / "t.parquet", rows)
     with pytest.raises(DataError, match=match):
-        prepare(replace(TABLE["blink/Jigsaw"], n=2), tmp_path / "images", path)
+        prepare(replace(TABLE[name], n=len(rows)), tmp_path / "images", path)
