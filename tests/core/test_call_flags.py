@@ -1,5 +1,4 @@
 """Stages 1 and 2 as wholes, against a server: shards, changed input, export, settings; flags."""
-import importlib
 import json
 import random
 import re
@@ -190,20 +189,6 @@ def test_replies_without_text_are_told_and_asked_for_again(world, tmp_path, stag
     assert [sum(fault in text for text in texts) for fault in faults] == [1, 1, 1]
     rejected = [json.loads(line) for line in bytes_of(stage, tmp_path)[1].splitlines()]
     assert [row["detail"] for row in rejected] == faults
-
-
-def test_a_journal_s_flags_mean_the_same_everywhere(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    helps = {"fresh": [], "retry_errors": [], "no_guard": []}
-    for script, first in (("rewrite_captions", []), ("filter_data", []), ("evaluate", []), ("intervene", []),
-                          ("probe", []), ("probe", ["derive"])):
-        with pytest.raises(SystemExit):
-            importlib.import_module(script).parse_args([*first, "--help"])
-        listed = capsys.readouterr().out
-        for name, texts in helps.items():
-            texts += re.findall(rf"^  --{name} +(.*)$", listed, re.MULTILINE)
-    assert {name: (len(texts), len(set(texts))) for name, texts in helps.items()} == {
-        "fresh": (6, 1), "retry_errors": (4, 1), "no_guard": (4, 1)}
 
 
 def test_a_shard_is_one_of_n_and_extra_body_an_object():

@@ -212,7 +212,7 @@ def test_scipy_agrees():
     assert tost_mean(values, range(12), 0.9) == pytest.approx(max(p))
     assert tost_mean(-values, range(12), 0.9) == pytest.approx(max(p))
     assert (tost_mean([0.1, 0.1], "ab", 0.2), tost_mean([0.5, 0.5], "ab", 0.2)) == (0.0, 1.0)  # no variance
-    for b, c in ((0, 5), (3, 1), (6, 6)):
+    for b, c in ((0, 0), (0, 5), (3, 1), (6, 6)):
         changes = [-1] * b + [1] * c + [0] * 9
         assert sign_flip(changes, range(len(changes))) == pytest.approx(mcnemar_exact(b, c))
 
