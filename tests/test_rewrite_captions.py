@@ -239,7 +239,7 @@ def test_conversations_with_pictures_are_rewritten_and_finished_chains_are_not(r
                       mirage(image_output=[], text_output="x"), talk])
     with pytest.raises(DataError, match="in.jsonl:1: no operation is known for subset 'conversations'"):
         main(flags(path))
-    assert main(flags(path, "--operation", "conversations=draw")) == 0
+    assert main(flags(path, "--operation", "conversations=draw", "--operation", "Old=draw")) == 0
     rows, rejected = result(path)
     assert [(row["subset"], row.get("system"), row["chain"]) for row in rows.values()] == [
         ("conversations", "Be brief.",
@@ -248,7 +248,12 @@ def test_conversations_with_pictures_are_rewritten_and_finished_chains_are_not(r
          "Well, I look. <think_image>Well, The hull shows 42.</think_image> So it is \\boxed{42}.")]
     assert list(rows)[0] == "5" and list(rows)[1].startswith("messages/")
     assert [reason for reason in rejected.values()] == ["nothing_to_rewrite"] * 4 + ["structure"]
-    assert "4 of 7 samples have no image in the reply: nothing to rewrite; train" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "4 of 7 samples have no image in the reply: nothing to rewrite; train" in err
+    assert "--operation Old=draw: no sample read is of that subset" in err
+    with pytest.raises(SystemExit):
+        parse_args(flags(path, "--operation", "New=cut"))
+    assert "expected SUBSET=zoom or SUBSET=draw" in capsys.readouterr().err
 
 
 def test_copied_rows_get_ids_of_their_own_and_are_duplicates(rows_file, captioner):
@@ -284,14 +289,3 @@ def test_dry_run_shows_prompts_and_writes_nothing(rows_file, captioner, capsys, 
     assert 100 < out["calls"]["zoom"]["prompt_tokens"] < 300
     assert all(f"--- {kind}, sample" in captured.err for kind in ("zoom", "draw", "refine"))
     assert sorted(tmp_path.iterdir()) == files and captioner.asked == []
-
-
-def test_operation_flag(rows_file, captioner, capsys):
-    path = rows_file([monet(1, subset="New")])
-    assert main(flags(path, "--operation", "New=draw", "--operation", "Old=draw")) == 0
-    assert result(path)[0]["New/1"]["steps"][1]["operation"] == "draw"
-    with pytest.raises(SystemExit):
-        parse_args(flags(path, "--operation", "New=cut"))
-    err = capsys.readouterr().err
-    assert "--operation Old=draw: no sample read is of that subset" in err
-    assert "expected SUBSET=zoom or SUBSET=draw" in err
