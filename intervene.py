@@ -73,9 +73,15 @@ PSI = (0.02, 0.05, 0.10, 0.20)  # shares of answers that change, for which --dry
 # may change between restarts: settings of the summary, and conditions, which may be added
 FREE_SETTINGS = ("items", "output", "image_root", "conditions", "margin", "margin_nll", "min_emitters",
                  "fresh", "dry_run", "editor_url", "api_key_file")
-# Mirage-7B on VSP, right of 400, %: CapImagine's stages 1 and 2; TRT (arXiv 2605.21642): identity, random, 0
-PUBLISHED = {"clean": "64.2 77.0 76.25", "tau": "64.0 77.2 -", "add_noise": "64.0 76.7 -",
-             "norm_noise": "64.5 76.2 74.75", "near_zero": "65.0 35.5 51.50"}
+# family -> benchmark, model, columns and rows, accuracy in %; TRT (arXiv 2605.21642): identity, random, zero
+PUBLISHED = {
+    "mirage": ("vsp", "Mirage-7B on VSP's 400 problems", ["CapImagine, stage 1", "stage 2", "TRT"],
+               {"clean": "64.2 77.0 76.25", "tau": "64.0 77.2 -", "add_noise": "64.0 76.7 -",
+                "norm_noise": "64.5 76.2 74.75", "near_zero": "65.0 35.5 51.50"}),
+    "covt": ("cv_bench/2D", "CoVT of LLaVA-13B (not of Qwen2.5-VL) on CV-Bench 2D", ["TRT"],
+             {"clean": "76.26", "norm_noise": "21.39", "near_zero": "58.97"}),
+    "mull": ("blink/", "Mull-Tokens of Qwen2.5-VL-7B on BLINK, mean", ["TRT"],
+             {"clean": "63.71", "norm_noise": "63.86", "near_zero": "63.43"})}
 DECLARED = ("conditions", "margin", "margin_nll", "min_emitters")
 
 
@@ -237,14 +243,16 @@ def plan(args: Namespace, items: list[dict]) -> dict:
 
 
 def published_blocks(items: list[dict], metrics: dict) -> list[Block]:
-    """Return what is published of Mirage on VSP next to this run of a model of its kind."""
-    if metrics["latent"] != "mirage" or any(item["metric"] != "vsp_path" for item in items):
+    """Return what is published of a family on this benchmark next to this run of a model of its kind."""
+    benchmark, model, columns, published = PUBLISHED.get(metrics["latent"], (None,) * 4)
+    names = {"vsp" if item["metric"] == "vsp_path" else item.get("benchmark") or "" for item in items}
+    if not published or not all(name.startswith(benchmark) for name in names):
         return []
     shown = {name: (entry["effect"] or {}).get("acc_int") for name, entry in metrics["conditions"].items()}
     shown["clean"] = metrics["acc_clean_emitters"]["share"]
-    rows = [[name, percent(shown.get(name)), *row.split()] for name, row in PUBLISHED.items()]
-    return [Text("Published runs of Mirage-7B on VSP's 400 problems, accuracy in %."),
-            Table(["condition", "this run", "CapImagine, stage 1", "stage 2", "TRT"], rows)]
+    rows = [[name, percent(shown.get(name)), *row.split()] for name, row in published.items()]
+    return [Text(f"Published runs of {model}, accuracy in %."),
+            Table(["condition", "this run", *columns], rows)]
 
 
 def open_journal(args: Namespace) -> Journal:

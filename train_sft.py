@@ -38,7 +38,7 @@ from utils.cli import Help, cli, log, parse_count, parse_number, parse_seed, sto
 from utils.items import plain
 from utils.journal import read_settings
 from utils.jsonl import DataError, call_key, check_output, find_checkpoint, write_json, write_meta, write_rows
-from utils.latent_families import LVR_HEAD, PRESETS, load_head, spec_of
+from utils.latent_families import FED_BACK, PRESETS, spec_of
 from utils.reply_text import last_boxed
 from utils.rows import CLOSE, OPEN
 
@@ -284,7 +284,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--imagination", choices=IMAGINATIONS, default="text", help="the training target; see above")
     add("--turns", choices=("all", "last"), default="all",
         help="the replies of a conversation that are trained; the others are its prompt")
-    add("--latent", choices=sorted(PRESETS), default="mirage", help="family of the latents")
+    add("--latent", choices=FED_BACK, default="mirage", help="family of the latents")
     add("--latent_size", type=parse_number(1, 16384), help="latents per image (default: the family's)")
     add("--token_init", nargs="+", metavar="TEXT",
         help="latents' tokens that the base lacks begin as the mean of this text's tokens, or each of its "
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from accelerate import Accelerator
 
-    from utils.qwen import checkpoint_errors, load_tools
+    from utils.qwen import LVR_HEAD, checkpoint_errors, load_head, load_tools
     from utils.train.batching import Batching, Steps
     from utils.train.checkpoints import lock_run_folder
     from utils.train.examples import make_examples

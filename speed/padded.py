@@ -63,7 +63,7 @@ def make_batch(qwen, examples, target):
               for e in examples]
     batch = collate(qwen, [e.ids for e in examples], pixels)
     ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    pieces = [piece_lengths(row, latent_ids(qwen.tokenizer, spec)[1], spec.size) for row in ids]
+    pieces = [piece_lengths(row, latent_ids(qwen.tokenizer, spec).pad, spec.size) for row in ids]
     columns, blocks = lay_out(pieces, spec.size, max(map(len, pieces)))
     shape = len(ids), blocks[-1][1]
     laid = {"input_ids": torch.full(shape, qwen.tokenizer.pad_token_id),

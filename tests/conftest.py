@@ -86,12 +86,14 @@ def released_files(shared_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imagining_model(tmp_path_factory):
-    """Return make(kind "text" or "latent", follows) -> folder of a model of tests/imagining.py."""
+    """Return make(kind "text", "latent" or "ids", follows) -> folder of a model of tests/imagining.py."""
     @cache
     def make(kind, follows):
         from imagining import make_latent_checkpoint, make_text_checkpoint
-        build = make_text_checkpoint if kind == "text" else make_latent_checkpoint
-        return build(tmp_path_factory.mktemp(kind) / "checkpoint", follows)
+        folder = tmp_path_factory.mktemp(kind) / "checkpoint"
+        if kind == "text":
+            return make_text_checkpoint(folder, follows)
+        return make_latent_checkpoint(folder, follows, family="lavit" if kind == "ids" else "mirage")
     return make
 
 

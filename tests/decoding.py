@@ -1,5 +1,7 @@
 """A batch of prompts, and a random model that likes to imagine."""
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from utils import qwen as Q
 from utils.decode import decode, prefill, prefill_blocks
 from utils.items import chat
-from utils.latent_families import PRESETS
+from utils.latent_families import PRESETS, Intervention
 from utils.probe.states import embed_prompt
 from utils.train.weights import add_tokens
 
@@ -21,8 +23,23 @@ needs_bfloat16 = pytest.mark.skipif(LOWERED, reason="torch has no bfloat16 atten
                                                     "whose instructions ATEN_CPU_CAPABILITY lowers")
 
 
-def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False, with_logits=False):
-    return decode(qwen, prefill(qwen, inputs), max_new_tokens, spec, arms, capture, with_logits)[0]
+def generate(qwen, inputs, max_new_tokens, spec=None, arms=None, capture=False):
+    return decode(qwen, prefill(qwen, inputs), max_new_tokens, spec, arms, capture)[0]
+
+
+def decode_seen(qwen, state, max_new_tokens, spec=None, arms=None):
+    """Decode with states captured; each row also has the logits that its ids were chosen from."""
+    arms, seen = arms or [Intervention()] * len(state.mask), [[] for _ in state.mask]
+
+    def choose(logits, n, row):
+        seen[row].append(logits)
+        return int(logits.argmax())
+
+    arms = [replace(arm, choose=partial(choose, row=n)) for n, arm in enumerate(arms)]
+    rows, _ = decode(qwen, state, max_new_tokens, spec, arms, capture=True)
+    for row, logits in zip(rows, seen):
+        row.logits = torch.stack(logits)
+    return rows
 
 
 def prefill_with(qwen, inputs, latents):
@@ -38,7 +55,7 @@ def prefill_more(qwen, state, blocks):
 def load_with(tiny_checkpoint, spec):
     """A random model that likes to emit the start token: its output row points along the states it sees."""
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
-    start_id = add_tokens(qwen, spec.tokens)[spec.tokens.index(spec.start)]
+    start_id = add_tokens(qwen, spec.tokens)[spec.tokens.index(spec.pad if spec.slots else spec.start)]
     states = torch.cat([g.states for g in generate(qwen, batch_of(qwen), 6, capture=True)])
     with torch.no_grad():
         qwen.model.lm_head.weight[start_id] = states.mean(0) * 3 / states.mean(0).norm()

@@ -5,7 +5,8 @@ Every weight is written here, so that these models do the same on every machine.
   token came before, in a dimension of the hidden state that belongs to this token.
 - The vision tower writes the colour of a square into its tokens (IMAGE and COLOR dimensions).
 - In the first layer one head reads the colour of image tokens into COLOR at every position; the other reads
-  that of imagined words or latents, which have COLOR but not IMAGE, into FOLLOWED. The second layer is idle.
+  that of imagined words or latents, which have COLOR but not IMAGE, into FOLLOWED. The second layer is idle,
+  but for slots of the kind "ids" (LaViT's), whose embeddings have no colour: it reads their positions.
 - The answer's word is chosen by FOLLOWED or by COLOR; without either it is NOTHING.
 - The state after a latent start has COLOR: fed as a latent, it is a code of the colour seen.
 """
@@ -35,6 +36,8 @@ AT = {word: n for n, word in enumerate((*WORDS, "word", "{word", "other"))}
 IMAGE = len(AT)
 COLOR, FOLLOWED = slice(IMAGE + 1, IMAGE + 5), slice(IMAGE + 5, IMAGE + 9)
 SHADE = slice(IMAGE + 9, IMAGE + 12)
+SINK = IMAGE + 12
+SLOT_WORDS = ("I", " look", ".", " ")
 SIZE = 4.0  # of a token's own dimension, and of a colour
 HEAD = 16  # numbers per attention head; the last pair of them, 7 and 15, hardly turns with the position
 
@@ -95,6 +98,16 @@ def write_attention(attention):
     output.weight[SHADE, 4:7] = torch.eye(3)
 
 
+def write_second_attention(attention):
+    """One head reads the COLOR that positions of slots have after the first layer into FOLLOWED; where none
+    are in view, it looks at the token before the image."""
+    attention.q_proj.bias[7] = HEAD**0.5
+    attention.k_proj.weight[7, [AT[word] for word in SLOT_WORDS]] = 5
+    attention.k_proj.weight[7, SINK] = 1.8
+    attention.v_proj.weight[:4, COLOR] = torch.eye(4)
+    attention.o_proj.weight[FOLLOWED, :4] = 2 * torch.eye(4)
+
+
 def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False):
     """Write a checkpoint that replies by `chain` {word: next word}; "word" and "{word" are the colours."""
     texts = [f"{QUESTION} A. {name} I look. a square ({name}) It is \\boxed{{{name}}}." for name in NAMES] * 4
@@ -113,9 +126,12 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
     tokens = {word: [token(word)] for word in WORDS} | {"<|im_end|>": [token("<|im_end|>")]}
     tokens |= {"word": [token(name) for name in NAMES], "{word": [token("{" + name) for name in NAMES]}
     if spec:
-        start, pad, end = latent_ids(qwen.tokenizer, spec)
+        start, pad, end, *_ = latent_ids(qwen.tokenizer, spec)
         after = qwen.tokenizer(spec.after_limit).input_ids[:1]
         tokens |= {"start": [start], CLOSE: [*tokens[CLOSE], end, *after]}
+    if spec and spec.slots:  # LaViT's four, in the place of words that no chain of latents has
+        tokens = {word: [i for i in ids if i is not None] for word, ids in tokens.items()} | {
+            word: [token(slot)] for word, slot in zip(SLOT_WORDS, spec.slots, strict=True)}
     with torch.no_grad():
         for name, weight in qwen.model.named_parameters():
             weight.fill_("norm" in name or "ln_q" in name)
@@ -127,6 +143,9 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
             if word in AT:
                 embedding[ids, AT["other"]] = 0
                 embedding[ids, AT[word]] = SIZE
+        if spec and spec.slots:
+            embedding[token("<|vision_start|>"), SINK] = SIZE
+            write_second_attention(qwen.model.model.language_model.layers[1].self_attn)
         embedding[tokens["word"], COLOR] = SIZE * torch.eye(4)
         for word, following in chain.items():
             head[tokens[following], AT[word]] = 6
@@ -157,4 +176,5 @@ def make_text_checkpoint(folder, follows, again=False):
 def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES), family="mirage"):
     """A model that imagines pictures of the `emitting` colours in a family's latents, and then answers with
     the colour of the vectors that were fed (`follows`) or of the picture."""
-    return build(folder, chain_of("\n", "start") | chain_of(*END), follows, PRESETS[family], emitting)
+    begin = ("\n", *SLOT_WORDS, " It") if PRESETS[family].slots else ("\n", "start")
+    return build(folder, chain_of(*begin) | chain_of(*END), follows, PRESETS[family], emitting)

@@ -11,6 +11,7 @@ from fault_server import calls_of, serving
 from imagining import NOTHING, make_latent_checkpoint, write_items
 
 import intervene
+from utils.display import plain_text
 from utils.intervene.latent_case import Case
 from utils.intervene.latent_conditions import CONDITIONS
 from utils.jsonl import DataError, read_rows, write_rows
@@ -98,6 +99,52 @@ def test_items_that_emit_nothing_are_left_out_and_the_emission_is_reported(items
     assert effect["delta_all"] == pytest.approx(0.5 * effect["delta"])
     few = run(*asked, "--min_emitters", "17")[0]["conditions"]["tau"]
     assert few["effect"] is None and "fewer than --min_emitters 17" in few["reason"]
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_slots_of_the_kind_ids_act_through_their_positions_alone(imagining_model, items, tmp_path, follows):
+    """The colour is read at the slots' positions, whose own embeddings say nothing; the ids stay."""
+    names = ["replay", "tau", "first_repeat", "permute", "dummy_pad", "swap_random", "mean_t", "swap_blank",
+             "slot_swap_random", "slot_swap_counterfactual", "slot_swap_blank", "slot_blank_x", "cut_latent",
+             "strict", "strict_fed", "oracle", "markers_only", "keep_first:2", "no_segment"]
+    metrics, records = run(items, imagining_model("ids", follows), tmp_path / "r.jsonl", "--latent", "lavit",
+                           "--conditions", *names)
+    assert metrics["emission"]["share"] == 1 and metrics["closed_by"] == {"word": 32}
+    found = metrics["conditions"]
+    for name in ("swap_random", "mean_t", "swap_blank"):  # the same four embeddings in every run
+        assert found[name]["reasons"] == {"same_vectors": 32}
+    assert found["oracle"]["reasons"] == {"no_helper": 32}  # nothing that is fed was taught to equal one
+    assert found["markers_only"]["reasons"] == found["keep_first:2"]["reasons"] == {"no_marks": 32}
+    assert found["replay"]["effect"]["acc_int"] == 1 and found["no_segment"]["effect"]["acc_int"] == 0
+    # by R0: in this chain of words the last embedding also says which word comes next
+    right = {name: entry["r0"]["acc_int"] for name, entry in found.items() if entry["r0"]}
+    assert [right[name] for name in ("replay", "tau", "first_repeat", "permute", "dummy_pad")] == [1] * 5
+    moved = [right[name] for name in ("slot_swap_random", "slot_swap_counterfactual", "cut_latent")]
+    assert moved == ([0, 0, 0.25] if follows else [1, 1, 1])
+    assert found["slot_swap_counterfactual"]["follow"]["share"] == follows
+    assert right["slot_swap_blank"] == (0.25 if follows else 1)
+    assert right["slot_blank_x"] == (1 if follows else 0.25) and right["strict_fed"] == 0.25
+    assert right["strict"] == 1 if follows else right["strict"] < 0.5
+    for record in records:
+        if record["site"] in ("fed", "slot") and record["condition"] != "strict_fed" and record.get("text"):
+            assert [(s["start"], s["k"]) for s in record["segments"]] == [(0, 4)] and not record["again"]
+            assert (record["rel_change"] > 0) == (record["condition"] in ("tau", "first_repeat", "permute",
+                                                                          "dummy_pad"))
+
+
+@pytest.mark.parametrize("family, benchmark, row", [
+    ("mirage", None, "| near_zero | 20.0 | 65.0 | 35.5 | 51.50 |"),
+    ("covt", "cv_bench/2D", "| norm_noise | 20.0 | 21.39 |"),
+    ("mull", "blink/Counting", "| clean | 80.0 | 63.71 |")])
+def test_published_rows_stand_beside_a_run_on_their_benchmark(family, benchmark, row):
+    entry = {"effect": {"acc_int": 0.2}}
+    metrics = {"latent": family, "acc_clean_emitters": {"share": 0.8},
+               "conditions": {"norm_noise": entry, "near_zero": entry}}
+    items = [{"metric": "mcq" if benchmark else "vsp_path", "benchmark": benchmark}]
+    assert row in plain_text(intervene.published_blocks(items, metrics))
+    for others in ([{"metric": "mcq", "benchmark": "cv_bench/3D"}], [*items, {"metric": "mcq"}]):
+        assert intervene.published_blocks(others, metrics) == []
+    assert intervene.published_blocks(items, metrics | {"latent": "lavit"}) == []
 
 
 # ---- three sites

@@ -90,6 +90,25 @@ def test_similarity_and_its_corrections_say_what_the_codes_are(latent_run):
     assert 2.5 < first["participation_ratio"] < 3.2  # four codes: three directions around their mean
 
 
+def test_slots_of_the_kind_ids_are_captured_and_can_be_asked_by_their_positions_alone(imagining_model, data,
+                                                                                      tmp_path):
+    """What the slots' positions hold tells the colour; their own embeddings cannot begin a reply."""
+    flags = [data, imagining_model("ids", True), tmp_path / "out", "--latent", "lavit", "--options", "text",
+             "--stem", BOX]
+    found = run(*flags, "--variants", "cut")["probing"]["conditions"]
+    shares = {name: found[name]["r0"]["accuracy"] for name in ("cut", "cut_other", "cut_none")}
+    assert shares["cut"] > 0.9 and max(shares["cut_other"], shares["cut_none"]) < 0.5
+    store = States(tmp_path / "out" / "states")
+    record = store.records[read_items(data)[0]["id"]]
+    assert record["segments"] == [4] and "dummy_pad" not in record["tensors"]
+    embedding = load(str(flags[1]), "float32", "cpu").model.get_input_embeddings().weight.detach().numpy()
+    fed = store.load(record["key"], "fed")
+    assert all((fed == other).all() for key in store.records for other in [store.load(key, "fed")]
+               if other is not None) and all((embedding == row).all(1).any() for row in fed)
+    with pytest.raises(DataError, match="lavit feeds nothing back"):
+        run(*flags)
+
+
 def test_every_figure_has_its_numbers(latent_run):
     folder, _ = latent_run
     for name in ("heatmap", "curves", "spectra", "layers", "probing"):

@@ -1,8 +1,9 @@
 """One batched decoding loop for text and for latent imagination, over the unpatched model.
 
 A latent step is a one-token step whose input embedding is the previous last hidden state after the final
-norm: position +1, one key-value slot. `utils.latent_families` has the differences between families. With
-`spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for up to PREFILL_TOKENS.
+norm (in the kind "ids" its token's embedding): position +1, one key-value slot. `utils.latent_families` has
+the rest. With `spec=None` the loop equals `model.generate(do_sample=False)` bit for bit, for up to
+PREFILL_TOKENS.
 
 A prompt is read once (`prefill`) and its rows are repeated (`State.select`): one batch holds the clean run
 and every `Intervention`.
@@ -11,13 +12,13 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from utils.latent_families import (Generation, Intervention, LatentSpec, RowState, Segment, latent_ids,
+from utils.latent_families import (Generation, Intervention, LatentIds, LatentSpec, RowState, latent_ids,
                                    special_id)
 from utils.qwen import IMAGE_TOKEN, Qwen, multiplied_patches
 
@@ -57,15 +58,6 @@ class State:
             visible[:self.is_image.shape[1]] = self.is_image[row].cumsum(0) == 0
             visible[columns] = 1
             self.mask[row] *= visible
-
-
-def keep_trace(row: Generation, trace: dict[str, list[torch.Tensor]], with_slots: bool) -> None:
-    """Put the vectors that were kept while a row was decoded into it; see `Generation`."""
-    if trace["states"]:
-        row.states = torch.stack(trace["states"])
-        row.fed = torch.stack(trace["fed"]) if trace["fed"] else row.states[:0]
-    row.logits = torch.stack(trace["logits"]) if trace["logits"] else None
-    row.slots = trace["slots"] if with_slots else None
 
 
 @torch.no_grad()
@@ -155,52 +147,51 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
 
 @torch.no_grad()
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
-           arms: list[Intervention] | None = None, capture: bool = False, with_logits: bool = False,
+           arms: list[Intervention] | None = None, capture: bool = False,
            with_slots: bool = False) -> tuple[list[Generation], State]:
     """Decode rows that were read, greedily except for their interventions (`arms`); `state` is used up.
 
-    `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_logits` logits,
-    `with_slots` the inputs of every layer at latents. Returns the rows, and the state after all ids but the
-    last of the longest row.
+    `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_slots` the inputs
+    of every layer at latents. Returns the rows, and the state after all ids but the last of the longest row.
     """
     arms = arms or [Intervention()] * len(state.mask)
-    ids = latent_ids(qwen.tokenizer, spec) if spec else None
-    after = qwen.tokenizer(spec.after_limit).input_ids[:1] if spec else []
-    rows = [RowState(arm.spec or spec, ids, qwen.eos_ids, *after) for arm in arms]
+    ids = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
+    rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
     traces = [defaultdict(list) for _ in rows]
     embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
-    hidden, cache, mask, positions = state.hidden, state.cache, state.mask.clone(), state.positions
+    hidden, cache, positions = state.hidden, state.cache, state.positions
+    state = replace(state, mask=state.mask.clone())
     for n_new in range(max_new_tokens):
         logits = qwen.model.lm_head(hidden)
         sampled = logits.argmax(-1).tolist()
-        live, vectors = [not row.done for row in rows], {}  # vectors: what is fed, by row
+        vectors = {}  # what is fed in place of an embedding, by row
         for i, (row, arm, trace) in enumerate(zip(rows, arms, traces)):
             if row.done:
                 continue
             if row.advance(arm.next_id(logits[i], sampled[i], row.out, row.forced)):
-                vectors[i] = arm.feed(hidden[i], *row.place) if arm.feed else hidden[i]
+                latent = embed.weight[row.out.ids[-1]] if ids.slots else hidden[i]
+                vectors[i] = arm.feed(latent, *row.place) if arm.feed else latent
                 trace["fed"].append(vectors[i])
-            if row.just_closed:
-                hide_columns(mask[i], arm, row.just_closed, first, state.is_image[i])
+            if row.just_closed and "images" in arm.hide:
+                state.hide_images([i])
+            if row.just_closed and "latents" in arm.hide:
+                begin = first + row.just_closed.start
+                state.mask[i, begin:begin + row.just_closed.size] = 0
             if capture:
                 trace["states"].append(hidden[i])
-            if with_logits:
-                trace["logits"].append(logits[i])
         if all(row.done for row in rows) or n_new + 1 == max_new_tokens:
             break
-        fill = qwen.tokenizer.pad_token_id
-        tokens = torch.tensor([row.out.ids[-1] if alive else fill for row, alive in zip(rows, live)])
-        embeds = embed(tokens.to(hidden.device))
+        embeds = embed(torch.tensor([row.out.ids[-1] for row in rows], device=hidden.device))
         for i, vector in vectors.items():
             embeds[i] = vector.to(embeds)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], dim=1)
         positions = positions + 1
         put = {i: slots for i in vectors if arms[i].slot
                and (slots := arms[i].slot(*rows[i].place)) is not None}
         seen = [] if with_slots and vectors else None
         with layer_inputs(qwen.model, put, seen):
-            out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
-                                   past_key_values=cache, use_cache=True)
+            out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=state.mask,
+                                   position_ids=positions, past_key_values=cache, use_cache=True)
         hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
         if qwen.latent_head is not None and vectors:  # LVR's: for the output of latent steps
             index = torch.tensor(list(vectors), device=hidden.device)
@@ -208,17 +199,11 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
         for i in vectors if seen else ():
             traces[i]["slots"].append(torch.stack([layer[i] for layer in seen]))
     for row, trace in zip(rows, traces):
-        keep_trace(row.out, trace, with_slots)
-    return [row.out for row in rows], State(cache, hidden, mask, positions, state.is_image)
-
-
-def hide_columns(mask: torch.Tensor, arm: Intervention, segment: Segment, first: int,
-                 is_image: torch.Tensor) -> None:
-    """Hide columns of a row's mask [C] from all that follows a segment; new ids begin at column `first`."""
-    if "images" in arm.hide:
-        mask[:len(is_image)][is_image] = 0
-    if "latents" in arm.hide:
-        mask[first + segment.start:first + segment.start + segment.size] = 0
+        if trace["states"]:
+            row.out.states = torch.stack(trace["states"])
+            row.out.fed = torch.stack(trace["fed"]) if trace["fed"] else row.out.states[:0]
+        row.out.slots = trace["slots"] if with_slots else None
+    return [row.out for row in rows], replace(state, cache=cache, hidden=hidden, positions=positions)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ SCORED = ("mcq", "vsp_path")  # accepted by default
 USER_TURN, END_OF_TURN = "<|im_start|>user", "<|im_end|>"
 STEM = "The answer is \\boxed{"  # the options of a readout are scored behind it
 # of Qwen's control tokens and all of utils.latent_families
-MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>)")
+MARKS = re.compile(r"<(?=\||/?abs_vis_token|/?observation>|lvr\d>)")
 
 
 def read_items(path: str | Path, limit: int | None = None, metrics: tuple[str, ...] = SCORED) -> list[dict]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from utils.jsonl import DataError, find_checkpoint
+from utils.jsonl import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,11 @@ class LatentSpec:
     token's embedding; `force_end`: the end token follows K latents, whatever was sampled; `early_end`: a
     sampled end token closes the segment before K; `repeats`: so does an id that is sampled so often in a row
     (0: never), as if K were reached; `after_limit`: its first token follows such an end, whatever was
-    sampled; `force_start`: the reply begins with the start token, whatever was sampled."""
+    sampled; `force_start`: the reply begins with `opening` (default: the start token), whatever was sampled.
+
+    In the kind "ids" nothing is fed back: latents are `slots`, tokens that are sampled like words and read by
+    their own embedding. A segment is a run of them, after the start token if there is one; K is what training
+    writes, and no limit."""
 
     name: str
     tokens: tuple[str, ...]
@@ -31,52 +35,69 @@ class LatentSpec:
     pad: str
     end: str
     size: int
-    overwrite_start: bool
-    force_end: bool
-    early_end: bool
+    overwrite_start: bool = False
+    force_end: bool = True
+    early_end: bool = True
     repeats: int = 0
     after_limit: str = ""
     force_start: bool = False
+    slots: tuple[str, ...] = ()
+    opening: str = ""
+
+
+def family(name: str, size: int, tokens: str, **rules) -> LatentSpec:
+    """Return the family of `tokens`, in order, as "role:token" or, without a role, "token"."""
+    words = [word.rpartition(":")[::2] for word in tokens.split()]
+    slots = tuple(token for role, token in words if role == "slot")
+    start, pad, end = (dict(words).get(role, "") for role in ("start", "pad", "end"))
+    return LatentSpec(name, tuple(token for _, token in words), start, pad or slots[0], end, size,
+                      **{"slots": slots, "force_end": not slots, **rules})
+
+
+def anchor(name: str, n: int) -> str:
+    return f"<|anchor_start|>{f'<|{name}_pad|>' * n}<|anchor_end|>"  # a segment of CoVT's
 
 
 # Orders: NOVAglow646/Monet and UMass-Embodied-AGI/Mirage src/main.py; VincentLeebang/lvr, TungChintao/SkiLa,
-# ybb6/laser src/train/train_*.py; Accio-Lab/SwimBird src/train/train.py
-MONET_TOKENS = ("<abs_vis_token_pad>", "<abs_vis_token>", "</abs_vis_token>", "<observation>",
-                "</observation>")
-MIRAGE_TOKENS = ("<|latent_pad|>", "<|latent_start|>", "<|latent_end|>")
-LVR_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
-SKILA_TOKENS = ("<|skila|>", "<|sketch_start|>", "<|sketch_end|>")
-SWIMBIRD_TOKENS = ("<|latent|>", "<|latent_start|>", "<|latent_end|>")
-LASER_TOKENS = ("<|laser_start|>", "<|laser|>", "<|laser_end|>")
-LVR_HEAD = "lvr_head."  # prefix of its weights; each layer has a weight and a bias
-SIMPLE_HEAD = ("ln_q", "mlp.0", "mlp.2")  # lvr_head_type "simple"
-GATED_HEAD = ("down_proj", "gate_proj", "up_proj")  # lvr_head_type "glu"
-_MONET = LatentSpec("monet_vllm", MONET_TOKENS, "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>",
-                    size=10, overwrite_start=True, force_end=True, early_end=True)
-_MIRAGE = LatentSpec("mirage", MIRAGE_TOKENS, "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>",
-                     size=4, overwrite_start=False, force_end=True, early_end=True)
+# ybb6/laser src/train/train_*.py; Accio-Lab/SwimBird src/train/train.py; Wakals/CoVT src/training/train.py;
+# Svardfox/LaViT src/train.py; arijitray1993/mull lmms_eval/models/chat/qwen2_5_vl_mmlatentdiscrete.py
+MONET = "pad:<abs_vis_token_pad> start:<abs_vis_token> end:</abs_vis_token> <observation> </observation>"
+MIRAGE = "pad:<|latent_pad|> start:<|latent_start|> end:<|latent_end|>"
 PRESETS = {spec.name: spec for spec in (
-    _MONET,  # Monet's vLLM runner, K = LATENT_SIZE
-    replace(_MONET, name="monet_capimagine", overwrite_start=False),  # its README's loop, MAX_LATENT_LEN
-    _MIRAGE,  # latent_size of its training
-    LatentSpec("lvr", LVR_TOKENS, "<|lvr_start|>", "<|lvr|>", "<|lvr_end|>",  # by steps, as in the paper
-               size=8, overwrite_start=False, force_end=False, early_end=False),
+    family("monet_vllm", 10, MONET, overwrite_start=True),  # Monet's vLLM runner, K = LATENT_SIZE
+    family("monet_capimagine", 10, MONET),  # its README's loop, MAX_LATENT_LEN
+    family("mirage", 4, MIRAGE),  # latent_size of its training
+    family("ilvr", 8, MIRAGE, early_end=False),  # XD111ds/ILVR's LatentTemplateLogitsProcessor
+    family("lvr", 8, "start:<|lvr_start|> pad:<|lvr|> <|lvr_latent_end|> end:<|lvr_end|>",
+           force_end=False, early_end=False),  # by steps, as in the paper
     # 2 x sketch_token_num in src/model/skila.py, 27 in its training script; SwimBird's loop is the same
-    replace(_MIRAGE, name="skila", tokens=SKILA_TOKENS, start="<|sketch_start|>", pad="<|skila|>",
-            end="<|sketch_end|>", size=54),
-    replace(_MIRAGE, name="swimbird", tokens=SWIMBIRD_TOKENS, pad="<|latent|>", size=64),
-    replace(_MIRAGE, name="ilvr", size=8, early_end=False),  # XD111ds/ILVR's LatentTemplateLogitsProcessor
-    replace(_MIRAGE, name="laser", tokens=LASER_TOKENS, start="<|laser_start|>", pad="<|laser|>",
-            end="<|laser_end|>", size=16, repeats=3, after_limit="<answer>", force_start=True))}
+    family("skila", 54, "pad:<|skila|> start:<|sketch_start|> end:<|sketch_end|>"),
+    family("swimbird", 64, "pad:<|latent|> start:<|latent_start|> end:<|latent_end|>"),
+    family("laser", 16, "start:<|laser_start|> pad:<|laser|> end:<|laser_end|>", repeats=3,
+           after_limit="<answer>", force_start=True),
+    # the kind "ids"; openings: get_comt_data_in_response of CoVT's src/training/data.py, with the anchors of
+    # CoVT-7B-seg_depth_dino_edge; the reply in LaViT's src/dataset.py; Mull-Tokens' README (stage 2)
+    family("covt", 8, "start:<|anchor_start|> end:<|anchor_end|>" + "".join(
+        f" slot:<|{name}_pad|>" for name in "sam dino depth sd intern pidinet siglip metaclip".split()),
+           opening=f"<think> Because the segmentation of the image is {anchor('sam', 8)}, the depth map of "
+           f"the image is {anchor('depth', 4)}, the perception feature of the image is {anchor('dino', 4)}, "
+           f"and the edge map of the image is {anchor('pidinet', 4)}.  </think>\n"),
+    family("lavit", 4, "slot:<lvr1> slot:<lvr2> slot:<lvr3> slot:<lvr4>",
+           opening="<lvr1><lvr2><lvr3><lvr4>"),
+    family("mull", 20, "slot:<|latent_pad|> <|latent_start|> <|latent_end|> <|latent_image|>",
+           force_start=True, opening=f"<think>{'<|latent_pad|>' * 20}</think>\n"))}
+FED_BACK = sorted(name for name, spec in PRESETS.items() if not spec.slots)
 
 
 def spec_of(name: str, size: int | None, force_start: bool = False) -> LatentSpec | None:
     """Return the family that --latent names ("off": None), with `size` latents if given; DataError for a
-    start that is forced without a family."""
-    family = PRESETS.get(name)
-    if force_start and family is None:
+    start that is forced without a family, or a size where the model samples as many as it likes."""
+    spec = PRESETS.get(name)
+    if force_start and spec is None:
         raise DataError("--force_start: no start of latents with --latent off; expected a family")
-    return family and replace(family, size=size or family.size, force_start=force_start or family.force_start)
+    if size and spec and spec.slots:
+        raise DataError(f"--latent_size {size}: {name} samples any number of latents; leave the flag out")
+    return spec and replace(spec, size=size or spec.size, force_start=force_start or spec.force_start)
 
 
 @dataclass
@@ -85,7 +106,7 @@ class Segment:
 
     start: int
     size: int = 0
-    # "limit" (K reached), "repetition", "end" (end token sampled), "max_tokens" (never closed)
+    # "limit" (K reached), "repetition", "end" (end token sampled), "word" (another), "max_tokens" (left open)
     closed_by: str = "max_tokens"
 
 
@@ -93,10 +114,10 @@ class Segment:
 class Generation:
     """One decoded row. Latent positions hold the pad id in `ids`; a row that stopped ends with its end id.
 
-    `states` [len(ids), hidden]: the post-norm states that led to each id; at a latent, the latent before any
-    edit. `fed` [n_latents, hidden]: the vectors fed, after the edit. `logits` [len(ids), vocab]. `slots`: for
-    each latent that was read, the inputs of the decoder's layers [layers, hidden]. `n_forbidden`: ids that
-    would have come next but for `Intervention.forbid`. `sampled`: `ids`, but what was sampled at latents.
+    `states` [len(ids), hidden]: the post-norm states that led to each id; at a latent that is fed back, the
+    latent before any edit. `fed` [n_latents, hidden]: the vectors fed, after the edit. `slots`: for each
+    latent that was read, the inputs of the decoder's layers [layers, hidden]. `n_forbidden`: ids that would
+    have come next but for `Intervention.forbid`. `sampled`: `ids`, but what was sampled at latents.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -104,7 +125,6 @@ class Generation:
     segments: list[Segment] = field(default_factory=list)
     states: torch.Tensor | None = None
     fed: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     slots: list[torch.Tensor] | None = None
     n_forbidden: int = 0
     sampled: list[int] = field(default_factory=list)
@@ -132,12 +152,12 @@ class Intervention:
     forbid: Callable[[Generation, int], bool] | None = None
     covers: Callable[[int, int], bool] | None = None
 
-    def next_id(self, logits: torch.Tensor, likeliest: int, row: Generation, forced: int | None) -> int:
-        """Return the next id of a row: the forced one, or the chosen or likeliest of those that are not
+    def next_id(self, logits: torch.Tensor, likeliest: int, row: Generation, forced: list[int]) -> int:
+        """Return the next id of a row: the first forced one, or the chosen or likeliest of those that are not
         forbidden."""
         choose = self.choose or (lambda logits, n: int(logits.argmax()))
         found = self.choose(logits, len(row.ids)) if self.choose else likeliest
-        found = found if forced is None else forced
+        found = forced[0] if forced else found
         if self.forbid and self.forbid(row, found):
             row.n_forbidden, logits = row.n_forbidden + 1, logits.clone()
             while self.forbid(row, found):
@@ -146,15 +166,26 @@ class Intervention:
         return found
 
 
+class LatentIds(NamedTuple):
+    """The ids of a family's tokens, None for a mark that it lacks: `slots` are those of the kind "ids",
+    `opening` what `force_start` writes (empty: `start`), `after` the first of `after_limit`."""
+
+    start: int | None = None
+    pad: int | None = None
+    end: int | None = None
+    slots: frozenset[int] = frozenset()
+    opening: tuple[int, ...] = ()
+    after: int | None = None
+
+
 class RowState:
     """The state machine of one row: which id is recorded, and whether a latent is fed."""
 
-    def __init__(self, spec: LatentSpec | None, ids: tuple[int, int, int] | None, eos_ids: list[int],
-                 after_id: int | None = None):
-        self.spec, self.eos_ids, self.after_id = spec, eos_ids, after_id
-        self.start_id, self.pad_id, self.end_id = ids if ids else (None, None, None)
+    def __init__(self, spec: LatentSpec | None, ids: LatentIds, eos_ids: list[int]):
+        self.spec, self.ids, self.eos_ids = spec, ids, eos_ids
         self.inside = self.done = False
-        self.forced = self.start_id if spec and spec.force_start else None  # the id to come, if it is fixed
+        opening = (ids.opening or (ids.start,)) if spec and spec.force_start else ()
+        self.forced = [i for i in opening if spec.size or i not in ids.slots]  # to come
         self.just_closed: Segment | None = None  # by the last id
         self.out = Generation()
 
@@ -166,34 +197,37 @@ class RowState:
     def closing(self, sampled: int) -> str | None:
         """Return what closes the open segment now (`Segment.closed_by`), if anything does."""
         spec, recent = self.spec, [*self.out.sampled, sampled][-self.spec.repeats:]
-        if self.out.segments[-1].size >= spec.size:
+        if self.out.segments[-1].size >= spec.size and (spec.force_end or not self.ids.slots):
             return "limit"
         if spec.repeats and recent == [sampled] * spec.repeats:
             return "repetition"
-        return "end" if spec.early_end and sampled == self.end_id else None
+        if spec.early_end and sampled == self.ids.end:
+            return "end"
+        return "word" if self.ids.slots and sampled not in self.ids.slots else None
 
     def advance(self, sampled: int) -> bool:
-        """Record the id for a sampled one; return whether a latent is fed in place of its embedding."""
-        recorded, feeds_latent, self.just_closed, self.forced = sampled, False, None, None
+        """Record the id for a sampled one; return whether it is a latent, fed in place of its embedding."""
+        recorded, is_latent, self.just_closed = sampled, False, None
+        self.forced = self.forced[1:] if self.forced[:1] == [sampled] else []
         if self.inside:
             segment = self.out.segments[-1]
             if closed_by := self.closing(sampled):
                 segment.closed_by, self.inside, self.just_closed = closed_by, False, segment
-                self.forced = None if closed_by == "end" else self.after_id
+                if self.ids.after is not None and closed_by != "end":
+                    self.forced = [self.ids.after]
                 if self.spec.force_end:
-                    recorded = self.end_id
+                    recorded = self.ids.end
             else:
-                recorded, feeds_latent = self.pad_id, True
+                recorded, is_latent = sampled if self.ids.slots else self.ids.pad, True
                 segment.size += 1
-        if not self.inside and not feeds_latent and recorded == self.start_id:
-            self.inside = True
-            feeds_latent = self.spec.overwrite_start
-            self.out.segments.append(Segment(len(self.out.ids) + (not feeds_latent), int(feeds_latent)))
+        if not (self.inside or is_latent) and (recorded == self.ids.start or recorded in self.ids.slots):
+            self.inside, is_latent = True, recorded in self.ids.slots or self.spec.overwrite_start
+            self.out.segments.append(Segment(len(self.out.ids) + (not is_latent), int(is_latent)))
         self.out.ids.append(recorded)
-        self.out.sampled.append(sampled if feeds_latent else recorded)
+        self.out.sampled.append(sampled if is_latent else recorded)
         if not self.inside and recorded in self.eos_ids:
             self.done, self.out.finish = True, "stop"
-        return feeds_latent
+        return is_latent
 
 
 def pool_features(features: torch.Tensor, size: int) -> torch.Tensor:
@@ -213,13 +247,17 @@ def special_id(tokenizer, name: str) -> int:
     return ids[0]
 
 
-def latent_ids(tokenizer, spec: LatentSpec) -> tuple[int, int, int]:
-    """Return the ids of (start, pad, end); DataError unless the family's tokens are in order."""
+@lru_cache(64)
+def latent_ids(tokenizer, spec: LatentSpec) -> LatentIds:
+    """Return the ids of a family's tokens; DataError unless they are in order."""
     ids = [special_id(tokenizer, name) for name in spec.tokens]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(f"{spec.name}: tokens {spec.tokens} have ids {ids}, expected consecutive ids in that "
                         "order; this checkpoint has another family's")
-    return tuple(special_id(tokenizer, name) for name in (spec.start, spec.pad, spec.end))
+    by_name, after = dict(zip(spec.tokens, ids)), tokenizer(spec.after_limit).input_ids
+    return LatentIds(*map(by_name.get, (spec.start, spec.pad, spec.end)),
+                     frozenset(map(by_name.get, spec.slots)), tuple(tokenizer(spec.opening).input_ids),
+                     after[0] if after else None)
 
 
 def last_latent(row: Generation) -> int:
@@ -235,47 +273,6 @@ def latent_steps(row: Generation) -> list[int]:
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
     """Decode recorded ids without latents and special tokens."""
     if spec:
-        latent = set(latent_ids(tokenizer, spec))
-        ids = [i for i in ids if i not in latent]
+        start, pad, end, slots = latent_ids(tokenizer, spec)[:4]
+        ids = [i for i in ids if i not in {start, pad, end, *slots}]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def find_file(path: str, name: str) -> str | None:
-    """Return where a checkpoint's file is, if it has one."""
-    from transformers.utils import cached_file
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-
-
-def load_head(path: str, device: torch.device,
-              dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
-
-    It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
-    come from the same state. The weights' names tell its form.
-    """
-    import torch.nn.functional as F
-    from safetensors import safe_open
-
-    head = {}
-    for file in sorted(find_checkpoint(path).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
-                     for key in weights.keys() if key.startswith(LVR_HEAD)}
-    if not head:
-        return None
-
-    def linear(layer: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, head[f"{layer}.weight"], head[f"{layer}.bias"])
-
-    def simple(x: torch.Tensor) -> torch.Tensor:
-        x = F.layer_norm(x, x.shape[-1:], head["ln_q.weight"], head["ln_q.bias"], eps=1e-6)
-        return linear("mlp.2", F.gelu(linear("mlp.0", x)))
-
-    def gated(x: torch.Tensor) -> torch.Tensor:
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))
-
-    for layers, form in ((SIMPLE_HEAD, simple), (GATED_HEAD, gated)):
-        if sorted(head) == [f"{layer}.{part}" for layer in layers for part in ("bias", "weight")]:
-            return form
-    raise DataError(f"{path}: weights {LVR_HEAD}* named {sorted(head)}, expected a weight and a bias each of "
-                    f"{', '.join(SIMPLE_HEAD)} or {', '.join(GATED_HEAD)}")

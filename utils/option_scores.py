@@ -52,8 +52,7 @@ def score_blocks(qwen: Qwen, state: State, blocks: list[list[list[int]]],
         hidden = prefill_blocks(qwen, state.select(rows), [blocks[i][k] for i in rows])[0]
         for read, i in zip(hidden, rows):
             block, skipped = blocks[i][k], shared[i]
-            before = read[max(skipped - 1, 0):len(block) - 1]  # the state that predicts each token
-            before = before if skipped else torch.cat([state.hidden[i][None], before])
+            before = read[skipped - 1:len(block) - 1]  # the state that predicts each token
             logits = qwen.model.lm_head(before).float().log_softmax(-1)
             own = torch.tensor(block[skipped:], device=logits.device)
             scores[i].append(float(logits.gather(1, own[:, None]).sum()))

@@ -9,24 +9,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
                           Qwen2VLImageProcessorPil)
+from transformers.utils import cached_file
 
 from utils.cli import rank_world
 from utils.images import smart_size
-from utils.jsonl import DataError, check_folder
-from utils.latent_families import LatentSpec, find_file, latent_ids, load_head, special_id
+from utils.jsonl import DataError, check_folder, find_checkpoint
+from utils.latent_families import LatentSpec, latent_ids, special_id
 
 IMAGE_TOKEN = "<|image_pad|>"
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+LVR_HEAD = "lvr_head."  # prefix of its weights; each layer has a weight and a bias
+find_file = partial(cached_file, _raise_exceptions_for_missing_entries=False)  # (checkpoint, name) -> path
 THREADS = 4  # Pillow and numpy work outside the interpreter's lock
 
 
@@ -111,6 +114,37 @@ def load_with(spec: LatentSpec | None, path: str, dtype: str = "auto", min_pixel
     if spec:
         latent_ids(qwen.tokenizer, spec)  # fails before a run is opened with wrong flags
     return qwen
+
+
+def load_head(path: str, device: torch.device,
+              dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
+
+    It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
+    come from the same state. The weights' names tell its form.
+    """
+    head = {}
+    for file in sorted(find_checkpoint(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            head |= {key.removeprefix(LVR_HEAD): weights.get_tensor(key).to(device, dtype, copy=True)
+                     for key in weights.keys() if key.startswith(LVR_HEAD)}
+    if not head:
+        return None
+
+    def layer(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = head[f"{name}.weight"], head[f"{name}.bias"]
+        return (F.linear(x, weight, bias) if weight.dim() > 1 else
+                F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6))
+
+    forms = {  # lvr_head_type "simple" and "glu", by their layers
+        ("ln_q", "mlp.0", "mlp.2"): lambda x: layer("mlp.2", F.gelu(layer("mlp.0", layer("ln_q", x)))),
+        ("down_proj", "gate_proj", "up_proj"):
+            lambda x: layer("down_proj", F.silu(layer("gate_proj", x)) * layer("up_proj", x))}
+    for layers, form in forms.items():
+        if sorted(head) == [f"{name}.{part}" for name in layers for part in ("bias", "weight")]:
+            return form
+    raise DataError(f"{path}: weights {LVR_HEAD}* named {sorted(head)}, expected a weight and a bias each of "
+                    f"{' or '.join(map(', '.join, forms))}")
 
 
 def load_processors(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple:

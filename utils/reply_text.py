@@ -22,11 +22,11 @@ ORDINALS = dict(zip(("first second third fourth fifth sixth seventh eighth ninth
                      "twelfth").split(), "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split()))
 
 # ---- what is no answer
-# never words: Monet, Mirage, LVR, the chat format; ltnt: the log of a Monet fork
-LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|<\|latent_start\|>.*?<\|latent_end\|>"
-                         r"|<\|lvr_start\|>.*?<\|lvr_end\|>", re.DOTALL)
+# never words: Monet, Mirage, LVR, CoVT, LaViT, the chat format; ltnt: the log of a Monet fork
+LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>"
+                         r"|<\|(latent|lvr|anchor)_start\|>.*?<\|\1_end\|>", re.DOTALL)
 SPECIAL_TOKEN = re.compile(
-    r"<[|｜][^<>|｜]*[|｜]>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>|</?s>|\[/?INST\]"
+    r"<[|｜][^<>|｜]*[|｜]>|</?abs_vis_token(?:_pad)?>|</?observation>|<ltnt:\d+>|<lvr\d>|</?s>|\[/?INST\]"
     r"|<(?:start_of_turn|end_of_turn|bos|eos|pad)>")
 GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
 TURN = re.compile(r"<\|(?:im_start|start)\|>assistant(?!\w)|\[/INST\]|<start_of_turn>model\b")

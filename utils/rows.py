@@ -73,15 +73,10 @@ def find_spans(text: str) -> list[tuple[int, int]]:
     return [match.span(1) for match in SPAN.finditer(text, 0, len(text) if boxed < 0 else boxed)]
 
 
-def after_marks(text: str, end: int) -> int:
-    """Return the place after the closing mark of a span that ends at `end`."""
-    return end + len(CLOSE) if text.startswith(CLOSE, end) else end
-
-
 def conclusion(text: str) -> str:
     """Return the text after the last imagination, or all of it."""
     spans = find_spans(text)
-    return text[after_marks(text, spans[-1][1]):] if spans else text
+    return text[spans[-1][1] + len(CLOSE):] if spans else text
 
 
 def split_final(text: str) -> tuple[str, str]:

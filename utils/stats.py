@@ -7,7 +7,6 @@ Items of one group (the questions on one picture) may vary together. An empty sa
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -85,18 +84,12 @@ class Reading(NamedTuple):
 
 
 def tango_ci(b: float, c: float, n: float, level: float = 0.90) -> tuple[float, float]:
-    """Return the score interval of theta: every change that Tango's test does not reject.
-
-    It has a width even when no answer changes. The default level is that of two one-sided tests at 5 %.
-    """
+    """Return `Reading.interval` of ungrouped items; it has a width even when no answer changes."""
     return Reading(b, c, n).interval(level)
 
 
 def tost_tango(b: float, c: float, n: float, margin: float) -> float:
-    """Return the p of "the change is smaller than margin, both ways" (two one-sided score tests).
-
-    Below alpha exactly if `tango_ci` of level 1 - 2 alpha is inside (-margin, margin).
-    """
+    """Return `tost` of ungrouped items: below alpha exactly if `tango_ci` of level 1 - 2 alpha is inside."""
     return tost([Reading(b, c, n)], margin)
 
 
@@ -193,23 +186,15 @@ def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:
     return "effect" if excludes_zero else "inconclusive"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The 90 % and the 95 % interval of one effect, which `verdict` takes."""
+def paired_ends(readings: Sequence[Reading]) -> dict[str, list[float]]:
+    """Return {"ci90", "ci95"}, which `verdict` takes."""
+    return {"ci90": [*widest(readings, 0.90)], "ci95": [*widest(readings, 0.95)]}
 
-    ci90: list[float]
-    ci95: list[float]
 
-    @classmethod
-    def paired(cls, readings: Sequence[Reading]) -> "Interval":
-        return cls(*(list(widest(readings, level)) for level in (0.90, 0.95)))
-
-    @classmethod
-    def of_mean(cls, values: Sequence[float], groups: Sequence[Hashable]) -> "Interval":
-        return cls(*(list(robust_mean(values, groups, level)[1:]) for level in (0.90, 0.95)))
-
-    def verdict(self, margin: float) -> str:
-        return verdict(self.ci90, self.ci95, margin)
+def mean_ends(values: Sequence[float], groups: Sequence[Hashable]) -> dict[str, list[float]]:
+    """Return {"ci90", "ci95"} of `robust_mean`."""
+    ends = [list(robust_mean(values, groups, level)[1:]) for level in (0.90, 0.95)]
+    return dict(zip(("ci90", "ci95"), ends))
 
 
 def cluster_bootstrap(values: Sequence[float], groups: Sequence[Hashable], level: float = 0.90,

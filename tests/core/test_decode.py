@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding import (MIRAGE, batch_of, embedded, generate, library_generate, load_with, needs_bfloat16,
-                      one_pass, prefill_more, prefill_with)
+from decoding import (MIRAGE, batch_of, decode_seen, embedded, generate, library_generate, load_with,
+                      needs_bfloat16, one_pass, prefill_more, prefill_with)
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
@@ -15,7 +15,8 @@ from utils import qwen as Q
 from utils.decode import decode, layer_inputs, prefill, truncate_cache
 from utils.items import chat
 from utils.jsonl import DataError
-from utils.latent_families import PRESETS, Intervention, RowState, clean_text, latent_ids
+from utils.latent_families import (PRESETS, Intervention, LatentIds, RowState, clean_text, latent_ids,
+                                   latent_steps)
 from utils.train.weights import add_tokens
 
 pytestmark = pytest.mark.numeric
@@ -39,7 +40,7 @@ def test_without_latents_equals_generate_bit_for_bit(tiny_checkpoint, dtype):
     batch = batch_of(qwen)
     # An end of text that this random model really emits, so that rows stop at different steps.
     qwen.eos_ids = [generate(qwen, batch, 9)[1].ids[5]]
-    rows = generate(qwen, batch, 24, with_logits=True)
+    rows = decode_seen(qwen, prefill(qwen, batch), 24)
     library = library_generate(qwen, batch, 24, output_logits=True, return_dict_in_generate=True)
     assert rows[1].finish == "stop" and len(rows[1].ids) <= 6
     for i, row in enumerate(rows):
@@ -54,13 +55,17 @@ def test_one_forward_over_the_captured_latents_gives_the_same_logits(tiny_checkp
     spec = PRESETS[name]
     qwen = load_with(tiny_checkpoint, spec)
     batch = batch_of(qwen)
-    rows = generate(qwen, batch, 20, spec, capture=True, with_logits=True)
+    rows = decode_seen(qwen, prefill(qwen, batch), 20, spec)
     assert any(row.segments for row in rows)
     for i, row in enumerate(rows):
         single = batch_of(qwen, slice(i, i + 1))
         assert difference(qwen, single, row, row.fed) < 1e-4
+        if spec.slots:  # embeddings of the recorded ids, which may all be one
+            latents = [row.ids[n] for n in latent_steps(row)]
+            assert torch.equal(row.fed, embedded(qwen, latents)[0])
         if len(row.fed) > 1:
-            assert difference(qwen, single, row, row.fed.roll(1, 0)) > 1e-3
+            moved = row.fed.flip(1) if spec.slots else row.fed.roll(1, 0)
+            assert difference(qwen, single, row, moved) > 1e-3
 
 
 @torch.no_grad()
@@ -73,7 +78,7 @@ def difference(qwen, single, row, fed):
 
 
 def run(spec, script, n=None):
-    row = RowState(spec, (START, PAD, END), [EOS])
+    row = RowState(spec, LatentIds(START, PAD, END), [EOS])
     fed = []
     for token in script:
         if row.done or (n and len(row.out.ids) == n):
@@ -143,7 +148,7 @@ def test_latents_put_into_the_prompt_replay_the_run(qwen):
 
 
 def test_text_of_a_row_has_no_latents_and_no_control_tokens(qwen):
-    start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
+    start, pad, end, *_ = latent_ids(qwen.tokenizer, MIRAGE)
     ids = [start, pad, pad, end, *qwen.tokenizer("It is blue.").input_ids, qwen.eos_ids[0]]
     assert clean_text(qwen.tokenizer, ids, MIRAGE) == "It is blue."
 
@@ -161,7 +166,7 @@ def test_tokens_of_another_family_are_refused(tiny_checkpoint):
 def test_a_batch_beyond_the_budget_is_read_in_parts(qwen, batch, monkeypatch, rows_at_once):
     """One row at a time, as alone, to the bit; and latents that are given reach their own rows."""
     padded = batch | {"input_ids": batch["input_ids"].clone()}
-    padded["input_ids"][:, -3:-1] = latent_ids(qwen.tokenizer, MIRAGE)[1]
+    padded["input_ids"][:, -3:-1] = latent_ids(qwen.tokenizer, MIRAGE).pad
     latents = [torch.full((2, 32), value) for value in (0.0, 0.5, 1.0)]
     whole, given = prefill(qwen, batch), prefill_with(qwen, padded, latents)
     monkeypatch.setattr("utils.decode.PREFILL_TOKENS", rows_at_once * batch["input_ids"].shape[1])
@@ -187,10 +192,9 @@ def test_rows_taken_from_one_prefill_decode_as_they_do_alone(qwen, batch):
     arms = [Intervention(), Intervention(feed=lambda z, *place: fixed),
             Intervention(hide=("latents", "images"))]
     state = prefill(qwen, batch)
-    rows, _ = decode(qwen, state.select([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3, capture=True,
-                     with_logits=True)
+    rows = decode_seen(qwen, state.select([0, 0, 0, 1, 1, 1, 2, 2, 2]), 16, MIRAGE, arms * 3)
     for k, arm in enumerate(arms):
-        alone, _ = decode(qwen, state.select([0, 1, 2]), 16, MIRAGE, [arm] * 3, with_logits=True)
+        alone = decode_seen(qwen, state.select([0, 1, 2]), 16, MIRAGE, [arm] * 3)
         for together, single in zip(rows[k::3], alone):
             assert together.ids == single.ids
             assert torch.allclose(together.logits, single.logits, atol=1e-4)
@@ -230,8 +234,7 @@ def masked_pass(qwen, batch, tail, allowed):
 def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
     """Site `edge`: closing columns from the end marker on equals one pass with the matrix written out."""
     batch = batch_of(qwen, slice(0, 1))
-    row = generate(qwen, batch, 7, MIRAGE, [Intervention(hide=("latents", "images"))], capture=True,
-                   with_logits=True)[0]
+    row = decode_seen(qwen, prefill(qwen, batch), 7, MIRAGE, [Intervention(hide=("latents", "images"))])[0]
     segment, n = row.segments[0], batch["input_ids"].shape[1]
     assert segment.closed_by != "max_tokens" and len(row.fed) == segment.size
     total = n + len(row.ids)
@@ -243,7 +246,7 @@ def test_hidden_columns_equal_a_mask_in_four_dimensions(qwen):
     tail[0, segment.start:segment.start + segment.size] = row.fed
     hidden = masked_pass(qwen, batch, tail, allowed)
     assert (qwen.model.lm_head(hidden[n - 1:-1]) - row.logits).abs().max() < 1e-4
-    clean = generate(qwen, batch, 7, MIRAGE, with_logits=True)[0]
+    clean = decode_seen(qwen, prefill(qwen, batch), 7, MIRAGE)[0]
     upto = segment.start + segment.size + 1  # the end marker's own logits are still the clean ones
     assert torch.equal(clean.logits[:upto], row.logits[:upto])
     assert (clean.logits[upto] - row.logits[upto]).abs().max() > 1e-3
@@ -316,7 +319,7 @@ def test_a_checkpoint_without_a_head_or_with_half_of_one(tiny_checkpoint, tmp_pa
 
 def test_choices_are_the_arms_own(qwen, batch):
     """Forced ids drive the same state machine; a banned start token is never recorded."""
-    start, pad, end = latent_ids(qwen.tokenizer, MIRAGE)
+    start, pad, end, *_ = latent_ids(qwen.tokenizer, MIRAGE)
     clean = generate(qwen, batch, 16, MIRAGE, capture=True)
     arms = [Intervention(choose=lambda logits, n, ids=row.ids: ids[n]) for row in clean]
     forced = generate(qwen, batch, 16, MIRAGE, arms, capture=True)
@@ -358,8 +361,7 @@ def test_own_slots_change_nothing_and_a_donors_make_its_keys(qwen, batch):
     clean, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, capture=True, with_slots=True)
     flipped = Intervention(feed=lambda z, *place: z.flip(0))
     donor, donor_end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [flipped] * 2, with_slots=True)
-    same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, with_logits=True,
-                     capture=True)
+    same, _ = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(clean[0])] * 2, capture=True)
     assert same[0].ids == clean[0].ids and torch.allclose(same[0].states, clean[0].states, atol=1e-5)
     _, end = decode(qwen, state.select([0, 0]), 9, MIRAGE, [slots_of(donor[0]), Intervention()], capture=True)
     segment = clean[0].segments[0]

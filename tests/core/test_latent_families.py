@@ -1,17 +1,19 @@
 """Families' state machines against the loops of their own code, told again over scripted ids."""
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from decoding import batch_of, generate, load_with
+from decoding import batch_of, generate, library_generate, load_with
 
 from utils import qwen as Q
 from utils.jsonl import DataError
-from utils.latent_families import PRESETS, Intervention, RowState, latent_ids, spec_of
+from utils.latent_families import (FED_BACK, PRESETS, Intervention, LatentIds, RowState, clean_text,
+                                   latent_ids, spec_of)
 from utils.train.weights import add_tokens
 
-START, PAD, END, EOS, AFTER = 1, 2, 3, 9, 8
+START, PAD, END, EOS, AFTER, OTHER_SLOT = 1, 2, 3, 9, 8, 4
 N_SCRIPTS = 20_000
 
 
@@ -79,11 +81,12 @@ LOOPS = {"skila": sketch_loop, "swimbird": sketch_loop, "ilvr": template_loop, "
 
 def run(spec, script):
     """Return (ids, sampled ids, fed steps) by the project's state machine."""
-    row, fed = RowState(spec, (START, PAD, END), [EOS], AFTER if spec.after_limit else None), []
+    ids, fed = LatentIds(START, PAD, END, after=AFTER if spec.after_limit else None), []
+    row = RowState(spec, ids, [EOS])
     for token in script:
         if row.done:
             break
-        if row.advance(token if row.forced is None else row.forced):
+        if row.advance(row.forced[0] if row.forced else token):
             fed.append(len(row.out.ids) - 1)
     return row.out.ids, row.out.sampled, fed
 
@@ -104,7 +107,7 @@ def test_the_state_machine_is_that_of_the_release(name):
     for spec, script in scripts(PRESETS[name], N_SCRIPTS):
         ids, fed = LOOPS[name](script, spec.size)
         if name == "ilvr":  # the same script without what its template makes impossible
-            possible, state = [], RowState(spec, (START, PAD, END), [EOS])
+            possible, state = [], RowState(spec, LatentIds(START, PAD, END), [EOS])
             for token in script:
                 if not state.done and (state.inside or token not in (PAD, END)):
                     state.advance(token)
@@ -126,7 +129,7 @@ def test_a_batch_of_scripts_on_a_model_of_the_family(tiny_checkpoint, tiny_qwen3
     and each latent the state that led to it."""
     spec = replace(PRESETS[name], size=3)
     qwen = load_with(tiny_qwen3 if name == "swimbird" else tiny_checkpoint, spec)
-    start, pad, end = latent_ids(qwen.tokenizer, spec)
+    start, pad, end, *_ = latent_ids(qwen.tokenizer, spec)
     real = {START: start, PAD: pad, END: end, EOS: qwen.eos_ids[0], 5: 50, 6: 60,
             AFTER: (qwen.tokenizer(spec.after_limit).input_ids or [70])[0]}
     script = [[5, START, 5, 6, 5, 6, 6, START, 5, 6, 5, 5, 5, EOS],
@@ -143,12 +146,90 @@ def test_a_batch_of_scripts_on_a_model_of_the_family(tiny_checkpoint, tiny_qwen3
         assert torch.equal(row.fed, row.states[fed])
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+# ---- the kind "ids": the releases call the library's generate and feed nothing back
+def plain_loop(script, opening):
+    """CoVT's gradio_demo.py (80a28bf), LaViT's evaluator.py (26bf182); Mull-Tokens' README (f05a75c) writes
+    `opening` behind the prompt first."""
+    ids = [*opening, *script]
+    return ids[:ids.index(EOS) + 1] if EOS in ids else ids
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - FED_BACK))
+def test_ids_are_those_that_were_sampled_and_runs_of_slots_are_segments(name):
+    """Oracle of the segments: a pattern over the reply, with s for the start, p for slots, e for the end."""
+    family, rng, n_segments = PRESETS[name], random.Random(name), 0
+    marks = {token: here for token, here in ((START, family.start), (END, family.end)) if here}
+    start, end = (token if token in marks else None for token in (START, END))
+    opening = (5, PAD, OTHER_SLOT, 6) if family.force_start else ()
+    for n in range(N_SCRIPTS):
+        size = rng.choice((1, 2, family.size))  # is no limit
+        ids = LatentIds(start, PAD, end, frozenset((PAD, OTHER_SLOT)), opening)
+        row, fed = RowState(replace(family, size=size), ids, [EOS]), []
+        script = rng.choices((START, PAD, OTHER_SLOT, END, EOS, 5, 6), (2, 4, 4, 2, .3, 2, 2), k=n % 40 + 1)
+        for token in [*opening, *script]:
+            if not row.done and row.advance(row.forced[0] if row.forced else token):
+                fed.append(len(row.out.ids) - 1)
+        expected = plain_loop(script, opening)
+        assert row.out.ids == row.out.sampled == expected, script
+        assert fed == [n for n, i in enumerate(expected) if i in (PAD, OTHER_SLOT)]
+        text = "".join("s" if i == start else "e" if i == end else "p" if i in (PAD, OTHER_SLOT) else "w"
+                       for i in expected)
+        found = [(m.end() - m[0].count("p"), m[0].count("p"), {"": "max_tokens", "e": "end"}.get(
+            text[m.end():m.end() + 1], "word")) for m in re.finditer("sp*|p+", text)]
+        assert [(s.start, s.size, s.closed_by) for s in row.out.segments] == found, text
+        n_segments += len(found)
+    assert n_segments > N_SCRIPTS
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - FED_BACK))
+def test_a_batch_of_the_kind_ids_is_the_library_s_decoding(tiny_checkpoint, name):
+    """Left-padded prompts of unlike lengths, several segments a row, driven by scripts; and the same model's
+    own replies, which are those of generate."""
+    spec = replace(PRESETS[name], force_start=False)
+    qwen = load_with(tiny_checkpoint, spec)
+    batch, ids = batch_of(qwen), latent_ids(qwen.tokenizer, spec)
+    library = library_generate(qwen, batch, 12)[:, batch["input_ids"].shape[1]:]
+    for row, own in zip(library.tolist(), generate(qwen, batch, 12, spec)):
+        assert row[:len(own.ids)] == own.ids
+    slots, begin, close = sorted(ids.slots), [ids.start or 50], [ids.end or 60]
+    scripts = [[5, *begin, *slots[:1] * 3, *close, 6, *begin, *slots[-1:] * 2, *close, 7],
+               [*begin, *slots[:1], 5, *slots[-1:], *close, 6, 7], [5, 6, *slots[:1] * 8, 7, 5]]
+    arms = [Intervention(choose=lambda logits, n, tokens=tokens: [*tokens, *[qwen.eos_ids[0]] * 20][n])
+            for tokens in scripts]
+    rows = generate(qwen, batch, 20, spec, arms, capture=True)
+    embedding = qwen.model.get_input_embeddings().weight
+    for tokens, row in zip(scripts, rows):
+        assert row.ids == [*tokens, qwen.eos_ids[0]] and row.finish == "stop"
+        at = [n for n, i in enumerate(row.ids) if i in ids.slots]
+        assert sum(segment.size for segment in row.segments) == len(at)
+        assert torch.equal(row.fed, embedding[[row.ids[n] for n in at]])
+    plain = Q.load(str(tiny_checkpoint), device="cpu").tokenizer
+    plain.add_tokens(list(spec.tokens))  # not special, as in CoVT
+    assert clean_text(plain, [*latent_ids(plain, spec).slots, 50], spec) == plain.decode([50]).strip()
+    assert [len(row.segments) for row in rows] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("name, sizes", [("covt", [8, 4, 4, 4]), ("lavit", [4]), ("mull", [20])])
+def test_an_opening_is_what_training_writes(tiny_checkpoint, name, sizes):
+    spec = spec_of(name, None, force_start=True)
+    qwen = load_with(tiny_checkpoint, spec)
+    opening = latent_ids(qwen.tokenizer, spec).opening
+    for row in generate(qwen, batch_of(qwen), len(opening), spec):
+        assert row.ids == [*opening] and qwen.tokenizer.decode(opening) == spec.opening
+        assert [segment.size for segment in row.segments] == sizes
+    never = [Intervention(forbid=lambda row, token: token in opening[:1])] * 3
+    for row in generate(qwen, batch_of(qwen), 6, spec, never):
+        assert row.n_forbidden and opening[0] not in row.ids  # then nothing is forced
+    with pytest.raises(DataError, match="any number of latents"):
+        spec_of(name, 4)
+
+
+@pytest.mark.parametrize("name", FED_BACK)
 def test_a_start_can_be_forced_and_forbidden(tiny_checkpoint, name):
     spec = spec_of(name, 2, force_start=True)
     qwen = Q.load(str(tiny_checkpoint), device="cpu")
     add_tokens(qwen, spec.tokens)
-    start, _, _ = latent_ids(qwen.tokenizer, spec)
+    start = latent_ids(qwen.tokenizer, spec).start
     rows = generate(qwen, batch_of(qwen), 6, spec)
     assert all(row.ids[0] == start and row.segments and row.segments[0].start == (not spec.overwrite_start)
                for row in rows)

@@ -9,14 +9,15 @@ from PIL import Image
 
 from utils import qwen as Q
 from utils.decode import State, decode, prefill
-from utils.intervene.latent_batch import LatentBatch
-from utils.intervene.latent_case import (Case, forced_prefix, go_on, joined, latents_alone, likeliest,
-                                         put_slots)
+from utils.intervene.latent_batch import LatentBatch, keep_ids
+from utils.intervene.latent_case import (Case, NotPossible, forced_prefix, go_on, joined, latents_alone,
+                                         likeliest, put_slots)
 from utils.intervene.latent_conditions import find_condition
 from utils.intervene.prompts import Settings
 from utils.intervene.text_batch import TextBatch
 from utils.items import blind_turn, prompt_of
-from utils.latent_families import PRESETS, Generation, RowState, Segment, last_latent, latent_steps
+from utils.latent_families import (PRESETS, Generation, Intervention, LatentIds, RowState, Segment,
+                                   last_latent, latent_steps)
 from utils.option_scores import score_options
 from utils.qwen import encode, image_features, process_images
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.numeric
 STEM = " The answer is \\boxed{"
 SETTINGS = Settings(None, "", 24, STEM, "letter", 0, 8)
 SAME = 1e-4  # of scores, in nats: two orders of the same sums
-START, PAD, END, EOS, AFTER = 1, 2, 3, 9, 4  # of the scripted state machines
+START, PAD, END, EOS, AFTER, SLOT = 1, 2, 3, 9, 4, 8  # of the scripted state machines
 
 
 def item(n):
@@ -196,10 +197,16 @@ def test_a_slot_oracle_puts_what_every_layer_reads_under_the_helper_image(batch)
 
 
 # ---- forced segments
+def ids_of(spec):
+    return LatentIds(START if spec.start else None, PAD, END if spec.end else None,
+                     frozenset((PAD, SLOT) if spec.slots else ()), (5, PAD, SLOT, 6) if spec.opening else (),
+                     AFTER if spec.after_limit else None)
+
+
 def scripted(spec, choose, n):
-    row = RowState(spec, (START, PAD, END), [EOS], AFTER if spec.after_limit else None)
+    row = RowState(spec, ids_of(spec), [EOS])
     while len(row.out.ids) < n and not row.done:
-        row.advance(choose(len(row.out.ids)) if row.forced is None else row.forced)
+        row.advance(row.forced[0] if row.forced else choose(len(row.out.ids)))
     return row.out
 
 
@@ -208,14 +215,15 @@ def scripted(spec, choose, n):
     ("monet_vllm", [5, START, 7, 7, 6, START, 7, 7, 7, EOS]), ("monet_capimagine", [START, END, 6, EOS]),
     ("lvr", [5, START, 7, 7, 6, START, 7, 7, 8, EOS]),
     # a sampled end, the limit, and an id three times in a row; the last two are followed by a forced id
-    ("laser", [7, 6, END, 6, START, 6, 7, 7, 5, 7, START, 7, 7, 7, 7, EOS])])
+    ("laser", [7, 6, END, 6, START, 6, 7, 7, 5, 7, START, 7, 7, 7, 7, EOS]),
+    ("covt", [5, START, PAD, SLOT, END, 6, START, PAD, 7, EOS]), ("lavit", [PAD, SLOT, PAD, 6, EOS])])
 def test_segments_are_forced_without_the_words_around_them(name, script):
     """Oracle: the ids of the clean run without what is outside of its segments and their marks."""
     spec = replace(PRESETS[name], size=4 if name == "laser" else 2)
     clean = scripted(spec, script.__getitem__, len(script))
     clean.fed = torch.ones(sum(segment.size for segment in clean.segments), 8)
     case = Case({}, clean, spec, torch.zeros(8), START, 0, pick=lambda logits, n: EOS)
-    marks = {START, PAD, END, AFTER} if spec.force_end else {START, PAD}
+    marks = {START, PAD} | ({END, AFTER} if spec.force_end else {END, SLOT} if spec.slots else set())
     expected = [i for i in clean.ids if i in marks]
     again = scripted(spec, lambda n: latents_alone(case).choose(None, n), 20)
     assert again.ids == [*expected, EOS] and again.finish == "stop"
@@ -224,6 +232,50 @@ def test_segments_are_forced_without_the_words_around_them(name, script):
     n, after = last_latent(clean), go_on(clean, spec, lambda logits, n: -n)
     written = [i for i in clean.ids[n:n + 2] if i in (END, AFTER)]
     assert [after.choose(None, k) for k in range(3)] == [*written, *(-n - k for k in range(len(written), 3))]
+
+
+@pytest.mark.parametrize("force_start", [False, True])
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_segments_are_cut_emptied_and_left_out_whatever_is_sampled(name, force_start):
+    """Models of random logits, in which slots and marks are likely, driven as `decode` drives a row."""
+    spec = replace(PRESETS[name], size=3, force_start=force_start)
+    ids, likely = ids_of(spec), torch.zeros(10)
+    likely[[START, PAD, END, SLOT]] = 0.7
+
+    def driven(intervention, seed):
+        row, noise = RowState(intervention.spec or spec, ids, [EOS]), torch.Generator().manual_seed(seed)
+        while len(row.out.ids) < 30 and not row.done:
+            logits = torch.randn(10, generator=noise) + likely
+            row.advance(intervention.next_id(logits, int(logits.argmax()), row.out, row.forced))
+        return row.out
+
+    n_latents = 0
+    for seed in range(60):
+        clean = driven(Intervention(), seed)
+        case = Case({}, clean, spec, torch.zeros(8), ids.start, 0, slots=ids.slots)
+        n_latents += len(latent_steps(clean))
+        made = {}
+        for condition in ("no_segment", "markers_only", "keep_first:2"):
+            entry, number = find_condition(condition)
+            try:
+                made[condition] = driven(entry.make(case, number), seed)
+            except NotPossible as fault:
+                assert str(fault) == "no_marks" and spec.slots and not spec.end
+        without = made["no_segment"]
+        assert not {ids.start, *ids.slots} & {*without.ids} and not without.segments
+        if emptied := made.get("markers_only"):
+            assert not latent_steps(emptied) and not ids.slots & {*emptied.ids}
+            assert len(emptied.segments) <= len(clean.segments)
+            if spec.end and spec.force_end | bool(spec.slots) and emptied.segments:
+                n = emptied.segments[0].start
+                assert emptied.ids[n - 1:n + 1] in ([START, END], [START])
+        if cut := made.get("keep_first:2"):
+            assert all(segment.size <= 2 for segment in cut.segments)
+        if spec.slots and latent_steps(clean):
+            kept = keep_ids(case, Intervention(slot=lambda *place: None), False)
+            again, n = driven(kept, seed + 1000), last_latent(clean)
+            assert again.ids[:n] == clean.ids[:n] and latent_steps(again) == latent_steps(clean)
+    assert n_latents > 60
 
 
 def test_a_run_that_went_on_elsewhere_is_one_run():

@@ -20,7 +20,8 @@ from utils.intervene.mediation import (ALPHA, WORLDS, attention_by_layer, items_
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.means import RESOLUTION, robust_mean, sign_flip
-from utils.stats import Interval, effective_groups, holm, mcnemar_exact, paired_readings, tost
+from utils.stats import (effective_groups, holm, mcnemar_exact, mean_ends, paired_ends, paired_readings, tost,
+                         verdict)
 
 INSIDE = ("equivalent", "small effect inside the margin")
 UNBOUNDED = "the mean is inside the margin, large changes are not excluded"
@@ -71,17 +72,14 @@ def change_of_accuracy(pairs: list[Pair], n_all: int | None, margin: float) -> d
     groups, n = groups_of(pairs), len(pairs)
     changes = [y - x for x, y in zip(clean, after)]
     b, c = changes.count(-1), changes.count(1)
-    if len(set(groups)) < n:
-        p, test = sign_flip(changes, groups), "sign flips of groups"
-    else:
-        p, test = mcnemar_exact(b, c), "McNemar, exact"
+    p, test = ((sign_flip(changes, groups), "sign flips of groups") if len(set(groups)) < n else
+               (mcnemar_exact(b, c), "McNemar, exact"))
     readings, psi, n_effective = paired_readings(clean, after, groups), (b + c) / n, effective_groups(groups)
-    interval = Interval.paired(readings)
+    ends = paired_ends(readings)
     return {"acc_clean": sum(clean) / n, "acc_int": sum(after) / n,
-            "b": b, "c": c, "psi": psi, "delta": (c - b) / n, "ci90": interval.ci90, "ci95": interval.ci95,
+            "b": b, "c": c, "psi": psi, "delta": (c - b) / n, **ends,
             "delta_all": n_all and (c - b) / n_all, "p": p, "test": test,
-            "tost_p": tost(readings, margin), "margin": margin,
-            "verdict": interval.verdict(margin),
+            "tost_p": tost(readings, margin), "margin": margin, "verdict": verdict(**ends, margin=margin),
             "items_needed": ceil(items_needed(psi, margin) * n / n_effective),
             "margin_shown": margin_shown(psi, n_effective)}
 
@@ -104,13 +102,12 @@ def change_of_score(pairs: list[Pair], readout: str, limits: Limits) -> dict | N
     divergence = [kl(x["pi"], y["pi"]) for x, y in zip(clean, after)]
     k, n_effective = sum(abs(change) > margin for change in changes), effective_groups(groups)
     tost_p = max(tost_mean(changes, groups, margin), share_test(k, n, n_effective, limits.margin))
-    interval = Interval.of_mean(changes, groups)
-    said = interval.verdict(margin)
+    ends = mean_ends(changes, groups)
+    said = verdict(**ends, margin=margin)
     if tost_p >= ALPHA and said in INSIDE:
         said = UNBOUNDED
     mean = robust_mean(changes, groups, 0.90)[0]
-    return {"n": n, "n_effective": n_effective, "delta_nll": mean, "ci90": interval.ci90,
-            "ci95": interval.ci95, "margin": margin, "tost_p": tost_p,
+    return {"n": n, "n_effective": n_effective, "delta_nll": mean, **ends, "margin": margin, "tost_p": tost_p,
             "p": t_test(changes, groups) if abs(mean) > RESOLUTION else 1.0,
             "large": {"k": k, "n": n, "upper95": upper_share(k, n, n_effective)}, "verdict": said,
             "kl": sum(divergence) / n, "kl_upper95": robust_mean(divergence, groups, 0.90)[2],
@@ -129,11 +126,10 @@ def describe_pairs(pairs: list[Pair]) -> dict:
               "degenerate_clean": [record["degenerate"] for record in clean],
               "degenerate_int": [record["degenerate"] for record in after],
               "emitted_int": [record["emitted"] for record in after]}
-    medians = {}
-    for name in ("rel_change", "norm_ratio", "reach"):
-        values = [record[name] for record in after if record.get(name) is not None]
-        medians[name] = median(values) if values else None
-    return {**{name: sum(values) / len(pairs) for name, values in shares.items()}, **medians}
+    sizes = {name: [record[name] for record in after if record.get(name) is not None]
+             for name in ("rel_change", "reach")}
+    return {**{name: sum(values) / len(pairs) for name, values in shares.items()},
+            **{name: median(values) if values else None for name, values in sizes.items()}}
 
 
 def describe_asked(pairs: list[Pair]) -> dict:
@@ -256,10 +252,8 @@ def summarize(items: list[dict], records: dict[str, dict[str, dict]], declared: 
               "markers_share": None, "mediation": {}, "attention": None, "retrieval": None}
     if effective_groups(list(map(group_of, emitters))) < limits.min_emitters:
         return result
-    if {"directed", "irrelevant"} <= set(declared):
-        result["specific"] = specific_effect(emitters, records, limits.min_emitters)
-    if {"markers_only", "no_segment"} <= set(declared):
-        result["markers_share"] = markers_share(emitters, records, limits.min_emitters)
+    result["specific"] = specific_effect(emitters, records, limits.min_emitters)
+    result["markers_share"] = markers_share(emitters, records, limits.min_emitters)
     is_text = any(condition.site == "text" for condition in declared.values())
     for site in ("text",) if is_text else ("fed", "slot"):
         if {*WORLDS[site], "blank"} <= set(declared):

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from utils.decode import State, decode, prefill_blocks, truncate_cache
 from utils.intervene.attention import stem_attention
 from utils.intervene.latent_case import (Calibration, Case, Condition, NotPossible, forced_prefix, go_on,
-                                         imagines_again, joined, likeliest, why_no_prompt)
-from utils.intervene.latent_conditions import DO_X, find_condition
+                                         imagines_again, joined, likeliest, places_of, why_no_prompt)
+from utils.intervene.latent_conditions import CONTROLS, DO_X, find_condition
 from utils.intervene.prompts import (Prompt, Prompts, Settings, answer_fields, asked_fields, donor_fields,
                                      first_difference, pick_donor, stem_of)
 from utils.items import blind_turn, open_images
@@ -40,7 +40,7 @@ def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, item
             state = prompts.select("own", list(range(len(batch))))
             rows += decode(qwen, state, settings.max_new_tokens, spec, capture=True, with_slots=True)[0]
         calibration = Calibration.from_runs(rows)
-        tensors = {name: torch.as_tensor(value).contiguous()
+        tensors = {name: torch.as_tensor(value).clone()
                    for name, value in (vars(calibration) if calibration else {}).items()}
         data = save(tensors)
         replace_file(path, lambda file: file.write(data), "wb")
@@ -49,6 +49,18 @@ def calibrate(path: Path, qwen: Qwen, spec: LatentSpec, settings: Settings, item
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it, and it is computed again") from error
     return Calibration(**{**tensors, "n_latents": int(tensors["n_latents"])}) if tensors else None
+
+
+def keep_ids(case: Case, intervention: Intervention, is_control: bool) -> Intervention:
+    """Return the intervention with the clean run's ids up to its last latent and no latent after it, since
+    other embeddings lead to other slots. NotPossible for a feed that gives back what the run fed."""
+    if intervention.feed and not is_control and all(
+            torch.allclose(intervention.feed(z, *place), z, rtol=1e-5)
+            for z, place in zip(case.clean.fed, places_of(case.clean))):
+        raise NotPossible("same_vectors")
+    n, more = last_latent(case.clean), case.slots | {case.start_id}
+    kept = intervention if intervention.choose else forced_prefix(case.clean, case.pick, intervention)
+    return replace(kept, forbid=lambda row, token: token in more and len(row.ids) >= n)
 
 
 # ---- a batch
@@ -75,7 +87,8 @@ class LatentBatch:
                  items: list[dict], images: list[list[Image.Image]], others: list[dict[str, Prompt]]):
         self.qwen, self.spec, self.calibration, self.settings = qwen, spec, calibration, settings
         self.items, self.others = items, others
-        self.start_id, self.pad_id, self.end_id = latent_ids(qwen.tokenizer, spec)
+        self.start_id, self.pad_id, self.end_id, self.slots, *_ = latent_ids(qwen.tokenizer, spec)
+        self.closing = [] if self.end_id is None else [self.end_id]  # what R0's stem stands behind
         self.prompts = Prompts(qwen, settings, items, images, others)
         # place -> kind -> (the donor's item, its run)
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}
@@ -113,8 +126,9 @@ class LatentBatch:
                  for place in places]
         state = prefill_blocks(self.qwen, state, tokenizer(turns, add_special_tokens=False).input_ids)[1]
         scores = self.prompts.read_out(state, kind, places, list(map(self.clean_stem, places, rows)),
-                                       [self.end_id])
-        after = [go_on(self.clean[i].row, self.spec, settings.pick(self.items[i])) for i in places]
+                                       self.closing)
+        again = self.slots and self.slots | {self.start_id}
+        after = [go_on(self.clean[i].row, self.spec, settings.pick(self.items[i]), again) for i in places]
         rest, _ = decode(self.qwen, state, settings.max_new_tokens, self.spec, after, capture=True,
                          with_slots=True)
         return list(map(Decoded, map(joined, rows, rest), scores))
@@ -130,10 +144,10 @@ class LatentBatch:
         kept = [last_latent(row) if k in scored else 0 for k, row in enumerate(rows)]
         state = truncate_cache(end, begun, kept).select(scored)
         words = [self.clean_stem(places[k], rows[k]) for k in scored]
-        scores = self.prompts.read_out(state, kind, [places[k] for k in scored], words, [self.end_id])
+        scores = self.prompts.read_out(state, kind, [places[k] for k in scored], words, self.closing)
         if not self.clean:
             latents = [[begun.mask.shape[1] + step for step in latent_steps(rows[k])] for k in scored]
-            looks = stem_attention(self.qwen, state, [self.end_id], [self.settings.stem] * len(scored),
+            looks = stem_attention(self.qwen, state, self.closing, [self.settings.stem] * len(scored),
                                    latents)
             scores = [row | {"attention": look} for row, look in zip(scores, looks)]
         by_row = dict(zip(scored, scores))
@@ -152,15 +166,12 @@ class LatentBatch:
         item, clean = self.items[place], self.clean[place].row
         pad = self.qwen.model.get_input_embeddings().weight[self.pad_id]
         return Case(item, clean, self.spec, pad, self.start_id, self.settings.seed, self.calibration, runs,
-                    self.settings.pick(item))
+                    self.settings.pick(item), self.slots)
 
     def donor(self, kind: str, place: int) -> tuple[dict | None, Generation] | None:
         """Return the item (None: this one, under another image) and the run of a donor of this kind."""
-        if kind == "features":
-            run = self.oracle(place)
-            return run and (None, run)
-        if kind in ("blank", "counterfactual", "helper"):
-            run = self.other_world(kind).get(place)
+        if kind in ("features", "blank", "counterfactual", "helper"):
+            run = self.oracle(place) if kind == "features" else self.other_world(kind).get(place)
             return run and (self.others[place][kind][0] if kind == "counterfactual" else None, run)
         j = pick_donor(kind, place, self.items, self.emitters)
         return None if j is None else (self.items[j], self.clean[j].row)
@@ -168,8 +179,8 @@ class LatentBatch:
     @torch.no_grad()
     def oracle(self, place: int) -> Generation | None:
         """Return a run that feeds, in each segment, what training aligns latents to: the features of the
-        item's helper image, pooled. None without one, or if it has fewer visual tokens than latents."""
-        if "helper" not in self.others[place]:
+        item's helper image, pooled. None without one, with fewer visual tokens than latents, or of slots."""
+        if "helper" not in self.others[place] or self.slots:
             return None
         pixels = process_images(self.qwen.image_processor, self.others[place]["helper"][1][:1])
         features, = image_features(self.qwen, {name: x.to(self.qwen.device) for name, x in pixels.items()})
@@ -212,6 +223,8 @@ class LatentBatch:
                     if i not in self.prompts.places(condition.prompt):
                         raise NotPossible(why_no_prompt(condition.prompt))
                     intervention = condition.make(cases[i], number)
+                    if self.slots and condition.site in ("fed", "slot") and condition.prompt == "own":
+                        intervention = keep_ids(cases[i], intervention, name in CONTROLS)
                     todo.setdefault((condition.prompt, condition.strict), []).append(
                         Planned(name, condition, i, intervention))
                 except NotPossible as fault:
@@ -234,14 +247,14 @@ class LatentBatch:
         _, condition, place, intervention = plan
         (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
         at = latent_steps(row)
-        raw, fed = row.states[at].float(), row.fed.float()
+        embedded = self.qwen.model.get_input_embeddings().weight[[row.ids[n] for n in at]].detach()
+        raw, fed = (embedded if self.slots else row.states[at]).float(), row.fed.float()
         record = {"emitted": bool(at),
                   "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
                                for s in row.segments],
                   "again": False if condition and condition.strict else imagines_again(row, intervention),
                   "n_forbidden": row.n_forbidden if intervention.forbid else None,
                   "n_fed": len(fed), "rel_change": float((fed - raw).norm() / raw.norm()) if at else None,
-                  "norm_ratio": float(fed.norm(dim=1).median() / raw.norm(dim=1).median()) if at else None,
                   **answer_fields(self.prompts.asked(condition.prompt if condition else "own", place).item,
                                   clean_text(tokenizer, row.ids, self.spec),
                                   clean_text(tokenizer, row.ids[last_latent(row):], self.spec), row.ids,

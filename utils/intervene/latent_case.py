@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 class NotPossible(ValueError):
     """A condition that does not apply to an item: no_latents, no_donor, no_calibration, no_counterfactual,
-    no_helper, one_latent, no_such_position."""
+    no_helper, one_latent, no_such_position; in the kind "ids" also no_marks, same_vectors."""
 
 
 def why_no_prompt(kind: str) -> str:
@@ -49,7 +49,7 @@ class Calibration:
         import torch
         fed = [row.fed[:len(row.slots)].float().cpu() for row in runs]
         places = torch.tensor([step for row, vectors in zip(runs, fed)
-                               for step in steps_of(row)[:len(vectors)]])
+                               for _, step in places_of(row)[:len(vectors)]])
         if not len(places):
             return None
         latents = torch.cat(fed)
@@ -63,9 +63,9 @@ class Calibration:
 
 
 # ---- latents of a run
-def steps_of(row: Generation) -> list[int]:
-    """Return each latent's position within its segment."""
-    return [step for segment in row.segments for step in range(segment.size)]
+def places_of(row: Generation) -> list[tuple[int, int]]:
+    """Return each latent's segment and its position in that."""
+    return [(n, step) for n, segment in enumerate(row.segments) for step in range(segment.size)]
 
 
 def has_latent(row: Generation, segment: int, step: int) -> bool:
@@ -111,17 +111,18 @@ def sampler(temperature: float, *where) -> Callable[[torch.Tensor, int], int]:
 class Case:
     """An item, its clean run and what a condition may draw on: donors' runs by kind ("random", "question",
     "image", "counterfactual", "blank", "helper", "features"), the embedding of the latent `pad` [hidden],
-    `start_id` that opens a segment, and `pick(logits, n)` for the nth id."""
+    `start_id` that opens a segment, `pick(logits, n)` for the nth id, and `slots` of the kind "ids"."""
 
     item: dict
     clean: Generation
     spec: LatentSpec
     pad: torch.Tensor
-    start_id: int
+    start_id: int | None
     seed: int
     calibration: Calibration | None = None
     donors: dict[str, Generation] = field(default_factory=dict)
     pick: Callable[[torch.Tensor, int], int] = likeliest
+    slots: frozenset[int] = frozenset()
 
     def noise(self, n: int, segment: int, step: int) -> torch.Tensor:
         """Return n standard normal numbers by seed, item, segment and step."""
@@ -213,17 +214,27 @@ def put_slots(row: Generation) -> Intervention:
 
 
 def no_more_segments(case: Case, n: int, **more) -> Intervention:
-    """Forbid the start of a segment after n of them."""
+    """Forbid the start of a segment after n of them, and slots outside of segments that have a start."""
     def forbid(row: Generation, token: int) -> bool:
-        ending = bool(row.segments) and row.segments[-1].closed_by == "max_tokens" and case.spec.force_end
-        return token == case.start_id and len(row.segments) >= n and not ending  # then the id is ignored
+        full, inside = len(row.segments) >= n, row.segments and row.segments[-1].closed_by == "max_tokens"
+        if token in case.slots:
+            return not inside and (full or case.start_id is not None)
+        return token == case.start_id and full and not (inside and case.spec.force_end)  # then it is ignored
     return Intervention(forbid=forbid, **more)
+
+
+def cut_to(case: Case, size: int) -> LatentSpec:
+    """Return the family with segments that end after `size` latents."""
+    spec = case.spec
+    if not (spec.end or size == 0 and spec.force_start):
+        raise NotPossible("no_marks")
+    return replace(spec, size=size, overwrite_start=spec.overwrite_start and size > 0,
+                   force_end=spec.force_end or bool(spec.slots))
 
 
 def markers_only(case: Case) -> Intervention:
     """The clean run's segments without their latents."""
-    return no_more_segments(case, len(case.clean.segments),
-                            spec=replace(case.spec, size=0, overwrite_start=False))
+    return no_more_segments(case, len(case.clean.segments) if case.spec.start else 0, spec=cut_to(case, 0))
 
 
 def imagines_again(row: Generation, intervention: Intervention) -> bool | None:
@@ -232,9 +243,7 @@ def imagines_again(row: Generation, intervention: Intervention) -> bool | None:
     if not (intervention.feed or intervention.slot or intervention.hide or intervention.spec
             or intervention.forbid):
         return None
-    return intervention.covers is not None and any(
-        not intervention.covers(n, step) for n, segment in enumerate(row.segments)
-        for step in range(segment.size))
+    return bool(intervention.covers) and not all(intervention.covers(*place) for place in places_of(row))
 
 
 def ending(row: Generation, segment: Segment, spec: LatentSpec) -> list[int]:
@@ -257,16 +266,19 @@ def latents_alone(case: Case) -> Intervention:
     """Feed the clean run's latents in its segments, whose marks are forced without the words between."""
     ids, clean = [], case.clean
     for segment in clean.segments:
-        ids += clean.sampled[segment.start - (not case.spec.overwrite_start):segment.start + segment.size]
+        begin = segment.start - (case.start_id in clean.ids[max(segment.start - 1, 0):segment.start])
+        ids += clean.sampled[begin:segment.start + segment.size]
         ids += ending(clean, segment, case.spec)
     return replace(feed_run(clean), covers=None,
                    choose=lambda logits, n: ids[n] if n < len(ids) else case.pick(logits, n))
 
 
-def go_on(clean: Generation, spec: LatentSpec, pick: Callable[[torch.Tensor, int], int]) -> Intervention:
-    """Choose the ids after a run's last latent: what closes the segment, then by `pick`."""
+def go_on(clean: Generation, spec: LatentSpec, pick: Callable[[torch.Tensor, int], int],
+          never: frozenset[int] = frozenset()) -> Intervention:
+    """Choose the ids after a run's last latent: what closes the segment, then by `pick`, `never` these."""
     skipped, closing = last_latent(clean), ending(clean, clean.segments[-1], spec)
-    return Intervention(spec=replace(spec, force_start=False), choose=lambda logits, n:
+    return Intervention(spec=replace(spec, force_start=False), forbid=lambda row, token: token in never,
+                        choose=lambda logits, n:
                         closing[n] if n < len(closing) else pick(logits, n + skipped))
 
 

@@ -13,8 +13,8 @@ from scipy import special
 
 from utils.items import group_of
 from utils.means import mean_and_error, t_quantile, t_tail
-from utils.stats import (Interval, effective_groups, paired_interval, paired_readings, robust_mean,
-                         share_interval)
+from utils.stats import (effective_groups, mean_ends, paired_ends, paired_interval, paired_readings,
+                         robust_mean, share_interval)
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),
@@ -79,13 +79,11 @@ def contrast_effect(pairs: list[tuple[np.ndarray, np.ndarray]], groups: Sequence
     become k items of its group: the interval keeps its width when nothing changes."""
     mean = float(sum((plus - minus).mean() for plus, minus in pairs))
     if not binary:
-        interval = Interval.of_mean(sum(plus - minus for plus, minus in pairs), groups)
-        return {"mean": mean, "ci90": interval.ci90, "ci95": interval.ci95}
+        return {"mean": mean, **mean_ends(sum(plus - minus for plus, minus in pairs), groups)}
     k = len(pairs)
     plus, minus = (np.concatenate(side) for side in zip(*pairs))
-    interval = Interval.paired(paired_readings(minus, plus, list(groups) * k))
-    return {"mean": mean, "ci90": [k * end for end in interval.ci90],
-            "ci95": [k * end for end in interval.ci95]}
+    ends = paired_ends(paired_readings(minus, plus, list(groups) * k))
+    return {"mean": mean, **{name: [k * end for end in pair] for name, pair in ends.items()}}
 
 
 def proportion_mediated(mediated: np.ndarray, total: np.ndarray, groups: Sequence[Hashable],

@@ -8,14 +8,14 @@ A point of a sweep is a condition with a number: `keep_one:2` keeps position 2 (
 latents of each segment. Other positions get their calibration mean.
 """
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from utils.display import BAND, BLUE, ORANGE, LineStyle, draw_grid, draw_line, legend, new_figure, tidy
 from utils.intervene.figures import ends_of, title_of, write_figures
-from utils.intervene.latent_case import Case, Condition, feed, has_latent, markers_only, put_slots, whole
+from utils.intervene.latent_case import (Case, Condition, cut_to, feed, has_latent, markers_only, put_slots,
+                                         whole)
 from utils.items import group_of
 from utils.jsonl import DataError
 from utils.latent_families import Intervention
@@ -41,7 +41,7 @@ def one_position(case: Case, number: float, keep: bool) -> Intervention:
 def keep_first(case: Case, number: float) -> Intervention:
     if number < 1:
         return markers_only(case)
-    return Intervention(spec=replace(case.spec, size=int(number)),
+    return Intervention(spec=cut_to(case, int(number)),
                         covers=lambda segment, step: segment < len(case.clean.segments))
 
 

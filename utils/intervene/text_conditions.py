@@ -40,7 +40,7 @@ from utils.intervene.word_forms import others, replace_values, reworded, survivo
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
-from utils.rows import CLOSE, OPEN, after_marks
+from utils.rows import CLOSE, OPEN
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]
@@ -58,7 +58,7 @@ class Context:
 
 def until_last_span(text: str, spans: Spans) -> str:
     """Return a reply up to and including its last imagination and its mark."""
-    return text[:after_marks(text, spans[-1][1])]
+    return text[:spans[-1][1] + len(CLOSE)]
 
 
 def replaced(text: str, spans: Spans, after: list[str], context: Context, **more) -> Edited:
@@ -125,7 +125,7 @@ def around(new: str, text: str, spans: Spans, item: dict, context: Context) -> E
     fields = edit_fields(passages(text, spans), [""] * len(spans), context)
     for start, end in reversed(spans):
         head = text[:start].removesuffix(OPEN)
-        text = (head if new else head.rstrip()) + new + text[after_marks(text, end):]
+        text = (head if new else head.rstrip()) + new + text[end + len(CLOSE):]
     return text, fields
 
 

@@ -119,6 +119,9 @@ class Prober:
     def check_size(self) -> None:
         """Raise DataError unless the model can be fed the latents of the store."""
         name, hidden = self.args.reader or self.args.model, self.qwen.model.config.text_config.hidden_size
+        if self.spec.slots and "tokens_only" in self.args.variants:
+            raise DataError(f"--variants tokens_only: {self.spec.name} feeds nothing back, so no latents can "
+                            "begin a reply; use --variants cut")
         try:
             latent_ids(self.qwen.tokenizer, self.spec)
         except DataError as error:
@@ -163,7 +166,7 @@ class Prober:
         if name not in ("image", "text_only"):
             if spec:
                 latents = [self.given(name, probe, source) for probe, source in zip(batch, sources)]
-                end = [] if spec.force_end else [latent_ids(self.qwen.tokenizer, spec)[2]]
+                end = [] if spec.force_end else [latent_ids(self.qwen.tokenizer, spec).end]
                 forced_ids = [end] * len(batch)
             for i, source in enumerate(sources):
                 text = self.store.records[source]["imagination"]
@@ -218,7 +221,8 @@ class Prober:
         tokenizer = self.qwen.tokenizer
         closing, turn = tokenizer([CLOSE, blind_turn(tokenizer, probe, self.args.system, self.args.suffix)],
                                   add_special_tokens=False).input_ids
-        return ([latent_ids(tokenizer, self.spec)[2]] if self.spec else closing) + turn
+        end = latent_ids(tokenizer, self.spec).end if self.spec else None
+        return ([] if self.spec and end is None else [end] if self.spec else closing) + turn
 
     def row(self, probe: dict, name: str, donor: str, scores: dict | None, reply: Generation | None) -> dict:
         gold = probe["answer"]["value"]

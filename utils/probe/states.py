@@ -6,7 +6,8 @@
 
 Tensors are [steps, d] or, for "inner", [steps, layers, d], by kind:
 
-    latent     raw latents: states after the final norm, as a latent step feeds them, of all segments
+    latent     raw latents: states after the final norm, as a latent step feeds them, of all segments (kind
+               "ids": the states that chose the slots)
     fed        what was fed at the latents, after any edit
     dummy_pad  states where the pad's own embedding was fed instead
     imagined   states of the tokens of the first text imagination
@@ -188,7 +189,7 @@ def embed_prompt(qwen: Qwen, inputs: dict, spec: LatentSpec | None = None,
         features = torch.cat(image_features(qwen, inputs)).to(embeds)
         embeds = embeds.masked_scatter(is_image[..., None], features)
     for i, vectors in enumerate(latents):
-        is_pad = inputs["input_ids"][i] == latent_ids(qwen.tokenizer, spec)[1]
+        is_pad = inputs["input_ids"][i] == latent_ids(qwen.tokenizer, spec).pad
         if is_pad.sum() != len(vectors):
             raise DataError(f"row {i}: {len(vectors)} latents for {is_pad.sum()} latent pads in the prompt")
         embeds[i, is_pad] = vectors.to(embeds)
@@ -208,7 +209,8 @@ def capture(qwen: Qwen, spec: LatentSpec | None, batch: list[dict], images: list
     begun = prefill(qwen, inputs)
     rows, _ = decode(qwen, begun.select(list(range(len(batch)))), args.max_new_tokens, spec, capture=True,
                      with_slots=whole and spec is not None)
-    pad_runs = feed_pads(qwen, spec, begun, rows) if whole and spec else [None] * len(batch)
+    fed_back = spec is not None and not spec.slots  # else a slot is fed its own embedding anyway
+    pad_runs = feed_pads(qwen, spec, begun, rows) if whole and fed_back else [None] * len(batch)
     for item, row, pictures, prompt, pad_run in zip(batch, rows, images, prompts, pad_runs):
         visual = [next(features) for _ in pictures][0]
         if item["id"] not in writer:
@@ -248,7 +250,7 @@ def feed_pads(qwen: Qwen, spec: LatentSpec, begun: State, rows: list[Generation]
     ends = [next((s.start + s.size for s in row.segments if s.size), 0) for row in rows]
     if not any(ends):
         return [None] * len(rows)
-    pad = qwen.model.get_input_embeddings().weight[latent_ids(qwen.tokenizer, spec)[1]].detach()
+    pad = qwen.model.get_input_embeddings().weight[latent_ids(qwen.tokenizer, spec).pad].detach()
     feed_pad = Intervention(feed=lambda z, segment, step: pad)
     again, _ = decode(qwen, begun, max(ends), spec, [feed_pad] * len(rows), capture=True)
     return [row if end and any(s.size for s in row.segments) else None for end, row in zip(ends, again)]
@@ -272,7 +274,8 @@ def find_steps(qwen: Qwen, spec: LatentSpec | None, row: Generation) -> Imagined
         latents = set(latent_steps(row))
         last = first.start + first.size
         return Imagined(list(range(first.start, last)),
-                        [j for j in range(last + spec.force_end, end_of_text) if j not in latents], None)
+                        [j for j in range(last + (spec.force_end or first.closed_by == "end"), end_of_text)
+                         if j not in latents], None)
     text = qwen.tokenizer.decode(row.ids, skip_special_tokens=True)
     spans = find_spans(text)
     if not spans:

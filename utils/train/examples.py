@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from utils.images import MAX_ASPECT, image_size, open_image, resolve_image, smart_size
 from utils.items import END_OF_TURN, plain, render, user_content
 from utils.jsonl import DataError
-from utils.latent_families import LatentSpec, latent_ids, special_id
+from utils.latent_families import LatentIds, LatentSpec, latent_ids, special_id
 from utils.qwen import IMAGE_TOKEN, THREADS, Qwen, collate, process_images
 from utils.reply_text import CONTROL
 
@@ -152,7 +152,7 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
         raise DataError(f"the control character {found[0]!a} in question or reply, expected text", "control")
     steps, untrained = [], set()
     if spec is not None:
-        _, pad_id, end_id = latent_ids(qwen.tokenizer, spec)
+        _, pad_id, end_id, *_ = latent_ids(qwen.tokenizer, spec)
         untrained = {pad_id, end_id} if spec.force_end else {pad_id}
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
     ids = [(i, is_trained and i not in untrained) for text, is_trained in pieces
@@ -211,7 +211,7 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
     gets more of them after its end, where nothing attends to them.
     """
     n_imagined, spec = sum(len(example.steps) for example in examples), target.spec
-    _, pad_id, end_id = latent_ids(qwen.tokenizer, spec) if spec else (None, None, None)
+    _, pad_id, end_id, *_ = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
     if n_segments > max(len(example.steps) for example in examples):
         last = examples[-1]
         more = ([pad_id] * spec.size + [end_id]) * (n_segments - len(last.steps))
