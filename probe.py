@@ -15,7 +15,7 @@ Reads   --items: items {"id", "question", "options": [[letter, text]], "answer",
         "value"}}, questions about the image of the source
 Writes  --output, a folder: states/ (`utils.probe.states`), probes.jsonl (one line per kind, layer, step,
         measure and form: value, low, high, n), similarity.json (its curves), heatmap.png, curves.png,
-        layers.png, spectra.png; with --probe_items answers.jsonl ({"id", "source", "donor", "condition",
+        layers.png, spectra.png; of latents lens.png; with --probe_items answers.jsonl ({"id", "source", "donor", "condition",
         "gold", "pred", "rule", "correct", "text", "r0"}) and probing.png; metrics.json. Every PNG has a CSV
         with its numbers. <output>.meta.json
 Prints  a table on stderr; on stdout one JSON object: emission, similarity, what a linear probe reads,
@@ -182,6 +182,11 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: Namespace) -> dic
     return metrics
 
 
+def put_under_lens(store: States, inputs: Inputs, n_steps: int, qwen: Qwen, args: Namespace) -> dict:
+    from utils.probe.analysis import look, see
+    return {"lens": look(qwen, see(qwen, store, inputs.chosen, n_steps), Path(args.output), args.seed)}
+
+
 def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args: Namespace) -> dict:
     """Ask the probe items whose source imagined something; return the metrics."""
     from utils.probe.figures import draw_probing
@@ -214,8 +219,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_model_flags(parser)
     add("--items", nargs="+", required=True, help="items JSONL from evaluate.py --prepare")
     add("--probe_items", help="JSONL of questions to be answered without the image")
-    add("--stage", choices=("all", "capture", "analyse", "ask"), default="all",
-        help="capture states, analyse the store, ask the probe items, or all three")
+    add("--stage", choices=("all", "capture", "analyse", "lens", "ask"), default="all",
+        help="capture states, analyse the store, find the words and patches nearest to its latents, ask the "
+             "probe items, or all of these")
     add("--store", help="folder of the states (default: <output>/states)")
     add("--variants", nargs="+", choices=("tokens_only", "cut"), default=["tokens_only"],
         help="how the image is kept from the probe questions")
@@ -235,6 +241,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.fresh and args.stage not in ("all", "capture"):
         parser.error(f"--fresh with --stage {args.stage}: states are captured anew; expected all or capture")
     args.edits = list(EDITS) if "all" in args.edits else list(dict.fromkeys(args.edits))
+    if args.stage == "lens" and args.latent == "off":
+        parser.error("--stage lens looks at latents; expected --latent with the family of the store")
     if args.reader and "cut" in args.variants:
         parser.error("--variants cut keeps states of the model that read the image; expected no --reader")
     return args
@@ -302,11 +310,14 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) 
     store = open_store(folder, inputs)
     metrics = {"stage": "probe", "model": args.model, "items": args.items, "latent": args.latent,
                "force_start": bool(spec and spec.force_start), "steps": n_steps, "level": LEVEL,
-               "similarity": None, "decoding": None, "crossed": None, "probing": None}
+               "similarity": None, "decoding": None, "crossed": None, "lens": None, "probing": None}
     if args.stage != "all" and path.is_file():  # the other stages of an earlier run
         metrics |= read_settings(output, path.name)
     if args.stage in ("all", "analyse"):
         metrics |= analyse(store, inputs, n_steps, args)
+    if spec and args.stage in ("all", "lens"):
+        qwen = qwen or load_with(spec, args.model, args.dtype, None, args.max_pixels)
+        metrics |= put_under_lens(store, inputs, n_steps, qwen, args)
     if args.stage in ("all", "ask"):
         if args.reader or not qwen:
             qwen = None  # one model in memory at a time

@@ -1,8 +1,12 @@
-"""Spectrum, retrieval and the summary on states whose content is known."""
+"""Spectrum, retrieval, the summary and the lens on states whose content is known."""
+import csv
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from utils.probe.analysis import Analysis, retrieval, spectrum, summarise
+from utils import qwen as Q
+from utils.probe.analysis import Analysis, look, retrieval, see, spectrum, summarise
 from utils.probe.input_edits import variance_split
 from utils.probe.similarity import FORMS
 from utils.probe.states import States, StateWriter
@@ -72,3 +76,72 @@ def test_the_summary_of_the_linear_probe_is_corrected_for_the_number_of_steps(tm
     found = summarise(analysis.rows)[1]["imagination"]
     assert found["p"] == pytest.approx(0.003) and found["n"] == 60
     assert found["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in rows]))
+
+
+@pytest.fixture(scope="module")
+def pictured(tiny_checkpoint, tmp_path_factory):
+    """A random model, twelve pictures of unlike sizes whose every patch has its own colour, and items."""
+    qwen, folder = Q.load(str(tiny_checkpoint), device="cpu"), tmp_path_factory.mktemp("pictures")
+    rng, items = np.random.default_rng(0), []
+    for n in range(12):
+        cells = rng.integers(256, size=(3 + n % 3, 4 + n % 2, 3)).astype(np.uint8)
+        size = cells.shape[1] * 28, cells.shape[0] * 28
+        Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(folder / f"{n}.png")
+        items.append({"id": f"i/{n}", "group_id": f"g/{n // 2}", "images": [{"path": f"{n}.png"}],
+                      "root": str(folder), "cells": cells.shape[:2]})
+    return qwen, items
+
+
+@pytest.mark.parametrize("kind", ["patches", "words", "constant"])
+def test_the_lens_finds_the_patch_and_the_word_that_latents_are_copies_of(pictured, tmp_path, kind):
+    qwen, items = pictured
+    rng, truth, common = np.random.default_rng(1), {}, np.random.default_rng(2).normal(size=(3, 32))
+    with StateWriter(tmp_path / "states") as writer:
+        for item in items:
+            writer.add(item["id"], {"latent": np.ones((3, 32))}, emitted=True, segments=[3], imagination=None)
+        visual = {one.item["id"]: one.visual for one in see(qwen, States(tmp_path / "states"), items, 3)}
+        head = qwen.model.lm_head.weight.detach().numpy()
+        for item in items:
+            lines, columns = item["cells"]
+            if kind == "patches":
+                places = rng.choice(lines * columns, 3, replace=False)
+                latents = visual[item["id"]][places] * rng.uniform(0.5, 2, (3, 1))  # of any length
+                truth[item["id"]] = [divmod(int(place), columns) for place in places]
+            elif kind == "words":
+                truth[item["id"]] = rng.choice(len(qwen.tokenizer), 3, replace=False).tolist()
+                own = head[truth[item["id"]]]
+                latents = 9 * own / np.square(own).sum(1, keepdims=True) + 5  # 5: all share it
+            else:
+                latents = common
+            writer.add(item["id"], {"latent": latents}, emitted=True, segments=[3], imagination=None)
+    seen = see(qwen, States(tmp_path / "states"), items, 3)
+    assert [(len(one.visual) // one.n_columns, one.n_columns) for one in seen] == [i["cells"] for i in items]
+    found = look(qwen, seen, tmp_path, 0)
+    with open(tmp_path / "lens.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == found["latents"] == 36 and (tmp_path / "lens.png").stat().st_size > 10_000
+    stays, chance = found["stays"], found["patch_chance"]
+    for n, row in enumerate(rows):
+        place = int(row["row"]), int(row["column"])
+        if kind == "patches":
+            assert place == truth[row["id"]][n % 3] and float(row["cosine"]) == pytest.approx(1, abs=1e-3)
+        if kind == "words":
+            assert row["word"] == repr(qwen.tokenizer.decode(truth[row["id"]][n % 3]))
+    if kind == "patches":
+        assert stays["patch"]["ci"][0] <= chance < 0.1 and stays["patch"]["share"] < 0.25
+    if kind == "words":
+        assert stays["word"]["share"] < 0.1 and stays["word"]["ci"][1] < 0.5
+    if kind == "constant":  # the same for every item, whatever it shows
+        assert stays["patch"]["share"] == stays["word"]["share"] == 1 and stays["word"]["ci"][0] > 0.5
+    assert look(qwen, seen[:2], tmp_path, 0) is None  # one group
+
+
+def test_the_lens_takes_its_own_control_from_other_groups(pictured, tmp_path):
+    """Two groups of items that share their latents: from the same group all would stay."""
+    qwen, items = pictured
+    with StateWriter(tmp_path / "states") as writer:
+        for n, item in enumerate(items):
+            own = qwen.model.lm_head.weight[[50 + n // 2] * 2].detach().numpy()
+            writer.add(item["id"], {"latent": own}, emitted=True, segments=[2], imagination=None)
+    found = look(qwen, see(qwen, States(tmp_path / "states"), items, 2), tmp_path, 0)
+    assert found["stays"]["word"]["share"] == 0 and found["n"] == 12

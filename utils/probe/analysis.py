@@ -1,18 +1,26 @@
-"""All measures of a store of states: similarity, and what cosines do not show. numpy only.
+"""All measures of a store of states: similarity, what cosines do not show, and a lens on single latents.
 
-Spectrum and retrieval work on [n, n] products, so that d may be large.
+Spectrum and retrieval work on [n, n] products, so that d may be large. The lens alone needs the model.
 """
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from utils.probe.figures import draw_curves, draw_heatmaps, draw_layers, draw_spectra
+from utils.items import group_of, open_images
+from utils.probe.figures import draw_curves, draw_heatmaps, draw_layers, draw_lens, draw_spectra
 from utils.probe.linear_probe import FOLDS, LinearProbe, choose_testable, target_of
-from utils.probe.similarity import Cell, CellSimilarity, correct, draw_halves, unit
+from utils.probe.similarity import LEVEL, Cell, CellSimilarity, correct, draw_halves, unit
 from utils.probe.states import STORED, States
-from utils.stats import holm
+from utils.stats import holm, share_interval
+
+if TYPE_CHECKING:
+    from utils.qwen import Qwen
 
 SHOWN = 100  # instances in a heat map, as in the paper
+N_WORDS, N_PICTURES = 5, 8  # of the lens: words per latent in the CSV, pictures in the figure
 
 
 # ---- spectrum, retrieval
@@ -164,3 +172,80 @@ def summarise(rows: list[dict]) -> tuple[dict, dict]:
 
 def mean_of(rows: list[dict], name: str) -> float | None:
     return float(np.mean([row[name] for row in rows])) if rows else None
+
+
+# ---- the lens
+class Seen(NamedTuple):
+    """An item under the lens: its latents [k, hidden], its picture's visual tokens [n, hidden] in reading
+    order, and how many of these are in a line."""
+
+    item: dict
+    latents: np.ndarray
+    visual: np.ndarray
+    n_columns: int
+
+
+def nearest(latents: np.ndarray, visual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the visual token of the greatest cosine to each latent, and that cosine."""
+    cosines = unit(latents) @ unit(visual).T
+    return cosines.argmax(1), cosines.max(1)
+
+
+def words_of(qwen: Qwen, latents: np.ndarray) -> list[list[int]]:
+    """Return the likeliest N_WORDS ids by the head for each latent [k, hidden], which is a state after the
+    final norm."""
+    import torch
+    head = qwen.model.lm_head
+    with torch.no_grad():
+        logits = head(torch.from_numpy(latents).to(head.weight))[:, :len(qwen.tokenizer)]
+    return logits.float().topk(N_WORDS).indices.tolist()
+
+
+def see(qwen: Qwen, store: States, items: list[dict], n_steps: int) -> list[Seen]:
+    """Return the items that have latents, with those of the first segment and the first picture's tokens."""
+    import torch
+
+    from utils.qwen import image_features, process_images
+    seen = []
+    for item in items:
+        latents = store.load(item["id"], "latent")
+        if latents is None:
+            continue
+        pixels = process_images(qwen.image_processor, open_images(item, item["root"])[:1])
+        with torch.no_grad():
+            visual, = image_features(qwen, {name: x.to(qwen.device) for name, x in pixels.items()})
+        n_columns = int(pixels["image_grid_thw"][0, 2]) // qwen.image_processor.merge_size
+        first = store.records[item["id"]]["segments"][0]
+        seen.append(Seen(item, latents[:min(first, n_steps)], visual.float().cpu().numpy(), n_columns))
+    return seen
+
+
+def look(qwen: Qwen, seen: list[Seen], output: Path, seed: int) -> dict | None:
+    """Write lens.png and lens.csv: the words nearest to each latent, after the mean over all latents is taken
+    off, and the patch of its item's picture. Return the control: how often patch and first word stay when an
+    item has the latents of one of another group, None below two groups."""
+    rng, groups = np.random.default_rng(seed), [group_of(one.item) for one in seen]
+    if len(set(groups)) < 2:
+        return None
+    mean = np.concatenate([one.latents for one in seen]).mean(0)
+    words = [words_of(qwen, one.latents - mean) for one in seen]
+    rows, stays, members = [], {"patch": [], "word": []}, []
+    for i, one in enumerate(seen):
+        j = rng.choice([j for j, group in enumerate(groups) if group != groups[i]])
+        (places, cosines), (others, _) = (nearest(x, one.visual) for x in (one.latents, seen[j].latents))
+        n = min(len(places), len(others))
+        stays["patch"] += (places[:n] == others[:n]).tolist()
+        stays["word"] += [mine[0] == theirs[0] for mine, theirs in zip(words[i][:n], words[j][:n])]
+        members += [groups[i]] * n
+        for step, (place, cosine) in enumerate(zip(places, cosines)):
+            word, *more = (repr(qwen.tokenizer.decode(token)) for token in words[i][step])
+            rows.append({"id": one.item["id"], "latent": step + 1, "word": word, "next_words": " ".join(more),
+                         "row": int(place) // one.n_columns, "column": int(place) % one.n_columns,
+                         "cosine": f"{cosine:.4f}"})
+    shown = {one.item["id"]: (open_images(one.item, one.item["root"])[0], one.n_columns,
+                              len(one.visual) // one.n_columns) for one in seen[:N_PICTURES]}
+    draw_lens(shown, rows, output / "lens.png")
+    control = {name: {"share": float(np.mean(hits)), "ci": share_interval(hits, members, LEVEL)}
+               for name, hits in stays.items()}
+    return {"n": len(seen), "latents": len(members), "level": LEVEL, "stays": control,
+            "patch_chance": float(np.mean([1 / len(one.visual) for one in seen]))}

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils.display import (BLUE, DARK_GREY, GREEN, ORANGE, PINK, VERMILION, LineStyle, draw_bars, draw_grid,
                            draw_line, legend, new_figure, tidy, write_figure)
@@ -16,6 +17,9 @@ STYLES = {"imagination": LineStyle("imagination", BLUE, "o", 3.5),
 CONDITIONS = {"image": "image", "image_own": "image and\nown", "text_only": "question\nonly", "own": "own",
               "other": "another\nimage's", "mean": "mean", "random": "noise", "cut": "cut:\nown",
               "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
+
+
+SHOWN_SIDE = 480  # pixels, of a picture under the lens, at most
 
 
 def write_tight(figure, path: Path, rows: list[dict]) -> None:
@@ -156,4 +160,35 @@ def draw_spectra(rows: list[dict], path: Path) -> None:
     sizes = sorted({row["n"] for row in rows})
     figure.suptitle(f"Spectrum over instances (n = {', '.join(map(str, sizes))}; at most n - 1)", fontsize=10)
     legend(figure, axes[0][:1])
+    write_tight(figure, path, rows)
+
+
+def draw_lens(pictures: dict[str, tuple[Image.Image, int, int]], rows: list[dict], path: Path) -> None:
+    """Draw pictures by id, each with its numbers of columns and lines of patches: the patch nearest to each
+    latent has the latent's number, and below stands the first word of each. `rows`: the CSV's, of all items.
+    """
+    from matplotlib.patches import Rectangle
+    across = min(4, len(pictures))
+    down = -(-len(pictures) // across)
+    figure, axes = new_figure(3.4 * across, 3.6 * down, down, across)
+    for axis in axes.flat[len(pictures):]:
+        axis.axis("off")
+    for axis, (name, (image, n_columns, n_lines)) in zip(axes.flat, pictures.items()):
+        shape = image.height * n_columns / (image.width * n_lines)  # of a patch, height to width
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        axis.imshow(image, extent=(0, n_columns, n_lines, 0), aspect=shape)
+        own, at = [row for row in rows if row["id"] == name], {}
+        for row in own:
+            at.setdefault((row["column"], row["row"]), []).append(str(row["latent"]))
+        for place, numbers in at.items():
+            for color, width in (("white", 3), (VERMILION, 1.5)):
+                axis.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=color, linewidth=width))
+            axis.text(place[0] + 0.5, place[1] + 0.5, ",".join(numbers), ha="center", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(name[-38:], fontsize=8)
+        said = [f"{row['latent']} {row['word'][:14]}" for row in own[:20]]
+        axis.set_xlabel("\n".join("  ".join(said[n:n + 4]) for n in range(0, len(said), 4)), fontsize=7,
+                        parse_math=False)
+    figure.suptitle("Nearest patch and word of each latent, by its number", fontsize=10)
     write_tight(figure, path, rows)

@@ -29,7 +29,8 @@ FIGURES = {  # by file name: the paper's figure, then what is shown
     "curves": ("Fig. 2(b) right", "similarity between instances and from step to step"),
     "probing": ("Fig. 2(c) right", "accuracy on questions about what was imagined"),
     "layers": ("new", "similarity and decodability by layer and step"),
-    "spectra": ("new", "how many directions the states span")}
+    "spectra": ("new", "how many directions the states span"),
+    "lens": ("new", "the patch and the word nearest to each latent")}
 TEXT_FIGURES = {"heatmap": "Fig. 4", "curves": "Fig. 4"}  # of text imaginations
 CSS = """body{font:15px/1.45 Georgia,serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1,h2,h3,th{font-family:Helvetica,Arial,sans-serif}h2{border-bottom:2px solid #111;margin-top:2.2rem}
@@ -164,6 +165,12 @@ def probe_blocks(metrics: dict) -> list[Block]:
         rows = [[name, f"{entry['emitted_too']} of {entry['emitted']}", ratio_cell(entry["sensitivity"])]
                 for name, entry in edits.items()]
         blocks.append(Table(["edit of the input", "imagined again", "moved, relative to the text"], rows))
+    if lens := metrics.get("lens"):
+        shares = {name: f"{percent(part['share'])} % ({interval(part['ci'])})"
+                  for name, part in lens["stays"].items()}
+        blocks.append(Text(f"With the latents of another item in place of its own, the nearest patch stays in "
+                           f"{shares['patch']} of {lens['latents']} latents (chance "
+                           f"{percent(lens['patch_chance'])} %), the nearest word in {shares['word']}."))
     if probing := metrics["probing"]:
         rows = [[name, percent(entry["accuracy"]), interval(entry["ci"]), percent(entry["parsed"]),
                  percent(entry["r0"]["accuracy"] if entry["r0"] else None)]
