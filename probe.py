@@ -15,9 +15,9 @@ Reads   --items: items {"id", "question", "options": [[letter, text]], "answer",
         "value"}}, questions about the image of the source
 Writes  --output, a folder: states/ (`utils.probe.states`), probes.jsonl (one line per kind, layer, step,
         measure and form: value, low, high, n), similarity.json (its curves), heatmap.png, curves.png,
-        layers.png, spectra.png; of latents lens.png; with --probe_items answers.jsonl ({"id", "source", "donor", "condition",
-        "gold", "pred", "rule", "correct", "text", "r0"}) and probing.png; metrics.json. Every PNG has a CSV
-        with its numbers. <output>.meta.json
+        layers.png, spectra.png; of latents lens.png (the words and patches nearest to each); with
+        --probe_items answers.jsonl ({"id", "source", "donor", "condition", "gold", "pred", "rule", "correct",
+        "text", "r0"}) and probing.png; metrics.json. Every PNG has a CSV with its numbers. <output>.meta.json
 Prints  a table on stderr; on stdout one JSON object: emission, similarity, what a linear probe reads,
         variance split, accuracy by condition
 

@@ -168,7 +168,7 @@ def probe_blocks(metrics: dict) -> list[Block]:
     if lens := metrics.get("lens"):
         shares = {name: f"{percent(part['share'])} % ({interval(part['ci'])})"
                   for name, part in lens["stays"].items()}
-        blocks.append(Text(f"With the latents of another item in place of its own, the nearest patch stays in "
+        blocks.append(Text("With the latents of another item in place of its own, the nearest patch stays in "
                            f"{shares['patch']} of {lens['latents']} latents (chance "
                            f"{percent(lens['patch_chance'])} %), the nearest word in {shares['word']}."))
     if probing := metrics["probing"]:
