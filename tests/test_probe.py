@@ -13,12 +13,14 @@ from imagining import NAMES, make_latent_checkpoint, write_items
 import probe
 from toy.make_model import make_model
 from utils.decode import decode, prefill, prefill_blocks
+from utils.display import plain_text
 from utils.items import ANSWER_TYPES, USER_TURN, chat, open_images, question_text, read_items
 from utils.jsonl import DataError, load_object, read_rows, write_rows
 from utils.latent_families import PRESETS
 from utils.option_scores import describe_scores, score_options
 from utils.probe.figures import draw_heatmaps
 from utils.probe.questions import Prober, derange, held_out_means, list_conditions, rotations, score
+from utils.probe.report import probe_blocks
 from utils.probe.similarity import cosine_matrix
 from utils.probe.states import States, find_steps
 from utils.qwen import encode, load
@@ -109,9 +111,23 @@ def test_slots_of_the_kind_ids_are_captured_and_can_be_asked_by_their_positions_
         run(*flags)
 
 
+def test_the_lens_reads_the_colour_and_not_another_item_s(latent_run, data, capsys):
+    folder, metrics = latent_run
+    items = {item["id"]: dict(item["options"])[item["answer"]["value"]] for item in read_items(data)}
+    with open(folder / "out" / "lens.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 * MIRAGE.size and all(
+        row["word"].strip("'{") == items[row["id"]] for row in rows)
+    stays = metrics["lens"]["stays"]
+    assert stays["word"]["share"] < 0.5 and "nearest patch stays in" in plain_text(probe_blocks(metrics))
+    with pytest.raises(SystemExit):
+        run(data, folder / "model", folder / "out", "--stage", "lens")
+    assert "--stage lens looks at latents" in capsys.readouterr().err
+
+
 def test_every_figure_has_its_numbers(latent_run):
     folder, _ = latent_run
-    for name in ("heatmap", "curves", "spectra", "layers", "probing"):
+    for name in ("heatmap", "curves", "spectra", "layers", "probing", "lens"):
         assert (folder / "out" / f"{name}.png").stat().st_size > 10_000
         with open(folder / "out" / f"{name}.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) > 3, name
