@@ -85,7 +85,7 @@ def test_batches_are_bounded_sorted_and_the_same_for_any_number_of_processes(loc
 def test_a_checkpoint_takes_turns_with_the_tool_and_sees_the_region(local, items, talk, journal, monkeypatch):
     """The random checkpoint calls no tool, so its replies are replaced; the region comes as a picture."""
     said = iter([CALL, CALL, "<answer>A</answer>", "<answer>B</answer>"])
-    monkeypatch.setattr("utils.latent_families.clean_text", lambda tokenizer, ids, spec: next(said))
+    monkeypatch.setattr("utils.backends.clean_text", lambda tokenizer, ids, spec: next(said))
     conversations = talk(items[:2], "tool", "deepeyes")
     assert answer_all(local(), conversations, journal, 0, 1)
     for conversation in conversations:
