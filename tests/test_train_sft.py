@@ -354,9 +354,12 @@ def test_damaged_rows_are_named_with_their_place(train, data, tmp_path):
     write_rows(tmp_path / "more.jsonl", [rows[0] | {"id": "new"}, rows[5]])
     with pytest.raises(DataError, match=r"more\.jsonl:2: duplicate id 't/5', first seen at .*rows\.jsonl"):
         train("o", "--data", str(data), str(tmp_path / "more.jsonl"))
-    write_rows(data, [rows[0], rows[1] | {"answer": 7}])
-    with pytest.raises(DataError, match=r"rows.jsonl:2.*'answer'.*str"):
-        train("o")
+    without = {name: value for name, value in rows[1].items() if name != "chain"}
+    for row, match in ((rows[1] | {"answer": 7}, r"rows.jsonl:2.*'answer'.*str"),
+                       (without, "1 of 2 rows .*t/1: no chain; rewr")):
+        write_rows(data, [rows[0], row])
+        with pytest.raises(DataError, match=match):
+            train("o")
 
 
 @pytest.mark.parametrize("family", ["lvr", "mirage", "monet_vllm"])
