@@ -129,9 +129,9 @@ def build(folder, chain, follows, spec=None, emitting=tuple(NAMES), again=False)
         start, pad, end, *_ = latent_ids(qwen.tokenizer, spec)
         after = qwen.tokenizer(spec.after_limit).input_ids[:1]
         tokens |= {"start": [start], CLOSE: [*tokens[CLOSE], end, *after]}
-    if spec and spec.slots:  # LaViT's four, in the place of words that no chain of latents has
+    if spec and spec.slots:  # in the place of words that no chain of latents has; of CoVT's eight four
         tokens = {word: [i for i in ids if i is not None] for word, ids in tokens.items()} | {
-            word: [token(slot)] for word, slot in zip(SLOT_WORDS, spec.slots, strict=True)}
+            word: [token(slot)] for word, slot in zip(SLOT_WORDS, spec.slots)}
     with torch.no_grad():
         for name, weight in qwen.model.named_parameters():
             weight.fill_("norm" in name or "ln_q" in name)
@@ -176,5 +176,9 @@ def make_text_checkpoint(folder, follows, again=False):
 def make_latent_checkpoint(folder, follows=True, emitting=tuple(NAMES), family="mirage"):
     """A model that imagines pictures of the `emitting` colours in a family's latents, and then answers with
     the colour of the vectors that were fed (`follows`) or of the picture."""
-    begin = ("\n", *SLOT_WORDS, " It") if PRESETS[family].slots else ("\n", "start")
-    return build(folder, chain_of(*begin) | chain_of(*END), follows, PRESETS[family], emitting)
+    spec = PRESETS[family]
+    if not spec.slots:
+        begin = ["\n", "start"]
+    else:  # CoVT's and Mull's slots are written at the beginning of the reply, LaViT's are sampled
+        begin = ["\n", " It"] if family in ("covt", "mull") else ["\n", *SLOT_WORDS, " It"]
+    return build(folder, chain_of(*begin) | chain_of(*END), follows, spec, emitting)

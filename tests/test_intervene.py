@@ -13,9 +13,10 @@ from imagining import NOTHING, make_latent_checkpoint, write_items
 import intervene
 from utils.display import plain_text
 from utils.intervene.latent_case import Case
-from utils.intervene.latent_conditions import CONDITIONS
+from utils.intervene.latent_conditions import CONDITIONS, PRESET_CONDITIONS
 from utils.jsonl import DataError, read_rows, write_rows
 from utils.latent_families import PRESETS, Generation, Intervention
+from utils.probe.report import collect, write_report
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
 
@@ -243,6 +244,24 @@ def test_the_standard_verdict_is_right_on_models_whose_truth_is_known(latent_mod
     found = metrics["retrieval"]  # the helper is the edit's picture: never the item's own colour
     assert found["n"] == 32 and found["r1"]["k"] == 0
     assert set(metrics["closed_by"]) and "vectors" not in (tmp_path / "r.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(PRESETS))
+def test_the_standard_verdict_of_every_family(items, tmp_path, family):
+    """Each condition has an effect or says why not. The models answer by what they imagined, but for those of
+    CoVT and Mull-Tokens, which only emit."""
+    model = make_latent_checkpoint(tmp_path / "m", family=family)
+    forced = ["--force_start"] if family == "covt" else []
+    metrics, records = run(items, model, tmp_path / "r.jsonl", "--latent", family, "--max_new_tokens", "300",
+                           "--limit", "16", "--min_emitters", "4", "--conditions", "standard", *forced)
+    assert metrics["emission"]["k"] == 16 and len(metrics["summary"]) > 3
+    asked = {name.partition(":")[0] for name in PRESET_CONDITIONS["standard"]}
+    assert asked <= {name.partition(":")[0] for name in metrics["conditions"]}
+    for name, entry in metrics["conditions"].items():
+        assert entry["effect"] or entry["reason"], name
+    assert write_report(tmp_path, "T", collect(tmp_path))["figures"] > 0
+    assert family in ("covt", "mull") or all(by["clean"]["correct"] for by in by_condition(records).values())
 
 
 def test_the_standard_verdict_on_text_is_right_too(text_model, items, tmp_path):
