@@ -42,8 +42,8 @@ from pathlib import Path
 
 from utils.backends import LocalBackend
 from utils.call_flags import add_journal_flags, add_server_flags, open_backend
-from utils.cli import (Help, add_latent_flags, cli, log, parse_count, parse_number, parse_seconds, parse_seed,
-                       rank_world, read_api_key)
+from utils.cli import (Help, add_decoding_flags, cli, log, parse_count, parse_number, parse_seconds,
+                       parse_seed, rank_world, read_api_key)
 from utils.evaluate.answering import Local, Served, answer_all, is_turn, read_replies, sampler
 from utils.evaluate.benchmarks import TABLE, prepare, shuffle_options
 from utils.evaluate.comparison import compare_all, describe, make_table, protocol_line, show
@@ -274,7 +274,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_journal_flags(parser)
     add("--dry_run", action="store_true", help="show a prompt and count the items")
     local = parser.add_argument_group("--backend local")
-    add_latent_flags(local)
+    add_decoding_flags(local)
     add = local.add_argument
     add("--latent_size", type=parse_number(1, 16384), help="latents per segment (default: the family's)")
     add("--batch_size", type=parse_count, default=32, help="items per batch, at most")

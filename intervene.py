@@ -244,9 +244,11 @@ def plan(args: Namespace, items: list[dict]) -> dict:
 
 def published_blocks(items: list[dict], metrics: dict) -> list[Block]:
     """Return what is published of a family on this benchmark next to this run of a model of its kind."""
-    benchmark, model, columns, published = PUBLISHED.get(metrics["latent"], (None,) * 4)
+    if metrics["latent"] not in PUBLISHED:
+        return []
+    benchmark, model, columns, published = PUBLISHED[metrics["latent"]]
     names = {"vsp" if item["metric"] == "vsp_path" else item.get("benchmark") or "" for item in items}
-    if not published or not all(name.startswith(benchmark) for name in names):
+    if not all(name.startswith(benchmark) for name in names):
         return []
     shown = {name: (entry["effect"] or {}).get("acc_int") for name, entry in metrics["conditions"].items()}
     shown["clean"] = metrics["acc_clean_emitters"]["share"]

@@ -81,7 +81,7 @@ def add_fresh_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="move an earlier run's journal aside first")
 
 
-def add_latent_flags(parser: argparse.ArgumentParser) -> None:
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--latent", choices=("off", *sorted(PRESETS)), default="off",
         help="family of the latent tokens; off: text imaginations")
@@ -94,7 +94,7 @@ def add_latent_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder or hub name")
-    add_latent_flags(parser)
+    add_decoding_flags(parser)
     add("--image_root", help="folder of the images (default: that of the items file)")
     add("--options", choices=("letter", "text"), default="letter", help="what R0 scores")
     add("--system", help="system prompt (default: the chat template's own)")

@@ -273,6 +273,7 @@ def latent_steps(row: Generation) -> list[int]:
 def clean_text(tokenizer, ids: list[int], spec: LatentSpec | None = None) -> str:
     """Decode recorded ids without latents and special tokens."""
     if spec:
-        start, pad, end, slots = latent_ids(tokenizer, spec)[:4]
-        ids = [i for i in ids if i not in {start, pad, end, *slots}]
+        latent = latent_ids(tokenizer, spec)
+        left_out = latent.slots | {latent.start, latent.pad, latent.end}
+        ids = [i for i in ids if i not in left_out]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from utils.answers import YES_NO_FIRST, extract_choice, find_marked
 from utils.evaluate.reference_scorers import (mme_realworld, needs_detour, straight_path, vlmevalkit_e8e78f0,
                                               vlmevalkit_realworld, vtabfact, vwtq, yes_or_no)
-from utils.items import group_of, shortest_path, vsp_moves, walk_vsp
+from utils.items import ANSWER_TYPES, group_of, shortest_path, vsp_moves, walk_vsp
 from utils.jsonl import DataError
 from utils.phrases import CJK, CONTRAST, NEGATION, NOUN, SENTENCE_END, TURNED
 from utils.reply_text import FRACTION, find_boxes, unwrap, visible
@@ -149,7 +149,7 @@ def answer_part(output: str) -> tuple[str, str]:
 
 
 # ---- scoring a reply
-METRICS = ("mcq", "vsp_path", "wtq", "tabfact", "yesno_pair")  # those with a scorer
+METRICS = [name for name in ANSWER_TYPES if name != "unscored"]  # those with a scorer
 
 
 def score(item: dict, record: dict) -> dict:

@@ -247,8 +247,9 @@ class LatentBatch:
         _, condition, place, intervention = plan
         (row, scores), clean, tokenizer = run, self.clean[place].row, self.qwen.tokenizer
         at = latent_steps(row)
-        embedded = self.qwen.model.get_input_embeddings().weight[[row.ids[n] for n in at]].detach()
-        raw, fed = (embedded if self.slots else row.states[at]).float(), row.fed.float()
+        raw, fed = row.states[at].float(), row.fed.float()
+        if self.slots:  # what a slot is fed without an intervention
+            raw = self.qwen.model.get_input_embeddings().weight[[row.ids[n] for n in at]].detach().float()
         record = {"emitted": bool(at),
                   "segments": [{"start": s.start, "k": s.size, "closed_by": s.closed_by}
                                for s in row.segments],

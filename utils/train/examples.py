@@ -152,8 +152,8 @@ def make_example(qwen: Qwen, row: dict, target: Target) -> Example:
         raise DataError(f"the control character {found[0]!a} in question or reply, expected text", "control")
     steps, untrained = [], set()
     if spec is not None:
-        _, pad_id, end_id, *_ = latent_ids(qwen.tokenizer, spec)
-        untrained = {pad_id, end_id} if spec.force_end else {pad_id}
+        latent = latent_ids(qwen.tokenizer, spec)
+        untrained = {latent.pad, latent.end} if spec.force_end else {latent.pad}
         steps = [resolve_image(root, step["image"]) for step in row["steps"] if "image" in step]
     ids = [(i, is_trained and i not in untrained) for text, is_trained in pieces
            for i in qwen.tokenizer(text, add_special_tokens=False).input_ids]
@@ -211,10 +211,10 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
     gets more of them after its end, where nothing attends to them.
     """
     n_imagined, spec = sum(len(example.steps) for example in examples), target.spec
-    _, pad_id, end_id, *_ = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
+    latent = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
     if n_segments > max(len(example.steps) for example in examples):
         last = examples[-1]
-        more = ([pad_id] * spec.size + [end_id]) * (n_segments - len(last.steps))
+        more = ([latent.pad] * spec.size + [latent.end]) * (n_segments - len(last.steps))
         longer = replace(last, ids=last.ids + more, trained=last.trained + [False] * len(more))
         examples = [*examples[:-1], longer]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -238,7 +238,7 @@ def make_pack(qwen: Qwen, examples: list[Example], target: Target, weight: float
               for example, end in zip(examples, ends)]
     counts, places = torch.tensor([len(of_row) for of_row in places]), torch.cat(places)
     ids, n_latents = pack["input_ids"][0], spec.size if spec else 1
-    is_latent = ids == pad_id if spec else torch.zeros_like(ids, dtype=torch.bool)
+    is_latent = ids == latent.pad if spec else torch.zeros_like(ids, dtype=torch.bool)
     passes, kept_at = plan_passes(is_latent, ends, places - 1, n_latents)
     fed = kept_at[is_latent.nonzero().flatten() - 1].view(-1, n_latents)
     return pack | pixels | {f"step_{name}": tensor for name, tensor in imagined.items()} | {
