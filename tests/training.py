@@ -1,13 +1,17 @@
-"""Shared by the tests of training: a small run's flags, examples and log, its ranks, all gradients."""
+"""Shared by the tests of training: rows of the toy, a small run's flags, examples and log, its ranks, all
+gradients."""
 import json
 import multiprocessing
 import os
+import random
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
+from toy.make_world import item
+from toy.world import ask, draw_scene, make_scene, observation, opening, prompt_text, zoom_in
 from utils import qwen as Q
 from utils.jsonl import read_rows
 from utils.latent_families import PRESETS, special_id
@@ -85,3 +89,23 @@ def library_loss(qwen, examples, target, **more):
 
 def gradient(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def scene_rows(folder: Path, n: int, name: str) -> tuple[list[dict], list[dict]]:
+    """Draw n scenes of the toy into a folder; return training rows and items, of one question about each."""
+    rows, items = [], []
+    for i in range(n):
+        rng = random.Random(f"{name}/{i}")
+        scene = make_scene(rng)
+        question, image, helper = ask(rng, scene, "zoom"), f"{name}_{i}.png", f"{name}_{i}_zoom.png"
+        picture = draw_scene(scene)
+        picture.save(folder / image)
+        zoom_in(picture, question.thing).save(folder / helper)
+        answer = f"The answer is \\boxed{{{question.answer}}}."
+        steps = [{"text": opening(question)}, {"image": helper, "operation": "zoom"},
+                 {"text": f"{observation(question)} {answer}"}]
+        chain = f"{opening(question)} <think_image>{observation(question)}</think_image> {answer}"
+        rows.append({"id": f"{name}/{i}", "images": [image], "question": prompt_text(question),
+                     "answer": question.answer, "steps": steps, "chain": chain})
+        items.append(item(f"{name}/{i}", f"{name}/{i}", question, image))
+    return rows, items

@@ -5,7 +5,6 @@ every sample must end as a clean error, asked twice, with exit code 3.
 """
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import run_here, words
+from processes import free_port, run_here, words
 from samples import flags, monet, row
 
 from utils.backends import Request
@@ -57,9 +56,7 @@ def llava(tiny_checkpoint, tmp_path) -> Path:
 @pytest.fixture
 def url(llava):
     """Run `transformers serve` on a free port; yield its base URL once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = ("import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; "
                "main()")
     process = subprocess.Popen([sys.executable, "-c", program, "serve", str(llava), "--host", "127.0.0.1",
