@@ -199,8 +199,6 @@ def test_a_dead_rank_stops_the_others_and_the_run_resumes(world, tmp_path, scrip
     os.kill(pid, signal.SIGKILL)
     assert launcher.wait(timeout=120) != 0
     assert not any(pid and Path(f"/proc/{pid}").exists() for pid in others)
-    if script == "evaluate":
-        assert "same command" in output.with_name("log.txt").read_text()
     processes = 3 if script == "evaluate" else 2  # which finish what two began
     assert start(case, output, processes).wait(timeout=300) == code
     assert final_files(case, output) == final_files(case, together)

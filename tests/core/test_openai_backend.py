@@ -174,6 +174,7 @@ def test_a_signal_waits_for_running_calls_and_a_second_one_does_not(world, tmp_p
     with serving(tmp_path, latency=1.5) as (_, url):
         code, seconds, err = stop(url, 0, signal.SIGTERM)  # all that was sent is kept
         assert code == 130 and "stopping after the running calls" in err and "Traceback" not in err, err
+        assert "run the same command again" in err
         assert len(journal.read_text().splitlines()) == len(calls_of(tmp_path)) == 5
         code, seconds, _ = stop(url, 5, signal.SIGINT, signal.SIGTERM)
         assert code == 130 and seconds < 1.4
