@@ -236,16 +236,15 @@ class LocalBackend:
             torch.cuda.synchronize(state.hidden.device)
         prefill_seconds = round(time.monotonic() - began, 6)
         arms = [Intervention(choose=self.choose(request)) for request in requests] if self.choose else None
-        rows = decode(self.qwen, state, max(request.max_tokens for request in requests), self.spec, arms)[0]
+        limits = [request.max_tokens for request in requests]
+        rows = decode(self.qwen, state, max(limits), self.spec, arms, limits=limits)[0]
         seconds = round(time.monotonic() - began, 6)
         grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [])
         n_prompt = inputs["attention_mask"].sum(1).tolist()
         for request, row, n in zip(requests, rows, n_prompt, strict=True):
-            ids = row.ids[:request.max_tokens]
-            finish = "length" if len(row.ids) > request.max_tokens else row.finish
             replies.append(LocalReply(
-                request.key, clean_text(tokenizer, ids, self.spec), finish, n, len(row.ids), seconds,
-                raw_text=tokenizer.decode(ids), n_latent=sum(segment.size for segment in row.segments),
+                request.key, clean_text(tokenizer, row.ids, self.spec), row.finish, n, len(row.ids), seconds,
+                raw_text=tokenizer.decode(row.ids), n_latent=sum(segment.size for segment in row.segments),
                 image_grids=tuple(next(grids) for _ in request.pictures), prefill_seconds=prefill_seconds,
                 n_rows=len(rows)))
         return replies

@@ -38,12 +38,21 @@ class State:
 
     def select(self, rows: list[int]) -> "State":
         """Return these rows in this order, repeated as often as named, with their own cache."""
-        index = torch.tensor(rows, device=self.mask.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(index)  # makes new tensors
-        return State(cache, None if self.hidden is None else self.hidden[index], self.mask[index],
-                     self.positions[:, index], self.is_image[index])
+        state = replace(self, cache=cache)
+        state.keep(rows)
+        return state
+
+    def keep(self, rows: list[int], trim: bool = False) -> None:
+        """Keep these rows in this order, with `trim` without the first columns that none of them sees."""
+        index = torch.tensor(rows, device=self.mask.device)
+        first = int(self.mask[index].any(0).int().argmax()) if trim else 0
+        self.hidden = None if self.hidden is None else self.hidden[index]
+        self.mask, self.positions = self.mask[index, first:], self.positions[:, index]
+        self.is_image = self.is_image[index, first:]
+        for layer in self.cache.layers:  # one by one: memory for one more layer is enough
+            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
 
     def hide_images(self, rows: list[int]) -> None:
         """Hide the image tokens from all that these rows read later."""
@@ -147,63 +156,71 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
 
 @torch.no_grad()
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
-           arms: list[Intervention] | None = None, capture: bool = False,
-           with_slots: bool = False) -> tuple[list[Generation], State]:
+           arms: list[Intervention] | None = None, capture: bool = False, with_slots: bool = False,
+           limits: list[int] | None = None) -> tuple[list[Generation], State]:
     """Decode rows that were read, greedily except for their interventions (`arms`); `state` is used up.
 
     `max_new_tokens` counts latent steps too. `capture` keeps states and fed vectors, `with_slots` the inputs
     of every layer at latents. Returns the rows, and the state after all ids but the last of the longest row.
+    With `limits`, row i has at most limits[i] ids, and a row that has ended leaves the batch, so that others
+    do not wait for it; the state is then that of the last rows alone.
     """
     arms = arms or [Intervention()] * len(state.mask)
     ids = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
     rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
     traces = [defaultdict(list) for _ in rows]
-    embed, first = qwen.model.get_input_embeddings(), state.mask.shape[1]
-    hidden, cache, positions = state.hidden, state.cache, state.positions
-    state = replace(state, mask=state.mask.clone())
+    batch = list(zip(rows, arms, traces, limits or [max_new_tokens] * len(rows), strict=True))
+    embed, state = qwen.model.get_input_embeddings(), replace(state, mask=state.mask.clone())
     for n_new in range(max_new_tokens):
-        logits = qwen.model.lm_head(hidden)
+        logits = qwen.model.lm_head(state.hidden)
         sampled = logits.argmax(-1).tolist()
         vectors = {}  # what is fed in place of an embedding, by row
-        for i, (row, arm, trace) in enumerate(zip(rows, arms, traces)):
+        for i, (row, arm, trace, limit) in enumerate(batch):
             if row.done:
                 continue
             if row.advance(arm.next_id(logits[i], sampled[i], row.out, row.forced)):
-                latent = embed.weight[row.out.ids[-1]] if ids.slots else hidden[i]
+                latent = embed.weight[row.out.ids[-1]] if ids.slots else state.hidden[i]
                 vectors[i] = arm.feed(latent, *row.place) if arm.feed else latent
                 trace["fed"].append(vectors[i])
             if row.just_closed and "images" in arm.hide:
                 state.hide_images([i])
             if row.just_closed and "latents" in arm.hide:
-                begin = first + row.just_closed.start
+                begin = state.mask.shape[1] - n_new + row.just_closed.start
                 state.mask[i, begin:begin + row.just_closed.size] = 0
             if capture:
-                trace["states"].append(hidden[i])
-        if all(row.done for row in rows) or n_new + 1 == max_new_tokens:
+                trace["states"].append(state.hidden[i])
+            row.done |= n_new + 1 == limit
+        going = [i for i, (row, *_) in enumerate(batch) if not row.done]
+        if not going:
             break
-        embeds = embed(torch.tensor([row.out.ids[-1] for row in rows], device=hidden.device))
+        if limits and len(going) < len(batch):
+            state.keep(going, trim=True)
+            vectors = {k: vectors[i] for k, i in enumerate(going) if i in vectors}
+            batch = [batch[i] for i in going]
+        embeds = embed(torch.tensor([row.out.ids[-1] for row, *_ in batch], device=state.hidden.device))
         for i, vector in vectors.items():
             embeds[i] = vector.to(embeds)
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions + 1
-        put = {i: slots for i in vectors if arms[i].slot
-               and (slots := arms[i].slot(*rows[i].place)) is not None}
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(batch), 1)], dim=1)
+        state.positions = state.positions + 1
+        put = {i: slots for i in vectors if batch[i][1].slot
+               and (slots := batch[i][1].slot(*batch[i][0].place)) is not None}
         seen = [] if with_slots and vectors else None
         with layer_inputs(qwen.model, put, seen):
             out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=state.mask,
-                                   position_ids=positions, past_key_values=cache, use_cache=True)
-        hidden, cache = out.last_hidden_state[:, -1], out.past_key_values
+                                   position_ids=state.positions, past_key_values=state.cache, use_cache=True)
+        state.hidden, state.cache = out.last_hidden_state[:, -1], out.past_key_values
         if qwen.latent_head is not None and vectors:  # LVR's: for the output of latent steps
-            index = torch.tensor(list(vectors), device=hidden.device)
-            hidden = hidden.index_put((index,), qwen.latent_head(hidden[index]).to(hidden))
+            index = torch.tensor(list(vectors), device=state.hidden.device)
+            heads = qwen.latent_head(state.hidden[index]).to(state.hidden)
+            state.hidden = state.hidden.index_put((index,), heads)
         for i in vectors if seen else ():
-            traces[i]["slots"].append(torch.stack([layer[i] for layer in seen]))
+            batch[i][2]["slots"].append(torch.stack([layer[i] for layer in seen]))
     for row, trace in zip(rows, traces):
         if trace["states"]:
             row.out.states = torch.stack(trace["states"])
             row.out.fed = torch.stack(trace["fed"]) if trace["fed"] else row.out.states[:0]
         row.out.slots = trace["slots"] if with_slots else None
-    return [row.out for row in rows], replace(state, cache=cache, hidden=hidden, positions=positions)
+    return [row.out for row in rows], state
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """The local backend: batches, memory, stops; the JSON of requests and replies; what a model is known by."""
+import random
 import shutil
 import threading
 from types import SimpleNamespace
@@ -94,13 +95,17 @@ def essence(replies) -> dict[str, tuple]:
     return {r.key: (r.text, r.finish_reason, r.n_prompt, r.n_new, r.error) for r in replies}
 
 
-def test_a_batch_answers_as_single_requests_do(backend, make_requests, tiny_checkpoint):
-    requests = make_requests(5)
-    batched = essence(backend.generate(requests))
+@pytest.mark.parametrize("size, tokens", [(3, 10**6), (9, 10**6), (9, 150)])
+def test_a_batch_answers_as_single_requests_do(make_requests, tiny_checkpoint, size, tokens):
+    """Each reply is at most as long as its own request allows."""
+    rng = random.Random(size + tokens)
+    requests = [request._replace(max_tokens=rng.randint(1, 30)) for request in make_requests(9)]
+    batched = essence(open_local(tiny_checkpoint, size, tokens).generate(requests))
     assert batched == essence(open_local(tiny_checkpoint, batch_size=1).generate(requests))
-    assert set(batched) == {"k0", "k1", "k2", "k3", "k4"}
-    for _, finish_reason, _, n_new, error in batched.values():
-        assert finish_reason in ("stop", "length") and 1 <= n_new <= 6 and error is None
+    assert set(batched) == {request.key for request in requests}
+    for request in requests:
+        _, finish_reason, _, n_new, error = batched[request.key]
+        assert error is None and (finish_reason == "stop" or n_new == request.max_tokens)
 
 
 def test_done_batches_are_skipped_and_half_done_ones_repeated_whole(backend, make_requests):

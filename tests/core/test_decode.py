@@ -1,13 +1,16 @@
 """The decoding loop against generate, replay and scripted tokens."""
+import random
 import shutil
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from decoding import (MIRAGE, batch_of, decode_seen, embedded, generate, library_generate, load_with,
                       needs_bfloat16, one_pass, prefill_more, prefill_with)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
@@ -346,6 +349,59 @@ def test_choices_are_the_arms_own(qwen, batch):
         assert all(0 < row.n_forbidden <= 16 for row in rows) and not wanted[0].n_forbidden
     empty = generate(qwen, batch, 16, MIRAGE, [Intervention(spec=replace(MIRAGE, size=0))] * 3)
     assert any(row.segments for row in empty) and not any(pad in row.ids for row in empty)
+
+
+def drawn_prompts(rng, qwen, n):
+    """Return the tensors of n prompts of random lengths, with up to two pictures of random sizes."""
+    images = [[Image.new("RGB", (28 * rng.randint(2, 6), 28 * rng.randint(2, 4)), rng.randrange(1 << 24))
+               for _ in range(rng.randrange(3))] for _ in range(n)]
+    return Q.encode(qwen, [chat(qwen.tokenizer, "What is it? " * rng.randint(1, 9), len(row))
+                           for row in images], images)
+
+
+def drawn_arms(rng, n):
+    """Return interventions of every site, and ids that are drawn, at random."""
+    def pick(logits, at, seed):
+        generator = torch.Generator().manual_seed(1000 * seed + at)
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+    kinds = [{}, {"feed": lambda z, *place: z.flip(0)}, {"hide": ("latents",)}, {"hide": ("images",)},
+             {"hide": ("latents", "images")}, {"choose": partial(pick, seed=rng.randrange(99))},
+             {"slot": lambda segment, step: [torch.full((32,), 0.1 * step), None] if step % 2 else None}]
+    return [Intervention(**rng.choice(kinds)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_rows_that_leave_the_batch_change_no_other(tiny_checkpoint, name, forced):
+    """Against the batch in which all rows stay; none is computed after its end, nor columns of padding."""
+    rng, spec = random.Random(f"{name} {forced}"), replace(PRESETS[name], force_start=forced)
+    qwen = load_with(tiny_checkpoint, spec)
+    qwen.latent_head = (lambda hidden: hidden.flip(-1)) if name == "lvr" else None
+    n_rows, widths = [], []
+    for _ in range(3):
+        limits = [rng.randint(1, 30) for _ in range(rng.randint(2, 9))]
+        arms, batch = drawn_arms(rng, len(limits)), drawn_prompts(rng, qwen, len(limits))
+        qwen.eos_ids = [generate(qwen, batch, 9, spec)[-1].ids[-1]]  # so that some rows end before their limit
+        state = prefill(qwen, batch)
+        stay, _ = decode(qwen, state.select(range(len(limits))), max(limits), spec, arms, True, True)
+        hooks = [qwen.model.lm_head.register_forward_pre_hook(lambda _, args: n_rows.append(len(args[0]))),
+                 qwen.model.model.register_forward_pre_hook(
+                     lambda _, args, given: widths.append(bool(given["attention_mask"][:, 0].any())),
+                     with_kwargs=True)]
+        leave, _ = decode(qwen, state, max(limits), spec, arms, True, True, limits=limits)
+        for hook in hooks:
+            hook.remove()
+        for row, other, limit in zip(leave, stay, limits):
+            n = min(limit, len(other.ids))
+            assert (row.ids, row.sampled) == (other.ids[:n], other.sampled[:n])
+            assert row.finish == ("length" if len(other.ids) > limit else other.finish)
+            assert torch.allclose(row.states, other.states[:n], atol=1e-4)
+            assert torch.allclose(row.fed, other.fed[:len(row.fed)], atol=1e-4)
+            assert len(row.fed) == sum(segment.size for segment in row.segments)
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(row.slots, other.slots))
+        assert sum(n_rows) == sum(len(row.ids) for row in leave) and all(widths)
+        n_rows.clear()
 
 
 # ---- the slot site: what the layers read at latent positions, noted and replaced
