@@ -1,6 +1,7 @@
 """evaluate.py against one `model.generate(do_sample=False)` per item, which is what common harnesses do.
 
     python speed/evaluate.py --model toy/work/text --items toy/work/world/bench.jsonl --folder work/evaluate
+    python speed/evaluate.py ... --limit 64 --lengths      (rows that leave the batch, about two minutes)
 
 Both sides use the same checkpoint, items, prompts and limit of reply tokens, in float32. Each loads the
 model, opens the pictures and decodes the replies; ours also scores them and writes results. Two comparisons,
@@ -8,13 +9,19 @@ model, opens the pictures and decodes the replies; ours also scores them and wri
 in one process ("same_process"). Replies are compared word for word. A batch rounds differently from a single
 row, so a tie may be broken differently; the result counts the replies that differ.
 
-Writes  --result (results/evaluate.json)
+--lengths compares the local backend with itself without rows that leave the batch, in turns in one process:
+then all rows decode to the longest reply of the batch and are cut. No reply ends by itself; their lengths are
+drawn from LENGTHS.
+
+Writes  --result (results/evaluate.json, with --lengths results/evaluate_lengths.json)
 Prints  the same JSON object: seconds of each side, ratios per round (wall clock, and processor time where
         both share a process), shares of prefill and decoding in our time, replies that differ
 """
 import argparse
 import json
+import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -22,11 +29,15 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.jsonl import write_json  # noqa: E402
+
+LENGTHS = {"log-uniform, 20 to 400": lambda rng: round(math.exp(rng.uniform(math.log(20), math.log(400)))),
+           "uniform, 20 to 400": lambda rng: rng.randint(20, 400), "all 100": lambda rng: 100}
 
 
 # ---- the two sides
@@ -146,6 +157,44 @@ def compare(args: argparse.Namespace, folder: Path) -> dict:
                                 "decode": round((seconds - prefill) / whole, 3)}}
 
 
+def compare_lengths(args: argparse.Namespace) -> dict:
+    """Time batches that rows leave against batches in which all stay to the end, per kind of lengths."""
+    from utils.backends import LocalBackend, Request
+    from utils.decode import decode
+    from utils.items import question_text, read_items
+
+    def stay(*given, limits: list[int], **more) -> tuple:
+        rows, state = decode(*given, **more)
+        for row, limit in zip(rows, limits):
+            del row.ids[limit:]
+        return rows, state
+
+    items, folder = read_items(args.items, args.limit), Path(args.items).parent
+    backend = LocalBackend(args.model, 1280 * 28 * 28, 32, 65536, dtype="float32")
+    backend.load()
+    backend.qwen.eos_ids, kinds = [], {}
+    for kind, draw in LENGTHS.items():
+        rng, ratios, differing = random.Random(0), {"seconds": [], "cpu": []}, 0
+        requests = [Request(f"{n:08x}", None, question_text(item), tuple(
+            str(folder / image["path"]) for image in item["images"]), draw(rng))
+            for n, item in enumerate(items)]
+        for _ in range(args.rounds):
+            spent, said = {}, {}
+            for side, loop in (("stay", stay), ("leave", decode)):
+                with mock.patch("utils.decode.decode", loop):
+                    began, used = time.monotonic(), time.process_time()
+                    said[side] = {reply.key: reply.raw_text for reply in backend.generate(requests)}
+                    spent[side] = {"seconds": time.monotonic() - began, "cpu": time.process_time() - used}
+            differing = max(differing, n_differing(said["leave"], said["stay"]))
+            for name, values in ratios.items():
+                values.append(round(spent["stay"][name] / spent["leave"][name], 2))
+        kinds[kind] = {"tokens_per_item": round(statistics.mean(r.max_tokens for r in requests), 1),
+                       "differing_replies": differing, "ratio": statistics.median(ratios["seconds"]),
+                       "over_rounds": ratios["seconds"], "cpu_ratio": statistics.median(ratios["cpu"]),
+                       "cpu_over_rounds": ratios["cpu"]}
+    return {"model": Path(args.model).name, "items": len(items), "batch_size": 32, "lengths": kinds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,15 +204,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="items")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--result", default=str(ROOT / "results" / "evaluate.json"), help="file to write")
+    parser.add_argument("--lengths", action="store_true", help="unequal replies in the local backend alone")
+    parser.add_argument("--result", help="file to write (default: in results/)")
     parser.add_argument("--part", choices=("peer", "both"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if args.part:  # in a process of its own
         return print(json.dumps(run_part(args, folder)))
-    result = compare(args, folder)
-    write_json(args.result, result)
+    result = compare_lengths(args) if args.lengths else compare(args, folder)
+    name = "evaluate_lengths.json" if args.lengths else "evaluate.json"
+    write_json(args.result or ROOT / "results" / name, result)
     return print(json.dumps(result))
 
 

@@ -90,6 +90,14 @@ def evaluate(result: dict) -> list[tuple]:
              f"{result['same_process_cpu']['ratio']} of processor time)")]
 
 
+def evaluate_lengths(result: dict) -> list[tuple]:
+    what = f"local replies to {result['items']} items, {result['batch_size']} a batch, tokens {{}}"
+    return [(what.format(kind), "rows that have ended leave",
+             f"rows stay: {run['ratio']} times as long ({spread(run['over_rounds'])}); {run['cpu_ratio']} of "
+             f"processor time ({spread(run['cpu_over_rounds'])})")
+            for kind, run in result["lengths"].items()]
+
+
 def train_gpu(result: dict) -> list[tuple]:
     what = f"training {{size}}, rows of {{row_tokens}} tokens in packs of {{max_tokens}}, {result['device']}"
     return [(what.format(**run), run.get("error") or
@@ -103,6 +111,7 @@ def infer_gpu(result: dict) -> list[tuple]:
             for run in result["runs"]]
 
 
+EVALUATE = "python speed/evaluate.py --model toy/work/text --items toy/work/world/bench.jsonl"
 TRAIN = "python speed/train.py --folder work/train"
 ROWS = {train: TRAIN, train_own_pixels: f"{TRAIN}_own_pixels --own_pixels --rounds 2",
         train_layers: f"{TRAIN}_layers --recompute layers",
@@ -111,8 +120,8 @@ ROWS = {train: TRAIN, train_own_pixels: f"{TRAIN}_own_pixels --own_pixels --roun
         train_latents: "python speed/latents.py --folder work/latents",
         train_gpu: "python speed/train_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
         infer_gpu: "python speed/infer_gpu.py --config Qwen2.5-VL-7B-Instruct --folder work/gpu",
-        evaluate: "python speed/evaluate.py --model toy/work/text --items toy/work/world/bench.jsonl "
-                  "--folder work/evaluate"}
+        evaluate: f"{EVALUATE} --folder work/evaluate",
+        evaluate_lengths: f"{EVALUATE} --folder work/lengths --limit 64 --lengths"}
 
 
 def table() -> str:

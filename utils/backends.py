@@ -87,7 +87,8 @@ class Reply:
 @dataclass(frozen=True)
 class LocalReply(Reply):
     """A reply of the local backend. raw_text: with latent positions and control tokens. image_grids: patches
-    of each picture (frames, rows, columns). n_rows: of the batch."""
+    of each picture (frames, rows, columns). n_rows: of the batch at its start, so that seconds / n_rows add
+    up to the time of all batches."""
 
     raw_text: str = ""
     n_latent: int = 0
@@ -134,8 +135,8 @@ class Prepared(NamedTuple):
 class LocalBackend:
     """Decoding in this process, greedy or by `choose`(request) (see `Intervention.choose`), in left-padded
     batches of similar length, of at most `batch_size` requests and `batch_tokens` tokens, replies at full
-    length. Batches depend on the list of requests alone: one that a kill left half done is computed again
-    whole, so that its replies equal those of an uninterrupted run.
+    length. A row that has ended leaves its batch. Batches depend on the list of requests alone: one that a
+    kill left half done is computed again whole, so that its replies equal those of an uninterrupted run.
     """
 
     def __init__(self, model_path: str, max_pixels: int | None, batch_size: int, batch_tokens: int,
@@ -183,7 +184,7 @@ class LocalBackend:
 
     def length(self, request: Request) -> int:
         """Estimate a prompt's tokens: visual ones by image headers, and one per four characters."""
-        turns = request.messages or [("user", request.text)]
+        turns = request.messages or [("system", request.system or ""), ("user", request.text)]
         texts = [text for _, parts in turns for text in ([parts] if isinstance(parts, str) else parts)
                  if isinstance(text, str)]
         return sum(visual_tokens(picture.path, *self.image_limits)

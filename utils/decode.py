@@ -154,6 +154,30 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
                  after.is_image)
 
 
+def choose_ids(qwen: Qwen, state: State, batch: list[tuple], ids: LatentIds,
+               capture: bool) -> dict[int, torch.Tensor]:
+    """Add the next id to each row of `decode`'s batch that goes on; return what is fed in place of its
+    embedding, by row."""
+    logits, vectors = qwen.model.lm_head(state.hidden), {}
+    sampled = logits.argmax(-1).tolist()
+    for i, (row, arm, trace, limit) in enumerate(batch):
+        if row.done:
+            continue
+        if row.advance(arm.next_id(logits[i], sampled[i], row.out, row.forced)):
+            own = qwen.model.get_input_embeddings().weight[row.out.ids[-1]] if ids.slots else state.hidden[i]
+            vectors[i] = arm.feed(own, *row.place) if arm.feed else own
+            trace["fed"].append(vectors[i])
+        if row.just_closed and "images" in arm.hide:
+            state.hide_images([i])
+        if row.just_closed and "latents" in arm.hide:
+            begin = state.mask.shape[1] + 1 - len(row.out.ids) + row.just_closed.start
+            state.mask[i, begin:begin + row.just_closed.size] = 0
+        if capture:
+            trace["states"].append(state.hidden[i])
+        row.done |= len(row.out.ids) == limit
+    return vectors
+
+
 @torch.no_grad()
 def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | None = None,
            arms: list[Intervention] | None = None, capture: bool = False, with_slots: bool = False,
@@ -170,26 +194,9 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
     rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
     traces = [defaultdict(list) for _ in rows]
     batch = list(zip(rows, arms, traces, limits or [max_new_tokens] * len(rows), strict=True))
-    embed, state = qwen.model.get_input_embeddings(), replace(state, mask=state.mask.clone())
-    for n_new in range(max_new_tokens):
-        logits = qwen.model.lm_head(state.hidden)
-        sampled = logits.argmax(-1).tolist()
-        vectors = {}  # what is fed in place of an embedding, by row
-        for i, (row, arm, trace, limit) in enumerate(batch):
-            if row.done:
-                continue
-            if row.advance(arm.next_id(logits[i], sampled[i], row.out, row.forced)):
-                latent = embed.weight[row.out.ids[-1]] if ids.slots else state.hidden[i]
-                vectors[i] = arm.feed(latent, *row.place) if arm.feed else latent
-                trace["fed"].append(vectors[i])
-            if row.just_closed and "images" in arm.hide:
-                state.hide_images([i])
-            if row.just_closed and "latents" in arm.hide:
-                begin = state.mask.shape[1] - n_new + row.just_closed.start
-                state.mask[i, begin:begin + row.just_closed.size] = 0
-            if capture:
-                trace["states"].append(state.hidden[i])
-            row.done |= n_new + 1 == limit
+    state = replace(state, mask=state.mask.clone())
+    for _ in range(max_new_tokens):
+        vectors = choose_ids(qwen, state, batch, ids, capture)
         going = [i for i, (row, *_) in enumerate(batch) if not row.done]
         if not going:
             break
@@ -197,7 +204,8 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
             state.keep(going, trim=True)
             vectors = {k: vectors[i] for k, i in enumerate(going) if i in vectors}
             batch = [batch[i] for i in going]
-        embeds = embed(torch.tensor([row.out.ids[-1] for row, *_ in batch], device=state.hidden.device))
+        last = torch.tensor([row.out.ids[-1] for row, *_ in batch], device=state.hidden.device)
+        embeds = qwen.model.get_input_embeddings()(last)
         for i, vector in vectors.items():
             embeds[i] = vector.to(embeds)
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(batch), 1)], dim=1)

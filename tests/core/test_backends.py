@@ -152,6 +152,8 @@ def test_a_batch_keeps_to_its_rows_and_tokens(tiny_checkpoint, make_requests, si
         assert len(batch) <= size and (n_tokens <= tokens or len(batch) == 1)
     lengths = [backend.length(r) for batch in batches for r in batch]
     assert lengths == sorted(lengths, reverse=True)
+    longer = backend.length(requests[0]._replace(system="Reply." + 400 * "x"))
+    assert longer == backend.length(requests[0]) + 100
     assert tokens == 1 or max(map(len, batches)) > 1
 
 

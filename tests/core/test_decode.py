@@ -382,7 +382,7 @@ def test_rows_that_leave_the_batch_change_no_other(tiny_checkpoint, name, forced
     for _ in range(3):
         limits = [rng.randint(1, 30) for _ in range(rng.randint(2, 9))]
         arms, batch = drawn_arms(rng, len(limits)), drawn_prompts(rng, qwen, len(limits))
-        qwen.eos_ids = [generate(qwen, batch, 9, spec)[-1].ids[-1]]  # so that some rows end before their limit
+        qwen.eos_ids = [generate(qwen, batch, 9, spec)[-1].ids[-1]]  # so that some end before their limit
         state = prefill(qwen, batch)
         stay, _ = decode(qwen, state.select(range(len(limits))), max(limits), spec, arms, True, True)
         hooks = [qwen.model.lm_head.register_forward_pre_hook(lambda _, args: n_rows.append(len(args[0]))),
