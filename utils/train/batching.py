@@ -1,5 +1,6 @@
 """The rows of an optimizer step, as micro-batches on every device; their operations and memory."""
 import math
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,5 +290,4 @@ def memory_lines(parts: dict[str, float], available: float, smaller: str) -> lis
 def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return int(file.readline().split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
