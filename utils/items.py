@@ -74,9 +74,9 @@ def change_fault(item: dict, metrics: tuple[str, ...]) -> str | None:
         return f"region {str(region)[:40]}, expected [left, top, right, bottom] in pixels"
     if edit is None:
         return None
-    if not (isinstance(edit, dict) and isinstance(edit.get("images"), list)
-            and isinstance(edit.get("answer"), dict)):
-        return f"counterfactual {str(edit)[:60]}, expected an object with images and answer"
+    if not (isinstance(edit, dict) and {"images", "answer"} <= edit.keys() and all(
+            isinstance(edit.get(name, kind()), kind) for name, kind in ITEM_FIELDS.items())):
+        return f"counterfactual {str(edit)[:60]}, expected an object with images and answer, as in an item"
     fault = item_fault({**item, **edit, "counterfactual": None}, metrics)
     return fault and f"counterfactual: {fault}"
 
