@@ -226,9 +226,8 @@ def draw_line(axes, x: Sequence[float], values: Sequence[float], ends: Sequence[
     elif whiskers:
         axes.errorbar(x, values, lengths(values, ends), capsize=3, elinewidth=1, **looks)
     else:
-        low, high = zip(*ends)
         axes.plot(x, values, **looks)
-        axes.fill_between(x, low, high, alpha=0.12, color=style.color, linewidth=0)
+        axes.fill_between(x, *zip(*ends), alpha=0.12, color=style.color, linewidth=0)
 
 
 def draw_grid(axes, grid, bound: float, **more) -> object:

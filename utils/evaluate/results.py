@@ -37,7 +37,7 @@ def share(records: list[dict], right: Callable[[dict], bool]) -> dict:
 def summarize(records: list[dict], imagines: Callable[[dict], bool] | None = None) -> dict:
     """Return counts, scores and intervals; "emission" counts what `imagines` accepts."""
     counts = Counter(record["verdict"] for record in records)
-    scored = [record for record in records if record["verdict"] != "error"]
+    scored = without_errors(records)
     n = len(scored)
     result = {"n": n, **{verdict: counts[verdict] for verdict in VERDICTS}, **share(scored, is_right),
               "incomplete": counts["error"] > 0}
@@ -246,7 +246,7 @@ def sample_scores(records: list[dict]) -> dict:
     by_item = defaultdict(list)
     for record in records:
         by_item[record["item"]].append(record)
-    whole = [rows for rows in by_item.values() if not any(row["verdict"] == "error" for row in rows)]
+    whole = [rows for rows in by_item.values() if len(without_errors(rows)) == len(rows)]
     k = max(map(len, by_item.values()))
     if not whole:
         return {"k": k, "items": 0}

@@ -81,7 +81,7 @@ def forest_figure(metrics: dict, shown: dict) -> tuple:
 
 
 def draw_estimate(axes, y: float, value: float, thick: Sequence[float], thin: Sequence[float],
-                  style: LineStyle, note: str = "") -> None:
+                  style: LineStyle, note: str) -> None:
     """Draw one line of a forest plot, with a note at the right edge."""
     axes.plot(thin, [y, y], color=style.color, linewidth=1)
     axes.plot(thick, [y, y], color=style.color, linewidth=3)

@@ -12,9 +12,9 @@ import numpy as np
 from scipy import special
 
 from utils.items import group_of
-from utils.means import mean_and_error, t_quantile, t_tail
+from utils.means import mean_and_error, robust_mean, t_quantile, t_tail
 from utils.stats import (effective_groups, mean_ends, paired_ends, paired_interval, paired_readings,
-                         robust_mean, share_interval)
+                         share_interval)
 
 # by site, the conditions that are Y(x, Z(x')) and Y(x', Z(x))
 WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_blank_x"),

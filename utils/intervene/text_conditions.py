@@ -40,7 +40,7 @@ from utils.intervene.word_forms import others, replace_values, reworded, survivo
 from utils.journal import Journal
 from utils.jsonl import call_key, object_schema
 from utils.model_calls import Call, Caller, ask, fill
-from utils.rows import CLOSE, OPEN
+from utils.rows import CLOSE, OPEN, mark
 
 CONSTANT = "A closer view of the part of the image that matters."
 Spans = list[tuple[int, int]]
@@ -140,7 +140,7 @@ def foreign(text: str, spans: Spans, item: dict, context: Context) -> Edited:
 def alone(text: str, spans: Spans, item: dict, context: Context) -> Edited:
     """Keep the imaginations in their marks, without the words around them."""
     before = passages(text, spans)
-    return " ".join(f"{OPEN}{span}{CLOSE}" for span in before), edit_fields(before, before, context)
+    return " ".join(map(mark, before)), edit_fields(before, before, context)
 
 
 def truncate(text: str, spans: Spans, item: dict, context: Context, percent: int) -> Edited:

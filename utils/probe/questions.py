@@ -35,7 +35,7 @@ from utils.option_scores import describe_scores, score_options
 from utils.probe.similarity import LEVEL, draw_halves
 from utils.probe.states import States, batched, embed_prompt, find_steps
 from utils.qwen import Qwen, encode
-from utils.rows import CLOSE, OPEN, conclusion
+from utils.rows import CLOSE, conclusion, mark
 from utils.stats import chance, paired_interval, share_interval
 
 TOKENS_ONLY = ("image", "image_own", "text_only", "own", "other")
@@ -87,7 +87,7 @@ def held_out_means(latents: list[np.ndarray], groups: list[str], seed: int) -> d
 def beginning(spec: LatentSpec | None, imagination: str | None, n_latents: int) -> str:
     """Return the text of a reply that begins with an imagination, with pads where latents go."""
     if spec is None:
-        return f"{OPEN}{imagination}{CLOSE}"
+        return mark(imagination)
     start = "" if spec.overwrite_start else spec.start  # the first latent may replace the start token
     return start + spec.pad * n_latents + (spec.end if spec.force_end else "")
 

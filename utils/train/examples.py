@@ -17,8 +17,8 @@ from utils.jsonl import DataError
 from utils.latent_families import LatentIds, LatentSpec, latent_ids, special_id
 from utils.qwen import IMAGE_TOKEN, THREADS, Qwen, collate, process_images
 from utils.reply_text import CONTROL
+from utils.rows import OPEN
 
-PLACEHOLDER = "<think_image>"
 # what a reply may hold and still say nothing: marks, latents, boxes
 SILENT = re.compile(r"</?think_image>|<\|[^|]*\|>|</?abs_vis_token(?:_pad)?>|\\boxed\{|\}")
 SHOWN = 20  # bad rows that one error names
@@ -74,7 +74,7 @@ def target_text(row: dict, target: Target) -> str:
     if target.imagination == "direct":
         return f"\\boxed{{{plain(row['answer'])}}}"
     spec = target.spec
-    mark = PLACEHOLDER if spec is None else spec.start + spec.pad * spec.size + spec.end
+    mark = OPEN if spec is None else spec.start + spec.pad * spec.size + spec.end
     pieces = [mark if "image" in step else plain(step["text"].strip()) for step in row["steps"]]
     return " ".join(piece for piece in pieces if piece)
 
