@@ -1,1 +1,1 @@
-"""What two scripts must do identically, one module a subject."""
+"""What two scripts must do identically, one module per subject."""

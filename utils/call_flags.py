@@ -87,7 +87,7 @@ def load_prompts(path: str | None, prompts: dict[str, str]) -> dict[str, str]:
 
 
 def open_backend(args: Namespace, backend: str, model: str, base_url: str, max_pixels: int):
-    """Return the backend of the flags, but for those given, not loaded yet."""
+    """Return the backend that the other flags describe, not loaded yet."""
     if backend == "local":
         if args.temperature or args.extra_body:
             raise DataError("--temperature and --extra_body are for --backend openai; local is greedy")

@@ -1,6 +1,6 @@
-"""Convert the rows that people have to our own form: interleaved chains (Monet-SFT, Mirage), conversations.
+"""Convert rows in published forms to our own: interleaved chains (Monet-SFT, Mirage), conversations.
 
-The form is told by its keys. A last reply without images becomes the row's "chain" as it stands; one with
+Keys show the form. A last reply without images becomes the row's "chain" as it is; one with
 images becomes "steps", of which stage 1 makes a chain. Earlier turns become "history".
 """
 import re
@@ -106,7 +106,7 @@ def fill_row(row: dict, value: dict, system: str, contents: list[Content],
         row["chain"] = join(reply)
     if len(contents) > 2:
         row["history"] = [[join(asked), join(said)] for asked, said in zip(contents[:-2:2], contents[1:-2:2])]
-    else:  # images that stand first need no marks
+    else:  # images that come first need no marks
         row["question"] = row["question"].removeprefix("<image>" * len(row["images"]))
     answer = value.get("answer")  # True may say that it is right
     row["answer"] = (str(answer) if type(answer) in (str, int, float) else "").strip() or final_answer(row)
@@ -116,7 +116,7 @@ def fill_row(row: dict, value: dict, system: str, contents: list[Content],
 # ---- turns
 def read_turns(turns: list, paths: list[str]) -> tuple[str, list[Content]]:
     """Return (system prompt or "", contents of the user's turns and of the replies to them). Each <image>
-    mark takes the next of `paths`; without a mark all stand first. DataError for anything else."""
+    mark takes the next of `paths`; without a mark all come first. DataError for anything else."""
     if odd := [turn for turn in turns if not isinstance(turn, dict)]:
         raise DataError(f"turn {str(odd[0])[:40]!r}, expected an object with role and content")
     names, left = [str(turn.get("role", turn.get("from"))) for turn in turns], list(paths)
@@ -142,7 +142,7 @@ def read_content(where: str, content: object, left: list[str]) -> Content:
     if not isinstance(parts, list):
         raise DataError(f"{where}: content {str(content)[:40]!r}, expected a text or a list of parts")
     own, n_marks = list(filter(None, map(path_of, parts))), str(parts).count("<image>")
-    if own and len(own) == n_marks:  # the marks say where the parts' images stand
+    if own and len(own) == n_marks:  # the marks place the parts' images
         left[:0], parts = own, [part for part in parts if path_of(part) is None]
     found = []
     for n, part in enumerate(parts, 1):

@@ -156,7 +156,7 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
 
 def choose_ids(qwen: Qwen, state: State, batch: list[tuple], ids: LatentIds,
                capture: bool) -> dict[int, torch.Tensor]:
-    """Add the next id to each row of `decode`'s batch that goes on; return what is fed in place of its
+    """Add the next id to each unfinished row of `decode`'s batch; return what is fed in place of its
     embedding, by row."""
     logits, vectors = qwen.model.lm_head(state.hidden), {}
     sampled = logits.argmax(-1).tolist()

@@ -98,7 +98,7 @@ def decode_image(data: bytes, path: str | Path) -> Image.Image:
 
 
 def mask_of_key(image: Image.Image, data: bytes) -> Image.Image:
-    """Return the alpha of a PNG of 16 bits a colour: only all six bytes tell the transparent colour."""
+    """Return the alpha of a PNG of 16 bits a colour: only all six bytes identify the key."""
     with Image.open(io.BytesIO(data)) as low:
         low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the lower bytes
         bands = [band for both in zip(image.split(), low.split()) for band in both]
@@ -171,7 +171,7 @@ def crop_region(image: Image.Image, box: Box, min_pixels: int) -> Image.Image:
 
 # ---- sizes
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header, before EXIF; ImageError for what it tells amiss."""
+    """Return (width, height) in pixels from the header, before EXIF; ImageError if it is invalid."""
     with opened(path, path) as image:
         return image.size
 

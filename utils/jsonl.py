@@ -1,4 +1,4 @@
-"""Files of JSON rows: read with checks, write by rename, describe a run in <output>.meta.json."""
+"""Read files of JSON rows with checks, write them by rename, describe a run in <output>.meta.json."""
 import argparse
 import hashlib
 import importlib.metadata

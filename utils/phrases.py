@@ -119,7 +119,7 @@ def find_phrase(text: str, options: dict[str, str]) -> tuple[str | None, int]:
 
 
 def chooses(text: str, match: re.Match, letter: str, end: int, options: dict[str, str]) -> bool:
-    """Return whether a phrase is no question, negation, list or article, before no other option's text."""
+    """Return whether a phrase chooses: not asked, denied, listed or before another option's text."""
     after = text[end:end + 200]
     window = text[max(0, match.start() - 100):match.start()]
     before = window if SUPPOSED.search(window) else CLAUSE_END.split(window)[-1]

@@ -121,7 +121,7 @@ def load_head(path: str, device: torch.device,
     """Return LVR's head [.., hidden] -> [.., hidden] (src/model/lvr_heads.py) if the checkpoint has one.
 
     It maps the output of a latent step before that is fed (so not the first latent of a segment); the logits
-    come from the same state. The weights' names tell its form.
+    come from the same state. The names of the weights show which form it has.
     """
     head = {}
     for file in sorted(find_checkpoint(path).glob("*.safetensors")):

@@ -1,9 +1,9 @@
-r"""What of a model's reply can be an answer, and one spelling of what it says.
+r"""The part of a model's reply that can be an answer, and one spelling for all answers.
 
-`visible` removes what is no answer, for every reader: latent spans and special tokens, thoughts in the
+`visible` removes what is not an answer, for every reader: latent spans and special tokens, thoughts in the
 published formats (Qwen3, GLM, Magistral, Kimi-VL, Seed-OSS, LLaVA-CoT, Sky-T1, Cohere, gpt-oss), tool calls,
 and the next question of a model that runs on. A thought that is not closed hides what follows, a closing mark
-alone what stands before it, a tool call all before it, for no answer was given yet. `fold` writes numbers,
+alone what is before it, a tool call all before it, since no answer was given yet. `fold` writes numbers,
 fractions, hyphens and TeX in one way, for options and open answers alike.
 """
 import json
@@ -21,7 +21,7 @@ SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 **
 ORDINALS = dict(zip(("first second third fourth fifth sixth seventh eighth ninth tenth eleventh "
                      "twelfth").split(), "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th".split()))
 
-# ---- what is no answer
+# ---- what is not an answer
 # never words: Monet, Mirage, LVR, CoVT, LaViT, the chat format; ltnt: the log of a Monet fork
 LATENT_SPAN = re.compile(r"<abs_vis_token>.*?</abs_vis_token>"
                          r"|<\|(latent|lvr|anchor)_start\|>.*?<\|\1_end\|>", re.DOTALL)
@@ -170,7 +170,7 @@ NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*SMALL, *SCALES])})\b(?:[\s-]+(?:and
 
 
 def number_of(words: str) -> str:
-    """Return the digits of a number in words; words that are no number stay."""
+    """Return the digits of a number in words; other words stay."""
     total, group, last = 0, 0, 10 ** 12
     parts = [word for word in re.split(r"[\s-]+", words) if word != "and"]
     for word in parts:
@@ -191,7 +191,7 @@ def number_of(words: str) -> str:
 @lru_cache(maxsize=4096)
 def fold(text: str, prose: bool = False) -> str:
     """Return text in lower case and one spelling, without outer marks or leading article. In `prose` the word
-    "one" is no number."""
+    "one" is not a number."""
     text = re.sub(r"(?<=\d)(?=[½¼¾⅐-⅞]|\\[dt]?frac)", " ", plain_tex(text))
     text = FRACTION.sub(r"\1\3/\2\4", MATHS.sub(r"\1", text))
     text = unicodedata.normalize("NFKC", text).lower().translate(DASHES).replace("per cent", "percent")
@@ -222,8 +222,8 @@ JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boo
 
 
 def parse_json_reply(text: str) -> dict | None:
-    """Return the last JSON object in a reply, whatever surrounds it; None if it has control characters. What
-    is no JSON, or nothing that UTF-8 can hold, is no object."""
+    """Return the last JSON object in a reply, whatever surrounds it; None without one, or if it has control
+    characters. Text that UTF-8 cannot hold does not count."""
     place, last = text.find("{"), None
     while place >= 0:
         try:
@@ -237,7 +237,7 @@ def parse_json_reply(text: str) -> dict | None:
 
 
 def texts_of(value: object) -> str:
-    """Return all strings in a JSON value, keys included, a line each."""
+    """Return all strings in a JSON value, keys included, one per line."""
     parts = [*value, *value.values()] if isinstance(value, dict) else value
     if isinstance(parts, list):
         return "\n".join(map(texts_of, parts))

@@ -1,7 +1,7 @@
 """Verdicts of other harnesses on the same replies, their faults included.
 
-VLMEvalKit's are its rules alone, without a judge. "Z" is the name there for "none of these", None is no
-verdict. The environment variable VERBOSE, which changes its verdicts, is taken as unset.
+VLMEvalKit's are its rules alone, without a judge. There "Z" means "none of these"; None means that the
+rules reach no verdict. The environment variable VERBOSE, which changes its verdicts, is taken as unset.
 """
 import math
 import re

@@ -110,8 +110,8 @@ def read_yes_no(output: str, finish_reason: str | None = None) -> Reading:
     """Return "yes" or "no" for a reply to a question of MME.
 
     Rules: boxed_yesno, boxed_open_yesno, tag_yesno, first_word ("No, a cat."), phrase ("answer is no"),
-    last_word ("..., so yes."). If two of these disagree, or a reply was cut off after its
-    first word, it is unresolved.
+    last_word ("..., so yes."). If two of these disagree, or a reply was cut off after its first word, it is
+    unresolved.
     """
     content, rule = answer_part(output)
     if not content:

@@ -194,7 +194,7 @@ def option_text(value: object) -> str | None:
 
 @dataclass(frozen=True)
 class Row:
-    """A published row: where it stands, its cells by column, the name of its benchmark."""
+    """A published row: its place, its cells by column, the name of its benchmark."""
 
     where: str
     cells: dict

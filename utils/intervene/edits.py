@@ -35,7 +35,7 @@ PRONOUN = re.compile(r"\W*(?:(?:and|but|while|whereas|where|because|so)\s+)?"
                      r"(?:it|its|he|she|his|her|they|their|which)\b", re.IGNORECASE)
 
 Board = list[list[int]]
-HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, more than any segment has latents
+HELPER_PIXELS = 224 * 224  # at least, of a region: 64 visual tokens, as many as SwimBird has latents
 
 
 class NotEditable(ValueError):

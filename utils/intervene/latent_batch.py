@@ -88,7 +88,7 @@ class LatentBatch:
         self.qwen, self.spec, self.calibration, self.settings = qwen, spec, calibration, settings
         self.items, self.others = items, others
         self.start_id, self.pad_id, self.end_id, self.slots, *_ = latent_ids(qwen.tokenizer, spec)
-        self.closing = [] if self.end_id is None else [self.end_id]  # what R0's stem stands behind
+        self.closing = [] if self.end_id is None else [self.end_id]  # before R0's stem
         self.prompts = Prompts(qwen, settings, items, images, others)
         # place -> kind -> (the donor's item, its run)
         self.donors: dict[int, dict[str, tuple[dict | None, Generation]]] = {}

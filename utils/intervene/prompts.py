@@ -74,12 +74,12 @@ def other_prompt(kind: str, place: int, items: list[dict], images: list[list[Ima
     if kind in ("counterfactual", "helper"):
         return Prompt(*others[place][kind]) if kind in others[place] else None
     n = len(items)
-    others = [j for k in range(1, n) if len(images[j := (place + k) % n]) == len(own)]
-    shared = {j: items[j]["images"] == item["images"] for j in others}
+    fitting = [j for k in range(1, n) if len(images[j := (place + k) % n]) == len(own)]
+    shared = {j: items[j]["images"] == item["images"] for j in fitting}
     if kind == "other_image":
-        j = next((j for j in others if not shared[j]), None)
+        j = next((j for j in fitting if not shared[j]), None)
         return None if j is None else Prompt(item, images[j], gold_holds=False)
-    asking = [j for j in others if items[j]["question"] != item["question"]]
+    asking = [j for j in fitting if items[j]["question"] != item["question"]]
     j = next((j for j in asking if shared[j]), asking[0] if asking else None)
     return None if j is None else Prompt({**items[j], "images": item["images"]}, own, gold_holds=shared[j])
 
@@ -138,8 +138,8 @@ class Prompts:
                  before: list[int]) -> list[dict]:
         """Return {"r0", "r1"} of each row of `state` after the ids `before`, for the item that was asked.
 
-        R1 stands behind `words`, the clean run's own; None without them, or where another question or other
-        options were asked. R0 stands behind the stem of the settings, or, without one, is R1."""
+        R1 scores behind `words`, the clean run's own; None without them, or where another question or other
+        options were asked. R0 scores behind the stem of the settings; without one it is R1."""
         asked = [self.asked(kind, place).item for place in places]
         own = [said if item["question"] == mine["question"] and item["options"] == mine["options"] else None
                for item, mine, said in zip(asked, map(self.items.__getitem__, places), words, strict=True)]

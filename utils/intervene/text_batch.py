@@ -190,7 +190,7 @@ class TextBatch:
     def no_more_spans(self, before: str) -> Forbid:
         """Forbid what would open an imagination in the words that follow `before`."""
         def forbid(row: Generation, token: int) -> bool:
-            recent = row.ids[-2 * len(OPEN):]  # each token has a character, or is no word
+            recent = row.ids[-2 * len(OPEN):]  # a token without a character is not a word
             said, more = self.text_of(recent), self.text_of([*recent, token])
             return begins_span(before + said, before + more)
         return forbid

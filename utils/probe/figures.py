@@ -17,8 +17,6 @@ STYLES = {"imagination": LineStyle("imagination", BLUE, "o", 3.5),
 CONDITIONS = {"image": "image", "image_own": "image and\nown", "text_only": "question\nonly", "own": "own",
               "other": "another\nimage's", "mean": "mean", "random": "noise", "cut": "cut:\nown",
               "cut_other": "cut: another\nimage's", "cut_none": "cut:\nnone"}
-
-
 SHOWN_SIDE = 480  # pixels, of a picture under the lens, at most
 
 
@@ -165,7 +163,7 @@ def draw_spectra(rows: list[dict], path: Path) -> None:
 
 def draw_lens(pictures: dict[str, tuple[Image.Image, int, int]], rows: list[dict], path: Path) -> None:
     """Draw pictures by id, each with its numbers of columns and lines of patches: the patch nearest to each
-    latent has the latent's number, and below stands the first word of each. `rows`: the CSV's, of all items.
+    latent has the latent's number, and the first word of each is below. `rows`: the CSV's, of all items.
     """
     from matplotlib.patches import Rectangle
     across = min(4, len(pictures))

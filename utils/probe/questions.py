@@ -74,7 +74,7 @@ def derange(probes: list[dict], groups: dict[str, str], seed: int) -> dict[str, 
 
 def held_out_means(latents: list[np.ndarray], groups: list[str], seed: int) -> dict[str, np.ndarray]:
     """Return for every group (of two or more) the mean latents [k, hidden] of the other half of the groups: a
-    mean over its own would tell some of them. `latents`: [k of the source, hidden]."""
+    mean over its own would contain some of them. `latents`: [k of the source, hidden]."""
     names, means = sorted(set(groups)), []
     half_of = dict(zip(names, draw_halves(len(names), seed)))
     for half in (0, 1):

@@ -53,7 +53,7 @@ class PassCache:
 
     The library hands it on to every attention; the vision tower's has bounds of its own. `layers`: keys and
     values [1, heads, tokens, d] of every pass but the last one, by layer; a layer that the backward pass
-    computes again finds what it found before. `previous`: that of the pass before. What stands before a
+    computes again finds what it found before. `previous`: that of the pass before. What precedes a
     segment of latents is selected once.
     """
 
