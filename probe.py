@@ -182,11 +182,6 @@ def analyse(store: States, inputs: Inputs, n_steps: int, args: Namespace) -> dic
     return metrics
 
 
-def put_under_lens(store: States, inputs: Inputs, n_steps: int, qwen: Qwen, args: Namespace) -> dict:
-    from utils.probe.analysis import look, see
-    return {"lens": look(qwen, see(qwen, store, inputs.chosen, n_steps), Path(args.output), args.seed)}
-
-
 def ask(store: States, inputs: Inputs, spec: LatentSpec | None, qwen: Qwen, args: Namespace) -> dict:
     """Ask the probe items whose source imagined something; return the metrics."""
     from utils.probe.figures import draw_probing
@@ -300,6 +295,7 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: Namespace) -> dict:
 
 
 def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) -> dict:
+    from utils.probe.analysis import look, see
     from utils.qwen import load_with
     began, output, qwen = time.monotonic(), Path(args.output), None
     with disk_errors(output):
@@ -317,7 +313,7 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) 
         metrics |= analyse(store, inputs, n_steps, args)
     if spec and args.stage in ("all", "lens"):
         qwen = qwen or load_with(spec, args.model, args.dtype, None, args.max_pixels)
-        metrics |= put_under_lens(store, inputs, n_steps, qwen, args)
+        metrics["lens"] = look(qwen, see(qwen, store, inputs.chosen, n_steps), output, args.seed)
     if args.stage in ("all", "ask"):
         if args.reader or not qwen:
             qwen = None  # one model in memory at a time

@@ -159,14 +159,19 @@ def macro(parts: Iterable[list[bool]]) -> float:
     return mean(list(map(mean, parts)))
 
 
+def hits_by(field: str, records: list[dict], hit: Callable) -> dict[str, list]:
+    """Return what `hit` says of the records, by the value of a field."""
+    hits = defaultdict(list)
+    for record in records:
+        hits[record[field]].append(hit(record))
+    return hits
+
+
 def rotation_scores(records: list[dict], right: Callable[[dict], bool]) -> dict:
     """Return HR-Bench's scores. "average" is the mean of the rotations' shares (open-compass/VLMEvalKit,
     vlmeval/dataset/utils/hrbench.py, report_acc_hrbench; lmms-eval has the same formula), "all_right" the
     share right in all four rotations."""
-    questions, rotations = defaultdict(list), defaultdict(list)
-    for record in records:
-        questions[record["group_id"]].append(right(record))
-        rotations[record["rotation"]].append(right(record))
+    rotations, questions = (hits_by(field, records, right) for field in ("rotation", "group_id"))
     shares = {rotation: mean(hits) for rotation, hits in sorted(rotations.items())}
     complete = [all(hits) for hits in questions.values() if len(hits) == ROTATIONS]
     return {"average": mean(list(shares.values())), "by_rotation": shares,
@@ -180,11 +185,9 @@ def mme_scores(records: list[dict], right: Callable[[dict], bool]) -> dict:
     tasks = {}
     for name, part in parts_of(records).items():
         failed = {record["group_id"] for record in part if record["verdict"] == "error"}
-        pictures = defaultdict(list)
-        for record in part:
-            if record["group_id"] not in failed:
-                pictures[record["group_id"]].append(right(record))
-        whole = [all(hits) for hits in pictures.values() if len(hits) % 2 == 0]
+        pictures = hits_by("group_id", part, right)
+        whole = [all(hits) for picture, hits in pictures.items()
+                 if picture not in failed and len(hits) % 2 == 0]
         if whole:
             accuracy, plus = mean(list(map(right, without_errors(part)))), mean(whole)
             tasks[name] = {"accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus}
@@ -207,9 +210,7 @@ def pair_score(records: list[dict], hit: Callable[[dict], float]) -> float | Non
     """MMVP's accuracy: both questions of a pair right (tsb0601/MMVP, gpt_grader; VLMEvalKit
     vlmeval/dataset/utils/multiple_choice.py, report_acc_MMVP). A pair with an error or one row does not
     count."""
-    pairs = defaultdict(list)
-    for record in without_errors(records):
-        pairs[record["group_id"]].append(hit(record))
+    pairs = hits_by("group_id", without_errors(records), hit)
     whole = [first * second for first, second in (pair for pair in pairs.values() if len(pair) == 2)]
     return mean(whole) if whole else None
 
@@ -243,9 +244,7 @@ def sample_scores(records: list[dict]) -> dict:
     Intervals are of 95 %; those of "pass" are Wilson's with as many items as effective groups, since no value
     between 0 and 1 varies more than a 0/1 one of the same mean.
     """
-    by_item = defaultdict(list)
-    for record in records:
-        by_item[record["item"]].append(record)
+    by_item = hits_by("item", records, lambda record: record)
     whole = [rows for rows in by_item.values() if len(without_errors(rows)) == len(rows)]
     k = max(map(len, by_item.values()))
     if not whole:

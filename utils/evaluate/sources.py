@@ -220,9 +220,9 @@ class Row:
         """Return an index or a rotation: 0, "0", 0.0 and "0.0" are one."""
         return re.sub(r"^(\d+)\.0+$", r"\1", self.text(*columns).strip())
 
-    def letter(self, *columns: str) -> str:
+    def letter(self, column: str) -> str:
         """Return a gold letter: "B", "b" or "(B)"."""
-        match = re.fullmatch(r"\(?([A-Za-z])\)?", text := self.text(*columns).strip())
+        match = re.fullmatch(r"\(?([A-Za-z])\)?", text := self.text(column).strip())
         if not match:
             raise self.fault(f"answer {text[:40]!r}, expected a letter such as 'B' or '(B)'")
         return match[1].upper()

@@ -208,15 +208,14 @@ def see(qwen: Qwen, store: States, items: list[dict], n_steps: int) -> list[Seen
     from utils.qwen import image_features, process_images
     seen = []
     for item in items:
-        latents = store.load(item["id"], "latent")
+        latents = store.first_latents(item["id"])
         if latents is None:
             continue
         pixels = process_images(qwen.image_processor, open_images(item, item["root"])[:1])
         with torch.no_grad():
             visual, = image_features(qwen, {name: x.to(qwen.device) for name, x in pixels.items()})
         n_columns = int(pixels["image_grid_thw"][0, 2]) // qwen.image_processor.merge_size
-        first = store.records[item["id"]]["segments"][0]
-        seen.append(Seen(item, latents[:min(first, n_steps)], visual.float().cpu().numpy(), n_columns))
+        seen.append(Seen(item, latents[:n_steps], visual.float().cpu().numpy(), n_columns))
     return seen
 
 

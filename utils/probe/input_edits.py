@@ -102,12 +102,11 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]  # two series by step per sample
 
 def distances(store: States, kind: str, key: str, other: str) -> np.ndarray:
     """Return |a - b| of two samples' states over the steps of both (latents: of the first segment)."""
-    name, states = store.find(kind), []
-    for sample in (key, other):
-        x = store.load(sample, name)
-        if x is None:
-            return np.zeros(0)
-        states.append(x[:store.records[sample]["segments"][0]] if name == "latent" else x)
+    name = store.find(kind)
+    states = [store.first_latents(sample) if name == "latent" else store.load(sample, name)
+              for sample in (key, other)]
+    if any(x is None for x in states):
+        return np.zeros(0)
     n = min(map(len, states))
     return np.linalg.norm(states[0][:n].astype(np.float64) - states[1][:n], axis=1)
 

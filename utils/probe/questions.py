@@ -137,7 +137,7 @@ class Prober:
         donors, rows = derange(probes, self.groups, self.args.seed), []
         if "mean" in names:
             sources = sorted({probe["source"] for probe in probes})
-            self.means = held_out_means([self.latents(source) for source in sources],
+            self.means = held_out_means(list(map(self.store.first_latents, sources)),
                                         [self.groups[source] for source in sources], self.args.seed)
         for name in names:
             for batch in batched(probes, self.args.batch_size, name):
@@ -176,13 +176,9 @@ class Prober:
             inputs["inputs_embeds"] = embed_prompt(self.qwen, inputs, spec, latents)
         return Asked(prefill(self.qwen, inputs), forced_ids, list(range(len(batch))))
 
-    def latents(self, source: str) -> np.ndarray:
-        """Return the latents [k, hidden] of the first segment."""
-        return self.store.load(source, "latent")[:self.store.records[source]["segments"][0]]
-
     def given(self, name: str, probe: dict, donor: str) -> torch.Tensor:
         """Return the latents [k, hidden] that begin the reply."""
-        own = self.latents(donor if name == "other" else probe["source"])
+        own = self.store.first_latents(donor if name == "other" else probe["source"])
         if name == "mean":
             own = self.means[self.groups[probe["source"]]][:len(own)]
         if name == "random":

@@ -121,6 +121,11 @@ class States:
         with self.open_sample(key) as file:
             return file.get_tensor(kind)
 
+    def first_latents(self, key: str) -> np.ndarray | None:
+        """Return the latents [k, hidden] of a sample's first segment, if it has any."""
+        latents = self.load(key, "latent")
+        return latents if latents is None else latents[:self.records[key]["segments"][0]]
+
     def cells(self, kind: str, keys: list[str], n_steps: int | None = None, budget: int = BUDGET,
               at_most: dict[str, int] | None = None) -> Iterator[Cell]:
         """Yield the cells of a kind, layer by layer, step by step, over those of `keys` that have the step.
