@@ -251,8 +251,8 @@ def read_reply(key: str, response: httpx.Response, seconds: float) -> Try:
             return Try(Result.BAD_SAMPLE, f"the server refused: {words}")
         if reason is None:
             return Try(Result.LOST, f"finish_reason {finish!r}, expected {' or '.join(FINISHED)}: {words}")
-        calls, thought = write_calls(message), message.get("reasoning_content") or ""
-        thought = thought or message.get("reasoning") or ""
+        calls = write_calls(message)
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
         parts = message.get("content") if calls or thought else message["content"]
         parts = [{"type": "text", "text": parts or ""}] if parts is None or isinstance(parts, str) else parts
         if odd := [part["type"] for part in parts if part["type"] != "text"]:

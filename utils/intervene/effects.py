@@ -138,11 +138,9 @@ def describe_asked(pairs: list[Pair]) -> dict:
     resolved = [pair for pair in pairs if pair.after["same_answer"] is not None]
     holds = [pair for pair in pairs if pair.after["asked"]["gold_holds"]]
     right = [pair for pair in holds if pair.clean["correct"]]
-    hits = {"same_answer": [pair.after["same_answer"] for pair in resolved],
-            "correct": [pair.after["correct"] for pair in holds],
-            "correct_flip": [pair.after["correct"] for pair in right]}
-    return {name: share_of(values, groups_of(of)) for (name, values), of in
-            zip(hits.items(), (resolved, holds, right))}
+    return {name: share_of([pair.after[field] for pair in of], groups_of(of)) for name, field, of in (
+        ("same_answer", "same_answer", resolved), ("correct", "correct", holds),
+        ("correct_flip", "correct", right))}
 
 
 def effect_of(pairs: list[Pair], n_all: int, limits: Limits) -> dict:

@@ -150,7 +150,7 @@ class Trainer:
             # gradients are averaged over ranks, while the counts are of all ranks
             ((nll / work.trained_tokens + alignment) * acc.num_processes).backward()
             hits = right.sum() * batch["weight"]
-            sums += torch.stack([nll.detach(), aligned.detach(), hits, torch.zeros_like(nll)])
+            sums[:3] += torch.stack([nll.detach(), aligned.detach(), hits])
             by_row.append((batch["row_ids"], batch["row"], losses.detach()))
         if args.train_vision:
             average_replicated([p for p in self.objective.parameters() if p.requires_grad])
