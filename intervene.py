@@ -327,9 +327,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     names = [name for word in args.conditions for name in presets.get(word, [word])]
     args.conditions = list(dict.fromkeys([*names, POSITIVE_CONTROL]))
     args.image_root = args.image_root or str(Path(args.items).parent)
-    if args.stem is None and args.latent != "off":
-        args.stem = f" {STEM}"
     if args.latent != "off":
+        args.stem = f" {STEM}" if args.stem is None else args.stem
         try:
             names = [name if name == "maps" else canonical(name) for name in args.conditions]
         except ValueError as error:

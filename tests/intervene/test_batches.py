@@ -17,7 +17,7 @@ from utils.intervene.latent_batch import LatentBatch
 from utils.intervene.latent_case import Calibration, Case, imagines_again
 from utils.intervene.latent_conditions import CONDITIONS, DO_X, find_condition
 from utils.intervene.prompts import Settings, donor_fields, other_prompt, pick_donor
-from utils.intervene.text_batch import Prefix, TextBatch
+from utils.intervene.text_batch import TextBatch
 from utils.intervene.text_conditions import ABSENT, TEXT_CONDITIONS
 from utils.latent_families import Generation, Segment
 from utils.rows import CLOSE, OPEN, find_spans
@@ -77,8 +77,7 @@ def test_a_reply_is_cut_before_its_first_imagination_and_its_columns_are_those_o
     head = batch.head(0)  # a token may reach over the mark
     assert head == ids[:len(head)] and "<think_image" in batch.text_of(head)
     assert len(batch.text_of(head)) <= batch.spans[0][0][0] < len(batch.text_of(ids[:len(head) + 1]))
-    prefix = Prefix("sham", TEXT_CONDITIONS["sham"], 0, reply)
-    words = batch.text_of([ids[column - 10] for column in batch.columns(10, prefix)])
+    words = batch.text_of([ids[column - 10] for column in batch.columns(10, 0, reply)])
     assert "a blue square" in words and words.strip("<>") == "a blue square"
 
 

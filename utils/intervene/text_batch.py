@@ -167,7 +167,8 @@ class TextBatch:
             parts.setdefault((prefix.text == "", prefix.edit is None), []).append(prefix)
         for (empty, free), part in parts.items():
             places = [prefix.place for prefix in part]
-            state = self.prompts.select(kind, places) if empty else self.read(kind, part)
+            state = self.prompts.select(kind, places) if empty else self.read(
+                kind, places, [prefix.text for prefix in part])
             state.hide_images([n for n, prefix in enumerate(part) if not prefix.condition.sees_image])
             scores = [{"r0": None, "r1": None}] * len(part) if free else self.scores(state, kind, places)
             banned = [self.no_more_spans(prefix.text) if prefix.condition.again == "forbidden" else None
@@ -175,10 +176,10 @@ class TextBatch:
             for prefix, score, row in zip(part, scores, self.continued(state, places, banned)):
                 yield prefix, score | self.describe(kind, prefix, row)
 
-    def read(self, kind: str, prefixes: list[Prefix]) -> State:
-        """Feed the texts of prefixes back; return the state behind them."""
-        ids = [self.qwen.tokenizer(prefix.text, add_special_tokens=False).input_ids for prefix in prefixes]
-        return prefill_blocks(self.qwen, self.prompts.select(kind, [one.place for one in prefixes]), ids)[1]
+    def read(self, kind: str, places: list[int], texts: list[str]) -> State:
+        """Feed beginnings of replies back; return the state behind them."""
+        ids = self.qwen.tokenizer(texts, add_special_tokens=False).input_ids
+        return prefill_blocks(self.qwen, self.prompts.select(kind, places), ids)[1]
 
     def words(self, place: int) -> str | None:
         """Return the words between the clean run's last imagination and its box, with that opened."""
@@ -205,24 +206,23 @@ class TextBatch:
         """Return (place, scores or attention of the stem) of the clean replies with an imagination."""
         n_prompt, done = self.prompts.read["own"][0].mask.shape[1], []
         for places in self.settings.pieces(self.emitters):
-            prefixes = [Prefix("clean", TEXT_CONDITIONS["sham"], i,
-                               until_last_span(self.texts[i], self.spans[i])) for i in places]
-            state = self.read("own", prefixes)
+            texts = [until_last_span(self.texts[i], self.spans[i]) for i in places]
+            state = self.read("own", places, texts)
             done += zip(places, self.scores(state, "own", places))
             stems = {n: stem for n, i in enumerate(places) if (stem := self.settings.stem or self.words(i))}
             if stems:
-                columns = [self.columns(n_prompt, prefixes[n]) for n in stems]
+                columns = [self.columns(n_prompt, places[n], texts[n]) for n in stems]
                 looks = stem_attention(self.qwen, state.select(list(stems)), [], list(stems.values()),
                                        columns)
                 done += [(places[n], {"attention": look}) for n, look in zip(stems, looks)]
         return done
 
-    def columns(self, first: int, prefix: Prefix) -> list[int]:
-        """Return the cache's columns of an item's imaginations; its reply begins at column `first`."""
-        offsets = self.qwen.tokenizer(prefix.text, add_special_tokens=False,
+    def columns(self, first: int, place: int, text: str) -> list[int]:
+        """Return the cache's columns of the imaginations in a reply that begins at column `first`."""
+        offsets = self.qwen.tokenizer(text, add_special_tokens=False,
                                       return_offsets_mapping=True)["offset_mapping"]
         return [first + n for n, (low, high) in enumerate(offsets)
-                if any(low < end and start < high for start, end in self.spans[prefix.place])]
+                if any(low < end and start < high for start, end in self.spans[place])]
 
     def describe(self, kind: str, prefix: Prefix, row: Generation) -> dict:
         """Return the record of a continued reply, compared with the clean one from there on."""
