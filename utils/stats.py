@@ -167,9 +167,9 @@ def share_interval(outcomes: Sequence[int], groups: Sequence[Hashable],
         return 0.0, 1.0
     share, error, df = mean_and_error(hits, groups)
     left = min(n, share * (1 - share) / error**2) if error else n
-    ends = [_wilson(share, left, t_quantile(level, df)),
-            _wilson(share, effective_groups(groups), t_quantile(level))]
-    return min(low for low, _ in ends), max(high for _, high in ends)
+    lows, highs = zip(_wilson(share, left, t_quantile(level, df)),
+                      _wilson(share, effective_groups(groups), t_quantile(level)))
+    return min(lows), max(highs)
 
 
 def verdict(ci90: Sequence[float], ci95: Sequence[float], margin: float) -> str:

@@ -21,7 +21,6 @@ WORLDS = {"fed": ("swap_blank", "blank_x"), "slot": ("slot_swap_blank", "slot_bl
           "text": ("swap_blank", "blank_x")}
 ALPHA, POWER = 0.05, 0.8
 Z = NormalDist().inv_cdf
-Z_DIFFERENCE = Z(1 - ALPHA / 2) + Z(POWER)
 HALVINGS = 30  # far below the digits that are shown
 
 
@@ -251,4 +250,4 @@ def items_with_no_change(margin: float) -> int:
 def detectable_difference(discordance: float, n: float) -> float:
     """Return the change that McNemar's test detects with 80 % power, slightly overstated. A result above the
     discordance means that n items cannot show any change."""
-    return Z_DIFFERENCE * math.sqrt(discordance / n)
+    return (Z(1 - ALPHA / 2) + Z(POWER)) * math.sqrt(discordance / n)
