@@ -126,7 +126,7 @@ class Rows:
         from utils.qwen import load_tools
         from utils.train.examples import Target, make_examples
         self.qwen = load_tools(str(folder / "model"))
-        self.target = Target("text", str(folder), total_tokens=BUDGET, image_tokens=BUDGET)
+        self.target = Target("text", str(folder), image_tokens=BUDGET, tokens_per_image=BUDGET)
         rows = list(read_rows(folder / "rows.jsonl", {"id": str}))
         self.examples = make_examples(self.qwen, rows, self.target)
         self.own_pixels = own_pixels

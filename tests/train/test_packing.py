@@ -119,7 +119,7 @@ def test_outside_of_its_block_packing_is_refused(rows):
 
 def test_token_counts_come_from_the_headers(tiny_checkpoint, picture):
     qwen, rng = Q.load_tools(str(tiny_checkpoint)), random.Random(0)
-    target = Target(total_tokens=60, image_tokens=40)
+    target = Target(image_tokens=60, tokens_per_image=40)
     for n in range(40):
         paths = [picture(f"{n}_{k}.png", (rng.randint(28, 400), rng.randint(28, 400)))
                  for k in range(rng.randint(1, 3))]

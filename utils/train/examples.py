@@ -26,14 +26,14 @@ SHOWN = 20  # bad rows that one error names
 
 @dataclass(frozen=True)
 class Target:
-    """How rows become targets. `spec`: the family of latents; `total_tokens`, `image_tokens`: of
+    """How rows become targets. `spec`: the family of latents; `image_tokens`, `tokens_per_image`: of
     `budget_sizes`; `system`: None is the row's or the template's; `turns`: "all" or the "last" is trained."""
 
     imagination: str = "text"
     image_root: str = "."
     spec: LatentSpec | None = None
-    total_tokens: int = 2000
-    image_tokens: int = 1280
+    image_tokens: int = 2000
+    tokens_per_image: int = 1280
     system: str | None = None
     turns: str = "all"
 
@@ -101,30 +101,30 @@ def pieces_of(tokenizer, row: dict, target: Target) -> list[tuple[str, bool]]:
     return pieces
 
 
-def budget_sizes(sizes: list[tuple[int, int]], total_tokens: int = 2000, image_tokens: int = 1280,
+def budget_sizes(sizes: list[tuple[int, int]], image_tokens: int, tokens_per_image: int,
                  factor: int = 28) -> list[tuple[int, int]]:
     """Return the (width, height) of each image of a sample under a budget of visual tokens.
 
     Monet's `resize_by_token_budget` (NOVAglow646/Monet src/utils.py): above the total every image shrinks by
-    one ratio, and only then each is bounded by `image_tokens`. Here the aspect stays within MAX_ASPECT, too.
+    one ratio, and only then each is bounded by `tokens_per_image`. Here the aspect stays within MAX_ASPECT.
     """
     area, total = factor * factor, sum(width * height for width, height in sizes)
-    if total <= total_tokens * area:
+    if total <= image_tokens * area:
         return list(sizes)
 
     def shrink(size: tuple[int, int], ratio: float) -> tuple[int, int]:
         sides = [max(factor, int(side * ratio) // factor * factor) for side in size]
         return tuple(min(side, MAX_ASPECT * min(sides)) for side in sides)
 
-    budgeted = [shrink(size, math.sqrt(total_tokens * area / total)) for size in sizes]
-    return [size if math.prod(size) <= image_tokens * area else
-            shrink(size, math.sqrt(image_tokens * area / math.prod(size))) for size in budgeted]
+    budgeted = [shrink(size, math.sqrt(image_tokens * area / total)) for size in sizes]
+    return [size if math.prod(size) <= tokens_per_image * area else
+            shrink(size, math.sqrt(tokens_per_image * area / math.prod(size))) for size in budgeted]
 
 
 def load_images(paths: list[Path], target: Target, factor: int) -> list:
     """Open images, scaled down to the row's budget of visual tokens."""
     images = [open_image(path) for path in paths]
-    sizes = budget_sizes([image.size for image in images], target.total_tokens, target.image_tokens, factor)
+    sizes = budget_sizes([i.size for i in images], target.image_tokens, target.tokens_per_image, factor)
     return [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
             for image, size in zip(images, sizes)]
 
@@ -133,7 +133,8 @@ def image_grids(qwen: Qwen, paths: list[Path], target: Target) -> list[tuple[int
     """Return, from file headers, the (rows, columns) of patches that images will have, swapped where EXIF
     rotates the image; only their product is used."""
     limits, side = qwen.image_processor.size, qwen.image_processor.patch_size
-    sizes = budget_sizes(list(map(image_size, paths)), target.total_tokens, target.image_tokens, qwen.factor)
+    sizes = budget_sizes(list(map(image_size, paths)), target.image_tokens, target.tokens_per_image,
+                         qwen.factor)
     sizes = [smart_size(*size, qwen.factor, limits["shortest_edge"], limits["longest_edge"])
              for size in sizes]
     return [(height // side, width // side) for width, height in sizes]
