@@ -7,7 +7,7 @@ from fault_server import calls_of, serving
 from utils.intervene.edits import (NOT_EDITABLE, NotEditable, clauses, direct, put_spans, slot_values, slots,
                                    table_values, verify_directed, word_distance)
 from utils.intervene.text_conditions import RETRIES, VERSION, direct_all, make_caller
-from utils.intervene.word_forms import article_for
+from utils.intervene.word_forms import article_for, exchange
 from utils.journal import Journal
 from utils.model_calls import IncompleteError
 from utils.openai_backend import HttpBackend
@@ -61,6 +61,13 @@ def test_tables_where_options_share_no_wording(gold, target, pair):
 def test_articles():
     assert {article_for(word) for word in ("orange", "hour", "8", "18", "umbrella")} == {"an"}
     assert {article_for(word) for word in ("red", "unicorn", "180", "one")} == {"a"}
+
+
+@pytest.mark.parametrize("n", (1, 5, 12, 37))
+@pytest.mark.parametrize("text", ("The value: {}", "It is {}.", "({}) at noon", "from {}, then on"))
+def test_a_sign_belongs_to_its_number(text, n):
+    for said, counts in ((f"-{n}", {"gold": 1, "target": 0}), (str(n), {"gold": 0, "target": 1})):
+        assert exchange(text.format(said), f"-{n}", str(n))[1] == counts
 
 
 def test_clauses_join_again_and_a_pronoun_carries_on():

@@ -57,7 +57,7 @@ NOT_REFERENT = set(  # words that do not name a thing
 # ---- forms of a value
 def mention(name: str, value: str) -> str:
     """Return a pattern of a value's mentions in any spacing and form."""
-    pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", value))
+    pattern = r"[\s-]+".join(re.escape(word) for word in re.split(r"(?<=\S)[\s-]+(?=\S)", value))
     twin = twin_number(value)
     ending = r"e?s" if value[-1].isalpha() and len(value) > 1 and not twin else r"(?!)"
     if re.fullmatch(COLORS, value, re.IGNORECASE):
