@@ -41,9 +41,6 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 class ImageError(DataError):
     """A picture that cannot be used; `reason` is one of IMAGE_REASONS."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message, reason)
-
 
 class Picture(NamedTuple):
     """An image of a prompt: a file, or its region `box` (after EXIF) by `crop_region`."""
@@ -60,11 +57,11 @@ def resolve_image(root: str | Path, relative: str) -> Path:
         path = Path(root, relative).resolve()
         inside, is_file = path.is_relative_to(Path(root).resolve()), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
-        raise ImageError("image_missing", f"{relative[:200]!r}: no file can be there ({error})") from error
+        raise ImageError(f"{relative[:200]!r}: no file can be there ({error})", "image_missing") from error
     if not inside:
-        raise ImageError("image_outside_root", f"{relative}: leaves the image root {root}")
+        raise ImageError(f"{relative}: leaves the image root {root}", "image_outside_root")
     if not is_file:
-        raise ImageError("image_missing", f"{path}: no such image; is --image_root {root} right?")
+        raise ImageError(f"{path}: no such image; is --image_root {root} right?", "image_missing")
     return path
 
 
@@ -72,9 +69,9 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ImageError("image_missing", f"{path}: {error.strerror}") from error
+        raise ImageError(f"{path}: {error.strerror}", "image_missing") from error
     if not data:
-        raise ImageError("image_empty", f"{path}: the file is empty")
+        raise ImageError(f"{path}: the file is empty", "image_empty")
     return data
 
 
@@ -116,21 +113,21 @@ def opened(file: BinaryIO | str | Path, path: str | Path) -> Iterator[Image.Imag
             check_depth(image, path)
             yield image
     except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", f"{path}: {error}") from error
+        raise ImageError(f"{path}: {error}", "image_too_large") from error
     except ImageError:
         raise
     except BROKEN as error:
         words = str(error).partition(" <_io")[0]  # without the place in memory, which differs between runs
-        raise ImageError("image_unreadable", f"{path}: not a whole picture ({words})") from error
+        raise ImageError(f"{path}: not a whole picture ({words})", "image_unreadable") from error
 
 
 def check_size(size: tuple[int, int], path: str | Path) -> None:
     """Raise ImageError for a (width, height) in pixels that cannot be used."""
     found = f"{path}: {size[0]}x{size[1]} pixels, expected"
     if size[0] * size[1] > MAX_PIXELS:
-        raise ImageError("image_too_large", f"{found} at most {MAX_PIXELS:,} in total")
+        raise ImageError(f"{found} at most {MAX_PIXELS:,} in total", "image_too_large")
     if max(size) > MAX_ASPECT * min(size):
-        raise ImageError("image_aspect", f"{found} an aspect up to {MAX_ASPECT}")
+        raise ImageError(f"{found} an aspect up to {MAX_ASPECT}", "image_aspect")
 
 
 def check_depth(image: Image.Image, path: str | Path) -> None:
@@ -138,8 +135,8 @@ def check_depth(image: Image.Image, path: str | Path) -> None:
     if image.mode[0] in "FI" and image.format == "TIFF":
         bits, photometric = map(image.tag_v2.get, (Base.BitsPerSample, Base.PhotometricInterpretation))
         if image.mode in ("F", "I") or (bits, photometric) != ((16,), 1):
-            raise ImageError("image_depth", f"{path}: greys of mode {image.mode}, bits {bits}, photometric "
-                             f"{photometric}; expected 8 or 16 unsigned bits from black (0) to white")
+            raise ImageError(f"{path}: greys of mode {image.mode}, bits {bits}, photometric {photometric}; "
+                             "expected 8 or 16 unsigned bits from black (0) to white", "image_depth")
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -199,7 +199,7 @@ def store_any(where: str, image: bytes | str | SameAs, root: str | Path | None, 
     try:
         return store(where, read_bytes(resolve_image(root, image)), folder, kept)
     except ImageError as error:
-        raise ImageError(error.reason, f"{where}: {error}") from error
+        raise ImageError(f"{where}: {error}", error.reason) from error
 
 
 def store(where: str, data: bytes, folder: Path, kept: dict[str, dict]) -> dict:
@@ -213,8 +213,8 @@ def store(where: str, data: bytes, folder: Path, kept: dict[str, dict]) -> dict:
             image.load()
             suffix = SUFFIXES[image.format]
     except BROKEN as error:
-        raise ImageError("image_unreadable",
-                         f"{where}: {len(data)} bytes are not a whole picture ({error})") from error
+        raise ImageError(f"{where}: {len(data)} bytes are not a whole picture ({error})",
+                         "image_unreadable") from error
     path = folder / f"{digest[:16]}{suffix}"
     replace_file(path, lambda file: file.write(data), "wb")  # another process may be reading it
     kept[digest] = {"path": f"{folder.name}/{path.name}", "sha256": digest}

@@ -39,7 +39,7 @@ def open_pictures(acc: Accelerator, examples: list[Example]) -> dict[Path, Image
         try:
             open_image(path)
         except ImageError as error:
-            return error.reason, str(error)
+            return str(error), error.reason
 
     with ThreadPoolExecutor() as threads:
         found = [*zip(own, tqdm(threads.map(fault, own), "images", len(own), unit="image",
