@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,17 +141,14 @@ class Saver:
         self.check()
         self.pending.append(self.thread.submit(write, *arguments))
 
-    def check(self) -> None:
-        for future in [future for future in self.pending if future.done()]:
+    def check(self, wait_for_all: bool = False) -> None:
+        for future in [future for future in self.pending if wait_for_all or future.done()]:
             self.pending.remove(future)
-            self.result(future)
-
-    def result(self, future: Future) -> None:
-        try:
-            future.result()
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"a checkpoint could not be written: {error}; the last complete one is kept, "
-                            "run the same command again") from error
+            try:
+                future.result()
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"a checkpoint could not be written: {error}; the last complete one is kept, "
+                                "run the same command again") from error
 
     def checkpoint(self, folder: Path, tensors: dict[str, torch.Tensor], state: dict,
                    after: Callable[[], None]) -> None:
@@ -170,9 +167,7 @@ class Saver:
             after()
 
     def close(self) -> None:
-        for future in self.pending:
-            self.result(future)
-        self.pending = []
+        self.check(wait_for_all=True)
         self.thread.shutdown()
 
     def abandon(self) -> None:
