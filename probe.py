@@ -41,7 +41,8 @@ from utils.cli import Help, add_model_flags, cli, log, parse_count, parse_seed
 from utils.display import plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
-from utils.jsonl import DataError, check_unique, disk_errors, read_rows, write_json, write_meta, write_rows
+from utils.jsonl import (DataError, check_unique, disk_errors, find_checkpoint, model_identity, read_rows,
+                         write_json, write_meta, write_rows)
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, probe_blocks, write_report
 from utils.probe.similarity import LEVEL
@@ -138,6 +139,7 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
     from utils.qwen import load_with
     qwen = load_with(spec, args.model, args.dtype, None, args.max_pixels)
     settings = {name: getattr(args, name) for name in STORE_SETTINGS} | {"steps": n_steps}
+    settings |= {"weights": model_identity(find_checkpoint(args.model))}
     settings |= {"force_start": True} if args.force_start else {}
     if args.fresh:
         move_aside(Path(folder), 1)

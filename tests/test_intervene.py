@@ -436,6 +436,17 @@ def test_settings_that_differ_and_wrong_conditions_are_refused(text_model, items
             run(items, model, tmp_path / "o.jsonl", *wrong)
 
 
+def test_another_model_in_the_folder_of_the_first_does_not_continue_its_run(imagining_model, items, tmp_path):
+    command = items, tmp_path / "model", tmp_path / "r.jsonl", "--limit", "8", "--conditions", "sham"
+    for follows in (True, False):
+        (tmp_path / "model").unlink(missing_ok=True)
+        (tmp_path / "model").symlink_to(imagining_model("text", follows))
+        if follows:
+            run(*command)
+    with pytest.raises(DataError, match="(?s)other settings.*weights"):
+        run(*command)
+
+
 def test_processes_do_not_race_to_move_a_run_aside(items, tmp_path, monkeypatch):
     (tmp_path / "r.jsonl.run").mkdir()
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -133,7 +133,8 @@ def test_every_figure_has_its_numbers(latent_run):
             assert len(list(csv.DictReader(file))) > 3, name
 
 
-def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, tmp_path, capsys):
+def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_run, data, tmp_path, capsys,
+                                                                        monkeypatch):
     folder, metrics = latent_run
     before = (folder / "out" / "probes.jsonl").read_bytes()
     again = run(data, folder / "model", folder / "out", "--latent", "mirage", "--stage", "analyse",
@@ -150,6 +151,9 @@ def test_the_store_is_analysed_again_without_a_model_and_gives_the_same(latent_r
     run(*flags, "capture", "--suffix", "Think.", "--fresh")
     assert States(tmp_path / "out" / "states").settings["suffix"] == "Think."
     assert States(tmp_path / "out" / "states.old-1").settings["suffix"] == ""
+    monkeypatch.setattr(probe, "model_identity", lambda folder: "of other weights")
+    with pytest.raises(DataError, match="(?s)other settings.*weights"):
+        run(*flags, "capture", "--suffix", "Think.")
 
 
 def test_captured_states_are_those_of_a_run(latent_run, data):
