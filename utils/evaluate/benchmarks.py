@@ -251,7 +251,7 @@ def tell_equal_options(items: list[dict]) -> None:
 
 def check_all(items: list[dict], bench: Benchmark, source: object) -> None:
     counts = Counter(item["category"] for item in items)
-    if bench.n not in (None, len(items)) or (bench.counts and counts != bench.counts):
+    if not items or bench.n not in (None, len(items)) or (bench.counts and counts != bench.counts):
         expected = f"{bench.n or 'at least one'}{f', {bench.counts}' if bench.counts else ''}"
         raise DataError(f"{source}: {len(items)} items, {dict(counts)}; expected {expected} of {bench.name}")
     if bench.check and (fault := bench.check(items)):
