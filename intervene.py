@@ -57,8 +57,8 @@ from utils.intervene.sweeps import dose_trends, draw_sweeps, sweep_conditions
 from utils.intervene.text_conditions import TEXT_CONDITIONS, TEXT_CONTROLS, TEXT_PRESETS, make_caller
 from utils.items import STEM, group_of, open_images, prompt_of, read_items
 from utils.journal import Journal, move_aside
-from utils.jsonl import (DataError, call_key, check_output, find_checkpoint, load_object, model_identity,
-                         sha256_file, write_json, write_meta, write_rows)
+from utils.jsonl import (DataError, call_key, check_output, load_object, model_identity, sha256_file,
+                         write_json, write_meta, write_rows)
 from utils.latent_families import LatentSpec, spec_of
 from utils.model_calls import Caller, is_reply
 from utils.openai_backend import HttpBackend
@@ -262,8 +262,8 @@ def open_journal(args: Namespace) -> Journal:
     if args.fresh:
         move_aside(folder, rank_world()[1])
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    weights = model_identity(find_checkpoint(args.model))
-    return Journal(folder, {**settings, "items": sha256_file(args.items), "weights": weights})
+    return Journal(folder, {**settings, "items": sha256_file(args.items),
+                            "weights": model_identity(args.model)})
 
 
 def declared_anew(args: Namespace, folder: Path) -> dict[str, list]:

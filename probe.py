@@ -41,8 +41,8 @@ from utils.cli import Help, add_model_flags, cli, log, parse_count, parse_seed
 from utils.display import plain_text
 from utils.items import ANSWER_TYPES, STEM, group_of, item_fault, prompt_of, read_items
 from utils.journal import move_aside, read_settings
-from utils.jsonl import (DataError, check_unique, disk_errors, find_checkpoint, model_identity, read_rows,
-                         write_json, write_meta, write_rows)
+from utils.jsonl import (DataError, check_unique, disk_errors, model_identity, read_rows, write_json,
+                         write_meta, write_rows)
 from utils.latent_families import LatentSpec, spec_of
 from utils.probe.report import collect, probe_blocks, write_report
 from utils.probe.similarity import LEVEL
@@ -138,8 +138,8 @@ def fill_store(folder: str | Path, inputs: Inputs, spec: LatentSpec | None, n_st
     from utils.probe.states import StateWriter, batched, capture
     from utils.qwen import load_with
     qwen = load_with(spec, args.model, args.dtype, None, args.max_pixels)
-    settings = {name: getattr(args, name) for name in STORE_SETTINGS} | {"steps": n_steps}
-    settings |= {"weights": model_identity(find_checkpoint(args.model))}
+    settings = {name: getattr(args, name) for name in STORE_SETTINGS}
+    settings |= {"steps": n_steps, "weights": model_identity(args.model)}
     settings |= {"force_start": True} if args.force_start else {}
     if args.fresh:
         move_aside(Path(folder), 1)
@@ -297,7 +297,6 @@ def preview(inputs: Inputs, spec: LatentSpec | None, args: Namespace) -> dict:
 
 
 def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) -> dict:
-    from utils.probe.analysis import look, see
     from utils.qwen import load_with
     began, output, qwen = time.monotonic(), Path(args.output), None
     with disk_errors(output):
@@ -314,6 +313,7 @@ def run(inputs: Inputs, spec: LatentSpec | None, n_steps: int, args: Namespace) 
     if args.stage in ("all", "analyse"):
         metrics |= analyse(store, inputs, n_steps, args)
     if spec and args.stage in ("all", "lens"):
+        from utils.probe.analysis import look, see
         qwen = qwen or load_with(spec, args.model, args.dtype, None, args.max_pixels)
         metrics["lens"] = look(qwen, see(qwen, store, inputs.chosen, n_steps), output, args.seed)
     if args.stage in ("all", "ask"):

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,11 @@ def truncate_cache(after: State, before: State, kept: list[int]) -> State:
                  after.is_image)
 
 
-def choose_ids(qwen: Qwen, state: State, batch: list[tuple], ids: LatentIds,
+# a row in `decode`'s batch: `trace` keeps what is captured, `limit` is the most ids it may have
+Lane = NamedTuple("Lane", [("row", RowState), ("arm", Intervention), ("trace", dict), ("limit", int)])
+
+
+def choose_ids(qwen: Qwen, state: State, batch: list[Lane], ids: LatentIds,
                capture: bool) -> dict[int, torch.Tensor]:
     """Add the next id to each unfinished row of `decode`'s batch; return what is fed in place of its
     embedding, by row."""
@@ -193,25 +198,26 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
     ids = latent_ids(qwen.tokenizer, spec) if spec else LatentIds()
     rows = [RowState(arm.spec or spec, ids, qwen.eos_ids) for arm in arms]
     traces = [defaultdict(list) for _ in rows]
-    batch = list(zip(rows, arms, traces, limits or [max_new_tokens] * len(rows), strict=True))
+    limits_of = limits or [max_new_tokens] * len(rows)
+    batch = [Lane(*parts) for parts in zip(rows, arms, traces, limits_of, strict=True)]
     state = replace(state, mask=state.mask.clone())
     for _ in range(max_new_tokens):
         vectors = choose_ids(qwen, state, batch, ids, capture)
-        going = [i for i, (row, *_) in enumerate(batch) if not row.done]
+        going = [i for i, lane in enumerate(batch) if not lane.row.done]
         if not going:
             break
         if limits and len(going) < len(batch):
             state.keep(going, trim=True)
             vectors = {k: vectors[i] for k, i in enumerate(going) if i in vectors}
             batch = [batch[i] for i in going]
-        last = torch.tensor([row.out.ids[-1] for row, *_ in batch], device=state.hidden.device)
+        last = torch.tensor([lane.row.out.ids[-1] for lane in batch], device=state.hidden.device)
         embeds = qwen.model.get_input_embeddings()(last)
         for i, vector in vectors.items():
             embeds[i] = vector.to(embeds)
         state.mask = torch.cat([state.mask, state.mask.new_ones(len(batch), 1)], dim=1)
         state.positions = state.positions + 1
-        put = {i: slots for i in vectors if batch[i][1].slot
-               and (slots := batch[i][1].slot(*batch[i][0].place)) is not None}
+        put = {i: slots for i in vectors if batch[i].arm.slot
+               and (slots := batch[i].arm.slot(*batch[i].row.place)) is not None}
         seen = [] if with_slots and vectors else None
         with layer_inputs(qwen.model, put, seen):
             out = qwen.model.model(inputs_embeds=embeds[:, None], attention_mask=state.mask,
@@ -222,7 +228,7 @@ def decode(qwen: Qwen, state: State, max_new_tokens: int, spec: LatentSpec | Non
             heads = qwen.latent_head(state.hidden[index]).to(state.hidden)
             state.hidden = state.hidden.index_put((index,), heads)
         for i in vectors if seen else ():
-            batch[i][2]["slots"].append(torch.stack([layer[i] for layer in seen]))
+            batch[i].trace["slots"].append(torch.stack([layer[i] for layer in seen]))
     for row, trace in zip(rows, traces):
         if trace["states"]:
             row.out.states = torch.stack(trace["states"])

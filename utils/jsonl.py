@@ -262,11 +262,11 @@ def find_checkpoint(model_path: str) -> Path:
         raise DataError(f"--model {model_path}: neither a folder nor on the hub ({error})") from error
 
 
-def model_identity(folder: Path) -> str:
+def model_identity(model_path: str | Path) -> str:
     """Return a hash of a checkpoint's configuration, tokenizer, template and weights, of which name, size,
     first and last megabyte count: two trainings of a model differ there."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(find_checkpoint(model_path).iterdir()):
         if path.suffix in (".json", ".jinja", ".txt") and path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         elif path.suffix in (".safetensors", ".bin"):
